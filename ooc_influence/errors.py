@@ -1,0 +1,87 @@
+"""The one family of exceptions.
+
+Every message is one line: what was expected, what was received, what to do. Children also subclass the
+builtin a caller would reach for (``ValueError``, ``FileNotFoundError``, ...), so that general code catches them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class OocInfluenceError(Exception):
+    """Base of every error this package raises for a reason the user can act on."""
+
+
+class OocInfluenceWarning(UserWarning):
+    """Something the user should know and the call can go on with."""
+
+
+class InputError(OocInfluenceError, ValueError):
+    """An argument, a batch or a loss that is not what the call expects."""
+
+
+class UnsupportedModelError(OocInfluenceError, ValueError):
+    """A model whose layers cannot be tapped as asked."""
+
+
+class StoreNotFoundError(OocInfluenceError, FileNotFoundError):
+    """No store at the path given."""
+
+
+class StoreExistsError(OocInfluenceError, FileExistsError):
+    """Something is already where a store or an output is to be written."""
+
+
+class StoreFormatError(OocInfluenceError, ValueError):
+    """The path holds something that is not a store this version can read."""
+
+
+class StoreDamagedError(OocInfluenceError, ValueError):
+    """A committed chunk is missing, short or fails its checksum."""
+
+
+class StoreBusyError(OocInfluenceError, BlockingIOError):
+    """Another process is writing the same range of the store."""
+
+
+class StoreWriteError(OocInfluenceError, OSError):
+    """The disk refused a write; what was committed before stays readable."""
+
+
+class MismatchError(OocInfluenceError, ValueError):
+    """Two things that have to agree (masks, models, settings) do not."""
+
+
+class CurvatureNotFoundError(OocInfluenceError, LookupError):
+    """No curvature of that name or at that path."""
+
+
+class StaleCurvatureError(OocInfluenceError, ValueError):
+    """A curvature that was fitted on other rows than the store holds now."""
+
+
+class SingularFisherError(OocInfluenceError, ArithmeticError):
+    """Damping is zero (or negative) and the Fisher matrix has no inverse."""
+
+
+class MemoryBudgetError(OocInfluenceError, MemoryError):
+    """A stage cannot run within the memory it was given."""
+
+
+class MissingExtraError(OocInfluenceError, ImportError):
+    """An optional dependency is not installed."""
+
+
+class NonFiniteError(OocInfluenceError, ArithmeticError):
+    """NaN or Inf in a loss or a gradient.
+
+    Attributes
+    ----------
+    rows : list of int
+        Row numbers (of the store being written) that are not finite.
+    """
+
+    def __init__(self, message: str, rows: Sequence[int]) -> None:
+        super().__init__(message)
+        self.rows = list(rows)

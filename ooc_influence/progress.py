@@ -1,0 +1,84 @@
+"""Progress of long work: rows done, rate and ETA on a terminal; silent in a library unless asked for.
+
+Block loops run inside Dask tasks, which cannot carry a progress bar. They call :func:`tick` with a key; a bar opened
+under that key in the same process shows it; on a Dask worker the tick travels as an event under the same name. A bar
+that closes early (an error, Ctrl-C) makes the next tick stop its task.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import uuid
+from types import TracebackType
+from typing import Any, Self
+
+_bars: dict[str, Progress] = {}
+_stopped: set[str] = set()
+_lock = threading.Lock()
+
+
+class Progress:
+    """A progress line, or nothing at all.
+
+    Parameters
+    ----------
+    label : str
+        What is being done.
+    total : int or None
+        Units in all, where known: an ETA needs it.
+    show : bool or None
+        ``True`` draws on stderr; ``False`` and ``None`` (a library's default) stay silent.
+    unit : str
+        The unit of ``total``.
+    done : int
+        Units finished before (a resumed run).
+    """
+
+    def __init__(self, label: str, total: int | None, show: bool | None, *, unit: str = "row", done: int = 0) -> None:
+        self.key = uuid.uuid4().hex
+        self._bar: Any = None
+        if show:
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                desc=label, total=total, initial=done, unit=f" {unit}", unit_scale=True, dynamic_ncols=True
+            )
+
+    def advance(self, units: int) -> None:
+        """Count ``units`` more as done."""
+        if self._bar is not None:
+            with _lock:
+                self._bar.update(units)
+
+    def __enter__(self) -> Self:
+        _bars[self.key] = self
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _bars.pop(self.key, None)
+        if error is not None:
+            _stopped.add(self.key)
+        if self._bar is not None:
+            self._bar.close()
+
+
+def tick(key: str, units: int) -> None:
+    """Advance the bar opened under ``key``, here or at the client of the Dask worker this runs on.
+
+    Raises
+    ------
+    InterruptedError
+        If the work was stopped in the meantime: threads of the local scheduler cannot be interrupted otherwise.
+    """
+    bar = _bars.get(key)
+    if bar is not None:
+        bar.advance(units)
+    elif key in _stopped:
+        raise InterruptedError("the run this task belongs to was stopped")
+    elif "distributed" in sys.modules:
+        with contextlib.suppress(ValueError):  # not on a worker
+            sys.modules["distributed"].get_worker().log_event(key, units)
