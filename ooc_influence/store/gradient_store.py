@@ -1,0 +1,274 @@
+"""The gradient store: create, open, append. One Zarr v3 group; :mod:`.layout` lists its arrays.
+
+Readers see committed rows only, and go on seeing what they opened while a writer adds more.
+"""
+
+from __future__ import annotations
+
+import datetime
+import shutil
+import socket
+import uuid
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from ooc_influence._version import __version__
+from ooc_influence.errors import InputError, StoreExistsError
+from ooc_influence.store.arrays import open_group
+from ooc_influence.store.claim import Claim
+from ooc_influence.store.encoding import parse_representation
+from ooc_influence.store.layout import ATTRIBUTES, FORMAT_VERSION, Layout, Storage, column_dtype, numpy_dtype
+from ooc_influence.store.local import LocalArrayStore, publish_folder
+from ooc_influence.store.mask import Mask
+from ooc_influence.store.view import PathLike, StoreView, parse_path
+from ooc_influence.store.writer import RangeWriter
+
+
+class GradientStore(StoreView):
+    """Per-sample gradients on disk, (n, k), with what belongs to each row.
+
+    Use :meth:`open` or :meth:`create`; a context manager closes it (and commits what was appended).
+
+    Attributes
+    ----------
+    path : Path
+        The store's folder.
+    layout : Layout
+        Its fixed geometry.
+    """
+
+    def __init__(self, path: PathLike, mode: Literal["r", "a"] = "r", rows: int | None = None) -> None:
+        if mode not in ("r", "a"):
+            raise InputError(f"expected mode 'r' or 'a'; received {mode!r}")
+        super().__init__(path, rows)
+        self._writer: RangeWriter | None = None
+        self._claim: Claim | None = None
+        self._writable = mode == "a"
+
+    @classmethod
+    def open(cls, path: PathLike, mode: Literal["r", "a"] = "r") -> Self:
+        """Open a store to read (``"r"``) or to read and append (``"a"``).
+
+        Raises
+        ------
+        StoreNotFoundError
+            If there is none.
+        StoreFormatError
+            If it is not a store, or of a newer format.
+        StoreBusyError
+            On the first append, if another process is appending.
+        """
+        return cls(path, mode)
+
+    @classmethod
+    def create(
+        cls,
+        path: PathLike,
+        mask: Mask,
+        *,
+        dtype: str = "float16",
+        storage: Storage | None = None,
+        planned_rows: int | None = None,
+        ids: str | None = None,
+        columns: Mapping[str, str] | None = None,
+        attributes: Mapping[str, Any] | None = None,
+        exist_ok: bool = False,
+    ) -> Self:
+        """Create an empty store, whole or not at all, and open it for appending.
+
+        Parameters
+        ----------
+        path : path
+            Where; must not exist (an empty folder may).
+        mask : Mask
+            Which entries the rows hold.
+        dtype : str
+            Representation of the rows: float16 (with a scale a row), bfloat16 or float32.
+        storage : Storage, optional
+            Chunking.
+        planned_rows : int, optional
+            Rows in all, where several writers divide the store.
+        ids : str, optional
+            Dtype of the rows' ids (``"str"``, ``"int64"``); None for no ids.
+        columns : mapping of str to str, optional
+            Name to dtype (bool, int64, float64, str) of per-row columns.
+        attributes : mapping, optional
+            What else to record (compressor, model fingerprint, loss kind); JSON values.
+        exist_ok : bool
+            Open the store that another process created in the meantime instead of failing.
+
+        Raises
+        ------
+        StoreExistsError
+            If something is at ``path``.
+        """
+        target = parse_path(path)
+        representation = parse_representation(dtype)
+        storage = storage or Storage()
+        layout = Layout(
+            mask.k, representation, storage.rows_for(mask.k, representation), storage.group_chunks,
+            planned_rows, ids, dict(columns or {}),
+        )  # fmt: skip
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.creating")
+        try:
+            group = open_group(LocalArrayStore(temporary), "w")
+            layout.create_arrays(group)
+            mask.save(group)
+            group.create_group("curvature")
+            created = {
+                "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                "host": socket.gethostname(),
+                "id": uuid.uuid4().hex,
+            }
+            fixed = {"format": FORMAT_VERSION, "version": __version__, "created": created, "p": mask.p}
+            fixed |= {"mask_digest": mask.digest, "layout": layout.to_dict()}
+            group.attrs[ATTRIBUTES] = dict(attributes or {}) | fixed
+            if not publish_folder(temporary, target) and not exist_ok:
+                raise StoreExistsError(
+                    f"expected nothing at {target}; received something: choose another path or remove it"
+                )
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return cls(target, "a")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.path, "r", self._rows)
+
+    def writer(self, start: int = 0, stop: int | None = None) -> RangeWriter:
+        """Claim a range for writing and return its writer; the whole, growing end by default.
+
+        Raises
+        ------
+        InputError
+            If the store was opened to read.
+        StoreBusyError
+            If another process holds the range.
+        """
+        if not self._writable:
+            raise InputError(f"expected {self.path} opened to append; received mode 'r': use open(path, mode='a')")
+        if self._writer is None:
+            self._claim = Claim(self.path, "append" if stop is None else f"rows-{start}-{stop}")
+            try:
+                files = LocalArrayStore(self.path)
+                if stop is None:
+                    files.remove_partial_files()
+                self._writer = RangeWriter(open_group(files, "r+"), files, self.layout, start, stop)
+            except BaseException:
+                self._claim.release()
+                raise
+        return self._writer
+
+    def append(
+        self,
+        gradients: npt.ArrayLike,
+        *,
+        loss: npt.ArrayLike,
+        grad_norm: npt.ArrayLike | None = None,
+        ids: Sequence[Any] | npt.ArrayLike | None = None,
+        columns: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Append rows; they are committed chunk by chunk, and all of them by :meth:`flush` or :meth:`close`.
+
+        Parameters
+        ----------
+        gradients : (b, k) float32
+            Compressed per-sample gradients, mask weights applied.
+        loss : (b,)
+            Per-sample losses.
+        grad_norm : (b,), optional
+            Norms to record; by default those of ``gradients``.
+        ids : (b,), optional
+            Required exactly where the store has ids.
+        columns : mapping of str to (b,), optional
+            A value for each of the store's columns.
+
+        Raises
+        ------
+        InputError
+            For a wrong shape, or missing or unknown ids or columns.
+        StoreBusyError
+            If another process is appending.
+        StoreWriteError
+            If the disk refuses; what was committed before stays.
+        """
+        rows = np.ascontiguousarray(gradients, np.float32)
+        if rows.ndim != 2 or rows.shape[1] != self.k:
+            raise InputError(f"expected gradients of shape (b, {self.k}); received {rows.shape}")
+        norms = np.linalg.norm(rows, axis=1) if grad_norm is None else grad_norm
+        small = {"loss": np.asarray(loss, np.float32), "grad_norm": np.asarray(norms, np.float32)}
+        given = {} if ids is None else {"example_id": ids}
+        given |= {f"columns/{name}": values for name, values in (columns or {}).items()}
+        if set(given) != set(self.layout.metadata):
+            raise InputError(
+                f"expected per-row values for {sorted(self.layout.metadata) or 'nothing'}; received {sorted(given)}: "
+                "ids and columns are fixed when a store is created"
+            )
+        for name, values in given.items():
+            small[name] = self._parse_column(name, values)
+        for name, values in small.items():
+            if values.shape != (len(rows),):
+                raise InputError(f"expected {name} of shape ({len(rows)},); received {values.shape}")
+        writer = self.writer()
+        writer.append(rows, small)
+        self._refresh(writer)
+
+    def _parse_column(self, name: str, values: Any) -> npt.NDArray[Any]:
+        dtype = self.layout.metadata[name]
+        received = column_dtype(values)
+        if received != dtype and not (dtype == "float64" and received == "int64"):
+            raise InputError(f"expected {name} of dtype {dtype}; received {received}")
+        return np.asarray(values, numpy_dtype(dtype))
+
+    def _refresh(self, writer: RangeWriter) -> None:
+        if writer.committed_row > self._rows:
+            self.reload()
+
+    def drop(self, rows: npt.ArrayLike) -> None:
+        """Mark rows as dropped: NaN in scores, absent from top-k and from F; their numbers stay.
+
+        Parameters
+        ----------
+        rows : (m,) int
+            Row numbers below ``n``.
+        """
+        numbers = np.unique(np.asarray(rows, np.int64))
+        if numbers.size and not (numbers[0] >= 0 and numbers[-1] < self._rows):
+            raise InputError(f"expected row numbers in [0, {self._rows}); received {numbers[0]} to {numbers[-1]}")
+        self.flush()
+        self.writer()
+        files = LocalArrayStore(self.path)
+        dropped: Any = open_group(files, "r+")["dropped"]
+        dropped.set_orthogonal_selection((numbers,), True)
+        files.sync_folders()
+        self.reload()
+
+    def flush(self) -> None:
+        """Commit what was appended; it survives a crash from here on."""
+        if self._writer is not None:
+            self._writer.flush()
+            self._refresh(self._writer)
+
+    def close(self) -> None:
+        """Commit what was appended and let another process write; reading goes on working."""
+        writer, self._writer = self._writer, None
+        try:
+            if writer is not None:
+                writer.close()
+                self.reload()
+        finally:
+            if self._claim is not None:
+                self._claim.release()
+                self._claim = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

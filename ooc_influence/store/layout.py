@@ -1,0 +1,185 @@
+"""What is fixed about a store when it is created, and the arrays that follow from it.
+
+==================  ===========  =====================================================================================
+array               shape        meaning
+==================  ===========  =====================================================================================
+gradients           (n, k)       the kept gradient entries (:mod:`.encoding`), chunks of whole rows
+row_scale           (n,)         float32 scale of each row's representation
+loss                (n,)         float32 per-sample loss
+grad_norm           (n,)         float32 Euclidean norm of the row before it was encoded; its square estimates the full
+                                 gradient's squared norm without bias (at k = p it is that norm)
+dropped             (n,)         bool: the row is removed; its number stays
+example_id          (n,)         optional: the user's name of the row, str or int64
+columns/<name>      (n,)         optional: what users group and filter by
+commits             (chunks,)    uint64 commit records (:mod:`.commits`), one a gradients chunk
+==================  ===========  =====================================================================================
+
+Per-row arrays other than ``gradients``, and ``commits``, are chunked by *groups* of ``group_chunks`` gradients
+chunks. A writer's range is a whole number of groups, so no file is shared between two writers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
+
+import numpy as np
+
+from ooc_influence.errors import InputError, StoreFormatError
+from ooc_influence.store.arrays import CHUNK_TARGET, create_array
+from ooc_influence.store.encoding import Representation, array_dtype, fill_value, parse_representation
+
+FORMAT_VERSION = 1
+ATTRIBUTES = "ooc_influence"  # the key of all our attributes in the group
+ROW_ARRAYS = ("row_scale", "loss", "grad_norm")
+_COLUMN_DTYPES = ("bool", "int64", "float64", "str")
+
+
+def column_dtype(values: Any) -> str:
+    """Return the stored dtype of a column's values: bool, int64, float64 or str.
+
+    Raises
+    ------
+    InputError
+        If the values are none of these.
+    """
+    kind = np.asarray(values).dtype.kind
+    name = {"b": "bool", "i": "int64", "u": "int64", "f": "float64", "U": "str", "T": "str"}.get(kind)
+    if name is None and all(isinstance(value, str) for value in values):
+        name = "str"
+    if name is None:
+        raise InputError(
+            f"expected column values that are numbers, booleans or strings; received {type(values[0]).__name__}: "
+            "convert them, for example with str()"
+        )
+    return name
+
+
+def numpy_dtype(name: str) -> Any:
+    """Return what NumPy holds a column of dtype ``name`` in."""
+    return object if name == "str" else np.dtype(name)
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How rows are laid out on disk.
+
+    Attributes
+    ----------
+    chunk_rows : int or None
+        Rows of a gradients chunk; by default as many as fill about 16 MiB, the measured sweet spot. Also the unit of
+        commit: a crash loses at most the chunk being filled.
+    group_chunks : int
+        Chunks that share one file of the small per-row arrays, and the unit in which writers divide a store.
+    """
+
+    chunk_rows: int | None = None
+    group_chunks: int = 16
+
+    def __post_init__(self) -> None:
+        if self.chunk_rows is not None and self.chunk_rows < 1:
+            raise InputError(f"expected chunk_rows >= 1; received {self.chunk_rows}")
+        if self.group_chunks < 1:
+            raise InputError(f"expected group_chunks >= 1; received {self.group_chunks}")
+
+    def rows_for(self, k: int, dtype: Representation) -> int:
+        """Return the rows of a chunk for ``k`` stored numbers a row."""
+        if self.chunk_rows is not None:
+            return self.chunk_rows
+        return max(1, min(65536, CHUNK_TARGET // (k * array_dtype(dtype).itemsize)))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The fixed geometry of a store; see the module's table.
+
+    Attributes
+    ----------
+    k : int
+        Stored numbers a row.
+    dtype : str
+        Representation of the rows.
+    chunk_rows, group_chunks : int
+        Rows a chunk, chunks a group.
+    planned_rows : int or None
+        Rows the store will have, where several writers divide it; None for a store that grows by appending.
+    ids : str or None
+        Dtype of ``example_id``; None where rows have no ids.
+    columns : dict of str to str
+        Name to dtype of ``columns/<name>``.
+    """
+
+    k: int
+    dtype: Representation
+    chunk_rows: int
+    group_chunks: int
+    planned_rows: int | None = None
+    ids: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def group_rows(self) -> int:
+        """Rows that share one file of the small arrays."""
+        return self.chunk_rows * self.group_chunks
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of an uncompressed gradients chunk."""
+        return self.chunk_rows * self.k * array_dtype(self.dtype).itemsize
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """Array path to dtype of what the caller gives for each row: the id and the columns, in checksum order."""
+        found = {f"columns/{name}": self.columns[name] for name in sorted(self.columns)}
+        return ({"example_id": self.ids} if self.ids else {}) | found
+
+    @property
+    def row_arrays(self) -> dict[str, str]:
+        """Array path to dtype of every per-row array but ``gradients`` and ``dropped``, in checksum order."""
+        return dict.fromkeys(ROW_ARRAYS, "float32") | self.metadata
+
+    def create_arrays(self, group: Any) -> None:
+        """Create the per-row arrays in a new Zarr group, with room for the planned rows."""
+        rows = self.planned_rows or 0
+        create_array(
+            group, "gradients", (rows, self.k), (self.chunk_rows, self.k), array_dtype(self.dtype),
+            fill=fill_value(self.dtype),
+        )  # fmt: skip
+        if self.columns:
+            group.create_group("columns")
+        for name, dtype in self.row_arrays.items():
+            fill = float("nan") if dtype.startswith("float") else None
+            kind: Any = str if dtype == "str" else dtype
+            create_array(group, name, (rows,), (self.group_rows,), kind, fill=fill)
+        create_array(group, "dropped", (rows,), (self.group_rows,), bool, check=True)
+        chunks = -(-rows // self.chunk_rows)
+        create_array(group, "commits", (chunks,), (self.group_chunks,), "uint64", check=True)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the layout as JSON-ready values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: object = "store") -> Self:
+        """Return the layout written in a store's attributes, each value checked: attributes can be edited by hand.
+
+        Raises
+        ------
+        StoreFormatError
+            If a value is not possible.
+        """
+        try:
+            layout = cls(**values)
+            parse_representation(layout.dtype)
+            sizes = [layout.k, layout.chunk_rows, layout.group_chunks]
+            planned = [] if layout.planned_rows is None else [layout.planned_rows]
+            possible = all(isinstance(size, int) and size > 0 for size in sizes + planned)
+            known = set(layout.columns.values()) | ({layout.ids} if layout.ids else set())
+            if not possible or not known <= set(_COLUMN_DTYPES):
+                raise ValueError(f"sizes {sizes + planned}, column dtypes {sorted(known)}")
+        except (TypeError, ValueError, AttributeError) as error:
+            raise StoreFormatError(
+                f"expected a layout of format {FORMAT_VERSION} in {where}; received {error}: "
+                "its attributes were edited or damaged; restore zarr.json from a backup"
+            ) from error
+        return layout

@@ -1,0 +1,133 @@
+"""The mask: which gradient entries a store keeps, and by what each is multiplied.
+
+The entries of a tapped module form a matrix of ``shape`` (out, in) or, with a bias, (out, in + 1): the bias is the last
+column, as if the input ended in a one. Kept entry c of the module is ``weight[c] * gradient[rows[c], cols[c]]``. The
+store's columns are the modules' entries one after the other, in the order of :attr:`Mask.modules`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ooc_influence.errors import StoreDamagedError
+from ooc_influence.store.arrays import create_array, read_array
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """A tapped module before any entry is chosen.
+
+    Attributes
+    ----------
+    name : str
+        Its name in ``model.named_modules()``.
+    kind : str
+        The layer kind (``"linear"``).
+    shape : (int, int)
+        Rows and columns of its entry matrix, the bias column included.
+    bias : bool
+        Whether the last column is the bias.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, int]
+    bias: bool
+
+    @property
+    def entries(self) -> int:
+        """Gradient entries of the module."""
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True, eq=False)
+class ModuleMask:
+    """The kept entries of one module.
+
+    Attributes
+    ----------
+    layer : LayerShape
+        The module.
+    rows, cols : (m,) int32
+        Where each kept entry is.
+    weight : (m,) float32
+        What it is multiplied by (√(p/k) for a uniform mask).
+    """
+
+    layer: LayerShape
+    rows: npt.NDArray[np.int32]
+    cols: npt.NDArray[np.int32]
+    weight: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """All kept entries of a model, (k,) in all."""
+
+    modules: tuple[ModuleMask, ...]
+
+    @property
+    def k(self) -> int:
+        """Kept entries."""
+        return sum(len(module.rows) for module in self.modules)
+
+    @property
+    def p(self) -> int:
+        """Gradient entries of the tapped modules, kept or not."""
+        return sum(module.layer.entries for module in self.modules)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over names, shapes, places and weights: stores are compatible if and only if it is equal."""
+        digest = hashlib.sha256()
+        for module in self.modules:
+            layer = module.layer
+            digest.update(repr((layer.name, layer.kind, layer.shape, layer.bias, len(module.rows))).encode())
+            for array, dtype in ((module.rows, "<i4"), (module.cols, "<i4"), (module.weight, "<f4")):
+                digest.update(np.ascontiguousarray(array, dtype).tobytes())
+        return digest.hexdigest()
+
+    def save(self, group: Any) -> None:
+        """Write the mask below Zarr group ``group``: a group ``mask/<number>`` a module."""
+        for number, module in enumerate(self.modules):
+            layer = module.layer
+            target = group.create_group(f"mask/{number:05d}")
+            target.attrs.update(
+                {"module": layer.name, "kind": layer.kind, "shape": list(layer.shape), "bias": layer.bias}
+            )
+            for name in ("rows", "cols", "weight"):
+                values = getattr(module, name)
+                create_array(target, name, values.shape, values.shape, values.dtype, check=True)[...] = values
+
+    @classmethod
+    def load(cls, group: Any, digest: str) -> Mask:
+        """Read the mask below ``group`` and check its digest.
+
+        Raises
+        ------
+        StoreDamagedError
+            If what is read is not what was written.
+        """
+        modules = []
+        for number in range(len(list(group["mask"].group_keys()))):
+            source = group[f"mask/{number:05d}"]
+            attrs = source.attrs
+            layer = LayerShape(
+                str(attrs["module"]), str(attrs["kind"]), (int(attrs["shape"][0]), int(attrs["shape"][1])),
+                bool(attrs["bias"]),
+            )  # fmt: skip
+            arrays = [read_array(source, name) for name in ("rows", "cols", "weight")]
+            modules.append(ModuleMask(layer, *arrays))
+        mask = cls(tuple(modules))
+        if mask.digest != digest:
+            raise StoreDamagedError(
+                f"expected mask digest {digest[:12]}; received {mask.digest[:12]} from {group.store_path}: "
+                "the mask was changed or damaged; restore it from a backup"
+            )
+        return mask

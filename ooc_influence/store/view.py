@@ -1,0 +1,267 @@
+"""Reading a store: what it is, and its committed rows."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ooc_influence._version import __version__
+from ooc_influence.errors import InputError, StoreDamagedError, StoreFormatError, StoreNotFoundError
+from ooc_influence.store import commits
+from ooc_influence.store.arrays import open_group, read_array
+from ooc_influence.store.layout import ATTRIBUTES, FORMAT_VERSION, ROW_ARRAYS, Layout
+from ooc_influence.store.local import MAPPED, LocalArrayStore
+from ooc_influence.store.mask import Mask
+from ooc_influence.store.reader import read_into
+
+if TYPE_CHECKING:
+    import dask.array as da
+
+PathLike = str | os.PathLike[str]
+
+
+def parse_path(path: PathLike) -> Path:
+    """Return a local path.
+
+    Raises
+    ------
+    InputError
+        For a URL.
+    """
+    text = os.fspath(path)
+    if "://" in text:
+        raise InputError(f"expected a local path; received {text!r}: object storage is not supported yet")
+    return Path(text)
+
+
+def _read_attributes(group: Any, path: Path) -> dict[str, Any]:
+    attrs = dict(group.attrs).get(ATTRIBUTES)
+    if not isinstance(attrs, dict) or "format" not in attrs:
+        raise StoreFormatError(
+            f"expected a gradient store at {path}; received another Zarr group: give the folder that "
+            "extract_gradients wrote"
+        )
+    if attrs["format"] != FORMAT_VERSION:
+        raise StoreFormatError(
+            f"expected store format {FORMAT_VERSION} at {path}; received {attrs['format']}: "
+            f"upgrade ooc_influence (this is {__version__})"
+        )
+    return attrs
+
+
+class StoreView:
+    """The committed rows of a store, to read; :class:`GradientStore` adds writing.
+
+    Attributes
+    ----------
+    path : Path
+        The store's folder.
+    layout : Layout
+        Its fixed geometry.
+    """
+
+    def __init__(self, path: PathLike, rows: int | None = None) -> None:
+        self.path = parse_path(path)
+        if not (self.path / "zarr.json").is_file():
+            raise StoreNotFoundError(
+                f"expected a gradient store at {self.path}; received "
+                f"{'a folder without one' if self.path.exists() else 'no such path'}: "
+                "make one with extract_gradients or 'ooc-influence extract'"
+            )
+        group = open_group(LocalArrayStore(self.path, read_only=True), "r")
+        self._attrs = _read_attributes(group, self.path)
+        self.layout = Layout.from_dict(self._attrs["layout"], self.path)
+        sizes = dict.fromkeys(ROW_ARRAYS, self.layout.group_rows * 4) | {"gradients": self.layout.chunk_bytes}
+        files = LocalArrayStore(self.path, read_only=True, chunk_bytes=sizes)
+        self._group = open_group(files, "r")
+        self._arrays: dict[str, Any] = {}
+        self._mask: Mask | None = None
+        self._records: commits.Records = read_array(self._group, "commits")
+        self._rows = commits.leading_rows(self._records, self.layout.chunk_rows) if rows is None else rows
+        self.has_dropped = any((self.path / "dropped").glob("c.*"))
+
+    @property
+    def n(self) -> int:
+        """Committed rows, without a gap from row 0, when the store was opened (or last flushed here)."""
+        return self._rows
+
+    @property
+    def k(self) -> int:
+        """Stored numbers a row."""
+        return self.layout.k
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(n, k)``."""
+        return (self._rows, self.layout.k)
+
+    @property
+    def dtype(self) -> np.dtype[np.float32]:
+        """What :meth:`rows` returns; the representation on disk is ``layout.dtype``."""
+        return np.dtype(np.float32)
+
+    @property
+    def ndim(self) -> int:
+        """2."""
+        return 2
+
+    def __len__(self) -> int:
+        return self._rows
+
+    @property
+    def committed(self) -> int:
+        """Committed rows in all; more than ``n`` only while several writers fill a store."""
+        return int(commits.rows_in(self._records).sum())
+
+    @property
+    def attrs(self) -> Mapping[str, Any]:
+        """What was recorded at creation: format, compressor, fingerprints, loss kind, layout, digests."""
+        return self._attrs
+
+    @property
+    def mask_digest(self) -> str:
+        """Digest of the mask; equal digests mean comparable rows."""
+        return str(self._attrs["mask_digest"])
+
+    @property
+    def identity(self) -> str:
+        """An id of this very store, drawn at creation."""
+        return str(self._attrs["created"]["id"])
+
+    @property
+    def mask(self) -> Mask:
+        """Which entries the rows hold (read on first use)."""
+        if self._mask is None:
+            self._mask = Mask.load(self._group, self.mask_digest)
+        return self._mask
+
+    def rows_digest(self) -> str:
+        """SHA-256 over the commit records and dropped marks of the ``n`` rows: changes when any of them does."""
+        digest = hashlib.sha256(str(self._rows).encode())
+        digest.update(self._records[: -(-self._rows // self.layout.chunk_rows)].tobytes())
+        if self.has_dropped:
+            digest.update(np.packbits(read_array(self._group, "dropped")[: self._rows]).tobytes())
+        return digest.hexdigest()
+
+    def __repr__(self) -> str:
+        return (
+            f"<GradientStore {str(self.path)!r} n={self.n} k={self.k} of p={self._attrs['p']} "
+            f"{self.layout.dtype}, chunks of {self.layout.chunk_rows} rows>"
+        )
+
+    def _array(self, name: str) -> Any:
+        if name not in self._arrays:
+            self._arrays[name] = self._group[name]
+        return self._arrays[name]
+
+    def _check_range(self, start: int, stop: int) -> None:
+        if not 0 <= start <= stop <= self._rows:
+            raise InputError(f"expected 0 <= start <= stop <= {self._rows} (n); received {start}, {stop}")
+
+    def raw_rows(self, start: int, stop: int) -> npt.NDArray[Any]:
+        """Return the stored form of rows ``start`` to ``stop``: a memory map where they lie in one chunk."""
+        self._check_range(start, stop)
+        selection = (slice(start, stop), slice(0, self.k))
+        return np.asarray(self._array("gradients").get_basic_selection(selection, prototype=MAPPED))
+
+    def small(self, name: str, start: int = 0, stop: int | None = None) -> npt.NDArray[Any]:
+        """Return a per-row array by its path (``"loss"``, ``"columns/label"``, ...), (stop - start,)."""
+        stop = self._rows if stop is None else stop
+        self._check_range(start, stop)
+        if name != "dropped" and name not in self.layout.row_arrays:
+            known = ", ".join((*self.layout.row_arrays, "dropped"))
+            raise InputError(f"expected one of {known}; received {name!r}")
+        return np.asarray(self._array(name).get_basic_selection((slice(start, stop),), prototype=MAPPED))
+
+    def column(self, name: str) -> npt.NDArray[Any]:
+        """Return ``columns/<name>``, (n,)."""
+        return self.small(f"columns/{name}")
+
+    def ids(self, rows: Any = None) -> npt.NDArray[Any]:
+        """Return the ids of ``rows`` (any integer array; default all). Without stored ids, row numbers are the ids."""
+        if rows is None:
+            return self.small("example_id") if self.layout.ids else np.arange(self._rows)
+        numbers: npt.NDArray[Any] = np.asarray(rows)
+        if not self.layout.ids or numbers.size == 0:
+            return numbers
+        distinct, places = np.unique(numbers, return_inverse=True)
+        found: npt.NDArray[Any] = np.asarray(self._array("example_id").get_orthogonal_selection((distinct,)))
+        return found[places].reshape(numbers.shape)
+
+    def rows(self, start: int = 0, stop: int | None = None, *, raw: bool = False) -> npt.NDArray[Any]:
+        """Return rows ``start`` to ``stop``.
+
+        Parameters
+        ----------
+        start, stop : int
+            Row numbers; ``stop`` defaults to ``n``.
+        raw : bool
+            Return the stored form (:mod:`.encoding`) instead, zero-copy inside one chunk.
+
+        Returns
+        -------
+        (stop - start, k) float32, scale applied
+        """
+        stop = self._rows if stop is None else stop
+        if raw:
+            return self.raw_rows(start, stop)
+        self._check_range(start, stop)
+        out = np.empty((stop - start, self.k), np.float32)
+        read_into(self, start, stop, out)
+        return out
+
+    def __getitem__(self, key: Any) -> npt.NDArray[Any]:
+        first, rest = (key[0], key[1:]) if isinstance(key, tuple) else (key, ())
+        start, stop, step = first.indices(self._rows) if isinstance(first, slice) else (int(first), int(first) + 1, 1)
+        block = self.rows(start, max(start, stop))[::step]
+        block = block if isinstance(first, slice) else np.asarray(block[0])
+        if not rest:
+            return block
+        return np.asarray(block[(slice(None), *rest)] if isinstance(first, slice) else block[rest])
+
+    def to_dask(self) -> da.Array:
+        """Return the rows as a lazy (n, k) float32 Dask array, chunks as on disk; tasks carry the path only."""
+        import dask.array as da
+
+        chunks = (self.layout.chunk_rows, self.k)
+        rows: da.Array = da.from_array(
+            self, chunks=chunks, asarray=False, fancy=False, name=f"gradients-{self.rows_digest()}"
+        )
+        return rows
+
+    def verify(self) -> list[tuple[int, int, str]]:
+        """Check every committed chunk against its commit record.
+
+        Returns
+        -------
+        list of (start, stop, reason)
+            The damaged row ranges; empty where all is well.
+        """
+        damaged = []
+        for start in range(0, self._rows, self.layout.chunk_rows):
+            stop = min(self._rows, start + self.layout.chunk_rows)
+            record = int(self._records[start // self.layout.chunk_rows])
+            try:
+                parts = [
+                    self.raw_rows(start, stop),
+                    *(self.small(name, start, stop) for name in self.layout.row_arrays),
+                ]
+                if commits.checksum(parts) != commits.crc_of(record):
+                    damaged.append((start, stop, "checksum differs"))
+            except (StoreDamagedError, ValueError, RuntimeError) as error:
+                damaged.append((start, stop, str(error)))
+        return damaged
+
+    def reload(self) -> None:
+        """See rows committed since the store was opened."""
+        self._group = open_group(self._group.store, "r")
+        self._arrays.clear()
+        self._records = read_array(self._group, "commits")
+        self._rows = commits.leading_rows(self._records, self.layout.chunk_rows)
+        self.has_dropped = any((self.path / "dropped").glob("c.*"))

@@ -1,0 +1,156 @@
+"""Writing a range of rows: fill a chunk in a reused buffer, write it, make it durable, commit it.
+
+The order is the promise: data and small arrays (each file synced before its rename), then the folders, then the commit
+record, then its folder. A crash between any two leaves the last record true.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from ooc_influence.errors import StoreDamagedError, StoreWriteError
+from ooc_influence.store import commits
+from ooc_influence.store.encoding import FloatRows, array_dtype, encode
+from ooc_influence.store.layout import Layout, numpy_dtype
+from ooc_influence.store.local import LocalArrayStore
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class RangeWriter:
+    """Appends encoded rows to the chunks of one range.
+
+    Parameters
+    ----------
+    group : zarr.Group
+        The store, opened for writing on ``files``.
+    files : LocalArrayStore
+        What the group writes to.
+    layout : Layout
+        The store's geometry.
+    start : int
+        First row of the range, a multiple of ``layout.group_rows``.
+    stop : int or None
+        Row behind the range; None for a store that grows.
+
+    Attributes
+    ----------
+    next_row : int
+        Number of the next row to be appended.
+    committed_row : int
+        Row behind the last committed one.
+    """
+
+    def __init__(self, group: Any, files: LocalArrayStore, layout: Layout, start: int, stop: int | None) -> None:
+        self._files, self._layout, self._stop = files, layout, stop
+        names = ("gradients", "dropped", "commits", *layout.row_arrays)
+        self._arrays = {name: group[name] for name in names}
+        records = np.asarray(self._arrays["commits"][...])[start // layout.chunk_rows :]
+        if stop is not None:
+            records = records[: -(-(stop - start) // layout.chunk_rows)]
+        self.committed_row = self.next_row = start + commits.leading_rows(records, layout.chunk_rows)
+        self._failed = False
+        self._gradients = np.empty((layout.chunk_rows, layout.k), array_dtype(layout.dtype))
+        self._small = {
+            name: np.empty(layout.chunk_rows, numpy_dtype(dtype)) for name, dtype in layout.row_arrays.items()
+        }
+        if self.next_row % layout.chunk_rows:
+            self._reload_last_chunk()
+
+    def _reload_last_chunk(self) -> None:
+        """Read the committed rows of a part-filled chunk back into the buffers, checked against their record."""
+        chunk = self.next_row // self._layout.chunk_rows
+        first = chunk * self._layout.chunk_rows
+        rows = self.next_row - first
+        self._gradients[:rows] = self._arrays["gradients"][first : self.next_row]
+        for name, buffer in self._small.items():
+            buffer[:rows] = self._arrays[name][first : self.next_row]
+        record = int(self._arrays["commits"][chunk])
+        if commits.crc_of(record) != self._checksum(rows):
+            raise StoreDamagedError(
+                f"expected rows {first}-{self.next_row} of {self._files.root} to match their commit record; "
+                "received other bytes: restore the store from a backup"
+            )
+
+    def _checksum(self, rows: int) -> int:
+        return commits.checksum([self._gradients[:rows], *(buffer[:rows] for buffer in self._small.values())])
+
+    @property
+    def room(self) -> int | None:
+        """Rows that still fit the range; None for a store that grows."""
+        return None if self._stop is None else self._stop - self.next_row
+
+    def append(self, rows: FloatRows, small: Mapping[str, Any]) -> None:
+        """Add float32 rows (b, k) and, by array name, their values (b,); whole chunks are committed on the way."""
+        raw, scale = encode(rows, self._layout.dtype)
+        values = {"row_scale": scale, **small}
+        done = 0
+        while done < len(rows):
+            at = self.next_row % self._layout.chunk_rows
+            take = min(len(rows) - done, self._layout.chunk_rows - at)
+            self._gradients[at : at + take] = raw[done : done + take]
+            for name, buffer in self._small.items():
+                buffer[at : at + take] = values[name][done : done + take]
+            self.next_row += take
+            done += take
+            if at + take == self._layout.chunk_rows:
+                self.flush()
+
+    def flush(self) -> None:
+        """Commit what is buffered; after this the rows survive a crash."""
+        if self.next_row == self.committed_row or self._failed:
+            return
+        chunk = (self.next_row - 1) // self._layout.chunk_rows
+        first = chunk * self._layout.chunk_rows
+        rows = self.next_row - first
+        with self._disk_errors():
+            self._make_room()
+            self._arrays["gradients"][first : self.next_row] = self._gradients[:rows]
+            for name, buffer in self._small.items():
+                self._arrays[name][first : self.next_row] = buffer[:rows]
+            self._files.sync_folders()
+            self._arrays["commits"][chunk] = commits.pack(rows, self._checksum(rows))
+            self._files.sync_folders()
+        self.committed_row = self.next_row
+
+    def _make_room(self) -> None:
+        """Grow the arrays of an appended store to the end of the group being filled."""
+        if self._stop is not None or self._arrays["gradients"].shape[0] >= self.next_row:
+            return
+        groups = -(-self.next_row // self._layout.group_rows)
+        self._resize(groups * self._layout.group_rows)
+
+    def _resize(self, rows: int) -> None:
+        layout = self._layout
+        self._arrays["gradients"].resize((rows, layout.k))
+        for name in (*layout.row_arrays, "dropped"):
+            self._arrays[name].resize((rows,))
+        self._arrays["commits"].resize((-(-rows // layout.chunk_rows),))
+
+    def close(self) -> None:
+        """Commit what is buffered and cut an appended store's arrays to the rows committed."""
+        self.flush()
+        if self._stop is None and not self._failed and self._arrays["gradients"].shape[0] != self.committed_row:
+            with self._disk_errors():
+                self._resize(self.committed_row)
+                self._files.sync_folders()
+
+    @contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._failed = True
+            reason = "no space left" if error.errno in _DISK_FULL else str(error)
+            raise StoreWriteError(
+                f"expected to write to {self._files.root}; received: {reason}: make room or mend the disk and run "
+                f"again; rows up to {self.committed_row} are committed and stay readable"
+            ) from error
+        except BaseException:
+            self._failed = True
+            raise
