@@ -1,0 +1,5 @@
+"""Compressors: what is kept of a gradient."""
+
+from ooc_influence.compress.dropout import Dropout
+
+__all__ = ["Dropout"]

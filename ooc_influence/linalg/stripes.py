@@ -1,0 +1,115 @@
+"""Striped Dask tasks: one task a worker slot, each looping over its own contiguous rows.
+
+A task carries paths, row numbers and small arrays, folds its rows into one result, and only that result travels; sums
+go up a tree. Without a ``dask.distributed`` client the local scheduler runs them: one slot with all BLAS threads by
+default, since that is the fastest way to use one node and holds one accumulator.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from dask.base import compute
+from dask.delayed import delayed
+
+from ooc_influence.errors import InputError
+from ooc_influence.linalg.blas import blas_threads
+from ooc_influence.progress import Progress
+
+
+@dataclass(frozen=True)
+class Stripe:
+    """Rows ``start`` to ``stop``; ``start`` lies on the block grid."""
+
+    start: int
+    stop: int
+
+
+def _ambient_client() -> Any:
+    distributed = sys.modules.get("distributed")
+    if distributed is None:
+        return None
+    try:
+        return distributed.default_client()
+    except ValueError:
+        return None
+
+
+def check_workers(workers: int | None) -> int:
+    """Return the number of worker slots: as asked, or those of the ambient Dask cluster, or one.
+
+    Raises
+    ------
+    InputError
+        If ``workers`` is below one, or a cluster without workers was given.
+    """
+    if workers is not None:
+        if workers < 1:
+            raise InputError(f"expected workers >= 1; received {workers}")
+        return workers
+    client = _ambient_client()
+    if client is None:
+        return 1
+    slots = sum(client.nthreads().values())
+    if not slots:
+        raise InputError("expected a Dask cluster with workers; received one without: start a worker, then run again")
+    return int(slots)
+
+
+def cut_stripes(start: int, stop: int, block_rows: int, count: int) -> list[Stripe]:
+    """Cut rows ``start`` to ``stop`` into at most ``count`` stripes of whole blocks of the grid from row 0."""
+    first, last = start // block_rows, -(-stop // block_rows)
+    count = max(1, min(count, last - first))
+    edges = [first + (last - first) * number // count for number in range(count + 1)]
+    return [Stripe(max(start, low * block_rows), min(stop, high * block_rows)) for low, high in pairwise(edges)]
+
+
+def tree_sum(parts: Sequence[Any], add: Callable[[Any, Any], Any]) -> Any:
+    """Return one delayed value: ``parts`` added pairwise, in an order that depends on their number only.
+
+    ``add`` must not change its arguments: a task may run again where a worker died.
+    """
+    level = list(parts)
+    combine = delayed(add, pure=False)
+    while len(level) > 1:
+        pairs = [combine(left, right) for left, right in zip(level[::2], level[1::2], strict=False)]
+        level = pairs + level[len(level) // 2 * 2 :]
+    return level[0]
+
+
+def run_stripes(
+    function: Callable[..., Any],
+    stripes: Sequence[Stripe],
+    progress: Progress,
+    *args: Any,
+    slots: int,
+    reduce: Callable[[Any, Any], Any] | None = None,
+) -> Any:
+    """Run ``function(stripe, progress_key, *args)`` for every stripe.
+
+    Returns
+    -------
+    list, or one value
+        The results in order, or their tree sum by ``reduce``.
+    """
+    task = delayed(function, pure=False, traverse=False)
+    parts = [task(stripe, progress.key, *args) for stripe in stripes]
+    tasks = [tree_sum(parts, reduce)] if reduce is not None else parts
+    client = _ambient_client()
+    if client is not None:
+        client.subscribe_topic(progress.key, lambda event: progress.advance(event[1]))
+        try:
+            results = [future.result() for future in client.compute(tasks, optimize_graph=False)]
+        finally:
+            client.unsubscribe_topic(progress.key)
+    elif slots == 1:
+        with blas_threads(1):
+            results = compute(*tasks, scheduler="synchronous", optimize_graph=False)
+    else:
+        with blas_threads(slots):
+            results = compute(*tasks, scheduler="threads", num_workers=slots, optimize_graph=False)
+    return results[0] if reduce is not None else list(results)
