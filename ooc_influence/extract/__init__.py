@@ -1,0 +1,16 @@
+"""Extraction: the torch models' side. Taps on layers, sampled per-sample gradients, the loop that fills a store."""
+
+from ooc_influence.extract.batching import Batching, Sharding
+from ooc_influence.extract.loop import extract_gradients
+from ooc_influence.extract.losses import cross_entropy, token_cross_entropy
+from ooc_influence.extract.recipe import Recipe, Split
+
+__all__ = [
+    "Batching",
+    "Recipe",
+    "Sharding",
+    "Split",
+    "cross_entropy",
+    "extract_gradients",
+    "token_cross_entropy",
+]

@@ -1,0 +1,145 @@
+"""Batches: moved to the device, counted without running the model, advanced past finished rows."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ooc_influence.errors import InputError, OocInfluenceWarning
+
+Batches = Iterable[Any] | Callable[[int], Iterable[Any]]
+RowSource = Sequence[Any] | np.ndarray[Any, Any] | Callable[[Any], Sequence[Any]]
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How batches are read.
+
+    Attributes
+    ----------
+    first_row : int
+        Store row of the first sample of ``batches``. 0 where they are the whole data; to add further data to a store
+        of n rows, give n: a run that was killed then resumes inside the added part.
+    check_independence : bool
+        Check on the first batch that no sample's loss depends on another sample (one extra backward pass).
+    """
+
+    first_row: int = 0
+    check_independence: bool = True
+
+    def __post_init__(self) -> None:
+        if self.first_row < 0:
+            raise InputError(f"expected first_row >= 0; received {self.first_row}")
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """One of several writers that fill a store together.
+
+    Attributes
+    ----------
+    index, count : int
+        This writer and how many there are.
+    rows : int
+        Rows of the whole store. Writer ``index`` owns a contiguous share of whole chunk groups.
+    """
+
+    index: int
+    count: int
+    rows: int
+
+    def __post_init__(self) -> None:
+        if self.count < 1 or not 0 <= self.index < self.count or self.rows < 1:
+            raise InputError(
+                f"expected 0 <= index < count and rows >= 1; received index={self.index}, count={self.count}, "
+                f"rows={self.rows}"
+            )
+
+    def group_chunks(self, chunk_rows: int, most: int) -> int:
+        """Return the chunks a group may have so that every writer gets a share."""
+        return max(1, min(most, -(-self.rows // chunk_rows) // self.count))
+
+    def range(self, group_rows: int) -> tuple[int, int]:
+        """Return this writer's rows, ``start`` to ``stop``, cut at groups."""
+        groups = -(-self.rows // group_rows)
+        edges = (groups * self.index // self.count, groups * (self.index + 1) // self.count)
+        return edges[0] * group_rows, min(self.rows, edges[1] * group_rows)
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Return ``batch`` with every tensor on ``device``: tensors, tuples, lists, dicts, objects with ``.to``."""
+    if isinstance(batch, Mapping) and not hasattr(batch, "to"):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(value, device) for value in batch))
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch.to(device) if hasattr(batch, "to") else batch
+
+
+def batch_size(batch: Any) -> int | None:
+    """Return how many samples a batch holds, from its first tensor or array; None where that is not to be seen."""
+    if isinstance(batch, (Tensor, np.ndarray)):
+        return len(batch) if batch.ndim else None
+    values: Iterable[Any] = ()
+    if isinstance(batch, Mapping):
+        values = batch.values()
+    elif isinstance(batch, (list, tuple)):
+        values = batch
+    return next((size for size in map(batch_size, values) if size is not None), None)
+
+
+def open_batches(batches: Batches, first_row: int, next_row: int) -> tuple[int, Iterable[Any]]:
+    """Return the store row of the first sample to come, and the batches.
+
+    A callable is asked for what starts at ``next_row``; an iterable starts where it starts.
+    """
+    if callable(batches):
+        return max(first_row, next_row), batches(max(0, next_row - first_row))
+    _warn_if_shuffled(batches)
+    return first_row, batches
+
+
+def _warn_if_shuffled(batches: Any) -> None:
+    sampler = getattr(batches, "sampler", None)
+    if isinstance(sampler, torch.utils.data.RandomSampler):
+        warnings.warn(
+            "batches come from a shuffling DataLoader: row numbers will not be data set indices and a killed run "
+            "cannot resume; use shuffle=False",
+            OocInfluenceWarning,
+            stacklevel=4,
+        )
+
+
+def count_rows(batches: Batches) -> int | None:
+    """Return how many samples there are where that is known without reading them: a DataLoader or a list."""
+    if isinstance(batches, (list, tuple)):
+        sizes = [batch_size(batch) for batch in batches]
+        return None if None in sizes else sum(size or 0 for size in sizes)
+    try:
+        return len(batches.dataset)  # type: ignore[union-attr]
+    except (AttributeError, TypeError):
+        return None
+
+
+def row_values(source: RowSource, name: str, batch: Any, first: int, count: int) -> list[Any]:
+    """Return ``count`` values for the rows of a batch: ``source[first:first + count]`` or ``source(batch)``.
+
+    Raises
+    ------
+    InputError
+        If there are not ``count`` of them.
+    """
+    values: Any = source(batch) if callable(source) else source[first : first + count]
+    found: list[Any] = values.tolist() if isinstance(values, (Tensor, np.ndarray)) else list(values)
+    if len(found) != count:
+        raise InputError(
+            f"expected {count} values of {name} for rows {first}-{first + count}; received {len(found)}: one a row"
+        )
+    return found
