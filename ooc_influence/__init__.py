@@ -1,0 +1,52 @@
+"""Training-data attribution at corpus scale: out-of-core influence functions over memory-mapped gradient stores."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ooc_influence._version import __version__
+
+if TYPE_CHECKING:
+    from ooc_influence.compress import Dropout
+    from ooc_influence.curvature import Curvature, fit_fisher
+    from ooc_influence.errors import OocInfluenceError, OocInfluenceWarning
+    from ooc_influence.extract import (
+        Batching,
+        Recipe,
+        Sharding,
+        Split,
+        cross_entropy,
+        extract_gradients,
+        token_cross_entropy,
+    )
+    from ooc_influence.influence import TopInfluential, influence_scores, self_influence, top_influential
+    from ooc_influence.store import GradientStore, Storage
+
+# Loaded on first use: opening a store and scoring never import torch.
+_ROOMS = {
+    "compress": ["Dropout"],
+    "curvature": ["Curvature", "fit_fisher"],
+    "errors": ["OocInfluenceError", "OocInfluenceWarning"],
+    "extract": [
+        "Batching", "Recipe", "Sharding", "Split", "cross_entropy", "extract_gradients", "token_cross_entropy",
+    ],
+    "influence": ["TopInfluential", "influence_scores", "self_influence", "top_influential"],
+    "store": ["GradientStore", "Storage"],
+}  # fmt: skip
+_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
+
+__all__ = [
+    "Batching", "Curvature", "Dropout", "GradientStore", "OocInfluenceError", "OocInfluenceWarning", "Recipe",
+    "Sharding", "Split", "Storage", "TopInfluential", "__version__", "cross_entropy", "extract_gradients",
+    "fit_fisher", "influence_scores", "self_influence", "token_cross_entropy", "top_influential",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    room = _ROOM_OF.get(name)
+    if room is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{room}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,274 @@
+"""A fitted curvature: F = V diag(e) Vᵀ, undamped, saved beside the rows it was fitted on.
+
+In F's eigenbasis everything is a scaled dot product: with z = Vᵀg, a score is Σ_j z_qj z_ij / (e_j + λ), for any λ at
+no further cost. The group holds ``fisher`` (d, d), ``eigenvalues`` (d,), ``eigenvectors`` (d, d; columns), all
+float64, and as attributes the rows used and a digest of their commit records. The mark ``complete`` is written last.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from ooc_influence._version import __version__
+from ooc_influence.curvature.damping import DEFAULT_DAMPING, DampingMode, damping_value
+from ooc_influence.errors import (
+    CurvatureNotFoundError,
+    InputError,
+    MismatchError,
+    StaleCurvatureError,
+    StoreWriteError,
+)
+from ooc_influence.linalg import symmetric_eigen
+from ooc_influence.store import (
+    GradientStore,
+    LocalArrayStore,
+    PathLike,
+    create_array,
+    open_group,
+    parse_path,
+    read_array,
+    square_chunks,
+)
+
+Matrix = npt.NDArray[np.float64]
+_ATTRIBUTES = "ooc_influence_curvature"
+_FORMAT = 1
+
+
+class Curvature:
+    """The Fisher matrix of a store's rows, factorised.
+
+    Use :func:`fit_fisher` to make one and :meth:`open` to read one back.
+
+    Attributes
+    ----------
+    path : Path
+        Its Zarr group.
+    eigenvalues : (d,) float64
+        The undamped spectrum, largest first.
+    trace : float
+        tr(F).
+    rows : int
+        Live rows used, m in F = (1/m) Σ g gᵀ.
+    damping : float
+        The relative damping used where a call gives none.
+    """
+
+    def __init__(self, path: PathLike) -> None:
+        self.path = parse_path(path)
+        attrs = _complete_attributes(self.path)
+        if attrs is None:
+            raise CurvatureNotFoundError(f"expected a finished curvature at {self.path}; received none: run fit_fisher")
+        if attrs["format"] != _FORMAT:
+            raise InputError(f"expected curvature format {_FORMAT} at {self.path}; received {attrs['format']}: upgrade")
+        self._attrs = attrs
+        self.eigenvalues: Matrix = self._read("eigenvalues")
+        self.trace = float(attrs["trace"])
+        self.rows = int(attrs["rows"])
+        self.damping = float(attrs["damping"])
+
+    @classmethod
+    def open(cls, path: PathLike) -> Self:
+        """Read a curvature from its group's path.
+
+        Raises
+        ------
+        CurvatureNotFoundError
+            If there is none, or one that was never finished.
+        """
+        return cls(path)
+
+    def _read(self, name: str) -> Matrix:
+        return read_array(open_group(LocalArrayStore(self.path, read_only=True), "r"), name)
+
+    @property
+    def d(self) -> int:
+        """Side of F: the stored numbers a row."""
+        return len(self.eigenvalues)
+
+    @property
+    def attrs(self) -> Mapping[str, Any]:
+        """What was recorded: rows used, their digest, the store's identity, the mask's digest."""
+        return self._attrs
+
+    @cached_property
+    def eigenvectors(self) -> Matrix:
+        """V, (d, d), one eigenvector a column in the order of ``eigenvalues`` (read on first use)."""
+        return self._read("eigenvectors")
+
+    def fisher(self) -> Matrix:
+        """Return F, (d, d), read from disk."""
+        return self._read("fisher")
+
+    def damping_value(self, damping: float | None = None, mode: DampingMode = "relative") -> float:
+        """Return λ for a damping; None takes the recorded default (and is relative).
+
+        Raises
+        ------
+        InputError, SingularFisherError
+            See :func:`ooc_influence.curvature.damping.damping_value`.
+        """
+        if damping is None:
+            return damping_value(self.eigenvalues, self.trace, self.damping)
+        return damping_value(self.eigenvalues, self.trace, damping, mode)
+
+    def effective_dimension(self, value: float) -> float:
+        """Return d(λ) = Σ e/(e + λ), the number of directions the damping leaves, at λ = ``value``."""
+        kept = self.eigenvalues[self.eigenvalues > 0]
+        return float((kept / (kept + value)).sum())
+
+    def precondition(self, gradients: npt.NDArray[Any], value: float) -> Matrix:
+        """Return (F + λI)⁻¹ g for each row, (q, d) float64, at λ = ``value``."""
+        rotated = np.asarray(gradients, np.float64) @ self.eigenvectors
+        rotated /= self.eigenvalues + value
+        return rotated @ self.eigenvectors.T
+
+    def whitening(self, value: float) -> npt.NDArray[np.float32]:
+        """Return W (d, d) float32 with g (F + λI)⁻¹ gᵀ = ‖gW‖², at λ = ``value``."""
+        return (self.eigenvectors / np.sqrt(self.eigenvalues + value)).astype(np.float32)
+
+    def check(self, train: GradientStore) -> None:
+        """Check that this curvature may be used for ``train``.
+
+        Raises
+        ------
+        MismatchError
+            If it was fitted under another mask.
+        StaleCurvatureError
+            If it was fitted on this store when it held other rows.
+        """
+        if self._attrs["mask_digest"] != train.mask_digest:
+            raise MismatchError(
+                f"expected a curvature fitted under the mask of {train.path}; received {self.path}, fitted under "
+                "another: run fit_fisher on this store"
+            )
+        fitted_here = self._attrs["store_id"] == train.identity
+        if fitted_here and self._attrs["rows_digest"] != train.rows_digest():
+            raise StaleCurvatureError(
+                f"expected a curvature of the {train.n} rows of {train.path}; received {self.path}, fitted when it "
+                f"held {self._attrs['store_rows']} (or before rows were dropped): run fit_fisher again"
+            )
+
+    def __repr__(self) -> str:
+        value = self.damping_value()
+        return (
+            f"<Curvature {str(self.path)!r} d={self.d} rows={self.rows} trace={self.trace:.4g} "
+            f"d(λ={value:.3g})={self.effective_dimension(value):.1f}>"
+        )
+
+
+def save_curvature(path: Path, fisher: Matrix, attributes: Mapping[str, Any]) -> Curvature:
+    """Write F to ``path``, factorise it (it is overwritten), write its spectrum, and open the result.
+
+    What was at ``path`` is replaced; until the last write the group does not count as a curvature.
+
+    Raises
+    ------
+    StoreWriteError
+        If the folder cannot be written.
+    """
+    side = len(fisher)
+    try:
+        shutil.rmtree(path, ignore_errors=True)
+        files = LocalArrayStore(path)
+        group = open_group(files, "w")
+        _write_square(group, "fisher", fisher)
+        eigenvalues, eigenvectors = symmetric_eigen(fisher)
+        create_array(group, "eigenvalues", (side,), (side,), "float64", check=True)[...] = eigenvalues
+        _write_square(group, "eigenvectors", eigenvectors)
+        files.sync_folders()
+        group.attrs[_ATTRIBUTES] = dict(attributes) | {
+            "format": _FORMAT,
+            "version": __version__,
+            "complete": True,
+        }
+        files.sync_folders()
+    except OSError as error:
+        raise StoreWriteError(
+            f"expected to write the curvature to {path}; received: {error}: make room, or give another place with out="
+        ) from error
+    return Curvature(path)
+
+
+def _write_square(group: Any, name: str, matrix: Matrix) -> None:
+    chunks = square_chunks(len(matrix), 8)
+    target = create_array(group, name, matrix.shape, chunks, "float64", check=True)
+    for start in range(0, len(matrix), chunks[0]):
+        target[start : start + chunks[0]] = matrix[start : start + chunks[0]]
+
+
+def _complete_attributes(path: Path) -> dict[str, Any] | None:
+    if not (path / "zarr.json").is_file():
+        return None
+    found = dict(open_group(LocalArrayStore(path, read_only=True), "r").attrs).get(_ATTRIBUTES)
+    return found if isinstance(found, dict) and found.get("complete") else None
+
+
+def curvature_path(train: GradientStore, name: str) -> Path:
+    """Return where a store keeps the curvature ``name``.
+
+    Raises
+    ------
+    InputError
+        If the name could leave the store's folder.
+    """
+    if not name or name.startswith(".") or "/" in name or "\\" in name:
+        raise InputError(f"expected a curvature name without slashes; received {name!r}")
+    return train.path / "curvature" / name
+
+
+def resolve_curvature(train: GradientStore, curvature: Curvature | PathLike | None) -> Curvature:
+    """Return the curvature a call means, checked against the train store.
+
+    Parameters
+    ----------
+    train : GradientStore
+        The store it is for.
+    curvature : Curvature, str, path or None
+        An object; a name in the store; a path of a curvature group; None for ``"default"``.
+
+    Raises
+    ------
+    CurvatureNotFoundError
+        If there is none.
+    MismatchError, StaleCurvatureError
+        See :meth:`Curvature.check`.
+    """
+    if isinstance(curvature, Curvature):
+        found = curvature
+    else:
+        text = "default" if curvature is None else str(curvature)
+        places = [Path(text)] if curvature is not None else []
+        if "/" not in text:
+            places.insert(0, curvature_path(train, text))
+        path = next((place for place in places if _complete_attributes(place) is not None), None)
+        if path is None:
+            raise CurvatureNotFoundError(
+                f"expected a fitted curvature {text!r} in {train.path}; received none: run "
+                f"fit_fisher({str(train.path)!r}) or 'ooc-influence fisher {train.path}'"
+            )
+        found = Curvature(path)
+    found.check(train)
+    return found
+
+
+def default_attributes(store: GradientStore, rows: int, trace: float) -> dict[str, Any]:
+    """Return what a curvature records about the rows it was fitted on."""
+    return {
+        "mask_digest": store.mask_digest,
+        "store_id": store.identity,
+        "store_rows": store.n,
+        "rows_digest": store.rows_digest(),
+        "rows": rows,
+        "trace": trace,
+        "damping": DEFAULT_DAMPING,
+        "weights": None,
+        "blocks": None,
+    }

@@ -1,0 +1,57 @@
+"""Damping, computed in this one place: λ = damping · tr(F)/d (relative) or λ = damping (absolute).
+
+F is the curvature actually used and d its side, zero eigenvalues counted. λ is an argument of every call and never
+stored: what is stored is the undamped spectrum.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from ooc_influence.errors import InputError, SingularFisherError
+
+DampingMode = Literal["relative", "absolute"]
+DEFAULT_DAMPING = 0.1  # relative; near the best in the evaluation that accompanied the design
+
+
+def damping_value(
+    eigenvalues: npt.NDArray[np.float64], trace: float, damping: float, mode: DampingMode = "relative"
+) -> float:
+    """Return λ.
+
+    Parameters
+    ----------
+    eigenvalues : (d,)
+        The undamped spectrum.
+    trace : float
+        tr(F).
+    damping : float
+        The factor (relative) or λ itself (absolute).
+    mode : {"relative", "absolute"}
+        Which.
+
+    Raises
+    ------
+    InputError
+        For a negative or non-finite damping or an unknown mode.
+    SingularFisherError
+        If λ is zero and F has no inverse.
+    """
+    if mode not in ("relative", "absolute"):
+        raise InputError(f"expected damping_mode 'relative' or 'absolute'; received {mode!r}")
+    if not math.isfinite(damping) or damping < 0:
+        raise InputError(f"expected damping >= 0; received {damping}")
+    value = damping * trace / len(eigenvalues) if mode == "relative" else damping
+    if value == 0:
+        floor = eigenvalues.max(initial=0.0) * len(eigenvalues) * np.finfo(np.float32).eps
+        rank = int((eigenvalues > floor).sum())
+        if rank < len(eigenvalues):
+            raise SingularFisherError(
+                f"expected damping > 0 for a Fisher matrix of rank {rank} < {len(eigenvalues)}; received 0: "
+                f"use the default, {DEFAULT_DAMPING}"
+            )
+    return float(value)

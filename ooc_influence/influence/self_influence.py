@@ -1,0 +1,85 @@
+"""Self-influence: score(i, i) = g_iᵀ (F + λI)⁻¹ g_i, how strongly a row speaks for itself.
+
+Rows the rest of the data does not support (wrong labels, outliers) have large values. With W = V diag(e + λ)^-½ it is
+‖g_i W‖²: one GEMM a block.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from ooc_influence.curvature import Curvature, DampingMode, resolve_curvature
+from ooc_influence.influence.pair import open_store
+from ooc_influence.linalg import Stripe, check_workers, cut_stripes, run_stripes
+from ooc_influence.memory import Need, block_limit, plan_block_rows
+from ooc_influence.progress import Progress, tick
+from ooc_influence.store import GradientStore, PathLike, read_blocks
+
+
+def self_influence(
+    train: GradientStore | PathLike,
+    curvature: Curvature | PathLike | None = None,
+    damping: float | None = None,
+    damping_mode: DampingMode = "relative",
+    *,
+    workers: int | None = None,
+    memory: int | str | None = None,
+    progress: bool | None = None,
+) -> npt.NDArray[np.float32]:
+    """Return g_iᵀ (F + λI)⁻¹ g_i for every train row.
+
+    Parameters
+    ----------
+    train : GradientStore or path
+        (n, k).
+    curvature, damping, damping_mode, workers, memory, progress
+        As for :func:`influence_scores`.
+
+    Returns
+    -------
+    (n,) float32
+        Not negative; NaN for dropped rows.
+
+    Raises
+    ------
+    CurvatureNotFoundError, StaleCurvatureError, SingularFisherError, MemoryBudgetError
+        As for :func:`influence_scores`.
+    """
+    store = open_store(train)
+    found = resolve_curvature(store, curvature)
+    value = found.damping_value(damping, damping_mode)
+    slots = check_workers(workers)
+    k = store.k
+    need = Need(
+        stage=f"self-influence for k={k}",
+        fixed=4 * store.n,
+        per_worker=(8 + 8 + 4) * k * k,  # V, V scaled, W
+        per_row=2 * 4 * k,
+        max_rows=block_limit(k),
+        advice="extract with a smaller k",
+    )
+    block_rows = plan_block_rows(need, memory, slots)
+    stripes = cut_stripes(0, store.n, block_rows, slots)
+    with Progress("self-influence", store.n, progress) as bar:
+        parts = run_stripes(_stripe, stripes, bar, store.path, store.n, block_rows, found.path, value, slots=slots)
+    return np.concatenate(parts)
+
+
+def _stripe(
+    stripe: Stripe, key: str, train: Path, n: int, block_rows: int, curvature: Path, value: float
+) -> npt.NDArray[np.float32]:
+    store = GradientStore(train, rows=n)
+    whitening = Curvature(curvature).whitening(value)
+    out = np.empty(stripe.stop - stripe.start, np.float32)
+    buffer = np.empty((min(block_rows, len(out)), store.k), np.float32)
+    for block in read_blocks(store, stripe.start, stripe.stop, block_rows):
+        rotated = np.matmul(block.gradients, whitening, out=buffer[: block.stop - block.start])
+        part = out[block.start - stripe.start : block.stop - stripe.start]
+        np.einsum("ij,ij->i", rotated, rotated, out=part)
+        if block.dropped is not None:
+            part[block.dropped] = np.nan
+        tick(key, block.stop - block.start)
+    return out
