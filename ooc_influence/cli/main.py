@@ -1,0 +1,57 @@
+"""Entry point of ``ooc-influence``: commands are imported when they run, so that help is quick.
+
+Exit codes: 0 done; 1 an unexpected error; 2 a mistake of the user's (one line on stderr, no traceback);
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from ooc_influence._version import __version__
+from ooc_influence.cli import commands
+from ooc_influence.errors import OocInfluenceError
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="ooc-influence")
+@click.option("--traceback", is_flag=True, help="Show where an error comes from.")
+def cli(traceback: bool) -> None:
+    """Training-data attribution at corpus scale.
+
+    Extract compressed per-sample gradients of a PyTorch model into a store on disk, fit the Fisher matrix of its rows,
+    and score every training example's influence on a query: positive scores are proponents, negative ones opponents.
+    """
+
+
+for command in commands.ALL:
+    cli.add_command(command)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        code: Any = cli.main(arguments, prog_name="ooc-influence", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted: finished chunks are kept; run the same command again to go on", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(141)
+    except Exception as error:
+        if "--traceback" in arguments:
+            raise
+        if isinstance(error, OocInfluenceError):
+            click.echo(f"error: {error}", err=True)
+            sys.exit(2)
+        kind = type(error).__name__
+        click.echo(f"error: unexpected {kind}: {error} (ooc-influence --traceback ... shows where)", err=True)
+        sys.exit(1)

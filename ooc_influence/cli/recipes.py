@@ -1,0 +1,82 @@
+"""Loading what ``--recipe`` names, and choosing a split of it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import traceback
+from pathlib import Path
+from types import ModuleType
+
+from ooc_influence.errors import InputError
+from ooc_influence.extract import Recipe, Split
+
+
+def load_recipe(name: str) -> Recipe:
+    """Return the recipe of ``path.py:function`` or ``module:function``.
+
+    Raises
+    ------
+    InputError
+        If the name has another form, or the file, module or function is missing, fails or returns something else.
+    """
+    place, colon, function_name = name.rpartition(":")
+    if not colon or not place or not function_name:
+        raise InputError(f"expected --recipe path.py:function or module:function; received {name!r}")
+    try:
+        module = _load_file(Path(place)) if place.endswith(".py") else _load_module(place)
+        function = getattr(module, function_name, None)
+        if not callable(function):
+            raise InputError(f"expected a function {function_name!r} in {place}; received none: check the name")
+        result = function()
+    except InputError:
+        raise
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise InputError(
+            f"expected the recipe {name} to run; received {type(error).__name__}: {error} "
+            f"(at {frame.filename}:{frame.lineno}): mend the recipe"
+        ) from error
+    if isinstance(result, tuple) and len(result) == 3:
+        result = Recipe(*result)
+    if not isinstance(result, Recipe) or not result.splits:
+        raise InputError(
+            f"expected {name} to return (model, per_sample_loss, splits) or a Recipe, with at least one split; "
+            f"received {type(result).__name__}"
+        )
+    return result
+
+
+def _load_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise InputError(f"expected a Python file {path}; received no such file")
+    sys.path.insert(0, str(path.resolve().parent))  # the recipe may import its neighbours
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _load_module(name: str) -> ModuleType:
+    sys.path.insert(0, str(Path.cwd()))
+    return importlib.import_module(name)
+
+
+def choose_split(recipe: Recipe, name: str | None) -> Split:
+    """Return the split called ``name``, or the only one.
+
+    Raises
+    ------
+    InputError
+        If the name is missing or unknown.
+    """
+    known = ", ".join(recipe.splits)
+    if name is None and len(recipe.splits) > 1:
+        raise InputError(f"expected --split, one of {known}; received none")
+    if name is not None and name not in recipe.splits:
+        raise InputError(f"expected --split to be one of {known}; received {name!r}")
+    return recipe.split(name or next(iter(recipe.splits)))
