@@ -23,6 +23,7 @@ import psutil
 from ooc_influence.errors import InputError, MemoryBudgetError
 
 WORKING = 96 * 2**20  # BLAS work buffers, Zarr's chunks in flight, Dask: what every stage needs besides its own
+BLOCK_BYTES = 64 * 2**20  # a block's float32 rows: larger ones gain nothing
 DEFAULT_SHARE = 0.5  # of what is free, when no budget is given: the page cache and the user need the rest
 _UNITS = {
     "": 1,
@@ -149,8 +150,8 @@ def plan_block_rows(need: Need, memory: int | str | None, workers: int = 1, rese
 
 
 def block_limit(k: int) -> int:
-    """Return the largest block of rows of ``k`` float32 that gains anything: about 64 MiB, a power of two."""
-    rows = 64 * 2**20 // (4 * k)
+    """Return the largest block of rows of ``k`` float32 that gains anything, a power of two."""
+    rows = BLOCK_BYTES // (4 * k)
     return 1 << min(13, max(6, rows.bit_length() - 1))
 
 

@@ -115,8 +115,9 @@ class Curvature:
         InputError, SingularFisherError
             See :func:`ooc_influence.curvature.damping.damping_value`.
         """
-        if damping is None:
-            return damping_value(self.eigenvalues, self.trace, self.damping)
+        if damping is None and mode == "absolute":
+            raise InputError("expected a damping with damping_mode='absolute'; received none: the default is relative")
+        damping = self.damping if damping is None else damping
         return damping_value(self.eigenvalues, self.trace, damping, mode)
 
     def effective_dimension(self, value: float) -> float:

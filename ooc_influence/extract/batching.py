@@ -66,8 +66,19 @@ class Sharding:
         return max(1, min(most, -(-self.rows // chunk_rows) // self.count))
 
     def range(self, group_rows: int) -> tuple[int, int]:
-        """Return this writer's rows, ``start`` to ``stop``, cut at groups."""
+        """Return this writer's rows, ``start`` to ``stop``, cut at groups.
+
+        Raises
+        ------
+        InputError
+            If there are more writers than groups of rows.
+        """
         groups = -(-self.rows // group_rows)
+        if self.count > groups:
+            raise InputError(
+                f"expected at most {groups} writers for {self.rows} rows in chunks of {group_rows}; received "
+                f"{self.count}: use fewer, or smaller chunks (Storage(chunk_rows=...))"
+            )
         edges = (groups * self.index // self.count, groups * (self.index + 1) // self.count)
         return edges[0] * group_rows, min(self.rows, edges[1] * group_rows)
 

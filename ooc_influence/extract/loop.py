@@ -257,14 +257,23 @@ class _Extraction:
             self._start, self._stop = sharding.range(group_rows)
         if store is not None:
             self._claim(store)
+        elif sharding is None:
+            self._check_gap(0)
 
     def _claim(self, store: GradientStore) -> None:
         start, stop = (0, None) if self._sharding is None else (self._start, self._stop)
         writer = store.writer(start, stop)
-        if writer.next_row < self._start:
+        try:
+            self._check_gap(writer.next_row)
+        except InputError:
+            store.close()
+            raise
+
+    def _check_gap(self, committed: int) -> None:
+        if committed < self._start:
             raise InputError(
-                f"expected first_row <= {writer.next_row}, the rows committed in {store.path}; received "
-                f"{self._start}: rows are appended without a gap"
+                f"expected first_row <= {committed}, the rows committed in {self._path}; received {self._start}: rows "
+                "are appended without a gap"
             )
 
     @property
@@ -294,12 +303,7 @@ class _Extraction:
                 bar.advance(size)
                 continue
             probe = self._batching.check_independence and computed == 0
-            losses, rows = taps.rows(model, per_sample_loss, to_device(batch, device), probe=probe)
-            if size is not None and size != len(losses):
-                raise InputError(
-                    f"expected one loss for each of the batch's {size} samples; received {len(losses)}: the first "
-                    "tensor of a batch must have one entry a sample on axis 0"
-                )
+            losses, rows = taps.rows(model, per_sample_loss, to_device(batch, device), size=size, probe=probe)
             if computed == 0 and taps.silent:
                 _warn_silent(taps.silent)
             self._take(batch, row, losses.float().cpu().numpy(), rows.cpu().numpy())

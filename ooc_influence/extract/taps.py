@@ -102,11 +102,15 @@ class GradientTaps:
             entries = self._gathers[number](x.reshape(b, -1, x.shape[-1]), delta.reshape(b, -1, delta.shape[-1]))
             self._rows[:, columns] += entries
 
-    def rows(self, model: nn.Module, per_sample_loss: PerSampleLoss, batch: Any, *, probe: bool) -> Any:
+    def rows(
+        self, model: nn.Module, per_sample_loss: PerSampleLoss, batch: Any, *, size: int | None = None, probe: bool
+    ) -> tuple[Tensor, Tensor]:
         """Return the losses (b,) and the compressed gradients (b, k) float32 of a batch on the device.
 
         Parameters
         ----------
+        size : int or None
+            Samples of the batch, where known.
         probe : bool
             Also check that samples do not influence each other (one more backward pass).
 
@@ -129,6 +133,11 @@ class GradientTaps:
                 raise InputError(
                     "expected the loss to depend on a tapped layer; received one that does not: it was detached, "
                     "computed under no_grad, or the selected layers are not used"
+                )
+            if size is not None and size != len(losses):
+                raise InputError(
+                    f"expected one loss for each of the batch's {size} samples; received {len(losses)}: the first "
+                    "tensor of a batch must have one entry a sample on axis 0"
                 )
             self._rows = torch.zeros((len(losses), self._mask.k), device=self._device)
             if probe and len(losses) > 1:

@@ -199,6 +199,8 @@ class GradientStore(StoreView):
         rows = np.ascontiguousarray(gradients, np.float32)
         if rows.ndim != 2 or rows.shape[1] != self.k:
             raise InputError(f"expected gradients of shape (b, {self.k}); received {rows.shape}")
+        if not len(rows):
+            return
         norms = np.linalg.norm(rows, axis=1) if grad_norm is None else grad_norm
         small = {"loss": np.asarray(loss, np.float32), "grad_norm": np.asarray(norms, np.float32)}
         given = {} if ids is None else {"example_id": ids}

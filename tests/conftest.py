@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ooc_influence import GradientStore, Storage
+from ooc_influence.store import LayerShape, Mask, ModuleMask
+
+
+def whole_mask(k: int) -> Mask:
+    """A mask that keeps all k entries of one layer."""
+    entries = np.arange(k, dtype=np.int32)
+    layer = LayerShape("fc", "linear", (1, k), False)
+    return Mask((ModuleMask(layer, np.zeros_like(entries), entries, np.ones(k, np.float32)),))
+
+
+def random_rows(n: int, k: int, seed: int = 0) -> np.ndarray:
+    """Rows with a decaying spectrum in a random basis, float32."""
+    generator = np.random.default_rng(seed)
+    basis = np.linalg.qr(np.random.default_rng(99).normal(size=(k, k)))[0]
+    return ((generator.normal(size=(n, k)) / np.sqrt(1 + np.arange(k))) @ basis).astype(np.float32)
+
+
+def write_store(path, rows, *, dtype="float32", chunk_rows=64, group_chunks=3, **options) -> GradientStore:
+    storage = Storage(chunk_rows=chunk_rows, group_chunks=group_chunks)
+    with GradientStore.create(path, whole_mask(rows.shape[1]), dtype=dtype, storage=storage, **options) as store:
+        store.append(rows, loss=np.arange(len(rows)))
+    return GradientStore.open(path)
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """A query store (7, 40) and a train store (500, 40), float32."""
+    train = write_store(tmp_path / "train.zarr", random_rows(500, 40))
+    query = write_store(tmp_path / "query.zarr", random_rows(7, 40, seed=1))
+    return query, train

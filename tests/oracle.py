@@ -1,0 +1,69 @@
+"""The dense float64 oracle: written to be obviously right, slow, and independent of the package's own arithmetic."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import torch
+from torch.func import functional_call, grad
+
+
+def per_sample_gradients(model, loss_of_sample, samples, layers):
+    """Full float64 gradients of the named linear layers, (n, p): [weight | bias] of each layer, row by row.
+
+    ``loss_of_sample(model_function, sample)`` returns the scalar loss of one sample.
+    """
+    double = copy.deepcopy(model).double().eval()
+    parameters = {name: value.detach() for name, value in double.named_parameters()}
+
+    def loss(values, sample):
+        return loss_of_sample(lambda *inputs: functional_call(double, values, inputs), sample)
+
+    rows = []
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        for sample in samples:
+            found = grad(loss)(parameters, sample)
+            parts = []
+            for layer in layers:
+                prefix = f"{layer}." if layer else ""
+                matrix = found[f"{prefix}weight"]
+                if f"{prefix}bias" in found:
+                    matrix = torch.cat([matrix, found[f"{prefix}bias"][:, None]], dim=1)
+                parts.append(matrix.flatten())
+            rows.append(torch.cat(parts).numpy())
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+    return np.stack(rows)
+
+
+def keep(gradients, mask):
+    """The masked, weighted columns of full gradients, (n, k)."""
+    parts, first = [], 0
+    for module in mask.modules:
+        height, width = module.layer.shape
+        block = gradients[:, first : first + height * width].reshape(len(gradients), height, width)
+        parts.append(block[:, module.rows, module.cols] * module.weight.astype(np.float64))
+        first += height * width
+    return np.concatenate(parts, axis=1)
+
+
+def fisher(gradients):
+    gradients = np.asarray(gradients, np.float64)
+    return gradients.T @ gradients / len(gradients)
+
+
+def damping(matrix, factor=0.1):
+    return factor * np.trace(matrix) / len(matrix)
+
+
+def scores(queries, gradients, value, matrix=None):
+    matrix = fisher(gradients) if matrix is None else matrix
+    damped = matrix + value * np.eye(len(matrix))
+    return np.asarray(queries, np.float64) @ np.linalg.solve(damped, np.asarray(gradients, np.float64).T)
+
+
+def self_influence(gradients, value, matrix=None):
+    return np.diag(scores(gradients, gradients, value, matrix))

@@ -1,0 +1,87 @@
+"""Imports go one way, and reading and scoring never load the torch models' side."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ooc_influence
+
+PACKAGE = Path(ooc_influence.__file__).parent
+ROOMS = [
+    {"_version", "errors"}, {"memory", "progress"}, {"store"}, {"linalg"}, {"compress"}, {"extract"}, {"curvature"},
+    {"influence"}, {"evaluate"}, {"report"}, {"cli"},
+]  # fmt: skip
+LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def room_of(module: str) -> str | None:
+    parts = module.split(".")
+    return parts[1] if parts[0] == "ooc_influence" and len(parts) > 1 else None
+
+
+def imported_rooms(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {room_of(alias.name) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.add(room_of(node.module or ""))
+    return found - {None}
+
+
+def test_every_room_is_known():
+    rooms = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in FILES}
+    assert rooms == set(LEVEL)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_one_way(path):
+    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    upwards = {room for room in imported_rooms(path) if LEVEL[room] > LEVEL[own]}
+    assert not upwards, f"{own} imports {upwards}"
+
+
+def test_the_rule_can_fail(tmp_path):
+    (tmp_path / "bad.py").write_text("from ooc_influence.cli.main import main\n")
+    assert imported_rooms(tmp_path / "bad.py") == {"cli"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_files_are_short_and_say_what_they_do(path):
+    text = path.read_text()
+    assert ast.get_docstring(ast.parse(text))
+    assert text.count("\n") <= 400
+
+
+def test_scoring_loads_no_model_side(pair):
+    query, train = pair
+    script = f"""
+import sys
+import ooc_influence as ooc
+assert "numpy" not in sys.modules and "torch" not in sys.modules
+train = ooc.GradientStore.open({str(train.path)!r})
+ooc.fit_fisher(train)
+ooc.top_influential({str(query.path)!r}, train, top=3)
+ooc.influence_scores({str(query.path)!r}, train).compute()
+ooc.self_influence(train)
+models = ("torch", "transformers", "ooc_influence.extract", "ooc_influence.cli")
+print([name for name in models if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_public_names_are_there_and_documented():
+    for name in ooc_influence.__all__:
+        assert getattr(ooc_influence, name) is not None
+        if name != "__version__":
+            assert getattr(ooc_influence, name).__doc__
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        ooc_influence.nothing  # noqa: B018

@@ -1,0 +1,163 @@
+"""Real processes: killed in the middle, two at once, a disk that is full."""
+
+from __future__ import annotations
+
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import random_rows, whole_mask
+from numpy.testing import assert_array_equal
+
+from ooc_influence import GradientStore, Storage
+from ooc_influence.errors import StoreWriteError
+
+HERE = str(Path(__file__).parent)
+HEAD = f"import sys; sys.path.insert(0, {HERE!r})\n"
+
+EXTRACT = HEAD + textwrap.dedent("""
+    import time, torch
+    from models import Mlp, batches, data, loss, make
+    from ooc_influence import Dropout, Storage, extract_gradients
+    torch.set_num_threads(1)
+    path, pause = sys.argv[1], float(sys.argv[2])
+    def slow(model, batch):
+        time.sleep(pause)
+        return loss(model, batch)
+    source = batches(*data(Mlp, 200), 6)
+    print("ready", flush=True)
+    extract_gradients(make(Mlp), slow, source, path, compressor=Dropout(k=300), storage=Storage(16, 2))
+    print("done", flush=True)
+""")
+
+APPEND = HEAD + textwrap.dedent("""
+    import numpy as np
+    from conftest import random_rows
+    from ooc_influence import GradientStore
+    from ooc_influence.errors import StoreBusyError
+    path, seed = sys.argv[1], int(sys.argv[2])
+    store = GradientStore.open(path, "a")
+    print("ready", flush=True)
+    sys.stdin.readline()
+    try:
+        for row in random_rows(300, 8, seed):
+            store.append(row[None], loss=[seed])
+        store.close()
+        print("done")
+    except StoreBusyError as error:
+        print("refused")
+""")
+
+
+def start(script, *arguments):
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def files(path):
+    """Every chunk file of a store, by name."""
+    return {
+        str(file.relative_to(path)): file.read_bytes()
+        for file in path.rglob("*")
+        if file.is_file() and file.name != "zarr.json" and not file.name.startswith(".claim")
+    }
+
+
+def test_kill_9_then_resume_equals_an_uninterrupted_run(tmp_path):
+    """Killed at growing delays until it has been hit several times between its first and its last commit."""
+    whole = tmp_path / "whole.zarr"
+    subprocess.run([sys.executable, "-c", EXTRACT, str(whole), "0"], check=True, capture_output=True)
+    expected = GradientStore.open(whole).rows()
+    path = tmp_path / "killed.zarr"
+    seen = []
+    for delay in (0.2, 0.3, 0.25, 0.4):
+        process = start(EXTRACT, path, 0.03)
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        if path.exists():
+            store = GradientStore.open(path)
+            seen.append(store.n)
+            assert store.n % 16 == 0 or store.n == 200
+            assert_array_equal(store.rows(), expected[: store.n])
+            assert store.verify() == []
+    assert any(0 < rows < 200 for rows in seen), seen
+    assert seen == sorted(seen)
+    subprocess.run([sys.executable, "-c", EXTRACT, str(path), "0"], check=True, capture_output=True)
+    assert files(path) == files(whole)
+    assert not list(path.rglob("*.partial"))
+
+
+def test_two_processes_appending_lose_nothing(tmp_path):
+    path = tmp_path / "s.zarr"
+    GradientStore.create(path, whole_mask(8), dtype="float32", storage=Storage(16, 2)).close()
+    processes = [start(APPEND, path, seed) for seed in (1, 2)]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    outcomes = [process.communicate()[0].strip() for process in processes]
+    assert "done" in outcomes
+    store = GradientStore.open(path)
+    assert store.verify() == []
+    stored = {tuple(row) for row in store.rows().tolist()}
+    for seed, outcome in zip((1, 2), outcomes, strict=True):
+        rows = {tuple(row) for row in random_rows(300, 8, seed).tolist()}
+        assert rows <= stored if outcome == "done" else not rows & stored
+    assert store.n == 300 * outcomes.count("done")
+
+
+def test_a_claim_dies_with_its_process(tmp_path):
+    path = tmp_path / "s.zarr"
+    GradientStore.create(path, whole_mask(8), storage=Storage(16, 2)).close()
+    script = HEAD + textwrap.dedent("""
+        import time
+        from conftest import random_rows
+        from ooc_influence import GradientStore
+        store = GradientStore.open(sys.argv[1], "a")
+        store.append(random_rows(20, 8), loss=[0.0] * 20)
+        print("holding", flush=True)
+        time.sleep(60)
+    """)
+    process = start(script, path)
+    assert process.stdout.readline() == "holding\n"
+    process.kill()
+    process.communicate()
+    with GradientStore.open(path, "a") as store:
+        assert store.n == 16
+        store.append(random_rows(4, 8), loss=np.zeros(4))
+    assert GradientStore.open(path).n == 20
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_full_disk_keeps_what_was_committed(tmp_path):
+    """A limit on file size stands for the disk: the write fails half-way with EFBIG."""
+    rows = random_rows(64, 8)
+    store = GradientStore.create(tmp_path / "s.zarr", whole_mask(8), dtype="float32", storage=Storage(16, 2))
+    store.append(rows[:16], loss=np.zeros(16))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300, hard))
+        with pytest.raises(StoreWriteError, match=r"no space left.*rows up to 16 are committed"):
+            store.append(rows[16:], loss=np.zeros(48))
+        store.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    reader = GradientStore.open(store.path)
+    assert_array_equal(reader.rows(), rows[:16])
+    assert reader.verify() == []
+    with GradientStore.open(store.path, "a") as again:
+        again.append(rows[16:], loss=np.zeros(48))
+    assert_array_equal(GradientStore.open(store.path).rows(), rows)

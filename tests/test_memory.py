@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+
+from ooc_influence.errors import InputError, MemoryBudgetError
+from ooc_influence.memory import (
+    WORKING,
+    Need,
+    PeakMemory,
+    block_limit,
+    budget_bytes,
+    format_bytes,
+    parse_bytes,
+    plan_block_rows,
+    process_anonymous,
+)
+
+# distinct primes: a term that is missing or counted twice shows
+NEED = Need("stage for k=5", fixed=1_000_003, per_worker=100_003, per_row=10_007, max_rows=1024, advice="reduce k")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("4GiB", 2**32), ("1.5 kb", 1500), ("7", 7), (7, 7), ("2 MiB", 2**21), ("1t", 10**12), ("3Gi", 3 * 2**30)],
+)
+def test_sizes(text, expected):
+    assert parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "four", "-1GiB", "0", "4 XB", "iB"])
+def test_bad_sizes(text):
+    with pytest.raises(InputError, match="memory size"):
+        parse_bytes(text)
+
+
+def test_format():
+    assert [format_bytes(number) for number in (5, 2048, 9.4 * 2**30)] == ["5 B", "2 KiB", "9.4 GiB"]
+
+
+def test_projection_counts_every_term():
+    assert NEED.peak(16, 3, 11) == 11 + WORKING + 1_000_003 + 3 * (100_003 + 16 * 10_007)
+
+
+def test_blocks_shrink_to_the_budget_and_no_further():
+    budget = NEED.peak(256, 2, 0)
+    assert plan_block_rows(NEED, budget, 2, reserved=0) == 256
+    assert plan_block_rows(NEED, budget - 1, 2, reserved=0) == 128
+    assert plan_block_rows(NEED, 10**12, 2, reserved=0) == 1024
+
+
+def test_refusal_names_both_numbers_and_the_ways_out():
+    budget = NEED.peak(16, 1, 0)
+    with pytest.raises(MemoryBudgetError, match=r"needs .* with 2 workers, budget .*--workers 1.*--memory .*reduce k"):
+        plan_block_rows(NEED, budget, 2, reserved=0)
+    assert plan_block_rows(NEED, budget, 1, reserved=0) == 16
+
+
+def test_default_budget_is_a_share_of_what_is_free():
+    assert process_anonymous() < budget_bytes(None)
+    assert budget_bytes("1GiB") == 2**30
+
+
+def test_block_limit():
+    assert block_limit(4096) == 4096
+    assert block_limit(1) == 8192
+    assert block_limit(10**7) == 64
+
+
+def test_peak_memory_sees_an_allocation():
+    with PeakMemory(interval=0.001) as watch:
+        block = np.ones(64 * 2**20, np.uint8)
+        time.sleep(0.05)
+        del block
+    assert watch.peak - watch.start > 50 * 2**20
