@@ -87,6 +87,8 @@ def fit_fisher(
     """
     train = store if isinstance(store, GradientStore) else GradientStore.open(store)
     target = parse_path(out) if out is not None else curvature_path(train, name)
+    slots = check_workers(workers)
+    block_rows = plan_block_rows(fisher_need(train.k, slots), memory, slots)
     if not refit:
         try:
             found = Curvature(target)
@@ -97,8 +99,6 @@ def fit_fisher(
             pass
     if not train.n:
         raise InputError(f"expected a store with committed rows; received {train.path} with none: extract first")
-    slots = check_workers(workers)
-    block_rows = plan_block_rows(fisher_need(train.k, slots), memory, slots)
     stripes = cut_stripes(0, train.n, block_rows, slots)
     with Progress("fisher", train.n, progress) as bar:
         total, rows = run_stripes(

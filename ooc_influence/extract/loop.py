@@ -23,7 +23,6 @@ from ooc_influence.errors import (
     MismatchError,
     NonFiniteError,
     OocInfluenceWarning,
-    StoreNotFoundError,
 )
 from ooc_influence.extract.batching import (
     Batches,
@@ -36,23 +35,13 @@ from ooc_influence.extract.batching import (
     row_values,
     to_device,
 )
-from ooc_influence.extract.layers import ModuleSelection, find_layers, model_fingerprint, select_layers
-from ooc_influence.extract.taps import GradientTaps, PerSampleLoss, parameter_sequence, tapped
+from ooc_influence.extract.layers import ModuleSelection
+from ooc_influence.extract.plan import Plan, make_plan, open_existing, parse_device
+from ooc_influence.extract.taps import GradientTaps, PerSampleLoss, tapped
 from ooc_influence.progress import Progress
-from ooc_influence.store import GradientStore, Mask, PathLike, Storage, column_dtype, parse_path
+from ooc_influence.store import GradientStore, PathLike, Storage, column_dtype
 
 logger = logging.getLogger("ooc_influence")
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """All that fixes what a store will hold."""
-
-    mask: Mask
-    dtype: str
-    attributes: dict[str, Any]
-    storage: Storage
-    planned_rows: int | None
 
 
 @dataclass(frozen=True)
@@ -147,10 +136,10 @@ def extract_gradients(
         If the disk refuses; a later run goes on from the last commit.
     """
     batching, storage = batching or Batching(), storage or Storage()
-    target = torch.device(device) if device is not None else parameter_sequence(model)[0].device
-    plan = _make_plan(model, compressor, like, modules, dtype, loss_kind, storage, sharding)
+    target = parse_device(model, device)
+    plan = make_plan(model, compressor, like, modules, dtype, loss_kind, storage, sharding)
     metadata = _RowMetadata(ids, columns or {})
-    opened = _open_existing(store, plan)
+    opened = open_existing(store, plan)
     job = _Extraction(store, plan, metadata, batching, sharding, opened)
     try:
         with (
@@ -167,82 +156,13 @@ def _total(batches: Batches, sharding: Sharding | None) -> int | None:
     return count_rows(batches) if sharding is None else sharding.rows // sharding.count
 
 
-def _make_plan(
-    model: torch.nn.Module,
-    compressor: Dropout | None,
-    like: GradientStore | PathLike | None,
-    modules: ModuleSelection,
-    dtype: str,
-    loss_kind: str | None,
-    storage: Storage,
-    sharding: Sharding | None,
-) -> _Plan:
-    """Fix mask and attributes, from the compressor or from the train store."""
-    fingerprint = model_fingerprint(model)
-    attributes: dict[str, Any] = {"model": {"fingerprint": fingerprint, "class": type(model).__name__}}
-    attributes["loss_kind"] = loss_kind
-    if like is not None:
-        if compressor is not None or modules is not None:
-            raise InputError("expected either like= or compressor= and modules=; received both: like fixes the mask")
-        train = like if isinstance(like, GradientStore) else GradientStore.open(like)
-        if train.attrs["model"]["fingerprint"] != fingerprint:
-            raise MismatchError(
-                f"expected the model that {train.path} was made with; received another (names, shapes or values of "
-                "its tensors differ): load the same checkpoint"
-            )
-        mask = train.mask
-        find_layers(model, [module.layer for module in mask.modules])
-        attributes |= {"compressor": train.attrs["compressor"], "covered": train.attrs["covered"]}
-    else:
-        chosen = compressor or Dropout()
-        layers, share = select_layers(model, modules)
-        mask = chosen.draw(layers)
-        attributes |= {"compressor": chosen.to_dict(), "covered": share}
-    if sharding is not None:
-        chunk_rows = storage.rows_for(mask.k, dtype)  # type: ignore[arg-type]
-        storage = Storage(chunk_rows, sharding.group_chunks(chunk_rows, storage.group_chunks))
-    return _Plan(mask, dtype, attributes, storage, sharding.rows if sharding else None)
-
-
-def _open_existing(path: PathLike, plan: _Plan) -> GradientStore | None:
-    """Open the store of an earlier run to go on with it; None where there is none."""
-    try:
-        store = GradientStore.open(path, mode="a")
-    except StoreNotFoundError:
-        folder = parse_path(path)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise InputError(
-                f"expected a store or nothing at {path}; received something else: choose another path"
-            ) from None
-        return None
-    for what, expected, received in (
-        ("compressor", store.attrs["compressor"], plan.attributes["compressor"]),
-        ("model fingerprint", store.attrs["model"]["fingerprint"], plan.attributes["model"]["fingerprint"]),
-        ("selected layers (mask digest)", store.mask_digest, plan.mask.digest),
-        ("dtype", store.layout.dtype, plan.dtype),
-        ("planned rows", store.layout.planned_rows, plan.planned_rows),
-        ("loss_kind", store.attrs["loss_kind"], plan.attributes["loss_kind"]),
-    ):
-        if expected != received:
-            raise MismatchError(
-                f"expected the {what} of the store at {path}, {_short(expected)}; received {_short(received)}: "
-                "extract to another path, or remove the store"
-            )
-    return store
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) < 80 else text[:12]
-
-
 class _Extraction:
     """One call's way through the batches."""
 
     def __init__(
         self,
         path: PathLike,
-        plan: _Plan,
+        plan: Plan,
         metadata: _RowMetadata,
         batching: Batching,
         sharding: Sharding | None,
@@ -351,9 +271,9 @@ class _Extraction:
             ids=dtypes.pop("example_id", None),
             columns=dtypes,
             attributes=plan.attributes,
-            exist_ok=True,  # another writer may have been first: _open_existing checks that it is the same store
+            exist_ok=True,  # another writer may have been first: open_existing checks that it is the same store
         )
-        store = _open_existing(self._path, plan)
+        store = open_existing(self._path, plan)
         assert store is not None
         self._claim(store)
         self._store = store

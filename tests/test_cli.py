@@ -1,0 +1,203 @@
+"""The commands, end to end on a small model; one line, no traceback and exit code 2 for a user's mistake."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+
+from ooc_influence import GradientStore, influence_scores
+from ooc_influence.cli.main import main
+
+RECIPE = """
+import torch
+from models import Mlp, batches, data, loss, make
+from ooc_influence import Recipe, Split
+
+def recipe():
+    x, y = data(Mlp, 60)
+    train = Split(batches(x[:50], y[:50], 8), ids=[f"doc-{row}" for row in range(50)], columns={"label": y[:50]})
+    return Recipe(make(Mlp), loss, {"train": train, "test": batches(x[50:], y[50:], 8)}, loss_kind="cross_entropy")
+
+def as_tuple():
+    return make(Mlp), loss, {"only": batches(*data(Mlp, 10), 5)}
+
+def failing():
+    return 1 / 0
+
+def nothing():
+    return None
+
+number = 3
+"""
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Run a command in ``tmp_path``; return (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    (tmp_path / "my_recipe.py").write_text(RECIPE)
+
+    def call(line):
+        with pytest.raises(SystemExit) as stopped:
+            main(line.split())
+        out, err = capsys.readouterr()
+        return stopped.value.code or 0, out, err
+
+    return call
+
+
+@pytest.fixture
+def stores(run):
+    for line in (
+        "extract --recipe my_recipe.py:recipe --split train --store train.zarr --k 200",
+        "extract --recipe my_recipe.py:recipe --split test --store test.zarr --like train.zarr",
+        "fisher train.zarr",
+    ):
+        code, _, err = run(line)
+        assert (code, err) == (0, "")
+
+
+def test_the_whole_way(run, stores):
+    code, out, err = run("score test.zarr train.zarr --out scores.zarr --json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["queries"] == 10
+    expected = influence_scores("test.zarr", "train.zarr").compute()
+    assert (zarr.open_array("scores.zarr")[...] == expected).all()
+
+    code, out, _ = run("top test.zarr train.zarr --top 3 --json")
+    first = json.loads(out)["queries"][0]
+    row = int(np.argmax(expected[0]))
+    assert first["proponents"][0] == {"row": row, "id": f"doc-{row}", "score": float(expected[0, row])}
+    assert [len(first[side]) for side in ("proponents", "opponents")] == [3, 3]
+
+    code, out, _ = run("self-influence train.zarr --top 4 --out values.npy --json")
+    rows = json.loads(out)["rows"]
+    values = np.load("values.npy")
+    assert values.shape == (50,)
+    assert [entry["row"] for entry in rows] == np.argsort(-values)[:4].tolist()
+
+    code, out, _ = run("info train.zarr --json")
+    facts = json.loads(out)
+    assert (facts["rows"], facts["k"], facts["columns"]) == (50, 200, {"label": "int64"})
+    assert facts["curvature"] == {"default": "up to date"}
+    assert facts["loss_kind"] == "cross_entropy"
+
+    for line, words in (
+        ("info train.zarr", ["rows", "50", "curvature.default", "up to date"]),
+        ("top test.zarr train.zarr --top 1", ["query 9", "proponent", "opponent", "doc-"]),
+        ("self-influence train.zarr", ["doc-", "self-influence"]),
+        ("fisher train.zarr --refit", ["<Curvature", "rows=50"]),
+        ("score test.zarr train.zarr --out again.zarr --damping 1 --damping-mode absolute", ["10 queries x 50 rows"]),
+    ):
+        code, out, err = run(line)
+        assert (code, err) == (0, "")
+        assert all(word in out for word in words), out
+
+
+def test_running_extract_again_does_nothing(run, stores):
+    code, out, _ = run("extract --recipe my_recipe.py:recipe --split train --store train.zarr --k 200 --json")
+    assert code == 0
+    assert json.loads(out)["rows"] == 50
+
+
+def test_the_only_split_and_a_module_recipe(run):
+    code, _, err = run("extract --recipe my_recipe:as_tuple --store s.zarr --k 50 --dtype bfloat16 --modules last")
+    assert (code, err) == (0, "")
+    assert GradientStore.open("s.zarr").shape == (10, 50)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("fisher nowhere.zarr", "no such path"),
+        ("info nowhere.zarr", "no such path"),
+        ("top train.zarr nowhere.zarr", "no such path"),
+        ("fisher train.zarr --memory lots", "memory size such as"),
+        ("fisher train.zarr --memory 1MiB --refit", "budget 1 MiB"),
+        ("fisher train.zarr --workers 0", "workers >= 1"),
+        ("fisher train.zarr --name ../other", "curvature name"),
+        ("self-influence test.zarr", "run fit_fisher"),
+        ("self-influence train.zarr --curvature other", "run fit_fisher"),
+        ("self-influence train.zarr --damping -1", "damping >= 0"),
+        ("self-influence train.zarr --damping 0", "of rank"),
+        ("top test.zarr train.zarr --top 0", "top >= 1"),
+        ("score test.zarr train.zarr --out train.zarr", "expected nothing at"),
+        ("extract --recipe my_recipe.py:recipe --store a.zarr", "--split, one of train, test"),
+        ("extract --recipe my_recipe.py:recipe --store a.zarr --split x", "to be one of train, test"),
+        ("extract --recipe my_recipe.py --store a.zarr", "path.py:function"),
+        ("extract --recipe none.py:recipe --store a.zarr", "no such file"),
+        ("extract --recipe none:recipe --store a.zarr", "ModuleNotFoundError"),
+        ("extract --recipe my_recipe.py:failing --store a.zarr", "ZeroDivisionError: division by zero (at"),
+        ("extract --recipe my_recipe.py:nothing --store a.zarr", "received NoneType"),
+        ("extract --recipe my_recipe.py:number --store a.zarr", "received none: check the name"),
+        ("extract --recipe my_recipe.py:as_tuple --store a.zarr --k 999999", "k <= p"),
+        ("extract --recipe my_recipe.py:as_tuple --store train.zarr --k 50", "expected the compressor"),
+        ("extract --recipe my_recipe.py:as_tuple --store a.zarr --like train.zarr --k 9", "--like fixes the mask"),
+        ("extract --recipe my_recipe.py:as_tuple --store my_recipe.py --k 9", "received something else"),
+        ("extract --recipe my_recipe.py:as_tuple --store s3://bucket/a.zarr", "object storage"),
+        ("extract --recipe my_recipe.py:as_tuple --store a.zarr --device nonsense", "expected a device such as"),
+        ("demo --rows 5", "expected --rows >= 1437"),
+    ],
+)
+def test_a_mistake_is_one_line(run, stores, line, message):
+    code, out, err = run(line)
+    assert code == 2
+    assert out == ""
+    assert err.startswith("error: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("line", ["top test.zarr", "score a b", "extract", "unknown", "fisher a --workers x"])
+def test_wrong_usage(run, line):
+    code, _, err = run(line)
+    assert code == 2
+    assert "Usage:" in err
+
+
+def test_an_unexpected_error_is_one_line_too(run, stores, monkeypatch):
+    monkeypatch.setattr("ooc_influence.curvature.fisher.read_blocks", None)
+    code, _, err = run("fisher train.zarr --refit")
+    assert code == 1
+    assert err.startswith("error: unexpected TypeError")
+    with pytest.raises(TypeError):
+        main(["--traceback", "fisher", "train.zarr", "--refit"])
+
+
+def test_interruption(run, stores, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ooc_influence.curvature.fisher.read_blocks", stop)
+    code, _, err = run("fisher train.zarr --refit")
+    assert code == 130
+    assert "run the same command again" in err
+
+
+def test_help_loads_nothing_heavy():
+    script = """
+    import sys
+    from ooc_influence.cli.main import main
+    try:
+        main(["extract", "--help"])
+    except SystemExit as stopped:
+        assert not stopped.code
+    print([name for name in ("torch", "numpy", "zarr", "dask") if name in sys.modules])
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True)
+    assert "--recipe" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_version(run):
+    code, out, _ = run("--version")
+    assert code == 0
+    assert out.startswith("ooc-influence, version ")
