@@ -1,4 +1,4 @@
-"""What a run will store, fixed before it starts: from the compressor or a train store, checked against what is there."""
+"""What a run will store, fixed before it starts, and checked against what an earlier run stored."""
 
 from __future__ import annotations
 
@@ -27,6 +27,13 @@ class Plan:
 
 
 def parse_device(model: torch.nn.Module, device: torch.device | str | None) -> torch.device:
+    """Return where to run: the device asked for, if it is there, or the model's.
+
+    Raises
+    ------
+    InputError
+        For a device that is not known or not there.
+    """
     home = parameter_sequence(model)[0].device
     try:
         chosen = home if device is None else torch.device(device)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from ooc_influence.cli.demo.digits import TRAIN, Digits, load_digits, make_model, make_recipe, train_model
+from ooc_influence.cli.demo.digits import TRAIN, Digits, load_digits, load_model, make_recipe
 from ooc_influence.compress import Dropout
 from ooc_influence.curvature import fit_fisher
 from ooc_influence.errors import InputError
@@ -63,7 +63,7 @@ def run_demo(out: str, *, rows: int | None, k: int, memory: str, progress: bool,
         say(
             f"{len(digits.images)} handwritten digits, {TRAIN} to train on, {digits.flipped.sum()} of those mislabelled"
         )
-        model = _model(digits, folder)
+        model = load_model(digits, folder)
         recipe = make_recipe(digits, model, rows)
         train, test = _extract(recipe, folder, k, progress)
         curvature = fit_fisher(train, memory=memory, progress=progress)
@@ -78,20 +78,6 @@ def run_demo(out: str, *, rows: int | None, k: int, memory: str, progress: bool,
     say(f"\n{seconds:.0f} s in all; stores and picture are in {folder}/")
     numbers = {name: value for name, value in facts.items() if name != "text"}
     return {"rows": train.n, "k": train.k, "mislabelled": found, "explained": explained, **numbers, "seconds": seconds}
-
-
-def _model(digits: Digits, folder: Path) -> nn.Module:
-    """Return the trained model, from the folder where an earlier run left it."""
-    path = folder / "model.pt"
-    model = make_model()
-    if path.exists():
-        model.load_state_dict(torch.load(path, weights_only=True))
-        return model
-    model = train_model(digits)
-    temporary = path.with_suffix(".tmp")
-    torch.save(model.state_dict(), temporary)
-    temporary.replace(path)
-    return model
 
 
 def _extract(recipe: Any, folder: Path, k: int, progress: bool) -> tuple[GradientStore, GradientStore]:
