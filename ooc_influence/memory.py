@@ -12,6 +12,7 @@ tight, blocks shrink; when even the smallest block does not fit, the call refuse
 
 from __future__ import annotations
 
+import contextlib
 import re
 import threading
 from dataclasses import dataclass
@@ -75,12 +76,11 @@ def available() -> int:
     """Return the bytes this process may still take: free memory, or less where a cgroup limits it."""
     free = int(psutil.virtual_memory().available)
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    try:
+    with contextlib.suppress(OSError, ValueError, TypeError):
         text = limit.read_text().strip()
+        cached = re.search(r"^inactive_file (\d+)", used.with_name("memory.stat").read_text(), re.M)
         if text != "max":
-            free = min(free, int(text) - int(used.read_text()))
-    except (OSError, ValueError):
-        pass
+            free = min(free, int(text) - int(used.read_text()) + int(cached[1] if cached else 0))
     return max(free, 0)
 
 
@@ -134,7 +134,7 @@ def plan_block_rows(need: Need, memory: int | str | None, workers: int = 1, rese
     held = process_anonymous() if reserved is None else reserved
     rows = need.max_rows
     while rows > need.min_rows and need.peak(rows, workers, held) > budget:
-        rows //= 2
+        rows = max(need.min_rows, rows // 2)
     smallest = need.peak(rows, workers, held)
     if smallest > budget:
         ways = [f"--memory {format_bytes(smallest * 1.05).replace(' ', '')}"]

@@ -52,6 +52,11 @@ class Progress:
             with _lock:
                 self._bar.update(units)
 
+    def stop(self) -> None:
+        """Make the next tick of every task under this key stop its task."""
+        _bars.pop(self.key, None)
+        _stopped.add(self.key)
+
     def __enter__(self) -> Self:
         _bars[self.key] = self
         return self
@@ -61,7 +66,7 @@ class Progress:
     ) -> None:
         _bars.pop(self.key, None)
         if error is not None:
-            _stopped.add(self.key)
+            self.stop()
         if self._bar is not None:
             self._bar.close()
 
@@ -79,6 +84,6 @@ def tick(key: str, units: int) -> None:
         bar.advance(units)
     elif key in _stopped:
         raise InterruptedError("the run this task belongs to was stopped")
-    elif "distributed" in sys.modules:
+    elif key and "distributed" in sys.modules:
         with contextlib.suppress(ValueError):  # not on a worker
             sys.modules["distributed"].get_worker().log_event(key, units)

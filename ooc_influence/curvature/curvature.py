@@ -8,6 +8,7 @@ float64, and as attributes the rows used and a digest of their commit records. T
 from __future__ import annotations
 
 import shutil
+import uuid
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +23,9 @@ from ooc_influence.errors import (
     CurvatureNotFoundError,
     InputError,
     MismatchError,
+    NonFiniteError,
     StaleCurvatureError,
+    StoreExistsError,
     StoreWriteError,
 )
 from ooc_influence.linalg import symmetric_eigen
@@ -34,7 +37,9 @@ from ooc_influence.store import (
     open_group,
     parse_path,
     read_array,
+    replace_folder,
     square_chunks,
+    temporary_folder,
 )
 
 Matrix = npt.NDArray[np.float64]
@@ -61,7 +66,7 @@ class Curvature:
         The relative damping used where a call gives none.
     """
 
-    def __init__(self, path: PathLike) -> None:
+    def __init__(self, path: PathLike, fit: str | None = None) -> None:
         self.path = parse_path(path)
         attrs = _complete_attributes(self.path)
         if attrs is None:
@@ -69,6 +74,7 @@ class Curvature:
         if attrs["format"] != _FORMAT:
             raise InputError(f"expected curvature format {_FORMAT} at {self.path}; received {attrs['format']}: upgrade")
         self._attrs = attrs
+        self._check_fit(fit)
         self.eigenvalues: Matrix = self._read("eigenvalues")
         self.trace = float(attrs["trace"])
         self.rows = int(attrs["rows"])
@@ -86,7 +92,22 @@ class Curvature:
         return cls(path)
 
     def _read(self, name: str) -> Matrix:
-        return read_array(open_group(LocalArrayStore(self.path, read_only=True), "r"), name)
+        found = read_array(open_group(LocalArrayStore(self.path, read_only=True), "r"), name)
+        self._check_fit((_complete_attributes(self.path) or {}).get("fit"))
+        return found
+
+    def _check_fit(self, fit: str | None) -> None:
+        """Check that what is on disk is still the fit this object was opened on: another one may replace it."""
+        if fit is not None and fit != self._attrs["fit"]:
+            raise StaleCurvatureError(
+                f"expected the curvature {self.path} as it was when it was opened; received a newer fit: open it again"
+            )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.path, self._attrs["fit"])
+
+    def __dask_tokenize__(self) -> str:
+        return str(self._attrs["fit"])
 
     @property
     def d(self) -> int:
@@ -168,34 +189,55 @@ class Curvature:
 def save_curvature(path: Path, fisher: Matrix, attributes: Mapping[str, Any]) -> Curvature:
     """Write F to ``path``, factorise it (it is overwritten), write its spectrum, and open the result.
 
-    What was at ``path`` is replaced; until the last write the group does not count as a curvature.
+    A curvature at ``path`` is replaced once all of the new one is written.
 
     Raises
     ------
+    NonFiniteError
+        If F is not finite: rows too large for float32 sums.
     StoreWriteError
         If the folder cannot be written.
     """
+    if not np.isfinite(attributes["trace"]):
+        raise NonFiniteError(
+            "expected a finite Fisher matrix; received NaN or Inf: gradients beyond 1e18 overflow, scale the loss", []
+        )
     side = len(fisher)
     try:
-        shutil.rmtree(path, ignore_errors=True)
-        files = LocalArrayStore(path)
-        group = open_group(files, "w")
-        _write_square(group, "fisher", fisher)
-        eigenvalues, eigenvectors = symmetric_eigen(fisher)
-        create_array(group, "eigenvalues", (side,), (side,), "float64", check=True)[...] = eigenvalues
-        _write_square(group, "eigenvectors", eigenvectors)
-        files.sync_folders()
-        group.attrs[_ATTRIBUTES] = dict(attributes) | {
-            "format": _FORMAT,
-            "version": __version__,
-            "complete": True,
-        }
-        files.sync_folders()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = temporary_folder(path)
+        try:
+            files = LocalArrayStore(temporary)
+            group = open_group(files, "w")
+            _write_square(group, "fisher", fisher)
+            eigenvalues, eigenvectors = symmetric_eigen(fisher)
+            create_array(group, "eigenvalues", (side,), (side,), "float64", check=True)[...] = eigenvalues
+            _write_square(group, "eigenvectors", eigenvectors)
+            marks = {"format": _FORMAT, "version": __version__, "fit": uuid.uuid4().hex, "complete": True}
+            group.attrs[_ATTRIBUTES] = dict(attributes) | marks
+            replace_folder(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
         raise StoreWriteError(
             f"expected to write the curvature to {path}; received: {error}: make room, or give another place with out="
         ) from error
     return Curvature(path)
+
+
+def check_replaceable(path: Path) -> None:
+    """Check that only a curvature, or nothing, is at ``path``.
+
+    Raises
+    ------
+    StoreExistsError
+        If something else is there.
+    """
+    empty = not path.exists() or (path.is_dir() and not any(path.iterdir()))
+    if not empty and _attributes(path) is None:
+        raise StoreExistsError(
+            f"expected a curvature or nothing at {path}; received something else: choose another path"
+        )
 
 
 def _write_square(group: Any, name: str, matrix: Matrix) -> None:
@@ -206,10 +248,15 @@ def _write_square(group: Any, name: str, matrix: Matrix) -> None:
 
 
 def _complete_attributes(path: Path) -> dict[str, Any] | None:
+    found = _attributes(path)
+    return found if found and found.get("complete") else None
+
+
+def _attributes(path: Path) -> dict[str, Any] | None:
     if not (path / "zarr.json").is_file():
         return None
     found = dict(open_group(LocalArrayStore(path, read_only=True), "r").attrs).get(_ATTRIBUTES)
-    return found if isinstance(found, dict) and found.get("complete") else None
+    return found if isinstance(found, dict) else None
 
 
 def curvature_path(train: GradientStore, name: str) -> Path:

@@ -13,8 +13,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ooc_influence.curvature.curvature import Curvature, curvature_path, default_attributes, save_curvature
-from ooc_influence.errors import CurvatureNotFoundError, InputError, StaleCurvatureError
+from ooc_influence.curvature.curvature import (
+    Curvature,
+    check_replaceable,
+    curvature_path,
+    default_attributes,
+    save_curvature,
+)
+from ooc_influence.errors import CurvatureNotFoundError, InputError, StaleCurvatureError, StoreExistsError
 from ooc_influence.linalg import GramAccumulator, Stripe, check_workers, cut_stripes, run_stripes
 from ooc_influence.linalg.eigen import eigen_bytes
 from ooc_influence.memory import Need, block_limit, plan_block_rows
@@ -82,6 +88,8 @@ def fit_fisher(
         For a store without live rows.
     MemoryBudgetError
         If the budget does not hold the matrices.
+    StoreExistsError
+        If something else than this store's curvature is there.
     StoreDamagedError
         If a committed chunk is missing or short.
     """
@@ -89,30 +97,40 @@ def fit_fisher(
     target = parse_path(out) if out is not None else curvature_path(train, name)
     slots = check_workers(workers)
     block_rows = plan_block_rows(fisher_need(train.k, slots), memory, slots)
+    check_replaceable(target)
     if not refit:
-        try:
-            found = Curvature(target)
-            found.check(train)
-            logger.info("%s is up to date", target)
+        found = _up_to_date(target, train)
+        if found is not None:
             return found
-        except (CurvatureNotFoundError, StaleCurvatureError):
-            pass
     if not train.n:
         raise InputError(f"expected a store with committed rows; received {train.path} with none: extract first")
     stripes = cut_stripes(0, train.n, block_rows, slots)
     with Progress("fisher", train.n, progress) as bar:
-        total, rows = run_stripes(
-            _sum_stripe, stripes, bar, train.path, train.n, block_rows, slots=slots, reduce=_add_sums
-        )
+        total, rows = run_stripes(_sum_stripe, stripes, bar, train, block_rows, slots=slots, reduce=_add_sums)
     if not rows:
         raise InputError(f"expected a store with live rows; received {train.path} whose rows are all dropped")
     total /= rows
     return save_curvature(target, total, default_attributes(train, rows, float(np.trace(total))))
 
 
-def _sum_stripe(stripe: Stripe, key: str, path: Path, n: int, block_rows: int) -> Sum:
+def _up_to_date(target: Path, train: GradientStore) -> Curvature | None:
+    """Return the curvature at ``target`` if it is one of these very rows."""
+    try:
+        found = Curvature(target)
+        found.check(train)
+    except (CurvatureNotFoundError, StaleCurvatureError):
+        return None
+    if found.attrs["store_id"] != train.identity:
+        raise StoreExistsError(
+            f"expected a curvature of {train.path} or nothing at {target}; received one of another store: choose "
+            "another path, or refit to replace it"
+        )
+    logger.info("%s is up to date", target)
+    return found
+
+
+def _sum_stripe(stripe: Stripe, key: str, store: GradientStore, block_rows: int) -> Sum:
     """Return Σ g gᵀ over a stripe's live rows, and how many they are."""
-    store = GradientStore(path, rows=n)
     accumulator = GramAccumulator(store.k)
     rows = 0
     for block in read_blocks(store, stripe.start, stripe.stop, block_rows):

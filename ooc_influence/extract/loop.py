@@ -21,7 +21,6 @@ from ooc_influence.compress import Dropout
 from ooc_influence.errors import (
     InputError,
     MismatchError,
-    NonFiniteError,
     OocInfluenceWarning,
 )
 from ooc_influence.extract.batching import (
@@ -245,7 +244,6 @@ class _Extraction:
         assert self._store is not None
         low = self._next_row - row
         high = len(losses) if self._stop is None else min(len(losses), self._stop - row)
-        _check_finite(row, losses, rows, small.get("example_id"))
         self._check_same_data(self._store, row, losses[: max(0, low)])
         if low >= high:
             return
@@ -304,19 +302,3 @@ def _warn_silent(names: set[str]) -> None:
         OocInfluenceWarning,
         stacklevel=4,
     )
-
-
-def _check_finite(
-    row: int, losses: npt.NDArray[np.float32], rows: npt.NDArray[np.float32], ids: list[Any] | None
-) -> None:
-    """Raise NonFiniteError naming the rows (and ids) whose loss or gradient is not finite."""
-    bad = ~np.isfinite(losses) | ~np.isfinite(np.einsum("ij,ij->i", rows, rows, dtype=np.float64))
-    if bad.any():
-        places = np.flatnonzero(bad)
-        named = ", ".join(f"{row + at}" + (f" ({ids[at]})" if ids else "") for at in places[:10])
-        more = f" and {len(places) - 10} more" if len(places) > 10 else ""
-        raise NonFiniteError(
-            f"expected finite losses and gradients; received NaN or Inf in rows {named}{more}: mend or leave out "
-            "these samples, then run again",
-            [row + int(at) for at in places],
-        )

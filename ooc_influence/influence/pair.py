@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -80,23 +79,27 @@ class Pair:
         return cls(queries, rows, found, found.damping_value(damping, mode))
 
     def plan(
-        self, memory: int | str | None, workers: int, *, tile_copies: int, stage: str
+        self, memory: int | str | None, workers: int, *, stage: str, tile_bytes: int = 4, fixed: int = 0, lists: int = 0
     ) -> tuple[list[tuple[int, int]], int]:
         """Return the query blocks and the rows of a train block that fit the budget.
 
         Parameters
         ----------
-        tile_copies : int
-            How many arrays of the size of a (query block, train block) tile a worker holds.
+        stage : str
+            Its name, for a refusal.
+        tile_bytes : int
+            What a worker holds for each score of a (query block, train block) tile.
+        fixed, lists : int
+            Further bytes: once, and for each query a worker has before it.
         """
         k = self.train.k
         queries = min(self.query.n, _QUERY_BLOCK)
         need = Need(
             stage=f"{stage} for k={k}",
             # the eigenvectors and the rotated queries in float64, the preconditioned ones in float32
-            fixed=8 * k * k + queries * k * (8 + 8 + 8 + 4 + 4),
-            per_worker=0,
-            per_row=4 * k + 4 * queries * tile_copies,
+            fixed=fixed + 8 * k * k + queries * k * (8 + 8 + 8 + 4 + 4),
+            per_worker=lists * queries,
+            per_row=4 * k + tile_bytes * queries,
             max_rows=block_limit(k),
             advice="extract with a smaller k",
         )
@@ -131,13 +134,12 @@ def open_store(store: GradientStore | PathLike) -> GradientStore:
 
 
 def score_tiles(
-    stripe: Stripe, key: str, train: Path, n: int, block_rows: int, queries: FloatTile
+    stripe: Stripe, key: str, store: GradientStore, block_rows: int, queries: FloatTile
 ) -> Iterator[tuple[int, FloatTile]]:
     """Yield ``(first train row, scores (q, rows))`` for the blocks of a stripe; dropped rows are NaN columns.
 
     The tile is a buffer that the next one overwrites.
     """
-    store = GradientStore(train, rows=n)
     buffer: npt.NDArray[Any] = np.empty(len(queries) * min(block_rows, stripe.stop - stripe.start), np.float32)
     for block in read_blocks(store, stripe.start, stripe.stop, block_rows):
         rows = block.stop - block.start

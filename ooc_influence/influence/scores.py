@@ -7,7 +7,6 @@ negative one an opponent. (Koh and Liang, arXiv 1703.04730, use the opposite sig
 from __future__ import annotations
 
 import shutil
-import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +28,8 @@ from ooc_influence.store import (
     create_array,
     parse_path,
     publish_folder,
+    temporary_folder,
+    writable_array,
 )
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def influence_scores(
     """
     pair = Pair.open(query, train, curvature, damping, damping_mode)
     slots = check_workers(workers)
-    blocks, block_rows = pair.plan(memory, slots, tile_copies=2, stage="scores")
+    blocks, block_rows = pair.plan(memory, slots, stage="scores", tile_bytes=8)
     if out is None:
         return _lazy_scores(pair, blocks[0][1], block_rows)
     return _write_scores(pair, parse_path(out), blocks, block_rows, slots, progress)
@@ -102,7 +103,7 @@ def _lazy_scores(pair: Pair, query_rows: int, block_rows: int) -> da.Array:
 
     numbers = da.arange(pair.query.n, chunks=query_rows)
     queries = da.map_blocks(
-        _precondition_task, numbers, pair.query, pair.curvature.path, pair.damping,
+        _precondition_task, numbers, pair.query, pair.curvature, pair.damping,
         new_axis=1, chunks=(numbers.chunks[0], (pair.train.k,)), meta=np.empty((0, 0), np.float32),
     )  # fmt: skip
     rows = da.arange(pair.train.n, chunks=block_rows)
@@ -114,14 +115,14 @@ def _lazy_scores(pair: Pair, query_rows: int, block_rows: int) -> da.Array:
 
 
 def _precondition_task(
-    numbers: npt.NDArray[np.int64], query: GradientStore, curvature: Path, damping: float
+    numbers: npt.NDArray[np.int64], query: GradientStore, curvature: Curvature, damping: float
 ) -> FloatTile:
-    return precondition(query, Curvature(curvature), damping, int(numbers[0]), int(numbers[-1]) + 1)
+    return precondition(query, curvature, damping, int(numbers[0]), int(numbers[-1]) + 1)
 
 
 def _score_task(queries: FloatTile, rows: npt.NDArray[np.int64], store: GradientStore) -> FloatTile:
     stripe = Stripe(int(rows[0]), int(rows[-1]) + 1)
-    ((_, tile),) = score_tiles(stripe, "", store.path, store.n, len(rows), queries)
+    ((_, tile),) = score_tiles(stripe, "", store, len(rows), queries)
     return tile
 
 
@@ -131,14 +132,14 @@ def _write_scores(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise StoreExistsError(f"expected nothing at {out}; received something: choose another path or remove it")
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex}.creating")
+    temporary = temporary_folder(out)
     try:
         _create_output(temporary, pair, block_rows)
         stripes = cut_stripes(0, pair.train.n, block_rows, slots)
         with Progress("scores", len(blocks) * pair.train.n, progress) as bar:
             for start, stop in blocks:
                 run_stripes(
-                    _write_stripe, stripes, bar, pair.train.path, pair.train.n, block_rows,
+                    _write_stripe, stripes, bar, pair.train, block_rows,
                     pair.precondition(start, stop), temporary, start, slots=slots,
                 )  # fmt: skip
         if not publish_folder(temporary, out):
@@ -173,13 +174,12 @@ def _create_output(path: Path, pair: Pair, block_rows: int) -> None:
 def _write_stripe(
     stripe: Stripe,
     key: str,
-    train: Path,
-    n: int,
+    train: GradientStore,
     block_rows: int,
     queries: FloatTile,
     out: Path,
     first_query: int,
 ) -> None:
-    target: Any = zarr.open_array(LocalArrayStore(out), mode="r+")
-    for first, tile in score_tiles(stripe, key, train, n, block_rows, queries):
+    target = writable_array(LocalArrayStore(out))
+    for first, tile in score_tiles(stripe, key, train, block_rows, queries):
         target[first_query : first_query + tile.shape[0], first : first + tile.shape[1]] = tile

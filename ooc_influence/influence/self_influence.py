@@ -6,8 +6,6 @@ Rows the rest of the data does not support (wrong labels, outliers) have large v
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import numpy.typing as npt
 
@@ -55,8 +53,8 @@ def self_influence(
     k = store.k
     need = Need(
         stage=f"self-influence for k={k}",
-        fixed=4 * store.n,
-        per_worker=(8 + 8 + 4) * k * k,  # V, V scaled, W
+        fixed=8 * k * k + 8 * store.n,  # V; the stripes' results and their concatenation
+        per_worker=(8 + 4) * k * k,  # V scaled, W
         per_row=2 * 4 * k,
         max_rows=block_limit(k),
         advice="extract with a smaller k",
@@ -64,15 +62,14 @@ def self_influence(
     block_rows = plan_block_rows(need, memory, slots)
     stripes = cut_stripes(0, store.n, block_rows, slots)
     with Progress("self-influence", store.n, progress) as bar:
-        parts = run_stripes(_stripe, stripes, bar, store.path, store.n, block_rows, found.path, value, slots=slots)
+        parts = run_stripes(_stripe, stripes, bar, store, block_rows, found, value, slots=slots)
     return np.concatenate(parts)
 
 
 def _stripe(
-    stripe: Stripe, key: str, train: Path, n: int, block_rows: int, curvature: Path, value: float
+    stripe: Stripe, key: str, store: GradientStore, block_rows: int, curvature: Curvature, value: float
 ) -> npt.NDArray[np.float32]:
-    store = GradientStore(train, rows=n)
-    whitening = Curvature(curvature).whitening(value)
+    whitening = curvature.whitening(value)
     out = np.empty(stripe.stop - stripe.start, np.float32)
     buffer = np.empty((min(block_rows, len(out)), store.k), np.float32)
     for block in read_blocks(store, stripe.start, stripe.stop, block_rows):

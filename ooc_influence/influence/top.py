@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,9 +30,9 @@ class Ranking:
     Attributes
     ----------
     rows : (q, top) int64
-        Row numbers in the train store.
+        Row numbers in the train store; -1 for a query that is dropped.
     scores : (q, top) float32
-        Their scores.
+        Their scores; NaN for a query that is dropped.
     ids : (q, top)
         Their ids; the row numbers where the store has none.
     """
@@ -75,6 +74,7 @@ class TopInfluential:
                 lists[side] = [
                     {"row": row, "id": row_id, "score": score}
                     for row, row_id, score in zip(*(column.tolist() for column in columns), strict=True)
+                    if row >= 0
                 ]
             queries.append({"query": number, "id": name, **lists})
         return {"damping": self.damping, "queries": queries}
@@ -97,15 +97,16 @@ class BestList:
         """Take in scores (q, rows) of train rows from ``first_row`` on; NaN never enters."""
         top = self.scores.shape[1]
         candidates = tile > self.scores[:, -1:]  # rows come in order: an equal score further on loses the tie
-        crowded = np.flatnonzero(candidates.sum(1) > 4 * top)
-        if crowded.size and tile.shape[1] > top:
-            limits = -np.partition(-tile[crowded], top - 1, axis=1)[:, top - 1 : top]
-            candidates[crowded] &= tile[crowded] >= np.where(np.isnan(limits), -np.inf, limits)
-        query, column = np.nonzero(candidates)
-        edges = np.searchsorted(query, np.arange(len(tile) + 1))
-        for number in np.unique(query):
-            part = slice(edges[number], edges[number + 1])
-            self._merge(number, tile[number, column[part]], first_row + column[part])
+        counts = candidates.sum(1)
+        for number in np.flatnonzero(counts):
+            columns = np.flatnonzero(candidates[number])
+            scores = tile[number, columns]
+            if len(columns) > 2 * top:
+                limit = -np.partition(-scores, top - 1)[top - 1]
+                above, level = np.flatnonzero(scores > limit), np.flatnonzero(scores == limit)
+                chosen = np.concatenate([above, level[: top - len(above)]])
+                columns, scores = columns[chosen], scores[chosen]
+            self._merge(number, scores, first_row + columns)
 
     def merged(self, other: BestList) -> BestList:
         """Return the best of both, leaving both as they are."""
@@ -160,8 +161,11 @@ def top_influential(
     if top < 1:
         raise InputError(f"expected top >= 1; received {top}")
     pair = Pair.open(query, train, curvature, damping, damping_mode)
-    slots = check_workers(workers)
-    blocks, block_rows = pair.plan(memory, slots, tile_copies=3, stage="top")
+    slots, top = check_workers(workers), min(top, pair.train.n)
+    entry = 4 + 8  # a score and its row; lists are there twice more while they merge, and once more when joined
+    blocks, block_rows = pair.plan(
+        memory, slots, stage="top", tile_bytes=4 + 1, lists=2 * 3 * entry * top, fixed=4 * entry * top * pair.query.n
+    )
     stripes = cut_stripes(0, pair.train.n, block_rows, slots)
     found = []
     with Progress("top", len(blocks) * pair.train.n, progress) as bar:
@@ -171,11 +175,10 @@ def top_influential(
                     _best_of_stripe,
                     stripes,
                     bar,
-                    pair.train.path,
-                    pair.train.n,
+                    pair.train,
                     block_rows,
                     pair.precondition(start, stop),
-                    min(top, pair.train.n),
+                    top,
                     slots=slots,
                     reduce=_merge_both,
                 )
@@ -190,10 +193,10 @@ Both = tuple[BestList, BestList]
 
 
 def _best_of_stripe(
-    stripe: Stripe, key: str, train: Path, n: int, block_rows: int, queries: FloatTile, top: int
+    stripe: Stripe, key: str, train: GradientStore, block_rows: int, queries: FloatTile, top: int
 ) -> Both:
     largest, smallest = BestList(len(queries), top), BestList(len(queries), top)
-    for first, tile in score_tiles(stripe, key, train, n, block_rows, queries):
+    for first, tile in score_tiles(stripe, key, train, block_rows, queries):
         largest.add(tile, first)
         smallest.add(np.negative(tile, out=tile), first)
     return largest, smallest
@@ -206,6 +209,8 @@ def _merge_both(left: Both, right: Both) -> Both:
 def _ranking(train: GradientStore, parts: list[BestList], sign: int) -> Ranking:
     rows = np.concatenate([part.rows for part in parts])
     scores = np.concatenate([part.scores for part in parts])
-    live = int((rows != _NO_ROW).sum(1).max())  # dropped rows leave lists short, all by the same number
-    rows = rows[:, :live]
-    return Ranking(rows, sign * scores[:, :live], train.ids(rows))
+    filled = rows != _NO_ROW  # dropped rows leave lists short, a dropped query leaves its list empty
+    longest = int(filled.sum(1).max())
+    rows, scores, filled = rows[:, :longest], sign * scores[:, :longest], filled[:, :longest]
+    ids = train.ids(np.where(filled, rows, 0))
+    return Ranking(np.where(filled, rows, -1), np.where(filled, scores, np.nan).astype(np.float32), ids)

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 from dask.base import compute
 from dask.delayed import delayed
 
@@ -37,6 +39,14 @@ def _ambient_client() -> Any:
         return distributed.default_client()
     except ValueError:
         return None
+
+
+def _place(arg: Any) -> Any:
+    """Send a large array to a cluster's workers once, not with every task."""
+    client = _ambient_client()
+    if client is None or not isinstance(arg, np.ndarray) or arg.nbytes < 2**20:
+        return arg
+    return client.scatter(arg, broadcast=True)
 
 
 def check_workers(workers: int | None) -> int:
@@ -97,19 +107,28 @@ def run_stripes(
         The results in order, or their tree sum by ``reduce``.
     """
     task = delayed(function, pure=False, traverse=False)
+    args = tuple(_place(arg) for arg in args)
     parts = [task(stripe, progress.key, *args) for stripe in stripes]
     tasks = [tree_sum(parts, reduce)] if reduce is not None else parts
+    results = _compute(tasks, progress, slots)
+    return results[0] if reduce is not None else list(results)
+
+
+def _compute(tasks: list[Any], progress: Progress, slots: int) -> Any:
     client = _ambient_client()
     if client is not None:
         client.subscribe_topic(progress.key, lambda event: progress.advance(event[1]))
         try:
-            results = [future.result() for future in client.compute(tasks, optimize_graph=False)]
+            return [future.result() for future in client.compute(tasks, optimize_graph=False)]
         finally:
             client.unsubscribe_topic(progress.key)
-    elif slots == 1:
+    if slots == 1:
         with blas_threads(1):
-            results = compute(*tasks, scheduler="synchronous", optimize_graph=False)
-    else:
-        with blas_threads(slots):
-            results = compute(*tasks, scheduler="threads", num_workers=slots, optimize_graph=False)
-    return results[0] if reduce is not None else list(results)
+            return compute(*tasks, scheduler="synchronous", optimize_graph=False)
+    with blas_threads(slots), ThreadPoolExecutor(slots) as pool:  # leaving it waits for tasks that are running
+        try:
+            return compute(*tasks, scheduler="threads", pool=pool, num_workers=slots, optimize_graph=False)
+        except BaseException:
+            progress.stop()
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise

@@ -1,9 +1,9 @@
 """The gradient store: schema, commit records, memory-mapped reads, durable appends."""
 
-from ooc_influence.store.arrays import CHUNK_TARGET, create_array, open_group, read_array, square_chunks
+from ooc_influence.store.arrays import CHUNK_TARGET, create_array, open_group, read_array, square_chunks, writable_array
 from ooc_influence.store.gradient_store import GradientStore
 from ooc_influence.store.layout import Storage, column_dtype
-from ooc_influence.store.local import LocalArrayStore, publish_folder
+from ooc_influence.store.local import LocalArrayStore, publish_folder, replace_folder, temporary_folder
 from ooc_influence.store.mask import LayerShape, Mask, ModuleMask
 from ooc_influence.store.reader import Block, read_blocks
 from ooc_influence.store.view import PathLike, parse_path
@@ -11,5 +11,5 @@ from ooc_influence.store.view import PathLike, parse_path
 __all__ = [
     "CHUNK_TARGET", "Block", "GradientStore", "LayerShape", "LocalArrayStore", "Mask", "ModuleMask", "PathLike",
     "Storage", "column_dtype", "create_array", "open_group", "parse_path", "publish_folder", "read_array",
-    "read_blocks", "square_chunks",
+    "read_blocks", "replace_folder", "square_chunks", "temporary_folder", "writable_array",
 ]  # fmt: skip

@@ -52,6 +52,15 @@ def create_array(
     )
 
 
+def writable_array(parent: Any, name: str | None = None) -> Any:
+    """Return an array of a group, or the root of a store, to write to.
+
+    Zarr forgets on every open that empty chunks are to be written: without it an all-zero chunk would leave no file.
+    """
+    array = zarr.open_array(parent, mode="r+") if name is None else parent[name]
+    return array.with_config({"write_empty_chunks": True})
+
+
 def square_chunks(side: int, itemsize: int) -> tuple[int, int]:
     """Return chunks of whole rows, about :data:`CHUNK_TARGET` bytes, of a (side, side) array."""
     return (max(1, min(side, CHUNK_TARGET // max(1, side * itemsize))), side)

@@ -18,12 +18,13 @@ import numpy.typing as npt
 
 from ooc_influence._version import __version__
 from ooc_influence.errors import InputError, StoreExistsError
-from ooc_influence.store.arrays import open_group
+from ooc_influence.store.arrays import open_group, writable_array
 from ooc_influence.store.claim import Claim
 from ooc_influence.store.encoding import parse_representation
-from ooc_influence.store.layout import ATTRIBUTES, FORMAT_VERSION, Layout, Storage, column_dtype, numpy_dtype
-from ooc_influence.store.local import LocalArrayStore, publish_folder
+from ooc_influence.store.layout import ATTRIBUTES, FORMAT_VERSION, Layout, Storage
+from ooc_influence.store.local import LocalArrayStore, publish_folder, temporary_folder
 from ooc_influence.store.mask import Mask
+from ooc_influence.store.rows import parse_rows
 from ooc_influence.store.view import PathLike, StoreView, parse_path
 from ooc_influence.store.writer import RangeWriter
 
@@ -41,10 +42,10 @@ class GradientStore(StoreView):
         Its fixed geometry.
     """
 
-    def __init__(self, path: PathLike, mode: Literal["r", "a"] = "r", rows: int | None = None) -> None:
+    def __init__(self, path: PathLike, mode: Literal["r", "a"] = "r", pin: tuple[int, int] | None = None) -> None:
         if mode not in ("r", "a"):
             raise InputError(f"expected mode 'r' or 'a'; received {mode!r}")
-        super().__init__(path, rows)
+        super().__init__(path, pin)
         self._writer: RangeWriter | None = None
         self._claim: Claim | None = None
         self._writable = mode == "a"
@@ -99,10 +100,12 @@ class GradientStore(StoreView):
         attributes : mapping, optional
             What else to record (compressor, model fingerprint, loss kind); JSON values.
         exist_ok : bool
-            Open the store that another process created in the meantime instead of failing.
+            Open the store that another process created in the meantime, if it has the same mask, instead of failing.
 
         Raises
         ------
+        InputError
+            For planned rows below one, or a column name that is no file name.
         StoreExistsError
             If something is at ``path``.
         """
@@ -114,7 +117,7 @@ class GradientStore(StoreView):
             planned_rows, ids, dict(columns or {}),
         )  # fmt: skip
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.creating")
+        temporary = temporary_folder(target)
         try:
             group = open_group(LocalArrayStore(temporary), "w")
             layout.create_arrays(group)
@@ -128,40 +131,60 @@ class GradientStore(StoreView):
             fixed = {"format": FORMAT_VERSION, "version": __version__, "created": created, "p": mask.p}
             fixed |= {"mask_digest": mask.digest, "layout": layout.to_dict()}
             group.attrs[ATTRIBUTES] = dict(attributes or {}) | fixed
-            if not publish_folder(temporary, target) and not exist_ok:
-                raise StoreExistsError(
-                    f"expected nothing at {target}; received something: choose another path or remove it"
-                )
+            published = publish_folder(temporary, target)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+        if not published and not (exist_ok and cls(target).mask_digest == mask.digest):
+            raise StoreExistsError(
+                f"expected nothing at {target}; received something: choose another path or remove it"
+            )
         return cls(target, "a")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.path, "r", self._rows)
+        return type(self), (self.path, "r", self._pin())
 
     def writer(self, start: int = 0, stop: int | None = None) -> RangeWriter:
-        """Claim a range for writing and return its writer; the whole, growing end by default.
+        """Claim a range for writing and return its writer; without a range, the growing end.
+
+        Parameters
+        ----------
+        start, stop : int
+            Rows of a store with planned rows: whole groups (or up to the last planned row).
 
         Raises
         ------
         InputError
-            If the store was opened to read.
+            If the store was opened to read, or the range is not one of this store's.
         StoreBusyError
-            If another process holds the range.
+            If another process holds the range, or part of it.
         """
+        if self._writer is not None:
+            return self._writer
         if not self._writable:
             raise InputError(f"expected {self.path} opened to append; received mode 'r': use open(path, mode='a')")
-        if self._writer is None:
-            self._claim = Claim(self.path, "append" if stop is None else f"rows-{start}-{stop}")
-            try:
-                files = LocalArrayStore(self.path)
-                if stop is None:
-                    files.remove_partial_files()
-                self._writer = RangeWriter(open_group(files, "r+"), files, self.layout, start, stop)
-            except BaseException:
-                self._claim.release()
-                raise
+        self._check_writable_range(start, stop)
+        self._claim = Claim(self.path, start, stop)
+        try:
+            files = LocalArrayStore(self.path)
+            if stop is None:
+                files.remove_partial_files(["gradients", "commits", *self.layout.row_arrays])
+            self._writer = RangeWriter(open_group(files, "r+"), files, self.layout, start, stop)
+        except BaseException:
+            self._claim.release()
+            self._claim = None
+            raise
         return self._writer
+
+    def _check_writable_range(self, start: int, stop: int | None) -> None:
+        planned, group = self.layout.planned_rows, self.layout.group_rows
+        if planned is None:
+            fits = start == 0 and stop is None
+        else:
+            fits = stop is not None and 0 <= start < stop <= planned
+            fits = fits and start % group == 0 and (stop == planned or (stop or 0) % group == 0)
+        if not fits:
+            wanted = "no range: the store grows" if planned is None else f"whole groups of {group} of {planned} rows"
+            raise InputError(f"expected a writer of {self.path} to ask for {wanted}; received {start} to {stop}")
 
     def append(
         self,
@@ -191,40 +214,20 @@ class GradientStore(StoreView):
         ------
         InputError
             For a wrong shape, or missing or unknown ids or columns.
+        NonFiniteError
+            For NaN or Inf in a gradient or loss; it names the rows, and none of this call is appended.
         StoreBusyError
             If another process is appending.
         StoreWriteError
             If the disk refuses; what was committed before stays.
         """
-        rows = np.ascontiguousarray(gradients, np.float32)
-        if rows.ndim != 2 or rows.shape[1] != self.k:
-            raise InputError(f"expected gradients of shape (b, {self.k}); received {rows.shape}")
-        if not len(rows):
-            return
-        norms = np.linalg.norm(rows, axis=1) if grad_norm is None else grad_norm
-        small = {"loss": np.asarray(loss, np.float32), "grad_norm": np.asarray(norms, np.float32)}
-        given = {} if ids is None else {"example_id": ids}
-        given |= {f"columns/{name}": values for name, values in (columns or {}).items()}
-        if set(given) != set(self.layout.metadata):
-            raise InputError(
-                f"expected per-row values for {sorted(self.layout.metadata) or 'nothing'}; received {sorted(given)}: "
-                "ids and columns are fixed when a store is created"
-            )
-        for name, values in given.items():
-            small[name] = self._parse_column(name, values)
-        for name, values in small.items():
-            if values.shape != (len(rows),):
-                raise InputError(f"expected {name} of shape ({len(rows)},); received {values.shape}")
+        first_row = self._rows if self._writer is None else self._writer.next_row
+        metadata = {} if ids is None else {"example_id": ids}
+        metadata |= {f"columns/{name}": values for name, values in (columns or {}).items()}
+        rows, small = parse_rows(self.layout, first_row, gradients, loss, grad_norm, metadata)
         writer = self.writer()
         writer.append(rows, small)
         self._refresh(writer)
-
-    def _parse_column(self, name: str, values: Any) -> npt.NDArray[Any]:
-        dtype = self.layout.metadata[name]
-        received = column_dtype(values)
-        if received != dtype and not (dtype == "float64" and received == "int64"):
-            raise InputError(f"expected {name} of dtype {dtype}; received {received}")
-        return np.asarray(values, numpy_dtype(dtype))
 
     def _refresh(self, writer: RangeWriter) -> None:
         if writer.committed_row > self._rows:
@@ -235,18 +238,38 @@ class GradientStore(StoreView):
 
         Parameters
         ----------
-        rows : (m,) int
-            Row numbers below ``n``.
+        rows : (m,) int, or (n,) bool
+            Row numbers below ``n``, or a mark for every row.
+
+        Raises
+        ------
+        InputError
+            For other rows, or a store opened to read.
+        StoreBusyError
+            If another process is dropping rows.
         """
-        numbers = np.unique(np.asarray(rows, np.int64))
-        if numbers.size and not (numbers[0] >= 0 and numbers[-1] < self._rows):
-            raise InputError(f"expected row numbers in [0, {self._rows}); received {numbers[0]} to {numbers[-1]}")
+        if not self._writable:
+            raise InputError(f"expected {self.path} opened to append; received mode 'r': use open(path, mode='a')")
         self.flush()
-        self.writer()
-        files = LocalArrayStore(self.path)
-        dropped: Any = open_group(files, "r+")["dropped"]
-        dropped.set_orthogonal_selection((numbers,), True)
-        files.sync_folders()
+        given = np.asarray(rows)
+        if given.dtype == bool and given.shape == (self._rows,):
+            given = np.flatnonzero(given)
+        numbers = np.unique(given)
+        if numbers.size and (numbers.dtype.kind not in "iu" or numbers[0] < 0 or numbers[-1] >= self._rows):
+            raise InputError(
+                f"expected row numbers in [0, {self._rows}), or {self._rows} marks; received {given.dtype} of shape "
+                f"{given.shape} from {numbers[0]} to {numbers[-1]}"
+            )
+        if not numbers.size:
+            return
+        claim = Claim(self.path, name="drop")
+        try:
+            files = LocalArrayStore(self.path)
+            dropped = writable_array(open_group(files, "r+"), "dropped")
+            dropped.set_orthogonal_selection((numbers,), True)
+            files.sync_folders()
+        finally:
+            claim.release()
         self.reload()
 
     def flush(self) -> None:

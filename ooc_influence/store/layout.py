@@ -20,6 +20,7 @@ chunks. A writer's range is a whole number of groups, so no file is shared betwe
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
@@ -32,6 +33,7 @@ from ooc_influence.store.encoding import Representation, array_dtype, fill_value
 FORMAT_VERSION = 1
 ATTRIBUTES = "ooc_influence"  # the key of all our attributes in the group
 ROW_ARRAYS = ("row_scale", "loss", "grad_norm")
+_NAME = re.compile(r"(?!zarr\.json$)[A-Za-z0-9_][A-Za-z0-9_.-]*")  # of a column: it becomes a folder's
 _COLUMN_DTYPES = ("bool", "int64", "float64", "str")
 
 
@@ -45,6 +47,8 @@ def column_dtype(values: Any) -> str:
     """
     kind = np.asarray(values).dtype.kind
     name = {"b": "bool", "i": "int64", "u": "int64", "f": "float64", "U": "str", "T": "str"}.get(kind)
+    if kind == "u" and np.asarray(values).max(initial=0) > np.iinfo(np.int64).max:
+        raise InputError("expected whole numbers below 2^63; received larger ones: store them as strings")
     if name is None and all(isinstance(value, str) for value in values):
         name = "str"
     if name is None:
@@ -138,6 +142,14 @@ class Layout:
         """Array path to dtype of every per-row array but ``gradients`` and ``dropped``, in checksum order."""
         return dict.fromkeys(ROW_ARRAYS, "float32") | self.metadata
 
+    @property
+    def chunk_sizes(self) -> dict[str, int | None]:
+        """Array path to the bytes of a chunk file, None where it varies, of every array that committed rows are in."""
+        sizes: dict[str, int | None] = {"gradients": self.chunk_bytes}
+        for name, dtype in self.row_arrays.items():
+            sizes[name] = None if dtype == "str" else self.group_rows * np.dtype(dtype).itemsize
+        return sizes
+
     def create_arrays(self, group: Any) -> None:
         """Create the per-row arrays in a new Zarr group, with room for the planned rows."""
         rows = self.planned_rows or 0
@@ -154,6 +166,13 @@ class Layout:
         create_array(group, "dropped", (rows,), (self.group_rows,), bool, check=True)
         chunks = -(-rows // self.chunk_rows)
         create_array(group, "commits", (chunks,), (self.group_chunks,), "uint64", check=True)
+
+    def __post_init__(self) -> None:
+        if self.planned_rows is not None and self.planned_rows < 1:
+            raise InputError(f"expected planned_rows >= 1; received {self.planned_rows}")
+        for name in self.columns:
+            if not _NAME.fullmatch(name):
+                raise InputError(f"expected a column name of letters, digits, '_', '-' and '.'; received {name!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the layout as JSON-ready values."""

@@ -9,11 +9,14 @@ remembered and synced by :meth:`LocalArrayStore.sync_folders`, which has to run 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import mmap
 import os
+import shutil
 import threading
+import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,6 +27,7 @@ from zarr.storage import LocalStore
 
 from ooc_influence.errors import StoreDamagedError
 
+CREATING = ".creating"  # ending of a folder that is being made
 PARTIAL = ".partial"  # ending of a file that is being written; left behind only by a crash
 
 
@@ -70,13 +74,13 @@ class LocalArrayStore(LocalStore):
         The folder.
     read_only : bool
         Refuse writes.
-    chunk_bytes : mapping of str to int, optional
-        Array path to the size of each of its (uncompressed) chunk files. For these arrays a missing or short
+    chunk_bytes : mapping of str to int or None, optional
+        Array path to the size of each of its chunk files, None where it varies. For these arrays a missing or short
         file raises :class:`StoreDamagedError` instead of reading as the fill value.
     """
 
     def __init__(
-        self, root: Path | str, *, read_only: bool = False, chunk_bytes: Mapping[str, int] | None = None
+        self, root: Path | str, *, read_only: bool = False, chunk_bytes: Mapping[str, int | None] | None = None
     ) -> None:
         super().__init__(root, read_only=read_only)
         self.chunk_bytes = dict(chunk_bytes or {})
@@ -96,11 +100,12 @@ class LocalArrayStore(LocalStore):
             return await super().get(key, prototype, byte_range)
         if not self._is_open:
             await self._open()
-        expected = self.chunk_bytes.get(key.rpartition("/")[0])
+        array = key.rpartition("/")[0]
+        expected = self.chunk_bytes.get(array)
         try:
             mapped = await asyncio.to_thread(_map_file, self.root / key)
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-            if expected is None:
+            if array not in self.chunk_bytes:
                 return None
             raise StoreDamagedError(
                 f"expected the committed chunk {self.root / key}; received no file: "
@@ -157,18 +162,43 @@ class LocalArrayStore(LocalStore):
         for folder in folders:
             _fsync_folder(folder)
 
-    def remove_partial_files(self) -> int:
-        """Delete what interrupted writes left behind; return how many files that was."""
-        stray = list(self.root.rglob(f".*{PARTIAL}"))
-        for path in stray:
-            path.unlink(missing_ok=True)
-        return len(stray)
+    def remove_partial_files(self, arrays: Iterable[str]) -> None:
+        """Delete what interrupted writes left behind in some arrays' folders, which the caller alone may write."""
+        for name in arrays:
+            for path in (self.root / name).glob(f".*{PARTIAL}"):
+                path.unlink(missing_ok=True)
 
 
 def fsync_tree(root: Path) -> None:
     """Sync every folder below ``root`` and ``root`` itself (files were synced when written)."""
     for folder, _, _ in os.walk(root):
         _fsync_folder(Path(folder))
+
+
+def temporary_folder(final: Path) -> Path:
+    """Return where to build a folder that will be renamed to ``final``; what a crash left a day ago is removed."""
+    for path in final.parent.glob(f".{final.name}.*{CREATING}"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > 86400:
+                shutil.rmtree(path, ignore_errors=True)
+    return final.with_name(f".{final.name}.{uuid.uuid4().hex}{CREATING}")
+
+
+def replace_folder(temporary: Path, final: Path) -> None:
+    """Rename a finished folder to its final name in place of what is there, which is then removed."""
+    fsync_tree(temporary)
+    old = temporary_folder(final)
+    while True:
+        with contextlib.suppress(FileNotFoundError):
+            final.rename(old)
+        try:
+            temporary.rename(final)
+            break
+        except OSError:
+            if not final.exists():
+                raise
+    _fsync_folder(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def publish_folder(temporary: Path, final: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from ooc_influence._version import __version__
 from ooc_influence.errors import InputError, StoreDamagedError, StoreFormatError, StoreNotFoundError
 from ooc_influence.store import commits
 from ooc_influence.store.arrays import open_group, read_array
-from ooc_influence.store.layout import ATTRIBUTES, FORMAT_VERSION, ROW_ARRAYS, Layout
+from ooc_influence.store.layout import ATTRIBUTES, FORMAT_VERSION, Layout
 from ooc_influence.store.local import MAPPED, LocalArrayStore
 from ooc_influence.store.mask import Mask
 from ooc_influence.store.reader import read_into
@@ -37,7 +38,7 @@ def parse_path(path: PathLike) -> Path:
     text = os.fspath(path)
     if "://" in text:
         raise InputError(f"expected a local path; received {text!r}: object storage is not supported yet")
-    return Path(text)
+    return Path(text).absolute()  # tasks may run after the working directory changed
 
 
 def _read_attributes(group: Any, path: Path) -> dict[str, Any]:
@@ -66,7 +67,7 @@ class StoreView:
         Its fixed geometry.
     """
 
-    def __init__(self, path: PathLike, rows: int | None = None) -> None:
+    def __init__(self, path: PathLike, pin: tuple[int, int] | None = None) -> None:
         self.path = parse_path(path)
         if not (self.path / "zarr.json").is_file():
             raise StoreNotFoundError(
@@ -77,14 +78,37 @@ class StoreView:
         group = open_group(LocalArrayStore(self.path, read_only=True), "r")
         self._attrs = _read_attributes(group, self.path)
         self.layout = Layout.from_dict(self._attrs["layout"], self.path)
-        sizes = dict.fromkeys(ROW_ARRAYS, self.layout.group_rows * 4) | {"gradients": self.layout.chunk_bytes}
-        files = LocalArrayStore(self.path, read_only=True, chunk_bytes=sizes)
+        files = LocalArrayStore(self.path, read_only=True, chunk_bytes=self.layout.chunk_sizes)
         self._group = open_group(files, "r")
         self._arrays: dict[str, Any] = {}
         self._mask: Mask | None = None
+        self.reload()
+        if pin is not None:
+            self._unpin(*pin)
+
+    def reload(self) -> None:
+        """See rows committed since the store was opened."""
+        self._group = open_group(self._group.store, "r")
+        self._arrays.clear()
         self._records: commits.Records = read_array(self._group, "commits")
-        self._rows = commits.leading_rows(self._records, self.layout.chunk_rows) if rows is None else rows
+        self._rows = commits.leading_rows(self._records, self.layout.chunk_rows)
         self.has_dropped = any((self.path / "dropped").glob("c.*"))
+        if self.layout.planned_rows is None and self.committed > self._rows:
+            raise StoreDamagedError(
+                f"expected the commit records of {self.path} without a gap; received {self._rows} rows before one and "
+                f"{self.committed} in all: a file of 'commits' is missing or damaged; restore it from a backup"
+            )
+
+    def _pin(self) -> tuple[int, int]:
+        """Return what fixes the rows seen: their number and the last chunk's record, which may be replaced later."""
+        chunks = -(-self._rows // self.layout.chunk_rows)
+        return self._rows, int(self._records[chunks - 1]) if chunks else 0
+
+    def _unpin(self, rows: int, last_record: int) -> None:
+        self._records = self._records[: -(-rows // self.layout.chunk_rows)].copy()
+        if len(self._records):
+            self._records[-1] = last_record
+        self._rows = rows
 
     @property
     def n(self) -> int:
@@ -167,8 +191,7 @@ class StoreView:
     def raw_rows(self, start: int, stop: int) -> npt.NDArray[Any]:
         """Return the stored form of rows ``start`` to ``stop``: a memory map where they lie in one chunk."""
         self._check_range(start, stop)
-        selection = (slice(start, stop), slice(0, self.k))
-        return np.asarray(self._array("gradients").get_basic_selection(selection, prototype=MAPPED))
+        return self._read("gradients", slice(start, stop), slice(0, self.k))
 
     def small(self, name: str, start: int = 0, stop: int | None = None) -> npt.NDArray[Any]:
         """Return a per-row array by its path (``"loss"``, ``"columns/label"``, ...), (stop - start,)."""
@@ -177,7 +200,10 @@ class StoreView:
         if name != "dropped" and name not in self.layout.row_arrays:
             known = ", ".join((*self.layout.row_arrays, "dropped"))
             raise InputError(f"expected one of {known}; received {name!r}")
-        return np.asarray(self._array(name).get_basic_selection((slice(start, stop),), prototype=MAPPED))
+        return self._read(name, slice(start, stop))
+
+    def _read(self, name: str, *selection: slice) -> npt.NDArray[Any]:
+        return np.asarray(self._array(name).get_basic_selection(selection, prototype=MAPPED))
 
     def column(self, name: str) -> npt.NDArray[Any]:
         """Return ``columns/<name>``, (n,)."""
@@ -218,12 +244,16 @@ class StoreView:
 
     def __getitem__(self, key: Any) -> npt.NDArray[Any]:
         first, rest = (key[0], key[1:]) if isinstance(key, tuple) else (key, ())
-        start, stop, step = first.indices(self._rows) if isinstance(first, slice) else (int(first), int(first) + 1, 1)
-        block = self.rows(start, max(start, stop))[::step]
-        block = block if isinstance(first, slice) else np.asarray(block[0])
-        if not rest:
-            return block
-        return np.asarray(block[(slice(None), *rest)] if isinstance(first, slice) else block[rest])
+        if isinstance(first, slice):
+            places = range(self._rows)[first]
+            low, high = (min(places), max(places) + 1) if places else (0, 0)
+            block = self.rows(low, high)[:: places.step]
+            return np.asarray(block[(slice(None), *rest)] if rest else block)
+        row = range(self._rows)[operator.index(first)]  # IndexError ends iteration
+        return np.asarray(self.rows(row, row + 1)[0][rest])
+
+    def __dask_tokenize__(self) -> tuple[str, str]:
+        return self.identity, self.rows_digest()
 
     def to_dask(self) -> da.Array:
         """Return the rows as a lazy (n, k) float32 Dask array, chunks as on disk; tasks carry the path only."""
@@ -244,24 +274,15 @@ class StoreView:
             The damaged row ranges; empty where all is well.
         """
         damaged = []
-        for start in range(0, self._rows, self.layout.chunk_rows):
-            stop = min(self._rows, start + self.layout.chunk_rows)
-            record = int(self._records[start // self.layout.chunk_rows])
+        for chunk in np.flatnonzero(self._records).tolist():
+            record = int(self._records[chunk])
+            start = chunk * self.layout.chunk_rows
+            stop = start + (record >> 32)
             try:
-                parts = [
-                    self.raw_rows(start, stop),
-                    *(self.small(name, start, stop) for name in self.layout.row_arrays),
-                ]
+                parts = [self._read("gradients", slice(start, stop), slice(0, self.k))]
+                parts += [self._read(name, slice(start, stop)) for name in self.layout.row_arrays]
                 if commits.checksum(parts) != commits.crc_of(record):
                     damaged.append((start, stop, "checksum differs"))
             except (StoreDamagedError, ValueError, RuntimeError) as error:
                 damaged.append((start, stop, str(error)))
         return damaged
-
-    def reload(self) -> None:
-        """See rows committed since the store was opened."""
-        self._group = open_group(self._group.store, "r")
-        self._arrays.clear()
-        self._records = read_array(self._group, "commits")
-        self._rows = commits.leading_rows(self._records, self.layout.chunk_rows)
-        self.has_dropped = any((self.path / "dropped").glob("c.*"))

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from ooc_influence.errors import StoreDamagedError, StoreWriteError
+from ooc_influence.errors import InputError, StoreDamagedError, StoreWriteError
 from ooc_influence.store import commits
+from ooc_influence.store.arrays import writable_array
 from ooc_influence.store.encoding import FloatRows, array_dtype, encode
 from ooc_influence.store.layout import Layout, numpy_dtype
 from ooc_influence.store.local import LocalArrayStore
@@ -49,7 +50,7 @@ class RangeWriter:
     def __init__(self, group: Any, files: LocalArrayStore, layout: Layout, start: int, stop: int | None) -> None:
         self._files, self._layout, self._stop = files, layout, stop
         names = ("gradients", "dropped", "commits", *layout.row_arrays)
-        self._arrays = {name: group[name] for name in names}
+        self._arrays = {name: writable_array(group, name) for name in names}
         records = np.asarray(self._arrays["commits"][...])[start // layout.chunk_rows :]
         if stop is not None:
             records = records[: -(-(stop - start) // layout.chunk_rows)]
@@ -86,7 +87,18 @@ class RangeWriter:
         return None if self._stop is None else self._stop - self.next_row
 
     def append(self, rows: FloatRows, small: Mapping[str, Any]) -> None:
-        """Add float32 rows (b, k) and, by array name, their values (b,); whole chunks are committed on the way."""
+        """Add float32 rows (b, k) and, by array name, their values (b,); whole chunks are committed on the way.
+
+        Raises
+        ------
+        InputError
+            For more rows than the range has room for.
+        StoreWriteError
+            If the disk refuses, or refused before.
+        """
+        if self.room is not None and len(rows) > self.room:
+            raise InputError(f"expected at most {self.room} more rows in this range; received {len(rows)}")
+        self._check_usable()
         raw, scale = encode(rows, self._layout.dtype)
         values = {"row_scale": scale, **small}
         done = 0
@@ -103,7 +115,8 @@ class RangeWriter:
 
     def flush(self) -> None:
         """Commit what is buffered; after this the rows survive a crash."""
-        if self.next_row == self.committed_row or self._failed:
+        self._check_usable()
+        if self.next_row == self.committed_row:
             return
         chunk = (self.next_row - 1) // self._layout.chunk_rows
         first = chunk * self._layout.chunk_rows
@@ -119,8 +132,14 @@ class RangeWriter:
         self.committed_row = self.next_row
 
     def _make_room(self) -> None:
-        """Grow the arrays of an appended store to the end of the group being filled."""
-        if self._stop is not None or self._arrays["gradients"].shape[0] >= self.next_row:
+        """Grow the arrays of an appended store to the end of the group being filled.
+
+        A crash may have left some of them short: Zarr clips what is written behind an array's end.
+        """
+        small = ("dropped", *self._layout.row_arrays)
+        enough = all(self._arrays[name].shape[0] >= self.next_row for name in ("gradients", *small))
+        enough = enough and self._arrays["commits"].shape[0] * self._layout.chunk_rows >= self.next_row
+        if self._stop is not None or enough:
             return
         groups = -(-self.next_row // self._layout.group_rows)
         self._resize(groups * self._layout.group_rows)
@@ -133,12 +152,27 @@ class RangeWriter:
         self._arrays["commits"].resize((-(-rows // layout.chunk_rows),))
 
     def close(self) -> None:
-        """Commit what is buffered and cut an appended store's arrays to the rows committed."""
+        """Commit what is buffered and cut an appended store's arrays to the rows committed.
+
+        After a failed write there is nothing more to do: that error was raised where it happened.
+        """
+        if self._failed:
+            return
         self.flush()
-        if self._stop is None and not self._failed and self._arrays["gradients"].shape[0] != self.committed_row:
+        if self._stop is None and any(
+            self._arrays[name].shape[0] != self.committed_row
+            for name in ("gradients", "dropped", *self._layout.row_arrays)
+        ):
             with self._disk_errors():
                 self._resize(self.committed_row)
                 self._files.sync_folders()
+
+    def _check_usable(self) -> None:
+        if self._failed:
+            raise StoreWriteError(
+                f"expected a writer of {self._files.root} that works; received one whose last write failed: close the "
+                f"store and open it again; rows up to {self.committed_row} are committed"
+            )
 
     @contextmanager
     def _disk_errors(self) -> Iterator[None]:
