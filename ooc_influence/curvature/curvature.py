@@ -7,6 +7,7 @@ float64, and as attributes the rows used and a digest of their commit records. T
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ from ooc_influence.errors import (
     MismatchError,
     NonFiniteError,
     StaleCurvatureError,
+    StoreDamagedError,
     StoreExistsError,
     StoreWriteError,
 )
@@ -222,6 +224,9 @@ def save_curvature(path: Path, fisher: Matrix, attributes: Mapping[str, Any]) ->
         raise StoreWriteError(
             f"expected to write the curvature to {path}; received: {error}: make room, or give another place with out="
         ) from error
+    for _ in range(10):  # another fit may be replacing this one at this moment: theirs is as good
+        with contextlib.suppress(CurvatureNotFoundError, StaleCurvatureError, StoreDamagedError):
+            return Curvature(path)
     return Curvature(path)
 
 
