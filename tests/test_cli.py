@@ -35,6 +35,22 @@ def nothing():
     return None
 
 number = 3
+
+def printing():
+    print("training epoch 1")
+    return as_tuple()
+
+def leaving():
+    raise SystemExit(0)
+
+def two_lines():
+    raise RuntimeError("line one\\nline two")
+
+def no_splits():
+    return make(Mlp), loss, []
+
+def no_model():
+    return None, loss, {"a": []}
 """
 
 
@@ -108,6 +124,20 @@ def test_running_extract_again_does_nothing(run, stores):
     assert json.loads(out)["rows"] == 50
 
 
+def test_what_a_recipe_prints_is_not_our_output(run):
+    code, out, err = run("extract --recipe my_recipe.py:printing --store s.zarr --k 50 --json")
+    assert code == 0
+    assert json.loads(out)["k"] == 50
+    assert "training epoch 1" in err
+
+
+def test_a_broken_store_is_one_line(run, stores):
+    Path("train.zarr/zarr.json").write_text("{")
+    code, _, err = run("info train.zarr")
+    assert code == 2
+    assert "cannot be read" in err
+
+
 def test_the_only_split_and_a_module_recipe(run):
     code, _, err = run("extract --recipe my_recipe:as_tuple --store s.zarr --k 50 --dtype bfloat16 --modules last")
     assert (code, err) == (0, "")
@@ -144,6 +174,16 @@ def test_the_only_split_and_a_module_recipe(run):
         ("extract --recipe my_recipe.py:as_tuple --store my_recipe.py --k 9", "received something else"),
         ("extract --recipe my_recipe.py:as_tuple --store s3://bucket/a.zarr", "object storage"),
         ("extract --recipe my_recipe.py:as_tuple --store a.zarr --device nonsense", "expected a device such as"),
+        ("extract --recipe my_recipe.py:leaving --store a.zarr", "received SystemExit"),
+        ("extract --recipe my_recipe.py:two_lines --store a.zarr", "line one line two"),
+        ("extract --recipe my_recipe.py:no_splits --store a.zarr", "splits"),
+        ("extract --recipe my_recipe.py:no_model --store a.zarr", "a torch.nn.Module"),
+        ("extract --recipe my_recipe.py:as_tuple --store a.zarr --seed -1", "seed >= 0"),
+        ("extract --recipe my_recipe.py:as_tuple --store my_recipe.py/x --k 9", "a folder to write to"),
+        ("self-influence train.zarr --out none/x.npy", "a folder to write"),
+        ("score test.zarr train.zarr --out my_recipe.py/x", "expected to write scores"),
+        ("demo --out my_recipe.py", "a folder to write to"),
+        ("fisher train.zarr --out test.zarr", "a curvature or nothing"),
         ("demo --rows 5", "expected --rows >= 1437"),
     ],
 )

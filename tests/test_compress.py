@@ -75,6 +75,16 @@ def test_bad_k(k):
         Dropout(k=k)
 
 
+@pytest.mark.parametrize("seed", [-1, None, 1.5, "a"])
+def test_bad_seed(seed):
+    with pytest.raises(InputError, match="seed >= 0"):
+        Dropout(seed=seed)
+
+
+def test_numpy_integers_are_whole_numbers():
+    assert Dropout(k=np.int64(4)) == Dropout(k=4)
+
+
 def test_bad_settings():
     with pytest.raises(InputError, match=r"k <= p = 47.*received k = 48"):
         Dropout(k=48).draw(LAYERS)

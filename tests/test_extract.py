@@ -14,6 +14,7 @@ from models import LINEAR, Encoder, Mlp, Twice, batches, data, loss, make, sampl
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy.stats import spearmanr
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from ooc_influence import (
     Batching,
@@ -273,7 +274,8 @@ def test_a_stopped_run_resumes_bit_for_bit(tmp_path, stop, form):
     assert partial.n == 8 * stop
     stopping, computed = False, []
     store = extract(tmp_path / "s.zarr", batches=make_source(), loss=counted)
-    assert sum(computed) == 50 - 8 * stop
+    looked_at = 0 if form == "callable" else 8  # the first batch's losses show that the data is still the same
+    assert sum(computed) == looked_at + 50 - 8 * stop
     whole = extract(tmp_path / "w.zarr")
     for name in ("gradients", "row_scale", "loss", "grad_norm", "commits"):
         files = sorted(path.name for path in (whole.path / name).glob("c.*"))
@@ -404,7 +406,7 @@ class SequenceFirst(Mlp):
         ({"loss": lambda model, batch: loss(model, batch).mean()}, InputError, r"shape \(b,\); received shape \(\)"),
         ({"loss": lambda model, batch: 3.0}, InputError, "received float"),
         ({"loss": lambda model, batch: loss(model, batch).detach()}, InputError, "depend on a tapped layer"),
-        ({"loss": lambda model, batch: loss(model, batch)[:3]}, InputError, "8 samples; received 3"),
+        ({"loss": lambda model, batch: loss(model, batch)[:3]}, UnsupportedModelError, "batch of 3 samples on axis 0"),
         ({"batches": []}, InputError, "the data set is empty"),
         ({"compressor": Dropout(k=10_000)}, InputError, "k <= p"),
         ({"dtype": "float8"}, InputError, "expected dtype one of"),
@@ -507,6 +509,189 @@ def test_token_losses():
         cross_entropy(logits, labels)
     with pytest.raises(InputError, match="labels"):
         token_cross_entropy(logits, labels[:2])
+
+
+class OneWay(Mlp):
+    """Sample s reaches into sample s + 1, never back."""
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.last(torch.relu(torch.cat([h[:1], h[1:] + 0.5 * h[:-1]])))
+
+
+class TokenFirst(Mlp):
+    """As many tokens as samples, tokens first: shapes alone cannot tell."""
+
+    def forward(self, x):
+        h = torch.tanh(self.first(x.view(-1, 8, 12).transpose(0, 1)))
+        return self.last(h[0])
+
+
+@pytest.mark.filterwarnings("ignore:no gradient reached")
+@pytest.mark.parametrize("kind", [OneWay, TokenFirst])
+def test_samples_that_mix_are_found(tmp_path, kind):
+    source = [(torch.randn(8, 96) if kind is TokenFirst else torch.randn(8, 12), torch.zeros(8, dtype=torch.long))]
+    for batches_before in ([], [tuple(part[:1] for part in source[0])]):  # a first batch of one shows nothing
+        with pytest.raises(UnsupportedModelError, match=r"depend on that sample alone|on axis 0"):
+            extract(tmp_path / "s.zarr", model=make(kind), batches=batches_before + source)
+    unchecked = Batching(check_independence=False)
+    extract(tmp_path / "t.zarr", model=make(OneWay), batches=batches(*data(Mlp, 8), 8), batching=unchecked,
+            modules=["first", "last"], compressor=Dropout(k=9))  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:no gradient reached")
+def test_nan_in_the_first_batch_names_its_row(tmp_path):
+    x, y = data(Mlp, 50)
+    x = x.clone()
+    x[2, 3] = float("nan")
+    with pytest.raises(NonFiniteError, match="rows 2:"):
+        extract(tmp_path / "s.zarr", batches=batches(x, y, 8))
+    assert not (tmp_path / "s.zarr").exists()
+
+
+def test_a_loss_of_another_model(tmp_path):
+    other = make(Mlp, seed=3)
+    with pytest.raises(InputError, match="reaches none of them"):
+        extract(tmp_path / "s.zarr", loss=lambda model, batch: loss(other, batch))
+
+
+def test_a_loss_that_differentiates_the_model(tmp_path):
+    def penalty(model, batch):
+        x = batch[0].requires_grad_()
+        (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        return slope.square().sum(1)
+
+    with pytest.raises(UnsupportedModelError, match="second derivatives"):
+        extract(tmp_path / "s.zarr", loss=penalty)
+
+
+@pytest.mark.parametrize("change", ["pruned", "weight_norm", "parametrized"])
+def test_layers_with_computed_weights_are_left_out(tmp_path, change):
+    model = make(Mlp)
+    if change == "pruned":
+        prune.random_unstructured(model.second, "weight", 0.5)
+    elif change == "weight_norm":
+        parametrizations.weight_norm(model.second)
+    else:
+        parametrize.register_parametrization(model.second, "weight", nn.Tanh())
+    with pytest.warns(OocInfluenceWarning, match=r"second \(its weight is computed from other parameters\)"):
+        store = extract(tmp_path / "s.zarr", model=model, compressor=Dropout(k=50))
+    assert [module.layer.name for module in store.mask.modules] == ["first", "last"]
+
+
+def test_gradient_checkpointing(tmp_path):
+    class Checkpointed(Mlp):
+        reentrant = False
+
+        def forward(self, x):
+            part = lambda h: torch.relu(self.second(h))  # noqa: E731
+            h = torch.relu(self.first(x))
+            return self.last(h + torch.utils.checkpoint.checkpoint(part, h, use_reentrant=self.reentrant))
+
+    store = extract(tmp_path / "s.zarr", model=make(Checkpointed))
+    expected = extract(tmp_path / "t.zarr").rows()
+    assert_allclose(store.rows(), expected, atol=1e-5 * np.abs(expected).max())
+    Checkpointed.reentrant = True
+    with pytest.raises(UnsupportedModelError, match="use_reentrant=False"):
+        extract(tmp_path / "u.zarr", model=make(Checkpointed))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_models_of_other_dtypes(tmp_path, dtype):
+    x, y = data(Mlp, 50)
+    store = extract(tmp_path / "s.zarr", model=make(Mlp).to(dtype), batches=batches(x.to(dtype), y, 8))
+    expected = extract(tmp_path / "t.zarr").rows()
+    tolerance = 1e-5 if dtype == torch.float64 else 0.05
+    assert_allclose(store.rows(), expected, atol=tolerance * np.abs(expected).max())
+
+
+def test_autocast(tmp_path):
+    def cast(model, batch):
+        with torch.autocast("cpu", torch.bfloat16):
+            return loss(model, batch)
+
+    expected = extract(tmp_path / "t.zarr").rows()
+    assert_allclose(extract(tmp_path / "s.zarr", loss=cast).rows(), expected, atol=0.05 * np.abs(expected).max())
+
+
+def test_inference_mode(tmp_path):
+    model = make(Mlp)
+    with torch.inference_mode():
+        x, y = (part.clone() for part in data(Mlp, 50))
+        store = extract(tmp_path / "s.zarr", model=model, batches=batches(x, y, 8))
+        inside = make(Mlp)
+    assert_array_equal(store.rows(), extract(tmp_path / "t.zarr").rows())
+    with pytest.raises(UnsupportedModelError, match="inference_mode"):
+        extract(tmp_path / "u.zarr", model=inside)
+    assert inside.training
+
+
+def test_other_data_of_the_same_length_is_noticed(tmp_path):
+    extract(tmp_path / "s.zarr")
+    x, y = data(Mlp, 50, seed=7)
+    with pytest.raises(MismatchError, match="batches or their order changed"):
+        extract(tmp_path / "s.zarr", batches=batches(x, y, 8))
+
+
+def test_a_query_store_is_not_its_train_store(tmp_path):
+    train = extract(tmp_path / "s.zarr")
+    with pytest.raises(InputError, match="apart from its train store"):
+        extract(tmp_path / "s.zarr", like=train)
+
+
+def test_batches_whose_first_tensor_does_not_count_samples(tmp_path):
+    """Their sizes are not believed: a finished run looks at every batch again, and stores nothing twice."""
+    source = [{"epoch": torch.tensor([1]), "x": x, "y": y} for x, y in batches(*data(Mlp, 50), 8)]
+    options = {"batches": source, "loss": lambda model, batch: loss(model, (batch["x"], batch["y"]))}
+    expected = extract(tmp_path / "t.zarr").rows()
+    for _ in range(2):
+        assert_array_equal(extract(tmp_path / "s.zarr", **options).rows(), expected)
+
+
+def test_shards_keep_the_grid_of_the_store(tmp_path):
+    extract(tmp_path / "s.zarr", n=100, sharding=Sharding(1, 2, 100), storage=Storage(8, 2))
+    with pytest.raises(MismatchError, match="chunk_rows"):
+        extract(tmp_path / "s.zarr", n=100, sharding=Sharding(0, 2, 100), storage=Storage(20, 2))
+    store = extract(tmp_path / "s.zarr", n=100, sharding=Sharding(0, 2, 100), storage=None)
+    assert store.n == store.committed == 100
+    with pytest.raises(InputError, match="expected 100 samples"):
+        extract(tmp_path / "s.zarr", n=120, sharding=Sharding(0, 2, 100), storage=None)
+
+
+def test_columns_take_their_type_from_all_values(tmp_path):
+    store = extract(tmp_path / "s.zarr", columns={"mixed": [1] * 30 + [2.5] * 20})
+    assert store.layout.columns == {"mixed": "float64"}
+    assert store.column("mixed")[[0, 49]].tolist() == [1.0, 2.5]
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        {"columns": {"c": np.zeros((50, 2))}},
+        {"columns": {"c": ["a"] * 9 + [None] * 41}},
+        {"columns": {"c": lambda batch: 3}},
+        {"columns": ["c"]},
+        {"columns": {"": list(range(50))}},
+        {"ids": (str(row) for row in range(50))},
+        {"ids": {"a": 1}},
+        {"ids": [0.5] * 50},
+        {"loss_kind": object()},
+    ],
+)
+def test_bad_metadata_leaves_nothing(tmp_path, what):
+    with pytest.raises(InputError):
+        extract(tmp_path / "s.zarr", **what)
+    assert not (tmp_path / "s.zarr").exists()
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_model_runs(tmp_path):
+    (tmp_path / "file").write_text("x")
+
+    def never(model, batch):
+        raise AssertionError
+
+    with pytest.raises(InputError, match="a folder to write to"):
+        extract(tmp_path / "file" / "deep" / "s.zarr", loss=never)
 
 
 @pytest.mark.gpu

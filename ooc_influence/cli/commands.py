@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -83,23 +85,25 @@ def extract(
     given = {click.get_current_context().get_parameter_source(name) for name in ("k", "seed")}
     if like is not None and (modules or click.core.ParameterSource.COMMANDLINE in given):
         raise InputError("expected --like without --k, --seed and --modules; received both: --like fixes the mask")
-    recipe = load_recipe(recipe_name)
-    data = choose_split(recipe, split)
-    result = extract_gradients(
-        recipe.model,
-        recipe.per_sample_loss,
-        data.batches,
-        store,
-        compressor=None if like else Dropout(k=k, seed=seed),
-        like=like,
-        modules=list(modules) or None,
-        dtype=dtype,
-        device=device,
-        ids=data.ids,
-        columns=data.columns,
-        loss_kind=recipe.loss_kind,
-        progress=_show_progress(),
-    )
+    compressor = None if like else Dropout(k=k, seed=seed)
+    with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints must not end up in our output
+        recipe = load_recipe(recipe_name)
+        data = choose_split(recipe, split)
+        result = extract_gradients(
+            recipe.model,
+            recipe.per_sample_loss,
+            data.batches,
+            store,
+            compressor=compressor,
+            like=like,
+            modules=list(modules) or None,
+            dtype=dtype,
+            device=device,
+            ids=data.ids,
+            columns=data.columns,
+            loss_kind=recipe.loss_kind,
+            progress=_show_progress(),
+        )
     _print(as_json, _store_facts(result), lambda: repr(result))
 
 
@@ -171,7 +175,9 @@ def top(query: str, train: str, count: int, as_json: bool, **options: Any) -> No
 
 @click.command("self-influence")
 @click.argument("train")
-@click.option("--top", "count", type=int, default=20, show_default=True, help="How many rows to show.")
+@click.option(
+    "--top", "count", type=click.IntRange(min=1), default=20, show_default=True, help="How many rows to show."
+)
 @click.option("--out", type=click.Path(dir_okay=False), help="Write all values to this .npy file.")
 @_scoring
 def self_influence_command(train: str, count: int, out: str | None, as_json: bool, **options: Any) -> None:
@@ -179,12 +185,16 @@ def self_influence_command(train: str, count: int, out: str | None, as_json: boo
     import numpy as np
 
     from ooc_influence import GradientStore, self_influence
+    from ooc_influence.errors import InputError
     from ooc_influence.report import table
 
     store = GradientStore.open(train)
+    if out is not None and not Path(out).absolute().parent.is_dir():
+        raise InputError(f"expected a folder to write {out} to; received none: make it first")
     values = self_influence(store, progress=_show_progress(), **options)
     if out is not None:
-        np.save(out, values)
+        with Path(out).open("wb") as file:
+            np.save(file, values)
     order = np.argsort(np.where(np.isnan(values), np.inf, -values), kind="stable")[:count]
     order = order[~np.isnan(values[order])]
     rows = [
@@ -225,9 +235,9 @@ def demo(out: str, rows: int | None, k: int, memory: str, as_json: bool) -> None
 
 def _store_facts(store: Any) -> dict[str, Any]:
     from ooc_influence.memory import format_bytes
+    from ooc_influence.store import folder_bytes
 
-    files = [path for path in store.path.rglob("*") if path.is_file()]
-    size = sum(path.stat().st_size for path in files)
+    size = folder_bytes(store.path)
     attrs = store.attrs
     return {
         "store": str(store.path),

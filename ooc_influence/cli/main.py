@@ -50,8 +50,14 @@ def main(arguments: list[str] | None = None) -> None:
         if "--traceback" in arguments:
             raise
         if isinstance(error, OocInfluenceError):
-            click.echo(f"error: {error}", err=True)
+            click.echo(f"error: {_one_line(error)}", err=True)
             sys.exit(2)
         kind = type(error).__name__
-        click.echo(f"error: unexpected {kind}: {error} (ooc-influence --traceback ... shows where)", err=True)
+        click.echo(
+            f"error: unexpected {kind}: {_one_line(error)} (ooc-influence --traceback ... shows where)", err=True
+        )
         sys.exit(1)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

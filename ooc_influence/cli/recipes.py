@@ -6,8 +6,11 @@ import importlib
 import importlib.util
 import sys
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
+
+from torch import nn
 
 from ooc_influence.errors import InputError
 from ooc_influence.extract import Recipe, Split
@@ -32,7 +35,7 @@ def load_recipe(name: str) -> Recipe:
         result = function()
     except InputError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         raise InputError(
             f"expected the recipe {name} to run; received {type(error).__name__}: {error} "
@@ -40,10 +43,19 @@ def load_recipe(name: str) -> Recipe:
         ) from error
     if isinstance(result, tuple) and len(result) == 3:
         result = Recipe(*result)
-    if not isinstance(result, Recipe) or not result.splits:
+    if not isinstance(result, Recipe):
         raise InputError(
-            f"expected {name} to return (model, per_sample_loss, splits) or a Recipe, with at least one split; "
-            f"received {type(result).__name__}"
+            f"expected {name} to return (model, per_sample_loss, splits) or a Recipe; received {type(result).__name__}"
+        )
+    named = isinstance(result.splits, Mapping) and all(isinstance(key, str) for key in result.splits)
+    if not named or not result.splits:
+        raise InputError(
+            f"expected the splits of {name} as a mapping of name to batches; received {result.splits!r:.80}"
+        )
+    if not isinstance(result.model, nn.Module) or not callable(result.per_sample_loss):
+        raise InputError(
+            f"expected {name} to return a torch.nn.Module and a loss function; received "
+            f"{type(result.model).__name__} and {type(result.per_sample_loss).__name__}"
         )
     return result
 
@@ -51,12 +63,14 @@ def load_recipe(name: str) -> Recipe:
 def _load_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise InputError(f"expected a Python file {path}; received no such file")
+    known = path.stem in sys.modules or importlib.util.find_spec(path.stem) is not None
+    name = f"recipe_{path.stem}" if known else path.stem  # datasets.py must not hide the library of that name
     sys.path.insert(0, str(path.resolve().parent))  # the recipe may import its neighbours
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 

@@ -45,8 +45,11 @@ class Dropout:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.k, int) or isinstance(self.k, bool) or self.k < 1:
-            raise InputError(f"expected a whole number k >= 1; received {self.k!r}")
+        for name, least in (("k", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+                raise InputError(f"expected a whole number {name} >= {least}; received {value!r}")
+            object.__setattr__(self, name, int(value))
         if self.sampling != "uniform":
             raise InputError(f"expected sampling 'uniform'; received {self.sampling!r}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,6 @@ from torch import Tensor
 from ooc_influence.errors import InputError, OocInfluenceWarning
 
 Batches = Iterable[Any] | Callable[[int], Iterable[Any]]
-RowSource = Sequence[Any] | np.ndarray[Any, Any] | Callable[[Any], Sequence[Any]]
 
 
 @dataclass(frozen=True)
@@ -87,11 +86,17 @@ def to_device(batch: Any, device: torch.device) -> Any:
     """Return ``batch`` with every tensor on ``device``: tensors, tuples, lists, dicts, objects with ``.to``."""
     if isinstance(batch, Mapping) and not hasattr(batch, "to"):
         return {key: to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(to_device(value, device) for value in batch))
-    if isinstance(batch, (list, tuple)):
+    if isinstance(batch, tuple) and hasattr(batch, "_make") and not hasattr(batch, "to"):
+        return type(batch)._make(to_device(value, device) for value in batch)
+    if type(batch) in (list, tuple):
         return type(batch)(to_device(value, device) for value in batch)
-    return batch.to(device) if hasattr(batch, "to") else batch
+    if isinstance(batch, Tensor) and batch.is_inference():  # autograd cannot follow those
+        with torch.inference_mode(False):
+            return batch.to(device, copy=True)
+    if not hasattr(batch, "to"):
+        return batch
+    moved = batch.to(device)
+    return batch if moved is None else moved  # some classes move themselves and return nothing
 
 
 def batch_size(batch: Any) -> int | None:
@@ -118,13 +123,14 @@ def open_batches(batches: Batches, first_row: int, next_row: int) -> tuple[int, 
 
 
 def _warn_if_shuffled(batches: Any) -> None:
-    sampler = getattr(batches, "sampler", None)
-    if isinstance(sampler, torch.utils.data.RandomSampler):
+    data = torch.utils.data
+    sampler = getattr(getattr(batches, "batch_sampler", None), "sampler", getattr(batches, "sampler", None))
+    if isinstance(sampler, (data.RandomSampler, data.SubsetRandomSampler, data.WeightedRandomSampler)):
         warnings.warn(
             "batches come from a shuffling DataLoader: row numbers will not be data set indices and a killed run "
             "cannot resume; use shuffle=False",
             OocInfluenceWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
@@ -137,20 +143,3 @@ def count_rows(batches: Batches) -> int | None:
         return len(batches.dataset)  # type: ignore[union-attr]
     except (AttributeError, TypeError):
         return None
-
-
-def row_values(source: RowSource, name: str, batch: Any, first: int, count: int) -> list[Any]:
-    """Return ``count`` values for the rows of a batch: ``source[first:first + count]`` or ``source(batch)``.
-
-    Raises
-    ------
-    InputError
-        If there are not ``count`` of them.
-    """
-    values: Any = source(batch) if callable(source) else source[first : first + count]
-    found: list[Any] = values.tolist() if isinstance(values, (Tensor, np.ndarray)) else list(values)
-    if len(found) != count:
-        raise InputError(
-            f"expected {count} values of {name} for rows {first}-{first + count}; received {len(found)}: one a row"
-        )
-    return found

@@ -52,7 +52,7 @@ def select_layers(model: nn.Module, modules: ModuleSelection) -> tuple[list[Laye
     tapped = 0
     for name, module in model.named_modules():
         own = [p for p in module._parameters.values() if p is not None]
-        if not own or not wanted(name, module):
+        if not (own or isinstance(module, nn.Linear)) or not wanted(name, module):
             continue
         reason = _unsupported(module, users)
         if reason:
@@ -92,6 +92,8 @@ def _unsupported(module: nn.Module, users: Counter[int]) -> str | None:
     kind = type(module)
     if not isinstance(module, nn.Linear) or kind.forward is not nn.Linear.forward:
         return kind.__name__
+    if any(getattr(module, name) is not None and name not in module._parameters for name in ("weight", "bias")):
+        return "its weight is computed from other parameters"
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return "used inside MultiheadAttention without being called"
     if any(users[id(p)] > 1 for p in (module.weight, module.bias) if p is not None):

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ooc_influence.extract.batching import Batches, RowSource
+from ooc_influence.extract.batching import Batches
+from ooc_influence.extract.metadata import RowSource
 
 
 @dataclass(frozen=True)

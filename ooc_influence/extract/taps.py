@@ -8,7 +8,7 @@ activation gradients only, and none below the first tapped layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -49,6 +49,8 @@ class GradientTaps:
         The kept entries, k in all.
     device : torch.device
         Where batches go and rows are gathered.
+    probe : bool
+        Check on the first batch of several samples that they do not influence each other.
 
     Attributes
     ----------
@@ -56,8 +58,9 @@ class GradientTaps:
         Tapped layers that have not received a gradient so far.
     """
 
-    def __init__(self, mask: Mask, device: torch.device) -> None:
+    def __init__(self, mask: Mask, device: torch.device, *, probe: bool = False) -> None:
         self._mask, self._device = mask, device
+        self._probe_pending = probe
         self._gathers = [EntryGather(module, device) for module in mask.modules]
         self._starts = [0]
         for gather in self._gathers:
@@ -65,8 +68,15 @@ class GradientTaps:
         self._names = [module.layer.name for module in mask.modules]
         self._anchor = torch.zeros((), device=device, requires_grad=True)
         self._rows = torch.empty(0)
-        self._probing = False
-        self.silent = {name for name, gather in zip(self._names, self._gathers, strict=True) if gather.entries}
+        self._probed: int | None = None
+        self._active = False
+        self._tapped = {name for name, gather in zip(self._names, self._gathers, strict=True) if gather.entries}
+        self.silent = set(self._tapped)
+
+    @property
+    def all_silent(self) -> bool:
+        """Whether no tapped layer has received a gradient so far."""
+        return self.silent == self._tapped
 
     def hook(self, number: int) -> Callable[..., Tensor]:
         """Return the forward hook of tapped layer ``number``."""
@@ -82,6 +92,11 @@ class GradientTaps:
 
     def receive(self, number: int, x: Tensor, delta: Tensor) -> None:
         """Take layer ``number``'s input (b, ..., in) and output gradient (b, ..., out); calls add up."""
+        if not self._active:
+            raise UnsupportedModelError(
+                "expected a loss without gradients inside it; received one that differentiates the model: gradients "
+                "of such losses need second derivatives"
+            )
         b = len(self._rows)
         name = self._names[number] or "(the model)"
         if x.dim() < 2 or x.shape[0] != b:
@@ -90,11 +105,14 @@ class GradientTaps:
                 f"{tuple(x.shape)}: leave the layer out with modules=, or keep the batch on axis 0"
             )
         with torch.no_grad():
-            if self._probing:
-                if b > 1 and bool((delta[1:] != 0).any()):
+            if self._probed is not None:
+                reached = ((delta != 0) & delta.isfinite()).reshape(b, -1).any(1)
+                reached[self._probed] = False
+                if bool(reached.any()):
                     raise UnsupportedModelError(
                         f"expected each sample's loss to depend on that sample alone; received a gradient of sample "
-                        f"0's loss in other samples at layer {name!r}: remove what mixes samples in a batch"
+                        f"{self._probed}'s loss at another place of axis 0 at layer {name!r}: remove what mixes "
+                        "samples in a batch, or leave the layer out with modules="
                     )
                 return
             self.silent.discard(self._names[number])
@@ -102,92 +120,106 @@ class GradientTaps:
             entries = self._gathers[number](x.reshape(b, -1, x.shape[-1]), delta.reshape(b, -1, delta.shape[-1]))
             self._rows[:, columns] += entries
 
-    def rows(
-        self, model: nn.Module, per_sample_loss: PerSampleLoss, batch: Any, *, size: int | None = None, probe: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Return the losses (b,) and the compressed gradients (b, k) float32 of a batch on the device.
+    def losses(self, model: nn.Module, per_sample_loss: PerSampleLoss, batch: Any) -> Tensor:
+        """Return the losses (b,) of a batch on the device, without gradients.
 
-        Parameters
-        ----------
-        size : int or None
-            Samples of the batch, where known.
-        probe : bool
-            Also check that samples do not influence each other (one more backward pass).
+        Raises
+        ------
+        InputError
+            If they are not a (b,) tensor.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            return _check_losses(per_sample_loss(model, batch))
+
+    def rows(self, model: nn.Module, per_sample_loss: PerSampleLoss, batch: Any) -> tuple[Tensor, Tensor]:
+        """Return the losses (b,) and the compressed gradients (b, k) float32 of a batch on the device.
 
         Raises
         ------
         InputError
             If the loss is not a (b,) tensor that depends on a tapped layer.
         UnsupportedModelError
-            If samples mix, or a layer does not keep the batch on axis 0.
+            If samples mix, a layer does not keep the batch on axis 0, or the loss differentiates the model.
         """
-        with torch.enable_grad():
-            losses = per_sample_loss(model, batch)
-            if not isinstance(losses, Tensor) or losses.dim() != 1 or not losses.is_floating_point():
-                received = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
-                raise InputError(
-                    f"expected per_sample_loss to return a float tensor of shape (b,); received {received}: "
-                    "return one loss a sample (reduction='none'), not their mean"
-                )
+        with torch.inference_mode(False), torch.enable_grad():
+            losses = _check_losses(per_sample_loss(model, batch))
             if not losses.requires_grad:
                 raise InputError(
                     "expected the loss to depend on a tapped layer; received one that does not: it was detached, "
                     "computed under no_grad, or the selected layers are not used"
                 )
-            if size is not None and size != len(losses):
-                raise InputError(
-                    f"expected one loss for each of the batch's {size} samples; received {len(losses)}: the first "
-                    "tensor of a batch must have one entry a sample on axis 0"
-                )
             self._rows = torch.zeros((len(losses), self._mask.k), device=self._device)
-            if probe and len(losses) > 1:
-                self._probing = True
-                try:
-                    torch.autograd.grad(losses[0], self._anchor, retain_graph=True, allow_unused=True)
-                finally:
-                    self._probing = False
-            torch.autograd.grad(losses.sum(), self._anchor, allow_unused=True)
+            if self._probe_pending and len(losses) > 1:
+                for sample in (0, len(losses) - 1):  # both ends: some models mix one way only
+                    self._probed = sample
+                    self._backward(losses[sample], keep_graph=True)
+                self._probed, self._probe_pending = None, False
+            self._backward(losses.sum(), keep_graph=False)
         rows, self._rows = self._rows, torch.empty(0)
         return losses.detach(), rows
 
+    def _backward(self, value: Tensor, *, keep_graph: bool) -> None:
+        self._active = True
+        try:
+            torch.autograd.grad(value, self._anchor, retain_graph=keep_graph, allow_unused=True)
+        except RuntimeError as error:
+            if "use_reentrant" not in str(error):
+                raise
+            raise UnsupportedModelError(
+                "expected gradient checkpointing with use_reentrant=False; received the reentrant form, which cannot "
+                "be differentiated with torch.autograd.grad: change it, or switch checkpointing off"
+            ) from error
+        finally:
+            self._active = False
+
+
+def _check_losses(losses: Any) -> Tensor:
+    if not isinstance(losses, Tensor) or losses.dim() != 1 or not losses.is_floating_point():
+        received = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+        raise InputError(
+            f"expected per_sample_loss to return a float tensor of shape (b,); received {received}: return one loss a "
+            "sample (reduction='none'), not their mean"
+        )
+    return losses
+
 
 @contextmanager
-def tapped(model: nn.Module, mask: Mask, device: torch.device) -> Iterator[GradientTaps]:
+def tapped(model: nn.Module, mask: Mask, device: torch.device, *, probe: bool = False) -> Iterator[GradientTaps]:
     """Tap a model, in evaluation mode; afterwards it is as it was, also after an error.
 
     Hooks, ``requires_grad`` flags, training modes, the device and torch's fused attention switch are put back;
     ``.grad`` is never touched.
+
+    Raises
+    ------
+    UnsupportedModelError
+        For a model made in inference mode, which autograd cannot follow.
     """
+    parameters = parameter_sequence(model)
+    if any(parameter.is_inference() for parameter in parameters):
+        raise UnsupportedModelError(
+            "expected a model made outside torch.inference_mode; received one made inside: load it outside"
+        )
     modules = dict(model.named_modules())
-    training = {module: module.training for module in model.modules()}
-    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    home = next(iter(required)).device
-    fused = torch.backends.mha.get_fastpath_enabled()
-    handles: list[Any] = []
-    try:
+    home = parameters[0].device
+    with ExitStack() as undo:
+        undo.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        for module in modules.values():
+            undo.callback(setattr, module, "training", module.training)
         if home != device:
+            undo.callback(model.to, home)
             model.to(device)
         torch.backends.mha.set_fastpath_enabled(False)  # the fused encoder layer does not call its linear layers
         model.eval()
-        for parameter in required:
+        for parameter in parameters:
+            undo.callback(parameter.requires_grad_, parameter.requires_grad)
             parameter.requires_grad_(False)
-        taps = GradientTaps(mask, device)
-        for number, module in enumerate(mask.modules):
-            if len(module.rows):
-                handles.append(
-                    modules[module.layer.name].register_forward_hook(taps.hook(number), prepend=True, with_kwargs=True)
-                )
+        taps = GradientTaps(mask, device, probe=probe)
+        for number, kept in enumerate(mask.modules):
+            if len(kept.rows):
+                hook = modules[kept.layer.name].register_forward_hook(taps.hook(number), prepend=True, with_kwargs=True)
+                undo.callback(hook.remove)
         yield taps
-    finally:
-        for handle in handles:
-            handle.remove()
-        for parameter, flag in required.items():
-            parameter.requires_grad_(flag)
-        for target, mode in training.items():
-            target.training = mode
-        torch.backends.mha.set_fastpath_enabled(fused)
-        if home != device:
-            model.to(home)
 
 
 def parameter_sequence(model: nn.Module) -> Sequence[nn.Parameter]:

@@ -131,9 +131,9 @@ def _write_scores(
 ) -> zarr.Array[Any]:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise StoreExistsError(f"expected nothing at {out}; received something: choose another path or remove it")
-    out.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_folder(out)
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         _create_output(temporary, pair, block_rows)
         stripes = cut_stripes(0, pair.train.n, block_rows, slots)
         with Progress("scores", len(blocks) * pair.train.n, progress) as bar:

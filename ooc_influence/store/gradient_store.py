@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ooc_influence._version import __version__
-from ooc_influence.errors import InputError, StoreExistsError
+from ooc_influence.errors import InputError, StoreExistsError, StoreWriteError
 from ooc_influence.store.arrays import open_group, writable_array
 from ooc_influence.store.claim import Claim
 from ooc_influence.store.encoding import parse_representation
@@ -108,6 +108,8 @@ class GradientStore(StoreView):
             For planned rows below one, or a column name that is no file name.
         StoreExistsError
             If something is at ``path``.
+        StoreWriteError
+            If the disk refuses.
         """
         target = parse_path(path)
         representation = parse_representation(dtype)
@@ -116,9 +118,9 @@ class GradientStore(StoreView):
             mask.k, representation, storage.rows_for(mask.k, representation), storage.group_chunks,
             planned_rows, ids, dict(columns or {}),
         )  # fmt: skip
-        target.parent.mkdir(parents=True, exist_ok=True)
         temporary = temporary_folder(target)
         try:
+            target.parent.mkdir(parents=True, exist_ok=True)
             group = open_group(LocalArrayStore(temporary), "w")
             layout.create_arrays(group)
             mask.save(group)
@@ -132,6 +134,10 @@ class GradientStore(StoreView):
             fixed |= {"mask_digest": mask.digest, "layout": layout.to_dict()}
             group.attrs[ATTRIBUTES] = dict(attributes or {}) | fixed
             published = publish_folder(temporary, target)
+        except OSError as error:
+            raise StoreWriteError(
+                f"expected to make a store at {target}; received: {error}: choose another path, or make room"
+            ) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         if not published and not (exist_ok and cls(target).mask_digest == mask.digest):

@@ -45,15 +45,22 @@ def column_dtype(values: Any) -> str:
     InputError
         If the values are none of these.
     """
-    kind = np.asarray(values).dtype.kind
+    try:
+        array = np.asarray(values)
+    except ValueError:  # ragged
+        array = np.empty((0, 0))
+    if array.ndim != 1:
+        raise InputError(f"expected one value a row; received values of shape {array.shape[1:]} or of several shapes")
+    kind = array.dtype.kind
     name = {"b": "bool", "i": "int64", "u": "int64", "f": "float64", "U": "str", "T": "str"}.get(kind)
-    if kind == "u" and np.asarray(values).max(initial=0) > np.iinfo(np.int64).max:
+    if kind == "u" and array.max(initial=0) > np.iinfo(np.int64).max:
         raise InputError("expected whole numbers below 2^63; received larger ones: store them as strings")
     if name is None and all(isinstance(value, str) for value in values):
         name = "str"
     if name is None:
+        odd = next(value for value in values if not isinstance(value, str))
         raise InputError(
-            f"expected column values that are numbers, booleans or strings; received {type(values[0]).__name__}: "
+            f"expected values that are numbers, booleans or strings, all of one kind; received {type(odd).__name__}: "
             "convert them, for example with str()"
         )
     return name
@@ -90,7 +97,7 @@ class Storage:
         """Return the rows of a chunk for ``k`` stored numbers a row."""
         if self.chunk_rows is not None:
             return self.chunk_rows
-        return max(1, min(65536, CHUNK_TARGET // (k * array_dtype(dtype).itemsize)))
+        return max(1, min(16384, CHUNK_TARGET // (k * array_dtype(dtype).itemsize)))
 
 
 @dataclass(frozen=True)

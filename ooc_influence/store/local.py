@@ -212,3 +212,12 @@ def publish_folder(temporary: Path, final: Path) -> bool:
         raise
     _fsync_folder(final.parent)
     return True
+
+
+def folder_bytes(folder: Path) -> int:
+    """Return the bytes of all files below ``folder``; files that vanish meanwhile (a writer's) do not count."""
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            total += path.stat().st_size if path.is_file() else 0
+    return total

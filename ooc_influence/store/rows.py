@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,8 +49,7 @@ def parse_rows(
             f"expected per-row values for {sorted(layout.metadata) or 'nothing'}; received {sorted(metadata)}: "
             "ids and columns are fixed when a store is created"
         )
-    norms = np.sqrt(np.einsum("ij,ij->i", rows, rows, dtype=np.float64))  # float32 squares under- and overflow
-    losses = np.asarray(loss, np.float32)
+    losses, norms = np.asarray(loss, np.float32), _norms(rows)
     small: dict[str, npt.NDArray[Any]] = {"loss": losses}
     small["grad_norm"] = np.asarray(norms if grad_norm is None else grad_norm, np.float32)
     if len(rows):
@@ -58,7 +57,7 @@ def parse_rows(
     for name, values in small.items():
         if values.shape != (len(rows),):
             raise InputError(f"expected {name} of shape ({len(rows)},); received {values.shape}")
-    _check_finite(first_row, np.isfinite(norms) & np.isfinite(losses), small.get("example_id"))
+    _refuse(first_row, ~(np.isfinite(norms) & np.isfinite(losses)), small.get("example_id"))
     return rows, small
 
 
@@ -76,10 +75,26 @@ def _parse_column(name: str, dtype: str, values: Any) -> npt.NDArray[Any]:
     return np.asarray(values, numpy_dtype(dtype))
 
 
-def _check_finite(first_row: int, finite: npt.NDArray[np.bool_], ids: npt.NDArray[Any] | None) -> None:
-    if finite.all():
+def _norms(rows: FloatRows) -> npt.NDArray[np.float64]:
+    norms: npt.NDArray[np.float64] = np.sqrt(np.einsum("ij,ij->i", rows, rows, dtype=np.float64))
+    return norms  # in float64: float32 squares under- and overflow
+
+
+def check_finite(first_row: int, rows: FloatRows, losses: FloatRows, ids: Sequence[Any] | None) -> None:
+    """Check gradients (b, k) and losses (b,) of rows from ``first_row`` on.
+
+    Raises
+    ------
+    NonFiniteError
+        Naming the rows, and their ids if given, with NaN or Inf.
+    """
+    _refuse(first_row, ~(np.isfinite(_norms(rows)) & np.isfinite(losses)), ids)
+
+
+def _refuse(first_row: int, bad: npt.NDArray[np.bool_], ids: Any) -> None:
+    if not bad.any():
         return
-    places = np.flatnonzero(~finite)
+    places = np.flatnonzero(bad)
     named = ", ".join(f"{first_row + at}" + ("" if ids is None else f" ({ids[at]})") for at in places[:10])
     more = f" and {len(places) - 10} more" if len(places) > 10 else ""
     raise NonFiniteError(

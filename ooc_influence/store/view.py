@@ -75,7 +75,13 @@ class StoreView:
                 f"{'a folder without one' if self.path.exists() else 'no such path'}: "
                 "make one with extract_gradients or 'ooc-influence extract'"
             )
-        group = open_group(LocalArrayStore(self.path, read_only=True), "r")
+        try:
+            group = open_group(LocalArrayStore(self.path, read_only=True), "r")
+        except ValueError as error:
+            raise StoreFormatError(
+                f"expected a gradient store at {self.path}; received a zarr.json that cannot be read ({error}): "
+                "restore it from a backup"
+            ) from error
         self._attrs = _read_attributes(group, self.path)
         self.layout = Layout.from_dict(self._attrs["layout"], self.path)
         files = LocalArrayStore(self.path, read_only=True, chunk_bytes=self.layout.chunk_sizes)
