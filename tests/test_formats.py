@@ -1,0 +1,46 @@
+"""Stores of every format version are still read: one fixture each."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+from make_fixture import LAYERS, NAMES, ROWS
+from numpy.testing import assert_allclose, assert_array_equal
+
+from ooc_influence import Curvature, Dropout, GradientStore, fit_fisher, self_influence
+from ooc_influence.curvature import resolve_curvature
+
+FIXTURE = Path(__file__).parent / "fixtures" / "format-1.zarr"
+
+
+def test_format_1_is_read():
+    store = GradientStore.open(FIXTURE)
+    assert store.shape == (11, 6)
+    assert store.verify() == []
+    assert_allclose(store.rows(), ROWS, atol=2.0**-11 * np.abs(ROWS).max())
+    assert store.ids().tolist() == NAMES
+    assert_array_equal(store.column("label"), np.arange(11) % 3)
+    assert store.column("source")[-1] == "ç"
+    assert np.flatnonzero(store.small("dropped")).tolist() == [4]
+    assert Dropout.from_dict(dict(store.attrs["compressor"])) == Dropout(k=6, seed=3)
+    assert [module.layer for module in store.mask.modules] == LAYERS
+
+
+def test_its_curvature_is_up_to_date():
+    store = GradientStore.open(FIXTURE)
+    curvature = resolve_curvature(store, None)
+    assert isinstance(curvature, Curvature)
+    live = np.delete(store.rows().astype(np.float64), 4, axis=0)
+    assert_allclose(curvature.fisher(), live.T @ live / 10, atol=1e-6)
+    assert np.isnan(self_influence(store)[4])
+
+
+def test_it_is_appended_to(tmp_path):
+    shutil.copytree(FIXTURE, tmp_path / "s.zarr")
+    with GradientStore.open(tmp_path / "s.zarr", "a") as store:
+        store.append(ROWS[:3], loss=np.zeros(3), ids=["x", "y", "z"], columns={"label": [1, 2, 3], "source": ["q"] * 3})
+    store = GradientStore.open(tmp_path / "s.zarr")
+    assert (store.n, store.verify()) == (14, [])
+    assert fit_fisher(store).rows == 13

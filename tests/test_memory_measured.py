@@ -1,0 +1,103 @@
+"""Measured peak anonymous memory against the projection, and against n: fresh processes, real stores."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import random_rows, whole_mask
+
+from ooc_influence import GradientStore, fit_fisher
+
+HERE = str(Path(__file__).parent)
+CHILD = f"import sys; sys.path.insert(0, {HERE!r})\n" + textwrap.dedent("""
+    import json
+    import ooc_influence as ooc
+    import ooc_influence.curvature.fisher, ooc_influence.influence.pair
+    from ooc_influence import memory
+    stage, query, train, workers, top = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
+    plan, projected = memory.plan_block_rows, []
+    def record(need, budget, workers=1, reserved=None):
+        rows = plan(need, budget, workers, reserved)
+        projected.append(need.peak(rows, workers, memory.process_anonymous()))
+        return rows
+    for name, module in list(sys.modules.items()):
+        if name.startswith("ooc_influence.") and hasattr(module, "plan_block_rows"):
+            module.plan_block_rows = record
+    options = {"workers": workers, "memory": "3GiB"}
+    with memory.PeakMemory(interval=0.0005) as watch:
+        if stage == "fisher":
+            ooc.fit_fisher(train, refit=True, **options)
+        elif stage == "self":
+            ooc.self_influence(train, **options)
+        elif stage == "top":
+            ooc.top_influential(query, train, top=top, **options)
+        else:
+            ooc.influence_scores(query, train, out=train + ".scores", **options)
+    print(json.dumps({"peak": watch.peak, "projected": max(projected)}))
+""")
+
+
+def measure(stage, query, train, workers=1, top=10):
+    command = [sys.executable, "-c", CHILD, stage, str(query), str(train), str(workers), str(top)]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def write(path, rows, k, value=None):
+    """A float16 store of random rows, or of one row over and over."""
+    with GradientStore.create(path, whole_mask(k)) as store:
+        for start in range(0, rows, 1000):
+            size = min(1000, rows - start)
+            block = random_rows(size, k, start) if value is None else np.full((size, k), value, np.float32)
+            store.append(block, loss=np.zeros(size))
+    return path
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("measured")
+    train = write(folder / "train.zarr", 12_000, 512)
+    fit_fisher(train)
+    small = write(folder / "small.zarr", 20_000, 16)
+    fit_fisher(small)
+    return {
+        "wide": (write(folder / "query.zarr", 300, 512), train),
+        "tied": (write(folder / "tied.zarr", 1024, 16, 0.0), small),
+        "narrow": (write(folder / "narrow.zarr", 1024, 16), small),
+    }
+
+
+@pytest.mark.parametrize(
+    ("stage", "which", "workers", "top"),
+    [
+        ("fisher", "wide", 1, 0),
+        ("fisher", "wide", 2, 0),
+        ("self", "wide", 1, 0),
+        ("scores", "wide", 1, 0),
+        ("scores", "narrow", 2, 0),
+        ("top", "wide", 1, 10),
+        ("top", "tied", 1, 10),
+        ("top", "tied", 2, 10),
+        ("top", "narrow", 1, 20_000),
+    ],
+)
+def test_measured_is_within_projected(stores, stage, which, workers, top):
+    found = measure(stage, *stores[which], workers, top)
+    assert found["peak"] <= found["projected"], {name: f"{value / 2**20:.0f} MiB" for name, value in found.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["fisher", "top", "scores"])
+def test_peak_does_not_grow_with_rows(tmp_path, stage):
+    peaks = []
+    query = write(tmp_path / "query.zarr", 64, 1024)
+    for number, rows in enumerate((20_000, 80_000)):
+        train = write(tmp_path / f"{number}.zarr", rows, 1024)
+        fit_fisher(train)
+        peaks.append(measure(stage, query, train)["peak"])
+    assert peaks[1] <= 1.05 * peaks[0]
