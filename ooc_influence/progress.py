@@ -27,30 +27,24 @@ class Progress:
     label : str
         What is being done.
     total : int or None
-        Units in all, where known: an ETA needs it.
+        Rows in all, where known: an ETA needs it.
     show : bool or None
         ``True`` draws on stderr; ``False`` and ``None`` (a library's default) stay silent.
-    unit : str
-        The unit of ``total``.
-    done : int
-        Units finished before (a resumed run).
     """
 
-    def __init__(self, label: str, total: int | None, show: bool | None, *, unit: str = "row", done: int = 0) -> None:
+    def __init__(self, label: str, total: int | None, show: bool | None) -> None:
         self.key = uuid.uuid4().hex
         self._bar: Any = None
         if show:
             from tqdm import tqdm
 
-            self._bar = tqdm(
-                desc=label, total=total, initial=done, unit=f" {unit}", unit_scale=True, dynamic_ncols=True
-            )
+            self._bar = tqdm(desc=label, total=total, unit=" row", unit_scale=True, dynamic_ncols=True)
 
-    def advance(self, units: int) -> None:
-        """Count ``units`` more as done."""
+    def advance(self, rows: int) -> None:
+        """Count ``rows`` more as done."""
         if self._bar is not None:
             with _lock:
-                self._bar.update(units)
+                self._bar.update(rows)
 
     def stop(self) -> None:
         """Make the next tick of every task under this key stop its task."""
@@ -71,7 +65,7 @@ class Progress:
             self._bar.close()
 
 
-def tick(key: str, units: int) -> None:
+def tick(key: str, rows: int) -> None:
     """Advance the bar opened under ``key``, here or at the client of the Dask worker this runs on.
 
     Raises
@@ -81,9 +75,9 @@ def tick(key: str, units: int) -> None:
     """
     bar = _bars.get(key)
     if bar is not None:
-        bar.advance(units)
+        bar.advance(rows)
     elif key in _stopped:
         raise InterruptedError("the run this task belongs to was stopped")
     elif key and "distributed" in sys.modules:
         with contextlib.suppress(ValueError):  # not on a worker
-            sys.modules["distributed"].get_worker().log_event(key, units)
+            sys.modules["distributed"].get_worker().log_event(key, rows)

@@ -7,13 +7,16 @@ Exit codes: 0 done; 1 an unexpected error; 2 a mistake of the user's (one line o
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Any
 
 import click
 
 from ooc_influence._version import __version__
 from ooc_influence.cli import commands
-from ooc_influence.errors import OocInfluenceError
+from ooc_influence.errors import OocInfluenceError, OocInfluenceWarning
+
+_python_format = warnings.formatwarning
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -34,6 +37,7 @@ for command in commands.ALL:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    warnings.formatwarning = _format_warning
     try:
         code: Any = cli.main(arguments, prog_name="ooc-influence", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
@@ -57,6 +61,14 @@ def main(arguments: list[str] | None = None) -> None:
             f"error: unexpected {kind}: {_one_line(error)} (ooc-influence --traceback ... shows where)", err=True
         )
         sys.exit(1)
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    if issubclass(category, OocInfluenceWarning):
+        return f"warning: {message}\n"
+    return _python_format(message, category, filename, lineno, line)
 
 
 def _one_line(error: BaseException) -> str:

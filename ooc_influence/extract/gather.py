@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ooc_influence.store import ModuleMask
 
-_CPU_TILE = 2**17  # values of one gathered operand: two float32 tiles fit a core's second-level cache
+_CPU_TILE = 2**19  # values of one gathered operand: two float32 tiles of 2 MiB stay in the shared cache
 _GPU_TILE = 2**25  # on a GPU, few large launches
 
 
@@ -68,8 +68,9 @@ class EntryGather:
             d, a = delta[low:high].reshape(-1, delta.shape[2]), x[low:high].reshape(-1, x.shape[2])
             for first in range(0, self.entries, width):
                 part = slice(first, first + width)
-                product = d.index_select(1, self._rows[part]).to(accumulate)
-                product.mul_(a.index_select(1, self._cols[part]))
+                # gather works in parallel over tokens, index_select along the last axis does not
+                product = d.gather(1, self._rows[part].expand(len(d), -1)).to(accumulate)
+                product.mul_(a.gather(1, self._cols[part].expand(len(a), -1)))
                 out[low:high, part] = product.view(high - low, t, -1).sum(1) if t > 1 else product
         return out
 
@@ -79,7 +80,7 @@ class EntryGather:
         xs = x.reshape(b * t, -1).t().to(accumulate).contiguous()
         ds = delta.reshape(b * t, -1).t().to(accumulate).contiguous()
         out = torch.empty((self.entries, b), dtype=accumulate, device=x.device)
-        width = max(1, min(self.entries, 8 * tile // (b * t)))
+        width = max(1, min(self.entries, 2 * tile // (b * t)))
         left, right = xs.new_empty((width, b * t)), xs.new_empty((width, b * t))
         for first in range(0, self.entries, width):
             last = min(self.entries, first + width)

@@ -211,5 +211,5 @@ class _Run:
         warnings.warn(
             f"no gradient reached these layers in the first batch, their entries are zero there: {named}",
             OocInfluenceWarning,
-            stacklevel=6,
+            stacklevel=5,
         )

@@ -18,7 +18,7 @@ from ooc_influence._version import __version__
 from ooc_influence.curvature import Curvature, DampingMode
 from ooc_influence.errors import StoreExistsError, StoreWriteError
 from ooc_influence.influence.pair import FloatTile, Pair, precondition, score_tiles
-from ooc_influence.linalg import Stripe, check_workers, cut_stripes, run_stripes
+from ooc_influence.linalg import Stripe, check_workers, cores, cut_stripes, run_stripes
 from ooc_influence.progress import Progress
 from ooc_influence.store import (
     CHUNK_TARGET,
@@ -90,7 +90,7 @@ def influence_scores(
         If the budget is too small.
     """
     pair = Pair.open(query, train, curvature, damping, damping_mode)
-    slots = check_workers(workers)
+    slots = check_workers(workers) if out is not None else cores()  # Dask computes a lazy array with all of them
     blocks, block_rows = pair.plan(memory, slots, stage="scores", tile_bytes=8)
     if out is None:
         return _lazy_scores(pair, blocks[0][1], block_rows)

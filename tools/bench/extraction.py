@@ -122,10 +122,10 @@ def main() -> None:
         clock("train", train, number > 0)
         clock("floor", frozen(floor), number > 0)
         with tapped(model, mask, torch.device("cpu")) as taps:
-            clock("ours", lambda: taps.rows(model, per_sample_loss, tokens, probe=False), number > 0)
+            clock("ours", lambda: taps.rows(model, per_sample_loss, tokens), number > 0)
 
             def write() -> None:
-                losses, rows = taps.rows(model, per_sample_loss, tokens, probe=False)
+                losses, rows = taps.rows(model, per_sample_loss, tokens)
                 store.append(rows.numpy(), loss=losses.numpy())
 
             clock("write", write, number > 0)
