@@ -161,3 +161,23 @@ def test_a_full_disk_keeps_what_was_committed(tmp_path):
     with GradientStore.open(store.path, "a") as again:
         again.append(rows[16:], loss=np.zeros(48))
     assert_array_equal(GradientStore.open(store.path).rows(), rows)
+
+
+def test_readers_open_while_a_writer_commits(tmp_path):
+    """Every opened view is a prefix of what is written, whatever the writer is doing at that moment."""
+    path = tmp_path / "s.zarr"
+    rows = random_rows(300, 8, 1)
+    GradientStore.create(path, whole_mask(8), dtype="float32", storage=Storage(2, 1)).close()
+    process = start(APPEND, path, 1)
+    assert process.stdout.readline() == "ready\n"
+    process.stdin.write("go\n")
+    process.stdin.flush()
+    seen = []
+    while process.poll() is None:
+        store = GradientStore.open(path)
+        assert_array_equal(store.rows(), rows[: store.n])
+        seen.append(store.n)
+    process.communicate()
+    assert seen == sorted(seen)
+    assert len(set(seen)) > 3
+    assert GradientStore.open(path).n == 300

@@ -183,20 +183,23 @@ class _Run:
             return size or 0
         moved = to_device(batch, self._device)
         losses = self._taps.losses(self._model, self._loss, moved) if done else None
-        if losses is None or row + len(losses) > self._target.next_row:
+        if losses is not None and row + len(losses) <= self._target.next_row:
+            self._target.check_same_data(row, losses.float().cpu().numpy())
+        else:
             losses, rows = self._taps.rows(self._model, self._loss, moved)
+            self._check_size(size, len(losses))
             if self._taps.silent:
                 self._warn_silent()
             self._target.take(batch, row, losses.float().cpu().numpy(), rows.cpu().numpy())
-        else:
-            self._target.check_same_data(row, losses.float().cpu().numpy())
-        if self._sizes_hold and size != len(losses):
-            raise InputError(
-                f"expected one loss for each of the batch's {size} samples; received {len(losses)}: the first tensor "
-                "of a batch must have one entry a sample on axis 0"
-            )
         self._sizes_hold = size == len(losses)
         return len(losses)
+
+    def _check_size(self, size: int | None, count: int) -> None:
+        if self._sizes_hold and size != count:
+            raise InputError(
+                f"expected one loss for each of the batch's {size} samples; received {count}: "
+                "the first tensor of a batch must have one entry a sample on axis 0"
+            )
 
     def _warn_silent(self) -> None:
         """Say, once, which tapped layers the first computed batch did not reach; all of them is an error."""

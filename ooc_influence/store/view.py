@@ -94,12 +94,16 @@ class StoreView:
 
     def reload(self) -> None:
         """See rows committed since the store was opened."""
-        self._group = open_group(self._group.store, "r")
+        for _ in range(5):  # a writer may commit while the files of 'commits' are read one after the other
+            self._group = open_group(self._group.store, "r")
+            self._records: commits.Records = read_array(self._group, "commits")
+            self._rows = commits.leading_rows(self._records, self.layout.chunk_rows)
+            gap = self.layout.planned_rows is None and self.committed > self._rows
+            if not gap:
+                break
         self._arrays.clear()
-        self._records: commits.Records = read_array(self._group, "commits")
-        self._rows = commits.leading_rows(self._records, self.layout.chunk_rows)
         self.has_dropped = any((self.path / "dropped").glob("c.*"))
-        if self.layout.planned_rows is None and self.committed > self._rows:
+        if gap:
             raise StoreDamagedError(
                 f"expected the commit records of {self.path} without a gap; received {self._rows} rows before one and "
                 f"{self.committed} in all: a file of 'commits' is missing or damaged; restore it from a backup"
