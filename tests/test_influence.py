@@ -37,7 +37,7 @@ from ooc_influence.influence.top import BestList
 BUDGET = "2GiB"
 
 
-def close(found, expected, tolerance=1e-5):
+def assert_close(found, expected, tolerance=1e-5):
     """Equal to ``tolerance`` of the largest entry."""
     assert np.isfinite(expected).any()
     assert_allclose(found, expected, rtol=0, atol=tolerance * np.nanmax(np.abs(expected)))
@@ -59,17 +59,17 @@ def test_all_of_it_against_the_oracle(large):
     matrix = oracle.fisher(g)
     value = oracle.damping(matrix)
     curvature = Curvature.open(train.path / "curvature" / "default")
-    close(curvature.fisher(), matrix, 1e-6)
+    assert_close(curvature.fisher(), matrix, 1e-6)
     assert_allclose(curvature.damping_value(), value, rtol=1e-6)
     assert curvature.rows == 3000
     expected = oracle.scores(q, g, value, matrix)
-    close(influence_scores(query, train).compute(), expected)
-    close(self_influence(train), np.einsum("ij,ij->i", g, np.linalg.solve(matrix + value * np.eye(2000), g.T).T))
+    assert_close(influence_scores(query, train).compute(), expected)
+    assert_close(self_influence(train), np.einsum("ij,ij->i", g, np.linalg.solve(matrix + value * np.eye(2000), g.T).T))
     order = np.argsort(-expected, axis=1)
     top = top_influential(query, train, top=5)
     assert_array_equal(top.proponents.rows, order[:, :5])
     assert_array_equal(top.opponents.rows, order[:, ::-1][:, :5])
-    close(top.opponents.scores, np.take_along_axis(expected, order[:, ::-1][:, :5], 1))
+    assert_close(top.opponents.scores, np.take_along_axis(expected, order[:, ::-1][:, :5], 1))
 
 
 @pytest.mark.parametrize("factor", [0.01, 1.0, 30.0])
@@ -79,9 +79,9 @@ def test_any_damping_from_one_fit(pair, factor, mode):
     fit_fisher(train)
     g = train.rows()
     value = oracle.damping(oracle.fisher(g), factor) if mode == "relative" else factor
-    close(influence_scores(query, train, damping=factor, damping_mode=mode).compute(),
+    assert_close(influence_scores(query, train, damping=factor, damping_mode=mode).compute(),
           oracle.scores(query.rows(), g, value))  # fmt: skip
-    close(self_influence(train, damping=factor, damping_mode=mode), oracle.self_influence(g, value))
+    assert_close(self_influence(train, damping=factor, damping_mode=mode), oracle.self_influence(g, value))
 
 
 def test_effective_dimension(pair):
@@ -98,7 +98,7 @@ def test_fewer_rows_than_columns(tmp_path):
     query = write_store(tmp_path / "q.zarr", random_rows(3, 40, 1))
     fit_fisher(train)
     value = oracle.damping(oracle.fisher(rows))
-    close(influence_scores(query, train).compute(), oracle.scores(query.rows(), rows, value))
+    assert_close(influence_scores(query, train).compute(), oracle.scores(query.rows(), rows, value))
     with pytest.raises(SingularFisherError, match=r"rank 12 < 40.*received 0"):
         influence_scores(query, train, damping=0.0)
 
@@ -106,7 +106,7 @@ def test_fewer_rows_than_columns(tmp_path):
 def test_no_damping_where_f_has_an_inverse(pair):
     query, train = pair
     fit_fisher(train)
-    close(influence_scores(query, train, damping=0.0).compute(), oracle.scores(query.rows(), train.rows(), 0.0))
+    assert_close(influence_scores(query, train, damping=0.0).compute(), oracle.scores(query.rows(), train.rows(), 0.0))
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 7, 64, 500, 1000])
@@ -126,15 +126,15 @@ def test_workers_change_nothing(large, workers, tmp_path, monkeypatch):
     query, train = large
     one = Curvature.open(train.path / "curvature" / "default")
     many = fit_fisher(train, out=tmp_path / "f.zarr", workers=workers, memory="3GiB")
-    close(many.fisher(), one.fisher(), 1e-6)
+    assert_close(many.fisher(), one.fisher(), 1e-6)
     options = {"curvature": one, "memory": "4GiB"}
-    close(self_influence(train, workers=workers, **options), self_influence(train, **options), 1e-6)
+    assert_close(self_influence(train, workers=workers, **options), self_influence(train, **options), 1e-6)
     several, single = (top_influential(query, train, top=50, workers=count, **options) for count in (workers, 1))
     for side in ("proponents", "opponents"):
         assert_array_equal(getattr(several, side).rows, getattr(single, side).rows)
-        close(getattr(several, side).scores, getattr(single, side).scores, 1e-6)
+        assert_close(getattr(several, side).scores, getattr(single, side).scores, 1e-6)
     written = influence_scores(query, train, out=tmp_path / "scores.zarr", workers=workers, **options)
-    close(written[...], influence_scores(query, train, **options).compute(), 1e-6)
+    assert_close(written[...], influence_scores(query, train, **options).compute(), 1e-6)
 
 
 def test_order_of_rows_changes_nothing(tmp_path, pair):
@@ -144,7 +144,7 @@ def test_order_of_rows_changes_nothing(tmp_path, pair):
     shuffled = write_store(tmp_path / "shuffled.zarr", train.rows()[order])
     fit_fisher(shuffled)
     expected = influence_scores(query, train).compute()[:, order]
-    close(influence_scores(query, shuffled).compute(), expected, 1e-6)
+    assert_close(influence_scores(query, shuffled).compute(), expected, 1e-6)
 
 
 def test_float16_scores_rank_like_float32(tmp_path, pair):
@@ -169,10 +169,10 @@ def test_dropped_rows(tmp_path, pair):
     assert curvature.rows == 497
     live = np.delete(train.rows(), gone, axis=0)
     matrix = oracle.fisher(live)
-    close(curvature.fisher(), matrix, 1e-6)
+    assert_close(curvature.fisher(), matrix, 1e-6)
     scores = influence_scores(query, train).compute()
     assert np.isnan(scores[:, gone]).all()
-    close(np.delete(scores, gone, axis=1), oracle.scores(query.rows(), live, oracle.damping(matrix)))
+    assert_close(np.delete(scores, gone, axis=1), oracle.scores(query.rows(), live, oracle.damping(matrix)))
     own = self_influence(train)
     assert np.flatnonzero(np.isnan(own)).tolist() == gone
     top = top_influential(query, train, top=1000)
@@ -210,8 +210,8 @@ def test_more_queries_than_a_block(tmp_path):
     query = write_store(tmp_path / "q.zarr", rows, chunk_rows=999)
     fit_fisher(train)
     expected = oracle.scores(rows, rows[:50], oracle.damping(oracle.fisher(rows[:50])))
-    close(influence_scores(query, train).compute(), expected)
-    close(influence_scores(query, train, out=tmp_path / "s.zarr")[...], expected)
+    assert_close(influence_scores(query, train).compute(), expected)
+    assert_close(influence_scores(query, train, out=tmp_path / "s.zarr")[...], expected)
     assert_array_equal(top_influential(query, train, top=3).proponents.rows, np.argsort(-expected, axis=1)[:, :3])
 
 
@@ -265,7 +265,7 @@ def test_a_curvature_is_kept_refused_and_refitted(tmp_path, pair):
         with pytest.raises(StaleCurvatureError, match="510 rows"):
             influence_scores(query, grown, curvature=stale)
     assert fit_fisher(grown).rows == 510
-    close(influence_scores(query, grown).compute(),
+    assert_close(influence_scores(query, grown).compute(),
           oracle.scores(query.rows(), grown.rows(), oracle.damping(oracle.fisher(grown.rows()))))  # fmt: skip
 
 
@@ -280,7 +280,7 @@ def test_curvatures_by_name_path_and_from_another_store(tmp_path, pair):
     foreign = fit_fisher(other)
     expected = oracle.scores(query.rows(), train.rows(), oracle.damping(oracle.fisher(other.rows())),
                              oracle.fisher(other.rows()))  # fmt: skip
-    close(influence_scores(query, train, curvature=foreign).compute(), expected)
+    assert_close(influence_scores(query, train, curvature=foreign).compute(), expected)
     for name in ("../x", "", ".hidden"):
         with pytest.raises(InputError, match="curvature name"):
             fit_fisher(train, name=name)

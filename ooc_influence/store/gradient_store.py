@@ -10,6 +10,7 @@ import shutil
 import socket
 import uuid
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -121,18 +122,7 @@ class GradientStore(StoreView):
         temporary = temporary_folder(target)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            group = open_group(LocalArrayStore(temporary), "w")
-            layout.create_arrays(group)
-            mask.save(group)
-            group.create_group("curvature")
-            created = {
-                "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-                "host": socket.gethostname(),
-                "id": uuid.uuid4().hex,
-            }
-            fixed = {"format": FORMAT_VERSION, "version": __version__, "created": created, "p": mask.p}
-            fixed |= {"mask_digest": mask.digest, "layout": layout.to_dict()}
-            group.attrs[ATTRIBUTES] = dict(attributes or {}) | fixed
+            _write_empty(temporary, layout, mask, attributes or {})
             published = publish_folder(temporary, target)
         except OSError as error:
             raise StoreWriteError(
@@ -303,3 +293,19 @@ class GradientStore(StoreView):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _write_empty(folder: Path, layout: Layout, mask: Mask, attributes: Mapping[str, Any]) -> None:
+    """Write a store without rows to ``folder``."""
+    group = open_group(LocalArrayStore(folder), "w")
+    layout.create_arrays(group)
+    mask.save(group)
+    group.create_group("curvature")
+    created = {
+        "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "host": socket.gethostname(),
+        "id": uuid.uuid4().hex,
+    }
+    fixed = {"format": FORMAT_VERSION, "version": __version__, "created": created, "p": mask.p}
+    fixed |= {"mask_digest": mask.digest, "layout": layout.to_dict()}
+    group.attrs[ATTRIBUTES] = dict(attributes) | fixed
