@@ -266,7 +266,7 @@ def _curvatures(store: Any) -> dict[str, str]:
     from ooc_influence.errors import OocInfluenceError
 
     found = {}
-    for path in sorted(path for path in (store.path / "curvature").glob("*") if path.is_dir()):
+    for path in sorted(path for path in (store.path / "curvature").glob("[!.]*") if path.is_dir()):
         try:
             Curvature(path).check(store)
             found[path.name] = "up to date"

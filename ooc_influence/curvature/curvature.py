@@ -173,6 +173,12 @@ class Curvature:
                 f"expected a curvature fitted under the mask of {train.path}; received {self.path}, fitted under "
                 "another: run fit_fisher on this store"
             )
+        model = train.attrs.get("model", {}).get("fingerprint")
+        if self._attrs["model"] != model:
+            raise MismatchError(
+                f"expected a curvature of the model that {train.path} was made with; received {self.path}, of another "
+                "model: run fit_fisher on a store of this model"
+            )
         fitted_here = self._attrs["store_id"] == train.identity
         if fitted_here and self._attrs["rows_digest"] != train.rows_digest():
             raise StaleCurvatureError(
@@ -316,6 +322,7 @@ def default_attributes(store: GradientStore, rows: int, trace: float) -> dict[st
     """Return what a curvature records about the rows it was fitted on."""
     return {
         "mask_digest": store.mask_digest,
+        "model": store.attrs.get("model", {}).get("fingerprint"),
         "store_id": store.identity,
         "store_rows": store.n,
         "rows_digest": store.rows_digest(),

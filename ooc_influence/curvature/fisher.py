@@ -21,7 +21,7 @@ from ooc_influence.curvature.curvature import (
     save_curvature,
 )
 from ooc_influence.errors import CurvatureNotFoundError, InputError, StaleCurvatureError, StoreExistsError
-from ooc_influence.linalg import GramAccumulator, Stripe, check_workers, cut_stripes, run_stripes
+from ooc_influence.linalg import GramAccumulator, Stripe, check_workers, cut_stripes, run_stripes, slots_per_process
 from ooc_influence.linalg.eigen import eigen_bytes
 from ooc_influence.memory import Need, block_limit, plan_block_rows
 from ooc_influence.progress import Progress, tick
@@ -96,7 +96,8 @@ def fit_fisher(
     train = store if isinstance(store, GradientStore) else GradientStore.open(store)
     target = parse_path(out) if out is not None else curvature_path(train, name)
     slots = check_workers(workers)
-    block_rows = plan_block_rows(fisher_need(train.k, slots), memory, slots)
+    shared = slots_per_process(slots)
+    block_rows = plan_block_rows(fisher_need(train.k, shared), memory, shared)
     check_replaceable(target)
     if not refit:
         found = _up_to_date(target, train)

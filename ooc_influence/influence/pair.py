@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ooc_influence.curvature import Curvature, DampingMode, resolve_curvature
-from ooc_influence.errors import InputError, MismatchError
-from ooc_influence.linalg import Stripe
+from ooc_influence.errors import InputError, MemoryBudgetError, MismatchError
+from ooc_influence.linalg import Stripe, slots_per_process
 from ooc_influence.memory import Need, block_limit, plan_block_rows
 from ooc_influence.progress import tick
 from ooc_influence.store import GradientStore, PathLike, read_blocks
@@ -93,17 +93,28 @@ class Pair:
             Further bytes: once, and for each query a worker has before it.
         """
         k = self.train.k
+
+        def need(queries: int) -> Need:
+            return Need(
+                stage=f"{stage} for k={k}",
+                # the eigenvectors and the rotated queries in float64, the preconditioned ones in float32
+                fixed=fixed + 8 * k * k + queries * k * (8 + 8 + 8 + 4 + 4),
+                per_worker=lists * queries,
+                per_row=4 * k + tile_bytes * queries,
+                max_rows=block_limit(k),
+                advice="extract with a smaller k",
+            )
+
+        shared = slots_per_process(workers)
         queries = min(self.query.n, _QUERY_BLOCK)
-        need = Need(
-            stage=f"{stage} for k={k}",
-            # the eigenvectors and the rotated queries in float64, the preconditioned ones in float32
-            fixed=fixed + 8 * k * k + queries * k * (8 + 8 + 8 + 4 + 4),
-            per_worker=lists * queries,
-            per_row=4 * k + tile_bytes * queries,
-            max_rows=block_limit(k),
-            advice="extract with a smaller k",
-        )
-        block_rows = plan_block_rows(need, memory, workers)
+        while True:  # fewer queries at a time cost another pass over the train rows, a refusal costs the answer
+            try:
+                block_rows = plan_block_rows(need(queries), memory, shared)
+                break
+            except MemoryBudgetError:
+                if queries == 1:
+                    raise
+                queries = -(-queries // 2)
         return [(start, min(self.query.n, start + queries)) for start in range(0, self.query.n, queries)], block_rows
 
     def precondition(self, start: int, stop: int) -> FloatTile:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from ooc_influence.curvature import Curvature, DampingMode, resolve_curvature
 from ooc_influence.influence.pair import open_store
-from ooc_influence.linalg import Stripe, check_workers, cut_stripes, run_stripes
+from ooc_influence.linalg import Stripe, check_workers, cut_stripes, run_stripes, slots_per_process
 from ooc_influence.memory import Need, block_limit, plan_block_rows
 from ooc_influence.progress import Progress, tick
 from ooc_influence.store import GradientStore, PathLike, read_blocks
@@ -59,7 +59,7 @@ def self_influence(
         max_rows=block_limit(k),
         advice="extract with a smaller k",
     )
-    block_rows = plan_block_rows(need, memory, slots)
+    block_rows = plan_block_rows(need, memory, slots_per_process(slots))
     stripes = cut_stripes(0, store.n, block_rows, slots)
     with Progress("self-influence", store.n, progress) as bar:
         parts = run_stripes(_stripe, stripes, bar, store, block_rows, found, value, slots=slots)

@@ -2,9 +2,9 @@
 
 from ooc_influence.linalg.blas import GramAccumulator, blas_threads, cores
 from ooc_influence.linalg.eigen import symmetric_eigen
-from ooc_influence.linalg.stripes import Stripe, check_workers, cut_stripes, run_stripes, tree_sum
+from ooc_influence.linalg.stripes import Stripe, check_workers, cut_stripes, run_stripes, slots_per_process, tree_sum
 
 __all__ = [
     "GramAccumulator", "Stripe", "blas_threads", "check_workers", "cores", "cut_stripes", "run_stripes",
-    "symmetric_eigen", "tree_sum",
+    "slots_per_process", "symmetric_eigen", "tree_sum",
 ]  # fmt: skip

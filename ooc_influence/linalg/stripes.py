@@ -70,6 +70,14 @@ def check_workers(workers: int | None) -> int:
     return int(slots)
 
 
+def slots_per_process(slots: int) -> int:
+    """Return how many of the slots share one process's memory: all of them here, a worker's threads on a cluster."""
+    client = _ambient_client()
+    if client is None:
+        return slots
+    return min(slots, max(client.nthreads().values(), default=1))
+
+
 def cut_stripes(start: int, stop: int, block_rows: int, count: int) -> list[Stripe]:
     """Cut rows ``start`` to ``stop`` into at most ``count`` stripes of whole blocks of the grid from row 0."""
     first, last = start // block_rows, -(-stop // block_rows)

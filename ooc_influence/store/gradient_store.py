@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ooc_influence._version import __version__
-from ooc_influence.errors import InputError, StoreExistsError, StoreWriteError
+from ooc_influence.errors import InputError, StoreBusyError, StoreExistsError, StoreWriteError
 from ooc_influence.store.arrays import open_group, writable_array
 from ooc_influence.store.claim import Claim
 from ooc_influence.store.encoding import parse_representation
@@ -159,7 +159,7 @@ class GradientStore(StoreView):
         if not self._writable:
             raise InputError(f"expected {self.path} opened to append; received mode 'r': use open(path, mode='a')")
         self._check_writable_range(start, stop)
-        self._claim = Claim(self.path, start, stop)
+        self._claim = self._make_claim(start, stop)
         try:
             files = LocalArrayStore(self.path)
             if stop is None:
@@ -170,6 +170,14 @@ class GradientStore(StoreView):
             self._claim = None
             raise
         return self._writer
+
+    def _make_claim(self, start: int = 0, stop: int | None = None, *, name: str | None = None) -> Claim:
+        try:
+            return Claim(self.path, start, stop, name=name)
+        except StoreBusyError:
+            raise
+        except OSError as error:
+            raise StoreWriteError(f"expected to write to {self.path}; received: {error}") from error
 
     def _check_writable_range(self, start: int, stop: int | None) -> None:
         planned, group = self.layout.planned_rows, self.layout.group_rows
@@ -226,8 +234,8 @@ class GradientStore(StoreView):
         self._refresh(writer)
 
     def _refresh(self, writer: RangeWriter) -> None:
-        if writer.committed_row > self._rows:
-            self.reload()
+        self._see(writer.fresh)
+        writer.fresh.clear()
 
     def drop(self, rows: npt.ArrayLike) -> None:
         """Mark rows as dropped: NaN in scores, absent from top-k and from F; their numbers stay.
@@ -258,7 +266,7 @@ class GradientStore(StoreView):
             )
         if not numbers.size:
             return
-        claim = Claim(self.path, name="drop")
+        claim = self._make_claim(name="drop")
         try:
             files = LocalArrayStore(self.path)
             dropped = writable_array(open_group(files, "r+"), "dropped")

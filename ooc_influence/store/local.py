@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import mmap
 import os
 import shutil
@@ -187,18 +188,21 @@ def temporary_folder(final: Path) -> Path:
 def replace_folder(temporary: Path, final: Path) -> None:
     """Rename a finished folder to its final name in place of what is there, which is then removed."""
     fsync_tree(temporary)
-    old = temporary_folder(final)
+    replaced = []
     while True:
+        old = temporary_folder(final)
         with contextlib.suppress(FileNotFoundError):
             final.rename(old)
+            replaced.append(old)
         try:
             temporary.rename(final)
             break
-        except OSError:
-            if not final.exists():
+        except OSError as error:  # another one was put there in between
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
     _fsync_folder(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    for old in replaced:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def publish_folder(temporary: Path, final: Path) -> bool:

@@ -45,6 +45,8 @@ class RangeWriter:
         Number of the next row to be appended.
     committed_row : int
         Row behind the last committed one.
+    fresh : dict of int to int
+        Commit records written since somebody emptied it, by chunk.
     """
 
     def __init__(self, group: Any, files: LocalArrayStore, layout: Layout, start: int, stop: int | None) -> None:
@@ -55,6 +57,7 @@ class RangeWriter:
         if stop is not None:
             records = records[: -(-(stop - start) // layout.chunk_rows)]
         self.committed_row = self.next_row = start + commits.leading_rows(records, layout.chunk_rows)
+        self.fresh: dict[int, int] = {}
         self._failed = False
         self._gradients = np.empty((layout.chunk_rows, layout.k), array_dtype(layout.dtype))
         self._small = {
@@ -127,8 +130,10 @@ class RangeWriter:
             for name, buffer in self._small.items():
                 self._arrays[name][first : self.next_row] = buffer[:rows]
             self._files.sync_folders()
-            self._arrays["commits"][chunk] = commits.pack(rows, self._checksum(rows))
+            record = commits.pack(rows, self._checksum(rows))
+            self._arrays["commits"][chunk] = record
             self._files.sync_folders()
+        self.fresh[chunk] = record
         self.committed_row = self.next_row
 
     def _make_room(self) -> None:
