@@ -32,7 +32,9 @@ from ooc_influence.errors import (
     StoreDamagedError,
     StoreExistsError,
 )
+from ooc_influence.influence.pair import Pair
 from ooc_influence.influence.top import BestList
+from ooc_influence.memory import WORKING
 
 BUDGET = "2GiB"
 
@@ -319,3 +321,27 @@ def test_bad_input(tmp_path, pair):
     model = write_store(tmp_path / "m.zarr", query.rows(), attributes={"model": {"fingerprint": "x"}})
     with pytest.raises(MismatchError, match="one model"):
         influence_scores(model, train)
+
+
+def test_fewer_queries_at_a_time_before_a_refusal(large, monkeypatch):
+    query, train = large
+    monkeypatch.setattr("ooc_influence.memory.process_anonymous", lambda: 0)
+    pair = Pair.open(query, train, None, None, "relative")
+
+    def budget(queries):
+        return WORKING + 8 * 2000**2 + queries * 2000 * 32 + 16 * (4 * 2000 + 8 * queries)
+
+    blocks, rows = pair.plan(budget(10), 1, stage="scores", tile_bytes=8)
+    assert (blocks, rows) == ([(0, 10), (10, 20)], 16)
+    assert len(pair.plan(budget(1), 1, stage="scores", tile_bytes=8)[0]) == 20
+    with pytest.raises(MemoryBudgetError, match="scores for k=2000 needs"):
+        pair.plan(budget(1) - 1, 1, stage="scores", tile_bytes=8)
+
+
+def test_a_curvature_of_another_model_is_refused(tmp_path):
+    rows = random_rows(30, 6)
+    stores = [
+        write_store(tmp_path / f"{name}.zarr", rows, attributes={"model": {"fingerprint": name}}) for name in "ab"
+    ]
+    with pytest.raises(MismatchError, match="of another model"):
+        self_influence(stores[0], curvature=fit_fisher(stores[1]))

@@ -22,7 +22,7 @@ from ooc_influence.errors import (
     StoreFormatError,
     StoreNotFoundError,
 )
-from ooc_influence.store import read_blocks
+from ooc_influence.store import LocalArrayStore, read_blocks
 
 TOLERANCE = {"float32": 0, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
@@ -252,3 +252,26 @@ def test_bad_input(tmp_path):
     group.attrs["ooc_influence"] = attrs | {"layout": attrs["layout"] | {"k": -3}}
     with pytest.raises(StoreFormatError, match="edited or damaged"):
         GradientStore.open(store.path)
+
+
+def test_committing_does_not_read_old_records_again(tmp_path, monkeypatch):
+    store = GradientStore.create(
+        tmp_path / "s.zarr", whole_mask(4), dtype="float32", storage=Storage(chunk_rows=1, group_chunks=1)
+    )
+    rows = random_rows(40, 4)
+    store.append(rows[:20], loss=np.zeros(20))
+    opened = []
+    original = LocalArrayStore.get
+
+    async def counted(self, key, *rest, **named):
+        if key.startswith("commits/c."):
+            opened.append(key)
+        return await original(self, key, *rest, **named)
+
+    monkeypatch.setattr(LocalArrayStore, "get", counted)
+    store.append(rows[20:], loss=np.zeros(20))
+    assert store.n == 40
+    assert_array_equal(store.rows(), rows)
+    assert len(opened) <= 20  # at most the file being written
+    store.close()
+    assert GradientStore.open(store.path).n == 40
