@@ -79,5 +79,5 @@ def tick(key: str, rows: int) -> None:
     elif key in _stopped:
         raise InterruptedError("the run this task belongs to was stopped")
     elif key and "distributed" in sys.modules:
-        with contextlib.suppress(ValueError):  # not on a worker
+        with contextlib.suppress(ValueError, AttributeError):  # not on a worker, or distributed half imported
             sys.modules["distributed"].get_worker().log_event(key, rows)

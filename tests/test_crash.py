@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
 import subprocess
@@ -161,6 +162,26 @@ def test_a_full_disk_keeps_what_was_committed(tmp_path):
     with GradientStore.open(store.path, "a") as again:
         again.append(rows[16:], loss=np.zeros(48))
     assert_array_equal(GradientStore.open(store.path).rows(), rows)
+
+
+def test_a_forked_child_cannot_write(tmp_path):
+    path = tmp_path / "s.zarr"
+    GradientStore.create(path, whole_mask(8), dtype="float32", storage=Storage(2, 1)).close()
+    store = GradientStore.open(path, "a")
+    store.append(random_rows(3, 8), loss=np.zeros(3))
+    child = os.fork()
+    if child == 0:
+        try:
+            store.append(random_rows(3, 8), loss=np.zeros(3))
+        except StoreWriteError:
+            store.close()
+            os._exit(7)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    store.append(random_rows(1, 8), loss=np.zeros(1))
+    store.close()
+    assert GradientStore.open(path).n == 4
+    assert GradientStore.open(path).verify() == []
 
 
 def test_readers_open_while_a_writer_commits(tmp_path):

@@ -702,3 +702,38 @@ def test_gpu_rows_equal_cpu_rows(tmp_path):
     found = extract(tmp_path / "gpu.zarr", Encoder, model=model, device="cuda").rows()
     assert next(model.parameters()).device.type == "cpu"
     assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_a_store_made_and_filled_by_another_meanwhile_gets_no_row_twice(tmp_path):
+    """The other extraction runs inside this one's first loss."""
+    state = {"first": True}
+
+    def racing(model, batch):
+        if state["first"]:
+            state["first"] = False
+            extract(tmp_path / "s.zarr")
+        return loss(model, batch)
+
+    store = extract(tmp_path / "s.zarr", loss=racing)
+    assert store.n == 50
+    assert_array_equal(store.rows(), extract(tmp_path / "t.zarr").rows())
+
+
+def test_finished_batches_of_unknown_size_are_not_computed_again(tmp_path):
+    source = [Moved(x, y) for x, y in batches(*data(Mlp, 50), 8)]
+    modes = []
+
+    def watched(model, batch):
+        modes.append(torch.is_grad_enabled())
+        return loss(model, (batch.x, batch.y))
+
+    extract(tmp_path / "s.zarr", batches=source, loss=watched)
+    assert modes == [True] * 7
+    modes.clear()
+    extract(tmp_path / "s.zarr", batches=source, loss=watched)
+    assert modes == [False] * 7
+
+
+def test_first_row_and_sharding_exclude_each_other(tmp_path):
+    with pytest.raises(InputError, match="first_row 0 with sharding"):
+        extract(tmp_path / "s.zarr", n=100, sharding=Sharding(0, 2, 100), batching=Batching(first_row=10))

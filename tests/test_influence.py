@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy.stats import spearmanr
 
+import ooc_influence.curvature.fisher as fisher_room
 from ooc_influence import (
     Curvature,
     GradientStore,
@@ -345,3 +346,37 @@ def test_a_curvature_of_another_model_is_refused(tmp_path):
     ]
     with pytest.raises(MismatchError, match="of another model"):
         self_influence(stores[0], curvature=fit_fisher(stores[1]))
+
+
+def test_rows_dropped_during_a_fit_make_it_stale(pair, monkeypatch):
+    _, train = pair
+    original = fisher_room.save_curvature
+
+    def drop_first(path, matrix, attributes):
+        with GradientStore.open(train.path, "a") as store:
+            store.drop([5])
+        return original(path, matrix, attributes)
+
+    monkeypatch.setattr(fisher_room, "save_curvature", drop_first)
+    fit_fisher(train)
+    with pytest.raises(StaleCurvatureError):
+        self_influence(GradientStore.open(train.path))
+
+
+def test_a_zero_fisher_matrix_says_so(tmp_path):
+    train = write_store(tmp_path / "t.zarr", np.zeros((10, 4), np.float32))
+    assert "trace=0" in repr(fit_fisher(train))
+    with pytest.raises(SingularFisherError, match="not zero"):
+        self_influence(train)
+
+
+def test_a_store_replaced_at_its_path_is_noticed(tmp_path):
+    import pickle
+    import shutil
+
+    store = write_store(tmp_path / "s.zarr", random_rows(30, 6))
+    data = pickle.dumps(store)
+    shutil.rmtree(store.path)
+    write_store(tmp_path / "s.zarr", random_rows(30, 6))
+    with pytest.raises(MismatchError, match="received another one"):
+        pickle.loads(data)

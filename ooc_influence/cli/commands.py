@@ -167,7 +167,8 @@ def top(query: str, train: str, count: int, as_json: bool, **options: Any) -> No
             sides = (found.proponents, found.opponents)
             columns = [column for side in sides for column in (side.ids[number], side.scores[number])]
             header = ("proponent", "score", "opponent", "score")
-            parts.append(f"query {name}\n{table(header, list(zip(*columns, strict=True)))}")
+            lines = [] if found.proponents.rows[number, 0] < 0 else list(zip(*columns, strict=True))
+            parts.append(f"query {name}\n{table(header, lines) if lines else 'dropped'}")
         return "\n\n".join(parts)
 
     _print(as_json, found.to_dict(), text)

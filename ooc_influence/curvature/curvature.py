@@ -187,7 +187,7 @@ class Curvature:
             )
 
     def __repr__(self) -> str:
-        value = self.damping_value()
+        value = self.damping * self.trace / self.d
         return (
             f"<Curvature {str(self.path)!r} d={self.d} rows={self.rows} trace={self.trace:.4g} "
             f"d(λ={value:.3g})={self.effective_dimension(value):.1f}>"
@@ -266,7 +266,10 @@ def _complete_attributes(path: Path) -> dict[str, Any] | None:
 def _attributes(path: Path) -> dict[str, Any] | None:
     if not (path / "zarr.json").is_file():
         return None
-    found = dict(open_group(LocalArrayStore(path, read_only=True), "r").attrs).get(_ATTRIBUTES)
+    try:
+        found = dict(open_group(LocalArrayStore(path, read_only=True), "r").attrs).get(_ATTRIBUTES)
+    except (ValueError, TypeError, OSError):  # a damaged zarr.json, or a folder being replaced
+        return None
     return found if isinstance(found, dict) else None
 
 
@@ -318,14 +321,14 @@ def resolve_curvature(train: GradientStore, curvature: Curvature | PathLike | No
     return found
 
 
-def default_attributes(store: GradientStore, rows: int, trace: float) -> dict[str, Any]:
+def fit_attributes(store: GradientStore, digest: str, rows: int, trace: float) -> dict[str, Any]:
     """Return what a curvature records about the rows it was fitted on."""
     return {
         "mask_digest": store.mask_digest,
         "model": store.attrs.get("model", {}).get("fingerprint"),
         "store_id": store.identity,
         "store_rows": store.n,
-        "rows_digest": store.rows_digest(),
+        "rows_digest": digest,
         "rows": rows,
         "trace": trace,
         "damping": DEFAULT_DAMPING,

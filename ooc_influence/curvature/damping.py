@@ -46,6 +46,11 @@ def damping_value(
     if not math.isfinite(damping) or damping < 0:
         raise InputError(f"expected damping >= 0; received {damping}")
     value = damping * trace / len(eigenvalues) if mode == "relative" else damping
+    if trace == 0:
+        raise SingularFisherError(
+            "expected a Fisher matrix that is not zero; received one of rows without any gradient: check the loss and "
+            "the tapped layers"
+        )
     if value == 0:
         floor = eigenvalues.max(initial=0.0) * len(eigenvalues) * np.finfo(np.float32).eps
         rank = int((eigenvalues > floor).sum())

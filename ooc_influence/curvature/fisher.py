@@ -17,7 +17,7 @@ from ooc_influence.curvature.curvature import (
     Curvature,
     check_replaceable,
     curvature_path,
-    default_attributes,
+    fit_attributes,
     save_curvature,
 )
 from ooc_influence.errors import CurvatureNotFoundError, InputError, StaleCurvatureError, StoreExistsError
@@ -106,12 +106,13 @@ def fit_fisher(
     if not train.n:
         raise InputError(f"expected a store with committed rows; received {train.path} with none: extract first")
     stripes = cut_stripes(0, train.n, block_rows, slots)
+    digest = train.rows_digest()  # before the sums: what is dropped meanwhile makes the result stale, not wrong
     with Progress("fisher", train.n, progress) as bar:
         total, rows = run_stripes(_sum_stripe, stripes, bar, train, block_rows, slots=slots, reduce=_add_sums)
     if not rows:
         raise InputError(f"expected a store with live rows; received {train.path} whose rows are all dropped")
     total /= rows
-    return save_curvature(target, total, default_attributes(train, rows, float(np.trace(total))))
+    return save_curvature(target, total, fit_attributes(train, digest, rows, float(np.trace(total))))
 
 
 def _up_to_date(target: Path, train: GradientStore) -> Curvature | None:

@@ -139,6 +139,10 @@ def count_rows(batches: Batches) -> int | None:
     if isinstance(batches, (list, tuple)):
         sizes = [batch_size(batch) for batch in batches]
         return None if None in sizes else sum(size or 0 for size in sizes)
+    if getattr(batches, "drop_last", False) or not isinstance(
+        getattr(batches, "sampler", None), (torch.utils.data.SequentialSampler, torch.utils.data.RandomSampler)
+    ):
+        return None
     try:
         return len(batches.dataset)  # type: ignore[union-attr]
     except (AttributeError, TypeError):

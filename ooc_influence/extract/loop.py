@@ -182,7 +182,8 @@ class _Run:
         if done and self._sizes_hold:
             return size or 0
         moved = to_device(batch, self._device)
-        losses = self._taps.losses(self._model, self._loss, moved) if done else None
+        look = done or (size is None and row < self._target.next_row)
+        losses = self._taps.losses(self._model, self._loss, moved) if look else None
         if losses is not None and row + len(losses) <= self._target.next_row:
             self._target.check_same_data(row, losses.float().cpu().numpy())
         else:

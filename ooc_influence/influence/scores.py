@@ -16,7 +16,7 @@ import zarr
 
 from ooc_influence._version import __version__
 from ooc_influence.curvature import Curvature, DampingMode
-from ooc_influence.errors import StoreExistsError, StoreWriteError
+from ooc_influence.errors import OocInfluenceError, StoreExistsError, StoreWriteError
 from ooc_influence.influence.pair import FloatTile, Pair, precondition, score_tiles
 from ooc_influence.linalg import Stripe, check_workers, cores, cut_stripes, run_stripes
 from ooc_influence.progress import Progress
@@ -145,7 +145,7 @@ def _write_scores(
         if not publish_folder(temporary, out):
             raise StoreExistsError(f"expected nothing at {out}; received something meanwhile: choose another path")
     except OSError as error:
-        if isinstance(error, StoreExistsError):
+        if isinstance(error, OocInfluenceError):
             raise
         raise StoreWriteError(f"expected to write scores to {out}; received: {error}: make room, run again") from error
     finally:

@@ -32,11 +32,11 @@ class Stripe:
 
 
 def _ambient_client() -> Any:
-    distributed = sys.modules.get("distributed")
-    if distributed is None:
+    default_client = getattr(sys.modules.get("distributed"), "default_client", None)
+    if default_client is None:  # not imported, or by another thread at this moment
         return None
     try:
-        return distributed.default_client()
+        return default_client()
     except ValueError:
         return None
 

@@ -43,7 +43,7 @@ class GradientStore(StoreView):
         Its fixed geometry.
     """
 
-    def __init__(self, path: PathLike, mode: Literal["r", "a"] = "r", pin: tuple[int, int] | None = None) -> None:
+    def __init__(self, path: PathLike, mode: Literal["r", "a"] = "r", pin: tuple[str, int, int] | None = None) -> None:
         if mode not in ("r", "a"):
             raise InputError(f"expected mode 'r' or 'a'; received {mode!r}")
         super().__init__(path, pin)

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ooc_influence._version import __version__
-from ooc_influence.errors import InputError, StoreDamagedError, StoreFormatError, StoreNotFoundError
+from ooc_influence.errors import InputError, MismatchError, StoreDamagedError, StoreFormatError, StoreNotFoundError
 from ooc_influence.store import commits
 from ooc_influence.store.arrays import open_group, read_array
 from ooc_influence.store.layout import ATTRIBUTES, FORMAT_VERSION, Layout
@@ -43,7 +43,7 @@ def parse_path(path: PathLike) -> Path:
 
 def _read_attributes(group: Any, path: Path) -> dict[str, Any]:
     attrs = dict(group.attrs).get(ATTRIBUTES)
-    if not isinstance(attrs, dict) or "format" not in attrs:
+    if not isinstance(attrs, dict) or not {"format", "layout", "mask_digest", "created"} <= set(attrs):
         raise StoreFormatError(
             f"expected a gradient store at {path}; received another Zarr group: give the folder that "
             "extract_gradients wrote"
@@ -67,7 +67,7 @@ class StoreView:
         Its fixed geometry.
     """
 
-    def __init__(self, path: PathLike, pin: tuple[int, int] | None = None) -> None:
+    def __init__(self, path: PathLike, pin: tuple[str, int, int] | None = None) -> None:
         self.path = parse_path(path)
         if not (self.path / "zarr.json").is_file():
             raise StoreNotFoundError(
@@ -77,7 +77,7 @@ class StoreView:
             )
         try:
             group = open_group(LocalArrayStore(self.path, read_only=True), "r")
-        except ValueError as error:
+        except (ValueError, TypeError, AttributeError) as error:
             raise StoreFormatError(
                 f"expected a gradient store at {self.path}; received a zarr.json that cannot be read ({error}): "
                 "restore it from a backup"
@@ -119,12 +119,16 @@ class StoreView:
         self._rows = commits.leading_rows(self._records, self.layout.chunk_rows)
         self._arrays.clear()  # their shapes have changed
 
-    def _pin(self) -> tuple[int, int]:
-        """Return what fixes the rows seen: their number and the last chunk's record, which may be replaced later."""
+    def _pin(self) -> tuple[str, int, int]:
+        """Return what fixes the rows seen: the store, their number, and the last chunk's record, which may change."""
         chunks = -(-self._rows // self.layout.chunk_rows)
-        return self._rows, int(self._records[chunks - 1]) if chunks else 0
+        return self.identity, self._rows, int(self._records[chunks - 1]) if chunks else 0
 
-    def _unpin(self, rows: int, last_record: int) -> None:
+    def _unpin(self, identity: str, rows: int, last_record: int) -> None:
+        if identity != self.identity or rows > self._rows:
+            raise MismatchError(
+                f"expected the store that was at {self.path} with {rows} rows; received another one: open it again"
+            )
         self._records = self._records[: -(-rows // self.layout.chunk_rows)].copy()
         if len(self._records):
             self._records[-1] = last_record

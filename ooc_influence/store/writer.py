@@ -7,6 +7,7 @@ record, then its folder. A crash between any two leaves the last record true.
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -58,6 +59,7 @@ class RangeWriter:
             records = records[: -(-(stop - start) // layout.chunk_rows)]
         self.committed_row = self.next_row = start + commits.leading_rows(records, layout.chunk_rows)
         self.fresh: dict[int, int] = {}
+        self._process = os.getpid()
         self._failed = False
         self._gradients = np.empty((layout.chunk_rows, layout.k), array_dtype(layout.dtype))
         self._small = {
@@ -161,7 +163,7 @@ class RangeWriter:
 
         After a failed write there is nothing more to do: that error was raised where it happened.
         """
-        if self._failed:
+        if self._failed or os.getpid() != self._process:
             return
         self.flush()
         if self._stop is None and any(
@@ -173,6 +175,11 @@ class RangeWriter:
                 self._files.sync_folders()
 
     def _check_usable(self) -> None:
+        if os.getpid() != self._process:
+            raise StoreWriteError(
+                f"expected the process that opened {self._files.root} for writing; received a forked child: open the "
+                "store again in the process that writes"
+            )
         if self._failed:
             raise StoreWriteError(
                 f"expected a writer of {self._files.root} that works; received one whose last write failed: close the "

@@ -39,7 +39,7 @@ def run_demo(out: str, *, rows: int | None, k: int, memory: str, progress: bool,
     k : int
         Kept entries.
     memory : str
-        Budget of every stage.
+        Budget of every stage over the store: Fisher matrix, self-influence, top lists.
     progress, quiet : bool
         Show progress lines; show no text.
 
