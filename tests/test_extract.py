@@ -242,7 +242,7 @@ def test_ids_and_columns(tmp_path):
         "source": "str",
     }
     assert store.attrs["loss_kind"] == "cross_entropy"
-    with pytest.raises(InputError, match=r"8 values of example_id for rows 0-8; received 5"):
+    with pytest.raises(InputError, match=r"50 values of example_id.*received 5"):
         extract(tmp_path / "t.zarr", ids=list("abcde"))
 
 
@@ -737,3 +737,13 @@ def test_finished_batches_of_unknown_size_are_not_computed_again(tmp_path):
 def test_first_row_and_sharding_exclude_each_other(tmp_path):
     with pytest.raises(InputError, match="first_row 0 with sharding"):
         extract(tmp_path / "s.zarr", n=100, sharding=Sharding(0, 2, 100), batching=Batching(first_row=10))
+
+
+def test_ids_have_to_be_the_data_s(tmp_path):
+    extract(tmp_path / "s.zarr", ids=list(range(50)))
+    with pytest.raises(MismatchError, match="the ids or their order changed"):
+        extract(tmp_path / "s.zarr", ids=list(range(1, 51)))
+    with pytest.raises(InputError, match="expected 50 values of example_id"):
+        extract(tmp_path / "t.zarr", ids=list(range(60)))
+    with pytest.raises(InputError, match="expected 50 values of columns/c"):
+        extract(tmp_path / "t.zarr", columns={"c": np.zeros(49)})

@@ -45,7 +45,9 @@ def main(arguments: list[str] | None = None) -> None:
         error.show()
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted: what is committed is kept; run the same command again to go on", err=True)
+        click.echo(
+            "interrupted: run the same command again (extract goes on where it was, the others start again)", err=True
+        )
         sys.exit(130)
     except BrokenPipeError:
         sys.stderr.close()

@@ -8,6 +8,7 @@ rows; 24 k² for the factorisation; nothing that grows with n.
 from __future__ import annotations
 
 import logging
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,13 @@ from ooc_influence.curvature.curvature import (
     fit_attributes,
     save_curvature,
 )
-from ooc_influence.errors import CurvatureNotFoundError, InputError, StaleCurvatureError, StoreExistsError
+from ooc_influence.errors import (
+    CurvatureNotFoundError,
+    InputError,
+    OocInfluenceWarning,
+    StaleCurvatureError,
+    StoreExistsError,
+)
 from ooc_influence.linalg import GramAccumulator, Stripe, check_workers, cut_stripes, run_stripes, slots_per_process
 from ooc_influence.linalg.eigen import eigen_bytes
 from ooc_influence.memory import Need, block_limit, plan_block_rows
@@ -95,6 +102,13 @@ def fit_fisher(
     """
     train = store if isinstance(store, GradientStore) else GradientStore.open(store)
     target = parse_path(out) if out is not None else curvature_path(train, name)
+    planned = train.layout.planned_rows
+    if planned is not None and train.n < planned:
+        warnings.warn(
+            f"{train.path} holds {train.n} of {planned} planned rows without a gap: the fit covers those",
+            OocInfluenceWarning,
+            stacklevel=2,
+        )
     slots = check_workers(workers)
     shared = slots_per_process(slots)
     block_rows = plan_block_rows(fisher_need(train.k, shared), memory, shared)

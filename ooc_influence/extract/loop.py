@@ -119,7 +119,9 @@ def extract_gradients(
     total = count_rows(batches)
     if sharding is not None and total is not None and total != sharding.rows:
         raise InputError(f"expected {sharding.rows} samples, as Sharding says; received batches with {total}")
-    target = Target(store, plan, RowMetadata.of(ids, columns), batching, sharding)
+    metadata = RowMetadata.of(ids, columns)
+    metadata.check_length(total)
+    target = Target(store, plan, metadata, batching, sharding)
     try:
         with (
             tapped(model, plan.mask, device, probe=batching.check_independence) as taps,
@@ -185,7 +187,7 @@ class _Run:
         look = done or (size is None and row < self._target.next_row)
         losses = self._taps.losses(self._model, self._loss, moved) if look else None
         if losses is not None and row + len(losses) <= self._target.next_row:
-            self._target.check_same_data(row, losses.float().cpu().numpy())
+            self._target.check_same_data(batch, row, losses.float().cpu().numpy())
         else:
             losses, rows = self._taps.rows(self._model, self._loss, moved)
             self._check_size(size, len(losses))

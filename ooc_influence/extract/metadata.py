@@ -36,6 +36,20 @@ class RowMetadata:
         named = {} if ids is None else {"example_id": ids}
         return cls(named | {f"columns/{name}": source for name, source in (columns or {}).items()})
 
+    def check_length(self, samples: int | None) -> None:
+        """Check that sequences have one value for each of the samples, where their number is known.
+
+        Raises
+        ------
+        InputError
+            Naming the first that has not.
+        """
+        for name, source in self.sources.items():
+            if samples is not None and hasattr(source, "__len__") and len(source) != samples:
+                raise InputError(
+                    f"expected {samples} values of {name}, one for each sample of batches; received {len(source)}"
+                )
+
     def take(self, batch: Any, first: int, count: int) -> dict[str, list[Any]]:
         """Return the values of a batch's ``count`` rows, by array path; ``first`` is its first sample's number.
 

@@ -92,7 +92,7 @@ class Target:
             self._create(small if ids is None else {"example_id": ids, **small})
             low = max(0, self.next_row - row)  # another process may have made the store, and filled it, meanwhile
         assert self.store is not None
-        self.check_same_data(row, losses[:low])
+        self.check_same_data(batch, row, losses, min(low, len(losses)))
         if low < high:
             columns = {name.removeprefix("columns/"): values[low:high] for name, values in small.items()}
             self.store.append(
@@ -118,22 +118,29 @@ class Target:
         self._claim(store)
         self.store = store
 
-    def check_same_data(self, row: int, losses: Floats) -> None:
-        """Compare losses, recomputed for committed rows from ``row`` on, with the stored ones.
+    def check_same_data(self, batch: Any, row: int, losses: Floats, count: int | None = None) -> None:
+        """Compare losses (b,) of a batch, and ids, with those stored for its first ``count`` rows (default all).
 
         Raises
         ------
         MismatchError
             If they differ: the data or its order changed since.
         """
-        low, high = max(row, self.start), row + len(losses)
+        low, high = max(row, self.start), row + (len(losses) if count is None else count)
         if self.store is None or low >= high or self.store.n < high:
             return
         stored = self.store.small("loss", low, high)
-        if not np.allclose(stored, losses[low - row :], rtol=1e-2, atol=1e-6):
+        if not np.allclose(stored, losses[low - row : high - row], rtol=1e-2, atol=1e-6):
             raise MismatchError(
                 f"expected rows {low}-{high} to have the losses stored in {self.store.path}; received others: the "
                 "batches or their order changed since; extract to another path"
+            )
+
+        ids = self._metadata.take(batch, row - self._first_row, len(losses)).get("example_id")
+        if ids is not None and self.store.ids(np.arange(low, high)).tolist() != ids[low - row : high - row]:
+            raise MismatchError(
+                f"expected rows {low}-{high} to have the ids stored in {self.store.path}; received others: the ids or "
+                "their order changed since; extract to another path"
             )
 
     def close(self) -> None:

@@ -109,13 +109,12 @@ class LocalArrayStore(LocalStore):
             if array not in self.chunk_bytes:
                 return None
             raise StoreDamagedError(
-                f"expected the committed chunk {self.root / key}; received no file: "
-                "restore it from a backup, or extract these rows again"
+                f"expected the committed chunk {self.root / key}; received no file: restore it from a backup"
             ) from None
         if expected is not None and mapped.size != expected:
             raise StoreDamagedError(
                 f"expected {expected} bytes in the committed chunk {self.root / key}; received {mapped.size}: "
-                "restore it from a backup, or extract these rows again"
+                "restore it from a backup"
             )
         return (prototype or MAPPED).buffer.from_array_like(mapped)
 
