@@ -102,13 +102,7 @@ def fit_fisher(
     """
     train = store if isinstance(store, GradientStore) else GradientStore.open(store)
     target = parse_path(out) if out is not None else curvature_path(train, name)
-    planned = train.layout.planned_rows
-    if planned is not None and train.n < planned:
-        warnings.warn(
-            f"{train.path} holds {train.n} of {planned} planned rows without a gap: the fit covers those",
-            OocInfluenceWarning,
-            stacklevel=2,
-        )
+    _warn_if_unfinished(train)
     slots = check_workers(workers)
     shared = slots_per_process(slots)
     block_rows = plan_block_rows(fisher_need(train.k, shared), memory, shared)
@@ -127,6 +121,16 @@ def fit_fisher(
         raise InputError(f"expected a store with live rows; received {train.path} whose rows are all dropped")
     total /= rows
     return save_curvature(target, total, fit_attributes(train, digest, rows, float(np.trace(total))))
+
+
+def _warn_if_unfinished(train: GradientStore) -> None:
+    planned = train.layout.planned_rows
+    if planned is not None and train.n < planned:
+        warnings.warn(
+            f"{train.path} holds {train.n} of {planned} planned rows without a gap: the fit covers those",
+            OocInfluenceWarning,
+            stacklevel=3,
+        )
 
 
 def _up_to_date(target: Path, train: GradientStore) -> Curvature | None:

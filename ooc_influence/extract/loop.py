@@ -130,7 +130,7 @@ def extract_gradients(
             _Run(target, taps, model, per_sample_loss, device, bar).read(batches, batching.first_row)
     finally:
         target.close()
-        logger.info("%s: finished rows are committed; run again to go on", store)
+        logger.info("%s: finished rows are committed", store)
     return GradientStore.open(store)
 
 

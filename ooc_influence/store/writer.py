@@ -52,8 +52,8 @@ class RangeWriter:
 
     def __init__(self, group: Any, files: LocalArrayStore, layout: Layout, start: int, stop: int | None) -> None:
         self._files, self._layout, self._stop = files, layout, stop
-        names = ("gradients", "dropped", "commits", *layout.row_arrays)
-        self._arrays = {name: writable_array(group, name) for name in names}
+        self._per_row = ("gradients", "dropped", *layout.row_arrays)
+        self._arrays = {name: writable_array(group, name) for name in (*self._per_row, "commits")}
         records = np.asarray(self._arrays["commits"][...])[start // layout.chunk_rows :]
         if stop is not None:
             records = records[: -(-(stop - start) // layout.chunk_rows)]
@@ -143,20 +143,18 @@ class RangeWriter:
 
         A crash may have left some of them short: Zarr clips what is written behind an array's end.
         """
-        small = ("dropped", *self._layout.row_arrays)
-        enough = all(self._arrays[name].shape[0] >= self.next_row for name in ("gradients", *small))
-        enough = enough and self._arrays["commits"].shape[0] * self._layout.chunk_rows >= self.next_row
-        if self._stop is not None or enough:
+        if self._stop is not None:
+            return
+        enough = all(self._arrays[name].shape[0] >= self.next_row for name in self._per_row)
+        if enough and self._arrays["commits"].shape[0] * self._layout.chunk_rows >= self.next_row:
             return
         groups = -(-self.next_row // self._layout.group_rows)
         self._resize(groups * self._layout.group_rows)
 
     def _resize(self, rows: int) -> None:
-        layout = self._layout
-        self._arrays["gradients"].resize((rows, layout.k))
-        for name in (*layout.row_arrays, "dropped"):
-            self._arrays[name].resize((rows,))
-        self._arrays["commits"].resize((-(-rows // layout.chunk_rows),))
+        for name in self._per_row:
+            self._arrays[name].resize((rows, *self._arrays[name].shape[1:]))
+        self._arrays["commits"].resize((-(-rows // self._layout.chunk_rows),))
 
     def close(self) -> None:
         """Commit what is buffered and cut an appended store's arrays to the rows committed.
@@ -166,10 +164,8 @@ class RangeWriter:
         if self._failed or os.getpid() != self._process:
             return
         self.flush()
-        if self._stop is None and any(
-            self._arrays[name].shape[0] != self.committed_row
-            for name in ("gradients", "dropped", *self._layout.row_arrays)
-        ):
+        uneven = any(self._arrays[name].shape[0] != self.committed_row for name in self._per_row)
+        if self._stop is None and uneven:
             with self._disk_errors():
                 self._resize(self.committed_row)
                 self._files.sync_folders()
