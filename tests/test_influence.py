@@ -124,7 +124,7 @@ def test_chunks_change_nothing(tmp_path, pair, chunk_rows):
 
 @pytest.mark.parametrize("workers", [2, 3, 8])
 def test_workers_change_nothing(large, workers, tmp_path, monkeypatch):
-    """To rounding: BLAS sums in another order with another number of threads."""
+    """To rounding: BLAS sums in another order with another number of threads, by how much depends on the CPU."""
     monkeypatch.setattr("ooc_influence.memory.BLOCK_BYTES", 2**20)  # 128 rows: enough blocks to divide
     query, train = large
     one = Curvature.open(train.path / "curvature" / "default")
@@ -135,9 +135,9 @@ def test_workers_change_nothing(large, workers, tmp_path, monkeypatch):
     several, single = (top_influential(query, train, top=50, workers=count, **options) for count in (workers, 1))
     for side in ("proponents", "opponents"):
         assert_array_equal(getattr(several, side).rows, getattr(single, side).rows)
-        assert_close(getattr(several, side).scores, getattr(single, side).scores, 1e-6)
+        assert_close(getattr(several, side).scores, getattr(single, side).scores, 3e-6)
     written = influence_scores(query, train, out=tmp_path / "scores.zarr", workers=workers, **options)
-    assert_close(written[...], influence_scores(query, train, **options).compute(), 1e-6)
+    assert_close(written[...], influence_scores(query, train, **options).compute(), 3e-6)
 
 
 def test_order_of_rows_changes_nothing(tmp_path, pair):
