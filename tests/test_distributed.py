@@ -9,7 +9,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from ooc_influence import fit_fisher, influence_scores, self_influence, top_influential
 from ooc_influence.errors import InputError
-from ooc_influence.linalg import check_workers
+from ooc_influence.stripes import check_workers
 
 distributed = pytest.importorskip("distributed")
 pytestmark = pytest.mark.filterwarnings("ignore")

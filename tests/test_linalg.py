@@ -8,16 +8,9 @@ from conftest import random_rows
 from numpy.testing import assert_allclose, assert_array_equal
 
 from ooc_influence.errors import InputError
-from ooc_influence.linalg import (
-    GramAccumulator,
-    Stripe,
-    blas_threads,
-    check_workers,
-    cut_stripes,
-    run_stripes,
-    symmetric_eigen,
-)
+from ooc_influence.linalg import GramAccumulator, symmetric_eigen
 from ooc_influence.progress import Progress, tick
+from ooc_influence.stripes import Stripe, blas_threads, check_workers, cut_stripes, run_stripes
 
 
 @pytest.mark.parametrize("k", [1, 7, 300])

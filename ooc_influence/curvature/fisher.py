@@ -28,11 +28,12 @@ from ooc_influence.errors import (
     StaleCurvatureError,
     StoreExistsError,
 )
-from ooc_influence.linalg import GramAccumulator, Stripe, check_workers, cut_stripes, run_stripes, slots_per_process
+from ooc_influence.linalg import GramAccumulator
 from ooc_influence.linalg.eigen import eigen_bytes
 from ooc_influence.memory import Need, block_limit, plan_block_rows
 from ooc_influence.progress import Progress, tick
 from ooc_influence.store import GradientStore, PathLike, parse_path, read_blocks
+from ooc_influence.stripes import Stripe, check_workers, cut_stripes, run_stripes, slots_per_process
 
 logger = logging.getLogger("ooc_influence")
 Sum = tuple[npt.NDArray[np.float64], int]

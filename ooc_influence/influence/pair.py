@@ -15,10 +15,10 @@ import numpy.typing as npt
 
 from ooc_influence.curvature import Curvature, DampingMode, resolve_curvature
 from ooc_influence.errors import InputError, MemoryBudgetError, MismatchError
-from ooc_influence.linalg import Stripe, slots_per_process
 from ooc_influence.memory import Need, block_limit, plan_block_rows
 from ooc_influence.progress import tick
 from ooc_influence.store import GradientStore, PathLike, read_blocks
+from ooc_influence.stripes import Stripe, slots_per_process
 
 _QUERY_BLOCK = 1024
 FloatTile = npt.NDArray[np.float32]

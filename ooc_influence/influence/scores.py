@@ -18,7 +18,6 @@ from ooc_influence._version import __version__
 from ooc_influence.curvature import Curvature, DampingMode
 from ooc_influence.errors import OocInfluenceError, StoreExistsError, StoreWriteError
 from ooc_influence.influence.pair import FloatTile, Pair, precondition, score_tiles
-from ooc_influence.linalg import Stripe, check_workers, cores, cut_stripes, run_stripes
 from ooc_influence.progress import Progress
 from ooc_influence.store import (
     CHUNK_TARGET,
@@ -31,6 +30,7 @@ from ooc_influence.store import (
     temporary_folder,
     writable_array,
 )
+from ooc_influence.stripes import Stripe, check_workers, cores, cut_stripes, run_stripes
 
 if TYPE_CHECKING:
     import dask.array as da

@@ -11,10 +11,10 @@ import numpy.typing as npt
 
 from ooc_influence.curvature import Curvature, DampingMode, resolve_curvature
 from ooc_influence.influence.pair import open_store
-from ooc_influence.linalg import Stripe, check_workers, cut_stripes, run_stripes, slots_per_process
 from ooc_influence.memory import Need, block_limit, plan_block_rows
 from ooc_influence.progress import Progress, tick
 from ooc_influence.store import GradientStore, PathLike, read_blocks
+from ooc_influence.stripes import Stripe, check_workers, cut_stripes, run_stripes, slots_per_process
 
 
 def self_influence(

@@ -16,9 +16,9 @@ import numpy.typing as npt
 from ooc_influence.curvature import Curvature, DampingMode
 from ooc_influence.errors import InputError
 from ooc_influence.influence.pair import FloatTile, Pair, score_tiles
-from ooc_influence.linalg import Stripe, check_workers, cut_stripes, run_stripes
 from ooc_influence.progress import Progress
 from ooc_influence.store import GradientStore, PathLike
+from ooc_influence.stripes import Stripe, check_workers, cut_stripes, run_stripes
 
 _NO_ROW = np.iinfo(np.int64).max
 

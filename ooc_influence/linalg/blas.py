@@ -10,26 +10,14 @@ beside it.
 from __future__ import annotations
 
 import ctypes
-import os
 from functools import cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from threadpoolctl import threadpool_limits
 
 FOLD_ROWS = 8192  # rows summed in float32 before they are added to the float64 sum
 _FOLD_TILE = 256  # rows of the matrix folded at a time: the tile stays in cache
-
-
-def cores() -> int:
-    """Return the cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def blas_threads(tasks: int) -> Any:
-    """Return a context in which ``tasks`` concurrent BLAS calls share the cores: one thread pool at a time."""
-    return threadpool_limits(max(1, cores() // max(1, tasks)), user_api="blas")
 
 
 @cache

@@ -7,6 +7,7 @@ default, since that is the fastest way to use one node and holds one accumulator
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,10 +18,20 @@ from typing import Any
 import numpy as np
 from dask.base import compute
 from dask.delayed import delayed
+from threadpoolctl import threadpool_limits
 
 from ooc_influence.errors import InputError
-from ooc_influence.linalg.blas import blas_threads
 from ooc_influence.progress import Progress
+
+
+def cores() -> int:
+    """Return the cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def blas_threads(tasks: int) -> Any:
+    """Return a context in which ``tasks`` concurrent BLAS calls share the cores: one thread pool at a time."""
+    return threadpool_limits(max(1, cores() // max(1, tasks)), user_api="blas")
 
 
 @dataclass(frozen=True)
