@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from ooc_influence.extract import (
         Batching,
         Recipe,
-        Sharding,
         Split,
         cross_entropy,
         extract_gradients,
+        init_store,
         token_cross_entropy,
     )
     from ooc_influence.influence import TopInfluential, influence_scores, self_influence, top_influential
-    from ooc_influence.store import GradientStore, Storage
+    from ooc_influence.store import ChunkCache, GradientStore, Storage, compact_store, merge_stores, upgrade_store
 
 # Loaded on first use: opening a store and scoring never import torch.
 _ROOMS = {
@@ -27,17 +27,18 @@ _ROOMS = {
     "curvature": ["Curvature", "fit_fisher"],
     "errors": ["OocInfluenceError", "OocInfluenceWarning"],
     "extract": [
-        "Batching", "Recipe", "Sharding", "Split", "cross_entropy", "extract_gradients", "token_cross_entropy",
+        "Batching", "Recipe", "Split", "cross_entropy", "extract_gradients", "init_store", "token_cross_entropy",
     ],
     "influence": ["TopInfluential", "influence_scores", "self_influence", "top_influential"],
-    "store": ["GradientStore", "Storage"],
+    "store": ["ChunkCache", "GradientStore", "Storage", "compact_store", "merge_stores", "upgrade_store"],
 }  # fmt: skip
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 
 __all__ = [
-    "Batching", "Curvature", "Dropout", "GradientStore", "OocInfluenceError", "OocInfluenceWarning", "Recipe",
-    "Sharding", "Split", "Storage", "TopInfluential", "__version__", "cross_entropy", "extract_gradients",
-    "fit_fisher", "influence_scores", "self_influence", "token_cross_entropy", "top_influential",
+    "Batching", "ChunkCache", "Curvature", "Dropout", "GradientStore", "OocInfluenceError", "OocInfluenceWarning",
+    "Recipe", "Split", "Storage", "TopInfluential", "__version__", "compact_store", "cross_entropy",
+    "extract_gradients", "fit_fisher", "influence_scores", "init_store", "merge_stores", "self_influence",
+    "token_cross_entropy", "top_influential", "upgrade_store",
 ]  # fmt: skip
 
 

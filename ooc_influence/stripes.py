@@ -110,6 +110,20 @@ def tree_sum(parts: Sequence[Any], add: Callable[[Any, Any], Any]) -> Any:
     return level[0]
 
 
+def _check_reach(args: Sequence[Any]) -> None:
+    """Check that workers in other processes can see what the tasks read and write."""
+    client = _ambient_client()
+    if client is None or all(worker.startswith("inproc://") for worker in client.scheduler_info(-1)["workers"]):
+        return
+    for arg in args:
+        path = getattr(arg, "path", arg)
+        if getattr(path, "protocol", "") == "memory":
+            raise InputError(
+                f"expected a place that the cluster's workers can see; received {path}, which is in this process only: "
+                "use a folder or an object store, or close the cluster's client"
+            )
+
+
 def run_stripes(
     function: Callable[..., Any],
     stripes: Sequence[Stripe],
@@ -125,6 +139,7 @@ def run_stripes(
     list, or one value
         The results in order, or their tree sum by ``reduce``.
     """
+    _check_reach(args)
     task = delayed(function, pure=False, traverse=False)
     args = tuple(_place(arg) for arg in args)
     parts = [task(stripe, progress.key, *args) for stripe in stripes]

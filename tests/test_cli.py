@@ -172,7 +172,7 @@ def test_the_only_split_and_a_module_recipe(run):
         ("extract --recipe my_recipe.py:as_tuple --store train.zarr --k 50", "expected the compressor"),
         ("extract --recipe my_recipe.py:as_tuple --store a.zarr --like train.zarr --k 9", "--like fixes the mask"),
         ("extract --recipe my_recipe.py:as_tuple --store my_recipe.py --k 9", "received something else"),
-        ("extract --recipe my_recipe.py:as_tuple --store s3://bucket/a.zarr", "object storage"),
+        ("extract --recipe my_recipe.py:as_tuple --store gopher://bucket/a.zarr", "fsspec URL"),
         ("extract --recipe my_recipe.py:as_tuple --store a.zarr --device nonsense", "expected a device such as"),
         ("extract --recipe my_recipe.py:leaving --store a.zarr", "received SystemExit"),
         ("extract --recipe my_recipe.py:two_lines --store a.zarr", "line one line two"),

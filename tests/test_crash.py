@@ -126,7 +126,9 @@ def test_a_claim_dies_with_its_process(tmp_path):
         from conftest import random_rows
         from ooc_influence import GradientStore
         store = GradientStore.open(sys.argv[1], "a")
-        store.append(random_rows(20, 8), loss=[0.0] * 20)
+        store.append(random_rows(16, 8), loss=[0.0] * 16)
+        store.flush()
+        store.append(random_rows(4, 8), loss=[0.0] * 4)
         print("holding", flush=True)
         time.sleep(60)
     """)
@@ -140,18 +142,24 @@ def test_a_claim_dies_with_its_process(tmp_path):
     assert GradientStore.open(path).n == 20
 
 
+def _append_and_flush(store, rows):
+    store.append(rows, loss=np.zeros(len(rows)))
+    store.flush()
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_full_disk_keeps_what_was_committed(tmp_path):
     """A limit on file size stands for the disk: the write fails half-way with EFBIG."""
     rows = random_rows(64, 8)
     store = GradientStore.create(tmp_path / "s.zarr", whole_mask(8), dtype="float32", storage=Storage(16, 2))
     store.append(rows[:16], loss=np.zeros(16))
+    store.flush()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (300, hard))
-        with pytest.raises(StoreWriteError, match=r"no space left.*rows up to 16 are committed"):
-            store.append(rows[16:], loss=np.zeros(48))
+        with pytest.raises(StoreWriteError, match=r"no space left.*the 16 rows committed stay readable"):
+            _append_and_flush(store, rows[16:])
         store.close()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -21,7 +21,6 @@ from ooc_influence import (
     Dropout,
     GradientStore,
     OocInfluenceWarning,
-    Sharding,
     Storage,
     cross_entropy,
     extract_gradients,
@@ -30,6 +29,7 @@ from ooc_influence import (
     token_cross_entropy,
 )
 from ooc_influence.errors import InputError, MismatchError, NonFiniteError, UnsupportedModelError
+from ooc_influence.extract.batching import Shard
 
 pytestmark = pytest.mark.filterwarnings("ignore:gradients cover")
 SMALL = Storage(chunk_rows=16, group_chunks=2)
@@ -314,26 +314,25 @@ def test_more_data_is_appended(tmp_path):
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
 def test_shards_fill_one_store(tmp_path, order):
     for position, index in enumerate(order):
-        store = extract(tmp_path / "s.zarr", n=100, sharding=Sharding(index, 3, rows=100))
+        store = extract(tmp_path / "s.zarr", n=100, shard=(index, 3))
         assert store.n == 100 or position < 2
     assert store.n == store.committed == 100
     assert store.verify() == []
     assert_array_equal(store.rows(), extract(tmp_path / "w.zarr", n=100).rows())
-    again = extract(tmp_path / "s.zarr", n=100, sharding=Sharding(1, 3, rows=100))
+    again = extract(tmp_path / "s.zarr", n=100, shard=(1, 3))
     assert again.n == 100
 
 
 def test_shard_ranges_cover_all_rows():
-    for rows, count in ((100, 3), (1, 1), (1000, 7), (48, 3)):
-        group_rows = 4 * Sharding(0, count, rows).group_chunks(4, 16)
-        ranges = [Sharding(index, count, rows).range(group_rows) for index in range(count)]
+    for rows, count, group_rows in ((100, 3, 8), (1, 1, 4), (1000, 7, 12), (48, 3, 16), (20, 3, 16)):
+        ranges = [Shard(index, count).range(rows, group_rows) for index in range(count)]
         assert ranges[0][0] == 0
         assert ranges[-1][1] == rows
         assert [start for start, _ in ranges[1:]] == [stop for _, stop in ranges[:-1]]
-    with pytest.raises(InputError, match="at most 2 writers for 20 rows in chunks of 16"):
-        Sharding(0, 3, 20).range(16)
-    with pytest.raises(InputError, match="index < count"):
-        Sharding(3, 3, 10)
+        assert all(start % group_rows == 0 for start, _ in ranges)
+    for wrong in ((3, 3), (-1, 2), (0, 0), (0,), "1/3", (0.0, 2)):
+        with pytest.raises(InputError, match="shard"):
+            Shard.parse(wrong)
 
 
 def test_what_is_not_covered_is_named(tmp_path):
@@ -457,7 +456,7 @@ def test_nonfinite_rows_are_named(tmp_path, where):
         ({"model": make(Mlp, seed=1)}, "model fingerprint"),
         ({"dtype": "float16"}, "dtype"),
         ({"loss_kind": "other"}, "loss_kind"),
-        ({"sharding": Sharding(0, 1, 50)}, "planned rows"),
+        ({"shard": (0, 1)}, "planned rows"),
         ({"ids": list(range(50))}, "per-row values"),
     ],
 )
@@ -649,13 +648,13 @@ def test_batches_whose_first_tensor_does_not_count_samples(tmp_path):
 
 
 def test_shards_keep_the_grid_of_the_store(tmp_path):
-    extract(tmp_path / "s.zarr", n=100, sharding=Sharding(1, 2, 100), storage=Storage(8, 2))
+    extract(tmp_path / "s.zarr", n=100, shard=(1, 2), storage=Storage(8, 2))
     with pytest.raises(MismatchError, match="chunk_rows"):
-        extract(tmp_path / "s.zarr", n=100, sharding=Sharding(0, 2, 100), storage=Storage(20, 2))
-    store = extract(tmp_path / "s.zarr", n=100, sharding=Sharding(0, 2, 100), storage=None)
+        extract(tmp_path / "s.zarr", n=100, shard=(0, 2), storage=Storage(20, 2))
+    store = extract(tmp_path / "s.zarr", n=100, shard=(0, 2), storage=None)
     assert store.n == store.committed == 100
     with pytest.raises(InputError, match="expected 100 samples"):
-        extract(tmp_path / "s.zarr", n=120, sharding=Sharding(0, 2, 100), storage=None)
+        extract(tmp_path / "s.zarr", n=120, shard=(0, 2), storage=None)
 
 
 def test_columns_take_their_type_from_all_values(tmp_path):
@@ -735,8 +734,8 @@ def test_finished_batches_of_unknown_size_are_not_computed_again(tmp_path):
 
 
 def test_first_row_and_sharding_exclude_each_other(tmp_path):
-    with pytest.raises(InputError, match="first_row 0 with sharding"):
-        extract(tmp_path / "s.zarr", n=100, sharding=Sharding(0, 2, 100), batching=Batching(first_row=10))
+    with pytest.raises(InputError, match="first_row 0 for a store with planned rows"):
+        extract(tmp_path / "s.zarr", n=100, shard=(0, 2), batching=Batching(first_row=10))
 
 
 def test_ids_have_to_be_the_data_s(tmp_path):

@@ -114,8 +114,9 @@ def test_a_failed_writer_says_so_until_it_is_reopened(tmp_path, crash_at):
     create(tmp_path / "s.zarr")
     store = GradientStore.open(tmp_path / "s.zarr", "a")
     crash_at(0)
+    store.append(ROWS[:2], loss=np.zeros(2), columns={"name": ["x"] * 2})
     with pytest.raises(CrashError):
-        store.append(ROWS[:3], loss=np.zeros(3), columns={"name": ["x"] * 3})
+        store.flush()
     crash_at(None)
     for again in (store.flush, lambda: store.append(ROWS[:1], loss=[0.0], columns={"name": ["x"]})):
         with pytest.raises(StoreWriteError, match="open it again"):
@@ -205,7 +206,7 @@ def test_missing_commit_records_are_damage_not_an_end(tmp_path):
     create(tmp_path / "s.zarr")
     fill(tmp_path / "s.zarr")
     (tmp_path / "s.zarr" / "commits" / "c.1").unlink()
-    with pytest.raises(StoreDamagedError, match="without a gap"):
+    with pytest.raises(StoreDamagedError, match="received no file"):
         GradientStore.open(tmp_path / "s.zarr", "a")
 
 

@@ -6,11 +6,13 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 from make_fixture import LAYERS, NAMES, ROWS
 from numpy.testing import assert_allclose, assert_array_equal
 
-from ooc_influence import Curvature, Dropout, GradientStore, fit_fisher, self_influence
+from ooc_influence import Curvature, Dropout, GradientStore, fit_fisher, self_influence, upgrade_store
 from ooc_influence.curvature import resolve_curvature
+from ooc_influence.errors import StoreFormatError
 
 FIXTURE = Path(__file__).parent / "fixtures" / "format-1.zarr"
 
@@ -37,8 +39,16 @@ def test_its_curvature_is_up_to_date():
     assert np.isnan(self_influence(store)[4])
 
 
-def test_it_is_appended_to(tmp_path):
+def test_it_is_upgraded_then_appended_to(tmp_path):
     shutil.copytree(FIXTURE, tmp_path / "s.zarr")
+    with GradientStore.open(tmp_path / "s.zarr", "a") as store, pytest.raises(StoreFormatError, match="upgrade"):
+        store.append(ROWS[:1], loss=[0.0], ids=["x"], columns={"label": [1], "source": ["q"]})
+    before = GradientStore.open(tmp_path / "s.zarr")
+    assert upgrade_store(tmp_path / "s.zarr")
+    assert not upgrade_store(tmp_path / "s.zarr")
+    after = GradientStore.open(tmp_path / "s.zarr")
+    assert (after.attrs["format"], after.rows_digest()) == (2, before.rows_digest())
+    assert resolve_curvature(after, None).rows == 10
     with GradientStore.open(tmp_path / "s.zarr", "a") as store:
         store.append(ROWS[:3], loss=np.zeros(3), ids=["x", "y", "z"], columns={"label": [1, 2, 3], "source": ["q"] * 3})
     store = GradientStore.open(tmp_path / "s.zarr")

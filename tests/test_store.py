@@ -22,7 +22,8 @@ from ooc_influence.errors import (
     StoreFormatError,
     StoreNotFoundError,
 )
-from ooc_influence.store import LocalArrayStore, read_blocks
+from ooc_influence.store import read_blocks
+from ooc_influence.store.local import LocalArrayStore
 
 TOLERANCE = {"float32": 0, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
@@ -83,7 +84,9 @@ def test_raw_rows_are_mapped_not_copied(tmp_path):
         base = base.base
     assert isinstance(base.obj if isinstance(base, memoryview) else base, mmap.mmap)
     assert view.dtype == np.float16
-    assert not view.flags.writeable
+    before = store.rows(64, 90)
+    view[...] = 0  # copy on write: it never reaches the file
+    assert_array_equal(store.rows(64, 90), before)
 
 
 def test_plain_zarr_and_dask_read_it(tmp_path):
@@ -189,7 +192,7 @@ def test_two_writers_one_is_refused(tmp_path):
     first = GradientStore.open(write_store(tmp_path / "s.zarr", rows[:50]).path, "a")
     second = GradientStore.open(first.path, "a")
     first.append(rows[50:60], loss=np.zeros(10))
-    with pytest.raises(StoreBusyError, match=r"received one: .*pid"):
+    with pytest.raises(StoreBusyError, match=r"received one: process "):
         second.append(rows[60:], loss=np.zeros(40))
     first.close()
     second.append(rows[60:], loss=np.zeros(40))
@@ -242,11 +245,11 @@ def test_bad_input(tmp_path):
         GradientStore.open(store.path, "a").append(rows, loss=np.zeros(10), ids=list("abcdefghij"))
     with pytest.raises(InputError, match="start <= stop <= 10"):
         store.rows(5, 11)
-    with pytest.raises(InputError, match="object storage"):
-        GradientStore.open("s3://bucket/s.zarr")
+    with pytest.raises(InputError, match="fsspec URL"):
+        GradientStore.open("gopher://bucket/s.zarr")
     group = zarr.open_group(str(store.path), mode="r+")
     attrs = dict(group.attrs["ooc_influence"])
-    group.attrs["ooc_influence"] = attrs | {"format": 2}
+    group.attrs["ooc_influence"] = attrs | {"format": 3}
     with pytest.raises(StoreFormatError, match="upgrade"):
         GradientStore.open(store.path)
     group.attrs["ooc_influence"] = attrs | {"layout": attrs["layout"] | {"k": -3}}
@@ -270,6 +273,7 @@ def test_committing_does_not_read_old_records_again(tmp_path, monkeypatch):
 
     monkeypatch.setattr(LocalArrayStore, "get", counted)
     store.append(rows[20:], loss=np.zeros(20))
+    store.flush()
     assert store.n == 40
     assert_array_equal(store.rows(), rows)
     assert len(opened) <= 20  # at most the file being written

@@ -79,7 +79,7 @@ def extract(
     from ooc_influence import Dropout, extract_gradients
     from ooc_influence.cli.recipes import choose_split, load_recipe
     from ooc_influence.errors import InputError
-    from ooc_influence.store.view import parse_path
+    from ooc_influence.store import parse_path
 
     parse_path(store)
     given = {click.get_current_context().get_parameter_source(name) for name in ("k", "seed")}
@@ -236,9 +236,9 @@ def demo(out: str, rows: int | None, k: int, memory: str, as_json: bool) -> None
 
 def _store_facts(store: Any) -> dict[str, Any]:
     from ooc_influence.memory import format_bytes
-    from ooc_influence.store import folder_bytes
+    from ooc_influence.store import tree_bytes
 
-    size = folder_bytes(store.path)
+    size = tree_bytes(store.path)
     attrs = store.attrs
     return {
         "store": str(store.path),

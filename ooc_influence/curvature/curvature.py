@@ -8,11 +8,9 @@ float64, and as attributes the rows used and a digest of their commit records. T
 from __future__ import annotations
 
 import contextlib
-import shutil
 import uuid
 from collections.abc import Mapping
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -33,15 +31,18 @@ from ooc_influence.errors import (
 from ooc_influence.linalg import symmetric_eigen
 from ooc_influence.store import (
     GradientStore,
-    LocalArrayStore,
+    NewFolder,
     PathLike,
+    StorePath,
+    array_store,
     create_array,
+    exists,
+    is_file,
+    names,
     open_group,
     parse_path,
     read_array,
-    replace_folder,
     square_chunks,
-    temporary_folder,
 )
 
 Matrix = npt.NDArray[np.float64]
@@ -94,7 +95,7 @@ class Curvature:
         return cls(path)
 
     def _read(self, name: str) -> Matrix:
-        found = read_array(open_group(LocalArrayStore(self.path, read_only=True), "r"), name)
+        found = read_array(open_group(array_store(self.path, read_only=True), "r"), name)
         self._check_fit((_complete_attributes(self.path) or {}).get("fit"))
         return found
 
@@ -194,7 +195,7 @@ class Curvature:
         )
 
 
-def save_curvature(path: Path, fisher: Matrix, attributes: Mapping[str, Any]) -> Curvature:
+def save_curvature(path: StorePath, fisher: Matrix, attributes: Mapping[str, Any]) -> Curvature:
     """Write F to ``path``, factorise it (it is overwritten), write its spectrum, and open the result.
 
     A curvature at ``path`` is replaced once all of the new one is written.
@@ -212,20 +213,15 @@ def save_curvature(path: Path, fisher: Matrix, attributes: Mapping[str, Any]) ->
         )
     side = len(fisher)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = temporary_folder(path)
-        try:
-            files = LocalArrayStore(temporary)
-            group = open_group(files, "w")
+        with NewFolder(path, replace=True) as folder:
+            group = open_group(folder.arrays, "w")
             _write_square(group, "fisher", fisher)
             eigenvalues, eigenvectors = symmetric_eigen(fisher)
             create_array(group, "eigenvalues", (side,), (side,), "float64", check=True)[...] = eigenvalues
             _write_square(group, "eigenvectors", eigenvectors)
             marks = {"format": _FORMAT, "version": __version__, "fit": uuid.uuid4().hex, "complete": True}
             group.attrs[_ATTRIBUTES] = dict(attributes) | marks
-            replace_folder(temporary, path)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            folder.publish()
     except OSError as error:
         raise StoreWriteError(
             f"expected to write the curvature to {path}; received: {error}: make room, or give another place with out="
@@ -236,7 +232,7 @@ def save_curvature(path: Path, fisher: Matrix, attributes: Mapping[str, Any]) ->
     return Curvature(path)
 
 
-def check_replaceable(path: Path) -> None:
+def check_replaceable(path: StorePath) -> None:
     """Check that only a curvature, or nothing, is at ``path``.
 
     Raises
@@ -244,8 +240,11 @@ def check_replaceable(path: Path) -> None:
     StoreExistsError
         If something else is there.
     """
-    empty = not path.exists() or (path.is_dir() and not any(path.iterdir()))
-    if not empty and _attributes(path) is None:
+    for _ in range(10):  # another fit may be replacing one at this moment
+        empty = not exists(path) or (not is_file(path) and not names(path))
+        if empty or _attributes(path) is not None:
+            break
+    else:
         raise StoreExistsError(
             f"expected a curvature or nothing at {path}; received something else: choose another path"
         )
@@ -258,22 +257,22 @@ def _write_square(group: Any, name: str, matrix: Matrix) -> None:
         target[start : start + chunks[0]] = matrix[start : start + chunks[0]]
 
 
-def _complete_attributes(path: Path) -> dict[str, Any] | None:
+def _complete_attributes(path: StorePath) -> dict[str, Any] | None:
     found = _attributes(path)
     return found if found and found.get("complete") else None
 
 
-def _attributes(path: Path) -> dict[str, Any] | None:
-    if not (path / "zarr.json").is_file():
+def _attributes(path: StorePath) -> dict[str, Any] | None:
+    if not is_file(path / "zarr.json"):
         return None
     try:
-        found = dict(open_group(LocalArrayStore(path, read_only=True), "r").attrs).get(_ATTRIBUTES)
+        found = dict(open_group(array_store(path, read_only=True), "r").attrs).get(_ATTRIBUTES)
     except (ValueError, TypeError, OSError):  # a damaged zarr.json, or a folder being replaced
         return None
     return found if isinstance(found, dict) else None
 
 
-def curvature_path(train: GradientStore, name: str) -> Path:
+def curvature_path(train: GradientStore, name: str) -> StorePath:
     """Return where a store keeps the curvature ``name``.
 
     Raises
@@ -307,7 +306,7 @@ def resolve_curvature(train: GradientStore, curvature: Curvature | PathLike | No
         found = curvature
     else:
         text = "default" if curvature is None else str(curvature)
-        places = [Path(text)] if curvature is not None else []
+        places = [parse_path(curvature)] if curvature is not None else []
         if "/" not in text:
             places.insert(0, curvature_path(train, text))
         path = next((place for place in places if _complete_attributes(place) is not None), None)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import warnings
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -32,15 +31,15 @@ from ooc_influence.linalg import GramAccumulator
 from ooc_influence.linalg.eigen import eigen_bytes
 from ooc_influence.memory import Need, block_limit, plan_block_rows
 from ooc_influence.progress import Progress, tick
-from ooc_influence.store import GradientStore, PathLike, parse_path, read_blocks
+from ooc_influence.store import GradientStore, PathLike, StorePath, parse_path, read_blocks
 from ooc_influence.stripes import Stripe, check_workers, cut_stripes, run_stripes, slots_per_process
 
 logger = logging.getLogger("ooc_influence")
 Sum = tuple[npt.NDArray[np.float64], int]
 
 
-def fisher_need(k: int, workers: int) -> Need:
-    """Return what :func:`fit_fisher` needs, in bytes.
+def fisher_need(k: int, workers: int, reading: int = 0) -> Need:
+    """Return what :func:`fit_fisher` needs, in bytes; ``reading`` is what a worker holds to read the store.
 
     Two phases share the memory: accumulation (each worker's sums and block), then, alone, the factorisation.
     """
@@ -49,7 +48,7 @@ def fisher_need(k: int, workers: int) -> Need:
     return Need(
         stage=f"fisher for k={k}",
         fixed=extra,
-        per_worker=GramAccumulator.nbytes(k),
+        per_worker=GramAccumulator.nbytes(k) + reading,
         per_row=4 * k,
         max_rows=block_limit(k),
         advice="extract with a smaller k",
@@ -106,7 +105,7 @@ def fit_fisher(
     _warn_if_unfinished(train)
     slots = check_workers(workers)
     shared = slots_per_process(slots)
-    block_rows = plan_block_rows(fisher_need(train.k, shared), memory, shared)
+    block_rows = plan_block_rows(fisher_need(train.k, shared, train.reading_bytes), memory, shared)
     check_replaceable(target)
     if not refit:
         found = _up_to_date(target, train)
@@ -125,16 +124,16 @@ def fit_fisher(
 
 
 def _warn_if_unfinished(train: GradientStore) -> None:
-    planned = train.layout.planned_rows
-    if planned is not None and train.n < planned:
+    planned = train.layout.planned_rows or train.committed
+    if train.n < planned:
         warnings.warn(
-            f"{train.path} holds {train.n} of {planned} planned rows without a gap: the fit covers those",
+            f"{train.path} holds {train.n} of {planned} rows without a gap: the fit covers those",
             OocInfluenceWarning,
             stacklevel=3,
         )
 
 
-def _up_to_date(target: Path, train: GradientStore) -> Curvature | None:
+def _up_to_date(target: StorePath, train: GradientStore) -> Curvature | None:
     """Return the curvature at ``target`` if it is one of these very rows."""
     try:
         found = Curvature(target)

@@ -38,48 +38,43 @@ class Batching:
 
 
 @dataclass(frozen=True)
-class Sharding:
-    """One of several writers that fill a store together.
+class Shard:
+    """One of several writers that fill a store together: a contiguous share of its whole chunk groups.
 
     Attributes
     ----------
     index, count : int
         This writer and how many there are.
-    rows : int
-        Rows of the whole store. Writer ``index`` owns a contiguous share of whole chunk groups.
     """
 
     index: int
     count: int
-    rows: int
 
     def __post_init__(self) -> None:
-        if self.count < 1 or not 0 <= self.index < self.count or self.rows < 1:
-            raise InputError(
-                f"expected 0 <= index < count and rows >= 1; received index={self.index}, count={self.count}, "
-                f"rows={self.rows}"
-            )
+        if self.count < 1 or not 0 <= self.index < self.count:
+            raise InputError(f"expected shard (i, N) with 0 <= i < N; received ({self.index}, {self.count})")
 
-    def group_chunks(self, chunk_rows: int, most: int) -> int:
-        """Return the chunks a group may have so that every writer gets a share."""
-        return max(1, min(most, -(-self.rows // chunk_rows) // self.count))
-
-    def range(self, group_rows: int) -> tuple[int, int]:
-        """Return this writer's rows, ``start`` to ``stop``, cut at groups.
+    @classmethod
+    def parse(cls, shard: tuple[int, int] | None) -> Shard | None:
+        """Return the shard that ``(i, N)`` means; None where there is none.
 
         Raises
         ------
         InputError
-            If there are more writers than groups of rows.
+            For anything but two whole numbers with 0 <= i < N.
         """
-        groups = -(-self.rows // group_rows)
-        if self.count > groups:
-            raise InputError(
-                f"expected at most {groups} writers for {self.rows} rows in chunks of {group_rows}; received "
-                f"{self.count}: use fewer, or smaller chunks (Storage(chunk_rows=...))"
-            )
+        if shard is None:
+            return None
+        numbers = tuple(shard) if isinstance(shard, (tuple, list)) else ()
+        if len(numbers) != 2 or not all(type(number) is int for number in numbers):
+            raise InputError(f"expected shard (i, N), two whole numbers; received {shard!r}")
+        return cls(*numbers)
+
+    def range(self, rows: int, group_rows: int) -> tuple[int, int]:
+        """Return this writer's rows of a store of ``rows``, ``start`` to ``stop``, cut at groups; may be empty."""
+        groups = -(-rows // group_rows)
         edges = (groups * self.index // self.count, groups * (self.index + 1) // self.count)
-        return edges[0] * group_rows, min(self.rows, edges[1] * group_rows)
+        return edges[0] * group_rows, min(rows, edges[1] * group_rows)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

@@ -19,7 +19,7 @@ from ooc_influence.errors import InputError, OocInfluenceWarning
 from ooc_influence.extract.batching import (
     Batches,
     Batching,
-    Sharding,
+    Shard,
     batch_size,
     count_rows,
     open_batches,
@@ -52,7 +52,8 @@ def extract_gradients(
     loss_kind: str | None = None,
     batching: Batching | None = None,
     storage: Storage | None = None,
-    sharding: Sharding | None = None,
+    shard: tuple[int, int] | None = None,
+    check_model: bool = True,
     progress: bool | None = None,
 ) -> GradientStore:
     """Extract compressed per-sample gradients of a model into a store on disk, or go on where a run stopped.
@@ -67,15 +68,16 @@ def extract_gradients(
         Batches in a fixed order (a DataLoader without shuffling). Tensors, tuples, dicts and objects with ``.to`` are
         moved to the device. A callable is given the number of samples already done and returns the batches after them.
     store : path
-        The store to write. A store of the same run is continued: its finished rows are not computed again.
+        The store to write: a folder, or an fsspec URL. A store of the same run is continued: its finished rows are not
+        computed again.
     compressor : Dropout, optional
         What to keep of each gradient; default ``Dropout()``.
     like : GradientStore or path, optional
         A train store whose mask to use instead: makes a query store. The model must be the same.
     modules : str, sequence of str, callable, optional
         Layers to tap: name patterns or a predicate ``(name, module) -> bool``; default every supported layer.
-    dtype : {"float16", "bfloat16", "float32"}
-        Representation on disk; float16 has a float32 scale a row.
+    dtype : {"float16", "bfloat16", "float32", "int8", "int4"}
+        Representation on disk; float16, int8 and int4 have a float32 scale a row.
     device : torch.device or str, optional
         Where to run; default where the model is.
     ids : sequence or callable, optional
@@ -87,9 +89,13 @@ def extract_gradients(
     batching : Batching, optional
         Where the samples go in the store; checks.
     storage : Storage, optional
-        Chunking.
-    sharding : Sharding, optional
-        This process is one of several that fill the store together.
+        Chunking and codec.
+    shard : (int, int), optional
+        This process is writer i of N (from 0) that fill one store together, on one machine or several that see the same
+        folder or object store. The number of rows has to be known: from the batches, or from :func:`init_store`. A
+        writer whose share is finished does nothing.
+    check_model : bool
+        Refuse another model than the one ``store`` or ``like`` was made with; False warns and records it instead.
     progress : bool, optional
         Show a progress line; silent by default.
 
@@ -115,13 +121,15 @@ def extract_gradients(
     """
     batching = batching or Batching()
     device = parse_device(model, device)
-    plan = make_plan(model, compressor, like, modules, dtype, loss_kind, storage, sharding, store)
+    plan = make_plan(model, compressor, like, modules, dtype, loss_kind, storage, store, check_model=check_model)
     total = count_rows(batches)
-    if sharding is not None and total is not None and total != sharding.rows:
-        raise InputError(f"expected {sharding.rows} samples, as Sharding says; received batches with {total}")
     metadata = RowMetadata.of(ids, columns)
     metadata.check_length(total)
-    target = Target(store, plan, metadata, batching, sharding)
+    metadata.check_ids()
+    target = Target(store, plan, metadata, batching, Shard.parse(shard), total)
+    if target.finished:
+        target.close()
+        return GradientStore.open(store)
     try:
         with (
             tapped(model, plan.mask, device, probe=batching.check_independence) as taps,

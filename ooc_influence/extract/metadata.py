@@ -50,6 +50,27 @@ class RowMetadata:
                     f"expected {samples} values of {name}, one for each sample of batches; received {len(source)}"
                 )
 
+    def check_ids(self) -> None:
+        """Check that ids given as a sequence do not repeat.
+
+        Raises
+        ------
+        InputError
+            Naming one that does.
+        """
+        source = self.sources.get("example_id")
+        if source is None or callable(source):
+            return
+        seen = set()
+        for value in _plain(source):
+            if not isinstance(value, (str, int, np.integer)):
+                return  # not ids at all, which is said where their type is looked at
+            if value in seen:
+                raise InputError(
+                    f"expected ids that do not repeat; received {value!r} twice: give every sample its own"
+                )
+            seen.add(value)
+
     def take(self, batch: Any, first: int, count: int) -> dict[str, list[Any]]:
         """Return the values of a batch's ``count`` rows, by array path; ``first`` is its first sample's number.
 

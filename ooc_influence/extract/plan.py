@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ooc_influence.compress import Dropout
-from ooc_influence.errors import InputError, MismatchError, StoreNotFoundError
-from ooc_influence.extract.batching import Sharding
+from ooc_influence.errors import InputError, MismatchError, OocInfluenceWarning, StoreNotFoundError
 from ooc_influence.extract.layers import ModuleSelection, find_layers, model_fingerprint, select_layers
 from ooc_influence.extract.taps import parameter_sequence
 from ooc_influence.store import (
@@ -20,6 +19,8 @@ from ooc_influence.store import (
     PathLike,
     Representation,
     Storage,
+    StorePath,
+    is_local,
     parse_path,
     parse_representation,
 )
@@ -27,19 +28,33 @@ from ooc_influence.store import (
 
 @dataclass(frozen=True)
 class Plan:
-    """All that fixes what a store will hold; ``chunk_rows`` is what the caller insists on, if anything."""
+    """All that fixes what a store will hold.
+
+    Attributes
+    ----------
+    mask : Mask
+        The kept entries.
+    dtype : str
+        Representation of the rows.
+    attributes : dict
+        What the store records about how its rows are made.
+    storage : Storage
+        Chunking and codec, as far as the caller insists on them.
+    check_model : bool
+        Whether another model than the store's is an error, or a warning.
+    """
 
     mask: Mask
     dtype: Representation
     attributes: dict[str, Any]
     storage: Storage
-    planned_rows: int | None
-    chunk_rows: int | None
+    check_model: bool
 
     @property
-    def group_rows(self) -> int:
-        """Rows that share a file of the small arrays, in a store made from this plan."""
-        return self.storage.rows_for(self.mask.k, self.dtype) * self.storage.group_chunks
+    def model(self) -> dict[str, Any]:
+        """What is recorded about the model."""
+        found: dict[str, Any] = self.attributes["model"]
+        return found
 
 
 def parse_device(model: torch.nn.Module, device: torch.device | str | None) -> torch.device:
@@ -70,8 +85,9 @@ def make_plan(
     dtype: str,
     loss_kind: str | None,
     storage: Storage | None,
-    sharding: Sharding | None,
     path: PathLike,
+    *,
+    check_model: bool = True,
 ) -> Plan:
     """Fix mask and attributes, from the compressor or from the train store.
 
@@ -92,11 +108,7 @@ def make_plan(
         train = like if isinstance(like, GradientStore) else GradientStore.open(like)
         if train.path == parse_path(path):
             raise InputError(f"expected a query store apart from its train store; received {path} for both")
-        if train.attrs.get("model", {}).get("fingerprint") != fingerprint:
-            raise MismatchError(
-                f"expected the model that {train.path} was made with; received another (names, shapes or values of "
-                "its tensors differ): load the same checkpoint"
-            )
+        attributes["model"] = _same_model(train, attributes["model"], check_model)
         mask = train.mask
         find_layers(model, [module.layer for module in mask.modules])
         attributes |= {name: train.attrs.get(name) for name in ("compressor", "covered")}
@@ -105,29 +117,57 @@ def make_plan(
         layers, share = select_layers(model, modules)
         mask = chosen.draw(layers)
         attributes |= {"compressor": chosen.to_dict(), "covered": share}
-    wanted = storage.chunk_rows if storage is not None else None
-    storage = storage or Storage()
-    if sharding is not None:
-        rows = storage.rows_for(mask.k, representation)
-        storage = Storage(rows, sharding.group_chunks(rows, storage.group_chunks))
-    return Plan(mask, representation, attributes, storage, sharding.rows if sharding else None, wanted)
+    return Plan(mask, representation, attributes, storage or Storage(), check_model)
+
+
+def _same_model(store: GradientStore, model: dict[str, Any], check: bool) -> dict[str, Any]:
+    """Return what to record about a model that has to be the one of ``store``.
+
+    Raises
+    ------
+    MismatchError
+        If it is another, and that was not allowed.
+    """
+    expected = store.attrs.get("model") or {}
+    if expected.get("fingerprint") == model["fingerprint"]:
+        return model
+    if check:
+        raise MismatchError(
+            f"expected the model that {store.path} was made with, model fingerprint "
+            f"{_short(expected.get('fingerprint'))[:12]}; received {_short(model['fingerprint'])[:12]} (names, shapes "
+            "or values of its tensors differ): load the same checkpoint, or allow another with check_model=False "
+            "(--other-model)"
+        )
+    warnings.warn(
+        f"the model is not the one that {store.path} was made with; its rows are taken as comparable because "
+        "check_model=False (--other-model) says so",
+        OocInfluenceWarning,
+        stacklevel=4,
+    )
+    return {**expected, "other": [*expected.get("other", []), model["fingerprint"]]}
 
 
 def open_existing(path: PathLike, plan: Plan) -> GradientStore | None:
-    """Open the store of an earlier run to go on with it; None where there is none."""
+    """Open the store of an earlier run to go on with it; None where there is none.
+
+    Raises
+    ------
+    MismatchError
+        If it was made with other settings or, unless that is allowed, another model.
+    """
     try:
         store = GradientStore.open(path, mode="a")
     except StoreNotFoundError:
         _check_free(parse_path(path))
         return None
-    attrs = store.attrs
+    attrs, layout, wanted = store.attrs, store.layout, plan.storage
     for what, expected, received in (
         ("compressor", attrs.get("compressor"), plan.attributes["compressor"]),
-        ("model fingerprint", attrs.get("model", {}).get("fingerprint"), plan.attributes["model"]["fingerprint"]),
         ("selected layers (mask digest)", store.mask_digest, plan.mask.digest),
-        ("dtype", store.layout.dtype, plan.dtype),
-        ("chunk_rows", store.layout.chunk_rows, plan.chunk_rows or store.layout.chunk_rows),
-        ("planned rows", store.layout.planned_rows, plan.planned_rows),
+        ("dtype", layout.dtype, plan.dtype),
+        ("chunk_rows", layout.chunk_rows, wanted.chunk_rows or layout.chunk_rows),
+        ("group_chunks", layout.group_chunks, wanted.group_chunks or layout.group_chunks),
+        ("codec", layout.codec, wanted.codec or layout.codec),
         ("loss_kind", attrs.get("loss_kind"), plan.attributes["loss_kind"]),
     ):
         if expected != received:
@@ -135,11 +175,16 @@ def open_existing(path: PathLike, plan: Plan) -> GradientStore | None:
                 f"expected the {what} of the store at {path}, {_short(expected)}; received {_short(received)}: "
                 "extract to another path, or remove the store"
             )
+    model = _same_model(store, {"fingerprint": plan.model["fingerprint"]}, plan.check_model)
+    if model.get("other", []) != (attrs.get("model") or {}).get("other", []):
+        store.record(model=model)
     return store
 
 
-def _check_free(path: Path) -> None:
+def _check_free(path: StorePath) -> None:
     """Check, before a model runs for hours, that a store can be made at ``path``."""
+    if not is_local(path):
+        return  # only a write tells
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"expected a store or nothing at {path}; received something else: choose another path")
     parent = next(folder for folder in path.parents if folder.exists())

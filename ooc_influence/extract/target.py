@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ooc_influence.errors import InputError, MismatchError
-from ooc_influence.extract.batching import Batching, Sharding
+from ooc_influence.extract.batching import Batching, Shard
 from ooc_influence.extract.metadata import RowMetadata
 from ooc_influence.extract.plan import Plan, open_existing
-from ooc_influence.store import GradientStore, PathLike, check_finite
+from ooc_influence.store import GradientStore, PathLike, Storage, check_finite
 
 Floats = npt.NDArray[np.float32]
 
@@ -31,25 +32,71 @@ class Target:
     """
 
     def __init__(
-        self, path: PathLike, plan: Plan, metadata: RowMetadata, batching: Batching, sharding: Sharding | None
+        self,
+        path: PathLike,
+        plan: Plan,
+        metadata: RowMetadata,
+        batching: Batching,
+        shard: Shard | None,
+        total: int | None,
     ) -> None:
         self._path, self._plan, self._metadata = path, plan, metadata
-        self._first_row, self._sharding = batching.first_row, sharding
-        if sharding is not None and batching.first_row:
-            raise InputError(f"expected first_row 0 with sharding; received {batching.first_row}: rows are fixed there")
-        self.start, self.stop = batching.first_row, None
+        self._first_row, self._shard, self._total = batching.first_row, shard, total
+        self.start: int = batching.first_row
+        self.stop: int | None = None
         self.store = open_existing(path, plan)
-        if sharding is not None:
-            group_rows = plan.group_rows if self.store is None else self.store.layout.group_rows
-            self.start, self.stop = sharding.range(group_rows)
         if self.store is not None:
             self._claim(self.store)
-        elif sharding is None:
+        elif shard is not None:
+            if total is None:
+                raise InputError(
+                    f"expected a store at {path} for several writers, since the number of samples is not known; "
+                    "received none: make it with init_store ('ooc-influence init') and give the rows"
+                )
+            self._set_range(total, self._layout_sizes(total))
+        else:
             self._check_gap(0)
 
+    def _layout_sizes(self, rows: int) -> int:
+        """Return the rows of a group, in a store that is still to be made for several writers."""
+        chunk_rows, group_chunks = self._storage(rows).sizes(self._plan.mask.k, self._plan.dtype, rows)
+        return chunk_rows * group_chunks
+
+    def _storage(self, rows: int | None) -> Storage:
+        """Return the chunking to make a store with: groups small enough that every writer gets a share."""
+        storage = self._plan.storage
+        if self._shard is None or rows is None:
+            return storage
+        chunk_rows, group_chunks = storage.sizes(self._plan.mask.k, self._plan.dtype, rows)
+        share = -(-rows // chunk_rows) // self._shard.count
+        return replace(storage, group_chunks=max(1, min(group_chunks, share)))
+
+    def _set_range(self, planned: int, group_rows: int) -> None:
+        self.start, self.stop = (self._shard or Shard(0, 1)).range(planned, group_rows)
+        if self._first_row:
+            raise InputError(
+                f"expected first_row 0 for a store with planned rows; received {self._first_row}: rows are fixed there"
+            )
+        if self._total is not None and self._total != planned:
+            raise InputError(
+                f"expected {planned} samples, the rows planned for {self._path}; received batches with {self._total}: "
+                "init_store ('ooc-influence init') with more rows makes room"
+            )
+
     def _claim(self, store: GradientStore) -> None:
-        start, stop = (0, None) if self._sharding is None else (self.start, self.stop)
-        writer = store.writer(start, stop)
+        planned = store.layout.planned_rows
+        if planned is not None:
+            self._set_range(planned, store.layout.group_rows)
+            if self.start == self.stop:
+                return  # more writers than groups of rows: nothing for this one
+            writer = store.writer(self.start, self.stop)
+        elif self._shard is not None:
+            raise InputError(
+                f"expected a store with planned rows at {self._path} for shard={self._shard.index, self._shard.count}; "
+                "received one that grows by itself: make one with init_store ('ooc-influence init')"
+            )
+        else:
+            writer = store.writer()
         try:
             self._check_gap(writer.next_row)
         except InputError:
@@ -65,8 +112,15 @@ class Target:
 
     @property
     def next_row(self) -> int:
-        """Number of the next row to be written."""
-        return self.start if self.store is None else self.store.writer().next_row
+        """Number of the next row to be written: the first that is missing."""
+        if self.store is None or self.start == self.stop:
+            return self.start
+        return self.store.writer(self.start, self.stop).next_row
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is missing of a range that has an end."""
+        return self.store is not None and self.stop is not None and self.next_row >= self.stop
 
     def own(self, row: int, count: int) -> int:
         """Return how many of ``count`` rows from ``row`` on are this writer's."""
@@ -84,20 +138,29 @@ class Target:
             If rows that are committed already have other losses in the store.
         """
         small = self._metadata.take(batch, row - self._first_row, len(losses))
-        low = max(0, self.next_row - row)
-        high = len(losses) if self.stop is None else min(len(losses), self.stop - row)
-        ids = small.pop("example_id", None)
+        end = row + len(losses) if self.stop is None else min(row + len(losses), self.stop)
         if self.store is None:
-            check_finite(row + low, rows[low:high], losses[low:high], ids[low:high] if ids else None)
-            self._create(small if ids is None else {"example_id": ids, **small})
-            low = max(0, self.next_row - row)  # another process may have made the store, and filled it, meanwhile
-        assert self.store is not None
-        self.check_same_data(batch, row, losses, min(low, len(losses)))
-        if low < high:
-            columns = {name.removeprefix("columns/"): values[low:high] for name, values in small.items()}
-            self.store.append(
-                rows[low:high], loss=losses[low:high], ids=ids[low:high] if ids else None, columns=columns
+            low = max(0, self.next_row - row)
+            ids = small.get("example_id")
+            check_finite(
+                row + low, rows[low : end - row], losses[low : end - row], ids[low : end - row] if ids else None
             )
+            self._create(small)
+        assert self.store is not None
+        self.check_same_data(batch, row, losses, min(max(0, self.next_row - row), len(losses)))
+        while self.next_row < end:  # more than once where a repair left several gaps
+            low = max(0, self.next_row - row)
+            high = end - row
+            room = self.store.writer().room
+            if room is not None:
+                high = min(high, low + room)
+            self._append(small, losses, rows, low, high)
+
+    def _append(self, small: Mapping[str, list[Any]], losses: Floats, rows: Floats, low: int, high: int) -> None:
+        assert self.store is not None
+        values = {name.removeprefix("columns/"): found[low:high] for name, found in small.items()}
+        ids = values.pop("example_id", None)
+        self.store.append(rows[low:high], loss=losses[low:high], ids=ids, columns=values)
 
     def _create(self, small: Mapping[str, list[Any]]) -> None:
         dtypes = {name.removeprefix("columns/"): dtype for name, dtype in self._metadata.dtypes(small).items()}
@@ -106,8 +169,8 @@ class Target:
             self._path,
             plan.mask,
             dtype=plan.dtype,
-            storage=plan.storage,
-            planned_rows=plan.planned_rows,
+            storage=self._storage(self._total),
+            planned_rows=self._total if self._shard is not None else None,
             ids=dtypes.pop("example_id", None),
             columns=dtypes,
             attributes=plan.attributes,

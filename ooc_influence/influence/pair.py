@@ -99,7 +99,7 @@ class Pair:
                 stage=f"{stage} for k={k}",
                 # the eigenvectors and the rotated queries in float64, the preconditioned ones in float32
                 fixed=fixed + 8 * k * k + queries * k * (8 + 8 + 8 + 4 + 4),
-                per_worker=lists * queries,
+                per_worker=lists * queries + self.train.reading_bytes,
                 per_row=4 * k + tile_bytes * queries,
                 max_rows=block_limit(k),
                 advice="extract with a smaller k",

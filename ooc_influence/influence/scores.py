@@ -6,8 +6,8 @@ negative one an opponent. (Koh and Liang, arXiv 1703.04730, use the opposite sig
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,12 +22,15 @@ from ooc_influence.progress import Progress
 from ooc_influence.store import (
     CHUNK_TARGET,
     GradientStore,
-    LocalArrayStore,
+    NewFolder,
     PathLike,
+    StorePath,
+    array_store,
     create_array,
+    exists,
+    is_local,
     parse_path,
-    publish_folder,
-    temporary_folder,
+    remove_tree,
     writable_array,
 )
 from ooc_influence.stripes import Stripe, check_workers, cores, cut_stripes, run_stripes
@@ -127,38 +130,59 @@ def _score_task(queries: FloatTile, rows: npt.NDArray[np.int64], store: Gradient
 
 
 def _write_scores(
-    pair: Pair, out: Path, blocks: list[tuple[int, int]], block_rows: int, slots: int, progress: bool | None
+    pair: Pair,
+    out: StorePath,
+    blocks: list[tuple[int, int]],
+    block_rows: int,
+    slots: int,
+    progress: bool | None,
 ) -> zarr.Array[Any]:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    """Write all tiles to a Zarr array that appears under its name, or is marked complete, when it is."""
+    if exists(out):
         raise StoreExistsError(f"expected nothing at {out}; received something: choose another path or remove it")
-    temporary = temporary_folder(out)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _create_output(temporary, pair, block_rows)
         stripes = cut_stripes(0, pair.train.n, block_rows, slots)
-        with Progress("scores", len(blocks) * pair.train.n, progress) as bar:
+        with (
+            _new_output(out, pair, block_rows) as place,
+            Progress("scores", len(blocks) * pair.train.n, progress) as bar,
+        ):
             for start, stop in blocks:
                 run_stripes(
                     _write_stripe, stripes, bar, pair.train, block_rows,
-                    pair.precondition(start, stop), temporary, start, slots=slots,
+                    pair.precondition(start, stop), place, start, slots=slots,
                 )  # fmt: skip
-        if not publish_folder(temporary, out):
-            raise StoreExistsError(f"expected nothing at {out}; received something meanwhile: choose another path")
     except OSError as error:
         if isinstance(error, OocInfluenceError):
             raise
         raise StoreWriteError(f"expected to write scores to {out}; received: {error}: make room, run again") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return zarr.open_array(LocalArrayStore(out, read_only=True), mode="r")
+    return zarr.open_array(array_store(out, read_only=True), mode="r")
 
 
-def _create_output(path: Path, pair: Pair, block_rows: int) -> None:
+@contextlib.contextmanager
+def _new_output(out: StorePath, pair: Pair, block_rows: int) -> Iterator[StorePath]:
+    """Create the array, yield where tasks write to it, and finish it."""
+    if is_local(out):
+        with NewFolder(out) as folder:
+            _create_output(folder.arrays, pair, block_rows).attrs["complete"] = True
+            yield folder.place
+            if not folder.publish():
+                raise StoreExistsError(f"expected nothing at {out}; received something meanwhile: choose another path")
+        return
+    try:  # no renaming there: a mark says when it is whole
+        array = _create_output(array_store(out), pair, block_rows)
+        yield out
+        array.attrs["complete"] = True
+    except BaseException:
+        remove_tree(out)
+        raise
+
+
+def _create_output(files: Any, pair: Pair, block_rows: int) -> Any:
     """Create the (q, n) array; its chunks are as wide as a train block, so each has one writer."""
     shape = (pair.query.n, pair.train.n)
     width = min(block_rows, shape[1])
     chunks = (max(1, min(shape[0], CHUNK_TARGET // (4 * width))), width)
-    array = create_array(LocalArrayStore(path), None, shape, chunks, "float32", fill=float("nan"))
+    array = create_array(files, None, shape, chunks, "float32", fill=float("nan"))
     array.attrs.update(
         {
             "dims": ["query", "train"],
@@ -167,8 +191,10 @@ def _create_output(path: Path, pair: Pair, block_rows: int) -> None:
             "curvature": str(pair.curvature.path),
             "damping": pair.damping,
             "version": __version__,
+            "complete": False,
         }
     )
+    return array
 
 
 def _write_stripe(
@@ -177,9 +203,9 @@ def _write_stripe(
     train: GradientStore,
     block_rows: int,
     queries: FloatTile,
-    out: Path,
+    out: StorePath,
     first_query: int,
 ) -> None:
-    target = writable_array(LocalArrayStore(out))
+    target = writable_array(array_store(out))
     for first, tile in score_tiles(stripe, key, train, block_rows, queries):
         target[first_query : first_query + tile.shape[0], first : first + tile.shape[1]] = tile

@@ -54,7 +54,7 @@ def self_influence(
     need = Need(
         stage=f"self-influence for k={k}",
         fixed=8 * k * k + 8 * store.n,  # V; the stripes' results and their concatenation
-        per_worker=(8 + 4) * k * k,  # V scaled, W
+        per_worker=(8 + 4) * k * k + store.reading_bytes,  # V scaled, W
         per_row=2 * 4 * k,
         max_rows=block_limit(k),
         advice="extract with a smaller k",

@@ -1,18 +1,43 @@
-"""The gradient store: schema, commit records, memory-mapped reads, durable appends."""
+"""The gradient store: schema, commit records, memory-mapped reads, durable appends, on disk or object storage."""
 
-from ooc_influence.store.arrays import CHUNK_TARGET, create_array, open_group, read_array, square_chunks, writable_array
-from ooc_influence.store.encoding import Representation, parse_representation
+from ooc_influence.store.arrays import (
+    CHUNK_TARGET,
+    CODECS,
+    create_array,
+    open_group,
+    read_array,
+    square_chunks,
+    writable_array,
+)
+from ooc_influence.store.cache import ChunkCache
+from ooc_influence.store.encoding import REPRESENTATIONS, Representation, parse_representation
 from ooc_influence.store.gradient_store import GradientStore
-from ooc_influence.store.layout import Storage, column_dtype
-from ooc_influence.store.local import LocalArrayStore, folder_bytes, publish_folder, replace_folder, temporary_folder
+from ooc_influence.store.layout import Layout, Storage, column_dtype
 from ooc_influence.store.mask import LayerShape, Mask, ModuleMask
+from ooc_influence.store.place import (
+    NewFolder,
+    PathLike,
+    StorePath,
+    array_store,
+    exists,
+    in_this_process_only,
+    is_file,
+    is_local,
+    names,
+    parse_path,
+    remove_tree,
+    tree_bytes,
+)
 from ooc_influence.store.reader import Block, read_blocks
+from ooc_influence.store.rewrite import compact_store, merge_stores
 from ooc_influence.store.rows import check_finite
-from ooc_influence.store.view import PathLike, parse_path
+from ooc_influence.store.upgrade import upgrade_store
+from ooc_influence.store.verify import Damage
 
 __all__ = [
-    "CHUNK_TARGET", "Block", "GradientStore", "LayerShape", "LocalArrayStore", "Mask", "ModuleMask", "PathLike",
-    "Representation", "Storage", "check_finite", "column_dtype", "create_array", "folder_bytes", "open_group",
-    "parse_path", "parse_representation", "publish_folder", "read_array", "read_blocks", "replace_folder",
-    "square_chunks", "temporary_folder", "writable_array",
+    "CHUNK_TARGET", "CODECS", "REPRESENTATIONS", "Block", "ChunkCache", "Damage", "GradientStore", "LayerShape",
+    "Layout", "Mask", "ModuleMask", "NewFolder", "PathLike", "Representation", "Storage", "StorePath", "array_store",
+    "check_finite", "column_dtype", "compact_store", "create_array", "exists", "in_this_process_only", "is_file",
+    "is_local", "merge_stores", "names", "open_group", "parse_path", "parse_representation", "read_array",
+    "read_blocks", "remove_tree", "square_chunks", "tree_bytes", "upgrade_store", "writable_array",
 ]  # fmt: skip

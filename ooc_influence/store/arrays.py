@@ -2,21 +2,48 @@
 
 Chunk keys are flat (``c.5.0``), so that a chunk is one file and one folder entry; empty chunks are written, because a
 missing file has to mean damage; no codec unless asked, so that chunks can be mapped; ``check=True`` adds Zarr's crc32c
-codec, for small arrays that no commit record covers.
+codec, for small arrays that no commit record covers. Codecs are an allow-list, looked at before Zarr makes any of
+them: a store from elsewhere cannot ask for code to be run.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import zarr
-from zarr.codecs import Crc32cCodec
+from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, ZstdCodec
+from zarr.codecs.numcodecs import LZ4
+from zarr.storage import StorePath as ZarrPath
 
-from ooc_influence.errors import StoreDamagedError
+from ooc_influence.errors import InputError, StoreDamagedError, StoreFormatError
+from ooc_influence.store.place import ArrayStore
 
 CHUNK_TARGET = 16 * 2**20  # bytes; the measured sweet spot of writing and reading
+_CODECS: dict[str, Callable[[int], Any]] = {  # by name, given the bytes of a number
+    "zstd": lambda size: ZstdCodec(level=3),
+    "blosc": lambda size: BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle", typesize=size),
+    "lz4": lambda size: LZ4(),
+    "gzip": lambda size: GzipCodec(level=5),
+}
+CODECS = tuple(_CODECS)
+_ALLOWED_CODECS = {"bytes", "crc32c", "vlen-utf8", "zstd", "blosc", "gzip", "numcodecs.lz4"}
+
+
+def parse_codec(name: str | None) -> str | None:
+    """Return ``name`` if it is a known codec, or None for none.
+
+    Raises
+    ------
+    InputError
+        If it is not.
+    """
+    if name is not None and name not in _CODECS:
+        raise InputError(f"expected codec one of {', '.join(_CODECS)}, or none; received {name!r}")
+    return name
 
 
 def create_array(
@@ -28,6 +55,7 @@ def create_array(
     *,
     fill: Any = None,
     check: bool = False,
+    codec: str | None = None,
 ) -> Any:
     """Create array ``name`` in a Zarr group, or, without a name, as the root of a store.
 
@@ -35,8 +63,9 @@ def create_array(
     """
     options: dict[str, Any] = {}
     if dtype is not str:
+        compressor = _CODECS[codec](np.dtype(dtype).itemsize) if codec else None
         options = {
-            "compressors": (Crc32cCodec(),) if check else None,
+            "compressors": (Crc32cCodec(),) if check else (compressor,) if compressor else None,
             "fill_value": 0 if fill is None else fill,
         }
     make = zarr.create_array if name is None else parent.create_array
@@ -79,3 +108,37 @@ def read_array(group: Any, name: str) -> npt.NDArray[Any]:
 def open_group(store: Any, mode: Any) -> zarr.Group:
     """Open a Zarr v3 group on ``store``."""
     return zarr.open_group(store, mode=mode, zarr_format=3)
+
+
+def check_metadata(files: ArrayStore, names: list[str], where: object) -> None:
+    """Check, before Zarr makes anything of it, that arrays' metadata ask for known codecs and data types only.
+
+    Raises
+    ------
+    StoreFormatError
+        If they ask for others, or cannot be read.
+    """
+    for name in names:
+        text = _metadata_text(files, name)
+        try:
+            metadata = json.loads(text)
+            codecs = {codec["name"] for codec in metadata["codecs"]}
+            plain = isinstance(metadata["data_type"], str)
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreFormatError(
+                f"expected the metadata of array {name!r} in {where}; received none that can be read: restore its "
+                "zarr.json from a backup"
+            ) from error
+        if not plain or not codecs <= _ALLOWED_CODECS:
+            raise StoreFormatError(
+                f"expected array {name!r} of {where} with known codecs and data type; received "
+                f"{', '.join(sorted(codecs))} and {metadata['data_type']!r:.40}: its zarr.json was edited"
+            )
+
+
+def _metadata_text(files: ArrayStore, name: str) -> bytes:
+    from zarr.core.buffer.core import default_buffer_prototype
+    from zarr.core.sync import sync
+
+    found = sync(ZarrPath(files, f"{name}/zarr.json").get(default_buffer_prototype()))
+    return b"" if found is None else found.to_bytes()

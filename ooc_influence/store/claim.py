@@ -1,33 +1,117 @@
-"""One writer a range: a claim file held with ``flock``.
+"""One writer a range: a claim, kept alive by a heartbeat, taken over from an owner that is dead.
 
-The kernel lets go of the lock when its process dies, however it dies, so a claim is never left behind; the file says
-who holds it. Claims lie inside the ``commits`` array's folder, where Zarr does not look for members. Ranges may be cut
-differently from run to run, so a new claim is checked against every other under a guard lock.
+A claim is a small file ``commits/.claim-<name>.<generation>`` (inside an array's folder, where Zarr does not look for
+members) that says who holds it. It is created exclusively (a hard link, or a conditional PUT), so of two that want
+it one gets it. Who takes over creates the next generation; an owner that finds a later one than its own has lost the
+claim and must not write: it looks before every commit. An owner is dead if its process is gone (seen on the same
+machine) or its machine was started anew, or, elsewhere, if its heartbeat stands still.
+
+Ranges may be cut differently from run to run, so a new claim is checked against every other after it was made; of two
+that overlap and come at the same moment, one or both are refused.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
+import re
 import socket
+import threading
+import time
 import weakref
-from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+import psutil
 
 from ooc_influence.errors import StoreBusyError
+from ooc_influence.store import place
+from ooc_influence.store.place import StorePath
 
-_held: weakref.WeakSet[Claim] = weakref.WeakSet()
+HEARTBEAT = 10.0  # seconds between signs of life
+STALE = 60.0  # seconds without one after which an owner on another machine is taken for dead
+_CLAIM = re.compile(r"\.claim-([A-Za-z0-9-]+)\.(\d+)")
+
+
+@cache
+def _machine() -> dict[str, str]:
+    """Return what tells machines, their starts and their containers apart."""
+    found = {"host": socket.gethostname(), "boot": "", "space": ""}
+    with contextlib.suppress(OSError):
+        found["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        found["space"] = os.readlink("/proc/self/ns/pid")  # noqa: PTH115
+    return found
+
+
+def _started(pid: int) -> float | None:
+    """Return when a process started, in units of this machine's own; None if it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if fields[0] == "Z" else float(fields[19])  # ticks since boot: setting the clock changes nothing
+    except (OSError, IndexError):
+        pass
+    try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
+    except psutil.Error:
+        return None
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who holds a claim, as written in its file."""
+
+    record: dict[str, Any]
+
+    @property
+    def released(self) -> bool:
+        """Whether it was given back."""
+        return bool(self.record.get("released", False))
+
+    def alive(self) -> bool:
+        """Return whether the owner may still write; where only its heartbeat can tell, by the clock."""
+        record = self.record
+        if self.released:
+            return False
+        here = _machine()
+        if record.get("host") == here["host"]:
+            if record.get("boot") != here["boot"]:
+                return False
+            if record.get("space") == here["space"]:
+                started = _started(int(record.get("pid", -1)))
+                return started is not None and abs(started - float(record.get("started", 0))) < 1
+        return time.time() - float(record.get("heartbeat", 0)) < STALE
+
+    def __str__(self) -> str:
+        seconds = time.time() - float(self.record.get("heartbeat", 0))
+        return f"process {self.record.get('pid')} on {self.record.get('host')}, last heard of {seconds:.0f} s ago"
+
+
+def read_claims(store: StorePath) -> dict[str, tuple[int, Owner]]:
+    """Return every claim of a store by name: its latest generation and that one's owner."""
+    latest: dict[str, int] = {}
+    for name in place.names(store / "commits"):
+        match = _CLAIM.fullmatch(name)
+        if match:
+            latest[match[1]] = max(latest.get(match[1], 0), int(match[2]))
+    return {name: (generation, _read(store, name, generation)) for name, generation in latest.items()}
+
+
+def claimed_rows(name: str) -> tuple[int, int | None] | None:
+    """Return the rows a claim is about, the second None for all there will be; None for other claims."""
+    match = re.fullmatch(r"rows-(\d+)-(\d+|end)", name)
+    return None if match is None else (int(match[1]), None if match[2] == "end" else int(match[2]))
 
 
 class Claim:
-    """Exclusive right to write one range of a store, until :meth:`release` or the process's end.
+    """Exclusive right to write one range of a store, until :meth:`release` or its process's end.
 
     Parameters
     ----------
-    folder : Path
+    store : StorePath
         The store.
     start, stop : int
         The rows; ``stop`` None means all there will be.
@@ -40,65 +124,127 @@ class Claim:
         If another writer holds it, or part of it.
     """
 
-    def __init__(self, folder: Path, start: int = 0, stop: int | None = None, *, name: str | None = None) -> None:
-        claims = folder / "commits"
-        end = "end" if stop is None else str(stop)
-        own = claims / f".claim-{name or f'rows-{start}-{end}'}"
-        with _locked(claims / ".claim-guard"):
-            for path in claims.glob(".claim-rows-*") if name is None else ():
-                if path != own and _overlap(path.name, start, stop):
-                    _try_lock(path, folder).close()
-            self._file: IO[Any] | None = _try_lock(own, folder)
-        self._file.truncate(0)
-        self._file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
-        self._file.flush()
-        _held.add(self)
+    def __init__(self, store: StorePath, start: int = 0, stop: int | None = None, *, name: str | None = None) -> None:
+        self._store = store
+        self._name = name or f"rows-{start}-{'end' if stop is None else stop}"
+        self._pid = os.getpid()
+        self._released = threading.Event()
+        self._heard = time.monotonic()
+        self._generation = self._acquire()
+        self._finalizer = weakref.finalize(
+            self, _give_back, store, self._name, self._generation, self._pid, self._released
+        )
+        threading.Thread(target=_keep_alive, args=(weakref.ref(self), self._released), daemon=True).start()
+        if name is None:
+            self._check_overlap(start, stop)
+
+    def _acquire(self) -> int:
+        for _ in range(20):  # another one may come in between; then that one's owner is looked at
+            generation, owner = read_claims(self._store).get(self._name, (0, None))
+            if owner is not None and (owner.alive() or self._still_moves(generation, owner)):
+                raise StoreBusyError(self._busy(self._name, owner))
+            if place.create_file(self._path(generation + 1), _record(self._pid)):
+                for old in range(max(1, generation - 3), generation + 1):
+                    place.remove_file(self._path(old))
+                return generation + 1
+        raise StoreBusyError(f"expected to claim {self._name} of {self._store}; received too many others: run again")
+
+    def _still_moves(self, generation: int, owner: Owner) -> bool:
+        """Return whether an owner elsewhere, dead by our clock, beats on: clocks may differ."""
+        here = _machine()
+        if owner.released or owner.record.get("host") == here["host"]:
+            return False
+        time.sleep(1.5 * HEARTBEAT)
+        return _read(self._store, self._name, generation).record != owner.record
+
+    def _check_overlap(self, start: int, stop: int | None) -> None:
+        for name, (_, owner) in read_claims(self._store).items():
+            rows = claimed_rows(name)
+            if rows is None or name == self._name:
+                continue
+            overlaps = (rows[1] is None or start < rows[1]) and (stop is None or rows[0] < stop)
+            if overlaps and owner.alive():
+                self.release()
+                raise StoreBusyError(self._busy(name, owner))
+
+    def _busy(self, name: str, owner: Owner) -> str:
+        return (
+            f"expected no other writer of {self._store} ({name}); received one: {owner}: wait for it to finish, or "
+            f"stop it, then run again (a writer that died elsewhere is taken over after {STALE:.0f} s)"
+        )
+
+    def _path(self, generation: int) -> StorePath:
+        return _claim_path(self._store, self._name, generation)
+
+    def check(self) -> None:
+        """Check that the claim is still ours: to be called before what it allows is made visible.
+
+        Raises
+        ------
+        StoreBusyError
+            If another process took it over, having seen no sign of life from this one.
+        """
+        if place.is_local(self._store):
+            lost = self._path(self._generation + 1).exists() or not self._path(self._generation).exists()
+        elif time.monotonic() - self._heard < STALE / 2:
+            lost = False  # nobody takes over from one that was heard of so recently
+        else:
+            lost = self._beat()
+        if lost:
+            raise StoreBusyError(
+                f"expected to hold the claim {self._name} of {self._store}; received a later one: another process "
+                "took over while this one stood still; what it committed stays, run again to go on"
+            )
+
+    def _beat(self) -> bool:
+        """Give a sign of life; return whether another one took over."""
+        if read_claims(self._store).get(self._name, (0, None))[0] != self._generation:
+            return True
+        place.write_bytes(self._path(self._generation), _record(self._pid))
+        self._heard = time.monotonic()
+        return False
 
     def release(self) -> None:
-        """Give the range back; safe to call twice."""
-        if self._file is not None:
-            self._file.truncate(0)  # the file stays: removing it would let two writers lock two files of one name
-            fcntl.flock(self._file, fcntl.LOCK_UN)
-            self._file.close()
-            self._file = None
-
-    def forget(self) -> None:
-        """Let go of the file in a forked child, where the lock is not ours: it would outlive its owner."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        """Give the range back; safe to call twice, and in a forked child, where it does nothing."""
+        self._finalizer()
 
 
-def _overlap(name: str, start: int, stop: int | None) -> bool:
-    first, last = name.removeprefix(".claim-rows-").split("-")
-    return (last == "end" or start < int(last)) and (stop is None or int(first) < stop)
+def _claim_path(store: StorePath, name: str, generation: int) -> StorePath:
+    return store / "commits" / f".claim-{name}.{generation}"
 
 
-def _try_lock(path: Path, folder: Path) -> IO[Any]:
-    file = path.open("a+")
+def _record(pid: int, *, released: bool = False) -> bytes:
+    own = {"pid": pid, "started": _started(pid), "heartbeat": time.time(), "released": released}
+    return json.dumps(_machine() | own).encode()
+
+
+def _give_back(store: StorePath, name: str, generation: int, pid: int, released: threading.Event) -> None:
+    if os.getpid() != pid:
+        return
+    released.set()
+    with contextlib.suppress(OSError):
+        path = _claim_path(store, name, generation)
+        if place.exists(path):
+            place.write_bytes(path, _record(pid, released=True))
+
+
+def _keep_alive(claim: weakref.ref[Claim], released: threading.Event) -> None:
+    while not released.wait(HEARTBEAT):
+        found = claim()
+        if found is None:
+            return
+        with contextlib.suppress(OSError):  # the next beat may succeed; check() finds out if none does
+            if found._beat():
+                return
+        del found
+
+
+def _read(store: StorePath, name: str, generation: int) -> Owner:
+    data = place.read_bytes(_claim_path(store, name, generation))
+    if data is None:
+        return Owner({"released": True})
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        owner = file.read().strip() or "unknown"
-        file.close()
-        raise StoreBusyError(
-            f"expected no other writer of {folder} ({path.name.removeprefix('.claim-')}); received one: {owner}: wait "
-            "for it to finish, or stop it, then run again"
-        ) from None
-    return file
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _forget_all() -> None:
-    for claim in list(_held):
-        claim.forget()
-
-
-os.register_at_fork(after_in_child=_forget_all)
+        record = json.loads(data)
+    except ValueError:
+        record = None
+    return Owner(record if isinstance(record, dict) else {"released": False})

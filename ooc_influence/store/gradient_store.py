@@ -5,55 +5,83 @@ Readers see committed rows only, and go on seeing what they opened while a write
 
 from __future__ import annotations
 
-import datetime
-import shutil
-import socket
-import uuid
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from ooc_influence._version import __version__
-from ooc_influence.errors import InputError, StoreBusyError, StoreExistsError, StoreWriteError
-from ooc_influence.store.arrays import open_group, writable_array
+from ooc_influence.errors import InputError, StoreExistsError, StoreFormatError
+from ooc_influence.store.cache import ChunkCache
 from ooc_influence.store.claim import Claim
+from ooc_influence.store.committer import Committer
+from ooc_influence.store.creation import create_store, grow_store, parse_column_scale, write_attributes
 from ooc_influence.store.encoding import parse_representation
-from ooc_influence.store.layout import ATTRIBUTES, FORMAT_VERSION, Layout, Storage
-from ooc_influence.store.local import LocalArrayStore, publish_folder, temporary_folder
+from ooc_influence.store.layout import FORMAT_VERSION, Layout, Storage
+from ooc_influence.store.lookup import find_rows
+from ooc_influence.store.marks import mark_dropped, parse_numbers
 from ooc_influence.store.mask import Mask
+from ooc_influence.store.opening import read_attributes
+from ooc_influence.store.place import PathLike, array_store, parse_path
+from ooc_influence.store.ranges import check_range, clear_range, make_claim
 from ooc_influence.store.rows import parse_rows
-from ooc_influence.store.view import PathLike, StoreView, parse_path
+from ooc_influence.store.verify import Damage, verify_store
+from ooc_influence.store.view import Pin, StoreView
 from ooc_influence.store.writer import RangeWriter
 
 
 class GradientStore(StoreView):
-    """Per-sample gradients on disk, (n, k), with what belongs to each row.
+    """Per-sample gradients on disk or object storage, (n, k), with what belongs to each row.
 
     Use :meth:`open` or :meth:`create`; a context manager closes it (and commits what was appended).
 
     Attributes
     ----------
-    path : Path
+    path : Path or UPath
         The store's folder.
     layout : Layout
         Its fixed geometry.
     """
 
-    def __init__(self, path: PathLike, mode: Literal["r", "a"] = "r", pin: tuple[str, int, int] | None = None) -> None:
+    def __init__(
+        self,
+        path: PathLike,
+        mode: Literal["r", "a"] = "r",
+        pin: Pin | None = None,
+        cache: ChunkCache | None = None,
+        *,
+        damaged: bool = False,
+    ) -> None:
         if mode not in ("r", "a"):
             raise InputError(f"expected mode 'r' or 'a'; received {mode!r}")
-        super().__init__(path, pin)
+        super().__init__(path, pin, cache, damaged=damaged)
         self._writer: RangeWriter | None = None
         self._claim: Claim | None = None
         self._writable = mode == "a"
 
     @classmethod
-    def open(cls, path: PathLike, mode: Literal["r", "a"] = "r") -> Self:
+    def open(
+        cls,
+        path: PathLike,
+        mode: Literal["r", "a"] = "r",
+        *,
+        cache: ChunkCache | PathLike | None = None,
+        damaged: bool = False,
+    ) -> Self:
         """Open a store to read (``"r"``) or to read and append (``"a"``).
+
+        Parameters
+        ----------
+        path : path or URL
+            A local folder, or an fsspec URL (``s3://``, ``gs://``, ``memory://``...); a ``upath.UPath`` carries
+            options such as credentials.
+        mode : {"r", "a"}
+            Read, or read and append.
+        cache : ChunkCache or path, optional
+            A local folder to keep chunks of a store on object storage in; bounded (:class:`ChunkCache`).
+        damaged : bool
+            Open it although commit records cannot be read, for :meth:`verify` to list and repair.
 
         Raises
         ------
@@ -64,7 +92,8 @@ class GradientStore(StoreView):
         StoreBusyError
             On the first append, if another process is appending.
         """
-        return cls(path, mode)
+        kept = cache if isinstance(cache, ChunkCache) or cache is None else ChunkCache(str(cache))
+        return cls(path, mode, cache=kept, damaged=damaged)
 
     @classmethod
     def create(
@@ -77,6 +106,7 @@ class GradientStore(StoreView):
         planned_rows: int | None = None,
         ids: str | None = None,
         columns: Mapping[str, str] | None = None,
+        column_scale: npt.ArrayLike | None = None,
         attributes: Mapping[str, Any] | None = None,
         exist_ok: bool = False,
     ) -> Self:
@@ -89,15 +119,17 @@ class GradientStore(StoreView):
         mask : Mask
             Which entries the rows hold.
         dtype : str
-            Representation of the rows: float16 (with a scale a row), bfloat16 or float32.
+            Representation of the rows: float16, int8 or int4 (with a scale a row), bfloat16 or float32.
         storage : Storage, optional
-            Chunking.
+            Chunking and codec.
         planned_rows : int, optional
             Rows in all, where several writers divide the store.
         ids : str, optional
             Dtype of the rows' ids (``"str"``, ``"int64"``); None for no ids.
         columns : mapping of str to str, optional
             Name to dtype (bool, int64, float64, str) of per-row columns.
+        column_scale : (k,), optional
+            Positive numbers that rows are divided by before they are encoded and multiplied by on reading.
         attributes : mapping, optional
             What else to record (compressor, model fingerprint, loss kind); JSON values.
         exist_ok : bool
@@ -115,21 +147,13 @@ class GradientStore(StoreView):
         target = parse_path(path)
         representation = parse_representation(dtype)
         storage = storage or Storage()
+        chunk_rows, group_chunks = storage.sizes(mask.k, representation, planned_rows)
+        scale = parse_column_scale(column_scale, mask.k)
         layout = Layout(
-            mask.k, representation, storage.rows_for(mask.k, representation), storage.group_chunks,
-            planned_rows, ids, dict(columns or {}),
+            mask.k, representation, chunk_rows, group_chunks, planned_rows, ids, dict(columns or {}), storage.codec,
+            scale is not None,
         )  # fmt: skip
-        temporary = temporary_folder(target)
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _write_empty(temporary, layout, mask, attributes or {})
-            published = publish_folder(temporary, target)
-        except OSError as error:
-            raise StoreWriteError(
-                f"expected to make a store at {target}; received: {error}: choose another path, or make room"
-            ) from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        published = create_store(target, layout, mask, attributes or {}, scale)
         if not published and not (exist_ok and cls(target).mask_digest == mask.digest):
             raise StoreExistsError(
                 f"expected nothing at {target}; received something: choose another path or remove it"
@@ -137,7 +161,16 @@ class GradientStore(StoreView):
         return cls(target, "a")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.path, "r", self._pin())
+        return type(self), (self.path, "r", self._pin(), self.cache)
+
+    def _check_writable(self) -> None:
+        if not self._writable:
+            raise InputError(f"expected {self.path} opened to append; received mode 'r': use open(path, mode='a')")
+        if self._attrs["format"] != FORMAT_VERSION:
+            raise StoreFormatError(
+                f"expected store format {FORMAT_VERSION} to write to {self.path}; received {self._attrs['format']}: "
+                f"run 'ooc-influence upgrade {self.path}'"
+            )
 
     def writer(self, start: int = 0, stop: int | None = None) -> RangeWriter:
         """Claim a range for writing and return its writer; without a range, the growing end.
@@ -156,39 +189,19 @@ class GradientStore(StoreView):
         """
         if self._writer is not None:
             return self._writer
-        if not self._writable:
-            raise InputError(f"expected {self.path} opened to append; received mode 'r': use open(path, mode='a')")
-        self._check_writable_range(start, stop)
-        self._claim = self._make_claim(start, stop)
+        self._check_writable()
+        check_range(self.path, self.layout, start, stop)
+        self._claim = make_claim(self.path, start, stop)
         try:
-            files = LocalArrayStore(self.path)
-            if stop is None:
-                files.remove_partial_files(["gradients", "commits", *self.layout.row_arrays])
-            self._writer = RangeWriter(open_group(files, "r+"), files, self.layout, start, stop)
+            self.reload()  # another writer may have been here since
+            clear_range(self.path, self.layout, start, stop)
+            committer = Committer(array_store(self.path), self.layout, self._records.copy(), self._claim)
+            self._writer = RangeWriter(committer, start, stop, self.column_scale)
         except BaseException:
             self._claim.release()
             self._claim = None
             raise
         return self._writer
-
-    def _make_claim(self, start: int = 0, stop: int | None = None, *, name: str | None = None) -> Claim:
-        try:
-            return Claim(self.path, start, stop, name=name)
-        except StoreBusyError:
-            raise
-        except OSError as error:
-            raise StoreWriteError(f"expected to write to {self.path}; received: {error}") from error
-
-    def _check_writable_range(self, start: int, stop: int | None) -> None:
-        planned, group = self.layout.planned_rows, self.layout.group_rows
-        if planned is None:
-            fits = start == 0 and stop is None
-        else:
-            fits = stop is not None and 0 <= start < stop <= planned
-            fits = fits and start % group == 0 and (stop == planned or (stop or 0) % group == 0)
-        if not fits:
-            wanted = "no range: the store grows" if planned is None else f"whole groups of {group} of {planned} rows"
-            raise InputError(f"expected a writer of {self.path} to ask for {wanted}; received {start} to {stop}")
 
     def append(
         self,
@@ -234,8 +247,7 @@ class GradientStore(StoreView):
         self._refresh(writer)
 
     def _refresh(self, writer: RangeWriter) -> None:
-        self._see(writer.fresh)
-        writer.fresh.clear()
+        self._see(writer.take_fresh())
 
     def drop(self, rows: npt.ArrayLike) -> None:
         """Mark rows as dropped: NaN in scores, absent from top-k and from F; their numbers stay.
@@ -252,29 +264,71 @@ class GradientStore(StoreView):
         StoreBusyError
             If another process is dropping rows.
         """
-        if not self._writable:
-            raise InputError(f"expected {self.path} opened to append; received mode 'r': use open(path, mode='a')")
+        self._check_writable()
         self.flush()
-        given = np.asarray(rows)
-        if given.dtype == bool and given.shape == (self._rows,):
-            given = np.flatnonzero(given)
-        numbers = np.unique(given)
-        if numbers.size and (numbers.dtype.kind not in "iu" or numbers[0] < 0 or numbers[-1] >= self._rows):
-            raise InputError(
-                f"expected row numbers in [0, {self._rows}), or {self._rows} marks; received {given.dtype} of shape "
-                f"{given.shape} from {numbers[0]} to {numbers[-1]}"
-            )
-        if not numbers.size:
-            return
-        claim = self._make_claim(name="drop")
-        try:
-            files = LocalArrayStore(self.path)
-            dropped = writable_array(open_group(files, "r+"), "dropped")
-            dropped.set_orthogonal_selection((numbers,), True)
-            files.sync_folders()
-        finally:
-            claim.release()
-        self.reload()
+        numbers = parse_numbers(rows, self._rows)
+        if numbers.size:
+            mark_dropped(self.path, self.layout, numbers)
+            self.reload()
+
+    def find(self, ids: Sequence[Any] | npt.ArrayLike) -> npt.NDArray[np.int64]:
+        """Return the row number of each id, (m,); -1 for one that no row has.
+
+        Reads the ids through, a group of rows at a time. Without stored ids, row numbers are the ids.
+
+        Raises
+        ------
+        InputError
+            For ids of another type, or one that several rows have.
+        """
+        return find_rows(self, ids)
+
+    def verify(self, *, repair: bool = False, workers: int | None = None, progress: bool | None = None) -> list[Damage]:
+        """Check every committed chunk: files, lengths, checksums, numbers that are not finite, ids that repeat.
+
+        Parameters
+        ----------
+        repair : bool
+            Give up the damaged chunks: their rows are no longer committed, and the next extraction writes just them.
+        workers : int, optional
+            Row stripes checked at once; by default one a core, or the slots of the ambient Dask cluster.
+        progress : bool, optional
+            Show a progress line; silent by default.
+
+        Returns
+        -------
+        list of Damage
+            ``(start, stop, reason)`` of the damaged row ranges; empty where all is well.
+
+        Raises
+        ------
+        StoreBusyError
+            If another process is writing what is to be repaired.
+        """
+        found = verify_store(self, repair=repair, workers=workers, progress=progress)
+        if repair and found:
+            self.reload()
+        return found
+
+    def record(self, **attributes: Any) -> None:
+        """Write further attributes, JSON values, in place of what has their names."""
+        self._check_writable()
+        self._attrs = read_attributes(self.path) | attributes
+        write_attributes(self.path, self._attrs)
+
+    def grow(self, rows: int) -> None:
+        """Give a store with planned rows room for more, ``rows`` in all; readers opened before see what they opened.
+
+        Raises
+        ------
+        InputError
+            If the store has no planned rows, or more of them already.
+        StoreBusyError
+            If a range of it is being written.
+        """
+        self._check_writable()
+        grow_store(self.path, self.layout, self._records.copy(), rows)
+        super().__init__(self.path)
 
     def flush(self) -> None:
         """Commit what was appended; it survives a crash from here on."""
@@ -301,19 +355,3 @@ class GradientStore(StoreView):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _write_empty(folder: Path, layout: Layout, mask: Mask, attributes: Mapping[str, Any]) -> None:
-    """Write a store without rows to ``folder``."""
-    group = open_group(LocalArrayStore(folder), "w")
-    layout.create_arrays(group)
-    mask.save(group)
-    group.create_group("curvature")
-    created = {
-        "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "host": socket.gethostname(),
-        "id": uuid.uuid4().hex,
-    }
-    fixed = {"format": FORMAT_VERSION, "version": __version__, "created": created, "p": mask.p}
-    fixed |= {"mask_digest": mask.digest, "layout": layout.to_dict()}
-    group.attrs[ATTRIBUTES] = dict(attributes) | fixed

@@ -3,19 +3,22 @@
 ==================  ===========  =====================================================================================
 array               shape        meaning
 ==================  ===========  =====================================================================================
-gradients           (n, k)       the kept gradient entries (:mod:`.encoding`), chunks of whole rows
+gradients           (n, k)       the kept gradient entries (:mod:`.encoding`; (n, ⌈k/2⌉) for int4), chunks of whole rows
 row_scale           (n,)         float32 scale of each row's representation
 loss                (n,)         float32 per-sample loss
 grad_norm           (n,)         float32 Euclidean norm of the row before it was encoded; its square estimates the full
                                  gradient's squared norm without bias (at k = p it is that norm)
-dropped             (n,)         bool: the row is removed; its number stays
+column_scale        (k,)         optional: float32 numbers that rows are divided by before they are encoded
+dropped             (n,)         bool: the row is removed; its number stays. Its attribute ``groups`` lists the groups
+                                 that have such rows; only their files exist
 example_id          (n,)         optional: the user's name of the row, str or int64
 columns/<name>      (n,)         optional: what users group and filter by
 commits             (chunks,)    uint64 commit records (:mod:`.commits`), one a gradients chunk
 ==================  ===========  =====================================================================================
 
 Per-row arrays other than ``gradients``, and ``commits``, are chunked by *groups* of ``group_chunks`` gradients
-chunks. A writer's range is a whole number of groups, so no file is shared between two writers.
+chunks. A writer's range is a whole number of groups, so no file is shared between two writers. Every file of
+``commits`` exists from the moment its group does: a missing one is damage, not an end.
 """
 
 from __future__ import annotations
@@ -27,10 +30,11 @@ from typing import Any, Self
 import numpy as np
 
 from ooc_influence.errors import InputError, StoreFormatError
-from ooc_influence.store.arrays import CHUNK_TARGET, create_array
-from ooc_influence.store.encoding import Representation, array_dtype, fill_value, parse_representation
+from ooc_influence.store.arrays import CHUNK_TARGET, create_array, parse_codec
+from ooc_influence.store.encoding import Representation, array_columns, array_dtype, fill_value, parse_representation
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)
 ATTRIBUTES = "ooc_influence"  # the key of all our attributes in the group
 ROW_ARRAYS = ("row_scale", "loss", "grad_norm")
 _NAME = re.compile(r"(?!zarr\.json$)[A-Za-z0-9_][A-Za-z0-9_.-]*")  # of a column: it becomes a folder's
@@ -79,25 +83,40 @@ class Storage:
     ----------
     chunk_rows : int or None
         Rows of a gradients chunk; by default as many as fill about 16 MiB, the measured sweet spot. Also the unit of
-        commit: a crash loses at most the chunk being filled.
-    group_chunks : int
+        commit: a crash loses the chunk being filled, and those still in the writer's queue.
+    group_chunks : int or None
         Chunks that share one file of the small per-row arrays, and the unit in which writers divide a store.
+
+    codec : str or None
+        A Zarr codec for the rows: ``"zstd"``, ``"blosc"``, ``"lz4"`` or ``"gzip"``. None, the default, keeps chunks
+        mappable; compression pays for masked gradients with many exact zeros.
     """
 
     chunk_rows: int | None = None
-    group_chunks: int = 16
+    group_chunks: int | None = None
+    codec: str | None = None
 
     def __post_init__(self) -> None:
-        if self.chunk_rows is not None and self.chunk_rows < 1:
-            raise InputError(f"expected chunk_rows >= 1; received {self.chunk_rows}")
-        if self.group_chunks < 1:
-            raise InputError(f"expected group_chunks >= 1; received {self.group_chunks}")
+        for name in ("chunk_rows", "group_chunks"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise InputError(f"expected {name} >= 1; received {value!r}")
+        parse_codec(self.codec)
 
-    def rows_for(self, k: int, dtype: Representation) -> int:
-        """Return the rows of a chunk for ``k`` stored numbers a row."""
-        if self.chunk_rows is not None:
-            return self.chunk_rows
-        return max(1, min(16384, CHUNK_TARGET // (k * array_dtype(dtype).itemsize)))
+    def sizes(self, k: int, dtype: Representation, planned_rows: int | None = None) -> tuple[int, int]:
+        """Return rows a chunk and chunks a group, for ``k`` numbers a row.
+
+        A group has at most 64 chunks and about 65536 rows, since its small files are written again with every chunk;
+        of a planned store it is smaller still, so that many writers can share it.
+        """
+        row = array_columns(dtype, k) * array_dtype(dtype).itemsize
+        rows = self.chunk_rows or max(1, min(16384, CHUNK_TARGET // row))
+        if self.group_chunks is not None:
+            return rows, self.group_chunks
+        group = max(1, min(64, 65536 // rows))
+        if planned_rows is not None:
+            group = max(1, min(group, -(-planned_rows // rows) // 64))
+        return rows, group
 
 
 @dataclass(frozen=True)
@@ -118,6 +137,10 @@ class Layout:
         Dtype of ``example_id``; None where rows have no ids.
     columns : dict of str to str
         Name to dtype of ``columns/<name>``.
+    codec : str or None
+        Codec of ``gradients``.
+    column_scale : bool
+        Whether there is a ``column_scale``.
     """
 
     k: int
@@ -127,6 +150,8 @@ class Layout:
     planned_rows: int | None = None
     ids: str | None = None
     columns: dict[str, str] = field(default_factory=dict)
+    codec: str | None = None
+    column_scale: bool = False
 
     @property
     def group_rows(self) -> int:
@@ -134,9 +159,19 @@ class Layout:
         return self.chunk_rows * self.group_chunks
 
     @property
+    def row_bytes(self) -> int:
+        """Bytes of a row of ``gradients``, before any codec."""
+        return self.array_columns * array_dtype(self.dtype).itemsize
+
+    @property
+    def array_columns(self) -> int:
+        """Columns of ``gradients``: k, or half of it where two numbers share a byte."""
+        return array_columns(self.dtype, self.k)
+
+    @property
     def chunk_bytes(self) -> int:
-        """Bytes of an uncompressed gradients chunk."""
-        return self.chunk_rows * self.k * array_dtype(self.dtype).itemsize
+        """Bytes of a gradients chunk, before any codec."""
+        return self.chunk_rows * self.row_bytes
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -152,17 +187,23 @@ class Layout:
     @property
     def chunk_sizes(self) -> dict[str, int | None]:
         """Array path to the bytes of a chunk file, None where it varies, of every array that committed rows are in."""
-        sizes: dict[str, int | None] = {"gradients": self.chunk_bytes}
+        sizes: dict[str, int | None] = {"gradients": None if self.codec else self.chunk_bytes}
         for name, dtype in self.row_arrays.items():
             sizes[name] = None if dtype == "str" else self.group_rows * np.dtype(dtype).itemsize
         return sizes
+
+    @property
+    def arrays(self) -> list[str]:
+        """Paths of all arrays that have to do with rows."""
+        extra = ["column_scale"] if self.column_scale else []
+        return ["gradients", *self.row_arrays, "dropped", "commits", *extra]
 
     def create_arrays(self, group: Any) -> None:
         """Create the per-row arrays in a new Zarr group, with room for the planned rows."""
         rows = self.planned_rows or 0
         create_array(
-            group, "gradients", (rows, self.k), (self.chunk_rows, self.k), array_dtype(self.dtype),
-            fill=fill_value(self.dtype),
+            group, "gradients", (rows, self.array_columns), (self.chunk_rows, self.array_columns),
+            array_dtype(self.dtype), fill=fill_value(self.dtype), codec=self.codec,
         )  # fmt: skip
         if self.columns:
             group.create_group("columns")
@@ -170,9 +211,9 @@ class Layout:
             fill = float("nan") if dtype.startswith("float") else None
             kind: Any = str if dtype == "str" else dtype
             create_array(group, name, (rows,), (self.group_rows,), kind, fill=fill)
-        create_array(group, "dropped", (rows,), (self.group_rows,), bool, check=True)
+        create_array(group, "dropped", (rows,), (self.group_rows,), bool, check=True).attrs["groups"] = []
         chunks = -(-rows // self.chunk_rows)
-        create_array(group, "commits", (chunks,), (self.group_chunks,), "uint64", check=True)
+        create_array(group, "commits", (chunks,), (self.group_chunks,), "uint64", check=True)[...] = 0
 
     def __post_init__(self) -> None:
         if self.planned_rows is not None and self.planned_rows < 1:
@@ -197,9 +238,11 @@ class Layout:
         try:
             layout = cls(**values)
             parse_representation(layout.dtype)
+            parse_codec(layout.codec)
             sizes = [layout.k, layout.chunk_rows, layout.group_chunks]
             planned = [] if layout.planned_rows is None else [layout.planned_rows]
-            possible = all(isinstance(size, int) and size > 0 for size in sizes + planned)
+            possible = all(type(size) is int and 0 < size < 2**62 for size in sizes + planned)
+            possible = possible and layout.chunk_rows < 2**32 and type(layout.column_scale) is bool
             known = set(layout.columns.values()) | ({layout.ids} if layout.ids else set())
             if not possible or not known <= set(_COLUMN_DTYPES):
                 raise ValueError(f"sizes {sizes + planned}, column dtypes {sorted(known)}")
@@ -209,3 +252,29 @@ class Layout:
                 "its attributes were edited or damaged; restore zarr.json from a backup"
             ) from error
         return layout
+
+    def check_array(self, name: str, array: Any, where: object) -> None:
+        """Check that an array on the disk has the geometry that this layout says.
+
+        Raises
+        ------
+        StoreFormatError
+            If it has another: one of the two was edited.
+        """
+        dtype = {"gradients": array_dtype(self.dtype), "dropped": np.dtype(bool), "commits": np.dtype("uint64")}.get(
+            name
+        )
+        columns = (self.array_columns,) if name == "gradients" else ()
+        first = {"gradients": self.chunk_rows, "commits": self.group_chunks}.get(name, self.group_rows)
+        if name == "column_scale":
+            expected: tuple[Any, ...] = ((), (self.k,))
+            received = (array.shape[1:], array.chunks)
+        else:
+            expected, received = (columns, (first, *columns)), (array.shape[1:], array.chunks)
+        stored = self.row_arrays.get(name, "float32")
+        fits = array.dtype == dtype if dtype is not None else stored == "str" or array.dtype == np.dtype(stored)
+        if expected != received or not fits:
+            raise StoreFormatError(
+                f"expected array {name!r} of {where} in chunks of {expected[1]}; received {received[1]} of "
+                f"{array.dtype}: zarr.json was edited or damaged; restore it from a backup"
+            )

@@ -9,15 +9,10 @@ remembered and synced by :meth:`LocalArrayStore.sync_folders`, which has to run 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import errno
 import mmap
 import os
-import shutil
 import threading
-import time
-import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,9 +22,7 @@ from zarr.core.buffer import Buffer, BufferPrototype, cpu
 from zarr.storage import LocalStore
 
 from ooc_influence.errors import StoreDamagedError
-
-CREATING = ".creating"  # ending of a folder that is being made
-PARTIAL = ".partial"  # ending of a file that is being written; left behind only by a crash
+from ooc_influence.store import disk
 
 
 class _AdoptingArray(cpu.NDBuffer):
@@ -51,17 +44,16 @@ class _AdoptingArray(cpu.NDBuffer):
 MAPPED = BufferPrototype(buffer=cpu.Buffer, nd_buffer=_AdoptingArray)
 
 
-def _map_file(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    with path.open("rb") as file:
-        if os.fstat(file.fileno()).st_size == 0:
-            return np.empty(0, np.uint8)
-        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+def map_file(path: str | Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Return a file's bytes as a memory map that lives as long as arrays that look at it.
 
-
-def _fsync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+    Copy-on-write: torch takes it without a warning, and writing to it never reaches the file.
+    """
+    handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        if os.fstat(handle).st_size == 0:
+            return np.empty(0, np.uint8)
+        return np.frombuffer(mmap.mmap(handle, 0, access=mmap.ACCESS_COPY), np.uint8)
     finally:
         os.close(handle)
 
@@ -102,20 +94,16 @@ class LocalArrayStore(LocalStore):
         if not self._is_open:
             await self._open()
         array = key.rpartition("/")[0]
-        expected = self.chunk_bytes.get(array)
+        path = f"{self.root}/{key}"
         try:
-            mapped = await asyncio.to_thread(_map_file, self.root / key)
+            mapped = map_file(path)  # in the event loop: mapping reads nothing, a thread would cost more
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             if array not in self.chunk_bytes:
                 return None
-            raise StoreDamagedError(
-                f"expected the committed chunk {self.root / key}; received no file: restore it from a backup"
-            ) from None
+            raise StoreDamagedError(missing_chunk(path)) from None
+        expected = self.chunk_bytes.get(array)
         if expected is not None and mapped.size != expected:
-            raise StoreDamagedError(
-                f"expected {expected} bytes in the committed chunk {self.root / key}; received {mapped.size}: "
-                "restore it from a backup"
-            )
+            raise StoreDamagedError(short_chunk(path, expected, mapped.size))
         return (prototype or MAPPED).buffer.from_array_like(mapped)
 
     async def set(self, key: str, value: Buffer) -> None:
@@ -131,96 +119,36 @@ class LocalArrayStore(LocalStore):
             await self.set(key, value)
 
     def _put(self, path: Path, value: Buffer) -> None:
-        self._make_folder(path.parent)
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")
-        try:
-            with temporary.open("wb") as file:
-                file.write(value.as_buffer_like())
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        with self._guard:
-            self._new_entries.add(path.parent)
+        if not path.parent.exists():
+            self._gained(disk.make_folders(path.parent))
+        disk.write_file(path, value.as_buffer_like())
+        self._gained([path.parent])
 
-    def _make_folder(self, folder: Path) -> None:
-        missing = []
-        while not folder.exists():
-            missing.append(folder)
-            folder = folder.parent
-        for path in reversed(missing):
-            path.mkdir(exist_ok=True)
-            with self._guard:
-                self._new_entries.add(path.parent)
+    def link(self, source: Path, key: str) -> None:
+        """Put a file that is on the disk already under ``key``, by a link where possible."""
+        path = self.root / key
+        disk.link_file(source, path)
+        self._gained([path.parent])
+
+    def _gained(self, folders: list[Path]) -> None:
+        with self._guard:
+            self._new_entries.update(folders)
 
     def sync_folders(self) -> None:
         """Make the names of all files written so far durable."""
         with self._guard:
             folders, self._new_entries = self._new_entries, set()
-        for folder in folders:
-            _fsync_folder(folder)
-
-    def remove_partial_files(self, arrays: Iterable[str]) -> None:
-        """Delete what interrupted writes left behind in some arrays' folders, which the caller alone may write."""
-        for name in arrays:
-            for path in (self.root / name).glob(f".*{PARTIAL}"):
-                path.unlink(missing_ok=True)
+        disk.sync_folders(folders)
 
 
-def fsync_tree(root: Path) -> None:
-    """Sync every folder below ``root`` and ``root`` itself (files were synced when written)."""
-    for folder, _, _ in os.walk(root):
-        _fsync_folder(Path(folder))
+def missing_chunk(path: object) -> str:
+    """Return what to say of a committed chunk that is not there."""
+    return f"expected the committed chunk {path}; received no file: 'ooc-influence verify' lists what else is damaged"
 
 
-def temporary_folder(final: Path) -> Path:
-    """Return where to build a folder that will be renamed to ``final``; what a crash left a day ago is removed."""
-    for path in final.parent.glob(f".{final.name}.*{CREATING}"):
-        with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime > 86400:
-                shutil.rmtree(path, ignore_errors=True)
-    return final.with_name(f".{final.name}.{uuid.uuid4().hex}{CREATING}")
-
-
-def replace_folder(temporary: Path, final: Path) -> None:
-    """Rename a finished folder to its final name in place of what is there, which is then removed."""
-    fsync_tree(temporary)
-    replaced = []
-    while True:
-        old = temporary_folder(final)
-        with contextlib.suppress(FileNotFoundError):
-            final.rename(old)
-            replaced.append(old)
-        try:
-            temporary.rename(final)
-            break
-        except OSError as error:  # another one was put there in between
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-    _fsync_folder(final.parent)
-    for old in replaced:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def publish_folder(temporary: Path, final: Path) -> bool:
-    """Rename a finished folder to its final name; return False where another one is already there."""
-    fsync_tree(temporary)
-    try:
-        os.rename(temporary, final)  # noqa: PTH104 - atomic, and fails on a non-empty target, which is the point
-    except OSError:
-        if final.exists():
-            return False
-        raise
-    _fsync_folder(final.parent)
-    return True
-
-
-def folder_bytes(folder: Path) -> int:
-    """Return the bytes of all files below ``folder``; files that vanish meanwhile (a writer's) do not count."""
-    total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):
-            total += path.stat().st_size if path.is_file() else 0
-    return total
+def short_chunk(path: object, expected: int, received: int) -> str:
+    """Return what to say of a committed chunk of another size."""
+    return (
+        f"expected {expected} bytes in the committed chunk {path}; received {received}: 'ooc-influence verify' lists "
+        "what else is damaged"
+    )

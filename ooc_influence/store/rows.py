@@ -57,7 +57,11 @@ def parse_rows(
     for name, values in small.items():
         if values.shape != (len(rows),):
             raise InputError(f"expected {name} of shape ({len(rows)},); received {values.shape}")
-    _refuse(first_row, ~(np.isfinite(norms) & np.isfinite(losses)), small.get("example_id"))
+    ids = small.get("example_id")
+    _refuse(first_row, ~(np.isfinite(norms) & np.isfinite(losses)), ids)
+    if ids is not None and len(set(ids.tolist())) < len(ids):
+        values, counts = np.unique(ids.astype(str), return_counts=True)
+        raise InputError(f"expected ids that do not repeat; received {values[counts > 1][0]!r} for several rows")
     return rows, small
 
 

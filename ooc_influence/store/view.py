@@ -4,56 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import operator
-import os
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ooc_influence._version import __version__
-from ooc_influence.errors import InputError, MismatchError, StoreDamagedError, StoreFormatError, StoreNotFoundError
-from ooc_influence.store import commits
+from ooc_influence.errors import InputError, MismatchError, StoreDamagedError
+from ooc_influence.store import commits, place
 from ooc_influence.store.arrays import open_group, read_array
-from ooc_influence.store.layout import ATTRIBUTES, FORMAT_VERSION, Layout
-from ooc_influence.store.local import MAPPED, LocalArrayStore
+from ooc_influence.store.cache import ChunkCache
+from ooc_influence.store.encoding import FloatRows
+from ooc_influence.store.local import MAPPED
 from ooc_influence.store.mask import Mask
-from ooc_influence.store.reader import read_into
+from ooc_influence.store.opening import check_lengths, open_store, read_damaged_records, read_records
+from ooc_influence.store.place import PathLike, is_local, parse_path
+from ooc_influence.store.reader import ChunkStream, read_into
 
 if TYPE_CHECKING:
     import dask.array as da
+    import torch
 
-PathLike = str | os.PathLike[str]
-
-
-def parse_path(path: PathLike) -> Path:
-    """Return a local path.
-
-    Raises
-    ------
-    InputError
-        For a URL.
-    """
-    text = os.fspath(path)
-    if "://" in text:
-        raise InputError(f"expected a local path; received {text!r}: object storage is not supported yet")
-    return Path(text).absolute()  # tasks may run after the working directory changed
-
-
-def _read_attributes(group: Any, path: Path) -> dict[str, Any]:
-    attrs = dict(group.attrs).get(ATTRIBUTES)
-    if not isinstance(attrs, dict) or not {"format", "layout", "mask_digest", "created"} <= set(attrs):
-        raise StoreFormatError(
-            f"expected a gradient store at {path}; received another Zarr group: give the folder that "
-            "extract_gradients wrote"
-        )
-    if attrs["format"] != FORMAT_VERSION:
-        raise StoreFormatError(
-            f"expected store format {FORMAT_VERSION} at {path}; received {attrs['format']}: "
-            f"upgrade ooc_influence (this is {__version__})"
-        )
-    return attrs
+Pin = tuple[str, int, int]
 
 
 class StoreView:
@@ -61,65 +33,76 @@ class StoreView:
 
     Attributes
     ----------
-    path : Path
+    path : Path or UPath
         The store's folder.
     layout : Layout
         Its fixed geometry.
+    cache : ChunkCache or None
+        Where chunks from an object store are kept for the next time.
+    damaged_records : list
+        ``((start, stop), reason)`` of the rows whose commit records cannot be read; only where that was allowed.
     """
 
-    def __init__(self, path: PathLike, pin: tuple[str, int, int] | None = None) -> None:
+    def __init__(
+        self, path: PathLike, pin: Pin | None = None, cache: ChunkCache | None = None, *, damaged: bool = False
+    ) -> None:
         self.path = parse_path(path)
-        if not (self.path / "zarr.json").is_file():
-            raise StoreNotFoundError(
-                f"expected a gradient store at {self.path}; received "
-                f"{'a folder without one' if self.path.exists() else 'no such path'}: "
-                "make one with extract_gradients or 'ooc-influence extract'"
-            )
-        try:
-            group = open_group(LocalArrayStore(self.path, read_only=True), "r")
-        except (ValueError, TypeError, AttributeError) as error:
-            raise StoreFormatError(
-                f"expected a gradient store at {self.path}; received a zarr.json that cannot be read ({error}): "
-                "restore it from a backup"
-            ) from error
-        self._attrs = _read_attributes(group, self.path)
-        self.layout = Layout.from_dict(self._attrs["layout"], self.path)
-        files = LocalArrayStore(self.path, read_only=True, chunk_bytes=self.layout.chunk_sizes)
-        self._group = open_group(files, "r")
+        self.cache = None if is_local(self.path) else cache
+        self._attrs, self.layout, self._group = open_store(self.path)
         self._arrays: dict[str, Any] = {}
         self._mask: Mask | None = None
-        self.reload()
+        self._column_scale: FloatRows | None = None
+        self.damaged_records: list[tuple[tuple[int, int], str]] = []
+        if damaged:  # to be looked at and mended: see what can be seen
+            records, self.damaged_records = read_damaged_records(self._group, self.layout)
+        else:
+            records = read_records(self._group, self.layout, self._attrs["format"])
+            check_lengths(self._group, self.layout, records)
+        self._see_records(records)
+        self._dropped_groups = self.dropped_groups() if not damaged else set()
         if pin is not None:
             self._unpin(*pin)
 
     def reload(self) -> None:
-        """See rows committed since the store was opened."""
-        for _ in range(5):  # a writer may commit while the files of 'commits' are read one after the other
-            self._group = open_group(self._group.store, "r")
-            self._records: commits.Records = read_array(self._group, "commits")
-            self._rows = commits.leading_rows(self._records, self.layout.chunk_rows)
-            gap = self.layout.planned_rows is None and self.committed > self._rows
-            if not gap:
-                break
-        self._arrays.clear()
-        self.has_dropped = any((self.path / "dropped").glob("c.*"))
-        if gap:
-            raise StoreDamagedError(
-                f"expected the commit records of {self.path} without a gap; received {self._rows} rows before one and "
-                f"{self.committed} in all: a file of 'commits' is missing or damaged; restore it from a backup"
-            )
+        """See rows committed, and marks of dropped rows set, since the store was opened."""
+        self._group = open_group(self._group.store, "r")
+        self._see_records(read_records(self._group, self.layout, self._attrs["format"]))
+        self._dropped_groups = self.dropped_groups()
+
+    def _see_records(self, records: commits.Records) -> None:
+        self._records = records
+        self._rows = commits.leading_rows(records, self.layout.chunk_rows)
+        self._arrays.clear()  # their shapes may have changed
+
+    def dropped_groups(self) -> set[int]:
+        """Return the groups that have dropped rows.
+
+        Raises
+        ------
+        StoreDamagedError
+            If the marks of one of them are gone.
+        """
+        names = set(place.names(self.path / "dropped"))
+        if self._attrs["format"] == 1:
+            return {int(name.removeprefix("c.")) for name in names if name.startswith("c.")}
+        listed = {int(group) for group in self._array("dropped").attrs.get("groups", [])}
+        for group in listed:
+            if f"c.{group}" not in names:
+                raise StoreDamagedError(
+                    f"expected the marks of dropped rows in {self.path / 'dropped' / f'c.{group}'}; received no file: "
+                    "restore it from a backup"
+                )
+        return listed
 
     def _see(self, records: Mapping[int, int]) -> None:
         """See rows committed by this process, without reading the records of all others again."""
-        if not records:
-            return
-        chunks = max(len(self._records), max(records) + 1)
-        self._records = np.concatenate([self._records, np.zeros(chunks - len(self._records), np.uint64)])
-        self._records[list(records)] = list(records.values())
-        self._rows = commits.leading_rows(self._records, self.layout.chunk_rows)
-        self._arrays.clear()  # their shapes have changed
+        if records:
+            chunks = max(len(self._records), max(records) + 1)
+            longer = np.concatenate([self._records, np.zeros(chunks - len(self._records), np.uint64)])
+            longer[list(records)] = list(records.values())
+            self._see_records(longer)
 
-    def _pin(self) -> tuple[str, int, int]:
+    def _pin(self) -> Pin:
         """Return what fixes the rows seen: the store, their number, and the last chunk's record, which may change."""
         chunks = -(-self._rows // self.layout.chunk_rows)
         return self.identity, self._rows, int(self._records[chunks - 1]) if chunks else 0
@@ -164,8 +147,18 @@ class StoreView:
 
     @property
     def committed(self) -> int:
-        """Committed rows in all; more than ``n`` only while several writers fill a store."""
+        """Committed rows in all; more than ``n`` only while there are gaps: other writers' or a repair's."""
         return int(commits.rows_in(self._records).sum())
+
+    @property
+    def records(self) -> commits.Records:
+        """The commit record of each chunk, (chunks,) uint64 (:mod:`.commits`)."""
+        return self._records
+
+    @property
+    def has_dropped(self) -> bool:
+        """Whether rows are dropped."""
+        return bool(self._dropped_groups)
 
     @property
     def attrs(self) -> Mapping[str, Any]:
@@ -189,12 +182,21 @@ class StoreView:
             self._mask = Mask.load(self._group, self.mask_digest)
         return self._mask
 
+    @property
+    def column_scale(self) -> FloatRows | None:
+        """What each column was divided by before it was encoded, (k,) float32; None where there is none."""
+        if self._column_scale is None and self.layout.column_scale:
+            self._column_scale = read_array(self._group, "column_scale")
+        return self._column_scale
+
     def rows_digest(self) -> str:
         """SHA-256 over the commit records and dropped marks of the ``n`` rows: changes when any of them does."""
         digest = hashlib.sha256(str(self._rows).encode())
         digest.update(self._records[: -(-self._rows // self.layout.chunk_rows)].tobytes())
         if self.has_dropped:
-            digest.update(np.packbits(read_array(self._group, "dropped")[: self._rows]).tobytes())
+            size = self.layout.group_rows
+            for start in range(0, self._rows, size):
+                digest.update(np.packbits(self.small("dropped", start, min(self._rows, start + size))).tobytes())
         return digest.hexdigest()
 
     def __repr__(self) -> str:
@@ -215,7 +217,43 @@ class StoreView:
     def raw_rows(self, start: int, stop: int) -> npt.NDArray[Any]:
         """Return the stored form of rows ``start`` to ``stop``: a memory map where they lie in one chunk."""
         self._check_range(start, stop)
-        return self._read("gradients", slice(start, stop), slice(0, self.k))
+        return self.read("gradients", slice(start, stop), slice(0, self.layout.array_columns))
+
+    def tensor(self, start: int, stop: int) -> torch.Tensor:
+        """Return the stored form of rows ``start`` to ``stop`` as a tensor, without a copy inside one chunk.
+
+        bfloat16 rows are ``torch.bfloat16``; multiply by ``row_scale`` (and ``column_scale``) for the values of the
+        others. Writing to it changes neither the store nor other readers' rows.
+        """
+        import torch
+
+        found = torch.from_numpy(self.raw_rows(start, stop))
+        return found.view(torch.bfloat16) if self.layout.dtype == "bfloat16" else found
+
+    def raw_chunks(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+        """Yield ``(first row, stored form)`` chunk by chunk, the next one read ahead; maps, where they can be."""
+        stop = self._rows if stop is None else stop
+        self._check_range(start, stop)
+        with ChunkStream(self, start, stop) as stream:
+            for piece in stream:
+                yield piece.start, piece.raw
+
+    def committed_chunk(self, chunk: int) -> npt.NDArray[Any]:
+        """Return the stored form of a chunk's committed rows, from the cache where there is one."""
+        start = chunk * self.layout.chunk_rows
+        record = int(self._records[chunk])
+
+        def read() -> npt.NDArray[Any]:
+            return self.read("gradients", slice(start, start + (record >> 32)), slice(0, self.layout.array_columns))
+
+        if self.cache is None:
+            return read()
+        return self.cache.get(f"{self.identity}-{chunk}-{record:016x}", record >> 32, self.layout, read)
+
+    @property
+    def reading_bytes(self) -> int:
+        """Anonymous bytes that reading through holds: chunks that cannot be mapped, one of them read ahead."""
+        return 0 if is_local(self.path) and self.layout.codec is None else 4 * self.layout.chunk_bytes
 
     def small(self, name: str, start: int = 0, stop: int | None = None) -> npt.NDArray[Any]:
         """Return a per-row array by its path (``"loss"``, ``"columns/label"``, ...), (stop - start,)."""
@@ -224,10 +262,26 @@ class StoreView:
         if name != "dropped" and name not in self.layout.row_arrays:
             known = ", ".join((*self.layout.row_arrays, "dropped"))
             raise InputError(f"expected one of {known}; received {name!r}")
-        return self._read(name, slice(start, stop))
+        return self.read(name, slice(start, stop))
 
-    def _read(self, name: str, *selection: slice) -> npt.NDArray[Any]:
+    def read(self, name: str, *selection: slice) -> npt.NDArray[Any]:
+        """Return part of an array of the store, mapped where it lies in one chunk that can be; nothing is checked."""
         return np.asarray(self._array(name).get_basic_selection(selection, prototype=MAPPED))
+
+    @property
+    def loss(self) -> npt.NDArray[np.float32]:
+        """Per-sample losses, (n,) float32."""
+        return self.small("loss")
+
+    @property
+    def grad_norm(self) -> npt.NDArray[np.float32]:
+        """Norms of the rows before they were encoded, (n,) float32."""
+        return self.small("grad_norm")
+
+    @property
+    def dropped(self) -> npt.NDArray[np.bool_]:
+        """Which rows are dropped, (n,) bool."""
+        return self.small("dropped")
 
     def column(self, name: str) -> npt.NDArray[Any]:
         """Return ``columns/<name>``, (n,)."""
@@ -288,25 +342,3 @@ class StoreView:
             self, chunks=chunks, asarray=False, fancy=False, name=f"gradients-{self.rows_digest()}"
         )
         return rows
-
-    def verify(self) -> list[tuple[int, int, str]]:
-        """Check every committed chunk against its commit record.
-
-        Returns
-        -------
-        list of (start, stop, reason)
-            The damaged row ranges; empty where all is well.
-        """
-        damaged = []
-        for chunk in np.flatnonzero(self._records).tolist():
-            record = int(self._records[chunk])
-            start = chunk * self.layout.chunk_rows
-            stop = start + (record >> 32)
-            try:
-                parts = [self._read("gradients", slice(start, stop), slice(0, self.k))]
-                parts += [self._read(name, slice(start, stop)) for name in self.layout.row_arrays]
-                if commits.checksum(parts) != commits.crc_of(record):
-                    damaged.append((start, stop, "checksum differs"))
-            except Exception as error:  # whatever a codec makes of damaged bytes
-                damaged.append((start, stop, str(error)))
-        return damaged

@@ -1,198 +1,261 @@
-"""Writing a range of rows: fill a chunk in a reused buffer, write it, make it durable, commit it.
+"""Writing a range of rows: the caller fills chunks, a thread makes them durable and commits them.
 
-The order is the promise: data and small arrays (each file synced before its rename), then the folders, then the commit
-record, then its folder. A crash between any two leaves the last record true.
+A bounded number of chunk buffers goes round between the two, so a caller that is faster than the disk waits and memory
+stays flat. An error of the thread is raised in the caller's next call, :meth:`RangeWriter.close` at the latest; what
+was not committed is then lost to this run and written again by the next.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import threading
+from collections import deque
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ooc_influence.errors import InputError, StoreDamagedError, StoreWriteError
+from ooc_influence.errors import InputError, OocInfluenceError, StoreDamagedError, StoreWriteError
 from ooc_influence.store import commits
-from ooc_influence.store.arrays import writable_array
-from ooc_influence.store.encoding import FloatRows, array_dtype, encode
-from ooc_influence.store.layout import Layout, numpy_dtype
-from ooc_influence.store.local import LocalArrayStore
+from ooc_influence.store.committer import Committer, Slot
+from ooc_influence.store.encoding import FloatRows, RawRows, encode
+from ooc_influence.store.layout import Layout
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+BUFFERS = 3  # chunks in memory: one being filled, one being written, one to hand over meanwhile
+
+Span = tuple[int, int | None]
+
+
+def missing_spans(records: commits.Records, layout: Layout, start: int, stop: int | None) -> list[Span]:
+    """Return the row ranges of ``start`` to ``stop`` that are not committed; the last is open-ended without a stop."""
+    rows = commits.rows_in(records)
+    size = layout.chunk_rows
+    last = -(-stop // size) if stop is not None else (int(np.flatnonzero(rows)[-1]) + 1 if rows.any() else 0)
+    spans: list[Span] = []
+    for chunk in range(start // size, last):
+        have = int(rows[chunk]) if chunk < len(rows) else 0
+        begin, end = chunk * size + have, (chunk + 1) * size if stop is None else min(stop, (chunk + 1) * size)
+        if begin < end:
+            joins = bool(spans) and spans[-1][1] == begin
+            spans[-1:] = [(spans[-1][0], end)] if joins else [*spans[-1:], (begin, end)]
+    if stop is None:
+        joins = bool(spans) and spans[-1][1] == last * size
+        spans[-1:] = [(spans[-1][0], None)] if joins else [*spans[-1:], (last * size, None)]
+    return spans
 
 
 class RangeWriter:
-    """Appends encoded rows to the chunks of one range.
+    """Fills what is missing of one range, in order of rows.
 
     Parameters
     ----------
-    group : zarr.Group
-        The store, opened for writing on ``files``.
-    files : LocalArrayStore
-        What the group writes to.
-    layout : Layout
-        The store's geometry.
+    committer : Committer
+        What makes chunks durable.
     start : int
         First row of the range, a multiple of ``layout.group_rows``.
     stop : int or None
         Row behind the range; None for a store that grows.
+    column_scale : (k,) float32 or None
+        The store's.
 
     Attributes
     ----------
     next_row : int
-        Number of the next row to be appended.
-    committed_row : int
-        Row behind the last committed one.
-    fresh : dict of int to int
-        Commit records written since somebody emptied it, by chunk.
+        Number of the next row to be appended: the first that is missing.
     """
 
-    def __init__(self, group: Any, files: LocalArrayStore, layout: Layout, start: int, stop: int | None) -> None:
-        self._files, self._layout, self._stop = files, layout, stop
-        self._per_row = ("gradients", "dropped", *layout.row_arrays)
-        self._arrays = {name: writable_array(group, name) for name in (*self._per_row, "commits")}
-        records = np.asarray(self._arrays["commits"][...])[start // layout.chunk_rows :]
-        if stop is not None:
-            records = records[: -(-(stop - start) // layout.chunk_rows)]
-        self.committed_row = self.next_row = start + commits.leading_rows(records, layout.chunk_rows)
-        self.fresh: dict[int, int] = {}
+    def __init__(
+        self, committer: Committer, start: int, stop: int | None, column_scale: FloatRows | None = None
+    ) -> None:
+        self._committer, self._layout, self._stop = committer, committer.layout, stop
+        self._scale = column_scale
+        self._spans = deque(missing_spans(committer.records, self._layout, start, stop))
+        self.next_row = self._spans[0][0] if self._spans else stop or 0
         self._process = os.getpid()
-        self._failed = False
-        self._gradients = np.empty((layout.chunk_rows, layout.k), array_dtype(layout.dtype))
-        self._small = {
-            name: np.empty(layout.chunk_rows, numpy_dtype(dtype)) for name, dtype in layout.row_arrays.items()
-        }
-        if self.next_row % layout.chunk_rows:
-            self._reload_last_chunk()
-
-    def _reload_last_chunk(self) -> None:
-        """Read the committed rows of a part-filled chunk back into the buffers, checked against their record."""
-        chunk = self.next_row // self._layout.chunk_rows
-        first = chunk * self._layout.chunk_rows
-        rows = self.next_row - first
-        self._gradients[:rows] = self._arrays["gradients"][first : self.next_row]
-        for name, buffer in self._small.items():
-            buffer[:rows] = self._arrays[name][first : self.next_row]
-        record = int(self._arrays["commits"][chunk])
-        if commits.crc_of(record) != self._checksum(rows):
-            raise StoreDamagedError(
-                f"expected rows {first}-{self.next_row} of {self._files.root} to match their commit record; "
-                "received other bytes: restore the store from a backup"
-            )
-
-    def _checksum(self, rows: int) -> int:
-        return commits.checksum([self._gradients[:rows], *(buffer[:rows] for buffer in self._small.values())])
+        self._slot: Slot | None = None
+        self._idle: list[Slot] = []
+        self._made = 0
+        self._waiting: list[Slot] = []
+        self._fresh: dict[int, int] = {}
+        self._error: BaseException | None = None
+        self._error_raised = False
+        self._change = threading.Condition()
+        self._thread = ThreadPoolExecutor(1, "ooc_influence-writer")
+        self._task: Future[None] | None = None
 
     @property
     def room(self) -> int | None:
-        """Rows that still fit the range; None for a store that grows."""
-        return None if self._stop is None else self._stop - self.next_row
+        """Rows that can be appended before the next row jumps or the range ends; None without an end."""
+        if not self._spans:
+            return 0
+        stop = self._spans[0][1]
+        return None if stop is None else stop - self.next_row
+
+    def take_fresh(self) -> dict[int, int]:
+        """Return the commit records written since the last call, by chunk."""
+        with self._change:
+            fresh, self._fresh = self._fresh, {}
+        return fresh
 
     def append(self, rows: FloatRows, small: Mapping[str, Any]) -> None:
-        """Add float32 rows (b, k) and, by array name, their values (b,); whole chunks are committed on the way.
+        """Add float32 rows (b, k) and, by array name, their values (b,); full chunks are handed to the thread.
 
         Raises
         ------
         InputError
-            For more rows than the range has room for.
+            For more rows than :attr:`room`.
         StoreWriteError
             If the disk refuses, or refused before.
         """
-        if self.room is not None and len(rows) > self.room:
-            raise InputError(f"expected at most {self.room} more rows in this range; received {len(rows)}")
         self._check_usable()
-        raw, scale = encode(rows, self._layout.dtype)
-        values = {"row_scale": scale, **small}
+        raw, scale = encode(rows, self._layout.dtype, self._scale)
+        self.append_raw(raw, {"row_scale": scale, **small})
+
+    def append_raw(self, raw: RawRows, small: Mapping[str, Any], source: Path | None = None) -> None:
+        """Add rows in their stored form; ``source`` is a file that holds exactly these, a whole chunk."""
+        if self.room is not None and len(raw) > self.room:
+            raise InputError(f"expected at most {self.room} more rows in this range; received {len(raw)}")
+        self._check_usable()
         done = 0
-        while done < len(rows):
-            at = self.next_row % self._layout.chunk_rows
-            take = min(len(rows) - done, self._layout.chunk_rows - at)
-            self._gradients[at : at + take] = raw[done : done + take]
-            for name, buffer in self._small.items():
-                buffer[at : at + take] = values[name][done : done + take]
-            self.next_row += take
+        while done < len(raw):
+            slot = self._current_slot()
+            at = self.next_row - slot.first
+            take = min(len(raw) - done, self._layout.chunk_rows - at)
+            slot.gradients[at : at + take] = raw[done : done + take]
+            for name, values in slot.small.items():
+                values[at : at + take] = small[name][done : done + take]
+            slot.rows = at + take
+            slot.source = source if take == self._layout.chunk_rows else None
             done += take
-            if at + take == self._layout.chunk_rows:
-                self.flush()
+            self._advance(take)
+
+    def _advance(self, rows: int) -> None:
+        """Move on by some rows, to the next chunk or span where this one is full."""
+        self.next_row += rows
+        full = self.next_row % self._layout.chunk_rows == 0
+        if self.room == 0:
+            self._spans.popleft()
+            full = True
+            if self._spans:
+                self.next_row = self._spans[0][0]
+        if full:
+            self._hand_over()
+
+    def _current_slot(self) -> Slot:
+        """Return the slot of the chunk being filled, its committed rows loaded."""
+        if self._slot is not None:
+            return self._slot
+        with self._change:
+            while not self._idle and self._made == BUFFERS and self._error is None:
+                self._change.wait()
+            self._check_usable()
+            if self._idle:
+                slot = self._idle.pop()
+            else:
+                slot, self._made = Slot.empty(self._layout), self._made + 1
+        first = self.next_row // self._layout.chunk_rows * self._layout.chunk_rows
+        slot.first, slot.rows, slot.source = first, 0, None
+        if self.next_row > first:
+            self._wait()  # its rows may still be on their way
+            if not self._committer.load(slot, first, self.next_row - first):
+                raise StoreDamagedError(
+                    f"expected rows {first}-{self.next_row} of {self._committer.files.root} to match their commit "
+                    "record; received other bytes: 'ooc-influence verify --repair' gives them up, then run again"
+                )
+        self._slot = slot
+        return slot
+
+    def _hand_over(self) -> None:
+        if self._slot is None:
+            return
+        with self._change:
+            self._waiting.append(self._slot)
+        self._slot = None
+        self._task = self._thread.submit(self._drain)
+
+    def _drain(self) -> None:
+        """Commit what waits; runs in the thread."""
+        with self._change:
+            slots, self._waiting = self._waiting, []
+        if not slots or self._error is not None:
+            return
+        try:
+            fresh = self._committer.commit(slots, grows=self._stop is None)
+        except BaseException as error:
+            with self._change:
+                self._error = error
+                self._change.notify_all()
+            return
+        with self._change:
+            self._fresh |= fresh
+            self._idle += slots
+            self._change.notify_all()
+
+    def _wait(self) -> None:
+        if self._task is not None:
+            self._task.result()
+            self._task = None
+        self._check_usable()
 
     def flush(self) -> None:
-        """Commit what is buffered; after this the rows survive a crash."""
+        """Commit what was appended; after this the rows survive a crash."""
         self._check_usable()
-        if self.next_row == self.committed_row:
-            return
-        chunk = (self.next_row - 1) // self._layout.chunk_rows
-        first = chunk * self._layout.chunk_rows
-        rows = self.next_row - first
-        with self._disk_errors():
-            self._make_room()
-            self._arrays["gradients"][first : self.next_row] = self._gradients[:rows]
-            for name, buffer in self._small.items():
-                self._arrays[name][first : self.next_row] = buffer[:rows]
-            self._files.sync_folders()
-            record = commits.pack(rows, self._checksum(rows))
-            self._arrays["commits"][chunk] = record
-            self._files.sync_folders()
-        self.fresh[chunk] = record
-        self.committed_row = self.next_row
-
-    def _make_room(self) -> None:
-        """Grow the arrays of an appended store to the end of the group being filled.
-
-        A crash may have left some of them short: Zarr clips what is written behind an array's end.
-        """
-        if self._stop is not None:
-            return
-        enough = all(self._arrays[name].shape[0] >= self.next_row for name in self._per_row)
-        if enough and self._arrays["commits"].shape[0] * self._layout.chunk_rows >= self.next_row:
-            return
-        groups = -(-self.next_row // self._layout.group_rows)
-        self._resize(groups * self._layout.group_rows)
-
-    def _resize(self, rows: int) -> None:
-        for name in self._per_row:
-            self._arrays[name].resize((rows, *self._arrays[name].shape[1:]))
-        self._arrays["commits"].resize((-(-rows // self._layout.chunk_rows),))
+        self._hand_over()  # a part-filled chunk comes back with its next row
+        self._wait()
 
     def close(self) -> None:
-        """Commit what is buffered and cut an appended store's arrays to the rows committed.
+        """Commit what was appended and cut an appended store's arrays to the rows committed.
 
-        After a failed write there is nothing more to do: that error was raised where it happened.
+        Raises
+        ------
+        StoreWriteError
+            If a write failed and no earlier call has said so.
         """
-        if self._failed or os.getpid() != self._process:
+        if os.getpid() != self._process:
             return
-        self.flush()
-        uneven = any(self._arrays[name].shape[0] != self.committed_row for name in self._per_row)
-        if self._stop is None and uneven:
-            with self._disk_errors():
-                self._resize(self.committed_row)
-                self._files.sync_folders()
+        try:
+            if self._error is not None and self._error_raised:
+                return
+            self.flush()
+            rows = commits.rows_in(self._committer.records)
+            end = 0
+            if rows.any():
+                last = int(np.flatnonzero(rows)[-1])
+                end = last * self._layout.chunk_rows + int(rows[last])
+            if self._stop is None:
+                try:
+                    self._committer.resize(end)
+                except OSError as error:
+                    self._error = error
+                    self._check_usable()
+        finally:
+            self._thread.shutdown(wait=True)
 
     def _check_usable(self) -> None:
+        where = self._committer.files.root
         if os.getpid() != self._process:
             raise StoreWriteError(
-                f"expected the process that opened {self._files.root} for writing; received a forked child: open the "
-                "store again in the process that writes"
+                f"expected the process that opened {where} for writing; received a forked child: open the store again "
+                "in the process that writes"
             )
-        if self._failed:
+        error = self._error
+        if error is None:
+            return
+        if self._error_raised:
             raise StoreWriteError(
-                f"expected a writer of {self._files.root} that works; received one whose last write failed: close the "
-                f"store and open it again; rows up to {self.committed_row} are committed"
+                f"expected a writer of {where} that works; received one whose last write failed: close the store and "
+                "open it again; what was committed stays"
             )
-
-    @contextmanager
-    def _disk_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            self._failed = True
+        self._error_raised = True
+        if isinstance(error, OSError) and not isinstance(error, OocInfluenceError):
             reason = "no space left" if error.errno in _DISK_FULL else str(error)
+            held = int(commits.rows_in(self._committer.records).sum())
             raise StoreWriteError(
-                f"expected to write to {self._files.root}; received: {reason}: make room or mend the disk and run "
-                f"again; rows up to {self.committed_row} are committed and stay readable"
+                f"expected to write to {where}; received: {reason}: make room or mend the disk and run again; the "
+                f"{held} rows committed stay readable"
             ) from error
-        except BaseException:
-            self._failed = True
-            raise
+        raise error

@@ -21,7 +21,7 @@ from ooc_influence.extract import extract_gradients
 from ooc_influence.influence import Ranking, self_influence, top_influential
 from ooc_influence.memory import PeakMemory, format_bytes, parse_bytes
 from ooc_influence.report import draw_images, table
-from ooc_influence.store import GradientStore, folder_bytes
+from ooc_influence.store import GradientStore, tree_bytes
 
 _CHECKED = (0.1, 0.2, 0.3)
 _SHOWN = 3  # proponents and opponents in the picture
@@ -187,8 +187,8 @@ def _draw_png(images: list[npt.NDArray[np.float32]], captions: list[list[str]], 
 def _facts(train: GradientStore, test: GradientStore, watch: PeakMemory, memory: str) -> dict[str, Any]:
     stored = train.n * train.layout.chunk_bytes // train.layout.chunk_rows
     full = 4 * train.n * int(train.attrs["p"])
-    sizes = {store.path.name: folder_bytes(store.path) for store in (train, test)}
-    curvature = folder_bytes(train.path / "curvature")
+    sizes = {store.path.name: tree_bytes(store.path) for store in (train, test)}
+    curvature = tree_bytes(train.path / "curvature")
     text = [(name, format_bytes(size)) for name, size in sizes.items()]
     text += [
         ("  of which train gradients", f"{format_bytes(stored)} ({train.n} rows x {train.k}, {train.layout.dtype})"),

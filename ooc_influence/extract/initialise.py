@@ -1,0 +1,89 @@
+"""Making the store that several writers will fill, or giving it room for more rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ooc_influence.compress import Dropout
+from ooc_influence.errors import InputError, MismatchError
+from ooc_influence.extract.layers import ModuleSelection
+from ooc_influence.extract.plan import make_plan, open_existing
+from ooc_influence.store import GradientStore, PathLike, Storage
+
+
+def init_store(
+    model: torch.nn.Module,
+    store: PathLike,
+    rows: int,
+    *,
+    compressor: Dropout | None = None,
+    like: GradientStore | PathLike | None = None,
+    modules: ModuleSelection = None,
+    dtype: str = "float16",
+    ids: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    loss_kind: str | None = None,
+    storage: Storage | None = None,
+    check_model: bool = True,
+) -> GradientStore:
+    """Make an empty store of ``rows`` rows for ``extract_gradients(..., shard=(i, N))`` to fill.
+
+    What is fixed here once: the rows, the mask, the representation, what belongs to each row. On a store that is there
+    already, of the same settings, more rows make room for further data; readers opened before see what they opened.
+
+    Parameters
+    ----------
+    model, store, compressor, like, modules, dtype, loss_kind, storage, check_model
+        As for :func:`extract_gradients`. The model's weights are looked at for the fingerprint only.
+    rows : int
+        Rows of the whole store, n.
+    ids : {"str", "int64"}, optional
+        Type of the rows' ids, where they will have some.
+    columns : mapping of str to {"bool", "int64", "float64", "str"}, optional
+        Types of further per-row values, by name.
+
+    Returns
+    -------
+    GradientStore
+        Open for reading, (0, k) when new.
+
+    Raises
+    ------
+    InputError
+        For rows below one or below those planned already, or types that are not known.
+    MismatchError
+        If a store is there that was made with other settings or another model.
+    StoreWriteError
+        If the disk refuses.
+    """
+    if type(rows) is not int or rows < 1:
+        raise InputError(f"expected rows >= 1; received {rows!r}")
+    for name, kind, known in [("ids", ids or "str", ("str", "int64"))] + [
+        (f"column {name}", kind, ("bool", "int64", "float64", "str")) for name, kind in (columns or {}).items()
+    ]:
+        if kind not in known:
+            raise InputError(f"expected {name} of type {', '.join(known)}; received {kind!r}")
+    plan = make_plan(model, compressor, like, modules, dtype, loss_kind, storage, store, check_model=check_model)
+    found = open_existing(store, plan)
+    if found is None:
+        GradientStore.create(
+            store,
+            plan.mask,
+            dtype=plan.dtype,
+            storage=plan.storage,
+            planned_rows=rows,
+            ids=ids,
+            columns=columns,
+            attributes=plan.attributes,
+        ).close()
+        return GradientStore.open(store)
+    kinds = (found.layout.ids, found.layout.columns)
+    if kinds != (ids, dict(columns or {})):
+        raise MismatchError(
+            f"expected ids and columns as in the store at {store}, {kinds}; received {(ids, dict(columns or {}))}: "
+            "give the same, or another path"
+        )
+    found.grow(rows)
+    return GradientStore.open(store)

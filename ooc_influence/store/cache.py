@@ -1,0 +1,83 @@
+"""Chunks of stores on object storage, kept in a local folder for repeated queries.
+
+A chunk is kept decoded, under the store's identity, its number and its commit record, so a chunk that was rewritten is
+another entry and what is found may be mapped as it is. The folder stays below a limit: entries used longest ago go
+first. Several processes may share it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ooc_influence.errors import InputError
+from ooc_influence.memory import parse_bytes
+from ooc_influence.store import disk
+from ooc_influence.store.encoding import array_dtype
+from ooc_influence.store.layout import Layout
+from ooc_influence.store.local import map_file
+
+DEFAULT_LIMIT = "20GiB"
+
+
+class ChunkCache:
+    """A bounded folder of decoded chunks.
+
+    Parameters
+    ----------
+    folder : path
+        Where; made if it is not there.
+    limit : int or str
+        Bytes, or a size such as ``"20GiB"``.
+
+    Attributes
+    ----------
+    hits, misses : int
+        Chunks found, and read from the store, by this object.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], limit: int | str = DEFAULT_LIMIT) -> None:
+        self.folder = Path(folder).absolute()
+        self.limit = parse_bytes(limit)
+        self.hits = self.misses = 0
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"expected a folder for cached chunks at {folder}; received: {error}") from error
+
+    def get(self, key: str, rows: int, layout: Layout, read: Callable[[], npt.NDArray[Any]]) -> npt.NDArray[Any]:
+        """Return chunk ``key``, (rows, columns): mapped from the cache, or read and put there."""
+        path = self.folder / f"{key}.chunk"
+        with contextlib.suppress(OSError):
+            mapped = map_file(path)
+            if mapped.size == rows * layout.row_bytes:
+                self.hits += 1
+                os.utime(path)
+                return mapped.view(array_dtype(layout.dtype)).reshape(rows, layout.array_columns)
+        found = read()
+        self.misses += 1
+        with contextlib.suppress(OSError):  # a full or read-only cache costs time, nothing else
+            self._make_room(found.nbytes)
+            disk.write_file(path, np.ascontiguousarray(found).reshape(-1).view(np.uint8))
+        return found
+
+    def _make_room(self, wanted: int) -> None:
+        entries = []
+        with os.scandir(self.folder) as found:
+            for entry in found:
+                with contextlib.suppress(FileNotFoundError):
+                    status = entry.stat()
+                    entries.append((status.st_mtime, status.st_size, entry.path))
+        held = sum(size for _, size, _ in entries)
+        for _, size, path in sorted(entries):
+            if held + wanted <= self.limit:
+                return
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)  # noqa: PTH108
+            held -= size

@@ -1,0 +1,61 @@
+"""Marking rows as dropped. Their numbers stay; scores, top lists and curvatures pass over them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ooc_influence.errors import InputError, StoreWriteError
+from ooc_influence.store.arrays import open_group, writable_array
+from ooc_influence.store.layout import Layout
+from ooc_influence.store.place import StorePath, array_store
+from ooc_influence.store.ranges import make_claim
+
+
+def parse_numbers(rows: npt.ArrayLike, n: int) -> npt.NDArray[Any]:
+    """Return distinct row numbers below ``n`` from numbers or (n,) marks.
+
+    Raises
+    ------
+    InputError
+        For anything else.
+    """
+    given = np.asarray(rows)
+    if given.dtype == bool and given.shape == (n,):
+        given = np.flatnonzero(given)
+    numbers = np.unique(given)
+    if numbers.size and (numbers.dtype.kind not in "iu" or numbers[0] < 0 or numbers[-1] >= n):
+        raise InputError(
+            f"expected row numbers in [0, {n}), or {n} marks; received {given.dtype} of shape "
+            f"{given.shape} from {numbers[0]} to {numbers[-1]}"
+        )
+    return numbers
+
+
+def mark_dropped(path: StorePath, layout: Layout, numbers: npt.NDArray[Any]) -> None:
+    """Mark rows, durably.
+
+    Raises
+    ------
+    StoreBusyError
+        If another process is marking rows.
+    StoreWriteError
+        If the disk refuses.
+    """
+    claim = make_claim(path, name="drop")
+    try:
+        files = array_store(path)
+        dropped = writable_array(open_group(files, "r+"), "dropped")
+        dropped.set_orthogonal_selection((numbers,), True)
+        files.sync_folders()
+        groups = set(dropped.attrs["groups"]) | set((numbers // layout.group_rows).tolist())
+        dropped.attrs["groups"] = sorted(groups)  # after the marks: a reader looks for the files of these
+        files.sync_folders()
+    except OSError as error:
+        raise StoreWriteError(
+            f"expected to mark rows of {path} as dropped; received: {error}: make room, then run again"
+        ) from error
+    finally:
+        claim.release()

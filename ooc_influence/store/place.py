@@ -1,0 +1,216 @@
+"""Where stores lie: a local folder (:class:`pathlib.Path`) or a folder behind an fsspec URL (:class:`upath.UPath`).
+
+Everything the package does to files beside Zarr's own reads and writes goes through here: looking, creating
+exclusively, publishing what was built, removing. On a disk a folder is built aside and renamed; on an object store,
+which cannot rename, it is built in place and its root's ``zarr.json`` is put last.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import fsspec  # type: ignore[import-untyped]
+from upath import UPath
+
+from ooc_influence.errors import InputError, MissingExtraError
+from ooc_influence.store import disk
+from ooc_influence.store.local import LocalArrayStore
+from ooc_influence.store.remote import ROOT, RemoteArrayStore
+
+StorePath = Path | UPath
+PathLike = str | os.PathLike[str] | UPath
+ArrayStore = LocalArrayStore | RemoteArrayStore
+
+
+def parse_path(path: PathLike) -> StorePath:
+    """Return a place: an absolute local path, or the path behind a URL.
+
+    Raises
+    ------
+    InputError
+        For a URL whose protocol fsspec does not know.
+    MissingExtraError
+        For one whose package is not installed.
+    """
+    if not isinstance(path, (str, os.PathLike, UPath)):
+        raise InputError(f"expected a path or a URL; received {type(path).__name__}")
+    if not isinstance(path, (str, os.PathLike)):
+        return path
+    text = os.fspath(path)
+    if "://" not in text:
+        return Path(text).absolute()  # tasks may run after the working directory changed
+    protocol = text.partition("://")[0]
+    if protocol in ("file", "local"):
+        return Path(text.partition("://")[2]).absolute()
+    try:
+        found = UPath(text)
+        _ = found.fs
+    except ImportError as error:
+        raise MissingExtraError(
+            f"expected the package behind {protocol}://; received none ({error}): "
+            f"pip install 'ooc_influence[s3]' for s3://, or fsspec's package for {protocol}"
+        ) from error
+    except ValueError as error:
+        raise InputError(f"expected a local path or an fsspec URL; received {text!r} ({error})") from error
+    return found
+
+
+def is_local(path: StorePath) -> TypeGuard[Path]:
+    """Return whether a place is on a file system that can be mapped."""
+    return isinstance(path, Path)
+
+
+def in_this_process_only(path: StorePath) -> bool:
+    """Return whether other processes cannot see the place: ``memory://``."""
+    return not isinstance(path, Path) and path.protocol == "memory"
+
+
+def array_store(
+    path: StorePath, *, read_only: bool = False, chunk_bytes: Mapping[str, int | None] | None = None
+) -> ArrayStore:
+    """Return the Zarr store on a folder."""
+    kind: Any = LocalArrayStore if isinstance(path, Path) else RemoteArrayStore
+    store: ArrayStore = kind(path, read_only=read_only, chunk_bytes=chunk_bytes)
+    return store
+
+
+def _system(path: UPath) -> fsspec.AbstractFileSystem:
+    """Return the file system of a URL, with nothing remembered of earlier listings: others write there too."""
+    path.fs.invalidate_cache()
+    return path.fs
+
+
+def is_file(path: StorePath) -> bool:
+    """Return whether a file is there."""
+    return path.is_file() if isinstance(path, Path) else bool(_system(path).isfile(path.path))
+
+
+def exists(path: StorePath) -> bool:
+    """Return whether a file or folder is there."""
+    return path.exists() if isinstance(path, Path) else bool(_system(path).exists(path.path))
+
+
+def names(folder: StorePath) -> list[str]:
+    """Return the names directly in a folder, sorted; none where there is no folder."""
+    try:
+        if isinstance(folder, Path):
+            return sorted(os.listdir(folder))  # noqa: PTH208
+        found = _system(folder).ls(folder.path, detail=False)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    own = folder.path.rstrip("/")
+    return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in found if path.rstrip("/") != own)
+
+
+def read_bytes(path: StorePath) -> bytes | None:
+    """Return a file's content; None where there is none."""
+    try:
+        return path.read_bytes() if isinstance(path, Path) else bytes(_system(path).cat_file(path.path))
+    except FileNotFoundError:
+        return None
+
+
+def write_bytes(path: StorePath, data: bytes) -> None:
+    """Write a file whole or not at all, durably."""
+    if isinstance(path, Path):
+        disk.write_file(path, data)
+        disk.sync_folders([path.parent])
+    else:
+        path.fs.pipe_file(path.path, data)
+
+
+def create_file(path: StorePath, data: bytes) -> bool:
+    """Write a file that nobody else may have written; return False where one is there.
+
+    An object store without conditional PUT overwrites or refuses: then two writers at the same moment may go unnoticed.
+    """
+    if isinstance(path, Path):
+        return disk.create_file(path, data)
+    try:
+        path.fs.pipe_file(path.path, data, mode="create")
+    except FileExistsError:
+        return False
+    except OSError as error:  # s3fs: PreconditionFailed (412) or a conflicting request (409)
+        if "condition" in str(error).lower() or "conflict" in str(error).lower():
+            return False
+        raise
+    return True
+
+
+def remove_file(path: StorePath) -> None:
+    """Delete a file that may be gone already."""
+    if isinstance(path, Path):
+        path.unlink(missing_ok=True)
+    elif _system(path).exists(path.path):
+        path.fs.rm_file(path.path)
+
+
+def remove_tree(path: StorePath) -> None:
+    """Delete a folder and all in it, as far as it is there."""
+    if isinstance(path, Path):
+        shutil.rmtree(path, ignore_errors=True)
+    elif _system(path).exists(path.path):
+        path.fs.rm(path.path, recursive=True)
+
+
+def tree_bytes(path: StorePath) -> int:
+    """Return the bytes of all files below a folder."""
+    return disk.tree_bytes(path) if isinstance(path, Path) else int(_system(path).du(path.path))
+
+
+class NewFolder:
+    """A folder of Zarr arrays that appears under its name whole, or not at all.
+
+    Use it as a context: what was not published when it ends is removed.
+
+    Parameters
+    ----------
+    final : StorePath
+        Its name.
+    replace : bool
+        Take the place of what is there. On an object store, what is there is not readable from here on.
+
+    Attributes
+    ----------
+    arrays : LocalArrayStore or RemoteArrayStore
+        What to build in.
+    place : StorePath
+        Where that is.
+    """
+
+    def __init__(self, final: StorePath, *, replace: bool = False) -> None:
+        self._final, self._replace = final, replace
+        self._published = False
+        self.place: StorePath = final
+        self.arrays: ArrayStore
+        if isinstance(final, Path):
+            final.parent.mkdir(parents=True, exist_ok=True)
+            disk.remove_left_behind(final)
+            self.place = disk.temporary_folder(final)
+            self.arrays = LocalArrayStore(self.place)
+        else:
+            if replace:
+                remove_file(final / ROOT)
+            self.arrays = RemoteArrayStore(final, hold_root=True)
+
+    def publish(self) -> bool:
+        """Give it its name; return False where something else is there and is not to be replaced."""
+        if isinstance(self.arrays, RemoteArrayStore):
+            self._published = create_file(self._final / ROOT, self.arrays.take_root())
+        elif self._replace:
+            disk.replace_folder(Path(str(self.place)), Path(str(self._final)))
+            self._published = True
+        else:
+            self._published = disk.publish_folder(Path(str(self.place)), Path(str(self._final)))
+        return self._published
+
+    def __enter__(self) -> NewFolder:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if not self._published and (isinstance(self.place, Path) or not is_file(self._final / ROOT)):
+            remove_tree(self.place)

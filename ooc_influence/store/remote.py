@@ -1,0 +1,92 @@
+"""A Zarr store behind an fsspec URL (``s3://``, ``gs://``, ``memory://``...).
+
+A successful PUT is an object's durability point and replaces it whole, so there is nothing to sync. What a folder's
+rename does on a disk, the root's ``zarr.json`` does here: it is held back while a store is being built and put last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Self
+
+from upath import UPath
+from zarr.abc.store import ByteRequest
+from zarr.core.buffer import Buffer, BufferPrototype
+from zarr.core.buffer.core import default_buffer_prototype
+from zarr.storage import FsspecStore
+
+from ooc_influence.errors import StoreDamagedError
+from ooc_influence.store.local import missing_chunk, short_chunk
+
+ROOT = "zarr.json"  # the root's metadata: there is a store where it is
+
+
+class RemoteArrayStore(FsspecStore):
+    """A folder of Zarr arrays on an object store; see :class:`LocalArrayStore` for ``chunk_bytes``.
+
+    Parameters
+    ----------
+    root : UPath
+        The folder.
+    read_only : bool
+        Refuse writes.
+    chunk_bytes : mapping of str to int or None, optional
+        Arrays whose chunks must be there, and their sizes.
+    hold_root : bool
+        Keep the root's metadata here instead of writing it, until :meth:`take_root`.
+    """
+
+    def __init__(
+        self,
+        root: UPath,
+        *,
+        read_only: bool = False,
+        chunk_bytes: Mapping[str, int | None] | None = None,
+        hold_root: bool = False,
+    ) -> None:
+        made = FsspecStore.from_url(str(root), storage_options=dict(root.storage_options), read_only=read_only)
+        super().__init__(made.fs, read_only=read_only, path=made.path)
+        self.root = root
+        self.chunk_bytes = dict(chunk_bytes or {})
+        self._hold_root = hold_root
+        self._held: Buffer | None = None
+
+    def with_read_only(self, read_only: bool = False) -> Self:
+        """Return the same store, writable or not."""
+        return type(self)(self.root, read_only=read_only, chunk_bytes=self.chunk_bytes, hold_root=self._hold_root)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, type(self)) and str(self.root) == str(other.root)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    async def get(
+        self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        """Return the bytes under ``key``; None where there is no object, unless it has to be there."""
+        if self._hold_root and key == ROOT:
+            return self._held
+        found = await super().get(key, prototype or default_buffer_prototype(), byte_range)
+        array, _, name = key.rpartition("/")
+        if array in self.chunk_bytes and name.startswith("c"):
+            expected = self.chunk_bytes[array]
+            if found is None:
+                raise StoreDamagedError(missing_chunk(self.root / key))
+            if byte_range is None and expected is not None and len(found) != expected:
+                raise StoreDamagedError(short_chunk(self.root / key, expected, len(found)))
+        return found
+
+    async def set(self, key: str, value: Buffer, byte_range: tuple[int, int] | None = None) -> None:
+        """Write ``value`` under ``key``, replacing what is there."""
+        if self._hold_root and key == ROOT:
+            self._held = value
+        else:
+            await super().set(key, value)
+
+    def take_root(self) -> bytes:
+        """Return the root's metadata as last set."""
+        assert self._held is not None
+        return bytes(self._held.to_bytes())
+
+    def sync_folders(self) -> None:
+        """Do nothing: a successful PUT is durable."""

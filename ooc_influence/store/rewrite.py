@@ -1,0 +1,199 @@
+"""New stores out of old ones: merged from several, or without the dropped rows.
+
+Rows move in their stored form, so they keep their bits. Where a chunk of a source falls on a chunk of the new store,
+its file is linked (or copied, across file systems) instead of written; its rows are still read once and checked
+against their commit record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ooc_influence.errors import InputError, MismatchError, StoreDamagedError
+from ooc_influence.progress import Progress
+from ooc_influence.store import commits, place
+from ooc_influence.store.committer import SmallValues
+from ooc_influence.store.gradient_store import GradientStore
+from ooc_influence.store.layout import Storage
+from ooc_influence.store.lookup import repeated_ids
+from ooc_influence.store.place import PathLike, is_local, parse_path
+from ooc_influence.store.writer import RangeWriter
+
+
+def merge_stores(
+    sources: Sequence[GradientStore | PathLike],
+    out: PathLike,
+    *,
+    move: bool = False,
+    progress: bool | None = None,
+) -> GradientStore:
+    """Concatenate stores of one mask and model into a new one; the sources stay as they are.
+
+    Parameters
+    ----------
+    sources : sequence of GradientStore or path
+        At least one; their rows follow each other in this order. Dropped rows stay dropped.
+    out : path
+        The store to make.
+    move : bool
+        Remove each source once the new store holds all rows.
+    progress : bool, optional
+        Show a progress line; silent by default.
+
+    Returns
+    -------
+    GradientStore
+        Open for reading; (sum of n, k).
+
+    Raises
+    ------
+    MismatchError
+        If masks, models, loss kinds, representations, ids or columns differ.
+    InputError
+        If an id is in two of the stores, or a source is not finished.
+    StoreExistsError
+        If something is at ``out``.
+    StoreDamagedError
+        If a chunk of a source does not match its commit record.
+    """
+    stores = [source if isinstance(source, GradientStore) else GradientStore.open(source) for source in sources]
+    if not stores:
+        raise InputError("expected stores to merge; received none")
+    for store in stores:
+        _check_alike(stores[0], store)
+        if store.committed > store.n or (store.layout.planned_rows or 0) > store.n:
+            raise InputError(
+                f"expected finished stores to merge; received {store.path} with rows missing: finish or repair it first"
+            )
+    if len({str(store.path) for store in stores} | {str(parse_path(out))}) <= len(stores):
+        raise InputError("expected different stores to merge into another; received one of them twice")
+    merged = _create_like(stores[0], out, [str(store.path) for store in stores])
+    dropped: list[int] = []
+    with merged, Progress("merge", sum(store.n for store in stores), progress) as bar:
+        writer = merged.writer()
+        for store in stores:
+            first = writer.next_row
+            for chunk in range(-(-store.n // store.layout.chunk_rows)):
+                bar.advance(_move_chunk(store, chunk, writer))
+            if store.has_dropped:
+                dropped += (first + np.flatnonzero(store.dropped)).tolist()
+        merged.flush()
+        if dropped:
+            merged.drop(np.array(dropped))
+    merged.reload()
+    again = next(repeated_ids(merged), None)
+    if again is not None:
+        place.remove_tree(merged.path)
+        raise InputError(f"expected ids that do not repeat; received stores where {again}: rename them, or compact one")
+    if move:
+        for store in stores:
+            place.remove_tree(store.path)
+    return GradientStore.open(merged.path)
+
+
+def _check_alike(first: GradientStore, other: GradientStore) -> None:
+    def facts(store: GradientStore) -> dict[str, Any]:
+        layout = store.layout
+        scale = None if store.column_scale is None else store.column_scale.tobytes()
+        return {
+            "mask digest": store.mask_digest,
+            "model": (store.attrs.get("model") or {}).get("fingerprint"),
+            "loss_kind": store.attrs.get("loss_kind"),
+            "dtype": layout.dtype,
+            "column_scale": scale,
+            "ids": layout.ids,
+            "columns": layout.columns,
+        }
+
+    for (what, expected), received in zip(facts(first).items(), facts(other).values(), strict=True):
+        if expected != received:
+            raise MismatchError(
+                f"expected stores of one {what} to merge; received {first.path} and {other.path}, where it differs"
+            )
+
+
+def _create_like(store: GradientStore, out: PathLike, sources: list[str], ids: str | None = None) -> GradientStore:
+    """Create an empty store that grows, with the settings of another."""
+    layout = store.layout
+    fixed = {"format", "version", "created", "p", "mask_digest", "layout", "digest"}
+    attributes = {name: value for name, value in store.attrs.items() if name not in fixed}
+    return GradientStore.create(
+        out,
+        store.mask,
+        dtype=layout.dtype,
+        storage=Storage(layout.chunk_rows, layout.group_chunks, layout.codec),
+        ids=layout.ids or ids,
+        columns=layout.columns,
+        column_scale=store.column_scale,
+        attributes=attributes | {"made_from": sources},
+    )
+
+
+def _read_checked(store: GradientStore, chunk: int) -> tuple[Any, SmallValues]:
+    """Return a chunk's rows in their stored form and its other values, checked against its record."""
+    start = chunk * store.layout.chunk_rows
+    stop = min(store.n, start + store.layout.chunk_rows)
+    raw = store.raw_rows(start, stop)
+    small = {name: store.small(name, start, stop) for name in store.layout.row_arrays}
+    if commits.checksum([raw, *small.values()]) != commits.crc_of(int(store.records[chunk])):
+        raise StoreDamagedError(
+            f"expected rows {start}-{stop} of {store.path} to match their commit record; received other bytes: "
+            "'ooc-influence verify' lists what else is damaged"
+        )
+    return raw, small
+
+
+def _move_chunk(store: GradientStore, chunk: int, writer: RangeWriter) -> int:
+    """Append a chunk to a writer, by a link where it may be one; return its rows."""
+    raw, small = _read_checked(store, chunk)
+    rows = store.layout.chunk_rows
+    aligned = writer.next_row % rows == 0 and len(raw) == rows and is_local(store.path)
+    writer.append_raw(raw, small, source=store.path / "gradients" / f"c.{chunk}.0" if aligned else None)  # type: ignore[arg-type]
+    return len(raw)
+
+
+def compact_store(store: GradientStore | PathLike, out: PathLike, *, progress: bool | None = None) -> GradientStore:
+    """Write a new store without the dropped rows; the source stays as it is.
+
+    Row numbers change. A source without ids gives the new store its old row numbers as ids, so that rows can still be
+    told.
+
+    Parameters
+    ----------
+    store : GradientStore or path
+        The store to rewrite.
+    out : path
+        The store to make.
+    progress : bool, optional
+        Show a progress line; silent by default.
+
+    Returns
+    -------
+    GradientStore
+        Open for reading; (live rows, k).
+
+    Raises
+    ------
+    InputError
+        If rows are missing.
+    StoreExistsError, StoreDamagedError
+        As for :func:`merge_stores`.
+    """
+    source = store if isinstance(store, GradientStore) else GradientStore.open(store)
+    if source.committed > source.n:
+        raise InputError(f"expected a store without gaps; received {source.path}: finish or repair it first")
+    compacted = _create_like(source, out, [str(source.path)], ids="int64")
+    with compacted, Progress("compact", source.n, progress) as bar:
+        writer = compacted.writer()
+        for chunk in range(-(-source.n // source.layout.chunk_rows)):
+            raw, small = _read_checked(source, chunk)
+            start = chunk * source.layout.chunk_rows
+            live = ~source.small("dropped", start, start + len(raw))
+            small = {"example_id": start + np.arange(len(raw)), **small} if source.layout.ids is None else small
+            if live.any():
+                writer.append_raw(raw[live], {name: values[live] for name, values in small.items()})
+            bar.advance(len(raw))
+    return GradientStore.open(compacted.path)

@@ -1,0 +1,50 @@
+"""Bringing a store of an older format to the present one, in place: metadata change, and the last write decides.
+
+Format 1 to 2: every group gets its file of commit records, the groups with dropped rows are listed, the attributes get
+a digest. A run that is interrupted leaves a readable store of the old format and is simply repeated.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ooc_influence.store import commits, disk, place
+from ooc_influence.store.arrays import open_group, writable_array
+from ooc_influence.store.creation import write_attributes
+from ooc_influence.store.gradient_store import GradientStore
+from ooc_influence.store.layout import FORMAT_VERSION
+from ooc_influence.store.place import PathLike, array_store, is_local
+from ooc_influence.store.ranges import make_claim
+
+
+def upgrade_store(path: PathLike) -> bool:
+    """Upgrade a store to the present format; return whether there was anything to do.
+
+    Raises
+    ------
+    StoreBusyError
+        If another process writes to it.
+    StoreDamagedError
+        If its commit records have a gap.
+    """
+    store = GradientStore.open(path)
+    if store.attrs["format"] == FORMAT_VERSION:
+        return False
+    claim = make_claim(store.path, 0, store.layout.planned_rows)
+    try:
+        store.reload()
+        files = array_store(store.path)
+        group = open_group(files, "r+")
+        records: commits.Records = np.asarray(store.records)
+        writable_array(group, "commits")[...] = records
+        writable_array(group, "dropped").attrs["groups"] = sorted(store.dropped_groups())
+        if is_local(store.path):  # locks of the old format
+            for name in place.names(store.path / "commits"):
+                if name.startswith(".claim-") and not name.rpartition(".")[2].isdigit():
+                    place.remove_file(store.path / "commits" / name)
+            disk.sync_tree(store.path)
+        files.sync_folders()
+        write_attributes(store.path, {**store.attrs, "format": FORMAT_VERSION, "layout": store.layout.to_dict()})
+    finally:
+        claim.release()
+    return True
