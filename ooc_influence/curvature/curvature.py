@@ -95,7 +95,7 @@ class Curvature:
         return cls(path)
 
     def _read(self, name: str) -> Matrix:
-        found = read_array(open_group(array_store(self.path, read_only=True), "r"), name)
+        found = read_array(open_group(array_store(self.path, read_only=True, chunk_bytes={}), "r"), name)
         self._check_fit((_complete_attributes(self.path) or {}).get("fit"))
         return found
 

@@ -8,7 +8,9 @@ import torch
 
 from ooc_influence.compress import Dropout
 from ooc_influence.errors import InputError, MismatchError
+from ooc_influence.extract.batching import Batches, batch_size, count_rows
 from ooc_influence.extract.layers import ModuleSelection
+from ooc_influence.extract.metadata import RowMetadata, RowSource
 from ooc_influence.extract.plan import make_plan, open_existing
 from ooc_influence.store import GradientStore, PathLike, Storage
 
@@ -87,3 +89,27 @@ def init_store(
         )
     found.grow(rows)
     return GradientStore.open(store)
+
+
+def row_types(
+    batches: Batches, ids: RowSource | None, columns: Mapping[str, RowSource] | None
+) -> tuple[int | None, str | None, dict[str, str]]:
+    """Return the number of samples, where it is known, and the types of ids and columns that the samples have.
+
+    Where they are functions of a batch, the first batch is read.
+
+    Raises
+    ------
+    InputError
+        If there is no first batch, or values have no type that can be stored.
+    """
+    metadata = RowMetadata.of(ids, columns)
+    taken = {}
+    if any(callable(source) for source in metadata.sources.values()):
+        batch = next(iter(batches(0) if callable(batches) else batches), None)
+        size = None if batch is None else batch_size(batch)
+        if size is None:
+            raise InputError("expected a first batch that tells its size; received none: give ids and columns as lists")
+        taken = metadata.take(batch, 0, size)
+    types = {name.removeprefix("columns/"): kind for name, kind in metadata.dtypes(taken).items()}
+    return count_rows(batches), types.pop("example_id", None), types

@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, ZstdCodec
-from zarr.codecs.numcodecs import LZ4
 from zarr.storage import StorePath as ZarrPath
 
 from ooc_influence.errors import InputError, StoreDamagedError, StoreFormatError
@@ -26,11 +25,11 @@ CHUNK_TARGET = 16 * 2**20  # bytes; the measured sweet spot of writing and readi
 _CODECS: dict[str, Callable[[int], Any]] = {  # by name, given the bytes of a number
     "zstd": lambda size: ZstdCodec(level=3),
     "blosc": lambda size: BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle", typesize=size),
-    "lz4": lambda size: LZ4(),
+    "lz4": lambda size: BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle", typesize=size),
     "gzip": lambda size: GzipCodec(level=5),
 }
 CODECS = tuple(_CODECS)
-_ALLOWED_CODECS = {"bytes", "crc32c", "vlen-utf8", "zstd", "blosc", "gzip", "numcodecs.lz4"}
+_ALLOWED_CODECS = {"bytes", "crc32c", "vlen-utf8", "zstd", "blosc", "gzip"}
 
 
 def parse_codec(name: str | None) -> str | None:
@@ -101,7 +100,8 @@ def read_array(group: Any, name: str) -> npt.NDArray[Any]:
         return np.asarray(group[name][...])
     except (ValueError, KeyError) as error:
         raise StoreDamagedError(
-            f"expected a readable array {name!r} in {group.store_path}; received: {error}: restore it from a backup"
+            f"expected a readable array {name!r} in {group.store_path}; received: {error}: see 'ooc-influence verify', "
+            "or restore it from a backup"
         ) from error
 
 

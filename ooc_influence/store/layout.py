@@ -9,8 +9,8 @@ loss                (n,)         float32 per-sample loss
 grad_norm           (n,)         float32 Euclidean norm of the row before it was encoded; its square estimates the full
                                  gradient's squared norm without bias (at k = p it is that norm)
 column_scale        (k,)         optional: float32 numbers that rows are divided by before they are encoded
-dropped             (n,)         bool: the row is removed; its number stays. Its attribute ``groups`` lists the groups
-                                 that have such rows; only their files exist
+dropped             (n,)         bool: the row is removed; its number stays. Attribute ``dropped`` of the Zarr group
+                                 ``marks`` lists the groups that have such rows; only their files exist
 example_id          (n,)         optional: the user's name of the row, str or int64
 columns/<name>      (n,)         optional: what users group and filter by
 commits             (chunks,)    uint64 commit records (:mod:`.commits`), one a gradients chunk
@@ -36,6 +36,7 @@ from ooc_influence.store.encoding import Representation, array_columns, array_dt
 FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)
 ATTRIBUTES = "ooc_influence"  # the key of all our attributes in the group
+MARKS = "marks"  # a Zarr group whose attributes only the marking of rows writes
 ROW_ARRAYS = ("row_scale", "loss", "grad_norm")
 _NAME = re.compile(r"(?!zarr\.json$)[A-Za-z0-9_][A-Za-z0-9_.-]*")  # of a column: it becomes a folder's
 _COLUMN_DTYPES = ("bool", "int64", "float64", "str")
@@ -211,7 +212,8 @@ class Layout:
             fill = float("nan") if dtype.startswith("float") else None
             kind: Any = str if dtype == "str" else dtype
             create_array(group, name, (rows,), (self.group_rows,), kind, fill=fill)
-        create_array(group, "dropped", (rows,), (self.group_rows,), bool, check=True).attrs["groups"] = []
+        create_array(group, "dropped", (rows,), (self.group_rows,), bool, check=True)
+        group.create_group(MARKS, attributes={"dropped": []})
         chunks = -(-rows // self.chunk_rows)
         create_array(group, "commits", (chunks,), (self.group_chunks,), "uint64", check=True)[...] = 0
 

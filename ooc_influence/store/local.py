@@ -12,7 +12,7 @@ import asyncio
 import mmap
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -44,6 +44,12 @@ class _AdoptingArray(cpu.NDBuffer):
 MAPPED = BufferPrototype(buffer=cpu.Buffer, nd_buffer=_AdoptingArray)
 
 
+def is_chunk(key: str) -> bool:
+    """Return whether a key is a chunk's, whatever the metadata say chunks are called: not metadata of Zarr 3 or 2."""
+    name = key.rsplit("/", 1)[-1]
+    return name != "zarr.json" and not name.startswith(".")
+
+
 def map_file(path: str | Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Return a file's bytes as a memory map that lives as long as arrays that look at it.
 
@@ -68,28 +74,36 @@ class LocalArrayStore(LocalStore):
     read_only : bool
         Refuse writes.
     chunk_bytes : mapping of str to int or None, optional
-        Array path to the size of each of its chunk files, None where it varies. For these arrays a missing or short
-        file raises :class:`StoreDamagedError` instead of reading as the fill value.
+        Array path to the size of each of its chunk files, where it is known: another size raises
+        :class:`StoreDamagedError`. Where it is given, so does a missing file of any array, which otherwise reads as
+        the fill value.
+    may_lack : collection of str
+        Arrays of which files may be missing nevertheless.
     """
 
     def __init__(
-        self, root: Path | str, *, read_only: bool = False, chunk_bytes: Mapping[str, int | None] | None = None
+        self,
+        root: Path | str,
+        *,
+        read_only: bool = False,
+        chunk_bytes: Mapping[str, int | None] | None = None,
+        may_lack: Collection[str] = (),
     ) -> None:
         super().__init__(root, read_only=read_only)
-        self.chunk_bytes = dict(chunk_bytes or {})
+        self.chunk_bytes = None if chunk_bytes is None else dict(chunk_bytes)
+        self.may_lack = frozenset(may_lack)
         self._new_entries: set[Path] = set()
         self._guard = threading.Lock()
 
     def with_read_only(self, read_only: bool = False) -> Self:
         """Return the same store, writable or not."""
-        return type(self)(self.root, read_only=read_only, chunk_bytes=self.chunk_bytes)
+        return type(self)(self.root, read_only=read_only, chunk_bytes=self.chunk_bytes, may_lack=self.may_lack)
 
     async def get(
         self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
         """Return the bytes under ``key``: a memory map for a whole chunk, ordinary reads otherwise."""
-        name = key.rsplit("/", 1)[-1]
-        if byte_range is not None or not name.startswith("c"):
+        if byte_range is not None or not is_chunk(key):
             return await super().get(key, prototype, byte_range)
         if not self._is_open:
             await self._open()
@@ -98,10 +112,10 @@ class LocalArrayStore(LocalStore):
         try:
             mapped = map_file(path)  # in the event loop: mapping reads nothing, a thread would cost more
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-            if array not in self.chunk_bytes:
+            if self.chunk_bytes is None or array in self.may_lack:
                 return None
             raise StoreDamagedError(missing_chunk(path)) from None
-        expected = self.chunk_bytes.get(array)
+        expected = (self.chunk_bytes or {}).get(array)
         if expected is not None and mapped.size != expected:
             raise StoreDamagedError(short_chunk(path, expected, mapped.size))
         return (prototype or MAPPED).buffer.from_array_like(mapped)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ooc_influence.errors import InputError, StoreWriteError
+from ooc_influence.errors import InputError, StoreDamagedError, StoreWriteError
 from ooc_influence.store.arrays import open_group, writable_array
-from ooc_influence.store.layout import Layout
-from ooc_influence.store.place import StorePath, array_store
+from ooc_influence.store.layout import MARKS, Layout
+from ooc_influence.store.place import ArrayStore, StorePath, array_store
 from ooc_influence.store.ranges import make_claim
 
 
@@ -34,6 +35,29 @@ def parse_numbers(rows: npt.ArrayLike, n: int) -> npt.NDArray[Any]:
     return numbers
 
 
+def marked_groups(group: Any) -> list[int]:
+    """Return the groups of rows that have dropped ones, as listed in an open store.
+
+    Raises
+    ------
+    StoreDamagedError
+        If the list cannot be read.
+    """
+    try:
+        return [int(number) for number in group[MARKS].attrs["dropped"]]
+    except (KeyError, ValueError, TypeError) as error:
+        raise StoreDamagedError(
+            f"expected the list of groups with dropped rows in {group.store_path}; received none: {error}: restore "
+            f"{MARKS}/zarr.json from a backup"
+        ) from error
+
+
+def list_groups(files: ArrayStore, groups: Iterable[int]) -> None:
+    """List the groups that have dropped rows, after their marks: a reader looks for the files of these."""
+    open_group(files, "r+")[MARKS].attrs["dropped"] = sorted(groups)
+    files.sync_folders()
+
+
 def mark_dropped(path: StorePath, layout: Layout, numbers: npt.NDArray[Any]) -> None:
     """Mark rows, durably.
 
@@ -47,12 +71,11 @@ def mark_dropped(path: StorePath, layout: Layout, numbers: npt.NDArray[Any]) -> 
     claim = make_claim(path, name="drop")
     try:
         files = array_store(path)
-        dropped = writable_array(open_group(files, "r+"), "dropped")
+        group = open_group(files, "r+")
+        dropped = writable_array(group, "dropped")
         dropped.set_orthogonal_selection((numbers,), True)
         files.sync_folders()
-        groups = set(dropped.attrs["groups"]) | set((numbers // layout.group_rows).tolist())
-        dropped.attrs["groups"] = sorted(groups)  # after the marks: a reader looks for the files of these
-        files.sync_folders()
+        list_groups(files, set(marked_groups(group)) | set((numbers // layout.group_rows).tolist()))
     except OSError as error:
         raise StoreWriteError(
             f"expected to mark rows of {path} as dropped; received: {error}: make room, then run again"

@@ -37,8 +37,8 @@ def open_store(path: StorePath) -> tuple[dict[str, Any], Layout, Any]:
     _check_there(path)
     attrs = read_attributes(path)
     layout = Layout.from_dict(attrs["layout"], path)
-    strict = layout.chunk_sizes | ({"commits": None} if attrs["format"] > 1 else {})
-    files = array_store(path, read_only=True, chunk_bytes=strict)
+    may_lack = ["dropped"] if attrs["format"] > 1 else ["dropped", "commits"]
+    files = array_store(path, read_only=True, chunk_bytes=layout.chunk_sizes, may_lack=may_lack)
     check_metadata(files, layout.arrays, path)
     group = open_group(files, "r")
     for name in layout.arrays:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -70,11 +70,15 @@ def in_this_process_only(path: StorePath) -> bool:
 
 
 def array_store(
-    path: StorePath, *, read_only: bool = False, chunk_bytes: Mapping[str, int | None] | None = None
+    path: StorePath,
+    *,
+    read_only: bool = False,
+    chunk_bytes: Mapping[str, int | None] | None = None,
+    may_lack: Collection[str] = (),
 ) -> ArrayStore:
-    """Return the Zarr store on a folder."""
+    """Return the Zarr store on a folder; see :class:`LocalArrayStore`."""
     kind: Any = LocalArrayStore if isinstance(path, Path) else RemoteArrayStore
-    store: ArrayStore = kind(path, read_only=read_only, chunk_bytes=chunk_bytes)
+    store: ArrayStore = kind(path, read_only=read_only, chunk_bytes=chunk_bytes, may_lack=may_lack)
     return store
 
 

@@ -6,7 +6,7 @@ rename does on a disk, the root's ``zarr.json`` does here: it is held back while
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Self
 
 from upath import UPath
@@ -16,13 +16,13 @@ from zarr.core.buffer.core import default_buffer_prototype
 from zarr.storage import FsspecStore
 
 from ooc_influence.errors import StoreDamagedError
-from ooc_influence.store.local import missing_chunk, short_chunk
+from ooc_influence.store.local import is_chunk, missing_chunk, short_chunk
 
 ROOT = "zarr.json"  # the root's metadata: there is a store where it is
 
 
 class RemoteArrayStore(FsspecStore):
-    """A folder of Zarr arrays on an object store; see :class:`LocalArrayStore` for ``chunk_bytes``.
+    """A folder of Zarr arrays on an object store; see :class:`LocalArrayStore`.
 
     Parameters
     ----------
@@ -31,7 +31,9 @@ class RemoteArrayStore(FsspecStore):
     read_only : bool
         Refuse writes.
     chunk_bytes : mapping of str to int or None, optional
-        Arrays whose chunks must be there, and their sizes.
+        Given where chunks have to be there: the sizes of those that are known.
+    may_lack : collection of str
+        Arrays whose chunks may be missing nevertheless.
     hold_root : bool
         Keep the root's metadata here instead of writing it, until :meth:`take_root`.
     """
@@ -42,18 +44,26 @@ class RemoteArrayStore(FsspecStore):
         *,
         read_only: bool = False,
         chunk_bytes: Mapping[str, int | None] | None = None,
+        may_lack: Collection[str] = (),
         hold_root: bool = False,
     ) -> None:
         made = FsspecStore.from_url(str(root), storage_options=dict(root.storage_options), read_only=read_only)
         super().__init__(made.fs, read_only=read_only, path=made.path)
         self.root = root
-        self.chunk_bytes = dict(chunk_bytes or {})
+        self.chunk_bytes = None if chunk_bytes is None else dict(chunk_bytes)
+        self.may_lack = frozenset(may_lack)
         self._hold_root = hold_root
         self._held: Buffer | None = None
 
     def with_read_only(self, read_only: bool = False) -> Self:
         """Return the same store, writable or not."""
-        return type(self)(self.root, read_only=read_only, chunk_bytes=self.chunk_bytes, hold_root=self._hold_root)
+        return type(self)(
+            self.root,
+            read_only=read_only,
+            chunk_bytes=self.chunk_bytes,
+            may_lack=self.may_lack,
+            hold_root=self._hold_root,
+        )
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, type(self)) and str(self.root) == str(other.root)
@@ -67,9 +77,9 @@ class RemoteArrayStore(FsspecStore):
         if self._hold_root and key == ROOT:
             return self._held
         found = await super().get(key, prototype or default_buffer_prototype(), byte_range)
-        array, _, name = key.rpartition("/")
-        if array in self.chunk_bytes and name.startswith("c"):
-            expected = self.chunk_bytes[array]
+        array = key.rpartition("/")[0]
+        if self.chunk_bytes is not None and array not in self.may_lack and is_chunk(key):
+            expected = self.chunk_bytes.get(array)
             if found is None:
                 raise StoreDamagedError(missing_chunk(self.root / key))
             if byte_range is None and expected is not None and len(found) != expected:

@@ -60,8 +60,9 @@ def parse_rows(
     ids = small.get("example_id")
     _refuse(first_row, ~(np.isfinite(norms) & np.isfinite(losses)), ids)
     if ids is not None and len(set(ids.tolist())) < len(ids):
-        values, counts = np.unique(ids.astype(str), return_counts=True)
-        raise InputError(f"expected ids that do not repeat; received {values[counts > 1][0]!r} for several rows")
+        names = ids.tolist()
+        again = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"expected ids that do not repeat; received {again!r} for several rows")
     return rows, small
 
 

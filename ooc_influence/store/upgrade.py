@@ -12,7 +12,8 @@ from ooc_influence.store import commits, disk, place
 from ooc_influence.store.arrays import open_group, writable_array
 from ooc_influence.store.creation import write_attributes
 from ooc_influence.store.gradient_store import GradientStore
-from ooc_influence.store.layout import FORMAT_VERSION
+from ooc_influence.store.layout import FORMAT_VERSION, MARKS
+from ooc_influence.store.marks import list_groups
 from ooc_influence.store.place import PathLike, array_store, is_local
 from ooc_influence.store.ranges import make_claim
 
@@ -37,7 +38,8 @@ def upgrade_store(path: PathLike) -> bool:
         group = open_group(files, "r+")
         records: commits.Records = np.asarray(store.records)
         writable_array(group, "commits")[...] = records
-        writable_array(group, "dropped").attrs["groups"] = sorted(store.dropped_groups())
+        group.require_group(MARKS)
+        list_groups(files, store.dropped_groups())
         if is_local(store.path):  # locks of the old format
             for name in place.names(store.path / "commits"):
                 if name.startswith(".claim-") and not name.rpartition(".")[2].isdigit():

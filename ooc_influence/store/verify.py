@@ -154,7 +154,7 @@ def _check_curvature(store: StoreView, name: str) -> Iterator[Damage]:
     path = store.path / "curvature" / name
     try:
         names = [array for array in place.names(path) if array != "zarr.json"]
-        files = array_store(path, read_only=True, chunk_bytes=dict.fromkeys(names))
+        files = array_store(path, read_only=True, chunk_bytes={})
         group = open_group(files, "r")
         for array_name in names:
             array: Any = group[array_name]

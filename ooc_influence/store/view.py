@@ -16,6 +16,7 @@ from ooc_influence.store.arrays import open_group, read_array
 from ooc_influence.store.cache import ChunkCache
 from ooc_influence.store.encoding import FloatRows
 from ooc_influence.store.local import MAPPED
+from ooc_influence.store.marks import marked_groups
 from ooc_influence.store.mask import Mask
 from ooc_influence.store.opening import check_lengths, open_store, read_damaged_records, read_records
 from ooc_influence.store.place import PathLike, is_local, parse_path
@@ -53,21 +54,24 @@ class StoreView:
         self._mask: Mask | None = None
         self._column_scale: FloatRows | None = None
         self.damaged_records: list[tuple[tuple[int, int], str]] = []
-        if damaged:  # to be looked at and mended: see what can be seen
-            records, self.damaged_records = read_damaged_records(self._group, self.layout)
-        else:
-            records = read_records(self._group, self.layout, self._attrs["format"])
-            check_lengths(self._group, self.layout, records)
-        self._see_records(records)
-        self._dropped_groups = self.dropped_groups() if not damaged else set()
+        self._damaged = damaged
+        self._look()
         if pin is not None:
             self._unpin(*pin)
 
     def reload(self) -> None:
         """See rows committed, and marks of dropped rows set, since the store was opened."""
         self._group = open_group(self._group.store, "r")
-        self._see_records(read_records(self._group, self.layout, self._attrs["format"]))
-        self._dropped_groups = self.dropped_groups()
+        self._look()
+
+    def _look(self) -> None:
+        if self._damaged:  # to be looked at and mended: see what can be seen
+            records, self.damaged_records = read_damaged_records(self._group, self.layout)
+        else:
+            records = read_records(self._group, self.layout, self._attrs["format"])
+            check_lengths(self._group, self.layout, records)
+        self._see_records(records)
+        self._dropped_groups = set() if self._damaged else self.dropped_groups()
 
     def _see_records(self, records: commits.Records) -> None:
         self._records = records
@@ -85,7 +89,7 @@ class StoreView:
         names = set(place.names(self.path / "dropped"))
         if self._attrs["format"] == 1:
             return {int(name.removeprefix("c.")) for name in names if name.startswith("c.")}
-        listed = {int(group) for group in self._array("dropped").attrs.get("groups", [])}
+        listed = set(marked_groups(self._group))
         for group in listed:
             if f"c.{group}" not in names:
                 raise StoreDamagedError(

@@ -1,0 +1,287 @@
+"""The commands that look at stores and change them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from ooc_influence.cli import options
+
+_LISTED = 20  # of what is wrong, or missing: more would scroll away
+
+
+@click.command()
+@click.argument("store")
+@options.as_json
+def info(store: str, as_json: bool) -> None:
+    """Show what is in a store, and how far its writers are."""
+    from ooc_influence import GradientStore
+    from ooc_influence.report import table
+
+    opened = GradientStore.open(store)
+    facts = store_facts(opened) | {"layers": _layers(opened), "curvature": _curvatures(opened)}
+
+    def text() -> str:
+        lines = [(name, value) for name, value in _flat(facts) if not name.startswith(("layers", "writers"))]
+        parts = [table(("what", "value"), lines)]
+        for name in ("layers", "writers"):
+            if facts[name]:
+                parts.append(table(tuple(facts[name][0]), [tuple(row.values()) for row in facts[name]]))
+        return "\n\n".join(parts)
+
+    options.print_result(as_json, facts, text)
+
+
+@click.command()
+@click.argument("store")
+@click.option("--repair", is_flag=True, help="Give up damaged chunks: the next extraction writes just those again.")
+@click.option("--workers", type=int, metavar="N", help="Row stripes at once. Default: one a core.")
+@options.as_json
+def verify(store: str, repair: bool, workers: int | None, as_json: bool) -> int:
+    """Check every committed chunk of STORE. Exit code 1 and a list of bad rows where something is wrong."""
+    from ooc_influence import GradientStore
+
+    opened = GradientStore.open(store, "a" if repair else "r", damaged=True)
+    checked = opened.committed
+    found = opened.verify(repair=repair, workers=workers, progress=options.show_progress())
+    damage = [part._asdict() for part in found]
+
+    def text() -> str:
+        if not found:
+            return f"{store}: {checked} committed rows, nothing wrong"
+        lines = [
+            f"rows {part.start}-{part.stop}: {part.reason}" if part.start is not None else part.reason for part in found
+        ]
+        end = "the rows listed are given up: run the extraction again to write them" if repair else ""
+        end = end or "run with --repair to give up the rows listed, then the extraction again to write them"
+        return "\n".join([*lines, end])
+
+    options.print_result(as_json, {"store": store, "checked_rows": checked, "damage": damage}, text)
+    return 1 if found else 0
+
+
+@click.command()
+@click.argument("store")
+@click.argument("ids", nargs=-1, required=True)
+@options.as_json
+def ids(store: str, ids: tuple[str, ...], as_json: bool) -> int:
+    """Show the rows of STORE that have these example ids. Exit code 1 where one is not there."""
+    from ooc_influence import GradientStore
+    from ooc_influence.report import table
+
+    opened = GradientStore.open(store)
+    wanted = _parse_ids(opened, ids)
+    numbers = opened.find(wanted).tolist()
+    lines = []
+    for name, row in zip(wanted, numbers, strict=True):
+        line: dict[str, Any] = {"id": name, "row": None if row < 0 else row}
+        for what in ("loss", "grad_norm", "dropped"):
+            line[what] = None if row < 0 else opened.small(what, row, row + 1)[0].item()
+        lines.append(line)
+
+    def text() -> str:
+        rows = [tuple("-" if value is None else value for value in line.values()) for line in lines]
+        return table(tuple(lines[0]), rows)
+
+    options.print_result(as_json, {"rows": lines}, text)
+    return 1 if min(numbers) < 0 else 0
+
+
+@click.command()
+@click.argument("store")
+@click.argument("rows", nargs=-1)
+@click.option("--ids", "by_id", is_flag=True, help="ROWS are example ids, not row numbers.")
+@click.option("--file", "file", type=click.File(), help="Read further rows, one a line ('-': standard input).")
+@options.as_json
+def drop(store: str, rows: tuple[str, ...], by_id: bool, file: Any, as_json: bool) -> None:
+    """Mark ROWS of STORE (numbers or ranges such as 10-20, both ends included) as removed.
+
+    Their numbers stay; they are NaN in scores and absent from top lists and the next fit. 'compact' rewrites a store
+    without them.
+    """
+    from ooc_influence import GradientStore
+    from ooc_influence.errors import InputError
+
+    named = [*rows, *(line.strip() for line in file or () if line.strip())]
+    if not named:
+        raise InputError("expected rows to drop; received none: give numbers, or ids with --ids")
+    with GradientStore.open(store, "a") as opened:
+        if by_id:
+            wanted = _parse_ids(opened, named)
+            numbers = opened.find(wanted).tolist()
+            missing = [name for name, row in zip(wanted, numbers, strict=True) if row < 0]
+            if missing:
+                raise InputError(f"expected ids of {store}; received {missing[:5]}, which no row has")
+        else:
+            numbers = [number for text in named for number in _parse_range(text)]
+        opened.drop(numbers)
+        facts = {"store": store, "named": len(numbers), "dropped": int(opened.dropped.sum())}
+    options.print_result(
+        as_json, facts, lambda: f"{store}: {facts['dropped']} of {opened.n} rows are dropped; fit the curvature again"
+    )
+
+
+def _parse_ids(store: Any, names: Any) -> list[Any]:
+    from ooc_influence.errors import InputError
+
+    if store.layout.ids == "str":
+        return list(names)
+    try:
+        return [int(name) for name in names]
+    except ValueError as error:
+        raise InputError(f"expected ids that are whole numbers, as in {store.path}; received {error}") from error
+
+
+def _parse_range(text: str) -> range:
+    from ooc_influence.errors import InputError
+
+    first, dash, last = text.partition("-")
+    if not first.isdigit() or (dash and (not last.isdigit() or int(last) < int(first))):
+        raise InputError(f"expected a row number or a range such as 10-20; received {text!r}")
+    return range(int(first), int(last or first) + 1)
+
+
+@click.command()
+@click.argument("store")
+@click.argument("out")
+@options.as_json
+def compact(store: str, out: str, as_json: bool) -> None:
+    """Write STORE without its dropped rows to OUT. Row numbers change; STORE stays as it is."""
+    from ooc_influence import compact_store
+
+    result = compact_store(store, out, progress=options.show_progress())
+    options.print_result(as_json, store_facts(result), lambda: repr(result))
+
+
+@click.command()
+@click.argument("sources", nargs=-1, required=True)
+@click.option("--out", required=True, metavar="PATH|URL", help="The store to make.")
+@click.option("--move", is_flag=True, help="Remove each source when all rows are in the new store.")
+@options.as_json
+def merge(sources: tuple[str, ...], out: str, move: bool, as_json: bool) -> None:
+    """Concatenate SOURCES, stores of one mask and model, into a new store."""
+    from ooc_influence import merge_stores
+
+    result = merge_stores(sources, out, move=move, progress=options.show_progress())
+    options.print_result(as_json, store_facts(result), lambda: repr(result))
+
+
+@click.command()
+@click.argument("store")
+@options.as_json
+def upgrade(store: str, as_json: bool) -> None:
+    """Bring a STORE of an older format to the present one, in place."""
+    from ooc_influence import GradientStore, upgrade_store
+
+    changed = upgrade_store(store)
+    version = GradientStore.open(store).attrs["format"]
+    facts = {"store": store, "format": version, "upgraded": changed}
+    options.print_result(as_json, facts, lambda: f"{store}: {'now' if changed else 'already'} of format {version}")
+
+
+def store_facts(store: Any) -> dict[str, Any]:
+    """Return what ``info`` tells about a store, without its layers and curvatures."""
+    from ooc_influence.memory import format_bytes
+    from ooc_influence.store import tree_bytes
+
+    size = tree_bytes(store.path)
+    attrs, layout = store.attrs, store.layout
+    return {
+        "store": str(store.path),
+        "rows": store.n,
+        "committed": store.committed,
+        "planned": layout.planned_rows,
+        "missing": _missing(store),
+        "dropped": int(store.dropped.sum()) if store.has_dropped else 0,
+        "k": store.k,
+        "p": attrs["p"],
+        "dtype": layout.dtype,
+        "codec": layout.codec,
+        "column_scale": layout.column_scale,
+        "chunk_rows": layout.chunk_rows,
+        "chunks": len(store.records),
+        "bytes": size,
+        "size": format_bytes(size),
+        "compressor": attrs.get("compressor"),
+        "covered": attrs.get("covered"),
+        "mask_digest": store.mask_digest,
+        "rows_digest": store.rows_digest(),
+        "model": attrs.get("model"),
+        "loss_kind": attrs.get("loss_kind"),
+        "ids": layout.ids,
+        "columns": layout.columns,
+        "made_from": attrs.get("made_from"),
+        "created": attrs["created"],
+        "format": attrs["format"],
+        "version": attrs["version"],
+        "writers": _writers(store),
+    }
+
+
+def _missing(store: Any) -> list[list[int]]:
+    """Return the first row ranges that are planned, or lie before committed rows, and are not committed."""
+    from ooc_influence.store.writer import missing_spans
+
+    spans = missing_spans(store.records, store.layout, 0, store.layout.planned_rows)
+    return [[start, stop] for start, stop in spans if stop is not None][:_LISTED]
+
+
+def _writers(store: Any) -> list[dict[str, Any]]:
+    """Return who writes, or wrote and was not finished, and how far each is."""
+    from ooc_influence.store.claim import claimed_rows, read_claims
+    from ooc_influence.store.commits import rows_in
+
+    found = []
+    for name, (_, owner) in sorted(read_claims(store.path).items()):
+        rows = claimed_rows(name)
+        if rows is None or (owner.released and rows[1] is None):
+            continue
+        start, stop = rows
+        size = store.layout.chunk_rows
+        held = rows_in(store.records)[start // size : None if stop is None else -(-stop // size)]
+        state = "finished" if owner.released else ("alive" if owner.alive() else "dead")
+        if owner.released and stop is not None and held.sum() < stop - start:
+            state = "stopped"
+        found.append(
+            {"rows": f"{start}-{'end' if stop is None else stop}", "committed": int(held.sum()), "state": state,
+             "host": owner.record.get("host"), "pid": owner.record.get("pid")}
+        )  # fmt: skip
+    return found
+
+
+def _layers(store: Any) -> list[dict[str, Any]]:
+    """Return the tapped layers, and how many entries of each are kept."""
+    return [
+        {"layer": module.layer.name or "(the model)", "kind": module.layer.kind,
+         "shape": "x".join(map(str, module.layer.shape)), "kept": len(module.rows), "entries": module.layer.entries}
+        for module in store.mask.modules
+    ]  # fmt: skip
+
+
+def _curvatures(store: Any) -> dict[str, str]:
+    from ooc_influence.curvature import Curvature
+    from ooc_influence.errors import OocInfluenceError
+    from ooc_influence.store import names
+
+    found = {}
+    for name in names(store.path / "curvature"):
+        if name.startswith(".") or name == "zarr.json":
+            continue
+        try:
+            Curvature(store.path / "curvature" / name).check(store)
+            found[name] = "up to date"
+        except OocInfluenceError as error:
+            found[name] = str(error)
+    return found
+
+
+def _flat(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    lines: list[tuple[str, str]] = []
+    for name, value in facts.items():
+        if isinstance(value, Mapping):
+            lines += _flat(value, f"{prefix}{name}.")
+        elif value is not None and value != []:
+            lines.append((f"{prefix}{name}", str(value)))
+    return lines

@@ -1,0 +1,290 @@
+"""Merging, compacting, growing, looking up; representations and codecs; the writer's queue."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+from conftest import random_rows, whole_mask, write_store
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from numpy.testing import assert_allclose, assert_array_equal
+from scipy.stats import spearmanr
+
+from ooc_influence import (
+    GradientStore,
+    Storage,
+    compact_store,
+    fit_fisher,
+    influence_scores,
+    merge_stores,
+    self_influence,
+)
+from ooc_influence.errors import InputError, MismatchError, StoreDamagedError, StoreExistsError, StoreWriteError
+from ooc_influence.store import LayerShape, Mask, ModuleMask
+from ooc_influence.store.encoding import REPRESENTATIONS, decode_into, encode
+from ooc_influence.store.local import LocalArrayStore
+
+ROWS = random_rows(60, 8)
+
+
+def part(path, start, stop, prefix="r", **options):
+    """Rows start to stop of ROWS with ids and a column, in chunks of 4."""
+    names = [f"{prefix}{row}" for row in range(start, stop)]
+    options = {"dtype": "float16", "storage": Storage(4, 2)} | options
+    with GradientStore.create(path, whole_mask(8), ids="str", columns={"n": "int64"}, **options) as store:
+        store.append(ROWS[start:stop], loss=np.arange(start, stop), ids=names, columns={"n": range(start, stop)})
+    return GradientStore.open(path)
+
+
+def test_merged_stores_equal_one_written_at_once(tmp_path):
+    whole = part(tmp_path / "whole", 0, 60)
+    sources = [part(tmp_path / name, *rows) for name, rows in (("a", (0, 24)), ("b", (24, 41)), ("c", (41, 60)))]
+    with GradientStore.open(sources[1].path, "a") as store:
+        store.drop([3, 16])
+    before = [sorted((path, path.stat().st_mtime_ns) for path in store.path.rglob("c.*")) for store in sources]
+    merged = merge_stores([sources[0], str(sources[1].path), sources[2].path], tmp_path / "m")
+    assert (merged.n, merged.verify()) == (60, [])
+    assert_array_equal(merged.records, whole.records)
+    assert merged.ids().tolist() == whole.ids().tolist()
+    assert np.flatnonzero(merged.dropped).tolist() == [27, 40]
+    for name in ("gradients/c.0.0", "gradients/c.14.0", "loss/c.3", "columns/n/c.2"):
+        assert (merged.path / name).read_bytes() == (whole.path / name).read_bytes()
+    linked = [(merged.path / "gradients" / f"c.{chunk}.0").stat().st_nlink for chunk in range(15)]
+    assert linked == [2] * 10 + [1] * 5  # 24 + 17 rows: whole chunks up to row 40, then none falls on another
+    after = [sorted((path, path.stat().st_mtime_ns) for path in store.path.rglob("c.*")) for store in sources]
+    assert before == after
+    assert fit_fisher(merged).rows == 58
+
+
+def test_a_merged_store_changes_without_its_sources(tmp_path):
+    source = part(tmp_path / "a", 0, 8)
+    merged = merge_stores([source], tmp_path / "m")
+    with GradientStore.open(merged.path, "a") as store:
+        store.append(ROWS[8:9], loss=[8.0], ids=["r8"], columns={"n": [8]})
+        store.drop([0])
+    again = GradientStore.open(source.path)
+    assert (again.n, again.has_dropped, again.verify()) == (8, False, [])
+
+
+def test_move_removes_the_sources(tmp_path):
+    sources = [part(tmp_path / "a", 0, 9), part(tmp_path / "b", 9, 20)]
+    assert merge_stores(sources, tmp_path / "m", move=True).n == 20
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_stores_that_do_not_go_together(tmp_path):
+    first = part(tmp_path / "a", 0, 9)
+    for name, options, error, match in (
+        ("dtype", {"dtype": "int8"}, MismatchError, "one dtype"),
+        ("model", {"attributes": {"model": {"fingerprint": "x"}}}, MismatchError, "one model"),
+        ("scale", {"column_scale": np.arange(1, 9)}, MismatchError, "one column_scale"),
+        ("ids", {"prefix": "r"}, InputError, "id 'r[0-8]' is that of rows"),
+    ):
+        other = part(tmp_path / name, 0, 9, **({"prefix": "x"} | options))
+        with pytest.raises(error, match=match):
+            merge_stores([first, other], tmp_path / "m")
+        assert not (tmp_path / "m").exists()
+    entries = np.arange(8, dtype=np.int32)
+    mask = Mask((ModuleMask(LayerShape("fc", "linear", (1, 9), False), entries * 0, entries, np.ones(8, "f4")),))
+    GradientStore.create(tmp_path / "mask", mask, dtype="float16", ids="str", columns={"n": "int64"}).close()
+    with pytest.raises(MismatchError, match="mask digest"):
+        merge_stores([first, tmp_path / "mask"], tmp_path / "m")
+    with pytest.raises(InputError, match="twice"):
+        merge_stores([first, first], tmp_path / "m")
+    with pytest.raises(InputError, match="received none"):
+        merge_stores([], tmp_path / "m")
+    with pytest.raises(StoreExistsError):
+        merge_stores([first], tmp_path / "scale")
+    planned = GradientStore.create(tmp_path / "p", whole_mask(8), planned_rows=20)
+    with pytest.raises(InputError, match="finished stores"):
+        merge_stores([planned], tmp_path / "m")
+    data = bytearray((first.path / "gradients" / "c.1.0").read_bytes())
+    data[5] ^= 1
+    (first.path / "gradients" / "c.1.0").write_bytes(data)
+    with pytest.raises(StoreDamagedError, match="rows 4-8"):
+        merge_stores([first], tmp_path / "m")
+
+
+@pytest.mark.parametrize("ids", [True, False])
+def test_compact_leaves_the_dropped_rows_out(tmp_path, ids):
+    if ids:
+        source = part(tmp_path / "a", 0, 30, dtype="int8")
+    else:
+        source = write_store(tmp_path / "a", ROWS[:30], dtype="int8", chunk_rows=4)
+    gone = [0, 4, 5, 6, 7, 29]
+    with GradientStore.open(source.path, "a") as store:
+        store.drop(gone)
+    made = compact_store(source.path, tmp_path / "c")
+    live = np.delete(np.arange(30), gone)
+    assert_array_equal(made.rows(), source.rows()[live])
+    assert made.ids().tolist() == ([f"r{row}" for row in live] if ids else live.tolist())
+    assert (made.has_dropped, made.verify(), made.attrs["made_from"]) == (False, [], [str(source.path)])
+    assert made.find(["r8"] if ids else [8]).tolist() == [3]
+
+
+def test_find(tmp_path):
+    store = part(tmp_path / "a", 0, 30)
+    assert store.find(["r7", "nobody", "r29"]).tolist() == [7, -1, 29]
+    assert store.find([]).tolist() == []
+    with pytest.raises(InputError, match="ids of type str"):
+        store.find([7])
+    plain = write_store(tmp_path / "b", ROWS[:9])
+    assert plain.find([3, 9, 0]).tolist() == [3, -1, 0]
+    with GradientStore.open(store.path, "a") as again:
+        again.append(ROWS[:1], loss=[0.0], ids=["r7"], columns={"n": [0]})
+        with pytest.raises(InputError, match="'x' for several rows"):
+            again.append(ROWS[:2], loss=[0.0, 0.0], ids=["x", "x"], columns={"n": [0, 1]})
+    with pytest.raises(InputError, match="rows 7 and 30"):
+        GradientStore.open(store.path).find(["r7"])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=arrays(np.float32, st.tuples(st.integers(1, 5), st.integers(1, 9)),
+                elements=st.floats(-(2.0**99), 2.0**99, width=32)),
+    name=st.sampled_from(REPRESENTATIONS),
+    scaled=st.booleans(),
+)  # fmt: skip
+def test_what_is_decoded_is_near_what_was_encoded(rows, name, scaled):
+    columns = np.geomspace(0.01, 100, rows.shape[1]).astype(np.float32) if scaled else None
+    raw, scale = encode(rows, name, columns)
+    out = np.empty_like(rows)
+    decode_into(raw, scale, out, name, columns)
+    size = np.abs(rows if columns is None else rows / columns).max(axis=1, keepdims=True)
+    step = {"float32": 2e-7, "float16": 2.0**-11, "bfloat16": 2.0**-8, "int8": 0.5001 / 127, "int4": 0.5001 / 7}[name]
+    error = np.abs(out - rows) if columns is None else np.abs(out - rows) / columns
+    assert (error <= step * size + 1e-37).all()
+
+
+@pytest.mark.parametrize("name", REPRESENTATIONS)
+@pytest.mark.parametrize("codec", [None, "zstd", "blosc", "lz4", "gzip"])
+def test_every_representation_and_codec(tmp_path, name, codec):
+    k = 7
+    rows = random_rows(50, k)
+    columns = np.abs(rows).mean(axis=0)
+    path = tmp_path / "s"
+    storage = Storage(chunk_rows=8, group_chunks=2, codec=codec)
+    with GradientStore.create(path, whole_mask(k), dtype=name, storage=storage, column_scale=columns) as store:
+        store.append(rows[:13], loss=np.zeros(13))
+        store.flush()
+        store.append(rows[13:], loss=np.zeros(37))
+    store = GradientStore.open(path)
+    assert (store.verify(), store.layout.codec, store.shape) == ([], codec, (50, k))
+    worst = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 0.01, "int8": 0.01, "int4": 0.15}[name]
+    assert np.abs((store.rows() - rows) / columns).max() < worst * np.abs(rows / columns).max()
+    assert_array_equal(store.rows(5, 30), store.rows()[5:30])
+    assert_array_equal(store.to_dask().compute(), store.rows())
+    fit_fisher(store)
+    assert np.isfinite(self_influence(store)).all()
+    assert store.reading_bytes == (0 if codec is None else 4 * store.layout.chunk_bytes)
+
+
+def test_int8_scores_rank_as_float32_ones(tmp_path):
+    rows, queries = random_rows(800, 300), random_rows(20, 300, seed=1)
+    scores = {}
+    for name in ("float32", "int8", "int4"):
+        train = write_store(tmp_path / f"{name}-t", rows, dtype=name)
+        query = write_store(tmp_path / f"{name}-q", queries, dtype=name)
+        fit_fisher(train)
+        scores[name] = influence_scores(query, train).compute()
+    ranks = {name: spearmanr(found.ravel(), scores["float32"].ravel()).statistic for name, found in scores.items()}
+    assert ranks["int8"] >= 0.999
+    assert ranks["int4"] > 0.9
+
+
+@pytest.mark.parametrize("name", REPRESENTATIONS)
+def test_torch_takes_the_rows_without_a_copy(tmp_path, name):
+    import torch
+
+    store = write_store(tmp_path / "s", ROWS, dtype=name)
+    tensor = store.tensor(0, 40)
+    kinds = {"bfloat16": torch.bfloat16, "int4": torch.uint8}
+    assert tensor.dtype == kinds.get(name, getattr(torch, name, None))
+    if name == "bfloat16":
+        assert_allclose(tensor.float().numpy(), store.rows(0, 40))
+    tensor.zero_()  # a private copy of the page: nobody else sees it
+    assert np.abs(store.rows(0, 40)).max() > 0
+
+
+def test_a_caller_faster_than_the_disk_waits(tmp_path, monkeypatch):
+    """Back-pressure: no more chunks in memory than the writer has buffers for."""
+    from ooc_influence.store import committer, writer
+
+    gate, alive, most = threading.Event(), [0], [0]
+    put, empty = LocalArrayStore._put, committer.Slot.empty
+
+    def slow(self, path, value):
+        gate.wait(10)
+        put(self, path, value)
+
+    def counted(layout):
+        alive[0] += 1
+        most[0] = max(most)
+        return empty(layout)
+
+    with GradientStore.create(tmp_path / "s", whole_mask(8), dtype="float32", storage=Storage(2, 4)) as store:
+        monkeypatch.setattr(LocalArrayStore, "_put", slow)
+        monkeypatch.setattr(writer.Slot, "empty", counted)
+        done = []
+        thread = threading.Thread(target=lambda: done.append(store.append(ROWS, loss=np.zeros(60))))
+        thread.start()
+        thread.join(0.5)
+        assert not done  # it waits for a buffer
+        assert alive[0] == writer.BUFFERS
+        assert store.writer().next_row <= 2 * writer.BUFFERS
+        gate.set()
+        thread.join()
+        assert alive[0] == writer.BUFFERS
+    assert_array_equal(GradientStore.open(tmp_path / "s").rows(), ROWS)
+
+
+@pytest.mark.parametrize("where", ["append", "flush", "close"])
+def test_an_error_of_the_writing_thread_is_raised_once_in_the_caller(tmp_path, monkeypatch, where):
+    def fail(self, path, value):
+        raise OSError(28, "No space left on device")
+
+    store = GradientStore.create(tmp_path / "s", whole_mask(8), dtype="float32", storage=Storage(2, 4))
+    monkeypatch.setattr(LocalArrayStore, "_put", fail)
+
+    def act():
+        for _ in range(100 if where == "append" else 1):
+            store.append(ROWS[:2], loss=np.zeros(2))
+        if where != "append":
+            getattr(store, where)()
+
+    with pytest.raises(StoreWriteError, match="no space left"):
+        act()
+    store.close()
+    assert GradientStore.open(store.path).n == 0
+
+
+def test_a_planned_store_grows_and_old_readers_keep_what_they_saw(tmp_path):
+    path = tmp_path / "s"
+    GradientStore.create(path, whole_mask(8), dtype="float32", storage=Storage(4, 2), planned_rows=22).close()
+    for start, stop in ((0, 16), (16, 22)):
+        with GradientStore.open(path, "a") as store:
+            store.writer(start, stop)
+            store.append(ROWS[start:stop], loss=np.zeros(stop - start))
+    reader = GradientStore.open(path)
+    with GradientStore.open(path, "a") as store:
+        store.grow(53)
+        store.grow(53)
+        assert store.layout.planned_rows == 53
+        with pytest.raises(InputError, match="at most 30 rows"):
+            store.grow(30)
+    assert GradientStore.open(path).n == 22
+    for start, stop, first in ((32, 53, 32), (0, 16, 16), (16, 32, 22)):
+        with GradientStore.open(path, "a") as store:
+            writer = store.writer(start, stop)
+            assert writer.next_row == first
+            store.append(ROWS[first:stop], loss=np.zeros(stop - first))
+    assert_array_equal(reader.rows(), ROWS[:22])
+    grown = GradientStore.open(path)
+    assert_array_equal(grown.rows(), ROWS[:53])
+    assert grown.verify() == []
+    other = GradientStore.open(write_store(tmp_path / "t", ROWS).path, "a")
+    with pytest.raises(InputError, match="grows by itself"):
+        other.grow(100)
