@@ -108,10 +108,13 @@ class Storage:
         """Return rows a chunk and chunks a group, for ``k`` numbers a row.
 
         A group has at most 64 chunks and about 65536 rows, since its small files are written again with every chunk;
-        of a planned store it is smaller still, so that many writers can share it.
+        of a planned store it is smaller still, and a small planned store has smaller chunks, so that many writers can
+        share it.
         """
         row = array_columns(dtype, k) * array_dtype(dtype).itemsize
         rows = self.chunk_rows or max(1, min(16384, CHUNK_TARGET // row))
+        if self.chunk_rows is None and planned_rows is not None:
+            rows = min(rows, max(64, -(-planned_rows // 64)))
         if self.group_chunks is not None:
             return rows, self.group_chunks
         group = max(1, min(64, 65536 // rows))
