@@ -175,9 +175,8 @@ def open_existing(path: PathLike, plan: Plan) -> GradientStore | None:
                 f"expected the {what} of the store at {path}, {_short(expected)}; received {_short(received)}: "
                 "extract to another path, or remove the store"
             )
-    model = _same_model(store, {"fingerprint": plan.model["fingerprint"]}, plan.check_model)
-    if model.get("other", []) != (attrs.get("model") or {}).get("other", []):
-        store.record(model=model)
+    if (attrs.get("model") or {}).get("fingerprint") != plan.model["fingerprint"]:
+        store.record(model=_same_model(store, plan.model, plan.check_model))
     return store
 
 
