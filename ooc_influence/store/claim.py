@@ -3,8 +3,8 @@
 A claim is a small file ``commits/.claim-<name>.<generation>`` (inside an array's folder, where Zarr does not look for
 members) that says who holds it. It is created exclusively (a hard link, or a conditional PUT), so of two that want
 it one gets it. Who takes over creates the next generation; an owner that finds a later one than its own has lost the
-claim and must not write: it looks before every commit. An owner is dead if its process is gone (seen on the same
-machine) or its machine was started anew, or, elsewhere, if its heartbeat stands still.
+claim and must not write: it looks before every commit, before the data and before the record. An owner is dead if its
+process is gone (seen on the same machine) or its machine was started anew, or, elsewhere, if its heartbeat stands still.
 
 Ranges may be cut differently from run to run, so a new claim is checked against every other after it was made; of two
 that overlap and come at the same moment, one or both are refused.
@@ -222,10 +222,13 @@ def _give_back(store: StorePath, name: str, generation: int, pid: int, released:
     if os.getpid() != pid:
         return
     released.set()
+    path = _claim_path(store, name, generation)
     with contextlib.suppress(OSError):
-        path = _claim_path(store, name, generation)
-        if place.exists(path):
-            place.write_bytes(path, _record(pid, released=True))
+        try:
+            if place.exists(path):
+                place.write_bytes(path, _record(pid, released=True))
+        except OSError:  # a full disk: removing takes no room
+            place.remove_file(path)
 
 
 def _keep_alive(claim: weakref.ref[Claim], released: threading.Event) -> None:

@@ -8,7 +8,9 @@ writes: a fast caller gets larger commits, a slow one gets each chunk committed 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from ooc_influence.store.layout import Layout, numpy_dtype
 from ooc_influence.store.local import LocalArrayStore
 from ooc_influence.store.place import ArrayStore
 
+_AT_ONCE = 4  # files written at the same time
 SmallValues = dict[str, npt.NDArray[Any]]
 
 
@@ -90,6 +93,7 @@ class Committer:
     _small: SmallValues = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._threads = ThreadPoolExecutor(_AT_ONCE, "ooc_influence-files")  # a sync waits for the disk, not the CPU
         group = open_group(self.files, "r+")
         self._per_row = ("gradients", "dropped", *self.layout.row_arrays)
         self._arrays = {name: writable_array(group, name) for name in (*self._per_row, "commits")}
@@ -105,17 +109,21 @@ class Committer:
     def commit(self, slots: Sequence[Slot], *, grows: bool) -> dict[int, int]:
         """Write chunks, make them durable, commit them; return their records by chunk number."""
         fresh: dict[int, int] = {}
+        self.claim.check()  # also before any data: chunks are rewritten in place
         for group, members in groupby(slots, key=lambda slot: slot.first // self.layout.group_rows):
             chunks = list(members)
             if grows:
                 self.make_room(max(slot.first + slot.rows for slot in chunks), (group + 1) * self.layout.group_rows)
             self._open_group(group)
-            for slot in chunks:
-                self._write_gradients(slot)
+            writes = [partial(self._write_gradients, slot) for slot in chunks]
+            writes += [partial(self._write_small, name, group, chunks) for name in self._small]
+            coming = [self._threads.submit(write) for write in writes]
             written = {
                 slot.first // self.layout.chunk_rows: commits.pack(slot.rows, slot.checksum()) for slot in chunks
             }
-            self._write_small(group, chunks)
+            wait(coming)  # for all of them, before an error of one is raised: nothing may be written after that
+            for write in coming:
+                write.result()
             self.files.sync_folders()
             self.claim.check()
             self._write_records(group, written)
@@ -148,13 +156,12 @@ class Committer:
                 self._small[name][: len(found)] = found
         self._group = group
 
-    def _write_small(self, group: int, slots: Sequence[Slot]) -> None:
-        first = group * self.layout.group_rows
-        for name, values in self._small.items():
-            for slot in slots:
-                values[slot.first - first : slot.first - first + slot.rows] = slot.small[name][: slot.rows]
-            stop = min(first + self.layout.group_rows, self._arrays[name].shape[0])
-            self._arrays[name][first:stop] = values[: stop - first]
+    def _write_small(self, name: str, group: int, slots: Sequence[Slot]) -> None:
+        first, values = group * self.layout.group_rows, self._small[name]
+        for slot in slots:
+            values[slot.first - first : slot.first - first + slot.rows] = slot.small[name][: slot.rows]
+        stop = min(first + self.layout.group_rows, self._arrays[name].shape[0])
+        self._arrays[name][first:stop] = values[: stop - first]
 
     def _write_records(self, group: int, written: dict[int, int]) -> None:
         stop = min((group + 1) * self.layout.group_chunks, self._arrays["commits"].shape[0])

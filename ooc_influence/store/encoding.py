@@ -81,23 +81,43 @@ def fill_value(name: Representation) -> float | int:
 
 def encode(rows: FloatRows, name: Representation, column_scale: FloatRows | None = None) -> tuple[RawRows, FloatRows]:
     """Return the stored form of float32 ``rows`` (b, k) and their scale (b,)."""
-    scale = np.ones(len(rows), np.float32)
-    if column_scale is not None:
-        rows = rows / column_scale
+    raw = np.empty((len(rows), array_columns(name, rows.shape[1])), array_dtype(name))
+    scale = np.empty(len(rows), np.float32)
+    encode_into(rows, raw, scale, name, column_scale)
+    return raw, scale
+
+
+def encode_into(
+    rows: FloatRows, raw: RawRows, scale: FloatRows, name: Representation, column_scale: FloatRows | None = None
+) -> None:
+    """Write the stored form of float32 ``rows`` (b, k) to ``raw`` (b, columns), their scale to ``scale`` (b,)."""
+    step = max(1, _TILE_BYTES // max(1, 4 * rows.shape[1]))
+    for start in range(0, len(rows), step):
+        part = slice(start, start + step)
+        tile = rows[part] if column_scale is None else rows[part] / column_scale
+        scale[part] = _encode_tile(tile, raw[part], name)
+
+
+def _encode_tile(tile: FloatRows, raw: RawRows, name: Representation) -> FloatRows | float:
+    """Write the stored form of a few rows; return their scale."""
     if name == "float32":
-        return rows, scale
+        raw[...] = tile
+        return 1.0
     if name == "bfloat16":
-        bits = np.ascontiguousarray(rows).view(np.uint32)
-        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16), scale
-    largest = np.maximum(rows.max(axis=1), -rows.min(axis=1)) if rows.size else scale
+        bits = np.ascontiguousarray(tile).view(np.uint32)
+        np.copyto(raw, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, casting="unsafe")
+        return 1.0
+    largest = np.maximum(tile.max(axis=1), -tile.min(axis=1))
     if name == "float16":
         exponent = np.clip(np.frexp(largest)[1] - 15, -126, 127)
         scale = np.where(largest > 0, np.ldexp(np.float32(1), exponent), np.float32(1)).astype(np.float32)
-        return np.multiply(rows, (1 / scale)[:, None]).astype(np.float16), scale
+        np.copyto(raw, np.multiply(tile, (1 / scale)[:, None]), casting="same_kind")
+        return scale
     top = np.float32(_FORMS[name].top)
     scale = np.where(largest > 0, np.maximum(largest / top, _SMALLEST), np.float32(1)).astype(np.float32)
-    whole = np.clip(np.rint(rows / scale[:, None]), -top, top).astype(np.int8)
-    return (_pack(whole) if name == "int4" else whole), scale
+    whole = np.clip(np.rint(tile / scale[:, None]), -top, top).astype(np.int8)
+    raw[...] = _pack(whole) if name == "int4" else whole
+    return scale
 
 
 def _pack(whole: npt.NDArray[np.int8]) -> npt.NDArray[np.uint8]:

@@ -107,10 +107,18 @@ class LocalArrayStore(LocalStore):
             return await super().get(key, prototype, byte_range)
         if not self._is_open:
             await self._open()
+        mapped = self.map_chunk(key)  # in the event loop: mapping reads nothing, a thread would cost more
+        return None if mapped is None else (prototype or MAPPED).buffer.from_array_like(mapped)
+
+    def map_chunk(self, key: str) -> np.ndarray[Any, np.dtype[np.uint8]] | None:
+        """Return the bytes of the chunk under ``key`` as a map; None where it is missing and may be.
+
+        What ``get`` does, without the event loop: for streaming through chunks.
+        """
         array = key.rpartition("/")[0]
         path = f"{self.root}/{key}"
         try:
-            mapped = map_file(path)  # in the event loop: mapping reads nothing, a thread would cost more
+            mapped = map_file(path)
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             if self.chunk_bytes is None or array in self.may_lack:
                 return None
@@ -118,7 +126,7 @@ class LocalArrayStore(LocalStore):
         expected = (self.chunk_bytes or {}).get(array)
         if expected is not None and mapped.size != expected:
             raise StoreDamagedError(short_chunk(path, expected, mapped.size))
-        return (prototype or MAPPED).buffer.from_array_like(mapped)
+        return mapped
 
     async def set(self, key: str, value: Buffer) -> None:
         """Write ``value`` under ``key``: whole and on the disk, or not at all."""

@@ -14,8 +14,8 @@ from ooc_influence.errors import InputError, MismatchError, StoreDamagedError
 from ooc_influence.store import commits, place
 from ooc_influence.store.arrays import open_group, read_array
 from ooc_influence.store.cache import ChunkCache
-from ooc_influence.store.encoding import FloatRows
-from ooc_influence.store.local import MAPPED
+from ooc_influence.store.encoding import FloatRows, array_dtype
+from ooc_influence.store.local import MAPPED, LocalArrayStore
 from ooc_influence.store.marks import marked_groups
 from ooc_influence.store.mask import Mask
 from ooc_influence.store.opening import check_lengths, open_store, read_damaged_records, read_records
@@ -246,6 +246,12 @@ class StoreView:
         """Return the stored form of a chunk's committed rows, from the cache where there is one."""
         start = chunk * self.layout.chunk_rows
         record = int(self._records[chunk])
+        files = self._group.store
+        if isinstance(files, LocalArrayStore) and self.layout.codec is None:
+            mapped = files.map_chunk(f"gradients/c.{chunk}.0")
+            assert mapped is not None
+            shape = (self.layout.chunk_rows, self.layout.array_columns)
+            return mapped.view(array_dtype(self.layout.dtype)).reshape(shape)[: record >> 32]
 
         def read() -> npt.NDArray[Any]:
             return self.read("gradients", slice(start, start + (record >> 32)), slice(0, self.layout.array_columns))

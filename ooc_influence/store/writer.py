@@ -11,7 +11,7 @@ import errno
 import os
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import numpy as np
 from ooc_influence.errors import InputError, OocInfluenceError, StoreDamagedError, StoreWriteError
 from ooc_influence.store import commits
 from ooc_influence.store.committer import Committer, Slot
-from ooc_influence.store.encoding import FloatRows, RawRows, encode
+from ooc_influence.store.encoding import FloatRows, RawRows, encode_into
 from ooc_influence.store.layout import Layout
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -111,25 +111,37 @@ class RangeWriter:
         StoreWriteError
             If the disk refuses, or refused before.
         """
-        self._check_usable()
-        raw, scale = encode(rows, self._layout.dtype, self._scale)
-        self.append_raw(raw, {"row_scale": scale, **small})
+        self._check_room(len(rows))
+        for slot, places, part in self._places(len(rows)):
+            scale = slot.small["row_scale"][places]
+            encode_into(rows[part], slot.gradients[places], scale, self._layout.dtype, self._scale)
+            for name, values in small.items():
+                slot.small[name][places] = values[part]
 
     def append_raw(self, raw: RawRows, small: Mapping[str, Any], source: Path | None = None) -> None:
         """Add rows in their stored form; ``source`` is a file that holds exactly these, a whole chunk."""
-        if self.room is not None and len(raw) > self.room:
-            raise InputError(f"expected at most {self.room} more rows in this range; received {len(raw)}")
+        self._check_room(len(raw))
+        for slot, places, part in self._places(len(raw)):
+            slot.gradients[places] = raw[part]
+            for name, values in slot.small.items():
+                values[places] = small[name][part]
+            whole = places == slice(0, self._layout.chunk_rows)
+            slot.source = source if whole else None
+
+    def _check_room(self, rows: int) -> None:
+        if self.room is not None and rows > self.room:
+            raise InputError(f"expected at most {self.room} more rows in this range; received {rows}")
         self._check_usable()
+
+    def _places(self, rows: int) -> Iterator[tuple[Slot, slice, slice]]:
+        """Yield where to put the next ``rows`` rows: a slot, places in it, which of the rows; full slots go on."""
         done = 0
-        while done < len(raw):
+        while done < rows:
             slot = self._current_slot()
             at = self.next_row - slot.first
-            take = min(len(raw) - done, self._layout.chunk_rows - at)
-            slot.gradients[at : at + take] = raw[done : done + take]
-            for name, values in slot.small.items():
-                values[at : at + take] = small[name][done : done + take]
+            take = min(rows - done, self._layout.chunk_rows - at)
+            yield slot, slice(at, at + take), slice(done, done + take)
             slot.rows = at + take
-            slot.source = source if take == self._layout.chunk_rows else None
             done += take
             self._advance(take)
 
