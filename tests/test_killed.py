@@ -184,9 +184,9 @@ def run(kills, seed):
                 if committed == N and not killed:
                     break
             assert committed == N
-            assert contents(path) == whole[planned], [
-                name for name in whole[planned] if contents(path).get(name) != whole[planned][name]
-            ]
+            found, wanted = contents(path), whole[planned]
+            differing = {name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name)}
+            assert not differing, differing
     print(json.dumps(seen))
 
 

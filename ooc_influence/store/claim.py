@@ -4,7 +4,8 @@ A claim is a small file ``commits/.claim-<name>.<generation>`` (inside an array'
 members) that says who holds it. It is created exclusively (a hard link, or a conditional PUT), so of two that want
 it one gets it. Who takes over creates the next generation; an owner that finds a later one than its own has lost the
 claim and must not write: it looks before every commit, before the data and before the record. An owner is dead if its
-process is gone (seen on the same machine) or its machine was started anew, or, elsewhere, if its heartbeat stands still.
+process is gone (seen on the same machine) or its machine was started anew, or, elsewhere, if its heartbeat stands
+still.
 
 Ranges may be cut differently from run to run, so a new claim is checked against every other after it was made; of two
 that overlap and come at the same moment, one or both are refused.
@@ -100,6 +101,11 @@ def read_claims(store: StorePath) -> dict[str, tuple[int, Owner]]:
     return {name: (generation, _read(store, name, generation)) for name, generation in latest.items()}
 
 
+def claim_name(start: int, stop: int | None) -> str:
+    """Return the name of the claim on a range of rows."""
+    return f"rows-{start}-{'end' if stop is None else stop}"
+
+
 def claimed_rows(name: str) -> tuple[int, int | None] | None:
     """Return the rows a claim is about, the second None for all there will be; None for other claims."""
     match = re.fullmatch(r"rows-(\d+)-(\d+|end)", name)
@@ -126,7 +132,7 @@ class Claim:
 
     def __init__(self, store: StorePath, start: int = 0, stop: int | None = None, *, name: str | None = None) -> None:
         self._store = store
-        self._name = name or f"rows-{start}-{'end' if stop is None else stop}"
+        self._name = name or claim_name(start, stop)
         self._pid = os.getpid()
         self._released = threading.Event()
         self._heard = time.monotonic()

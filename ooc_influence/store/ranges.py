@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ooc_influence.errors import InputError, StoreBusyError, StoreWriteError
 from ooc_influence.store import disk
-from ooc_influence.store.claim import Claim
+from ooc_influence.store.claim import Claim, claim_name
 from ooc_influence.store.layout import Layout
 from ooc_influence.store.place import StorePath, is_local
 
@@ -50,11 +50,13 @@ def clear_range(path: StorePath, layout: Layout, start: int, stop: int | None) -
     """Delete what writes interrupted by a crash left behind in a range that the caller has claimed."""
     if not is_local(path):
         return
-    for name in ("gradients", "commits", *layout.row_arrays):
+    own_claim = f".claim-{claim_name(start, stop)}."
+    for name in ("gradients", "commits", "dropped", *layout.row_arrays):
         size = layout.chunk_rows if name == "gradients" else layout.group_rows
 
         def mine(file: str, size: int = size) -> bool:
             number = file.split(".")[1] if file.startswith("c.") else ""
-            return stop is None or (number.isdigit() and start <= int(number) * size < stop)
+            inside = number.isdigit() and stop is not None and start <= int(number) * size < stop
+            return stop is None or inside or file.startswith(own_claim)
 
         disk.remove_partial_files(path / name, mine)
