@@ -1,4 +1,4 @@
-"""Writes tests/fixtures/format-1.zarr: run once a format version, then kept; later versions must still read it."""
+"""Writes tests/fixtures/format-2.zarr: run once a format version, then kept; later versions must still read it."""
 
 from __future__ import annotations
 
@@ -26,8 +26,11 @@ def write(path: Path) -> None:
         columns = {"label": np.arange(11) % 3, "source": ["a", "b"] * 5 + ["ç"]}
         store.append(ROWS, loss=np.arange(11) / 8, ids=NAMES, columns=columns)
         store.drop([4])
+        store.record(created=dict(store.attrs["created"]) | {"host": "example"})
     fit_fisher(path)
+    for claim in (path / "commits").glob(".claim*"):
+        claim.unlink()
 
 
 if __name__ == "__main__":
-    write(Path(__file__).parent / "fixtures" / "format-1.zarr")
+    write(Path(__file__).parent / "fixtures" / "format-2.zarr")

@@ -14,11 +14,15 @@ from ooc_influence import Curvature, Dropout, GradientStore, fit_fisher, self_in
 from ooc_influence.curvature import resolve_curvature
 from ooc_influence.errors import StoreFormatError
 
-FIXTURE = Path(__file__).parent / "fixtures" / "format-1.zarr"
+FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURE = FIXTURES / "format-1.zarr"
+EVERY = pytest.mark.parametrize("fixture", sorted(FIXTURES.iterdir()), ids=lambda path: path.stem)
 
 
-def test_format_1_is_read():
-    store = GradientStore.open(FIXTURE)
+@EVERY
+def test_every_format_is_read(fixture):
+    store = GradientStore.open(fixture)
+    assert store.attrs["format"] == int(fixture.stem.removeprefix("format-"))
     assert store.shape == (11, 6)
     assert store.verify() == []
     assert_allclose(store.rows(), ROWS, atol=2.0**-11 * np.abs(ROWS).max())
@@ -30,8 +34,9 @@ def test_format_1_is_read():
     assert [module.layer for module in store.mask.modules] == LAYERS
 
 
-def test_its_curvature_is_up_to_date():
-    store = GradientStore.open(FIXTURE)
+@EVERY
+def test_its_curvature_is_up_to_date(fixture):
+    store = GradientStore.open(fixture)
     curvature = resolve_curvature(store, None)
     assert isinstance(curvature, Curvature)
     live = np.delete(store.rows().astype(np.float64), 4, axis=0)

@@ -10,7 +10,12 @@ from pathlib import Path
 import pytest
 
 BENCH = Path(__file__).parent.parent / "tools" / "bench"
-SMALL = {"extraction": ["--rounds", "1", "--k", "512"], "memory": ["--rows", "600", "--k", "64"]}
+SMALL = {
+    "extraction": ["--rounds", "1", "--k", "512"],
+    "memory": ["--rows", "600", "--k", "64"],
+    "representations": ["--mib", "1", "--k", "100", "--repeats", "1"],
+    "store": ["--mib", "32", "--chunks", "300", "--repeats", "1"],
+}
 
 
 def test_every_benchmark_is_listed():

