@@ -7,8 +7,9 @@ import json
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
+from scipy.stats import spearmanr
 
-from ooc_influence import GradientStore
+from ooc_influence import GradientStore, Storage, fit_fisher, influence_scores
 from ooc_influence.cli.demo import run_demo
 from ooc_influence.cli.demo.digits import FLIPPED_SHARE, TRAIN, load_digits
 from ooc_influence.cli.main import main
@@ -40,6 +41,23 @@ def test_a_mistake_is_explained(folder):
     assert all(entry["score"] < 0 and entry["label"] != explained["label"] for entry in explained["opponents"])
     pytest.importorskip("matplotlib")
     assert (path / "explained.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_eight_bits_rank_as_thirty_two(folder, tmp_path):
+    path, _ = folder
+    scores = {}
+    for dtype in ("float32", "int8"):
+        for name in ("train", "test"):
+            source = GradientStore.open(path / f"{name}-k512.zarr")
+            storage = Storage(chunk_rows=256)
+            with GradientStore.create(
+                tmp_path / f"{name}-{dtype}", source.mask, dtype=dtype, storage=storage, attributes=source.attrs
+            ) as store:
+                store.append(source.rows(), loss=source.loss)
+        fit_fisher(tmp_path / f"train-{dtype}", memory="2GiB")
+        scores[dtype] = influence_scores(tmp_path / f"test-{dtype}", tmp_path / f"train-{dtype}").compute().ravel()
+    assert len(scores["int8"]) > 100_000
+    assert spearmanr(scores["int8"], scores["float32"]).statistic >= 0.999
 
 
 def test_the_store_grows_from_there(folder, capsys):

@@ -40,7 +40,7 @@ def test_the_commands_run_as_printed(tmp_path):
     lines = [line.split("  #")[0].strip() for kind, text in BLOCKS if kind == "bash" for line in text.splitlines()]
     run = [line for line in lines if line and line.split()[0] not in NOT_RUN]
     assert {line.split()[0] for line in lines} - {"ooc-influence"} == set(NOT_RUN)
-    assert len(run) == 7
+    assert len(run) == 9
     for line in run:
         done = subprocess.run(line, shell=True, cwd=tmp_path, env=environment(), capture_output=True, text=True)
         assert done.returncode == 0, f"{line}: {done.stderr}"

@@ -2,7 +2,6 @@
 
 from ooc_influence.store.arrays import (
     CHUNK_TARGET,
-    CODECS,
     create_array,
     open_group,
     read_array,
@@ -10,9 +9,9 @@ from ooc_influence.store.arrays import (
     writable_array,
 )
 from ooc_influence.store.cache import ChunkCache
-from ooc_influence.store.encoding import REPRESENTATIONS, Representation, parse_representation
+from ooc_influence.store.encoding import Representation, parse_representation
 from ooc_influence.store.gradient_store import GradientStore
-from ooc_influence.store.layout import Layout, Storage, column_dtype
+from ooc_influence.store.layout import Storage, column_dtype
 from ooc_influence.store.mask import LayerShape, Mask, ModuleMask
 from ooc_influence.store.place import (
     NewFolder,
@@ -20,7 +19,6 @@ from ooc_influence.store.place import (
     StorePath,
     array_store,
     exists,
-    in_this_process_only,
     is_file,
     is_local,
     names,
@@ -35,9 +33,9 @@ from ooc_influence.store.upgrade import upgrade_store
 from ooc_influence.store.verify import Damage
 
 __all__ = [
-    "CHUNK_TARGET", "CODECS", "REPRESENTATIONS", "Block", "ChunkCache", "Damage", "GradientStore", "LayerShape",
-    "Layout", "Mask", "ModuleMask", "NewFolder", "PathLike", "Representation", "Storage", "StorePath", "array_store",
-    "check_finite", "column_dtype", "compact_store", "create_array", "exists", "in_this_process_only", "is_file",
+    "CHUNK_TARGET", "Block", "ChunkCache", "Damage", "GradientStore", "LayerShape",
+    "Mask", "ModuleMask", "NewFolder", "PathLike", "Representation", "Storage", "StorePath", "array_store",
+    "check_finite", "column_dtype", "compact_store", "create_array", "exists", "is_file",
     "is_local", "merge_stores", "names", "open_group", "parse_path", "parse_representation", "read_array",
     "read_blocks", "remove_tree", "square_chunks", "tree_bytes", "upgrade_store", "writable_array",
 ]  # fmt: skip

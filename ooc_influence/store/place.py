@@ -64,11 +64,6 @@ def is_local(path: StorePath) -> TypeGuard[Path]:
     return isinstance(path, Path)
 
 
-def in_this_process_only(path: StorePath) -> bool:
-    """Return whether other processes cannot see the place: ``memory://``."""
-    return not isinstance(path, Path) and path.protocol == "memory"
-
-
 def array_store(
     path: StorePath,
     *,
