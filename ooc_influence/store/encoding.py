@@ -7,7 +7,8 @@ float32    (n, k) float32  the number itself
 float16    (n, k) float16  number / row scale; the scale is a power of two that brings the row's largest entry into
                            [2^14, 2^15), so scaling loses no bits and gradients down to 2^-38 of it stay above zero
 bfloat16   (n, k) uint16   the upper half of the float32, rounded to nearest even (Zarr has no bfloat16)
-int8       (n, k) int8     number / row scale rounded to -127..127; the scale is the row's largest entry / 127
+int8       (n, k) int8     q in -127..127 with number = q·|q| · row scale; the scale is the row's largest entry / 127².
+                           Gradients have few large entries: equal steps would leave the many small ones too few levels
 int4       (n, ⌈k/2⌉)      the same with -7..7; byte j holds column j in its lower four bits and column j + ⌈k/2⌉ in its
            uint8           upper ones, in two's complement
 =========  ==============  ==================================================================================
@@ -32,6 +33,8 @@ FloatRows = npt.NDArray[np.float32]
 RawRows = npt.NDArray[Any]
 
 _TILE_BYTES = 2**19  # float32 bytes converted at a time: the tile stays in cache
+_HALF_BITS = np.int32(0x8FFFE000 - 2**32)  # sign, five bits of exponent and ten of fraction, in a float32's places
+_HALF_BIAS = np.float32(2.0**112)  # between the two exponents
 _SMALLEST = np.float32(np.finfo(np.float32).tiny)  # a smaller scale would lose its own bits
 
 
@@ -118,9 +121,11 @@ def _encode_tile(tile: FloatRows, raw: RawRows, name: Representation, buffer: Fl
         _to_half(np.multiply(tile, (1 / scale)[:, None], out=buffer), raw)
         return scale
     top = np.float32(_FORMS[name].top)
-    scale = np.where(largest > 0, np.maximum(largest / top, _SMALLEST), np.float32(1)).astype(np.float32)
-    np.rint(np.divide(tile, scale[:, None], out=buffer), out=buffer)
-    whole = np.clip(buffer, -top, top, out=buffer).astype(np.int8)
+    scale = np.where(largest > 0, np.maximum(largest / top**2, _SMALLEST), np.float32(1)).astype(np.float32)
+    negative = np.signbit(tile)
+    np.sqrt(np.abs(np.divide(tile, scale[:, None], out=buffer), out=buffer), out=buffer)
+    whole = np.minimum(np.rint(buffer, out=buffer), top, out=buffer).astype(np.int8)
+    np.negative(whole, out=whole, where=negative)
     raw[...] = _pack(whole) if name == "int4" else whole
     return scale
 
@@ -148,10 +153,13 @@ def decode_into(
 ) -> None:
     """Write the float32 values of ``raw`` (m, columns) with its ``scale`` (m,) into ``out`` (m, k)."""
     rows = max(1, _TILE_BYTES // max(1, 4 * out.shape[1]))
+    buffer = np.empty((min(rows, len(raw)), out.shape[1]) if _FORMS[name].top else 0, np.float32)
     for start in range(0, len(raw), rows):
         part = slice(start, start + rows)
         tile = out[part]
         _convert(raw[part], tile, name)
+        if _FORMS[name].top:
+            np.multiply(tile, np.abs(tile, out=buffer[: len(tile)]), out=tile)
         if name not in ("float32", "bfloat16"):
             np.multiply(tile, scale[part, None], out=tile)
         if column_scale is not None:
@@ -163,11 +171,17 @@ def _convert(raw: RawRows, tile: FloatRows, name: Representation) -> None:
         bits = tile.view(np.uint32)
         np.copyto(bits, raw)
         np.left_shift(bits, 16, out=bits)
+    elif name == "float16":  # the bits, moved: several times as fast as NumPy's conversion; rows are finite
+        whole = tile.view(np.int32)
+        np.copyto(whole, raw.view(np.int16))
+        np.left_shift(whole, 13, out=whole)
+        np.bitwise_and(whole, _HALF_BITS, out=whole)
+        np.multiply(tile, _HALF_BIAS, out=tile)
     elif name == "int4":
         half = raw.shape[1]
-        whole = raw.view(np.int8)
-        np.copyto(tile[:, :half], (whole << 4) >> 4)
-        np.copyto(tile[:, half:], (whole >> 4)[:, : tile.shape[1] - half])
+        packed = raw.view(np.int8)
+        np.copyto(tile[:, :half], (packed << 4) >> 4)
+        np.copyto(tile[:, half:], (packed >> 4)[:, : tile.shape[1] - half])
     else:
         np.copyto(tile, raw)
 
