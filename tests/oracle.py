@@ -10,7 +10,7 @@ from torch.func import functional_call, grad
 
 
 def per_sample_gradients(model, loss_of_sample, samples, layers):
-    """Full float64 gradients of the named linear layers, (n, p): [weight | bias] of each layer, row by row.
+    """Full float64 gradients of the given layers (``LayerShape``), (n, p): their entry matrices, row by row.
 
     ``loss_of_sample(model_function, sample)`` returns the scalar loss of one sample.
     """
@@ -26,17 +26,28 @@ def per_sample_gradients(model, loss_of_sample, samples, layers):
     try:
         for sample in samples:
             found = grad(loss)(parameters, sample)
-            parts = []
-            for layer in layers:
-                prefix = f"{layer}." if layer else ""
-                matrix = found[f"{prefix}weight"]
-                if f"{prefix}bias" in found:
-                    matrix = torch.cat([matrix, found[f"{prefix}bias"][:, None]], dim=1)
-                parts.append(matrix.flatten())
+            parts = [entry_matrix(layer, found).flatten() for layer in layers]
             rows.append(torch.cat(parts).numpy())
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
     return np.stack(rows)
+
+
+def entry_matrix(layer, gradients):
+    """The entry matrix of a layer, from the gradients of all parameters by name."""
+    prefix = f"{layer.name}." if layer.name else ""
+    own = {name.removeprefix(prefix): value for name, value in gradients.items() if name.startswith(prefix)}
+    if layer.kind == "func":
+        flat = torch.cat([value.flatten() for value in own.values()])
+        return flat[: layer.entries][None]
+    weight = own["weight"]
+    if layer.kind == "transposed_linear":
+        weight = weight.T
+    elif layer.kind == "conv":
+        weight = weight.flatten(1)
+    elif layer.kind.endswith("_norm"):
+        weight = weight.flatten()[:, None]
+    return torch.cat([weight, own["bias"].flatten()[:, None]], dim=1) if layer.bias else weight
 
 
 def keep(gradients, mask):

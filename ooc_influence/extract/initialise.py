@@ -23,6 +23,7 @@ def init_store(
     compressor: Dropout | None = None,
     like: GradientStore | PathLike | None = None,
     modules: ModuleSelection = None,
+    fallback: bool = False,
     dtype: str = "float16",
     ids: str | None = None,
     columns: Mapping[str, str] | None = None,
@@ -37,7 +38,7 @@ def init_store(
 
     Parameters
     ----------
-    model, store, compressor, like, modules, dtype, loss_kind, storage, check_model
+    model, store, compressor, like, modules, fallback, dtype, loss_kind, storage, check_model
         As for :func:`extract_gradients`. The model's weights are looked at for the fingerprint only.
     rows : int
         Rows of the whole store, n.
@@ -67,7 +68,9 @@ def init_store(
     ]:
         if kind not in known:
             raise InputError(f"expected {name} of type {', '.join(known)}; received {kind!r}")
-    plan = make_plan(model, compressor, like, modules, dtype, loss_kind, storage, store, check_model=check_model)
+    plan = make_plan(
+        model, compressor, like, modules, fallback, dtype, loss_kind, storage, store, check_model=check_model
+    )
     found = open_existing(store, plan)
     if found is None:
         GradientStore.create(

@@ -28,7 +28,8 @@ from ooc_influence.extract.batching import (
 from ooc_influence.extract.layers import ModuleSelection
 from ooc_influence.extract.metadata import RowMetadata, RowSource
 from ooc_influence.extract.plan import make_plan, parse_device
-from ooc_influence.extract.taps import GradientTaps, PerSampleLoss, tapped
+from ooc_influence.extract.rows import RowGatherer
+from ooc_influence.extract.taps import PerSampleLoss, Taps, tapped
 from ooc_influence.extract.target import Target
 from ooc_influence.progress import Progress
 from ooc_influence.store import GradientStore, PathLike, Storage
@@ -45,6 +46,7 @@ def extract_gradients(
     compressor: Dropout | None = None,
     like: GradientStore | PathLike | None = None,
     modules: ModuleSelection = None,
+    fallback: bool = False,
     dtype: str = "float16",
     device: torch.device | str | None = None,
     ids: RowSource | None = None,
@@ -75,7 +77,10 @@ def extract_gradients(
     like : GradientStore or path, optional
         A train store whose mask to use instead: makes a query store. The model must be the same.
     modules : str, sequence of str, callable, optional
-        Layers to tap: name patterns or a predicate ``(name, module) -> bool``; default every supported layer.
+        Layers to tap: name patterns or a predicate ``(name, module) -> bool``; default every supported layer, or those
+        that are trained where the others are frozen.
+    fallback : bool
+        Tap selected layers of unknown kinds too, through ``torch.func``, at the cost of their full gradients.
     dtype : {"float16", "bfloat16", "float32", "int8", "int4"}
         Representation on disk; float16, int8 and int4 have a float32 scale a row.
     device : torch.device or str, optional
@@ -121,7 +126,9 @@ def extract_gradients(
     """
     batching = batching or Batching()
     device = parse_device(model, device)
-    plan = make_plan(model, compressor, like, modules, dtype, loss_kind, storage, store, check_model=check_model)
+    plan = make_plan(
+        model, compressor, like, modules, fallback, dtype, loss_kind, storage, store, check_model=check_model
+    )
     total = count_rows(batches)
     metadata = RowMetadata.of(ids, columns)
     metadata.check_length(total)
@@ -130,12 +137,14 @@ def extract_gradients(
     if target.finished:
         target.close()
         return GradientStore.open(store)
+    layers = [module.layer for module in plan.mask.modules]
     try:
         with (
-            tapped(model, plan.mask, device, probe=batching.check_independence) as taps,
+            tapped(model, layers, device, skip=plan.mask.empty_modules, probe=batching.check_independence) as taps,
             Progress("extract", total if target.stop is None else target.own(0, target.stop), progress) as bar,
         ):
-            _Run(target, taps, model, per_sample_loss, device, bar).read(batches, batching.first_row)
+            gatherer = RowGatherer(plan.mask, device)
+            _Run(target, taps, gatherer, per_sample_loss, device, bar).read(batches, batching.first_row)
     finally:
         target.close()
         logger.info("%s: finished rows are committed", store)
@@ -148,13 +157,13 @@ class _Run:
     def __init__(
         self,
         target: Target,
-        taps: GradientTaps,
-        model: torch.nn.Module,
+        taps: Taps,
+        gatherer: RowGatherer,
         per_sample_loss: PerSampleLoss,
         device: torch.device,
         bar: Progress,
     ) -> None:
-        self._target, self._taps, self._model, self._loss = target, taps, model, per_sample_loss
+        self._target, self._taps, self._gatherer, self._loss = target, taps, gatherer, per_sample_loss
         self._device, self._bar = device, bar
         self._sizes_hold: bool | None = None  # whether a batch's first tensor tells its size; known after one batch
 
@@ -193,11 +202,11 @@ class _Run:
             return size or 0
         moved = to_device(batch, self._device)
         look = done or (size is None and row < self._target.next_row)
-        losses = self._taps.losses(self._model, self._loss, moved) if look else None
+        losses = self._taps.losses(self._loss, moved) if look else None
         if losses is not None and row + len(losses) <= self._target.next_row:
             self._target.check_same_data(batch, row, losses.float().cpu().numpy())
         else:
-            losses, rows = self._taps.rows(self._model, self._loss, moved)
+            losses, rows = self._gatherer(self._taps, self._loss, moved)
             self._check_size(size, len(losses))
             if self._taps.silent:
                 self._warn_silent()

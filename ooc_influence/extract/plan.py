@@ -11,7 +11,7 @@ import torch
 
 from ooc_influence.compress import Dropout
 from ooc_influence.errors import InputError, MismatchError, OocInfluenceWarning, StoreNotFoundError
-from ooc_influence.extract.layers import ModuleSelection, find_layers, model_fingerprint, select_layers
+from ooc_influence.extract.layers import ModuleSelection, find_uses, model_fingerprint, select_layers
 from ooc_influence.extract.taps import parameter_sequence
 from ooc_influence.store import (
     GradientStore,
@@ -82,6 +82,7 @@ def make_plan(
     compressor: Dropout | None,
     like: GradientStore | PathLike | None,
     modules: ModuleSelection,
+    fallback: bool,
     dtype: str,
     loss_kind: str | None,
     storage: Storage | None,
@@ -110,11 +111,11 @@ def make_plan(
             raise InputError(f"expected a query store apart from its train store; received {path} for both")
         attributes["model"] = _same_model(train, attributes["model"], check_model)
         mask = train.mask
-        find_layers(model, [module.layer for module in mask.modules])
+        find_uses(model, [module.layer for module in mask.modules])
         attributes |= {name: train.attrs.get(name) for name in ("compressor", "covered")}
     else:
         chosen = compressor or Dropout()
-        layers, share = select_layers(model, modules)
+        layers, share = select_layers(model, modules, fallback=fallback)
         mask = chosen.draw(layers)
         attributes |= {"compressor": chosen.to_dict(), "covered": share}
     return Plan(mask, representation, attributes, storage or Storage(), check_model)

@@ -1,8 +1,9 @@
 """The mask: which gradient entries a store keeps, and by what each is multiplied.
 
-The entries of a tapped module form a matrix of ``shape`` (out, in) or, with a bias, (out, in + 1): the bias is the last
-column, as if the input ended in a one. Kept entry c of the module is ``weight[c] * gradient[rows[c], cols[c]]``. The
-store's columns are the modules' entries one after the other, in the order of :attr:`Mask.modules`.
+The entries of a tapped module form a matrix of ``shape``; for a linear layer (out, in) or, with a bias, (out, in + 1):
+the bias is the last column, as if the input ended in a one. Kept entry c of the module is
+``weight[c] * gradient[rows[c], cols[c]]``. The columns of unreduced rows are the modules' entries one after the other,
+in the order of :attr:`Mask.modules`.
 """
 
 from __future__ import annotations
@@ -33,12 +34,15 @@ class LayerShape:
         Rows and columns of its entry matrix, the bias column included.
     bias : bool
         Whether the last column is the bias.
+    tied : tuple of str
+        Other modules that use the same weight; their gradients are added to the same entries.
     """
 
     name: str
     kind: str
     shape: tuple[int, int]
     bias: bool
+    tied: tuple[str, ...] = ()
 
     @property
     def entries(self) -> int:
@@ -78,6 +82,11 @@ class Mask:
         return sum(len(module.rows) for module in self.modules)
 
     @property
+    def empty_modules(self) -> set[int]:
+        """Modules, by number, of which nothing is kept."""
+        return {number for number, module in enumerate(self.modules) if not len(module.rows)}
+
+    @property
     def p(self) -> int:
         """Gradient entries of the tapped modules, kept or not."""
         return sum(module.layer.entries for module in self.modules)
@@ -88,7 +97,8 @@ class Mask:
         digest = hashlib.sha256()
         for module in self.modules:
             layer = module.layer
-            digest.update(repr((layer.name, layer.kind, layer.shape, layer.bias, len(module.rows))).encode())
+            tied = (layer.tied,) if layer.tied else ()
+            digest.update(repr((layer.name, layer.kind, layer.shape, layer.bias, len(module.rows), *tied)).encode())
             for array, dtype in ((module.rows, "<i4"), (module.cols, "<i4"), (module.weight, "<f4")):
                 digest.update(np.ascontiguousarray(array, dtype).tobytes())
         return digest.hexdigest()
@@ -99,7 +109,13 @@ class Mask:
             layer = module.layer
             target = group.create_group(f"mask/{number:05d}")
             target.attrs.update(
-                {"module": layer.name, "kind": layer.kind, "shape": list(layer.shape), "bias": layer.bias}
+                {
+                    "module": layer.name,
+                    "kind": layer.kind,
+                    "shape": list(layer.shape),
+                    "bias": layer.bias,
+                    "tied": list(layer.tied),
+                }
             )
             for name in ("rows", "cols", "weight"):
                 values = getattr(module, name)
@@ -120,7 +136,7 @@ class Mask:
             attrs = source.attrs
             layer = LayerShape(
                 str(attrs["module"]), str(attrs["kind"]), (int(attrs["shape"][0]), int(attrs["shape"][1])),
-                bool(attrs["bias"]),
+                bool(attrs["bias"]), tuple(map(str, attrs.get("tied", ()))),
             )  # fmt: skip
             arrays = [read_array(source, name) for name in ("rows", "cols", "weight")]
             modules.append(ModuleMask(layer, *arrays))

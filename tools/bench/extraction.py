@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 import ooc_influence as ooc
 from ooc_influence.extract.layers import select_layers
+from ooc_influence.extract.rows import RowGatherer
 from ooc_influence.extract.taps import tapped
 
 VOCABULARY, WIDTH, LAYERS, HEADS, TOKENS, BATCH = 8192, 512, 6, 8, 128, 8
@@ -86,6 +87,7 @@ def main() -> None:
     tokens = torch.randint(0, VOCABULARY, (BATCH, TOKENS))
     layers, share = select_layers(model, None)
     mask = ooc.Dropout(k=options.k).draw(layers)
+    gather = RowGatherer(mask, torch.device("cpu"))
     folder = tempfile.TemporaryDirectory()
     store = ooc.GradientStore.create(f"{folder.name}/store.zarr", mask)
 
@@ -121,11 +123,11 @@ def main() -> None:
     for number in range(options.rounds + 1):
         clock("train", train, number > 0)
         clock("floor", frozen(floor), number > 0)
-        with tapped(model, mask, torch.device("cpu")) as taps:
-            clock("ours", lambda: taps.rows(model, per_sample_loss, tokens), number > 0)
+        with tapped(model, layers, torch.device("cpu"), skip=mask.empty_modules) as taps:
+            clock("ours", lambda: gather(taps, per_sample_loss, tokens), number > 0)
 
             def write() -> None:
-                losses, rows = taps.rows(model, per_sample_loss, tokens)
+                losses, rows = gather(taps, per_sample_loss, tokens)
                 store.append(rows.numpy(), loss=losses.numpy())
 
             clock("write", write, number > 0)

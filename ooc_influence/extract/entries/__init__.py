@@ -1,0 +1,18 @@
+"""The layer kinds: what is a layer's entry matrix, and how its kept entries are gathered."""
+
+from ooc_influence.extract.entries.base import Entries, Moments, Place, computes_weights
+from ooc_influence.extract.entries.conv import ConvEntries
+from ooc_influence.extract.entries.embedding import EmbeddingEntries
+from ooc_influence.extract.entries.func import FuncEntries, float_leaves, own_parameters
+from ooc_influence.extract.entries.linear import LinearEntries, TransposedLinearEntries
+from ooc_influence.extract.entries.norm import BatchNormEntries, GroupNormEntries, LayerNormEntries, RMSNormEntries
+
+KINDS: dict[str, type[Entries]] = {
+    kind.kind: kind
+    for kind in (
+        LinearEntries, TransposedLinearEntries, ConvEntries, EmbeddingEntries, LayerNormEntries, RMSNormEntries,
+        GroupNormEntries, BatchNormEntries, FuncEntries,
+    )
+}  # fmt: skip
+
+__all__ = ["KINDS", "Entries", "FuncEntries", "Moments", "Place", "computes_weights", "float_leaves", "own_parameters"]

@@ -1,0 +1,137 @@
+"""What a layer kind has to tell: its entry matrix, how kept entries are gathered, what a pilot learns of them.
+
+The entries of a layer form a matrix (:class:`~ooc_influence.store.LayerShape`). From the layer's input x and its
+output's gradient δ, both with the batch on axis 0, a kind computes the kept entries of every sample's gradient.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from ooc_influence.store import LayerShape, ModuleMask
+
+
+class Moments(NamedTuple):
+    """What a pilot batch says of the entries' second moments, in product form.
+
+    Entry (i, j)'s second moment is estimated by ``rows[i] * cols[j]`` after division by the samples and the tokens.
+
+    Attributes
+    ----------
+    rows : (R,) float64
+        Σ over samples and tokens of δ_i².
+    cols : (C,) float64
+        Σ over samples and tokens of x_j²; the bias column is the number of tokens.
+    tokens : int
+        Tokens summed over.
+    """
+
+    rows: Tensor
+    cols: Tensor
+    tokens: int
+
+
+class Place(NamedTuple):
+    """Where some of a layer's entries are in one of its parameters.
+
+    Attributes
+    ----------
+    parameter : str
+        The parameter's name in the module.
+    at : (m,) int64
+        Which of the entries.
+    places : (m,) int64
+        Their places in the flattened parameter.
+    """
+
+    parameter: str
+    at: npt.NDArray[np.int64]
+    places: npt.NDArray[np.int64]
+
+
+class Entries(ABC):
+    """The kept entries of one layer, ready to be gathered.
+
+    Parameters
+    ----------
+    kept : ModuleMask
+        The entries and their weights; m of them.
+    module : nn.Module
+        The layer.
+    device : torch.device
+        Where its activations are.
+    """
+
+    kind: ClassVar[str]
+    flattens: ClassVar[bool] = False  # whether models may hand over (samples · tokens, features)
+
+    def __init__(self, kept: ModuleMask, module: nn.Module, device: torch.device) -> None:
+        self.entries = len(kept.rows)
+        self.layer = kept.layer
+        self._module = module
+        self._rows = torch.from_numpy(kept.rows).long().to(device)
+        self._cols = torch.from_numpy(kept.cols).long().to(device)
+        self._weight = torch.from_numpy(kept.weight).to(device)
+
+    @classmethod
+    @abstractmethod
+    def describe(cls, name: str, module: nn.Module) -> LayerShape | None:
+        """Return the entry matrix of a module of this kind; None for another module."""
+
+    @classmethod
+    @abstractmethod
+    def moments(cls, layer: LayerShape, module: nn.Module, x: Any, delta: Any) -> Moments:
+        """Return what x and δ of a pilot batch say of the entries' second moments."""
+
+    @classmethod
+    @abstractmethod
+    def locate(
+        cls, layer: LayerShape, module: nn.Module, rows: npt.NDArray[np.int32], cols: npt.NDArray[np.int32]
+    ) -> list[Place]:
+        """Return where entries (rows, cols) are in the module's parameters."""
+
+    @classmethod
+    def batched(cls, module: nn.Module, x: Any, delta: Any, b: int) -> bool:
+        """Return whether x has a batch of ``b`` samples on axis 0."""
+        return bool(x.dim() >= 2 and x.shape[0] == b)
+
+    @abstractmethod
+    def gather(self, x: Any, delta: Any) -> Tensor:
+        """Return the entries without their weights, (b, m) float32 or wider."""
+
+    def __call__(self, x: Any, delta: Any) -> Tensor:
+        """Return the weighted entries, (b, m) float32."""
+        return self.gather(x, delta).float().mul_(self._weight)
+
+
+_OWNERS = (
+    nn.Linear, nn.modules.conv._ConvNd, nn.Embedding, nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm,
+)  # fmt: skip
+
+
+def computes_weights(module: nn.Module) -> bool:
+    """Return whether a layer's weight or bias is computed from other parameters: parametrised, pruned."""
+    if not isinstance(module, _OWNERS):
+        return False
+    own = module._parameters.keys() | module._buffers.keys()
+    return any(getattr(module, name, None) is not None and name not in own for name in ("weight", "bias"))
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that products of ``dtype`` are summed in: float32 at least."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def split_bias(
+    layer: LayerShape, rows: npt.NDArray[np.int32], cols: npt.NDArray[np.int32]
+) -> tuple[npt.NDArray[np.int64], list[Place]]:
+    """Return which entries are the weight's, and where the others are in ``bias``, the last column."""
+    at_bias = (cols == layer.shape[1] - 1) & layer.bias
+    places = [Place("bias", np.flatnonzero(at_bias), rows[at_bias].astype(np.int64))] if at_bias.any() else []
+    return np.flatnonzero(~at_bias), places

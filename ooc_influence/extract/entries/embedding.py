@@ -1,0 +1,102 @@
+"""Per-sample gradients of an embedding: entry (v, d) of a sample is Σ_t [id_t = v] δ[t, d].
+
+Kept entries are grouped by v, so that a token costs the kept entries of its own id only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from ooc_influence.extract.entries.base import Entries, Moments, Place, wide
+from ooc_influence.store import LayerShape, ModuleMask
+
+_TILE = 2**22  # (token, entry) pairs at a time
+
+
+class EmbeddingEntries(Entries):
+    """``torch.nn.Embedding``, also times a number (Gemma, BART); the entry matrix is its weight (ids, features)."""
+
+    kind = "embedding"
+
+    def __init__(self, kept: ModuleMask, module: nn.Module, device: torch.device) -> None:
+        super().__init__(kept, module, device)
+        self._order = torch.argsort(self._rows, stable=True)
+        self._count = torch.bincount(self._rows, minlength=kept.layer.shape[0])
+        self._start = self._count.cumsum(0) - self._count
+        self._scale = _scale(module)
+        padding: Any = getattr(module, "padding_idx", None)
+        if padding is not None:  # its row is never trained
+            self._count[padding] = 0
+
+    @classmethod
+    def describe(cls, name: str, module: nn.Module) -> LayerShape | None:
+        """See :class:`Entries`."""
+        if not isinstance(module, nn.Embedding) or module.scale_grad_by_freq or module.max_norm is not None:
+            return None
+        if _scale(module) is None:
+            return None
+        return LayerShape(name, cls.kind, (module.num_embeddings, module.embedding_dim), False)
+
+    @classmethod
+    def batched(cls, module: nn.Module, x: Any, delta: Any, b: int) -> bool:
+        """See :class:`Entries`; ids need no further axis."""
+        return bool(x.dim() >= 1 and x.shape[0] == b)
+
+    @classmethod
+    def moments(cls, layer: LayerShape, module: nn.Module, x: Any, delta: Any) -> Moments:
+        """See :class:`Entries`: rows are how often an id occurs, columns Σ δ_d²."""
+        rows = torch.bincount(x.reshape(-1).long(), minlength=layer.shape[0]).double()
+        d = delta.reshape(-1, delta.shape[-1])
+        return Moments(rows, d.to(wide(d.dtype)).square().sum(0, dtype=torch.float64), x.numel())
+
+    @classmethod
+    def locate(
+        cls, layer: LayerShape, module: nn.Module, rows: npt.NDArray[np.int32], cols: npt.NDArray[np.int32]
+    ) -> list[Place]:
+        """See :class:`Entries`."""
+        return [Place("weight", np.arange(len(rows)), rows.astype(np.int64) * layer.shape[1] + cols)]
+
+    def gather(self, x: Any, delta: Any) -> Tensor:
+        """Return the entries, (b, m), of ids x (b, ...) and δ (b, ..., features)."""
+        b = len(x)
+        d = delta.reshape(-1, delta.shape[-1])
+        ids = x.reshape(-1).long()
+        out = torch.zeros(b * self.entries, dtype=wide(delta.dtype), device=delta.device)
+        sample = torch.arange(b, device=ids.device).repeat_interleave(len(ids) // max(1, b))
+        step = max(1, _TILE // max(1, int(self._count.max()))) if self.entries else len(ids)
+        for first in range(0, len(ids), step):
+            part = slice(first, first + step)
+            count = self._count[ids[part]]
+            token = torch.arange(len(count), device=ids.device).repeat_interleave(count)
+            # the n-th pair of a token is its id's n-th kept entry
+            nth = torch.arange(len(token), device=ids.device) - (count.cumsum(0) - count)[token]
+            entry = self._order[self._start[ids[part]][token] + nth]
+            values = d[part][token, self._cols[entry]].to(out.dtype).mul_(self._scale)
+            out.index_add_(0, sample[part][token] * self.entries + entry, values)
+        return out.view(b, self.entries)
+
+
+def _scale(module: nn.Module) -> float | None:
+    """Return what an embedding multiplies its rows by, 1 for torch's; None where it does something else."""
+    assert isinstance(module, nn.Embedding)
+    if type(module).forward is nn.Embedding.forward:
+        return 1.0
+    if module.weight.is_meta or module.num_embeddings < 2:
+        return None
+    ids = torch.arange(2, device=module.weight.device)[None]
+    with torch.inference_mode(False), torch.no_grad():
+        plain = nn.functional.embedding(ids, module.weight.detach()).float()
+        try:
+            found = module(ids).detach().float()
+        except Exception:  # it takes something else than ids
+            return None
+    norm = float(plain.norm())
+    if found.shape != plain.shape or norm == 0:
+        return None
+    factor = float((found * plain).sum()) / norm**2
+    return factor if torch.allclose(found, factor * plain, rtol=1e-2, atol=1e-6) else None

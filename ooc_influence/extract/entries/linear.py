@@ -1,0 +1,184 @@
+"""Sampled per-sample gradients of a linear layer, without the full gradient.
+
+For an input x (b, t, in) and an output gradient δ (b, t, out), entry (i, j) of sample s's weight gradient is
+Σ_t δ[s, t, i] x[s, t, j]; its bias gradient is Σ_t δ[s, t, i]. m kept entries cost O(t·m) a sample. Three ways of
+computing them, chosen by their cost:
+
+- token-major: for a few samples at a time, columns of δ and x are gathered, multiplied and summed over t;
+- feature-major: x and δ are transposed once, then whole rows of b·t values are gathered by blocks of entries;
+- product: one small GEMM a sample over the distinct rows and columns of the kept entries, where these are few against
+  the entries: a grid, a mask that keeps nearly everything, importance sampling of a layer with a few strong features.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from ooc_influence.extract.entries.base import Entries, Moments, Place, split_bias, wide
+from ooc_influence.store import LayerShape, ModuleMask
+
+_CPU_TILE = 2**19  # values of one gathered operand: two float32 tiles of 2 MiB stay in the shared cache
+_GPU_TILE = 2**25  # on a GPU, few large launches
+_PRODUCT_GAIN = 16  # a GEMM's multiplications that cost as much as gathering one
+_QUANTISED = ("8bit", "4bit", "Quant", "HQQ", "FP8", "WQLinear", "Awq", "Bit")  # in the class names of such layers
+
+
+class LinearEntries(Entries):
+    """``torch.nn.Linear``, and quantised layers that compute the same: the weight is never looked at."""
+
+    kind = "linear"
+    flattens = True
+
+    def __init__(self, kept: ModuleMask, module: nn.Module, device: torch.device) -> None:
+        super().__init__(kept, module, device)
+        inputs = kept.layer.shape[1] - kept.layer.bias
+        self._bias_at = torch.nonzero(self._cols == inputs).flatten() if kept.layer.bias else self._cols[:0]
+        self._bias_rows = self._rows[self._bias_at]
+        self._cols = self._cols.clamp(max=max(0, inputs - 1))  # bias entries are overwritten
+        self._features = inputs + kept.layer.shape[0]
+        self._grid = _grid(self._rows, self._cols)
+
+    @classmethod
+    def describe(cls, name: str, module: nn.Module) -> LayerShape | None:
+        """See :class:`Entries`."""
+        if not (_plain(module) or _quantised(module)):
+            return None
+        bias = getattr(module, "bias", None) is not None
+        return LayerShape(name, cls.kind, (int(module.out_features), int(module.in_features) + int(bias)), bias)  # type: ignore[arg-type]
+
+    @classmethod
+    def moments(cls, layer: LayerShape, module: nn.Module, x: Any, delta: Any) -> Moments:
+        """See :class:`Entries`."""
+        tokens = delta.numel() // delta.shape[-1]
+        cols = x.reshape(-1, x.shape[-1]).to(wide(x.dtype)).square().sum(0, dtype=torch.float64)
+        if layer.bias:
+            cols = torch.cat([cols, cols.new_tensor([tokens])])
+        rows = delta.reshape(-1, delta.shape[-1]).to(wide(delta.dtype)).square().sum(0, dtype=torch.float64)
+        return Moments(rows, cols, tokens)
+
+    @classmethod
+    def locate(
+        cls, layer: LayerShape, module: nn.Module, rows: npt.NDArray[np.int32], cols: npt.NDArray[np.int32]
+    ) -> list[Place]:
+        """See :class:`Entries`."""
+        at, places = split_bias(layer, rows, cols)
+        width = layer.shape[1] - layer.bias
+        return [Place("weight", at, rows[at].astype(np.int64) * width + cols[at]), *places]
+
+    def gather(self, x: Any, delta: Any) -> Tensor:
+        """Return the entries, (b, m), of x (b, ..., in) and δ (b, ..., out)."""
+        x = x.reshape(x.shape[0], -1, x.shape[-1])
+        delta = delta.reshape(delta.shape[0], -1, delta.shape[-1])
+        out = self._weights(x, delta)
+        if len(self._bias_at):
+            summed = delta.sum(1, dtype=wide(delta.dtype))
+            out.index_copy_(1, self._bias_at, summed.index_select(1, self._bias_rows).to(out.dtype))
+        return out
+
+    def _weights(self, x: Tensor, delta: Tensor) -> Tensor:
+        tile = _GPU_TILE if x.is_cuda else _CPU_TILE
+        if self._grid is not None and x.shape[1] > 1:
+            return self._product(x, delta, *self._grid)
+        if self.entries < self._features or x.shape[1] == 1 or x.is_cuda:
+            return self._token_major(x, delta, tile)
+        return self._feature_major(x, delta, tile)
+
+    def _product(self, x: Tensor, delta: Tensor, rows: Tensor, cols: Tensor, places: Tensor) -> Tensor:
+        dtype = wide(delta.dtype)
+        xs = x if len(cols) == x.shape[2] else x.index_select(2, cols)
+        ds = delta if len(rows) == delta.shape[2] else delta.index_select(2, rows)
+        out = torch.empty((x.shape[0], self.entries), dtype=dtype, device=x.device)
+        buffer = torch.empty((len(rows), len(cols)), dtype=dtype, device=x.device)
+        for sample in range(len(x)):  # one at a time: the product stays in cache
+            torch.mm(ds[sample].t().to(dtype), xs[sample].to(dtype), out=buffer)
+            torch.index_select(buffer.view(-1), 0, places, out=out[sample])
+        return out
+
+    def _token_major(self, x: Tensor, delta: Tensor, tile: int) -> Tensor:
+        b, t, _ = x.shape
+        dtype = wide(delta.dtype)
+        out = x.new_empty((b, self.entries), dtype=dtype)
+        samples = max(1, min(b, tile // (t * max(1, min(self.entries, 1024)))))
+        width = max(1, min(self.entries, tile // (t * samples)))
+        for low in range(0, b, samples):
+            high = min(b, low + samples)
+            d, a = delta[low:high].reshape(-1, delta.shape[2]), x[low:high].reshape(-1, x.shape[2])
+            for first in range(0, self.entries, width):
+                part = slice(first, first + width)
+                # gather works in parallel over tokens, index_select along the last axis does not
+                product = d.gather(1, self._rows[part].expand(len(d), -1)).to(dtype)
+                product.mul_(a.gather(1, self._cols[part].expand(len(a), -1)))
+                out[low:high, part] = product.view(high - low, t, -1).sum(1) if t > 1 else product
+        return out
+
+    def _feature_major(self, x: Tensor, delta: Tensor, tile: int) -> Tensor:
+        b, t, _ = x.shape
+        dtype = wide(delta.dtype)
+        xs = x.reshape(b * t, -1).t().to(dtype).contiguous()
+        ds = delta.reshape(b * t, -1).t().to(dtype).contiguous()
+        out = torch.empty((self.entries, b), dtype=dtype, device=x.device)
+        width = max(1, min(self.entries, 2 * tile // (b * t)))
+        left, right = xs.new_empty((width, b * t)), xs.new_empty((width, b * t))
+        for first in range(0, self.entries, width):
+            last = min(self.entries, first + width)
+            product, other = left[: last - first], right[: last - first]
+            torch.index_select(ds, 0, self._rows[first:last], out=product)
+            torch.index_select(xs, 0, self._cols[first:last], out=other)
+            product.mul_(other)
+            torch.sum(product.view(last - first, b, t), 2, out=out[first:last])
+        return out.t().contiguous()
+
+
+class TransposedLinearEntries(LinearEntries):
+    """Hugging Face's ``Conv1D`` (GPT-2): a linear layer whose weight is stored (in, out)."""
+
+    kind = "transposed_linear"
+
+    @classmethod
+    def describe(cls, name: str, module: nn.Module) -> LayerShape | None:
+        """See :class:`Entries`."""
+        if type(module).__name__ != "Conv1D" or not hasattr(module, "nf") or getattr(module, "weight", None) is None:
+            return None
+        inputs, outputs = module.weight.shape  # type: ignore[misc]
+        bias = getattr(module, "bias", None) is not None
+        return LayerShape(name, cls.kind, (int(outputs), int(inputs) + int(bias)), bias)
+
+    @classmethod
+    def locate(
+        cls, layer: LayerShape, module: nn.Module, rows: npt.NDArray[np.int32], cols: npt.NDArray[np.int32]
+    ) -> list[Place]:
+        """See :class:`Entries`."""
+        at, places = split_bias(layer, rows, cols)
+        return [Place("weight", at, cols[at].astype(np.int64) * layer.shape[0] + rows[at]), *places]
+
+
+def _grid(rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return distinct rows and columns and each entry's place in their product, where that product is worth it."""
+    if not len(rows):
+        return None
+    distinct_rows, at_rows = torch.unique(rows, return_inverse=True)
+    distinct_cols, at_cols = torch.unique(cols, return_inverse=True)
+    if len(distinct_rows) * len(distinct_cols) > _PRODUCT_GAIN * len(rows):
+        return None
+    return distinct_rows, distinct_cols, at_rows * len(distinct_cols) + at_cols
+
+
+def _plain(module: nn.Module) -> bool:
+    exact = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    return exact and not isinstance(module, NonDynamicallyQuantizableLinear)
+
+
+def _quantised(module: nn.Module) -> bool:
+    """Return whether a module is a linear layer with a quantised weight, of whatever library."""
+    sizes = all(isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features"))
+    if not sizes or any(True for _ in module.children()) or type(module).forward is nn.Linear.forward:
+        return False
+    weight = module._parameters.get("weight", module._buffers.get("weight"))
+    coded = weight is not None and not weight.is_floating_point()
+    return coded or any(part in type(module).__name__ for part in _QUANTISED)

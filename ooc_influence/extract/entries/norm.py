@@ -1,0 +1,181 @@
+"""Per-sample gradients of normalisation layers: weight_i has Σ_t δ[t, i] x̂[t, i], bias_i has Σ_t δ[t, i].
+
+x̂ is the normalised input, computed again from the input. The entry matrix is (features, 1 or 2): weight, then bias.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from ooc_influence.extract.entries.base import Entries, Moments, Place, split_bias, wide
+from ooc_influence.store import LayerShape, ModuleMask
+
+
+class NormEntries(Entries):
+    """What all normalisations share: elementwise weights over features."""
+
+    def __init__(self, kept: ModuleMask, module: nn.Module, device: torch.device) -> None:
+        super().__init__(kept, module, device)
+        at_bias = (self._cols == kept.layer.shape[1] - 1) & kept.layer.bias
+        self._bias_at, self._weight_at = torch.nonzero(at_bias).flatten(), torch.nonzero(~at_bias).flatten()
+
+    @classmethod
+    def shape_of(cls, name: str, module: nn.Module) -> LayerShape | None:
+        """Return the entry matrix of a module with elementwise weights; None without any."""
+        weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+        if weight is None:
+            return None
+        return LayerShape(name, cls.kind, (weight.numel(), 1 + (bias is not None)), bias is not None)
+
+    @classmethod
+    def normalised(cls, module: Any, x: Tensor) -> Tensor:
+        """Return x̂, float32 or wider, of the shape of x."""
+        raise NotImplementedError
+
+    @classmethod
+    def features(cls, layer: LayerShape, value: Tensor) -> Tensor:
+        """Return ``value`` as (b, tokens, features); here features are the last axes."""
+        return value.reshape(value.shape[0], -1, layer.shape[0])
+
+    @classmethod
+    def moments(cls, layer: LayerShape, module: nn.Module, x: Any, delta: Any) -> Moments:
+        """See :class:`Entries`; x̂ has unit variance by construction."""
+        d = cls.features(layer, delta)
+        tokens = d.shape[0] * d.shape[1]
+        rows = d.to(wide(d.dtype)).square().sum((0, 1), dtype=torch.float64)
+        return Moments(rows, rows.new_full((layer.shape[1],), float(tokens)), tokens)
+
+    @classmethod
+    def locate(
+        cls, layer: LayerShape, module: nn.Module, rows: npt.NDArray[np.int32], cols: npt.NDArray[np.int32]
+    ) -> list[Place]:
+        """See :class:`Entries`."""
+        at, places = split_bias(layer, rows, cols)
+        return [Place("weight", at, rows[at].astype(np.int64)), *places]
+
+    def gather(self, x: Any, delta: Any) -> Tensor:
+        """Return the entries, (b, m), of x and δ, which have one shape."""
+        d = self.features(self.layer, delta)
+        d = d.to(wide(d.dtype))
+        out = torch.empty((len(d), self.entries), dtype=d.dtype, device=d.device)
+        if len(self._weight_at):
+            scaled = self.features(self.layer, self.normalised(self._module, x.to(wide(x.dtype)))).to(d.dtype)
+            out[:, self._weight_at] = (d * scaled).sum(1).index_select(1, self._rows[self._weight_at])
+        if len(self._bias_at):
+            out[:, self._bias_at] = d.sum(1).index_select(1, self._rows[self._bias_at])
+        return out
+
+
+class LayerNormEntries(NormEntries):
+    """``torch.nn.LayerNorm``."""
+
+    kind = "layer_norm"
+    flattens = True
+
+    @classmethod
+    def describe(cls, name: str, module: nn.Module) -> LayerShape | None:
+        """See :class:`Entries`."""
+        plain = isinstance(module, nn.LayerNorm) and type(module).forward is nn.LayerNorm.forward
+        return cls.shape_of(name, module) if plain else None
+
+    @classmethod
+    def normalised(cls, module: Any, x: Tensor) -> Tensor:
+        """See :class:`NormEntries`."""
+        return F.layer_norm(x, module.normalized_shape, eps=module.eps)
+
+
+class RMSNormEntries(NormEntries):
+    """``torch.nn.RMSNorm`` and Hugging Face's forms, whose weight may be added to one: x̂ = x / √(mean x² + ε)."""
+
+    kind = "rms_norm"
+    flattens = True
+
+    @classmethod
+    def describe(cls, name: str, module: nn.Module) -> LayerShape | None:
+        """See :class:`Entries`."""
+        return cls.shape_of(name, module) if _is_rms_norm(module) else None
+
+    @classmethod
+    def normalised(cls, module: Any, x: Tensor) -> Tensor:
+        """See :class:`NormEntries`."""
+        eps = _eps(module)
+        eps = torch.finfo(module.weight.dtype).eps if eps is None else eps
+        axes = tuple(range(-module.weight.dim(), 0))
+        return x * torch.rsqrt(x.square().mean(axes, keepdim=True) + eps)
+
+
+class GroupNormEntries(NormEntries):
+    """``torch.nn.GroupNorm``: features are channels, on axis 1."""
+
+    kind = "group_norm"
+
+    @classmethod
+    def describe(cls, name: str, module: nn.Module) -> LayerShape | None:
+        """See :class:`Entries`."""
+        plain = isinstance(module, nn.GroupNorm) and type(module).forward is nn.GroupNorm.forward
+        return cls.shape_of(name, module) if plain else None
+
+    @classmethod
+    def features(cls, layer: LayerShape, value: Tensor) -> Tensor:
+        """See :class:`NormEntries`."""
+        return value.reshape(value.shape[0], value.shape[1], -1).transpose(1, 2)
+
+    @classmethod
+    def normalised(cls, module: Any, x: Tensor) -> Tensor:
+        """See :class:`NormEntries`."""
+        return F.group_norm(x, module.num_groups, eps=module.eps)
+
+
+class BatchNormEntries(GroupNormEntries):
+    """``torch.nn.BatchNorm1d``, ``2d``, ``3d`` and ``SyncBatchNorm``, which in evaluation mode do not mix samples."""
+
+    kind = "batch_norm"
+
+    @classmethod
+    def describe(cls, name: str, module: nn.Module) -> LayerShape | None:
+        """See :class:`Entries`."""
+        plain = isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
+        return cls.shape_of(name, module) if plain else None
+
+    @classmethod
+    def normalised(cls, module: Any, x: Tensor) -> Tensor:
+        """See :class:`NormEntries`."""
+        mean, var = module.running_mean.to(x.dtype), module.running_var.to(x.dtype)
+        return F.batch_norm(x, mean, var, eps=module.eps)
+
+
+def _eps(module: nn.Module) -> float | None:
+    for name in ("variance_epsilon", "eps", "epsilon"):
+        found = getattr(module, name, None)
+        if isinstance(found, float):
+            return found
+    return None
+
+
+def _is_rms_norm(module: nn.Module) -> bool:
+    """Return whether a module is an RMSNorm: by its class, or, of another library, by what it computes."""
+    if isinstance(module, getattr(nn, "RMSNorm", ())):
+        return type(module).forward is nn.RMSNorm.forward
+    weight = module._parameters.get("weight")
+    odd = set(module._parameters) != {"weight"} or weight is None or weight.dim() != 1 or _eps(module) is None
+    if odd or any(True for _ in module.children()) or not type(module).__name__.endswith(("RMSNorm", "LayerNorm")):
+        return False
+    assert weight is not None
+    if weight.is_meta:
+        return type(module).__name__.endswith("RMSNorm")
+    with torch.inference_mode(False), torch.no_grad():
+        try:
+            probe = copy.deepcopy(module).to("cpu", torch.float32)
+            x = torch.linspace(-1.0, 2.0, 3 * len(weight)).view(1, 3, -1)
+            found, scaled = probe(x), RMSNormEntries.normalised(probe, x)
+            plain: Any = probe.weight
+        except Exception:
+            return False
+        return any(found.shape == x.shape and torch.allclose(found, scaled * w, atol=1e-4) for w in (plain, 1 + plain))

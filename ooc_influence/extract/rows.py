@@ -1,0 +1,73 @@
+"""Compressed gradients of a batch: what the taps hand over, gathered into the columns of the mask."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ooc_influence.extract.entries import Entries
+from ooc_influence.extract.layers import Use
+from ooc_influence.extract.taps import PerSampleLoss, Taps
+from ooc_influence.store import Mask, ModuleMask
+
+
+class RowGatherer:
+    """Computes the kept entries of every sample of a batch.
+
+    Parameters
+    ----------
+    mask : Mask
+        The kept entries, k in all.
+    device : torch.device
+        Where rows are put together; layers may be on others.
+    """
+
+    def __init__(self, mask: Mask, device: torch.device) -> None:
+        self._mask, self._device = mask, device
+        self._starts = np.cumsum([0, *(len(module.rows) for module in mask.modules)]).tolist()
+        self._entries: dict[tuple[str, torch.device], tuple[Entries, slice | Tensor]] = {}
+
+    def __call__(self, taps: Taps, per_sample_loss: PerSampleLoss, batch: Any) -> tuple[Tensor, Tensor]:
+        """Return the losses (b,) and the compressed gradients (b, k) float32 of a batch on the device.
+
+        Raises
+        ------
+        InputError, UnsupportedModelError
+            See :meth:`Taps.run`.
+        """
+        rows = torch.empty(0)
+
+        def receiver(b: int) -> Any:
+            nonlocal rows
+            rows = torch.zeros((b, self._mask.k), device=self._device)
+            return lambda use, x, delta: self._add(rows, use, x, delta)
+
+        losses = taps.run(per_sample_loss, batch, receiver)
+        return losses, rows
+
+    def _add(self, rows: Tensor, use: Use, x: Any, delta: Any) -> None:
+        here = next(value.device for value in (delta if isinstance(delta, list) else [delta]) if value is not None)
+        key = (use.shape.name, here)
+        if key not in self._entries:
+            self._entries[key] = self._prepare(use, here)
+        entries, columns = self._entries[key]
+        if not entries.entries:
+            return
+        found = entries(x, delta).to(self._device)
+        if isinstance(columns, slice):
+            rows[:, columns] += found
+        else:
+            rows.index_add_(1, columns, found)
+
+    def _prepare(self, use: Use, device: torch.device) -> tuple[Entries, slice | Tensor]:
+        """Return a module's gatherer on a device, and the columns it adds to: of a tied one, the weight's only."""
+        kept, first = self._mask.modules[use.layer], self._starts[use.layer]
+        if use.shape.name == kept.layer.name:
+            return use.kind(kept, use.module, device), slice(first, first + len(kept.rows))
+        width = kept.layer.shape[1] - kept.layer.bias
+        at = np.flatnonzero(kept.cols < width)
+        part = ModuleMask(use.shape, kept.rows[at], kept.cols[at], kept.weight[at])
+        return use.kind(part, use.module, device), torch.from_numpy(first + at).to(self._device)
