@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 from ooc_influence._version import __version__
 
 if TYPE_CHECKING:
-    from ooc_influence.compress import Dropout
+    from ooc_influence.compress import Dropout, Eigenbasis, Gaussian
     from ooc_influence.curvature import Curvature, fit_fisher
     from ooc_influence.errors import OocInfluenceError, OocInfluenceWarning
     from ooc_influence.extract import (
         Batching,
+        BudgetBatches,
         Recipe,
         Split,
         cross_entropy,
@@ -23,11 +24,12 @@ if TYPE_CHECKING:
 
 # Loaded on first use: opening a store and scoring never import torch.
 _ROOMS = {
-    "compress": ["Dropout"],
+    "compress": ["Dropout", "Eigenbasis", "Gaussian"],
     "curvature": ["Curvature", "fit_fisher"],
     "errors": ["OocInfluenceError", "OocInfluenceWarning"],
     "extract": [
-        "Batching", "Recipe", "Split", "cross_entropy", "extract_gradients", "init_store", "token_cross_entropy",
+        "Batching", "BudgetBatches", "Recipe", "Split", "cross_entropy", "extract_gradients", "init_store",
+        "token_cross_entropy",
     ],
     "influence": ["TopInfluential", "influence_scores", "self_influence", "top_influential"],
     "store": ["ChunkCache", "GradientStore", "Storage", "compact_store", "merge_stores", "upgrade_store"],
@@ -35,10 +37,10 @@ _ROOMS = {
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 
 __all__ = [
-    "Batching", "ChunkCache", "Curvature", "Dropout", "GradientStore", "OocInfluenceError", "OocInfluenceWarning",
-    "Recipe", "Split", "Storage", "TopInfluential", "__version__", "compact_store", "cross_entropy",
-    "extract_gradients", "fit_fisher", "influence_scores", "init_store", "merge_stores", "self_influence",
-    "token_cross_entropy", "top_influential", "upgrade_store",
+    "Batching", "BudgetBatches", "ChunkCache", "Curvature", "Dropout", "Eigenbasis", "Gaussian", "GradientStore",
+    "OocInfluenceError", "OocInfluenceWarning", "Recipe", "Split", "Storage", "TopInfluential", "__version__",
+    "compact_store", "cross_entropy", "extract_gradients", "fit_fisher", "influence_scores", "init_store",
+    "merge_stores", "self_influence", "token_cross_entropy", "top_influential", "upgrade_store",
 ]  # fmt: skip
 
 

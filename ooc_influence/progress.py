@@ -46,6 +46,12 @@ class Progress:
             with _lock:
                 self._bar.update(rows)
 
+    def note(self, **notes: str) -> None:
+        """Show further facts behind the rate."""
+        if self._bar is not None:
+            with _lock:
+                self._bar.set_postfix(notes, refresh=False)
+
     def stop(self) -> None:
         """Make the next tick of every task under this key stop its task."""
         _bars.pop(self.key, None)

@@ -169,10 +169,10 @@ class Curvature:
         StaleCurvatureError
             If it was fitted on this store when it held other rows.
         """
-        if self._attrs["mask_digest"] != train.mask_digest:
+        if self._attrs["mask_digest"] != train.columns_digest:
             raise MismatchError(
-                f"expected a curvature fitted under the mask of {train.path}; received {self.path}, fitted under "
-                "another: run fit_fisher on this store"
+                f"expected a curvature fitted under the mask (and basis) of {train.path}; received {self.path}, fitted "
+                "under another: run fit_fisher on this store"
             )
         model = train.attrs.get("model", {}).get("fingerprint")
         if self._attrs["model"] != model:
@@ -323,7 +323,7 @@ def resolve_curvature(train: GradientStore, curvature: Curvature | PathLike | No
 def fit_attributes(store: GradientStore, digest: str, rows: int, trace: float) -> dict[str, Any]:
     """Return what a curvature records about the rows it was fitted on."""
     return {
-        "mask_digest": store.mask_digest,
+        "mask_digest": store.columns_digest,
         "model": store.attrs.get("model", {}).get("fingerprint"),
         "store_id": store.identity,
         "store_rows": store.n,

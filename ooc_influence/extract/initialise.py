@@ -6,12 +6,15 @@ from collections.abc import Mapping
 
 import torch
 
-from ooc_influence.compress import Dropout
+from ooc_influence.compress import Compressor
 from ooc_influence.errors import InputError, MismatchError
 from ooc_influence.extract.batching import Batches, batch_size, count_rows
 from ooc_influence.extract.layers import ModuleSelection
+from ooc_influence.extract.loop import PilotRun, remove_pilot
 from ooc_influence.extract.metadata import RowMetadata, RowSource
-from ooc_influence.extract.plan import make_plan, open_existing
+from ooc_influence.extract.pilot import PilotData
+from ooc_influence.extract.plan import Settings, make_plan, open_existing, parse_device
+from ooc_influence.extract.taps import PerSampleLoss
 from ooc_influence.store import GradientStore, PathLike, Storage
 
 
@@ -20,7 +23,7 @@ def init_store(
     store: PathLike,
     rows: int,
     *,
-    compressor: Dropout | None = None,
+    compressor: Compressor | None = None,
     like: GradientStore | PathLike | None = None,
     modules: ModuleSelection = None,
     fallback: bool = False,
@@ -30,22 +33,30 @@ def init_store(
     loss_kind: str | None = None,
     storage: Storage | None = None,
     check_model: bool = True,
+    per_sample_loss: PerSampleLoss | None = None,
+    pilot: Batches | None = None,
+    device: torch.device | str | None = None,
+    progress: bool | None = None,
 ) -> GradientStore:
     """Make an empty store of ``rows`` rows for ``extract_gradients(..., shard=(i, N))`` to fill.
 
-    What is fixed here once: the rows, the mask, the representation, what belongs to each row. On a store that is there
-    already, of the same settings, more rows make room for further data; readers opened before see what they opened.
+    What is fixed here once: the rows, the mask, the basis, the representation, what belongs to each row. On a store
+    that is there already, of the same settings, more rows make room for further data; readers opened before see what
+    they opened.
 
     Parameters
     ----------
     model, store, compressor, like, modules, fallback, dtype, loss_kind, storage, check_model
-        As for :func:`extract_gradients`. The model's weights are looked at for the fingerprint only.
+        As for :func:`extract_gradients`. Without a pilot, the model's weights are looked at for the fingerprint only.
     rows : int
         Rows of the whole store, n.
     ids : {"str", "int64"}, optional
         Type of the rows' ids, where they will have some.
     columns : mapping of str to {"bool", "int64", "float64", "str"}, optional
         Types of further per-row values, by name.
+    per_sample_loss, pilot, device, progress
+        As for :func:`extract_gradients`: for the pilot of importance sampling or an eigenbasis. ``pilot`` may be the
+        whole data; some of it is taken.
 
     Returns
     -------
@@ -55,7 +66,8 @@ def init_store(
     Raises
     ------
     InputError
-        For rows below one or below those planned already, or types that are not known.
+        For rows below one or below those planned already, or types that are not known, or a compressor that needs a
+        pilot without data for one.
     MismatchError
         If a store is there that was made with other settings or another model.
     StoreWriteError
@@ -68,21 +80,23 @@ def init_store(
     ]:
         if kind not in known:
             raise InputError(f"expected {name} of type {', '.join(known)}; received {kind!r}")
-    plan = make_plan(
-        model, compressor, like, modules, fallback, dtype, loss_kind, storage, store, check_model=check_model
-    )
+    settings = Settings(compressor, like, modules, fallback, dtype, loss_kind, storage, check_model)
+    run = None
+    if per_sample_loss is not None and pilot is not None:
+        run = PilotRun(PilotData(model, per_sample_loss, pilot, parse_device(model, device), progress), store)
+    plan = make_plan(model, settings, store, run)
     found = open_existing(store, plan)
     if found is None:
         GradientStore.create(
             store,
             plan.mask,
-            dtype=plan.dtype,
             storage=plan.storage,
             planned_rows=rows,
             ids=ids,
             columns=columns,
-            attributes=plan.attributes,
+            **plan.create_options,
         ).close()
+        remove_pilot(store)
         return GradientStore.open(store)
     kinds = (found.layout.ids, found.layout.columns)
     if kinds != (ids, dict(columns or {})):

@@ -1,4 +1,4 @@
-"""The extraction loop: batches in, committed rows out, resumable at any point.
+"""The extraction: plan, pilot, target and run put together; resumable at any point.
 
 The plan is the caller's batches in their order. A resumed run passes over batches whose rows are committed; the batch
 that straddles the boundary is computed whole and its committed rows thrown away, so that the rows equal an
@@ -8,31 +8,34 @@ uninterrupted run's bit for bit on the same machine.
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
 
 import torch
 
-from ooc_influence.compress import Dropout
-from ooc_influence.errors import InputError, OocInfluenceWarning
-from ooc_influence.extract.batching import (
-    Batches,
-    Batching,
-    Shard,
-    batch_size,
-    count_rows,
-    open_batches,
-    to_device,
-)
+from ooc_influence.compress import Compressor, Dropout, fit_eigenbasis
+from ooc_influence.errors import MismatchError, StoreNotFoundError
+from ooc_influence.extract.batching import Batches, Batching, Shard, count_rows
+from ooc_influence.extract.budget import BudgetBatches
 from ooc_influence.extract.layers import ModuleSelection
 from ooc_influence.extract.metadata import RowMetadata, RowSource
-from ooc_influence.extract.plan import make_plan, parse_device
+from ooc_influence.extract.pilot import PilotData, pilot_path
+from ooc_influence.extract.plan import Plan, Settings, make_plan, parse_device
 from ooc_influence.extract.rows import RowGatherer
-from ooc_influence.extract.taps import PerSampleLoss, Taps, tapped
-from ooc_influence.extract.target import Target
+from ooc_influence.extract.run import BatchRun, BudgetRun
+from ooc_influence.extract.taps import PerSampleLoss, tapped
+from ooc_influence.extract.target import OnNonFinite, Target
 from ooc_influence.progress import Progress
-from ooc_influence.store import GradientStore, PathLike, Storage
+from ooc_influence.store import (
+    GradientStore,
+    LayerShape,
+    PathLike,
+    Storage,
+    StorePath,
+    exists,
+    parse_path,
+    remove_tree,
+)
 
 logger = logging.getLogger("ooc_influence")
 
@@ -40,10 +43,10 @@ logger = logging.getLogger("ooc_influence")
 def extract_gradients(
     model: torch.nn.Module,
     per_sample_loss: PerSampleLoss,
-    batches: Batches,
+    batches: Batches | BudgetBatches,
     store: PathLike,
     *,
-    compressor: Dropout | None = None,
+    compressor: Compressor | None = None,
     like: GradientStore | PathLike | None = None,
     modules: ModuleSelection = None,
     fallback: bool = False,
@@ -55,6 +58,8 @@ def extract_gradients(
     batching: Batching | None = None,
     storage: Storage | None = None,
     shard: tuple[int, int] | None = None,
+    pilot: Batches | None = None,
+    on_nonfinite: OnNonFinite = "raise",
     check_model: bool = True,
     progress: bool | None = None,
 ) -> GradientStore:
@@ -66,13 +71,14 @@ def extract_gradients(
         A trained model. It is put in evaluation mode meanwhile and comes back as it was.
     per_sample_loss : callable (model, batch) -> (b,) tensor
         The loss of each sample. Sample s of a batch must be at place s of axis 0 in every tapped layer.
-    batches : iterable, or callable start_row -> iterable
+    batches : iterable, callable start_row -> iterable, or BudgetBatches
         Batches in a fixed order (a DataLoader without shuffling). Tensors, tuples, dicts and objects with ``.to`` are
         moved to the device. A callable is given the number of samples already done and returns the batches after them.
+        :class:`BudgetBatches` cuts samples by a budget of tokens and halves it where the device runs out of memory.
     store : path
         The store to write: a folder, or an fsspec URL. A store of the same run is continued: its finished rows are not
         computed again.
-    compressor : Dropout, optional
+    compressor : Dropout or Gaussian, optional
         What to keep of each gradient; default ``Dropout()``.
     like : GradientStore or path, optional
         A train store whose mask to use instead: makes a query store. The model must be the same.
@@ -86,7 +92,7 @@ def extract_gradients(
     device : torch.device or str, optional
         Where to run; default where the model is.
     ids : sequence or callable, optional
-        An id (str or int) for each sample: indexed by sample number, or ``batch -> sequence``.
+        An id (str or int) for each sample: indexed by sample number, or ``batch -> sequence`` (not with a budget).
     columns : mapping of str to sequence or callable, optional
         Further per-row values (bool, int, float, str), given like ``ids``.
     loss_kind : str, optional
@@ -99,6 +105,11 @@ def extract_gradients(
         This process is writer i of N (from 0) that fill one store together, on one machine or several that see the same
         folder or object store. The number of rows has to be known: from the batches, or from :func:`init_store`. A
         writer whose share is finished does nothing.
+    pilot : iterable or callable, optional
+        Batches for the pilot that importance sampling and an eigenbasis need; by default some of ``batches``, spread
+        evenly where they can be addressed (a list, a DataLoader, a budget), else the first ones.
+    on_nonfinite : {"raise", "skip"}
+        What to do with a sample whose loss or gradient has NaN or Inf: stop and name it, or record it as a dropped row.
     check_model : bool
         Refuse another model than the one ``store`` or ``like`` was made with; False warns and records it instead.
     progress : bool, optional
@@ -123,116 +134,104 @@ def extract_gradients(
         If another process writes the same range.
     StoreWriteError
         If the disk refuses; a later run goes on from the last commit.
+    MemoryBudgetError
+        If an eigenbasis does not fit the memory that is free.
     """
     batching = batching or Batching()
     device = parse_device(model, device)
-    plan = make_plan(
-        model, compressor, like, modules, fallback, dtype, loss_kind, storage, store, check_model=check_model
-    )
-    total = count_rows(batches)
+    settings = Settings(compressor, like, modules, fallback, dtype, loss_kind, storage, check_model)
+    place = Shard.parse(shard)
+    data = PilotData(model, per_sample_loss, batches if pilot is None else pilot, device, progress)
+    plan = make_plan(model, settings, store, None if place else PilotRun(data, store))
+    total = len(batches) if isinstance(batches, BudgetBatches) else count_rows(batches)
     metadata = RowMetadata.of(ids, columns)
     metadata.check_length(total)
     metadata.check_ids()
-    target = Target(store, plan, metadata, batching, Shard.parse(shard), total)
-    if target.finished:
-        target.close()
-        return GradientStore.open(store)
-    layers = [module.layer for module in plan.mask.modules]
+    target = Target(store, plan, metadata, batching, place, total, on_nonfinite)
     try:
-        with (
-            tapped(model, layers, device, skip=plan.mask.empty_modules, probe=batching.check_independence) as taps,
-            Progress("extract", total if target.stop is None else target.own(0, target.stop), progress) as bar,
-        ):
-            gatherer = RowGatherer(plan.mask, device)
-            _Run(target, taps, gatherer, per_sample_loss, device, bar).read(batches, batching.first_row)
+        if not target.finished:
+            fill(target, plan, data, batches, batching)
     finally:
         target.close()
         logger.info("%s: finished rows are committed", store)
+    remove_pilot(store)
     return GradientStore.open(store)
 
 
-class _Run:
-    """One way through the batches."""
+def fill(target: Target, plan: Plan, data: PilotData, batches: Batches | BudgetBatches, batching: Batching) -> None:
+    """Run the model over the batches whose rows are missing."""
+    layers = [module.layer for module in plan.mask.modules]
+    known = len(batches) if isinstance(batches, BudgetBatches) else count_rows(batches)
+    with (
+        tapped(
+            data.model, layers, data.device, skip=plan.mask.empty_modules, probe=batching.check_independence
+        ) as taps,
+        Progress("extract", known if target.stop is None else target.own(0, target.stop), data.progress) as bar,
+    ):
+        gatherer = RowGatherer(plan.mask, data.device, plan.reduction)
+        parts = (target, taps, gatherer, data.per_sample_loss, data.device, bar)
+        if isinstance(batches, BudgetBatches):
+            BudgetRun(*parts).read(batches, plan.k, batching.first_row)
+        else:
+            BatchRun(*parts).read(batches, batching.first_row)
 
-    def __init__(
-        self,
-        target: Target,
-        taps: Taps,
-        gatherer: RowGatherer,
-        per_sample_loss: PerSampleLoss,
-        device: torch.device,
-        bar: Progress,
-    ) -> None:
-        self._target, self._taps, self._gatherer, self._loss = target, taps, gatherer, per_sample_loss
-        self._device, self._bar = device, bar
-        self._sizes_hold: bool | None = None  # whether a batch's first tensor tells its size; known after one batch
 
-    def read(self, batches: Batches, first_row: int) -> None:
-        """Read the batches to their end, or to the end of this writer's range.
+class PilotRun:
+    """Runs what a compressor has to know beforehand: moments of the layers, an eigenbasis of wide rows.
+
+    Parameters
+    ----------
+    data : PilotData
+        The model and the pilot's batches.
+    store : path
+        The store that is to be made.
+    """
+
+    def __init__(self, data: PilotData, store: PathLike) -> None:
+        self._data, self._path = data, parse_path(store)
+
+    def __call__(self, plan: Plan, compressor: Dropout, layers: list[LayerShape]) -> Plan:
+        """Return the plan with its mask and reduction.
 
         Raises
         ------
-        InputError
-            If there are none, or too few for the range.
+        InputError, UnsupportedModelError, MemoryBudgetError
+            See :func:`extract_gradients`.
         """
-        target = self._target
-        row, source = open_batches(batches, first_row, target.next_row)
-        self._bar.advance(target.own(first_row, row - first_row))
-        for batch in source:
-            if target.stop is not None and row >= target.stop:
-                break
-            count = self._one(batch, row)
-            self._bar.advance(target.own(row, count))
-            row += count
-        if target.store is None:
-            raise InputError("expected batches with samples; received none: the data set is empty")
-        if target.stop is not None and target.next_row < target.stop:
-            raise InputError(
-                f"expected samples for rows up to {target.stop}; received {row}: batches must cover the whole data set"
-            )
+        wide = replace(compressor, reduce=None)
+        plan = replace(plan, attributes=plan.attributes | {"compressor": wide.to_dict()})
+        place = pilot_path(self._path)
+        try:  # of a run that was killed
+            found = GradientStore.open(place)
+            mask = found.mask if found.attrs.get("compressor") == wide.to_dict() else None
+        except StoreNotFoundError:
+            mask = None
+        if mask is None or [module.layer for module in mask.modules] != layers:
+            mask = wide.draw(layers, self._data.moments(layers, wide.pilot_samples) if wide.pilot_samples else ())
+        plan = replace(plan, mask=mask)
+        basis = compressor.reduce
+        if basis is None:
+            return plan
+        pilot = replace(plan, storage=Storage(), dtype="float16")
+        try:
+            self._fill(pilot, place, basis.pilot_rows)
+        except MismatchError:  # it is of other data, or another model
+            remove_tree(place)
+            self._fill(pilot, place, basis.pilot_rows)
+        rows = GradientStore.open(place)
+        reduction = fit_eigenbasis(rows, basis.r, weights=basis.weights, progress=self._data.progress)
+        return replace(plan, reduction=reduction, attributes=plan.attributes | {"compressor": compressor.to_dict()})
 
-    def _one(self, batch: Any, row: int) -> int:
-        """Pass over a batch, or compute it and store its rows; return its number of samples.
+    def _fill(self, plan: Plan, place: StorePath, rows: int) -> None:
+        target = Target(place, plan, RowMetadata.of(None, None), Batching(), None, None, "skip")
+        try:
+            fill(target, plan, self._data, list(self._data.take(rows)), Batching())
+        finally:
+            target.close()
 
-        The first batch is always looked at: its losses show whether the data is still the same.
-        """
-        size = None if self._sizes_hold is False else batch_size(batch)
-        done = size is not None and row + size <= self._target.next_row
-        if done and self._sizes_hold:
-            return size or 0
-        moved = to_device(batch, self._device)
-        look = done or (size is None and row < self._target.next_row)
-        losses = self._taps.losses(self._loss, moved) if look else None
-        if losses is not None and row + len(losses) <= self._target.next_row:
-            self._target.check_same_data(batch, row, losses.float().cpu().numpy())
-        else:
-            losses, rows = self._gatherer(self._taps, self._loss, moved)
-            self._check_size(size, len(losses))
-            if self._taps.silent:
-                self._warn_silent()
-            self._target.take(batch, row, losses.float().cpu().numpy(), rows.cpu().numpy())
-        self._sizes_hold = size == len(losses)
-        return len(losses)
 
-    def _check_size(self, size: int | None, count: int) -> None:
-        if self._sizes_hold and size != count:
-            raise InputError(
-                f"expected one loss for each of the batch's {size} samples; received {count}: "
-                "the first tensor of a batch must have one entry a sample on axis 0"
-            )
-
-    def _warn_silent(self) -> None:
-        """Say, once, which tapped layers the first computed batch did not reach; all of them is an error."""
-        names = sorted(name or "(the model)" for name in self._taps.silent)
-        if self._taps.all_silent:
-            raise InputError(
-                "expected the loss to use the layers of the model given; received one that reaches none of them: is "
-                "per_sample_loss calling another model?"
-            )
-        self._taps.silent.clear()
-        named = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        warnings.warn(
-            f"no gradient reached these layers in the first batch, their entries are zero there: {named}",
-            OocInfluenceWarning,
-            stacklevel=5,
-        )
+def remove_pilot(store: PathLike) -> None:
+    """Remove the pilot's wide rows, now that the store has their basis."""
+    place = pilot_path(parse_path(store))
+    if exists(place):
+        remove_tree(place)

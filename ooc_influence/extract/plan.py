@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import os
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from ooc_influence.compress import Dropout
+from ooc_influence.compress import Compressor, Dropout, Gaussian
 from ooc_influence.errors import InputError, MismatchError, OocInfluenceWarning, StoreNotFoundError
 from ooc_influence.extract.layers import ModuleSelection, find_uses, model_fingerprint, select_layers
 from ooc_influence.extract.taps import parameter_sequence
 from ooc_influence.store import (
+    COPIED_BYTES,
     GradientStore,
+    LayerShape,
     Mask,
     PathLike,
+    Reduction,
     Representation,
     Storage,
+    StoredReduction,
     StorePath,
+    columns_digest,
     is_local,
     parse_path,
     parse_representation,
@@ -34,6 +40,8 @@ class Plan:
     ----------
     mask : Mask
         The kept entries.
+    reduction : Reduction or None
+        What masked rows are multiplied by.
     dtype : str
         Representation of the rows.
     attributes : dict
@@ -42,13 +50,40 @@ class Plan:
         Chunking and codec, as far as the caller insists on them.
     check_model : bool
         Whether another model than the store's is an error, or a warning.
+    kept_at : str or None
+        The store that keeps the reduction, where this one will only refer to it.
     """
 
     mask: Mask
+    reduction: Reduction | None
     dtype: Representation
     attributes: dict[str, Any]
     storage: Storage
     check_model: bool
+    kept_at: str | None = None
+
+    @property
+    def k(self) -> int:
+        """Numbers stored a row."""
+        return self.mask.k if self.reduction is None else self.reduction.columns
+
+    @property
+    def columns_digest(self) -> str:
+        """What the columns mean; see :attr:`GradientStore.columns_digest`."""
+        return columns_digest(self.mask.digest, None if self.reduction is None else self.reduction.facts)
+
+    @property
+    def create_options(self) -> dict[str, Any]:
+        """What the store is created with, by the names of :meth:`GradientStore.create`."""
+        reduction: Any = self.reduction
+        scale = None
+        if isinstance(reduction, StoredReduction) and self.dtype in ("int8", "int4"):
+            scale = reduction.column_scale()  # columns of an eigenbasis differ by orders of magnitude
+        if self.kept_at is not None:
+            reduction = {**reduction.facts, "path": self.kept_at}
+        return {
+            "dtype": self.dtype, "reduction": reduction, "column_scale": scale, "attributes": self.attributes,
+        }  # fmt: skip
 
     @property
     def model(self) -> dict[str, Any]:
@@ -77,48 +112,109 @@ def parse_device(model: torch.nn.Module, device: torch.device | str | None) -> t
     return chosen
 
 
-def make_plan(
-    model: torch.nn.Module,
-    compressor: Dropout | None,
-    like: GradientStore | PathLike | None,
-    modules: ModuleSelection,
-    fallback: bool,
-    dtype: str,
-    loss_kind: str | None,
-    storage: Storage | None,
-    path: PathLike,
-    *,
-    check_model: bool = True,
-) -> Plan:
-    """Fix mask and attributes, from the compressor or from the train store.
+Pilot = Callable[[Plan, Dropout, list[LayerShape]], Plan]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a caller asks a store to be; see :func:`extract_gradients`.
+
+    Attributes
+    ----------
+    compressor, like, modules, fallback, dtype, loss_kind, storage, check_model
+        As given.
+    """
+
+    compressor: Compressor | None = None
+    like: GradientStore | PathLike | None = None
+    modules: ModuleSelection = None
+    fallback: bool = False
+    dtype: str = "float16"
+    loss_kind: str | None = None
+    storage: Storage | None = None
+    check_model: bool = True
+
+
+def make_plan(model: torch.nn.Module, settings: Settings, path: PathLike, pilot: Pilot | None) -> Plan:
+    """Fix mask, reduction and attributes: from the train store, an earlier run's store, or by drawing them.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model.
+    settings : Settings
+        What is asked for.
+    path : path
+        The store to be made, or gone on with.
+    pilot : callable (plan, pilot samples) -> Plan or None
+        Runs the pilot that a compressor may need; None where there is no data for one.
 
     Raises
     ------
     InputError, MismatchError, UnsupportedModelError
         See :func:`extract_gradients`.
     """
-    representation = parse_representation(dtype)
-    if loss_kind is not None and not isinstance(loss_kind, str):
-        raise InputError(f"expected loss_kind as a string; received {type(loss_kind).__name__}")
-    fingerprint = model_fingerprint(model)
-    attributes: dict[str, Any] = {"model": {"fingerprint": fingerprint, "class": type(model).__name__}}
-    attributes["loss_kind"] = loss_kind
-    if like is not None:
-        if compressor is not None or modules is not None:
-            raise InputError("expected either like= or compressor= and modules=; received both: like fixes the mask")
-        train = like if isinstance(like, GradientStore) else GradientStore.open(like)
-        if train.path == parse_path(path):
-            raise InputError(f"expected a query store apart from its train store; received {path} for both")
-        attributes["model"] = _same_model(train, attributes["model"], check_model)
-        mask = train.mask
-        find_uses(model, [module.layer for module in mask.modules])
-        attributes |= {name: train.attrs.get(name) for name in ("compressor", "covered")}
-    else:
-        chosen = compressor or Dropout()
-        layers, share = select_layers(model, modules, fallback=fallback)
+    representation = parse_representation(settings.dtype)
+    kind = settings.loss_kind
+    if kind is not None and not isinstance(kind, str):
+        raise InputError(f"expected loss_kind as a string; received {type(kind).__name__}")
+    attributes: dict[str, Any] = {
+        "model": {"fingerprint": model_fingerprint(model), "class": type(model).__name__},
+        "loss_kind": kind,
+    }
+    if settings.like is not None:
+        return _plan_like(model, settings, representation, path, attributes)
+    chosen = settings.compressor or Dropout()
+    layers, share = select_layers(model, settings.modules, fallback=settings.fallback)
+    attributes |= {"compressor": chosen.to_dict(), "covered": share}
+    plan = Plan(Mask(()), None, representation, attributes, settings.storage or Storage(), settings.check_model)
+    earlier = _earlier(path, layers, attributes)
+    if earlier is not None:
+        return replace(plan, mask=earlier.mask, reduction=earlier.reduction)
+    if isinstance(chosen, Gaussian):
         mask = chosen.draw(layers)
-        attributes |= {"compressor": chosen.to_dict(), "covered": share}
-    return Plan(mask, representation, attributes, storage or Storage(), check_model)
+        return replace(plan, mask=mask, reduction=chosen.generated(mask))
+    if not chosen.pilot_samples and chosen.reduce is None:
+        return replace(plan, mask=chosen.draw(layers))
+    if pilot is None:
+        raise InputError(
+            f"expected data for the pilot that {chosen!r} needs; received none: give per_sample_loss= and pilot= to "
+            "init_store, or sampling='uniform' without reduce"
+        )
+    return pilot(plan, chosen, layers)
+
+
+def _plan_like(
+    model: torch.nn.Module,
+    settings: Settings,
+    dtype: Representation,
+    path: PathLike,
+    attributes: dict[str, Any],
+) -> Plan:
+    """Return the plan of a query store: mask, reduction and scaling of its train store."""
+    if settings.compressor is not None or settings.modules is not None or settings.fallback:
+        raise InputError("expected either like= or compressor= and modules=; received both: like fixes the mask")
+    assert settings.like is not None
+    train = settings.like if isinstance(settings.like, GradientStore) else GradientStore.open(settings.like)
+    if train.path == parse_path(path):
+        raise InputError(f"expected a query store apart from its train store; received {path} for both")
+    attributes["model"] = _same_model(train, attributes["model"], settings.check_model)
+    attributes |= {name: train.attrs.get(name) for name in ("compressor", "covered")}
+    find_uses(model, [module.layer for module in train.mask.modules])
+    reduction, kept_at = train.reduction, None
+    if isinstance(reduction, StoredReduction) and reduction.vectors.nbytes > COPIED_BYTES:
+        kept_at = str((train.attrs.get("reduction") or {}).get("path") or train.path)
+    return Plan(train.mask, reduction, dtype, attributes, settings.storage or Storage(), settings.check_model, kept_at)
+
+
+def _earlier(path: PathLike, layers: list[LayerShape], attributes: dict[str, Any]) -> GradientStore | None:
+    """Return the store of an earlier run with the same compressor and layers, whose mask is to be gone on with."""
+    try:
+        found = GradientStore.open(path)
+    except StoreNotFoundError:
+        return None
+    alike = found.attrs.get("compressor") == attributes["compressor"]
+    return found if alike and [module.layer for module in found.mask.modules] == layers else None
 
 
 def _same_model(store: GradientStore, model: dict[str, Any], check: bool) -> dict[str, Any]:
@@ -164,7 +260,7 @@ def open_existing(path: PathLike, plan: Plan) -> GradientStore | None:
     attrs, layout, wanted = store.attrs, store.layout, plan.storage
     for what, expected, received in (
         ("compressor", attrs.get("compressor"), plan.attributes["compressor"]),
-        ("selected layers (mask digest)", store.mask_digest, plan.mask.digest),
+        ("selected layers (digest of mask and basis)", store.columns_digest, plan.columns_digest),
         ("dtype", layout.dtype, plan.dtype),
         ("chunk_rows", layout.chunk_rows, wanted.chunk_rows or layout.chunk_rows),
         ("group_chunks", layout.group_chunks, wanted.group_chunks or layout.group_chunks),

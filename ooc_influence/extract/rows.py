@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,9 @@ from torch import Tensor
 from ooc_influence.extract.entries import Entries
 from ooc_influence.extract.layers import Use
 from ooc_influence.extract.taps import PerSampleLoss, Taps
-from ooc_influence.store import Mask, ModuleMask
+from ooc_influence.store import Mask, ModuleMask, Reduction, StoredReduction
+
+_HELD_BYTES = 2**30  # of a generated map
 
 
 class RowGatherer:
@@ -23,15 +26,18 @@ class RowGatherer:
         The kept entries, k in all.
     device : torch.device
         Where rows are put together; layers may be on others.
+    reduction : Reduction, optional
+        What rows are multiplied by.
     """
 
-    def __init__(self, mask: Mask, device: torch.device) -> None:
+    def __init__(self, mask: Mask, device: torch.device, reduction: Reduction | None = None) -> None:
         self._mask, self._device = mask, device
+        self._reduce = None if reduction is None else Reducer(reduction, device)
         self._starts = np.cumsum([0, *(len(module.rows) for module in mask.modules)]).tolist()
         self._entries: dict[tuple[str, torch.device], tuple[Entries, slice | Tensor]] = {}
 
-    def __call__(self, taps: Taps, per_sample_loss: PerSampleLoss, batch: Any) -> tuple[Tensor, Tensor]:
-        """Return the losses (b,) and the compressed gradients (b, k) float32 of a batch on the device.
+    def __call__(self, taps: Taps, per_sample_loss: PerSampleLoss, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Return losses (b,), compressed gradients (b, k) float32 and masked norms (b,) of a batch, on the device.
 
         Raises
         ------
@@ -46,7 +52,8 @@ class RowGatherer:
             return lambda use, x, delta: self._add(rows, use, x, delta)
 
         losses = taps.run(per_sample_loss, batch, receiver)
-        return losses, rows
+        norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+        return losses, rows if self._reduce is None else self._reduce(rows), norms
 
     def _add(self, rows: Tensor, use: Use, x: Any, delta: Any) -> None:
         here = next(value.device for value in (delta if isinstance(delta, list) else [delta]) if value is not None)
@@ -71,3 +78,32 @@ class RowGatherer:
         at = np.flatnonzero(kept.cols < width)
         part = ModuleMask(use.shape, kept.rows[at], kept.cols[at], kept.weight[at])
         return use.kind(part, use.module, device), torch.from_numpy(first + at).to(self._device)
+
+
+class Reducer:
+    """Multiplies masked rows by a reduction on a device.
+
+    Parameters
+    ----------
+    reduction : Reduction
+        The map, (k', r). Held on the device as float32 if it is stored or small, else generated anew for every batch.
+    device : torch.device
+        Where.
+    """
+
+    def __init__(self, reduction: Reduction, device: torch.device) -> None:
+        self._reduction, self._device = reduction, device
+        self._held: list[tuple[int, Tensor]] | None = None
+        if isinstance(reduction, StoredReduction) or 4 * reduction.rows * reduction.columns <= _HELD_BYTES:
+            self._held = list(self._blocks())
+
+    def _blocks(self) -> Iterator[tuple[int, Tensor]]:
+        for first, block in self._reduction.blocks(self._reduction.rows):
+            yield first, torch.from_numpy(np.ascontiguousarray(block)).to(self._device)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Return rows (b, k') times the map, (b, r) float32."""
+        out = rows.new_zeros((len(rows), self._reduction.columns))
+        for first, block in self._blocks() if self._held is None else self._held:
+            out.addmm_(rows[:, first : first + len(block)], block)
+        return out

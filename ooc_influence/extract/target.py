@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,42 @@ from ooc_influence.extract.metadata import RowMetadata
 from ooc_influence.extract.plan import Plan, open_existing
 from ooc_influence.store import GradientStore, PathLike, Storage, check_finite
 
+logger = logging.getLogger("ooc_influence")
 Floats = npt.NDArray[np.float32]
+OnNonFinite = Literal["raise", "skip"]
+
+
+class Computed(NamedTuple):
+    """What is computed of some samples, on the host.
+
+    Attributes
+    ----------
+    losses : (b,) float32
+        Per-sample losses.
+    rows : (b, k) float32
+        What is stored of their gradients.
+    norms : (b,) float32
+        Norms of the masked gradients, before any reduction.
+    """
+
+    losses: Floats
+    rows: Floats
+    norms: Floats
+
+    @classmethod
+    def empty(cls, rows: int, k: int) -> Computed:
+        """Return room for ``rows`` rows of ``k`` numbers."""
+        return cls(np.empty(rows, np.float32), np.empty((rows, k), np.float32), np.empty(rows, np.float32))
+
+    def put(self, places: npt.NDArray[np.int64], found: Computed) -> None:
+        """Write what was found at ``places``; those outside are left out."""
+        inside = (places >= 0) & (places < len(self.losses))
+        for mine, values in zip(self, found, strict=True):
+            mine[places[inside]] = values[inside]
+
+    def part(self, low: int, high: int) -> Computed:
+        """Return samples ``low`` to ``high``."""
+        return Computed(*(values[low:high] for values in self))
 
 
 class Target:
@@ -39,7 +75,11 @@ class Target:
         batching: Batching,
         shard: Shard | None,
         total: int | None,
+        on_nonfinite: OnNonFinite = "raise",
     ) -> None:
+        if on_nonfinite not in ("raise", "skip"):
+            raise InputError(f"expected on_nonfinite 'raise' or 'skip'; received {on_nonfinite!r}")
+        self._skip, self._skipped = on_nonfinite == "skip", False
         self._path, self._plan, self._metadata = path, plan, metadata
         self._first_row, self._shard, self._total = batching.first_row, shard, total
         self.start: int = batching.first_row
@@ -59,7 +99,7 @@ class Target:
 
     def _layout_sizes(self, rows: int) -> int:
         """Return the rows of a group, in a store that is still to be made for several writers."""
-        chunk_rows, group_chunks = self._storage(rows).sizes(self._plan.mask.k, self._plan.dtype, rows)
+        chunk_rows, group_chunks = self._storage(rows).sizes(self._plan.k, self._plan.dtype, rows)
         return chunk_rows * group_chunks
 
     def _storage(self, rows: int | None) -> Storage:
@@ -127,7 +167,17 @@ class Target:
         last = row + count if self.stop is None else min(row + count, self.stop)
         return max(0, last - max(row, self.start))
 
-    def take(self, batch: Any, row: int, losses: Floats, rows: Floats) -> None:
+    @property
+    def waited(self) -> float:
+        """Seconds spent waiting for the disk."""
+        return 0.0 if self.store is None else self.store.waited
+
+    def record(self, **attributes: Any) -> None:
+        """Record something in the store's attributes, where this is its only writer."""
+        if self.store is not None and self._shard is None:
+            self.store.record(**attributes)
+
+    def take(self, batch: Any, row: int, found: Computed) -> None:
         """Append what of a batch is new and this writer's; ``row`` is the store row of its first sample.
 
         Raises
@@ -137,30 +187,56 @@ class Target:
         MismatchError
             If rows that are committed already have other losses in the store.
         """
-        small = self._metadata.take(batch, row - self._first_row, len(losses))
-        end = row + len(losses) if self.stop is None else min(row + len(losses), self.stop)
+        count = len(found.losses)
+        small = self._metadata.take(batch, row - self._first_row, count)
+        end = row + count if self.stop is None else min(row + count, self.stop)
+        if self._skip:
+            found = self._without_nonfinite(found)
         if self.store is None:
             low = max(0, self.next_row - row)
-            ids = small.get("example_id")
-            check_finite(
-                row + low, rows[low : end - row], losses[low : end - row], ids[low : end - row] if ids else None
-            )
+            new, ids = found.part(low, end - row), small.get("example_id")
+            check_finite(row + low, new.rows, new.losses, ids[low : end - row] if ids else None)
             self._create(small)
         assert self.store is not None
-        self.check_same_data(batch, row, losses, min(max(0, self.next_row - row), len(losses)))
+        self.check_same_data(batch, row, found.losses, min(max(0, self.next_row - row), count))
         while self.next_row < end:  # more than once where a repair left several gaps
             low = max(0, self.next_row - row)
             high = end - row
             room = self.store.writer().room
             if room is not None:
                 high = min(high, low + room)
-            self._append(small, losses, rows, low, high)
+            self._append({name: values[low:high] for name, values in small.items()}, found.part(low, high))
 
-    def _append(self, small: Mapping[str, list[Any]], losses: Floats, rows: Floats, low: int, high: int) -> None:
+    def _append(self, small: Mapping[str, list[Any]], new: Computed) -> None:
         assert self.store is not None
-        values = {name.removeprefix("columns/"): found[low:high] for name, found in small.items()}
+        values = {name.removeprefix("columns/"): found for name, found in small.items()}
         ids = values.pop("example_id", None)
-        self.store.append(rows[low:high], loss=losses[low:high], ids=ids, columns=values)
+        self.store.append(new.rows, loss=new.losses, grad_norm=new.norms, ids=ids, columns=values)
+
+    def _without_nonfinite(self, found: Computed) -> Computed:
+        """Return rows with zeros for those that are not finite; an infinite norm marks them until they are dropped."""
+        bad = ~(np.isfinite(found.losses) & np.isfinite(found.norms) & np.isfinite(found.rows).all(axis=1))
+        if not bad.any():
+            return found
+        self._skipped = True
+        return Computed(
+            np.where(bad, 0, found.losses).astype(np.float32),
+            np.where(bad[:, None], 0, found.rows).astype(np.float32),
+            np.where(bad, np.inf, found.norms).astype(np.float32),
+        )
+
+    def _drop_skipped(self) -> None:
+        """Drop the rows that were not finite: this run's, and those of a run that was killed before it could."""
+        store = self.store
+        if store is None or not (self._skip or self._skipped):
+            return
+        store.reload()
+        for start in range(0, store.n, store.layout.group_rows):
+            stop = min(store.n, start + store.layout.group_rows)
+            bad = np.isinf(store.small("grad_norm", start, stop)) & ~store.small("dropped", start, stop)
+            if bad.any():
+                store.drop(start + np.flatnonzero(bad))
+                logger.warning("rows %s are not finite: dropped", (start + np.flatnonzero(bad)).tolist())
 
     def _create(self, small: Mapping[str, list[Any]]) -> None:
         dtypes = {name.removeprefix("columns/"): dtype for name, dtype in self._metadata.dtypes(small).items()}
@@ -168,13 +244,12 @@ class Target:
         GradientStore.create(
             self._path,
             plan.mask,
-            dtype=plan.dtype,
             storage=self._storage(self._total),
             planned_rows=self._total if self._shard is not None else None,
             ids=dtypes.pop("example_id", None),
             columns=dtypes,
-            attributes=plan.attributes,
             exist_ok=True,  # another writer may have been first: open_existing checks that it is the same store
+            **plan.create_options,
         )
         store = open_existing(self._path, plan)
         assert store is not None
@@ -207,6 +282,7 @@ class Target:
             )
 
     def close(self) -> None:
-        """Commit what is finished and let others write."""
+        """Commit what is finished, drop what was skipped, and let others write."""
         if self.store is not None:
             self.store.close()
+            self._drop_skipped()

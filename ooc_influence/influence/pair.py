@@ -64,9 +64,10 @@ class Pair:
             See :func:`resolve_curvature` and :meth:`Curvature.damping_value`.
         """
         queries, rows = open_store(query), open_store(train)
-        if queries.mask_digest != rows.mask_digest:
+        if queries.columns_digest != rows.columns_digest:
             raise MismatchError(
-                f"expected a query store with the mask of {rows.path}; received {queries.path}, which has another: "
+                f"expected a query store with the mask (and basis) of {rows.path}; received {queries.path}, which has "
+                "another: "
                 "extract the queries with like= (--like) the train store"
             )
         models = [store.attrs.get("model", {}).get("fingerprint") for store in (queries, rows)]

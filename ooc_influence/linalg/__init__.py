@@ -1,6 +1,11 @@
-"""BLAS and eigendecompositions: what curvature and influence stand on."""
+"""BLAS, eigendecompositions, spectra, row weights: what compress, curvature and influence stand on."""
 
 from ooc_influence.linalg.blas import GramAccumulator
 from ooc_influence.linalg.eigen import symmetric_eigen
+from ooc_influence.linalg.spectrum import Spectrum, WeightedRows, top_spectrum
+from ooc_influence.linalg.weights import Weighting, clipped_rows, parse_weighting, row_weights
 
-__all__ = ["GramAccumulator", "symmetric_eigen"]
+__all__ = [
+    "GramAccumulator", "Spectrum", "WeightedRows", "Weighting", "clipped_rows", "parse_weighting", "row_weights",
+    "symmetric_eigen", "top_spectrum",
+]  # fmt: skip

@@ -23,11 +23,17 @@ from ooc_influence.store.mask import Mask
 from ooc_influence.store.opening import attributes_digest, read_attributes
 from ooc_influence.store.place import NewFolder, StorePath, array_store, is_local
 from ooc_influence.store.ranges import make_claim
+from ooc_influence.store.reduction import Reduction
 from ooc_influence.store.remote import ROOT
 
 
 def create_store(
-    path: StorePath, layout: Layout, mask: Mask, attributes: Mapping[str, Any], column_scale: FloatRows | None
+    path: StorePath,
+    layout: Layout,
+    mask: Mask,
+    reduction: Reduction | Mapping[str, Any] | None,
+    attributes: Mapping[str, Any],
+    column_scale: FloatRows | None,
 ) -> bool:
     """Write a store without rows; return False where something else is at ``path``.
 
@@ -48,8 +54,12 @@ def create_store(
             if column_scale is not None:
                 create_array(group, "column_scale", (layout.k,), (layout.k,), "float32", check=True)[...] = column_scale
             mask.save(group)
+            if isinstance(reduction, Reduction):
+                reduction.save(group)
             group.create_group("curvature")
-            attrs = json.loads(json.dumps(dict(attributes) | _fixed(layout, mask)))  # as they will be read back
+            attrs = json.loads(
+                json.dumps(dict(attributes) | _fixed(layout, mask, reduction))
+            )  # as they will be read back
             group.attrs[ATTRIBUTES] = attrs | {"digest": attributes_digest(attrs)}
             return folder.publish()
     except OSError as error:
@@ -63,14 +73,15 @@ def create_store(
             claim.release()
 
 
-def _fixed(layout: Layout, mask: Mask) -> dict[str, Any]:
+def _fixed(layout: Layout, mask: Mask, reduction: Reduction | Mapping[str, Any] | None) -> dict[str, Any]:
     created = {
         "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "host": socket.gethostname(),
         "id": uuid.uuid4().hex,
     }
     fixed = {"format": FORMAT_VERSION, "version": __version__, "created": created, "p": mask.p}
-    return fixed | {"mask_digest": mask.digest, "layout": layout.to_dict()}
+    facts = reduction.facts if isinstance(reduction, Reduction) else reduction
+    return fixed | {"mask_digest": mask.digest, "reduction": facts and dict(facts), "layout": layout.to_dict()}
 
 
 def parse_column_scale(column_scale: Any, k: int) -> FloatRows | None:

@@ -25,6 +25,7 @@ from ooc_influence.store.mask import Mask
 from ooc_influence.store.opening import read_attributes
 from ooc_influence.store.place import PathLike, array_store, parse_path
 from ooc_influence.store.ranges import check_range, clear_range, make_claim
+from ooc_influence.store.reduction import Reduction, columns_digest
 from ooc_influence.store.rows import parse_rows
 from ooc_influence.store.verify import Damage, verify_store
 from ooc_influence.store.view import Pin, StoreView
@@ -106,6 +107,7 @@ class GradientStore(StoreView):
         planned_rows: int | None = None,
         ids: str | None = None,
         columns: Mapping[str, str] | None = None,
+        reduction: Reduction | Mapping[str, Any] | None = None,
         column_scale: npt.ArrayLike | None = None,
         attributes: Mapping[str, Any] | None = None,
         exist_ok: bool = False,
@@ -128,6 +130,9 @@ class GradientStore(StoreView):
             Dtype of the rows' ids (``"str"``, ``"int64"``); None for no ids.
         columns : mapping of str to str, optional
             Name to dtype (bool, int64, float64, str) of per-row columns.
+        reduction : Reduction or mapping, optional
+            What masked rows are multiplied by before they are stored; as a mapping, the facts of one that is kept in
+            another store (with its ``path``).
         column_scale : (k,), optional
             Positive numbers that rows are divided by before they are encoded and multiplied by on reading.
         attributes : mapping, optional
@@ -147,14 +152,18 @@ class GradientStore(StoreView):
         target = parse_path(path)
         representation = parse_representation(dtype)
         storage = storage or Storage()
-        chunk_rows, group_chunks = storage.sizes(mask.k, representation, planned_rows)
-        scale = parse_column_scale(column_scale, mask.k)
+        facts = reduction.facts if isinstance(reduction, Reduction) else reduction
+        k = mask.k if facts is None else int(facts["columns"])
+        if facts is not None and int(facts["rows"]) != mask.k:
+            raise InputError(f"expected a reduction of {mask.k} masked entries; received one of {facts['rows']}")
+        chunk_rows, group_chunks = storage.sizes(k, representation, planned_rows)
+        scale = parse_column_scale(column_scale, k)
         layout = Layout(
-            mask.k, representation, chunk_rows, group_chunks, planned_rows, ids, dict(columns or {}), storage.codec,
+            k, representation, chunk_rows, group_chunks, planned_rows, ids, dict(columns or {}), storage.codec,
             scale is not None,
         )  # fmt: skip
-        published = create_store(target, layout, mask, attributes or {}, scale)
-        if not published and not (exist_ok and cls(target).mask_digest == mask.digest):
+        published = create_store(target, layout, mask, reduction, attributes or {}, scale)
+        if not published and not (exist_ok and cls(target).columns_digest == columns_digest(mask.digest, facts)):
             raise StoreExistsError(
                 f"expected nothing at {target}; received something: choose another path or remove it"
             )
@@ -309,6 +318,11 @@ class GradientStore(StoreView):
         if repair and found:
             self.reload()
         return found
+
+    @property
+    def waited(self) -> float:
+        """Seconds that appending has waited for the disk."""
+        return 0.0 if self._writer is None else self._writer.waited
 
     def record(self, **attributes: Any) -> None:
         """Write further attributes, JSON values, in place of what has their names."""

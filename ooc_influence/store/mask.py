@@ -71,10 +71,38 @@ class ModuleMask:
 
 
 @dataclass(frozen=True, eq=False)
+class PilotMoments:
+    """Second moments of one layer's rows and columns (at one use of its weight), from pilot samples.
+
+    Attributes
+    ----------
+    layer : int
+        Which layer.
+    rows : (R,) float64
+        E over samples of Σ_t δ_i².
+    cols : (C,) float64
+        E over tokens of x_j².
+    """
+
+    layer: int
+    rows: npt.NDArray[np.float64]
+    cols: npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
 class Mask:
-    """All kept entries of a model, (k,) in all."""
+    """All kept entries of a model, (k,) in all.
+
+    Attributes
+    ----------
+    modules : tuple of ModuleMask
+        The kept entries, module by module.
+    pilot : tuple of PilotMoments
+        What importance sampling drew them from; a record only, no part of the digest.
+    """
 
     modules: tuple[ModuleMask, ...]
+    pilot: tuple[PilotMoments, ...] = ()
 
     @property
     def k(self) -> int:
@@ -120,6 +148,11 @@ class Mask:
             for name in ("rows", "cols", "weight"):
                 values = getattr(module, name)
                 create_array(target, name, values.shape, values.shape, values.dtype, check=True)[...] = values
+        for number, moments in enumerate(self.pilot):
+            target = group.create_group(f"pilot/{number:05d}", attributes={"layer": moments.layer})
+            for name in ("rows", "cols"):
+                values = getattr(moments, name)
+                create_array(target, name, values.shape, values.shape, values.dtype, check=True)[...] = values
 
     @classmethod
     def load(cls, group: Any, digest: str) -> Mask:
@@ -140,7 +173,12 @@ class Mask:
             )  # fmt: skip
             arrays = [read_array(source, name) for name in ("rows", "cols", "weight")]
             modules.append(ModuleMask(layer, *arrays))
-        mask = cls(tuple(modules))
+        pilot = []
+        for number in range(len(list(group["pilot"].group_keys())) if "pilot" in group else 0):
+            source = group[f"pilot/{number:05d}"]
+            rows, cols = (read_array(source, name) for name in ("rows", "cols"))
+            pilot.append(PilotMoments(int(source.attrs["layer"]), rows, cols))
+        mask = cls(tuple(modules), tuple(pilot))
         if mask.digest != digest:
             raise StoreDamagedError(
                 f"expected mask digest {digest[:12]}; received {mask.digest[:12]} from {group.store_path}: "

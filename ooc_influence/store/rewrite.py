@@ -100,6 +100,7 @@ def _check_alike(first: GradientStore, other: GradientStore) -> None:
         scale = None if store.column_scale is None else store.column_scale.tobytes()
         return {
             "mask digest": store.mask_digest,
+            "reduction": store.columns_digest,
             "model": (store.attrs.get("model") or {}).get("fingerprint"),
             "loss_kind": store.attrs.get("loss_kind"),
             "dtype": layout.dtype,
@@ -118,7 +119,7 @@ def _check_alike(first: GradientStore, other: GradientStore) -> None:
 def _create_like(store: GradientStore, out: PathLike, sources: list[str], ids: str | None = None) -> GradientStore:
     """Create an empty store that grows, with the settings of another."""
     layout = store.layout
-    fixed = {"format", "version", "created", "p", "mask_digest", "layout", "digest"}
+    fixed = {"format", "version", "created", "p", "mask_digest", "reduction", "layout", "digest"}
     attributes = {name: value for name, value in store.attrs.items() if name not in fixed}
     return GradientStore.create(
         out,
@@ -127,6 +128,7 @@ def _create_like(store: GradientStore, out: PathLike, sources: list[str], ids: s
         storage=Storage(layout.chunk_rows, layout.group_chunks, layout.codec),
         ids=layout.ids or ids,
         columns=layout.columns,
+        reduction=store.reduction,
         column_scale=store.column_scale,
         attributes=attributes | {"made_from": sources},
     )

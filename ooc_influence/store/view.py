@@ -21,6 +21,7 @@ from ooc_influence.store.mask import Mask
 from ooc_influence.store.opening import check_lengths, open_store, read_damaged_records, read_records
 from ooc_influence.store.place import PathLike, is_local, parse_path
 from ooc_influence.store.reader import ChunkStream, read_into
+from ooc_influence.store.reduction import Reduction, columns_digest, load_reduction
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -52,6 +53,7 @@ class StoreView:
         self._attrs, self.layout, self._group = open_store(self.path)
         self._arrays: dict[str, Any] = {}
         self._mask: Mask | None = None
+        self._reduction: Reduction | None = None
         self._column_scale: FloatRows | None = None
         self.damaged_records: list[tuple[tuple[int, int], str]] = []
         self._damaged = damaged
@@ -171,8 +173,21 @@ class StoreView:
 
     @property
     def mask_digest(self) -> str:
-        """Digest of the mask; equal digests mean comparable rows."""
+        """Digest of the mask."""
         return str(self._attrs["mask_digest"])
+
+    @property
+    def columns_digest(self) -> str:
+        """Digest of what the columns mean, mask and reduction; equal digests mean comparable rows."""
+        return columns_digest(self.mask_digest, self._attrs.get("reduction"))
+
+    @property
+    def reduction(self) -> Reduction | None:
+        """What masked rows were multiplied by (read on first use); None where rows hold the kept entries themselves."""
+        facts = self._attrs.get("reduction")
+        if facts is not None and self._reduction is None:
+            self._reduction = load_reduction(self._group, facts)
+        return self._reduction
 
     @property
     def identity(self) -> str:

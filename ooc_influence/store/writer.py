@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -66,6 +67,8 @@ class RangeWriter:
     ----------
     next_row : int
         Number of the next row to be appended: the first that is missing.
+    waited : float
+        Seconds that appending has waited for the disk.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class RangeWriter:
         self._made = 0
         self._waiting: list[Slot] = []
         self._fresh: dict[int, int] = {}
+        self.waited = 0.0
         self._error: BaseException | None = None
         self._error_raised = False
         self._change = threading.Condition()
@@ -162,8 +166,10 @@ class RangeWriter:
         if self._slot is not None:
             return self._slot
         with self._change:
+            began = time.perf_counter()
             while not self._idle and self._made == BUFFERS and self._error is None:
                 self._change.wait()
+            self.waited += time.perf_counter() - began
             self._check_usable()
             if self._idle:
                 slot = self._idle.pop()

@@ -1,0 +1,146 @@
+"""The pilot: a look at some samples before the mask is drawn and the basis chosen.
+
+For importance sampling, one pass sums squares of every layer's inputs and output gradients. For a reduction, wide rows
+of more samples go into a store of their own beside the one to be made, which a killed run finds again; their
+eigenbasis then becomes part of the real store, and the pilot's is removed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ooc_influence.compress import PilotMoments
+from ooc_influence.errors import InputError
+from ooc_influence.extract.batching import Batches, batch_size, to_device
+from ooc_influence.extract.budget import BudgetBatches
+from ooc_influence.extract.layers import Use
+from ooc_influence.extract.taps import PerSampleLoss, tapped
+from ooc_influence.progress import Progress
+from ooc_influence.store import LayerShape, StorePath
+
+
+@dataclass(frozen=True)
+class PilotData:
+    """What a pilot is run on.
+
+    Attributes
+    ----------
+    model : nn.Module
+        The model.
+    per_sample_loss : callable
+        Its loss.
+    batches : iterable or callable
+        The pilot's own batches, or the data to take some from.
+    device : torch.device
+        Where to run.
+    progress : bool or None
+        Show a progress line.
+    """
+
+    model: torch.nn.Module
+    per_sample_loss: PerSampleLoss
+    batches: Batches | BudgetBatches
+    device: torch.device
+    progress: bool | None
+
+    def take(self, samples: int) -> Iterator[Any]:
+        """Yield batches with at least ``samples`` samples, spread over the data where they can be addressed."""
+        return take_evenly(self.batches, samples)
+
+    def moments(self, layers: Sequence[LayerShape], samples: int) -> list[PilotMoments]:
+        """Return second moments of every layer's rows and columns over ``samples`` samples.
+
+        Raises
+        ------
+        InputError, UnsupportedModelError
+            See :meth:`Taps.run`.
+        """
+        sums = MomentSums(layers)
+        with (
+            tapped(self.model, layers, self.device, probe=True) as taps,
+            Progress("pilot", samples, self.progress) as bar,
+        ):
+            for batch in self.take(samples):
+                losses = taps.run(self.per_sample_loss, to_device(batch, self.device), lambda b: sums.add)
+                sums.samples += len(losses)
+                bar.advance(len(losses))
+        return sums.result()
+
+
+def take_evenly(batches: Batches | BudgetBatches, samples: int) -> Iterator[Any]:
+    """Yield batches that hold at least ``samples`` samples, evenly over the data or, of a stream, from its start.
+
+    Raises
+    ------
+    InputError
+        For a one-shot iterator, which the extraction could not read again.
+    """
+    if isinstance(batches, Iterator):
+        raise InputError(
+            "expected batches that can be read twice, once for the pilot; received an iterator: give a list, a "
+            "DataLoader or a callable start_row -> iterable, or the pilot's own batches with pilot="
+        )
+    taken = 0
+    for batch in _spread(batches, samples):
+        if taken >= samples:
+            return
+        taken += batch_size(batch) or 1
+        yield batch
+
+
+def _spread(batches: Batches | BudgetBatches, samples: int) -> Iterable[Any]:
+    if isinstance(batches, (list, tuple)) and batches:
+        size = batch_size(batches[0]) or 1
+        return [batches[place] for place in _even(len(batches), -(-samples // size))]
+    if isinstance(batches, BudgetBatches):
+        numbers = np.array(_even(len(batches), samples), np.int64)
+        return (batches.load(part) for part in (batches.cut(numbers) if len(numbers) else []))
+    data = torch.utils.data
+    if isinstance(batches, data.DataLoader) and batches.batch_size and hasattr(batches.dataset, "__getitem__"):
+        size, collate, dataset = batches.batch_size, batches.collate_fn, batches.dataset
+        places = _even(len(dataset), samples)  # type: ignore[arg-type]
+        return (collate([dataset[place] for place in places[low : low + size]]) for low in range(0, len(places), size))
+    return batches(0) if callable(batches) else batches
+
+
+def _even(count: int, wanted: int) -> list[int]:
+    return sorted({round(place) for place in np.linspace(0, count - 1, min(count, wanted)).tolist()})
+
+
+class MomentSums:
+    """Sums of squares of layers' inputs and output gradients, in the product form of the entries."""
+
+    def __init__(self, layers: Sequence[LayerShape]) -> None:
+        self.samples = 0
+        self._layers = layers
+        self._sums: dict[tuple[int, str], list[Any]] = {}
+
+    def add(self, use: Use, x: Any, delta: Any) -> None:
+        """Add one module's input and output gradient of a batch."""
+        found = use.kind.moments(use.shape, use.module, x, delta)
+        parts = [found.rows.cpu().numpy(), found.cols.cpu().numpy(), found.tokens]
+        sums = self._sums.setdefault((use.layer, use.shape.name), [0.0, 0.0, 0])
+        for place, part in enumerate(parts):
+            sums[place] = sums[place] + part
+
+    def result(self) -> list[PilotMoments]:
+        """Return the moments of every layer that received gradients; of a tied weight those of each of its uses."""
+        if not self.samples:
+            raise InputError("expected pilot batches with samples; received none: the data set is empty")
+        found = []
+        for (number, _), (rows, cols, tokens) in sorted(self._sums.items(), key=lambda item: item[0]):
+            width = self._layers[number].shape[1]
+            full = np.zeros(width)  # a tied module may lack the bias column
+            full[: min(width, len(cols))] = cols[:width] / max(1, tokens)
+            found.append(PilotMoments(number, rows / self.samples, full))
+        return found
+
+
+def pilot_path(path: StorePath) -> StorePath:
+    """Return where the pilot's wide rows are kept until the store at ``path`` is there."""
+    return path.with_name(f"{path.name}.pilot")
