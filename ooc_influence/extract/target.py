@@ -18,6 +18,7 @@ from ooc_influence.store import GradientStore, PathLike, Storage, check_finite
 
 logger = logging.getLogger("ooc_influence")
 Floats = npt.NDArray[np.float32]
+_SKIPPED = np.finfo(np.float32).max  # the norm of a row that was not finite
 OnNonFinite = Literal["raise", "skip"]
 
 
@@ -214,7 +215,7 @@ class Target:
         self.store.append(new.rows, loss=new.losses, grad_norm=new.norms, ids=ids, columns=values)
 
     def _without_nonfinite(self, found: Computed) -> Computed:
-        """Return rows with zeros for those that are not finite; an infinite norm marks them until they are dropped."""
+        """Return rows with zeros for those that are not finite; until they are dropped their norm marks them."""
         bad = ~(np.isfinite(found.losses) & np.isfinite(found.norms) & np.isfinite(found.rows).all(axis=1))
         if not bad.any():
             return found
@@ -222,7 +223,7 @@ class Target:
         return Computed(
             np.where(bad, 0, found.losses).astype(np.float32),
             np.where(bad[:, None], 0, found.rows).astype(np.float32),
-            np.where(bad, np.inf, found.norms).astype(np.float32),
+            np.where(bad, _SKIPPED, found.norms).astype(np.float32),
         )
 
     def _drop_skipped(self) -> None:
@@ -233,7 +234,7 @@ class Target:
         store.reload()
         for start in range(0, store.n, store.layout.group_rows):
             stop = min(store.n, start + store.layout.group_rows)
-            bad = np.isinf(store.small("grad_norm", start, stop)) & ~store.small("dropped", start, stop)
+            bad = (store.small("grad_norm", start, stop) == _SKIPPED) & ~store.small("dropped", start, stop)
             if bad.any():
                 store.drop(start + np.flatnonzero(bad))
                 logger.warning("rows %s are not finite: dropped", (start + np.flatnonzero(bad)).tolist())
@@ -268,6 +269,7 @@ class Target:
         if self.store is None or low >= high or self.store.n < high:
             return
         stored = self.store.small("loss", low, high)
+        losses = np.where(np.isfinite(losses), losses, 0)  # as rows that were skipped have
         if not np.allclose(stored, losses[low - row : high - row], rtol=1e-2, atol=1e-6):
             raise MismatchError(
                 f"expected rows {low}-{high} to have the losses stored in {self.store.path}; received others: the "

@@ -1,0 +1,245 @@
+"""The reduction: an eigenbasis from a pilot, inherited by queries; the wide store where nothing is left out."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from conftest import random_rows, whole_mask, write_store
+from models import Mlp, batches, data, loss, make
+from numpy.testing import assert_allclose, assert_array_equal
+
+from ooc_influence import (
+    Dropout,
+    Eigenbasis,
+    Gaussian,
+    GradientStore,
+    Storage,
+    extract_gradients,
+    fit_fisher,
+    influence_scores,
+    init_store,
+)
+from ooc_influence.compress import fit_eigenbasis
+from ooc_influence.errors import InputError, MemoryBudgetError, MismatchError
+from ooc_influence.extract import pilot as pilot_module
+from ooc_influence.linalg import WeightedRows, spectrum, top_spectrum
+from ooc_influence.store import GaussianReduction, StoredReduction
+
+N, K = 60, 80
+WHOLE = Dropout(k=K, sampling="importance", reduce=Eigenbasis(r=60, pilot=N))
+
+
+def extract(path, n=N, *, compressor=None, **options):
+    if "like" not in options:
+        options["compressor"] = compressor or Dropout(k=K, sampling="importance", reduce=Eigenbasis(r=20, pilot=N))
+    options = {"dtype": "float32", "loss_kind": "cross_entropy"} | options
+    return extract_gradients(make(Mlp), loss, batches(*data(Mlp, n), 8), path, **options)
+
+
+@pytest.fixture
+def wide(tmp_path):
+    return extract(tmp_path / "wide.zarr", compressor=Dropout(k=K, sampling="importance"))
+
+
+def test_rows_are_wide_rows_in_their_eigenbasis(tmp_path, wide):
+    store = extract(tmp_path / "s.zarr")
+    assert store.mask_digest == wide.mask_digest
+    assert store.columns_digest != wide.columns_digest
+    assert store.shape == (N, 20)
+    rows = wide.rows().astype(np.float64)
+    values, vectors = np.linalg.eigh(rows.T @ rows / N)
+    values, vectors = values[::-1], vectors[:, ::-1]
+    reduction = store.reduction
+    assert_allclose(reduction.eigenvalues, values[:20], rtol=1e-3)  # the pilot's rows are float16
+    assert_allclose(np.abs((reduction.vectors * vectors[:, :20]).sum(0))[:8], 1, atol=1e-3)
+    assert_allclose(store.rows(), rows @ reduction.vectors, atol=1e-5 * np.abs(rows).max())
+    assert reduction.facts["left_out"] == pytest.approx(values[20:].sum() / values.sum(), rel=1e-2)
+    assert_allclose(store.grad_norm, np.linalg.norm(rows, axis=1), rtol=1e-5)
+    assert store.attrs["compressor"]["reduce"]["r"] == 20
+    assert not (tmp_path / "s.zarr.pilot").exists()
+    assert len(store.mask.pilot) == 3
+
+
+def test_nothing_is_lost_where_all_directions_are_kept(tmp_path, wide):
+    """r = rank: reduced and wide scores agree at equal absolute λ."""
+    whole = extract(
+        tmp_path / "s.zarr", compressor=Dropout(k=K, sampling="importance", reduce=Eigenbasis(r=60, pilot=N))
+    )
+    scores = []
+    for train, name in ((whole, "a.zarr"), (wide, "b.zarr")):
+        fit_fisher(train)
+        query = extract(tmp_path / name, 10, like=train)
+        scores.append(influence_scores(query, train, damping=0.05, damping_mode="absolute").compute())
+    assert_allclose(scores[0], scores[1], rtol=0, atol=1e-3 * np.abs(scores[1]).max())
+
+
+def test_queries_inherit_mask_and_basis(tmp_path, monkeypatch):
+    train = extract(tmp_path / "t.zarr")
+    query = extract(tmp_path / "q.zarr", 10, like=train)
+    assert query.columns_digest == train.columns_digest
+    assert_array_equal(query.reduction.vectors, train.reduction.vectors)
+    assert_allclose(query.rows(), train.rows(0, 10), atol=1e-6)
+    monkeypatch.setattr("ooc_influence.extract.plan.COPIED_BYTES", 100)
+    linked = extract(tmp_path / "l.zarr", 10, like=train)
+    assert not (tmp_path / "l.zarr" / "basis").exists()
+    assert_array_equal(linked.reduction.vectors, train.reduction.vectors)
+    assert_allclose(linked.rows(), query.rows(), atol=1e-6)
+    wide = extract(tmp_path / "w.zarr", compressor=Dropout(k=K, sampling="importance"))
+    fit_fisher(train)
+    with pytest.raises(MismatchError, match="basis"):
+        influence_scores(wide, train)
+
+
+def test_another_run_goes_on_with_the_basis(tmp_path, monkeypatch):
+    """A killed run resumes with what its store holds; a killed pilot with the pilot's rows."""
+
+    def stopping(after):
+        for number, batch in enumerate(batches(*data(Mlp, N), 8)):
+            if number == after:
+                raise KeyboardInterrupt
+            yield batch
+
+    whole = extract(tmp_path / "a.zarr", storage=Storage(chunk_rows=8, group_chunks=1))
+    compressor = Dropout(k=K, sampling="importance", reduce=Eigenbasis(r=20, pilot=N))
+    calls = {"n": 0}
+
+    def batches_once(first):
+        calls["n"] += 1
+        return stopping(5) if calls["n"] == 3 else batches(*data(Mlp, N), 8)[first // 8 :]
+
+    options = {"compressor": compressor, "dtype": "float32", "loss_kind": "cross_entropy"}
+    options["storage"] = Storage(chunk_rows=8, group_chunks=1)
+    with pytest.raises(KeyboardInterrupt):
+        extract_gradients(make(Mlp), loss, batches_once, tmp_path / "b.zarr", **options)
+    assert GradientStore.open(tmp_path / "b.zarr").n == 40
+    monkeypatch.setattr(pilot_module.PilotData, "moments", None)  # must not be needed again
+    found = extract_gradients(make(Mlp), loss, batches_once, tmp_path / "b.zarr", **options)
+    assert_array_equal(found.rows(), whole.rows())
+
+
+def test_a_weighted_basis(tmp_path, wide):
+    store = extract(tmp_path / "s.zarr", compressor=Dropout(k=K, sampling="importance",
+                                                           reduce=Eigenbasis(10, N, "ggn")))  # fmt: skip
+    rows = wide.rows().astype(np.float64) / np.sqrt(np.expm1(wide.loss.astype(np.float64)))[:, None]
+    assert_allclose(store.reduction.eigenvalues, np.linalg.eigvalsh(rows.T @ rows / N)[::-1][:10], rtol=2e-3)
+    assert store.reduction.facts["weights"] == "ggn"
+    with pytest.raises(InputError, match="loss_kind"):
+        extract(tmp_path / "t.zarr", compressor=Dropout(k=K, reduce=Eigenbasis(r=10, weights="trak")), loss_kind=None)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_quantised_columns_have_the_scale_of_the_basis(tmp_path, dtype):
+    exact = extract(tmp_path / "a.zarr")
+    coded = extract(tmp_path / "b.zarr", dtype=dtype)
+    assert_allclose(coded.column_scale, exact.reduction.column_scale(), rtol=1e-6)
+    largest = np.abs(exact.rows() / coded.column_scale).max(axis=1)
+    error = np.abs(coded.rows() - exact.rows()) / (largest[:, None] * coded.column_scale)
+    assert error.max() < (0.02 if dtype == "int8" else 0.2)
+
+
+@pytest.mark.parametrize("way", ["_by_fisher", "_by_gram", "_by_iteration"])
+@pytest.mark.parametrize("weights", [None, "ggn"])
+def test_the_three_ways_agree_with_the_oracle(tmp_path, monkeypatch, way, weights):
+    rows = random_rows(150, 40)
+    losses = np.linspace(0.1, 3, 150)
+    store = GradientStore.create(
+        tmp_path / "s.zarr", whole_mask(40), dtype="float32", attributes={"loss_kind": "cross_entropy"}
+    )
+    with store:
+        store.append(rows, loss=losses)
+        store.drop([3, 77])
+    chosen = WeightedRows(store, [(0, 70), (80, 150)], weights)
+    w = np.ones(150) if weights is None else 1 / np.expm1(losses)
+    live = np.setdiff1d(np.r_[0:70, 80:150], [3])
+    kept = rows[live].astype(np.float64) * np.sqrt(w[live])[:, None]
+    live = len(live)
+    F = kept.T @ kept / live
+    values, vectors = np.linalg.eigh(F)
+    monkeypatch.setattr(spectrum, "_EXTRA", 20)
+    names = ["_by_iteration", "_by_gram", "_by_fisher"]
+    for other in names[names.index(way) + 1 :]:  # make the better ways not fit
+        monkeypatch.setattr(spectrum, other, getattr(spectrum, way))
+    found = top_spectrum(chosen, 5, workers=2, memory="1GiB", progress=None)
+    assert found.rows == live
+    assert_allclose(found.trace, np.trace(F), rtol=1e-5)
+    assert_allclose(found.eigenvalues, values[::-1][:5], rtol=1e-3)
+    overlap = np.abs(np.diag(found.vectors.T @ vectors[:, ::-1][:, :5]))
+    assert_allclose(overlap, 1, atol=2e-2)
+
+
+def test_a_basis_of_some_rows_only(tmp_path):
+    store = write_store(tmp_path / "s.zarr", random_rows(1000, 40))
+    found = fit_eigenbasis(store, 5, rows=300)
+    assert found.facts["pilot_rows"] == 300
+    whole = fit_eigenbasis(store, 5)
+    assert_allclose(found.eigenvalues, whole.eigenvalues, rtol=0.3)
+    with pytest.raises(InputError, match="between 1 and 40"):
+        fit_eigenbasis(store, 41)
+    with pytest.raises(MemoryBudgetError):
+        fit_eigenbasis(store, 5, memory="1MiB")
+
+
+def test_gaussian_projection(tmp_path):
+    p = sum(x.numel() for x in make(Mlp).parameters())
+    full = extract(tmp_path / "full.zarr", compressor=Dropout(k=p))
+    store = extract(tmp_path / "g.zarr", compressor=Gaussian(k=50, seed=3))
+    reduction = store.reduction
+    assert isinstance(reduction, GaussianReduction)
+    matrix = np.concatenate([block for _, block in reduction.blocks(100)])
+    assert matrix.shape == (p, 50)
+    assert_allclose(store.rows(), full.rows() @ matrix, atol=1e-4 * np.abs(full.rows()).max())
+    assert abs(matrix.mean()) < 5 / np.sqrt(50 * matrix.size)
+    assert_allclose(matrix.var(), 1 / 50, rtol=0.05)
+    query = extract(tmp_path / "q.zarr", 5, like=store)
+    assert_allclose(query.rows(), store.rows(0, 5), atol=1e-5)
+    assert store.columns_digest != extract(tmp_path / "h.zarr", compressor=Gaussian(k=50, seed=4)).columns_digest
+
+
+def test_init_makes_mask_and_basis_once(tmp_path, wide):
+    compressor = Dropout(k=K, sampling="importance", reduce=Eigenbasis(r=20, pilot=N))
+    whole = extract(tmp_path / "a.zarr")
+    with pytest.raises(InputError, match="pilot"):
+        init_store(make(Mlp), tmp_path / "s.zarr", N, compressor=compressor)
+    with pytest.raises(InputError, match="pilot"):
+        extract(tmp_path / "s.zarr", shard=(0, 2))
+    init_store(make(Mlp), tmp_path / "s.zarr", N, compressor=compressor, per_sample_loss=loss, dtype="float32",
+               pilot=batches(*data(Mlp, N), 8), loss_kind="cross_entropy")  # fmt: skip
+    for part in (1, 0):
+        store = extract(tmp_path / "s.zarr", shard=(part, 2))
+    assert_allclose(store.rows(), whole.rows(), atol=1e-5)
+
+
+def test_one_shot_batches_cannot_be_a_pilot(tmp_path):
+    compressor = Dropout(k=K, sampling="importance")
+    with pytest.raises(InputError, match="read twice"):
+        extract_gradients(make(Mlp), loss, iter(batches(*data(Mlp, N), 8)), tmp_path / "s.zarr", compressor=compressor)
+    store = extract_gradients(make(Mlp), loss, iter(batches(*data(Mlp, N), 8)), tmp_path / "s.zarr",
+                              compressor=compressor, pilot=batches(*data(Mlp, N), 8))  # fmt: skip
+    assert store.n == N
+
+
+def test_a_damaged_basis_is_found(tmp_path):
+    store = extract(tmp_path / "s.zarr")
+    assert isinstance(store.reduction, StoredReduction)
+    file = next((tmp_path / "s.zarr" / "basis" / "vectors").glob("c*"))
+    while file.is_dir():
+        file = next(file.iterdir())
+    raw = bytearray(file.read_bytes())
+    raw[100] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(Exception, match=r"(?i)damaged|checksum|digest"):
+        GradientStore.open(tmp_path / "s.zarr").reduction  # noqa: B018
+
+
+@pytest.mark.parametrize("bad", [{"r": 0}, {"r": 10, "pilot": 9}, {"weights": "other"}, {"r": 2.5}])
+def test_bad_settings(bad):
+    with pytest.raises(InputError):
+        Eigenbasis(**bad)
+    with pytest.raises(InputError, match="at most k"):
+        Dropout(k=10, reduce=Eigenbasis(r=11))
+
+
+def test_settings_round_trip():
+    compressor = Dropout(k=99, sampling="importance", reduce=Eigenbasis(r=7, weights="trak"))
+    assert Dropout.from_dict(compressor.to_dict()) == compressor
+    assert Gaussian.from_dict(Gaussian(5, 6).to_dict()) == Gaussian(5, 6)
