@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from ooc_influence.curvature import Curvature, fit_fisher
     from ooc_influence.errors import OocInfluenceError, OocInfluenceWarning
     from ooc_influence.extract import (
+        AdamMetric,
         Batching,
         BudgetBatches,
         Recipe,
@@ -28,8 +29,8 @@ _ROOMS = {
     "curvature": ["Curvature", "fit_fisher"],
     "errors": ["OocInfluenceError", "OocInfluenceWarning"],
     "extract": [
-        "Batching", "BudgetBatches", "Recipe", "Split", "cross_entropy", "extract_gradients", "init_store",
-        "token_cross_entropy",
+        "AdamMetric", "Batching", "BudgetBatches", "Recipe", "Split", "cross_entropy", "extract_gradients",
+        "init_store", "token_cross_entropy",
     ],
     "influence": ["TopInfluential", "influence_scores", "self_influence", "top_influential"],
     "store": ["ChunkCache", "GradientStore", "Storage", "compact_store", "merge_stores", "upgrade_store"],
@@ -37,14 +38,16 @@ _ROOMS = {
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 
 __all__ = [
-    "Batching", "BudgetBatches", "ChunkCache", "Curvature", "Dropout", "Eigenbasis", "Gaussian", "GradientStore",
-    "OocInfluenceError", "OocInfluenceWarning", "Recipe", "Split", "Storage", "TopInfluential", "__version__",
-    "compact_store", "cross_entropy", "extract_gradients", "fit_fisher", "influence_scores", "init_store",
-    "merge_stores", "self_influence", "token_cross_entropy", "top_influential", "upgrade_store",
+    "AdamMetric", "Batching", "BudgetBatches", "ChunkCache", "Curvature", "Dropout", "Eigenbasis", "Gaussian",
+    "GradientStore", "OocInfluenceError", "OocInfluenceWarning", "Recipe", "Split", "Storage", "TopInfluential",
+    "__version__", "compact_store", "cross_entropy", "extract_gradients", "fit_fisher", "influence_scores",
+    "init_store", "merge_stores", "self_influence", "token_cross_entropy", "top_influential", "upgrade_store",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
+    if name == "hf":
+        return import_module("ooc_influence.hf")
     room = _ROOM_OF.get(name)
     if room is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,60 +11,130 @@ import click
 from ooc_influence.cli import options
 from ooc_influence.cli.stores import store_facts
 
+_FIELDS = ("text", "prompt", "completion", "messages", "label", "chat", "id", "keep")
+_PREPARING = (
+    "max_length", "tokens", "batch_size", "reduction", "task", "model_dtype", "adapter", "tokenizer", "revision",
+    "trust_remote_code", "allow_pickle", "output", "documents", "weights", "sign_seed",
+)  # fmt: skip
+_MASK = ("k", "sampling", "dims", "pilot", "basis_weights", "seed")
 
-def _arguments(given: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
-    """Return the recipe, its split, and what ``init_store`` and ``extract_gradients`` are to be called with."""
-    from ooc_influence import Dropout, Storage
-    from ooc_influence.cli.recipes import choose_split, load_recipe
+
+def _asked(names: tuple[str, ...]) -> list[str]:
+    """Return which options were given on the command line."""
+    source = click.get_current_context().get_parameter_source
+    return [name for name in names if source(name) is click.core.ParameterSource.COMMANDLINE]
+
+
+def _compressor(given: dict[str, Any]) -> Any:
+    """Return the compressor that options ask for; None for the default, or where a train store fixes it."""
+    from ooc_influence import Dropout, Eigenbasis
+    from ooc_influence.errors import InputError
+
+    asked = _asked(_MASK)
+    if given["like"] is not None:
+        if asked or given["modules"] or given["fallback"]:
+            raise InputError(
+                "expected --like without --k, --sampling, --dims, --seed and --modules; received both: --like fixes "
+                "the mask"
+            )
+        return None
+    if given["model"] is not None and not asked:
+        return None
+    wide = given["model"] is not None
+    from ooc_influence.compress import DEFAULT_REDUCED, DEFAULT_WIDE
+
+    dims = given["dims"] if given["dims"] is not None else (DEFAULT_REDUCED if wide else 0)
+    if not dims and (given["pilot"] is not None or given["basis_weights"] is not None):
+        raise InputError("expected --dims with --pilot and --basis-weights; received none: they belong to a reduction")
+    return Dropout(
+        k=given["k"] if given["k"] is not None else (DEFAULT_WIDE if wide else 4096),
+        sampling=given["sampling"] or ("importance" if wide else "uniform"),
+        seed=given["seed"],
+        reduce=Eigenbasis(dims, given["pilot"], given["basis_weights"]) if dims else None,
+    )
+
+
+def _common(given: dict[str, Any]) -> dict[str, Any]:
+    """Return what extraction and initialisation take, from a recipe or for a Hugging Face model."""
+    from ooc_influence import AdamMetric, Storage
     from ooc_influence.errors import InputError
     from ooc_influence.store import parse_path
 
     parse_path(given["store"])
-    source = click.get_current_context().get_parameter_source
-    asked = click.core.ParameterSource.COMMANDLINE in (source("k"), source("seed"))
-    if given["like"] is not None and (given["modules"] or asked):
-        raise InputError("expected --like without --k, --seed and --modules; received both: --like fixes the mask")
-    recipe = load_recipe(given["recipe_name"])
-    arguments = {
-        "compressor": None if given["like"] else Dropout(k=given["k"], seed=given["seed"]),
+    if (given["recipe_name"] is None) == (given["model"] is None):
+        raise InputError("expected either --recipe, or --model with --data; received both or neither")
+    if (given["model"] is None) != (given["data"] is None):
+        raise InputError("expected --model and --data together; received one of them")
+    if given["recipe_name"] is not None:
+        misplaced = _asked(_FIELDS + _PREPARING)
+        if misplaced:
+            raise InputError(
+                f"expected --{misplaced[0].replace('_', '-')} with --model; received it with --recipe, which says it"
+            )
+    return {
+        "compressor": _compressor(given),
         "like": given["like"],
         "modules": list(given["modules"]) or None,
         "dtype": given["dtype"],
+        "device": given["device"],
+        "progress": options.show_progress(),
         "storage": Storage(codec=given["codec"]),
-        "loss_kind": recipe.loss_kind,
+        "fallback": given["fallback"],
+        "metric": None if given["adam"] is None else AdamMetric(given["adam"]),
         "check_model": not given["other_model"],
     }
-    return recipe, choose_split(recipe, given["split"]), arguments
+
+
+def _hugging_face(given: dict[str, Any], common: dict[str, Any], more: dict[str, Any], *, rows_only: bool) -> Any:
+    """Run an extraction, or make the store for one, for ``--model`` and ``--data``."""
+    from ooc_influence import hf
+
+    further = {name: common.pop(name) for name in ("storage", "fallback", "check_model", "metric")}
+    named = {name: given[name] for name in (*_FIELDS, *_PREPARING) if given[name] not in (None, (), False)}
+    return hf.extract(
+        given["model"], given["data"], given["store"], split=given["split"], rows_only=rows_only,
+        options=further | more, **common, **named,
+    )  # fmt: skip
 
 
 @click.command()
 @options.building
 @click.option("--shard", metavar="I/N", help="Be writer I of N (from 0) that fill one store together; see init.")
-@click.option("--device", help="Where to run, such as cuda. Default: where the model is.")
+@click.option("--on-nonfinite", type=click.Choice(["raise", "skip"]), default="raise", show_default=True,
+              help="Samples with NaN or Inf: stop and name them, or record them as dropped rows.")  # fmt: skip
+@options.documents
 @options.as_json
-def extract(shard: str | None, device: str | None, as_json: bool, **given: Any) -> None:
-    """Extract compressed per-sample gradients into a store.
+def extract(shard: str | None, on_nonfinite: str, as_json: bool, **given: Any) -> None:
+    """Extract compressed per-sample gradients into a store, of a recipe or of a Hugging Face model and a file.
 
     A run that was stopped goes on where it was when the same command runs again.
     """
     from ooc_influence import extract_gradients
+    from ooc_influence.cli.recipes import choose_split, load_recipe
 
     place = _parse_shard(shard)
+    more: dict[str, Any] = {"shard": place, "on_nonfinite": on_nonfinite}
     with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints must not end up in our output
-        recipe, data, arguments = _arguments(given)
-        result = extract_gradients(
-            recipe.model,
-            recipe.per_sample_loss,
-            data.batches,
-            given["store"],
-            device=device,
-            ids=data.ids,
-            columns=data.columns,
-            shard=place,
-            progress=options.show_progress(),
-            **arguments,
-        )
-    options.print_result(as_json, store_facts(result), lambda: repr(result))
+        common = _common(given)
+        if given["model"] is not None:
+            result = _hugging_face(given, common, more, rows_only=False)
+        else:
+            recipe = load_recipe(given["recipe_name"])
+            data = choose_split(recipe, given["split"])
+            result = extract_gradients(
+                recipe.model, recipe.per_sample_loss, data.batches, given["store"], ids=data.ids, columns=data.columns,
+                loss_kind=recipe.loss_kind, **common, **more,
+            )  # fmt: skip
+    options.print_result(as_json, store_facts(result), lambda: describe(result))
+
+
+def describe(store: Any) -> str:
+    """Return a store in a line, and what its reduction leaves out."""
+    facts = store.attrs.get("reduction") or {}
+    if "left_out" not in facts:
+        return repr(store)
+    left_out = f"{facts['left_out']:.2%} of the trace of {facts['pilot_rows']} pilot rows"
+    return f"{store!r}\n{facts['columns']} of {facts['rows']} directions leave out {left_out}"
 
 
 def _parse_shard(text: str | None) -> tuple[int, int] | None:
@@ -81,23 +151,36 @@ def _parse_shard(text: str | None) -> tuple[int, int] | None:
 @click.command()
 @options.building
 @click.option(
-    "--rows", type=int, help="Rows of the whole store. Default: as many as the split has, where that is known."
+    "--rows", type=int, help="Rows of the whole store. Default: as many as the data has, where that is known."
 )
+@options.documents
 @options.as_json
 def init(rows: int | None, as_json: bool, **given: Any) -> None:
     """Make the empty store that 'extract --shard' runs fill together.
 
-    Fixes its rows, mask and settings once. Run again with more --rows to make room for further data.
+    Fixes its rows, mask, basis and settings once. Run again with more --rows to make room for further data.
     """
     from ooc_influence import init_store
+    from ooc_influence.cli.recipes import choose_split, load_recipe
     from ooc_influence.errors import InputError
     from ooc_influence.extract import row_types
 
     with contextlib.redirect_stdout(sys.stderr):
-        recipe, data, arguments = _arguments(given)
-        known, ids, columns = row_types(data.batches, data.ids, data.columns)
-        wanted = known if rows is None else rows
-        if wanted is None:
-            raise InputError("expected --rows, since the split does not tell its length; received none")
-        result = init_store(recipe.model, given["store"], wanted, ids=ids, columns=columns, **arguments)
-    options.print_result(as_json, store_facts(result), lambda: f"{result!r}, {wanted} rows planned")
+        common = _common(given)
+        if given["model"] is not None:
+            if rows is not None:
+                raise InputError("expected --rows with --recipe only; received it with --model, whose data tells")
+            result = _hugging_face(given, common, {}, rows_only=True)
+            wanted: int | None = result.layout.planned_rows
+        else:
+            recipe = load_recipe(given["recipe_name"])
+            data = choose_split(recipe, given["split"])
+            known, ids, columns = row_types(data.batches, data.ids, data.columns)
+            wanted = known if rows is None else rows
+            if wanted is None:
+                raise InputError("expected --rows, since the split does not tell its length; received none")
+            result = init_store(
+                recipe.model, given["store"], wanted, ids=ids, columns=columns, loss_kind=recipe.loss_kind,
+                per_sample_loss=recipe.per_sample_loss, pilot=data.batches, **common,
+            )  # fmt: skip
+    options.print_result(as_json, store_facts(result), lambda: f"{describe(result)}, {wanted} rows planned")

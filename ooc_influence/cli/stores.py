@@ -200,6 +200,8 @@ def store_facts(store: Any) -> dict[str, Any]:
         "dtype": layout.dtype,
         "codec": layout.codec,
         "column_scale": layout.column_scale,
+        "reduction": attrs.get("reduction"),
+        "batching": attrs.get("batching"),
         "chunk_rows": layout.chunk_rows,
         "chunks": len(store.records),
         "bytes": size,

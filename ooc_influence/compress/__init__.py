@@ -6,5 +6,15 @@ from ooc_influence.compress.gaussian import Gaussian
 from ooc_influence.store import PilotMoments
 
 Compressor = Dropout | Gaussian
+DEFAULT_WIDE, DEFAULT_REDUCED = 65536, 4096  # entries kept and numbers stored, for language models
 
-__all__ = ["Compressor", "Dropout", "Eigenbasis", "Gaussian", "PilotMoments", "fit_eigenbasis"]
+__all__ = [
+    "DEFAULT_REDUCED",
+    "DEFAULT_WIDE",
+    "Compressor",
+    "Dropout",
+    "Eigenbasis",
+    "Gaussian",
+    "PilotMoments",
+    "fit_eigenbasis",
+]

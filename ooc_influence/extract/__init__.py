@@ -5,9 +5,10 @@ from ooc_influence.extract.budget import BudgetBatches
 from ooc_influence.extract.initialise import init_store, row_types
 from ooc_influence.extract.loop import extract_gradients
 from ooc_influence.extract.losses import cross_entropy, token_cross_entropy
+from ooc_influence.extract.metric import AdamMetric
 from ooc_influence.extract.recipe import Recipe, Split
 
 __all__ = [
-    "Batching", "BudgetBatches", "Recipe", "Split", "cross_entropy", "extract_gradients", "init_store", "row_types",
-    "token_cross_entropy",
+    "AdamMetric", "Batching", "BudgetBatches", "Recipe", "Split", "cross_entropy", "extract_gradients", "init_store",
+    "row_types", "token_cross_entropy",
 ]  # fmt: skip

@@ -26,7 +26,7 @@ class BudgetBatches:
     Parameters
     ----------
     samples : sequence
-        Samples by number.
+        Samples by number: ``len(samples)`` and ``samples[number]``.
     collate : callable list of samples -> batch
         Makes a batch of them, padded to the longest.
     lengths : sequence of int, optional
@@ -49,7 +49,7 @@ class BudgetBatches:
 
     def __init__(
         self,
-        samples: Sequence[Any],
+        samples: Sequence[Any] | Any,
         collate: Callable[[list[Any]], Any],
         *,
         lengths: Sequence[int] | npt.NDArray[Any] | None = None,

@@ -9,9 +9,11 @@ import torch
 from ooc_influence.compress import Compressor
 from ooc_influence.errors import InputError, MismatchError
 from ooc_influence.extract.batching import Batches, batch_size, count_rows
+from ooc_influence.extract.budget import BudgetBatches
 from ooc_influence.extract.layers import ModuleSelection
 from ooc_influence.extract.loop import PilotRun, remove_pilot
 from ooc_influence.extract.metadata import RowMetadata, RowSource
+from ooc_influence.extract.metric import AdamMetric
 from ooc_influence.extract.pilot import PilotData
 from ooc_influence.extract.plan import Settings, make_plan, open_existing, parse_device
 from ooc_influence.extract.taps import PerSampleLoss
@@ -34,7 +36,8 @@ def init_store(
     storage: Storage | None = None,
     check_model: bool = True,
     per_sample_loss: PerSampleLoss | None = None,
-    pilot: Batches | None = None,
+    pilot: Batches | BudgetBatches | None = None,
+    metric: AdamMetric | None = None,
     device: torch.device | str | None = None,
     progress: bool | None = None,
 ) -> GradientStore:
@@ -54,7 +57,7 @@ def init_store(
         Type of the rows' ids, where they will have some.
     columns : mapping of str to {"bool", "int64", "float64", "str"}, optional
         Types of further per-row values, by name.
-    per_sample_loss, pilot, device, progress
+    per_sample_loss, pilot, metric, device, progress
         As for :func:`extract_gradients`: for the pilot of importance sampling or an eigenbasis. ``pilot`` may be the
         whole data; some of it is taken.
 
@@ -80,7 +83,7 @@ def init_store(
     ]:
         if kind not in known:
             raise InputError(f"expected {name} of type {', '.join(known)}; received {kind!r}")
-    settings = Settings(compressor, like, modules, fallback, dtype, loss_kind, storage, check_model)
+    settings = Settings(compressor, like, modules, fallback, dtype, loss_kind, storage, check_model, metric)
     run = None
     if per_sample_loss is not None and pilot is not None:
         run = PilotRun(PilotData(model, per_sample_loss, pilot, parse_device(model, device), progress), store)

@@ -19,8 +19,9 @@ from ooc_influence.extract.batching import Batches, Batching, Shard, count_rows
 from ooc_influence.extract.budget import BudgetBatches
 from ooc_influence.extract.layers import ModuleSelection
 from ooc_influence.extract.metadata import RowMetadata, RowSource
+from ooc_influence.extract.metric import AdamMetric
 from ooc_influence.extract.pilot import PilotData, pilot_path
-from ooc_influence.extract.plan import Plan, Settings, make_plan, parse_device
+from ooc_influence.extract.plan import Plan, Settings, make_plan, parse_device, with_metric
 from ooc_influence.extract.rows import RowGatherer
 from ooc_influence.extract.run import BatchRun, BudgetRun
 from ooc_influence.extract.taps import PerSampleLoss, tapped
@@ -58,7 +59,8 @@ def extract_gradients(
     batching: Batching | None = None,
     storage: Storage | None = None,
     shard: tuple[int, int] | None = None,
-    pilot: Batches | None = None,
+    pilot: Batches | BudgetBatches | None = None,
+    metric: AdamMetric | None = None,
     on_nonfinite: OnNonFinite = "raise",
     check_model: bool = True,
     progress: bool | None = None,
@@ -108,6 +110,8 @@ def extract_gradients(
     pilot : iterable or callable, optional
         Batches for the pilot that importance sampling and an eigenbasis need; by default some of ``batches``, spread
         evenly where they can be addressed (a list, a DataLoader, a budget), else the first ones.
+    metric : AdamMetric, optional
+        Weigh entries as the optimiser that trained the model did.
     on_nonfinite : {"raise", "skip"}
         What to do with a sample whose loss or gradient has NaN or Inf: stop and name it, or record it as a dropped row.
     check_model : bool
@@ -139,7 +143,7 @@ def extract_gradients(
     """
     batching = batching or Batching()
     device = parse_device(model, device)
-    settings = Settings(compressor, like, modules, fallback, dtype, loss_kind, storage, check_model)
+    settings = Settings(compressor, like, modules, fallback, dtype, loss_kind, storage, check_model, metric)
     place = Shard.parse(shard)
     data = PilotData(model, per_sample_loss, batches if pilot is None else pilot, device, progress)
     plan = make_plan(model, settings, store, None if place else PilotRun(data, store))
@@ -190,7 +194,7 @@ class PilotRun:
     def __init__(self, data: PilotData, store: PathLike) -> None:
         self._data, self._path = data, parse_path(store)
 
-    def __call__(self, plan: Plan, compressor: Dropout, layers: list[LayerShape]) -> Plan:
+    def __call__(self, plan: Plan, compressor: Dropout, layers: list[LayerShape], metric: AdamMetric | None) -> Plan:
         """Return the plan with its mask and reduction.
 
         Raises
@@ -203,12 +207,15 @@ class PilotRun:
         place = pilot_path(self._path)
         try:  # of a run that was killed
             found = GradientStore.open(place)
-            mask = found.mask if found.attrs.get("compressor") == wide.to_dict() else None
+            alike = found.attrs.get("compressor") == wide.to_dict()
+            mask = found.mask if alike and (found.attrs.get("metric") is None) == (metric is None) else None
         except StoreNotFoundError:
             mask = None
         if mask is None or [module.layer for module in mask.modules] != layers:
             mask = wide.draw(layers, self._data.moments(layers, wide.pilot_samples) if wide.pilot_samples else ())
-        plan = replace(plan, mask=mask)
+            plan = with_metric(replace(plan, mask=mask), metric, self._data.model)
+        else:
+            plan = replace(plan, mask=mask, attributes=plan.attributes | {"metric": found.attrs.get("metric")})
         basis = compressor.reduce
         if basis is None:
             return plan

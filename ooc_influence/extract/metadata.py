@@ -62,7 +62,7 @@ class RowMetadata:
         if source is None or callable(source):
             return
         seen = set()
-        for value in _plain(source):
+        for value in (v for low in range(0, len(source), 1024) for v in _plain(source[low : low + 1024])):
             if not isinstance(value, (str, int, np.integer)):
                 return  # not ids at all, which is said where their type is looked at
             if value in seen:
@@ -91,7 +91,8 @@ class RowMetadata:
         """
         found = {}
         for name, source in self.sources.items():
-            values = taken[name] if callable(source) else _plain(source)
+            known = isinstance(source, (list, tuple, np.ndarray, Tensor))
+            values = _plain(source) if known else taken[name]  # of a function or a lookup, this batch's
             try:
                 found[name] = column_dtype(values)
             except InputError as error:

@@ -13,6 +13,7 @@ import torch
 from ooc_influence.compress import Compressor, Dropout, Gaussian
 from ooc_influence.errors import InputError, MismatchError, OocInfluenceWarning, StoreNotFoundError
 from ooc_influence.extract.layers import ModuleSelection, find_uses, model_fingerprint, select_layers
+from ooc_influence.extract.metric import AdamMetric
 from ooc_influence.extract.taps import parameter_sequence
 from ooc_influence.store import (
     COPIED_BYTES,
@@ -112,7 +113,7 @@ def parse_device(model: torch.nn.Module, device: torch.device | str | None) -> t
     return chosen
 
 
-Pilot = Callable[[Plan, Dropout, list[LayerShape]], Plan]
+Pilot = Callable[[Plan, Dropout, list[LayerShape], AdamMetric | None], Plan]
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class Settings:
 
     Attributes
     ----------
-    compressor, like, modules, fallback, dtype, loss_kind, storage, check_model
+    compressor, like, modules, fallback, dtype, loss_kind, storage, check_model, metric
         As given.
     """
 
@@ -133,6 +134,7 @@ class Settings:
     loss_kind: str | None = None
     storage: Storage | None = None
     check_model: bool = True
+    metric: AdamMetric | None = None
 
 
 def make_plan(model: torch.nn.Module, settings: Settings, path: PathLike, pilot: Pilot | None) -> Plan:
@@ -170,18 +172,43 @@ def make_plan(model: torch.nn.Module, settings: Settings, path: PathLike, pilot:
     plan = Plan(Mask(()), None, representation, attributes, settings.storage or Storage(), settings.check_model)
     earlier = _earlier(path, layers, attributes)
     if earlier is not None:
-        return replace(plan, mask=earlier.mask, reduction=earlier.reduction)
+        return _same_metric(replace(plan, mask=earlier.mask, reduction=earlier.reduction), earlier, settings)
     if isinstance(chosen, Gaussian):
         mask = chosen.draw(layers)
         return replace(plan, mask=mask, reduction=chosen.generated(mask))
     if not chosen.pilot_samples and chosen.reduce is None:
-        return replace(plan, mask=chosen.draw(layers))
+        return with_metric(replace(plan, mask=chosen.draw(layers)), settings.metric, model)
     if pilot is None:
         raise InputError(
             f"expected data for the pilot that {chosen!r} needs; received none: give per_sample_loss= and pilot= to "
             "init_store, or sampling='uniform' without reduce"
         )
-    return pilot(plan, chosen, layers)
+    return pilot(plan, chosen, layers, settings.metric)
+
+
+def with_metric(plan: Plan, metric: AdamMetric | None, model: torch.nn.Module) -> Plan:
+    """Return a plan whose mask carries the metric."""
+    if metric is None:
+        return plan
+    mask, facts = metric.apply(plan.mask, model)
+    if facts["never_updated"]:
+        warnings.warn(
+            f"{facts['never_updated']} of {mask.k} kept entries were never updated by the optimiser; their weight is 0",
+            OocInfluenceWarning,
+            stacklevel=5,
+        )
+    return replace(plan, mask=mask, attributes=plan.attributes | {"metric": facts})
+
+
+def _same_metric(plan: Plan, earlier: GradientStore, settings: Settings) -> Plan:
+    """Return the plan of a run that goes on, its metric checked against the one that the mask carries."""
+    held, attributes = earlier.attrs.get("metric"), plan.attributes
+    if (held is None) != (settings.metric is None):
+        raise MismatchError(
+            f"expected metric= as in the run that {earlier.path} is from, {(held or {}).get('name')}; received "
+            f"{'one' if settings.metric else 'none'}: give the same, or another path"
+        )
+    return plan if held is None else replace(plan, attributes=attributes | {"metric": held})
 
 
 def _plan_like(
@@ -192,14 +219,16 @@ def _plan_like(
     attributes: dict[str, Any],
 ) -> Plan:
     """Return the plan of a query store: mask, reduction and scaling of its train store."""
-    if settings.compressor is not None or settings.modules is not None or settings.fallback:
-        raise InputError("expected either like= or compressor= and modules=; received both: like fixes the mask")
+    if settings.compressor is not None or settings.modules is not None or settings.fallback or settings.metric:
+        raise InputError(
+            "expected either like= or compressor=, modules=, fallback= and metric=; received both: like fixes the mask"
+        )
     assert settings.like is not None
     train = settings.like if isinstance(settings.like, GradientStore) else GradientStore.open(settings.like)
     if train.path == parse_path(path):
         raise InputError(f"expected a query store apart from its train store; received {path} for both")
     attributes["model"] = _same_model(train, attributes["model"], settings.check_model)
-    attributes |= {name: train.attrs.get(name) for name in ("compressor", "covered")}
+    attributes |= {name: train.attrs.get(name) for name in ("compressor", "covered", "metric")}
     find_uses(model, [module.layer for module in train.mask.modules])
     reduction, kept_at = train.reduction, None
     if isinstance(reduction, StoredReduction) and reduction.vectors.nbytes > COPIED_BYTES:

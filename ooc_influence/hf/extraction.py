@@ -1,0 +1,227 @@
+"""Extraction for Hugging Face models: a model, a file, a store."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from ooc_influence.compress import DEFAULT_REDUCED, DEFAULT_WIDE, Compressor, Dropout, Eigenbasis
+from ooc_influence.errors import InputError
+from ooc_influence.extract import BudgetBatches, extract_gradients, init_store
+from ooc_influence.extract.layers import ModuleSelection, select_layers
+from ooc_influence.extract.plan import parse_device
+from ooc_influence.hf.documents import open_documents
+from ooc_influence.hf.losses import CausalLoss, SignedLoss, classification_loss
+from ooc_influence.hf.models import Loaded, context_length, load
+from ooc_influence.hf.samples import Collator, Fields, Samples
+from ooc_influence.store import GradientStore, PathLike
+
+logger = logging.getLogger("ooc_influence")
+_TOKENS = 8192  # of a batch, by default
+
+
+class Job(NamedTuple):
+    """A model and its data, ready for :func:`extract_gradients`.
+
+    Attributes
+    ----------
+    model : nn.Module
+        The model.
+    per_sample_loss : callable
+        Its loss.
+    batches : BudgetBatches
+        The rows.
+    samples : Samples
+        What they are made from.
+    loss_kind : str
+        As recorded.
+    """
+
+    model: Any
+    per_sample_loss: Any
+    batches: BudgetBatches
+    samples: Samples
+    loss_kind: str
+
+
+def prepare(
+    model: str | Path | Loaded,
+    data: Any,
+    fields: Fields,
+    *,
+    split: str | None = None,
+    max_length: int | None = None,
+    tokens: int = _TOKENS,
+    batch_size: int | None = None,
+    reduction: Literal["mean", "sum"] = "mean",
+    output: Literal["gradients", "curvature"] = "gradients",
+    documents: int | None = None,
+    weights: Literal["ggn"] | None = None,
+    sign_seed: int = 0,
+    progress: bool | None = None,
+    **loading: Any,
+) -> Job:
+    """Load a model and make rows of a file; see :func:`extract`.
+
+    Raises
+    ------
+    InputError
+        For settings that do not go together, or data that cannot be read.
+    """
+    found = model if isinstance(model, Loaded) else load(model, **loading)
+    if output not in ("gradients", "curvature"):
+        raise InputError(f"expected output 'gradients' or 'curvature'; received {output!r}")
+    if (found.task == "classification") != (fields.label is not None):
+        raise InputError(
+            f"expected {'text and label' if fields.label is None else 'no label'} for a model for {found.task}; "
+            f"received label={fields.label!r}"
+        )
+    if output == "curvature" and found.task != "causal-lm":
+        raise InputError("expected a language model for output='curvature'; received a classifier: its rows do already")
+    source = open_documents(data, split)
+    numbers = None
+    if documents is not None and documents < len(source):
+        numbers = np.unique(np.linspace(0, len(source) - 1, documents).round().astype(np.int64))
+    longest = context_length(found.model, found.tokenizer)
+    if max_length is not None and max_length > longest:
+        raise InputError(f"expected max_length <= {longest}, the model's context; received {max_length}")
+    names = getattr(found.model.config, "label2id", None) if fields.label else None
+    samples = Samples(
+        source, found.tokenizer, fields, max_length or longest, labels=names, numbers=numbers, progress=progress
+    )
+    if samples.without_target or samples.truncated:
+        logger.warning(
+            "%d documents without a target token are left out; %d texts are cut to %d tokens",
+            samples.without_target, samples.truncated, max_length or longest,
+        )  # fmt: skip
+    collate = Collator(_pad(found.tokenizer), sign_seed if output == "curvature" else None)
+    if found.task == "classification" and getattr(found.model.config, "pad_token_id", None) is None:
+        found.model.config.pad_token_id = _pad(found.tokenizer)  # where the last token is looked for
+    batches = BudgetBatches(samples, collate, lengths=samples.lengths, tokens=tokens, batch_size=batch_size)
+    loss: Any = classification_loss
+    kind = "cross_entropy"
+    if found.task == "causal-lm":
+        loss, kind = CausalLoss(reduction), f"token_cross_entropy_{reduction}"
+        if output == "curvature":
+            loss, kind = SignedLoss(weights, mean=reduction == "mean"), f"signed_tokens_{weights or 'plain'}"
+    return Job(found.model, loss, batches, samples, kind)
+
+
+def extract(
+    model: str | Path | Loaded,
+    data: Any,
+    store: PathLike,
+    *,
+    text: str | None = None,
+    prompt: str | None = None,
+    completion: str | None = None,
+    messages: str | None = None,
+    label: str | None = None,
+    id: str | None = None,  # noqa: A002 - the field's name is what users call it
+    keep: Sequence[str] = (),
+    chat: bool = False,
+    compressor: Compressor | None = None,
+    like: GradientStore | PathLike | None = None,
+    modules: ModuleSelection = None,
+    dtype: str = "float16",
+    device: torch.device | str | None = None,
+    rows_only: bool = False,
+    options: dict[str, Any] | None = None,
+    progress: bool | None = None,
+    **preparing: Any,
+) -> GradientStore:
+    """Extract gradients of a Hugging Face model over a file of documents.
+
+    Parameters
+    ----------
+    model : str, path or Loaded
+        A folder or hub id (of a model, or a PEFT adapter); or what :func:`load` returned.
+    data : path or Dataset
+        See :func:`open_documents`.
+    store : path
+        The store to write, or to go on with.
+    text, prompt, completion, messages, label, id, keep, chat
+        Which fields are what: :class:`Fields`. Default: the field ``text``.
+    compressor : Dropout or Gaussian, optional
+        Default: importance dropout of 65536 entries, reduced to 4096 numbers (fewer for small models or data).
+    like : GradientStore or path, optional
+        Make a query store of this train store.
+    modules, dtype, device, progress
+        As for :func:`extract_gradients`.
+    rows_only : bool
+        Make the store for ``shard=`` writers to fill, and its mask and basis, without any rows.
+    options : dict, optional
+        Further arguments of :func:`extract_gradients`: ``shard``, ``storage``, ``on_nonfinite``, ...
+    **preparing
+        ``split`` of a folder; ``max_length`` of a row in tokens; ``tokens`` and ``batch_size``, the budget of a batch;
+        ``reduction`` of token losses, "mean" or "sum"; ``output="curvature"`` for rows with random signs
+        (:class:`SignedLoss`; with ``like``, ``documents``, ``weights``, ``sign_seed``); and those of :func:`load`:
+        ``task``, ``model_dtype``, ``adapter``, ``tokenizer``, ``revision``, ``trust_remote_code``, ``allow_pickle``.
+
+    Returns
+    -------
+    GradientStore
+        Open for reading; a row a document, or several where one is longer than the context.
+
+    Raises
+    ------
+    InputError
+        For fields, files or models that cannot be used so.
+    MissingExtraError
+        Without the extra ``hf``.
+    OocInfluenceError
+        See :func:`extract_gradients`.
+    """
+    if all(field is None for field in (text, prompt, completion, messages)):
+        text = "text"
+    fields = Fields(text, prompt, completion, messages, label, id, tuple(keep), chat)
+    if "model_dtype" in preparing:
+        preparing["dtype"] = preparing.pop("model_dtype")
+    if preparing.get("output") == "curvature" and like is None:
+        raise InputError("expected like=, a train store, for output='curvature'; received none: it fixes the mask")
+    if device is not None and not isinstance(model, Loaded):
+        preparing["device"] = str(device)
+    job = prepare(model, data, fields, progress=progress, **preparing)
+    if compressor is None and like is None:
+        compressor = default_compressor(job.model, modules, len(job.samples))
+    arguments = {
+        "compressor": compressor, "like": like, "modules": modules, "dtype": dtype, "loss_kind": job.loss_kind,
+        "progress": progress, "device": None if device == "auto" else device, **(options or {}),
+    }  # fmt: skip
+    ids, columns = job.samples.ids(), job.samples.columns()
+    if rows_only:
+        kinds = {name: _kind(values) for name, values in columns.items()}
+        arguments = {name: value for name, value in arguments.items() if name not in ("shard", "on_nonfinite")}
+        return init_store(
+            job.model, store, len(job.samples), ids="str", columns=kinds, per_sample_loss=job.per_sample_loss,
+            pilot=job.batches, **arguments,
+        )  # fmt: skip
+    parse_device(job.model, arguments["device"])
+    return extract_gradients(job.model, job.per_sample_loss, job.batches, store, ids=ids, columns=columns, **arguments)
+
+
+def default_compressor(model: Any, modules: ModuleSelection, rows: int) -> Dropout:
+    """Return importance dropout reduced to an eigenbasis, of sizes that a model and its data can fill."""
+    p = sum(layer.entries for layer in select_layers(model, modules).layers)
+    k = min(DEFAULT_WIDE, p)
+    r = min(DEFAULT_REDUCED, k, max(1, rows // 2))
+    return Dropout(k=k, sampling="importance", reduce=Eigenbasis(r=r))
+
+
+def _kind(values: Any) -> str:
+    from ooc_influence.store import column_dtype
+
+    return column_dtype(values[:64])
+
+
+def _pad(tokenizer: Any) -> int:
+    for name in ("pad_token_id", "eos_token_id", "unk_token_id"):
+        found = getattr(tokenizer, name, None)
+        if found is not None:
+            return int(found)
+    return 0

@@ -1,0 +1,78 @@
+"""Per-sample losses of Hugging Face models.
+
+Token losses are computed at target places only, so that logits of prompts and padding are never copied to float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ooc_influence.extract.losses import cross_entropy
+from ooc_influence.hf.samples import IGNORED
+
+
+def _token_losses(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the loss of every target token, (T,), and which sample it belongs to, (T,)."""
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    targets = batch["labels"][:, 1:]
+    sample, place = torch.nonzero(targets != IGNORED, as_tuple=True)
+    return cross_entropy(logits[sample, place], targets[sample, place]), sample
+
+
+class CausalLoss:
+    """Cross-entropy of a language model over each sample's target tokens.
+
+    Parameters
+    ----------
+    reduction : {"mean", "sum"}
+        Over a sample's own target tokens.
+    """
+
+    def __init__(self, reduction: Literal["mean", "sum"] = "mean") -> None:
+        self._mean = reduction == "mean"
+
+    def __call__(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+        """Return the losses, (b,) float32; 0 for a sample without target tokens."""
+        losses, sample = _token_losses(model, batch)
+        total = losses.new_zeros(len(batch["labels"])).index_add(0, sample, losses)
+        if not self._mean:
+            return total
+        return total / (batch["labels"][:, 1:] != IGNORED).sum(1).clamp(min=1)
+
+
+class SignedLoss:
+    """Σ_t s_t √(w_t/T) ℓ_t with random signs s_t: rows whose outer products estimate Σ_t (w_t/T) ∇ℓ_t ∇ℓ_tᵀ.
+
+    The expectation over signs is a token-level Gauss-Newton matrix: one more pass over a sample of documents makes a
+    curvature of them. With T the sample's target tokens it belongs to rows of mean losses.
+
+    Parameters
+    ----------
+    weights : {"ggn"} or None
+        w_t = 1/expm1(ℓ_t), or 1.
+    mean : bool
+        Divide by T, for train rows of mean losses.
+    """
+
+    def __init__(self, weights: Literal["ggn"] | None = None, *, mean: bool = True) -> None:
+        self._ggn, self._mean = weights == "ggn", mean
+
+    def __call__(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+        """Return the signed sums, (b,) float32."""
+        losses, sample = _token_losses(model, batch)
+        targets = batch["labels"][:, 1:] != IGNORED
+        factor = batch["signs"][:, 1:][targets]
+        if self._ggn:
+            factor = factor * torch.expm1(losses.detach().clamp(min=1e-6)).rsqrt()
+        if self._mean:
+            factor = factor * targets.sum(1).clamp(min=1).rsqrt()[sample]
+        return losses.new_zeros(len(targets)).index_add(0, sample, losses * factor)
+
+
+def classification_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Return the cross-entropy of a sequence classifier, (b,) float32."""
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return cross_entropy(logits, batch["labels"])

@@ -1,0 +1,401 @@
+"""The Hugging Face front: files, tokens, models, and rows that are those of the model itself."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from numpy.testing import assert_allclose, assert_array_equal
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+transformers = pytest.importorskip("transformers")
+datasets = pytest.importorskip("datasets")
+tokenizers = pytest.importorskip("tokenizers")
+
+from ooc_influence import Dropout, Eigenbasis, GradientStore, fit_fisher, hf, influence_scores  # noqa: E402
+from ooc_influence.errors import InputError, MissingExtraError  # noqa: E402
+from ooc_influence.hf.samples import IGNORED  # noqa: E402
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:gradients cover"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning"),
+]
+WORDS = [f"w{n}" for n in range(40)]
+SMALL = Dropout(k=300)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def make_tokenizer(*, template=False):
+    vocabulary = {"<pad>": 0, "<eos>": 1, "<unk>": 2, "user:": 3, "bot:": 4}
+    vocabulary |= {word: number + 5 for number, word in enumerate(WORDS)}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    made = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", model_max_length=16
+    )
+    if template:
+        made.chat_template = (
+            "{% for m in messages %}{{ 'user: ' if m.role == 'user' else 'bot: ' }}{{ m.content }}"
+            "{{ ' <eos> ' }}{% endfor %}{% if add_generation_prompt %}{{ 'bot: ' }}{% endif %}"
+        )
+    return made
+
+
+def make_model(folder, kind="gpt2", *, template=False):
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        config = transformers.GPT2Config(
+            vocab_size=45, n_positions=16, n_embd=8, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=1
+        )
+        model = transformers.GPT2LMHeadModel(config)
+    else:
+        config = transformers.BertConfig(
+            vocab_size=45, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12,
+            max_position_embeddings=16, num_labels=3, label2id={"bad": 0, "fine": 1, "good": 2},
+            id2label={0: "bad", 1: "fine", 2: "good"},
+        )  # fmt: skip
+        model = transformers.BertForSequenceClassification(config)
+    model.save_pretrained(folder)
+    make_tokenizer(template=template).save_pretrained(folder)
+    return str(folder)
+
+
+def texts(n=12, seed=0):
+    generator = np.random.default_rng(seed)
+    return [" ".join(generator.choice(WORDS, size)) for size in generator.integers(1, 50, n)]
+
+
+def documents(n=12):
+    return [{"text": text, "name": f"doc{number}", "source": "ab"[number % 2], "score": number / 2}
+            for number, text in enumerate(texts(n))]  # fmt: skip
+
+
+def write(path, rows):
+    if path.name.endswith(".jsonl"):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif path.suffix == ".txt":
+        path.write_text("".join(row["text"] + "\n" for row in rows))
+    else:
+        frame = datasets.Dataset.from_list(rows)
+        if path.suffix == ".csv":
+            frame.to_csv(path)
+        elif path.suffix == ".parquet":
+            frame.to_parquet(path)
+        else:
+            frame.save_to_disk(path)
+    return path
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.csv", "d.parquet", "d.txt", "folder"])
+def test_kinds_of_files(tmp_path, name):
+    found = hf.open_documents(write(tmp_path / name, documents()))
+    assert list(found["text"]) == texts()
+    if name != "d.txt":
+        assert found[3]["name"] == "doc3"
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    (tmp_path / "what.xyz").write_text("a")
+    (tmp_path / "folder").mkdir()
+    for name in ("empty.jsonl", "bad.jsonl", "what.xyz", "folder", "missing.jsonl"):
+        with pytest.raises(InputError, match=name):
+            hf.open_documents(tmp_path / name)
+    with pytest.raises(InputError, match=r"field 'txt'.*text, name"):
+        samples(tmp_path, hf.Fields(text="txt"))
+    pair = datasets.DatasetDict(
+        {"a": datasets.Dataset.from_list(documents(2)), "b": datasets.Dataset.from_list(documents(3))}
+    )
+    pair.save_to_disk(tmp_path / "pair")
+    assert len(hf.open_documents(tmp_path / "pair", "b")) == 3
+    with pytest.raises(InputError, match="--split"):
+        hf.open_documents(tmp_path / "pair")
+
+
+def samples(tmp_path, fields, rows=None, *, template=False, length=16, **options):
+    path = write(tmp_path / "data.jsonl", documents() if rows is None else rows)
+    return hf.Samples(hf.open_documents(path), make_tokenizer(template=template), fields, length, **options)
+
+
+@pytest.mark.parametrize("length", [2, 3, 7, 16])
+def test_every_token_is_a_target_once(tmp_path, length):
+    found = samples(tmp_path, hf.Fields(text="text", id="name", keep=("source",)), length=length)
+    words = make_tokenizer()
+    seen = {}
+    for row in range(len(found)):
+        sample = found[row]
+        assert len(sample["input_ids"]) == found.lengths[row] <= length
+        targets = [token for token in sample["labels"][1:] if token != IGNORED]
+        assert len(targets) == found.n_tokens[row] > 0
+        assert sample["labels"][0] == IGNORED
+        seen.setdefault(int(found.document[row]), []).extend(targets)
+    for number, text in enumerate(texts()):
+        assert seen.get(number, []) == words(text)["input_ids"][1:]
+    ids = found.ids()[:]
+    assert len(set(ids)) == len(found)
+    assert all(name.split("#")[0] == f"doc{number}" for name, number in zip(ids, found.document, strict=True))
+    kept = found.columns()
+    assert list(kept["source"][:]) == ["ab"[number % 2] for number in found.document]
+    assert found.without_target == sum(len(text.split()) == 1 for text in texts())
+
+
+def test_only_the_completion_is_a_target(tmp_path):
+    rows = [{"q": "w1 w2 w3", "a": "w4 w5"}, {"q": "w1", "a": ""}, {"q": "", "a": "w7"}]
+    found = samples(tmp_path, hf.Fields(prompt="q", completion="a"), rows)
+    words = make_tokenizer()
+    assert found[0]["input_ids"] == words("w1 w2 w3 w4 w5 <eos>")["input_ids"]
+    assert found[0]["labels"] == [IGNORED] * 3 + words("w4 w5 <eos>")["input_ids"]
+    assert found[1]["labels"] == [IGNORED, 1]
+    assert found[2]["labels"] == [IGNORED, 1]
+
+
+@pytest.mark.parametrize("form", ["messages", "pair"])
+def test_chats(tmp_path, form):
+    turns = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3"}]
+    rows = [{"m": turns, "q": "w1 w2", "a": "w3"}]
+    fields = hf.Fields(messages="m") if form == "messages" else hf.Fields(prompt="q", completion="a", chat=True)
+    found = samples(tmp_path, fields, rows, template=True)
+    words = make_tokenizer()
+    assert found[0]["input_ids"] == words("user: w1 w2 <eos> bot: w3 <eos>")["input_ids"]
+    assert found[0]["labels"] == [IGNORED] * 5 + words("w3 <eos>")["input_ids"]
+    with pytest.raises(InputError, match="chat template"):
+        samples(tmp_path, fields, rows)
+
+
+@pytest.mark.parametrize(
+    "bad", [{}, {"text": "a", "prompt": "b", "completion": "c"}, {"prompt": "a"}, {"label": "l", "messages": "m"}]
+)
+def test_fields_that_do_not_go_together(bad):
+    with pytest.raises(InputError, match="one of text, prompt"):
+        hf.Fields(**bad)
+
+
+def whole(model):
+    return Dropout(k=sum(p.numel() for p in model.parameters()))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_rows_of_a_language_model(tmp_path, reduction):
+    """They are the gradients of each piece's loss, and the pieces' sums those of the document."""
+    folder = make_model(tmp_path / "model")
+    loaded = hf.load(folder)
+    data = write(tmp_path / "d.jsonl", documents())
+    store = hf.extract(loaded, data, tmp_path / "s.zarr", id="name", keep=["score"], compressor=whole(loaded.model),
+                       dtype="float32", tokens=64, max_length=8, reduction=reduction)  # fmt: skip
+    assert store.attrs["loss_kind"] == f"token_cross_entropy_{reduction}"
+    found = samples(tmp_path, hf.Fields(text="text"), length=8)
+    assert_array_equal(store.column("n_tokens"), found.n_tokens)
+    assert_array_equal(store.column("score"), found.document / 2)
+    for row in range(0, len(found), 5):
+        sample = found[row]
+        ids = torch.tensor(sample["input_ids"])
+        loaded.model.zero_grad()
+        value = F.cross_entropy(loaded.model(ids[None]).logits[0, :-1], ids[1:], reduction=reduction)
+        value.backward()
+        assert_allclose(store.loss[row], value.item(), rtol=1e-5)
+        norm = np.sqrt(sum(float((p.grad**2).sum()) for p in loaded.model.parameters()))
+        assert_allclose(store.grad_norm[row], norm, rtol=1e-4)
+
+
+def test_defaults_queries_and_scores(tmp_path):
+    """From two paths: importance dropout reduced to an eigenbasis; a query finds itself."""
+    folder = make_model(tmp_path / "model")
+    data = write(tmp_path / "d.jsonl", documents(40))
+    train = hf.extract(folder, data, tmp_path / "t.zarr")
+    assert train.attrs["compressor"]["sampling"] == "importance"
+    assert train.attrs["compressor"]["reduce"]["r"] == train.k
+    query = hf.extract(folder, write(tmp_path / "q.jsonl", documents(40)[:3]), tmp_path / "q.zarr", like=train)
+    fit_fisher(train)
+    assert_allclose(query.rows(), train.rows(0, len(query)), atol=2e-3 * np.abs(query.rows()).max())
+    scores = influence_scores(query, train).compute()
+    assert (np.diag(scores[:, : len(query)]) > 0).all()
+    again = hf.extract(folder, data, tmp_path / "t.zarr")
+    assert again.rows_digest() == train.rows_digest()
+
+
+def test_sequence_classification(tmp_path):
+    folder = make_model(tmp_path / "model", "bert")
+    rows = [{"text": text, "y": ["bad", "fine", "good"][number % 3]} for number, text in enumerate(texts())]
+    data = write(tmp_path / "d.jsonl", rows)
+    store = hf.extract(folder, data, tmp_path / "s.zarr", text="text", label="y", keep=["y"], compressor=SMALL)
+    assert store.n == 12
+    assert store.attrs["loss_kind"] == "cross_entropy"
+    loaded = hf.load(folder)
+    assert loaded.task == "classification"
+    ids = make_tokenizer()(texts()[0])["input_ids"][:16]
+    with torch.no_grad():
+        expected = F.cross_entropy(loaded.model(torch.tensor([ids])).logits, torch.tensor([0]))
+    assert_allclose(store.loss[0], expected, rtol=1e-5)
+    with pytest.raises(InputError, match="labels"):
+        hf.extract(folder, write(tmp_path / "e.jsonl", [{"text": "w1 w2", "y": "other"}]), tmp_path / "t.zarr",
+                   text="text", label="y", compressor=SMALL)  # fmt: skip
+    with pytest.raises(InputError, match="text and label"):
+        hf.extract(folder, data, tmp_path / "u.zarr", compressor=SMALL)
+
+
+def test_rows_with_random_signs_estimate_the_token_matrix(tmp_path):
+    """Averaged over signs, Σ rows rowsᵀ is Σ_t (w_t/T) ∇ℓ_t ∇ℓ_tᵀ, whatever the batches."""
+    folder = make_model(tmp_path / "model")
+    loaded = hf.load(folder)
+    data = write(tmp_path / "d.jsonl", [{"text": "w1 w2 w3 w4 w5"}, {"text": "w9 w8 w7"}])
+    train = hf.extract(loaded, data, tmp_path / "t.zarr", compressor=Dropout(k=50), dtype="float32")
+    mask = train.mask
+    for weights in (None, "ggn"):
+        total = np.zeros((50, 50))
+        job = hf.prepare(loaded, data, hf.Fields(text="text"), output="curvature", weights=weights)
+        for seed in range(300):
+            rows = gradients(loaded.model, job, mask, seed)
+            total += rows.T @ rows / 300
+        expected = np.zeros((50, 50))
+        for text in ("w1 w2 w3 w4 w5", "w9 w8 w7"):
+            ids = torch.tensor(make_tokenizer()(text)["input_ids"])
+            losses = F.cross_entropy(loaded.model(ids[None]).logits[0, :-1], ids[1:], reduction="none")
+            for value in losses:
+                row = masked(
+                    torch.autograd.grad(value, list(loaded.model.parameters()), retain_graph=True), loaded.model, mask
+                )
+                w = 1 if weights is None else 1 / np.expm1(value.item())
+                expected += w / len(losses) * np.outer(row, row)
+        assert np.abs(total - expected).max() < 0.25 * np.abs(expected).max()
+        assert_allclose(np.trace(total), np.trace(expected), rtol=0.15)
+    store = hf.extract(loaded, data, tmp_path / "c.zarr", like=train, output="curvature", documents=1, dtype="float32")
+    assert store.n == 1
+    assert store.attrs["loss_kind"] == "signed_tokens_plain"
+    with pytest.raises(InputError, match="like="):
+        hf.extract(loaded, data, tmp_path / "x.zarr", output="curvature")
+
+
+def gradients(model, job, mask, seed):
+    from ooc_influence.extract.rows import RowGatherer
+    from ooc_influence.extract.taps import tapped
+
+    device = torch.device("cpu")
+    gather = RowGatherer(mask, device)
+    with tapped(model, [module.layer for module in mask.modules], device) as taps:
+        batch = hf.Collator(0, seed)([job.samples[row] for row in range(len(job.samples))])
+        return gather(taps, job.per_sample_loss, batch)[1].numpy().astype(float)
+
+
+def masked(grads, model, mask):
+    import oracle
+
+    named = dict(zip([name for name, _ in model.named_parameters()], grads, strict=True))
+    full = torch.cat([oracle.entry_matrix(module.layer, named).flatten() for module in mask.modules]).numpy()
+    return oracle.keep(full[None].astype(float), mask)[0]
+
+
+def test_an_adapter_folder(tmp_path):
+    peft = pytest.importorskip("peft")
+    folder = make_model(tmp_path / "model")
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    adapted = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True))
+    torch.nn.init.normal_(next(p for name, p in adapted.named_parameters() if "lora_B" in name))
+    adapted.save_pretrained(tmp_path / "adapter")
+    data = write(tmp_path / "d.jsonl", documents())
+    stores = [
+        hf.extract(str(tmp_path / "adapter"), data, tmp_path / "a.zarr", compressor=Dropout(k=40)),
+        hf.extract(folder, data, tmp_path / "b.zarr", adapter=str(tmp_path / "adapter"), compressor=Dropout(k=40)),
+    ]
+    assert_array_equal(stores[0].rows(), stores[1].rows())
+    assert all("lora_" in module.layer.name for module in stores[0].mask.modules)
+    assert np.abs(stores[0].rows()).max() > 0
+
+
+def test_pickled_weights_are_refused(tmp_path):
+    folder = make_model(tmp_path / "model")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    (tmp_path / "model" / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "model" / "pytorch_model.bin")
+    with pytest.raises(InputError, match="--allow-pickle"):
+        hf.load(folder)
+    assert hf.load(folder, allow_pickle=True).task == "causal-lm"
+
+
+@pytest.mark.parametrize("options", [{"dtype": "other"}, {"task": "classification", "dtype": "float32"}])
+def test_models_that_cannot_be_loaded(tmp_path, options):
+    with pytest.raises(InputError):
+        hf.load(tmp_path / "missing", **options)
+
+
+def test_half_precision(tmp_path):
+    folder = make_model(tmp_path / "model")
+    data = write(tmp_path / "d.jsonl", documents())
+    stores = [hf.extract(folder, data, tmp_path / f"{dtype}.zarr", model_dtype=dtype, compressor=SMALL)
+              for dtype in ("float32", "bfloat16")]  # fmt: skip
+    rows = [store.rows() for store in stores]
+    assert 0 < np.abs(rows[0] - rows[1]).max() < 0.1 * np.abs(rows[0]).max()
+
+
+def test_writers_share_a_store(tmp_path):
+    folder = make_model(tmp_path / "model")
+    data = write(tmp_path / "d.jsonl", documents(40))
+    compressor = Dropout(k=200, sampling="importance", reduce=Eigenbasis(r=20))
+    hf.extract(folder, data, tmp_path / "s.zarr", compressor=compressor, rows_only=True, keep=["source"])
+    for part in (1, 0):
+        hf.extract(
+            folder, data, tmp_path / "s.zarr", compressor=compressor, options={"shard": (part, 2)}, keep=["source"]
+        )
+    store = GradientStore.open(tmp_path / "s.zarr")
+    assert store.n == store.layout.planned_rows > 40
+    alone = hf.extract(folder, data, tmp_path / "a.zarr", compressor=compressor, keep=["source"])
+    assert_allclose(store.rows(), alone.rows(), atol=2e-3 * np.abs(alone.rows()).max())
+
+
+def test_a_missing_library_is_named(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    with pytest.raises(MissingExtraError, match=r"ooc_influence\[hf\]"):
+        hf.open_documents("x.jsonl")
+
+
+def test_the_command_line(tmp_path, capsys, monkeypatch):
+    """--model and --data; two writers; a query store; mistakes in one line."""
+    from ooc_influence.cli.main import main
+
+    monkeypatch.chdir(tmp_path)
+    make_model(tmp_path / "model")
+    write(tmp_path / "d.jsonl", documents(40))
+    write(tmp_path / "q.jsonl", documents(2))
+
+    def run(line):
+        with pytest.raises(SystemExit) as stop:
+            main(line.split())
+        out, err = capsys.readouterr()
+        return stop.value.code, out, err
+
+    both = "--model model --data d.jsonl --id name --keep source --max-length 8"
+    code, out, err = run(f"init {both} --store s.zarr --k 200 --dims 30")
+    assert code == 0, err
+    assert "rows planned" in out
+    assert "leave out" in out
+    for part in ("0/2", "1/2"):
+        code, _, err = run(f"extract {both} --store s.zarr --k 200 --dims 30 --shard {part}")
+        assert code == 0, err
+    code, out, err = run("extract --model model --data q.jsonl --store q.zarr --like s.zarr --json")
+    assert code == 0, err
+    assert json.loads(out)["reduction"]["columns"] == 30
+    code, out, _ = run(
+        "extract --model model --data q.jsonl --store c.zarr --like s.zarr --output curvature --documents 1"
+    )
+    assert code == 0
+    for line, match in (
+        ("extract --model model --store x.zarr", "--model and --data together"),
+        ("extract --store x.zarr", "either --recipe"),
+        (f"extract {both} --store x.zarr --text nothing", "field 'nothing'"),
+        ("extract --model nowhere --data d.jsonl --store x.zarr", "expected a model at nowhere"),
+        (f"extract {both} --store x.zarr --like s.zarr --dims 3", "--like fixes the mask"),
+        (f"extract {both} --store x.zarr --dims 0 --pilot 3", "belong to a reduction"),
+        ("extract --recipe a.py:b --store x.zarr --text t", "--text with --model"),
+    ):
+        code, _, err = run(line)
+        assert (code, match in err) == (2, True), err
