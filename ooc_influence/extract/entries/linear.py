@@ -6,6 +6,7 @@ computing them, chosen by their cost:
 
 - token-major: for a few samples at a time, columns of δ and x are gathered, multiplied and summed over t;
 - feature-major: x and δ are transposed once, then whole rows of b·t values are gathered by blocks of entries;
+- on a GPU with Triton, one kernel does the gathering and the sum (:mod:`.kernels`);
 - product: one small GEMM a sample over the distinct rows and columns of the kept entries, where these are few against
   the entries: a grid, a mask that keeps nearly everything, importance sampling of a layer with a few strong features.
 """
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from ooc_influence.extract.entries import kernels
 from ooc_influence.extract.entries.base import Entries, Moments, Place, split_bias, wide
 from ooc_influence.store import LayerShape, ModuleMask
 
@@ -40,6 +42,7 @@ class LinearEntries(Entries):
         inputs = kept.layer.shape[1] - kept.layer.bias
         self._bias_at = torch.nonzero(self._cols == inputs).flatten() if kept.layer.bias else self._cols[:0]
         self._bias_rows = self._rows[self._bias_at]
+        self._places = (self._rows.int(), self._cols.int())  # for the kernel, which knows the bias column
         self._cols = self._cols.clamp(max=max(0, inputs - 1))  # bias entries are overwritten
         self._features = inputs + kept.layer.shape[0]
         self._grid = _grid(self._rows, self._cols)
@@ -75,6 +78,8 @@ class LinearEntries(Entries):
         """Return the entries, (b, m), of x (b, ..., in) and δ (b, ..., out)."""
         x = x.reshape(x.shape[0], -1, x.shape[-1])
         delta = delta.reshape(delta.shape[0], -1, delta.shape[-1])
+        if self._grid is None and self.entries and x.shape[1] > 1 and kernels.usable(x):
+            return kernels.sampled_outer(x, delta, *self._places)
         out = self._weights(x, delta)
         if len(self._bias_at):
             summed = delta.sum(1, dtype=wide(delta.dtype))
