@@ -1,13 +1,15 @@
 """Time of one extraction batch against one training forward+backward of the same model, interleaved in one run.
 
-A decoder-only transformer of about 25 M parameters in plain PyTorch, 8 x 128 tokens, k = 16384. Measured together:
+Models, all with random weights: a decoder-only transformer of about 27 M parameters (8 x 128 tokens), a small
+convolutional network and a BERT-like encoder; on a GPU also the shapes of Pythia-1.4B and 6.9B in bfloat16 (2048
+tokens). Measured together for each mask:
 
     train     forward + backward with weight gradients
     floor     forward + backward with activation gradients only (no parameter requires a gradient)
-    ours      what extract_gradients does a batch: forward, backward, gather; rows as float32 on the CPU
-    write     the same and the row's append to a store on disk
+    ours      what extract_gradients does a batch: forward, backward, gather; rows as float32
 
-Run: python tools/bench/extraction.py [--rounds 9]. The last line is JSON with the medians' ratios to ``train``.
+Run: python tools/bench/extraction.py [--rounds 9] [--models decoder,cnn,encoder]. The last line is JSON with the
+medians' ratios of ours to train and to floor, by model, sampling and k.
 """
 
 from __future__ import annotations
@@ -16,10 +18,11 @@ import argparse
 import json
 import os
 import statistics
-import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 os.environ.pop("OPENBLAS_CORETYPE", None)  # some machines export a slower core type
 
@@ -29,124 +32,189 @@ from torch import Tensor, nn
 
 import ooc_influence as ooc
 from ooc_influence.extract.layers import select_layers
+from ooc_influence.extract.pilot import MomentSums
 from ooc_influence.extract.rows import RowGatherer
 from ooc_influence.extract.taps import tapped
-
-VOCABULARY, WIDTH, LAYERS, HEADS, TOKENS, BATCH = 8192, 512, 6, 8, 128, 8
 
 
 class Block(nn.Module):
     """A pre-norm transformer block, GPT-NeoX in shape."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int, heads: int, *, causal: bool) -> None:
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.heads, self.causal = heads, causal
 
     def forward(self, h: Tensor) -> Tensor:
-        b, t, _ = h.shape
-        q, k, v = self.qkv(self.norm1(h)).view(b, t, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        h = h + self.out(mixed.transpose(1, 2).reshape(b, t, WIDTH))
+        b, t, width = h.shape
+        q, k, v = self.qkv(self.norm1(h)).view(b, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        h = h + self.out(mixed.transpose(1, 2).reshape(b, t, width))
         return h + self.down(F.gelu(self.up(self.norm2(h))))
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks, unembedding: about 27 M parameters, 23 M of them in linear layers."""
+    """Embedding, blocks, and an unembedding (a language model) or a classifier of the mean."""
 
-    def __init__(self) -> None:
+    def __init__(self, vocabulary: int, width: int, layers: int, heads: int, tokens: int, classes: int = 0) -> None:
         super().__init__()
-        self.embed = nn.Embedding(VOCABULARY, WIDTH)
-        self.place = nn.Parameter(torch.zeros(TOKENS, WIDTH))
-        self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
-        self.norm = nn.LayerNorm(WIDTH)
-        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+        self.embed, self.place = nn.Embedding(vocabulary, width), nn.Embedding(tokens, width)
+        self.blocks = nn.ModuleList(Block(width, heads, causal=not classes) for _ in range(layers))
+        self.norm, self.classes = nn.LayerNorm(width), classes
+        self.head = nn.Linear(width, classes or vocabulary, bias=bool(classes))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        h = self.embed(tokens) + self.place
+        h = self.embed(tokens) + self.place(torch.arange(tokens.shape[1], device=tokens.device)[None])
         for block in self.blocks:
             h = block(h)
-        return self.head(self.norm(h))
+        h = self.norm(h)
+        return self.head(h.mean(1) if self.classes else h)
 
 
-def per_sample_loss(model: nn.Module, tokens: Tensor) -> Tensor:
+class Convolutional(nn.Sequential):
+    """Five convolutions with batch norm, and a classifier."""
+
+    def __init__(self) -> None:
+        layers: list[nn.Module] = []
+        for inputs, outputs, stride in ((3, 32, 1), (32, 64, 2), (64, 128, 2), (128, 256, 2), (256, 256, 1)):
+            layers += [nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, 10))
+
+
+def token_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    tokens, _ = batch
     logits = model(tokens)
     losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
     return losses.view(len(tokens), -1).mean(1)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--k", type=int, default=16384)
-    options = parser.parse_args()
-    torch.manual_seed(0)
-    warnings.simplefilter("ignore", ooc.OocInfluenceWarning)
-    model = Decoder().eval()
-    tokens = torch.randint(0, VOCABULARY, (BATCH, TOKENS))
+def class_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+class Case(NamedTuple):
+    """A model, its loss, a batch."""
+
+    model: nn.Module
+    loss: Callable[[nn.Module, Any], Tensor]
+    batch: tuple[Tensor, Tensor]
+
+
+def language(vocabulary: int, width: int, layers: int, heads: int, b: int, t: int, dtype: Any, device: str) -> Case:
+    with torch.device(device):
+        model = Decoder(vocabulary, width, layers, heads, t).to(dtype)
+        return Case(model, token_loss, (torch.randint(0, vocabulary, (b, t)), torch.zeros(b, dtype=torch.long)))
+
+
+def make(name: str) -> Case:
+    half = torch.bfloat16
+    if name == "decoder":
+        return language(8192, 512, 6, 8, 8, 128, torch.float32, "cpu")
+    if name == "encoder":
+        model = Decoder(8192, 384, 6, 6, 128, classes=4)
+        return Case(model, class_loss, (torch.randint(0, 8192, (16, 64)), torch.arange(16) % 4))
+    if name == "cnn":
+        return Case(Convolutional(), class_loss, (torch.randn(32, 3, 32, 32), torch.arange(32) % 10))
+    sizes = {"pythia-1.4b": (50304, 2048, 24, 16, 4), "pythia-6.9b": (50432, 4096, 32, 32, 1)}[name]
+    return language(*sizes, 2048, half, "cuda")
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Let nothing but the first activation require a gradient."""
+    first = next(m for m in model.modules() if isinstance(m, (nn.Embedding, nn.Conv2d)))
+    model.requires_grad_(False)
+    hook = first.register_forward_hook(lambda module, args, output: output.detach().requires_grad_())
+    try:
+        yield
+    finally:
+        hook.remove()
+        model.requires_grad_(True)
+
+
+def clock(function: Callable[[], object]) -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def measure(name: str, sizes: list[int], samplings: list[str], rounds: int) -> dict[str, Any]:
+    """Return ratios for one model, by sampling and k."""
+    model, loss, batch = make(name)
+    model.eval()
+    device = batch[0].device
     layers, share = select_layers(model, None)
-    mask = ooc.Dropout(k=options.k).draw(layers)
-    gather = RowGatherer(mask, torch.device("cpu"))
-    folder = tempfile.TemporaryDirectory()
-    store = ooc.GradientStore.create(f"{folder.name}/store.zarr", mask)
+    sums = MomentSums(layers)
+    with tapped(model, layers, device) as taps:
+        sums.samples = len(taps.run(loss, batch, lambda b: sums.add))
+    p = sum(layer.entries for layer in layers)
+    masks = {
+        f"{sampling} {k}": ooc.Dropout(k=k, sampling=sampling).draw(layers, sums.result())
+        for sampling in samplings for k in sizes if k < p
+    }  # fmt: skip
+    gathers = {key: RowGatherer(mask, device) for key, mask in masks.items()}
+    times: dict[str, list[float]] = {key: [] for key in ("train", "floor", *masks)}
 
     def train() -> None:
         model.zero_grad(set_to_none=True)
-        per_sample_loss(model, tokens).mean().backward()
+        loss(model, batch).sum().backward()
 
-    def floor() -> None:
-        h = (model.embed(tokens) + model.place).detach().requires_grad_()
-        for block in model.blocks:
-            h = block(h)
-        logits = model.head(model.norm(h))
-        F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    for number in range(rounds + 1):
+        took = {"train": clock(train)}
+        model.zero_grad(set_to_none=True)
+        with frozen(model):
+            took["floor"] = clock(lambda: loss(model, batch).sum().backward())
+        for key, gather in gathers.items():
+            with tapped(model, layers, device, skip=masks[key].empty_modules) as taps:
+                took[key] = clock(lambda gather=gather, taps=taps: gather(taps, loss, batch))
+        if number:
+            for key, seconds in took.items():
+                times[key].append(seconds)
+    medians = {key: statistics.median(values) for key, values in times.items()}
+    found: dict[str, Any] = {
+        "parameters": sum(x.numel() for x in model.parameters()), "covered": round(share, 3),
+        "floor_over_train": round(medians["floor"] / medians["train"], 3),
+    }  # fmt: skip
+    for key in masks:
+        found[key] = {f"over_{base}": round(medians[key] / medians[base], 3) for base in ("train", "floor")}
+    if device.type == "cuda":
+        found["peak_over_model"] = peak_over_model(model, loss, batch, next(iter(gathers.values())), layers)
+    return found
 
-    def frozen(function: Callable[[], None]) -> Callable[[], None]:
-        def run() -> None:
-            model.requires_grad_(False)
-            try:
-                function()
-            finally:
-                model.requires_grad_(True)
 
-        return run
+def peak_over_model(model: nn.Module, loss: Any, batch: Any, gather: RowGatherer, layers: Any) -> float:
+    """Return the peak device memory of a batch over the model's own."""
+    torch.cuda.reset_peak_memory_stats()
+    with tapped(model, layers, batch[0].device) as taps:
+        gather(taps, loss, batch)
+    own = sum(x.numel() * x.element_size() for x in model.parameters())
+    return round(torch.cuda.max_memory_allocated() / own, 3)
 
-    times: dict[str, list[float]] = {name: [] for name in ("train", "floor", "ours", "write")}
 
-    def clock(name: str, function: Callable[[], object], keep: bool) -> None:
-        began = time.perf_counter()
-        function()
-        if keep:
-            times[name].append(time.perf_counter() - began)
-
-    for number in range(options.rounds + 1):
-        clock("train", train, number > 0)
-        clock("floor", frozen(floor), number > 0)
-        with tapped(model, layers, torch.device("cpu"), skip=mask.empty_modules) as taps:
-            clock("ours", lambda: gather(taps, per_sample_loss, tokens), number > 0)
-
-            def write() -> None:
-                losses, rows = gather(taps, per_sample_loss, tokens)
-                store.append(rows.numpy(), loss=losses.numpy())
-
-            clock("write", write, number > 0)
-    store.close()
-    folder.cleanup()
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    ratios = {f"{name}_over_train": round(medians[name] / medians["train"], 3) for name in ("floor", "ours", "write")}
-    ratios["ours_over_floor"] = round(medians["ours"] / medians["floor"], 3)
-    facts = {
-        "bench": "extraction",
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "covered": round(share, 3),
-        "k": options.k,
-        "tokens": [BATCH, TOKENS],
-        "rounds": options.rounds,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
-    print(json.dumps(facts | ratios))
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--k", default="16384,65536")
+    parser.add_argument("--samplings", default="uniform,importance,grid")
+    gpu = ",pythia-1.4b,pythia-6.9b" if torch.cuda.is_available() else ""
+    parser.add_argument("--models", default=f"decoder,cnn,encoder{gpu}")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    warnings.simplefilter("ignore", ooc.OocInfluenceWarning)
+    sizes = [int(k) for k in options.k.split(",")]
+    results = {}
+    for name in options.models.split(","):
+        results[name] = measure(name, sizes, options.samplings.split(","), options.rounds)
+        print(name, json.dumps(results[name], indent=1))
+    facts = {"bench": "extraction", "rounds": options.rounds, "threads": torch.get_num_threads()}
+    facts |= {"torch": torch.__version__, "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
+    print(json.dumps(facts | results))
 
 
 if __name__ == "__main__":
