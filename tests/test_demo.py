@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from conftest import roomy
 from numpy.testing import assert_array_equal
 from scipy.stats import spearmanr
 
@@ -21,7 +22,7 @@ pytest.importorskip("sklearn")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
-    return folder, run_demo(str(folder), rows=None, k=512, memory="2GiB", progress=False)
+    return folder, run_demo(str(folder), rows=None, k=512, memory=str(roomy()), progress=False)
 
 
 def test_wrong_labels_are_found(folder):
@@ -54,7 +55,7 @@ def test_eight_bits_rank_nearly_as_thirty_two(folder, tmp_path):
                 tmp_path / f"{name}-{dtype}", source.mask, dtype=dtype, storage=storage, attributes=source.attrs
             ) as store:
                 store.append(source.rows(), loss=source.loss)
-        fit_fisher(tmp_path / f"train-{dtype}", memory="2GiB")
+        fit_fisher(tmp_path / f"train-{dtype}", memory=roomy())
         scores[dtype] = influence_scores(tmp_path / f"test-{dtype}", tmp_path / f"train-{dtype}").compute().ravel()
     assert len(scores["int8"]) > 100_000
     assert spearmanr(scores["int8"], scores["float32"]).statistic >= 0.996  # docs/stores.md: what limits it

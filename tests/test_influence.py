@@ -8,7 +8,7 @@ import numpy as np
 import oracle
 import pytest
 import zarr
-from conftest import random_rows, whole_mask, write_store
+from conftest import random_rows, roomy, whole_mask, write_store
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
@@ -37,8 +37,6 @@ from ooc_influence.influence.pair import Pair
 from ooc_influence.influence.top import BestList
 from ooc_influence.memory import WORKING
 
-BUDGET = "2GiB"
-
 
 def assert_close(found, expected, tolerance=1e-5):
     """Equal to ``tolerance`` of the largest entry."""
@@ -52,7 +50,7 @@ def large(tmp_path_factory):
     folder = tmp_path_factory.mktemp("large")
     train = write_store(folder / "train.zarr", random_rows(3000, 2000), dtype="float16", chunk_rows=500)
     query = write_store(folder / "query.zarr", random_rows(20, 2000, seed=1), dtype="float16")
-    fit_fisher(train, memory=BUDGET)
+    fit_fisher(train, memory=roomy())
     return query, train
 
 
@@ -128,7 +126,7 @@ def test_workers_change_nothing(large, workers, tmp_path, monkeypatch):
     monkeypatch.setattr("ooc_influence.memory.BLOCK_BYTES", 2**20)  # 128 rows: enough blocks to divide
     query, train = large
     one = Curvature.open(train.path / "curvature" / "default")
-    many = fit_fisher(train, out=tmp_path / "f.zarr", workers=workers, memory="3GiB")
+    many = fit_fisher(train, out=tmp_path / "f.zarr", workers=workers, memory=roomy())
     assert_close(many.fisher(), one.fisher(), 1e-6)
     options = {"curvature": one, "memory": "4GiB"}
     assert_close(self_influence(train, workers=workers, **options), self_influence(train, **options), 1e-6)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from conftest import random_rows, whole_mask, write_store
+from conftest import random_rows, roomy, whole_mask, write_store
 from models import Mlp, batches, data, loss, make
 from numpy.testing import assert_allclose, assert_array_equal
 
@@ -159,7 +159,7 @@ def test_the_three_ways_agree_with_the_oracle(tmp_path, monkeypatch, way, weight
     names = ["_by_iteration", "_by_gram", "_by_fisher"]
     for other in names[names.index(way) + 1 :]:  # make the better ways not fit
         monkeypatch.setattr(spectrum, other, getattr(spectrum, way))
-    found = top_spectrum(chosen, 5, workers=2, memory="1GiB", progress=None)
+    found = top_spectrum(chosen, 5, workers=2, memory=roomy(), progress=None)
     assert found.rows == live
     assert_allclose(found.trace, np.trace(F), rtol=1e-5)
     assert_allclose(found.eigenvalues, values[::-1][:5], rtol=1e-3)

@@ -59,8 +59,8 @@ class RowMetadata:
             Naming one that does.
         """
         source = self.sources.get("example_id")
-        if source is None or callable(source):
-            return
+        if source is None or callable(source) or not hasattr(source, "__len__"):
+            return  # taken, or refused, batch by batch
         seen = set()
         for value in (v for low in range(0, len(source), 1024) for v in _plain(source[low : low + 1024])):
             if not isinstance(value, (str, int, np.integer)):
