@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Self
 
@@ -149,15 +149,28 @@ class Curvature:
         kept = self.eigenvalues[self.eigenvalues > 0]
         return float((kept / (kept + value)).sum())
 
-    def precondition(self, gradients: npt.NDArray[Any], value: float) -> Matrix:
-        """Return (F + λI)⁻¹ g for each row, (q, d) float64, at λ = ``value``."""
+    def precondition(self, gradients: npt.NDArray[Any], values: Sequence[float]) -> Matrix:
+        """Return (F + λI)⁻¹ g for each row and each λ of ``values``, (L, q, d) float64."""
         rotated = np.asarray(gradients, np.float64) @ self.eigenvectors
-        rotated /= self.eigenvalues + value
-        return rotated @ self.eigenvectors.T
+        return np.stack([(rotated / (self.eigenvalues + value)) @ self.eigenvectors.T for value in values])
 
-    def whitening(self, value: float) -> npt.NDArray[np.float32]:
-        """Return W (d, d) float32 with g (F + λI)⁻¹ gᵀ = ‖gW‖², at λ = ``value``."""
-        return (self.eigenvectors / np.sqrt(self.eigenvalues + value)).astype(np.float32)
+    @cached_property
+    def _rotation(self) -> npt.NDArray[np.float32]:
+        return self.eigenvectors.astype(np.float32)
+
+    def self_influence(self, gradients: npt.NDArray[np.float32], values: Sequence[float]) -> npt.NDArray[np.float32]:
+        """Return gᵀ (F + λI)⁻¹ g for each λ of ``values`` and each row, (L, b) float32: one GEMM for all λ."""
+        squares = np.square(gradients @ self._rotation)
+        weights = 1 / (self.eigenvalues[:, None] + np.asarray(values))
+        return np.ascontiguousarray((squares @ weights.astype(np.float32)).T)
+
+    def outside_share(self, gradients: npt.NDArray[Any]) -> Matrix:
+        """Return the share of each row's squared norm outside the span of F's eigenvectors, (q,); 0 for a zero row."""
+        whole = np.asarray(gradients, np.float64)
+        span = self.eigenvalues > self.eigenvalues.max(initial=0.0) * len(self.eigenvalues) * np.finfo(np.float32).eps
+        total = np.square(whole).sum(1)
+        inside = np.square(whole @ self.eigenvectors[:, span]).sum(1)
+        return np.where(total > 0, np.clip(1 - inside / np.where(total > 0, total, 1), 0, 1), 0.0)
 
     def check(self, train: GradientStore) -> None:
         """Check that this curvature may be used for ``train``.

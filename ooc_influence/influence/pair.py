@@ -125,7 +125,7 @@ class Pair:
 
 def precondition(query: GradientStore, curvature: Curvature, damping: float, start: int, stop: int) -> FloatTile:
     """Return (F + λI)⁻¹ g for query rows ``start`` to ``stop``, computed in float64; NaN where a row is dropped."""
-    result = curvature.precondition(query.rows(start, stop), damping).astype(np.float32)
+    result: FloatTile = curvature.precondition(query.rows(start, stop), [damping])[0].astype(np.float32)
     if query.has_dropped:
         result[query.small("dropped", start, stop)] = np.nan
     return result

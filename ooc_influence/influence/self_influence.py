@@ -1,7 +1,7 @@
 """Self-influence: score(i, i) = g_iᵀ (F + λI)⁻¹ g_i, how strongly a row speaks for itself.
 
-Rows the rest of the data does not support (wrong labels, outliers) have large values. With W = V diag(e + λ)^-½ it is
-‖g_i W‖²: one GEMM a block.
+Rows the rest of the data does not support (wrong labels, outliers) have large values. With z = Vᵀg it is
+Σ_j z_j² / (e_j + λ): one GEMM a block.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def self_influence(
     need = Need(
         stage=f"self-influence for k={k}",
         fixed=8 * k * k + 8 * store.n,  # V; the stripes' results and their concatenation
-        per_worker=(8 + 4) * k * k + store.reading_bytes,  # V scaled, W
-        per_row=2 * 4 * k,
+        per_worker=4 * k * k + store.reading_bytes,  # V in float32
+        per_row=3 * 4 * k,
         max_rows=block_limit(k),
         advice="extract with a smaller k",
     )
@@ -69,13 +69,10 @@ def self_influence(
 def _stripe(
     stripe: Stripe, key: str, store: GradientStore, block_rows: int, curvature: Curvature, value: float
 ) -> npt.NDArray[np.float32]:
-    whitening = curvature.whitening(value)
     out = np.empty(stripe.stop - stripe.start, np.float32)
-    buffer = np.empty((min(block_rows, len(out)), store.k), np.float32)
     for block in read_blocks(store, stripe.start, stripe.stop, block_rows):
-        rotated = np.matmul(block.gradients, whitening, out=buffer[: block.stop - block.start])
         part = out[block.start - stripe.start : block.stop - stripe.start]
-        np.einsum("ij,ij->i", rotated, rotated, out=part)
+        part[:] = curvature.self_influence(block.gradients, [value])[0]
         if block.dropped is not None:
             part[block.dropped] = np.nan
         tick(key, block.stop - block.start)
