@@ -5,7 +5,8 @@ For an input x (b, t, in) and an output gradient δ (b, t, out), entry (i, j) of
 computing them, chosen by their cost:
 
 - token-major: for a few samples at a time, columns of δ and x are gathered, multiplied and summed over t;
-- feature-major: x and δ are transposed once, then whole rows of b·t values are gathered by blocks of entries;
+- feature-major: x and δ are transposed once, then each entry is a dot product of two runs of t numbers
+  (``torch.sparse.sampled_addmm``), where a layer has many kept entries;
 - on a GPU with Triton, one kernel does the gathering and the sum (:mod:`.kernels`);
 - product: one small GEMM a sample over the distinct rows and columns of the kept entries, where these are few against
   the entries: a grid, a mask that keeps nearly everything, importance sampling of a layer with a few strong features.
@@ -13,6 +14,7 @@ computing them, chosen by their cost:
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -27,7 +29,7 @@ from ooc_influence.store import LayerShape, ModuleMask
 
 _CPU_TILE = 2**19  # values of one gathered operand: two float32 tiles of 2 MiB stay in the shared cache
 _GPU_TILE = 2**25  # on a GPU, few large launches
-_PRODUCT_GAIN = 16  # a GEMM's multiplications that cost as much as gathering one
+_PRODUCT_GAIN = 3  # a GEMM's multiplications that cost as much as gathering one
 _QUANTISED = ("8bit", "4bit", "Quant", "HQQ", "FP8", "WQLinear", "Awq", "Bit")  # in the class names of such layers
 
 
@@ -44,7 +46,9 @@ class LinearEntries(Entries):
         self._bias_rows = self._rows[self._bias_at]
         self._places = (self._rows.int(), self._cols.int())  # for the kernel, which knows the bias column
         self._cols = self._cols.clamp(max=max(0, inputs - 1))  # bias entries are overwritten
-        self._features = inputs + kept.layer.shape[0]
+        self._sparse: Tensor | None = None
+        in_order = bool((self._rows[1:] >= self._rows[:-1]).all())  # as masks are drawn
+        self._many = in_order and self.entries >= inputs + kept.layer.shape[0]
         self._grid = _grid(self._rows, self._cols)
 
     @classmethod
@@ -87,12 +91,11 @@ class LinearEntries(Entries):
         return out
 
     def _weights(self, x: Tensor, delta: Tensor) -> Tensor:
-        tile = _GPU_TILE if x.is_cuda else _CPU_TILE
         if self._grid is not None and x.shape[1] > 1:
             return self._product(x, delta, *self._grid)
-        if self.entries < self._features or x.shape[1] == 1 or x.is_cuda:
-            return self._token_major(x, delta, tile)
-        return self._feature_major(x, delta, tile)
+        if self._many and x.shape[1] > 1 and x.device.type == "cpu":
+            return self._feature_major(x, delta)
+        return self._token_major(x, delta, _GPU_TILE if x.is_cuda else _CPU_TILE)
 
     def _product(self, x: Tensor, delta: Tensor, rows: Tensor, cols: Tensor, places: Tensor) -> Tensor:
         dtype = wide(delta.dtype)
@@ -122,22 +125,27 @@ class LinearEntries(Entries):
                 out[low:high, part] = product.view(high - low, t, -1).sum(1) if t > 1 else product
         return out
 
-    def _feature_major(self, x: Tensor, delta: Tensor, tile: int) -> Tensor:
-        b, t, _ = x.shape
+    def _feature_major(self, x: Tensor, delta: Tensor) -> Tensor:
         dtype = wide(delta.dtype)
-        xs = x.reshape(b * t, -1).t().to(dtype).contiguous()
-        ds = delta.reshape(b * t, -1).t().to(dtype).contiguous()
-        out = torch.empty((self.entries, b), dtype=dtype, device=x.device)
-        width = max(1, min(self.entries, 2 * tile // (b * t)))
-        left, right = xs.new_empty((width, b * t)), xs.new_empty((width, b * t))
-        for first in range(0, self.entries, width):
-            last = min(self.entries, first + width)
-            product, other = left[: last - first], right[: last - first]
-            torch.index_select(ds, 0, self._rows[first:last], out=product)
-            torch.index_select(xs, 0, self._cols[first:last], out=other)
-            product.mul_(other)
-            torch.sum(product.view(last - first, b, t), 2, out=out[first:last])
-        return out.t().contiguous()
+        out = torch.empty((len(x), self.entries), dtype=dtype)
+        pattern = self._pattern(dtype)
+        for sample in range(len(x)):
+            d, a = delta[sample].t().to(dtype), x[sample].to(dtype)
+            out[sample] = torch.sparse.sampled_addmm(pattern, d, a, beta=0.0).values()
+        return out
+
+    def _pattern(self, dtype: torch.dtype) -> Tensor:
+        """Return the kept entries as a sparse matrix, which says where to compute a product."""
+        if self._sparse is None or self._sparse.dtype != dtype:
+            height, width = self.layer.shape[0], self.layer.shape[1] - self.layer.bias
+            starts = torch.bincount(self._rows, minlength=height).cumsum(0)
+            starts = torch.cat([starts.new_zeros(1), starts])
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Sparse", UserWarning)  # "in beta state"
+                self._sparse = torch.sparse_csr_tensor(
+                    starts, self._cols, torch.zeros(self.entries, dtype=dtype), size=(height, width)
+                )
+        return self._sparse
 
 
 class TransposedLinearEntries(LinearEntries):

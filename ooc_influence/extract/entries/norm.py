@@ -35,8 +35,8 @@ class NormEntries(Entries):
         return LayerShape(name, cls.kind, (weight.numel(), 1 + (bias is not None)), bias is not None)
 
     @classmethod
-    def normalised(cls, module: Any, x: Tensor) -> Tensor:
-        """Return x̂, float32 or wider, of the shape of x."""
+    def normalised(cls, module: Any, x: Tensor, rows: Tensor) -> Tensor:
+        """Return features ``rows`` of x̂, (b, t, m), float32 or wider."""
         raise NotImplementedError
 
     @classmethod
@@ -63,14 +63,18 @@ class NormEntries(Entries):
     def gather(self, x: Any, delta: Any) -> Tensor:
         """Return the entries, (b, m), of x and δ, which have one shape."""
         d = self.features(self.layer, delta)
-        d = d.to(wide(d.dtype))
-        out = torch.empty((len(d), self.entries), dtype=d.dtype, device=d.device)
+        d = d.index_select(2, self._rows).to(wide(d.dtype))
         if len(self._weight_at):
-            scaled = self.features(self.layer, self.normalised(self._module, x.to(wide(x.dtype)))).to(d.dtype)
-            out[:, self._weight_at] = (d * scaled).sum(1).index_select(1, self._rows[self._weight_at])
-        if len(self._bias_at):
-            out[:, self._bias_at] = d.sum(1).index_select(1, self._rows[self._bias_at])
-        return out
+            rows = self._rows[self._weight_at]
+            scaled = self.normalised(self._module, x, rows).to(d.dtype)
+            d[:, :, self._weight_at] = d[:, :, self._weight_at] * scaled
+        return d.sum(1)
+
+
+def _scaled(x: Tensor, rows: Tensor, mean: Tensor | float, var: Tensor, eps: float) -> Tensor:
+    """Return (x − mean) / √(var + ε) for chosen features of x (b, t, features)."""
+    kept = x.index_select(2, rows).to(wide(x.dtype))
+    return (kept - mean) * torch.rsqrt(var + eps)
 
 
 class LayerNormEntries(NormEntries):
@@ -86,9 +90,11 @@ class LayerNormEntries(NormEntries):
         return cls.shape_of(name, module) if plain else None
 
     @classmethod
-    def normalised(cls, module: Any, x: Tensor) -> Tensor:
+    def normalised(cls, module: Any, x: Tensor, rows: Tensor) -> Tensor:
         """See :class:`NormEntries`."""
-        return F.layer_norm(x, module.normalized_shape, eps=module.eps)
+        flat = x.reshape(len(x), -1, module.weight.numel())
+        var, mean = torch.var_mean(flat.to(wide(x.dtype)), 2, correction=0, keepdim=True)
+        return _scaled(flat, rows, mean, var, module.eps)
 
 
 class RMSNormEntries(NormEntries):
@@ -103,12 +109,13 @@ class RMSNormEntries(NormEntries):
         return cls.shape_of(name, module) if _is_rms_norm(module) else None
 
     @classmethod
-    def normalised(cls, module: Any, x: Tensor) -> Tensor:
+    def normalised(cls, module: Any, x: Tensor, rows: Tensor) -> Tensor:
         """See :class:`NormEntries`."""
         eps = _eps(module)
-        eps = torch.finfo(module.weight.dtype).eps if eps is None else eps
-        axes = tuple(range(-module.weight.dim(), 0))
-        return x * torch.rsqrt(x.square().mean(axes, keepdim=True) + eps)
+        flat = x.reshape(len(x), -1, module.weight.numel())
+        norm = torch.linalg.vector_norm(flat, dim=2, keepdim=True, dtype=wide(x.dtype))
+        var = norm.square() / flat.shape[2]
+        return _scaled(flat, rows, 0.0, var, torch.finfo(module.weight.dtype).eps if eps is None else eps)
 
 
 class GroupNormEntries(NormEntries):
@@ -128,9 +135,10 @@ class GroupNormEntries(NormEntries):
         return value.reshape(value.shape[0], value.shape[1], -1).transpose(1, 2)
 
     @classmethod
-    def normalised(cls, module: Any, x: Tensor) -> Tensor:
+    def normalised(cls, module: Any, x: Tensor, rows: Tensor) -> Tensor:
         """See :class:`NormEntries`."""
-        return F.group_norm(x, module.num_groups, eps=module.eps)
+        whole = F.group_norm(x.to(wide(x.dtype)), module.num_groups, eps=module.eps)
+        return whole.flatten(2).transpose(1, 2).index_select(2, rows)
 
 
 class BatchNormEntries(GroupNormEntries):
@@ -145,10 +153,10 @@ class BatchNormEntries(GroupNormEntries):
         return cls.shape_of(name, module) if plain else None
 
     @classmethod
-    def normalised(cls, module: Any, x: Tensor) -> Tensor:
+    def normalised(cls, module: Any, x: Tensor, rows: Tensor) -> Tensor:
         """See :class:`NormEntries`."""
-        mean, var = module.running_mean.to(x.dtype), module.running_var.to(x.dtype)
-        return F.batch_norm(x, mean, var, eps=module.eps)
+        mean, var = (value[rows].to(wide(x.dtype)) for value in (module.running_mean, module.running_var))
+        return _scaled(x.reshape(*x.shape[:2], -1).transpose(1, 2), rows, mean, var, module.eps)
 
 
 def _eps(module: nn.Module) -> float | None:
@@ -174,7 +182,7 @@ def _is_rms_norm(module: nn.Module) -> bool:
         try:
             probe = copy.deepcopy(module).to("cpu", torch.float32)
             x = torch.linspace(-1.0, 2.0, 3 * len(weight)).view(1, 3, -1)
-            found, scaled = probe(x), RMSNormEntries.normalised(probe, x)
+            found, scaled = probe(x), RMSNormEntries.normalised(probe, x, torch.arange(len(weight)))
             plain: Any = probe.weight
         except Exception:
             return False
