@@ -11,7 +11,7 @@ import pytest
 
 BENCH = Path(__file__).parent.parent / "tools" / "bench"
 SMALL = {
-    "extraction": ["--rounds", "1", "--k", "512"],
+    "extraction": ["--rounds", "1", "--k", "512", "--models", "cnn", "--samplings", "importance"],
     "memory": ["--rows", "600", "--k", "64"],
     "representations": ["--mib", "1", "--k", "100", "--repeats", "1"],
     "store": ["--mib", "32", "--chunks", "300", "--repeats", "1"],

@@ -155,7 +155,7 @@ def measure(name: str, sizes: list[int], samplings: list[str], rounds: int) -> d
         sums.samples = len(taps.run(loss, batch, lambda b: sums.add))
     p = sum(layer.entries for layer in layers)
     masks = {
-        f"{sampling} {k}": ooc.Dropout(k=k, sampling=sampling).draw(layers, sums.result())
+        f"{sampling}_{k}": ooc.Dropout(k=k, sampling=sampling).draw(layers, sums.result())
         for sampling in samplings for k in sizes if k < p
     }  # fmt: skip
     gathers = {key: RowGatherer(mask, device) for key, mask in masks.items()}
@@ -182,7 +182,7 @@ def measure(name: str, sizes: list[int], samplings: list[str], rounds: int) -> d
         "floor_over_train": round(medians["floor"] / medians["train"], 3),
     }  # fmt: skip
     for key in masks:
-        found[key] = {f"over_{base}": round(medians[key] / medians[base], 3) for base in ("train", "floor")}
+        found |= {f"{key}_over_{base}": round(medians[key] / medians[base], 3) for base in ("train", "floor")}
     if device.type == "cuda":
         found["peak_over_model"] = peak_over_model(model, loss, batch, next(iter(gathers.values())), layers)
     return found
@@ -208,10 +208,11 @@ def main() -> None:
     torch.manual_seed(0)
     warnings.simplefilter("ignore", ooc.OocInfluenceWarning)
     sizes = [int(k) for k in options.k.split(",")]
-    results = {}
+    results: dict[str, Any] = {}
     for name in options.models.split(","):
-        results[name] = measure(name, sizes, options.samplings.split(","), options.rounds)
-        print(name, json.dumps(results[name], indent=1))
+        found = measure(name, sizes, options.samplings.split(","), options.rounds)
+        print(name, json.dumps(found, indent=1))
+        results |= {f"{name}_{key}": value for key, value in found.items()}
     facts = {"bench": "extraction", "rounds": options.rounds, "threads": torch.get_num_threads()}
     facts |= {"torch": torch.__version__, "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
     print(json.dumps(facts | results))
