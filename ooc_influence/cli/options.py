@@ -82,7 +82,7 @@ documents = several(
     click.option("--id", metavar="FIELD", help="The document's name. Default: its number."),
     click.option("--keep", multiple=True, metavar="FIELD", help="Keep a field as a column; may be repeated."),
     click.option("--max-length", type=int, metavar="N", help="Tokens of a row. Default: the model's context."),
-    click.option("--tokens", type=int, metavar="N", help="Tokens of a batch, padding included. Default: 8192."),
+    click.option("--tokens", type=int, metavar="N", help="Tokens of a batch, padding included. Default: 8192; on a CPU 2048."),
     click.option("--batch-size", type=int, metavar="N", help="Most rows of a batch."),
     click.option("--loss-reduction", "reduction", type=click.Choice(["mean", "sum"]),
                  help="Of token losses. Default: mean."),

@@ -22,7 +22,7 @@ from ooc_influence.hf.samples import Collator, Fields, Samples
 from ooc_influence.store import GradientStore, PathLike
 
 logger = logging.getLogger("ooc_influence")
-_TOKENS = 8192  # of a batch, by default
+_TOKENS, _TOKENS_CPU = 8192, 2048  # of a batch, by default: on a CPU, more gain nothing and their logits take GiBs
 
 
 class Job(NamedTuple):
@@ -56,7 +56,7 @@ def prepare(
     *,
     split: str | None = None,
     max_length: int | None = None,
-    tokens: int = _TOKENS,
+    tokens: int | None = None,
     batch_size: int | None = None,
     reduction: Literal["mean", "sum"] = "mean",
     output: Literal["gradients", "curvature"] = "gradients",
@@ -102,6 +102,8 @@ def prepare(
     collate = Collator(_pad(found.tokenizer), sign_seed if output == "curvature" else None)
     if found.task == "classification" and getattr(found.model.config, "pad_token_id", None) is None:
         found.model.config.pad_token_id = _pad(found.tokenizer)  # where the last token is looked for
+    if tokens is None:
+        tokens = _TOKENS_CPU if found.model.device.type == "cpu" else _TOKENS
     batches = BudgetBatches(samples, collate, lengths=samples.lengths, tokens=tokens, batch_size=batch_size)
     loss: Any = classification_loss
     kind = "cross_entropy"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -94,7 +96,8 @@ def load(
             options["quantization_config"] = transformers.BitsAndBytesConfig(load_in_8bit=True)
         if device == "auto":
             options["device_map"] = "auto"
-        model = kind.from_pretrained(base, config=config, **common, **options)
+        with _quiet(transformers.utils.logging):
+            model = kind.from_pretrained(base, config=config, **common, **options)
         words = transformers.AutoTokenizer.from_pretrained(tokenizer or base, **common)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise InputError(_explain(name, error, allow_pickle)) from error
@@ -103,6 +106,18 @@ def load(
     if device not in (None, "auto") and dtype != "8bit":
         model = model.to(device)
     return Loaded(model.eval(), words, chosen)
+
+
+@contextlib.contextmanager
+def _quiet(logging: Any) -> Iterator[None]:
+    """Hide the bar that counts a model's tensors."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _base_of(name: str | Path) -> tuple[str, str | None]:
