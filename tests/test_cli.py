@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -241,3 +242,27 @@ def test_version(run):
     code, out, _ = run("--version")
     assert code == 0
     assert out.startswith("ooc-influence, version ")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of glibc")
+def test_freed_memory_is_kept():
+    """Pages of a large block that was freed are not touched anew."""
+    script = """if True:
+        import resource
+        from ooc_influence.cli.allocator import keep_freed_memory
+        faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        keep = KEEP and keep_freed_memory()
+        before = faults()
+        for _ in range(8):
+            b"x" * 2**26
+        print(faults() - before)
+    """
+    found = []
+    for keep in (False, True):
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+        done = subprocess.run(
+            [sys.executable, "-c", script.replace("KEEP", str(keep))], capture_output=True, text=True, env=environment
+        )
+        assert done.returncode == 0, done.stderr
+        found.append(int(done.stdout))
+    assert found[1] < found[0] / 4

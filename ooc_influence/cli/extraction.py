@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from ooc_influence.cli import options
+from ooc_influence.cli.allocator import keep_freed_memory
 from ooc_influence.cli.stores import store_facts
 
 _FIELDS = ("text", "prompt", "completion", "messages", "label", "chat", "id", "keep")
@@ -113,6 +114,7 @@ def extract(shard: str | None, on_nonfinite: str, as_json: bool, **given: Any) -
     from ooc_influence.cli.recipes import choose_split, load_recipe
 
     place = _parse_shard(shard)
+    keep_freed_memory()
     more: dict[str, Any] = {"shard": place, "on_nonfinite": on_nonfinite}
     with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints must not end up in our output
         common = _common(given)
@@ -165,6 +167,7 @@ def init(rows: int | None, as_json: bool, **given: Any) -> None:
     from ooc_influence.errors import InputError
     from ooc_influence.extract import row_types
 
+    keep_freed_memory()
     with contextlib.redirect_stdout(sys.stderr):
         common = _common(given)
         if given["model"] is not None:
