@@ -9,7 +9,8 @@ tokens). Measured together for each mask:
     ours      what extract_gradients does a batch: forward, backward, gather; rows as float32
 
 Run: python tools/bench/extraction.py [--rounds 9] [--models decoder,cnn,encoder]. The last line is JSON with the
-medians' ratios of ours to train and to floor, by model, sampling and k.
+medians' ratios of ours to train and to floor, by model, sampling and k. With --headlines FILE (a text a line, up to the
+first tab) also the share of padding in batches by a budget of tokens, in words or in the tokens of --tokenizer DIR.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any, NamedTuple
 
 os.environ.pop("OPENBLAS_CORETYPE", None)  # some machines export a slower core type
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
@@ -197,6 +199,24 @@ def peak_over_model(model: nn.Module, loss: Any, batch: Any, gather: RowGatherer
     return round(torch.cuda.max_memory_allocated() / own, 3)
 
 
+def padding(file: str, tokenizer: str | None) -> dict[str, float]:
+    """Return the share of a batch that is padding, by budget of tokens."""
+    with open(file, encoding="utf-8") as lines:  # noqa: PTH123
+        texts = [line.split("\t")[0] for line in lines]
+    lengths = [len(text.split()) for text in texts]
+    if tokenizer is not None:
+        from transformers import AutoTokenizer
+
+        lengths = [len(ids) for ids in AutoTokenizer.from_pretrained(tokenizer)(texts)["input_ids"]]
+    found = {}
+    for tokens in (2048, 8192):
+        batches = ooc.BudgetBatches(texts, list, lengths=lengths, tokens=tokens)
+        parts = [part for low, high in batches.blocks(4096, 0) for part in batches.cut(np.arange(low, high))]
+        used, padded = np.sum([batches.padded(part) for part in parts], axis=0)
+        found[f"padding_over_tokens_{tokens}"] = round(float(1 - used / padded), 4)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=9)
@@ -204,15 +224,19 @@ def main() -> None:
     parser.add_argument("--samplings", default="uniform,importance,grid")
     gpu = ",pythia-1.4b,pythia-6.9b" if torch.cuda.is_available() else ""
     parser.add_argument("--models", default=f"decoder,cnn,encoder{gpu}")
+    parser.add_argument("--headlines", metavar="FILE")
+    parser.add_argument("--tokenizer", metavar="DIR")
     options = parser.parse_args()
     torch.manual_seed(0)
     warnings.simplefilter("ignore", ooc.OocInfluenceWarning)
     sizes = [int(k) for k in options.k.split(",")]
     results: dict[str, Any] = {}
-    for name in options.models.split(","):
+    for name in filter(None, options.models.split(",")):
         found = measure(name, sizes, options.samplings.split(","), options.rounds)
         print(name, json.dumps(found, indent=1))
         results |= {f"{name}_{key}": value for key, value in found.items()}
+    if options.headlines:
+        results |= padding(options.headlines, options.tokenizer)
     facts = {"bench": "extraction", "rounds": options.rounds, "threads": torch.get_num_threads()}
     facts |= {"torch": torch.__version__, "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
     print(json.dumps(facts | results))
