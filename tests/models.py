@@ -70,7 +70,7 @@ def data(kind, n, seed=0):
 
 def make(kind, seed=0):
     torch.manual_seed(seed)
-    return kind()
+    return kind().eval()
 
 
 def batches(x, y, size):

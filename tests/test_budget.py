@@ -27,6 +27,8 @@ N = 150
 
 
 class Tokens(nn.Module):
+    error = torch.cuda.OutOfMemoryError("CUDA out of memory")
+
     def __init__(self, limit=None):
         super().__init__()
         torch.manual_seed(0)
@@ -36,7 +38,7 @@ class Tokens(nn.Module):
     def forward(self, x):
         self.calls.append(tuple(x.shape))
         if self.limit is not None and x.numel() > self.limit:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise self.error
         return self.head(torch.tanh(self.up(self.embed(x))).cumsum(1))
 
 
@@ -104,7 +106,9 @@ def test_padding_is_small():
     assert (padded - used) / padded < 0.1
 
 
-def test_out_of_memory_halves_the_budget(tmp_path, expected):
+@pytest.mark.parametrize("error", [Tokens.error, RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate")])
+def test_out_of_memory_halves_the_budget(tmp_path, expected, monkeypatch, error):
+    monkeypatch.setattr(Tokens, "error", error)
     model = Tokens(limit=90)
     store = extract(tmp_path / "s.zarr", source(tokens=600), model)
     assert_allclose(store.rows(), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
@@ -115,6 +119,13 @@ def test_out_of_memory_halves_the_budget(tmp_path, expected):
         extract(tmp_path / "t.zarr", source(tokens=600), Tokens(limit=20))
     with pytest.raises(InputError, match="smaller batches"):
         extract(tmp_path / "u.zarr", [collate(sentences()[:10])], Tokens(limit=20))
+
+
+def test_other_errors_of_the_model_are_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(Tokens, "error", RuntimeError("shapes do not match"))
+    for samples in (source(tokens=600), [collate(sentences()[:10])]):
+        with pytest.raises(RuntimeError, match="shapes"):
+            extract(tmp_path / "s.zarr", samples, Tokens(limit=20))
 
 
 def test_a_stopped_run_goes_on_without_the_finished_rows(tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from ooc_influence import (
     Batching,
     Dropout,
+    Eigenbasis,
     GradientStore,
     OocInfluenceWarning,
     Storage,
@@ -611,9 +612,12 @@ def test_inference_mode(tmp_path):
     with torch.inference_mode():
         x, y = (part.clone() for part in data(Mlp, 50))
         store = extract(tmp_path / "s.zarr", model=model, batches=batches(x, y, 8))
-        inside = make(Mlp)
+        inside = make(Mlp).train()
     assert_array_equal(store.rows(), extract(tmp_path / "t.zarr").rows())
-    with pytest.raises(UnsupportedModelError, match="inference_mode"):
+    with (
+        pytest.warns(OocInfluenceWarning, match="training mode"),
+        pytest.raises(UnsupportedModelError, match="inference_mode"),
+    ):
         extract(tmp_path / "u.zarr", model=inside)
     assert inside.training
 
@@ -739,3 +743,27 @@ def test_ids_have_to_be_the_data_s(tmp_path):
         extract(tmp_path / "t.zarr", ids=list(range(60)))
     with pytest.raises(InputError, match="expected 50 values of columns/c"):
         extract(tmp_path / "t.zarr", columns={"c": np.zeros(49)})
+
+
+@pytest.mark.parametrize("layer", [nn.Dropout(0.5), nn.BatchNorm1d(8)])
+def test_a_model_in_training_mode_is_used_in_evaluation_mode_and_that_is_said_once(tmp_path, layer):
+    x, y = torch.randn(20, 6), torch.arange(20) % 3
+    model = nn.Sequential(nn.Linear(6, 8), layer, nn.Linear(8, 3))
+    both = [(x[:10], y[:10]), (x[10:], y[10:])]
+
+    def sample_loss(model, batch):
+        return cross_entropy(model(batch[0]), batch[1])
+
+    quiet = extract_gradients(model.eval(), sample_loss, both, tmp_path / "a.zarr", compressor=Dropout(k=40))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        store = extract_gradients(
+            model.train(), sample_loss, both, tmp_path / "b.zarr",
+            compressor=Dropout(k=40, sampling="importance", reduce=Eigenbasis(r=20)),
+        )  # fmt: skip
+    assert [str(w.message) for w in said if "training mode" in str(w.message)] == [
+        "the model is in training mode with layers that behave otherwise there (1): gradients are those of evaluation "
+        "mode"
+    ]
+    assert model.training
+    assert_allclose(store.loss, quiet.loss)

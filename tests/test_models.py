@@ -63,6 +63,7 @@ def lm_batches(sizes=(3, 1, 3)):
 
 
 @pytest.mark.filterwarnings("ignore:gradients cover")
+@pytest.mark.filterwarnings("ignore:the model is in training mode")
 @pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "llama", "gemma", "opt"])
 def test_hugging_face_families(tmp_path, name):
     """k = p, unequal lengths, padding: the rows are torch.func's, of each sequence without its padding."""

@@ -227,6 +227,25 @@ def _used_by_unknown(model: nn.Module, *, fallback: bool) -> set[int]:
     }
 
 
+def warn_if_training(model: nn.Module) -> None:
+    """Say that a model in training mode is used in evaluation mode, where that makes a difference."""
+    drops = [
+        name for name, module in named_layers(model).items()
+        if module.training and (
+            isinstance(module, nn.modules.batchnorm._BatchNorm)
+            or (isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0)
+        )
+    ]  # fmt: skip
+    if drops:
+        more = f" and {len(drops) - 1} more" if len(drops) > 1 else ""
+        warnings.warn(
+            f"the model is in training mode with layers that behave otherwise there ({drops[0]}{more}): gradients are "
+            "those of evaluation mode",
+            OocInfluenceWarning,
+            stacklevel=3,
+        )
+
+
 def _predicate(modules: ModuleSelection) -> Callable[[str, nn.Module], bool]:
     if modules is None:
         return lambda name, module: True

@@ -17,7 +17,7 @@ from ooc_influence.compress import Compressor, Dropout, fit_eigenbasis
 from ooc_influence.errors import MismatchError, StoreNotFoundError
 from ooc_influence.extract.batching import Batches, Batching, Shard, count_rows
 from ooc_influence.extract.budget import BudgetBatches
-from ooc_influence.extract.layers import ModuleSelection
+from ooc_influence.extract.layers import ModuleSelection, warn_if_training
 from ooc_influence.extract.metadata import RowMetadata, RowSource
 from ooc_influence.extract.metric import AdamMetric
 from ooc_influence.extract.pilot import PilotData, pilot_path
@@ -145,6 +145,7 @@ def extract_gradients(
     device = parse_device(model, device)
     settings = Settings(compressor, like, modules, fallback, dtype, loss_kind, storage, check_model, metric)
     place = Shard.parse(shard)
+    warn_if_training(model)
     data = PilotData(model, per_sample_loss, batches if pilot is None else pilot, device, progress)
     plan = make_plan(model, settings, store, None if place else PilotRun(data, store))
     total = len(batches) if isinstance(batches, BudgetBatches) else count_rows(batches)

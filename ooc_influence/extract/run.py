@@ -128,7 +128,9 @@ class BatchRun(Run):
                 break
             try:
                 count = self._one(batch, row)
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
                 raise InputError(
                     f"expected the batch of rows from {row} on to fit the device; received out of memory: use smaller "
                     "batches, or BudgetBatches, whose budget shrinks by itself"
@@ -223,12 +225,13 @@ class BudgetRun(Run):
             if source.halved and source.padded(part)[1] > (source.tokens or np.inf) and len(part) > 1:
                 todo = source.cut(part) + todo
                 continue
-            try:
-                count, computed = self._compute(to_device(source.load(part), self._device))
-            except torch.OutOfMemoryError:
-                torch.cuda.empty_cache()
+            found = self._compute_or_none(source.load(part))
+            if found is None:
+                if self._device.type == "cuda":
+                    torch.cuda.empty_cache()
                 todo = source.halve(part) + todo
                 continue
+            count, computed = found
             if count != len(part):
                 raise InputError(f"expected one loss for each of {len(part)} samples; received {count}")
             if waiting is not None:
@@ -241,6 +244,20 @@ class BudgetRun(Run):
         target.take(None, first_row + low, block)
         if source.halved:
             target.record(batching=source.settings())
+
+    def _compute_or_none(self, batch: Any) -> tuple[int, _OnItsWay] | None:
+        """Run the model on a batch; None where it does not fit. On return nothing holds its tensors any more."""
+        try:
+            return self._compute(to_device(batch, self._device))
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            return None
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Return whether an error is the device's, or PyTorch's CPU allocator's, lack of memory."""
+    return isinstance(error, torch.cuda.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def token_count(batch: Any) -> int | None:
