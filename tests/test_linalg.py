@@ -9,6 +9,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from ooc_influence.errors import InputError
 from ooc_influence.linalg import GramAccumulator, symmetric_eigen
+from ooc_influence.linalg.blas import add_product
 from ooc_influence.progress import Progress, tick
 from ooc_influence.stripes import Stripe, blas_threads, check_workers, cut_stripes, run_stripes
 
@@ -39,6 +40,17 @@ def test_accumulator_refuses_what_blas_would_misread():
         GramAccumulator(3).add(np.zeros((2, 3)))
     with pytest.raises(TypeError):
         GramAccumulator(3).add(np.zeros((3, 2), np.float32).T)
+
+
+def test_products_are_added_in_place():
+    left, right = random_rows(50, 7), random_rows(50, 3, 1)
+    total = np.asfortranarray(random_rows(7, 3, 2))
+    expected = total + left.astype(np.float64).T @ right
+    add_product(total, left, right)
+    assert_allclose(total, expected, atol=1e-6 * np.abs(expected).max())
+    for bad in ((np.zeros((7, 3), np.float32), left, right), (total, left, right.astype(np.float64))):
+        with pytest.raises(TypeError):
+            add_product(*bad)
 
 
 def test_eigen():

@@ -20,7 +20,7 @@ from ooc_influence import (
     init_store,
 )
 from ooc_influence.compress import fit_eigenbasis
-from ooc_influence.errors import InputError, MemoryBudgetError, MismatchError
+from ooc_influence.errors import InputError, MemoryBudgetError, MismatchError, NonFiniteError
 from ooc_influence.extract import pilot as pilot_module
 from ooc_influence.linalg import WeightedRows, spectrum, top_spectrum
 from ooc_influence.store import GaussianReduction, StoredReduction
@@ -137,9 +137,17 @@ def test_quantised_columns_have_the_scale_of_the_basis(tmp_path, dtype):
     assert error.max() < (0.02 if dtype == "int8" else 0.2)
 
 
+def only(monkeypatch, way):
+    """Let one way to the spectrum fit, in blocks of 16 rows."""
+    ways = spectrum._ways
+    monkeypatch.setattr(spectrum, "_ways", lambda *sizes: [x for x in ways(*sizes) if x.run.__name__ == way])
+    monkeypatch.setattr(spectrum, "block_limit", lambda k: 16)
+
+
 @pytest.mark.parametrize("way", ["_by_fisher", "_by_gram", "_by_iteration"])
 @pytest.mark.parametrize("weights", [None, "ggn"])
-def test_the_three_ways_agree_with_the_oracle(tmp_path, monkeypatch, way, weights):
+@pytest.mark.parametrize("workers", [1, 3])
+def test_the_three_ways_agree_with_the_oracle(tmp_path, monkeypatch, way, weights, workers):
     rows = random_rows(150, 40)
     losses = np.linspace(0.1, 3, 150)
     store = GradientStore.create(
@@ -148,23 +156,62 @@ def test_the_three_ways_agree_with_the_oracle(tmp_path, monkeypatch, way, weight
     with store:
         store.append(rows, loss=losses)
         store.drop([3, 77])
-    chosen = WeightedRows(store, [(0, 70), (80, 150)], weights)
+    chosen = WeightedRows(store, [(0, 5), (6, 70), (80, 150)], weights)
     w = np.ones(150) if weights is None else 1 / np.expm1(losses)
-    live = np.setdiff1d(np.r_[0:70, 80:150], [3])
+    live = np.setdiff1d(np.r_[0:5, 6:70, 80:150], [3])
     kept = rows[live].astype(np.float64) * np.sqrt(w[live])[:, None]
-    live = len(live)
-    F = kept.T @ kept / live
+    F = kept.T @ kept / len(live)
     values, vectors = np.linalg.eigh(F)
     monkeypatch.setattr(spectrum, "_EXTRA", 20)
-    names = ["_by_iteration", "_by_gram", "_by_fisher"]
-    for other in names[names.index(way) + 1 :]:  # make the better ways not fit
-        monkeypatch.setattr(spectrum, other, getattr(spectrum, way))
-    found = top_spectrum(chosen, 5, workers=2, memory=roomy(), progress=None)
-    assert found.rows == live
+    only(monkeypatch, way)
+    found = top_spectrum(chosen, 5, workers=workers, memory=roomy(), progress=None)
+    assert found.rows == len(live)
     assert_allclose(found.trace, np.trace(F), rtol=1e-5)
     assert_allclose(found.eigenvalues, values[::-1][:5], rtol=1e-3)
     overlap = np.abs(np.diag(found.vectors.T @ vectors[:, ::-1][:, :5]))
     assert_allclose(overlap, 1, atol=2e-2)
+    assert_allclose(found.vectors.T @ found.vectors, np.eye(5), atol=1e-6)
+    assert_allclose(np.diag(found.vectors.T @ F @ found.vectors), found.eigenvalues, rtol=1e-5)
+    assert (found.vectors.max(0) == np.abs(found.vectors).max(0)).all()  # signs do not depend on rounding
+
+
+@pytest.mark.parametrize("way", ["_by_gram", "_by_iteration"])
+def test_rows_that_span_less_than_the_basis(tmp_path, monkeypatch, way):
+    """Every row is there twice: half of the directions are empty, and orthonormal all the same."""
+    rows = np.repeat(random_rows(15, 80), 2, axis=0)
+    only(monkeypatch, way)
+    found = top_spectrum(WeightedRows(write_store(tmp_path / "s.zarr", rows), [(0, 30)]), 25, workers=2, progress=None)
+    values = np.linalg.eigvalsh(rows.T.astype(np.float64) @ rows / 30)[::-1]
+    assert_allclose(found.eigenvalues, values[:25], atol=1e-6 * values[0])
+    assert_allclose(found.vectors.T @ found.vectors, np.eye(25), atol=1e-6)
+
+
+@pytest.mark.parametrize("way", ["_by_fisher", "_by_gram", "_by_iteration"])
+def test_sums_that_overflow_are_said(tmp_path, monkeypatch, way):
+    only(monkeypatch, way)
+    store = write_store(tmp_path / "s.zarr", np.full((50, 20), 1e25, np.float32))
+    with np.errstate(all="ignore"), pytest.raises(NonFiniteError, match="scale the loss"):
+        top_spectrum(WeightedRows(store, [(0, 50)]), 5, progress=None)
+
+
+def test_weights_of_dropped_rows_do_not_count(tmp_path):
+    """mean_square and clipped losses are of live rows: skipped samples have a loss of 0."""
+    rows, losses = random_rows(100, 20), np.linspace(0.1, 3, 100)
+    losses[[4, 50]] = 0
+    attributes = {"loss_kind": "cross_entropy"}
+    with GradientStore.create(tmp_path / "s.zarr", whole_mask(20), dtype="float32", attributes=attributes) as store:
+        store.append(rows, loss=losses)
+        store.drop([50])
+    found = fit_eigenbasis(store, 5, weights="ggn")
+    live = np.delete(np.arange(100), 50)
+    assert (found.facts["pilot_rows"], found.facts["clipped_losses"]) == (99, 1)
+    assert_allclose(found.mean_square, np.square(rows[live] @ found.vectors).mean(0), rtol=1e-5)
+    plain = fit_eigenbasis(store, 5)
+    assert_allclose(plain.mean_square, np.square(rows[live] @ plain.vectors).mean(0), rtol=1e-5)
+    with GradientStore.open(store.path, "a") as again:
+        again.drop(np.arange(97))
+    with pytest.raises(InputError, match="the 3 live rows; received 5"):
+        fit_eigenbasis(GradientStore.open(store.path), 5)
 
 
 def test_a_basis_of_some_rows_only(tmp_path):

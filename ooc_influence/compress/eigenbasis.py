@@ -7,18 +7,21 @@ numbers, in which F is nearly diagonal and the part of the spectrum left out is 
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 import numpy as np
+import numpy.typing as npt
 
 from ooc_influence.errors import InputError
-from ooc_influence.linalg import WeightedRows, clipped_rows, parse_weighting, top_spectrum
+from ooc_influence.linalg import Rows, WeightedRows, parse_weighting, top_spectrum
+from ooc_influence.memory import Need, block_limit, plan_block_rows
+from ooc_influence.progress import Progress, tick
 from ooc_influence.store import GradientStore, StoredReduction
+from ooc_influence.stripes import Stripe, check_workers, cut_stripes, run_stripes, slots_per_process
 
 logger = logging.getLogger("ooc_influence")
 PILOT_ROWS = 4  # pilot rows for each number kept, by default: more change little, fewer cost fidelity
-_STEP = 512
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ def fit_eigenbasis(
     memory: int | str | None = None,
     progress: bool | None = None,
 ) -> StoredReduction:
-    """Return the top-r eigenbasis of a store's rows.
+    """Return the top-r eigenbasis of a store's live rows.
 
     Parameters
     ----------
@@ -100,7 +103,7 @@ def fit_eigenbasis(
     r : int
         Directions to keep.
     rows : int, optional
-        Use about so many rows, taken evenly over the store; default all.
+        Use so many rows, taken evenly over the store; default all.
     weights : {"ggn", "trak"}, optional
         Row weights.
     workers, memory, progress
@@ -114,24 +117,44 @@ def fit_eigenbasis(
     weighting = parse_weighting(weights, store.attrs)
     chosen = WeightedRows(store, even_ranges(store.n, rows), weighting)
     found = top_spectrum(chosen, r, workers=workers, memory=memory, progress=progress)
-    squares, losses = np.zeros(r), 0
-    for start, stop in chosen.ranges:
-        for low in range(start, stop, _STEP):
-            block = store.rows(low, min(stop, low + _STEP))
-            squares += np.square(block @ found.vectors, dtype=np.float64).sum(0)
-            losses += clipped_rows(store.small("loss", low, min(stop, low + _STEP)), weighting)
+    mean_square = found.eigenvalues
+    if weighting is not None:
+        mean_square = _mean_squares(replace(chosen, weights=None), found.vectors, workers, memory, progress)
     left_out = max(0.0, 1 - float(found.eigenvalues.sum()) / found.trace) if found.trace > 0 else 0.0
     facts = {
         "trace": found.trace,
         "left_out": left_out,
         "weights": weights,
         "pilot_rows": found.rows,
-        "clipped_losses": losses,
+        "clipped_losses": chosen.clipped(),
     }
     logger.info(
         "eigenbasis of %d rows: %d of %d directions leave out %.2g of the trace", found.rows, r, store.k, left_out
     )
-    return StoredReduction(found.vectors, found.eigenvalues, squares / max(1, chosen.m), facts)
+    return StoredReduction(found.vectors, found.eigenvalues, mean_square, facts)
+
+
+def _mean_squares(
+    rows: WeightedRows, vectors: Rows, workers: int | None, memory: int | str | None, progress: bool | None
+) -> npt.NDArray[np.float64]:
+    """Return the mean square over live rows of each reduced column, (r,): another pass, where rows were weighted."""
+    slots, (k, r) = check_workers(workers), vectors.shape
+    need = Need(f"reducing {k} entries to {r}", 0, rows.store.reading_bytes, 4 * (k + 2 * r), max_rows=block_limit(k))
+    step = plan_block_rows(need, memory, slots_per_process(slots))
+    stripes = cut_stripes(0, rows.m, step, slots)
+    with Progress("mean squares", rows.m, progress) as bar:
+        total = run_stripes(_square_stripe, stripes, bar, rows, step, vectors, slots=slots, reduce=np.add)
+    return np.asarray(total / rows.live)
+
+
+def _square_stripe(stripe: Stripe, key: str, rows: WeightedRows, step: int, vectors: Rows) -> npt.NDArray[np.float64]:
+    total, buffer = np.zeros(vectors.shape[1]), rows.buffer(step)
+    for low in range(stripe.start, stripe.stop, step):
+        high = min(stripe.stop, low + step)
+        reduced = rows.read(low, high, buffer) @ vectors
+        total += np.square(reduced, out=reduced).sum(0, dtype=np.float64)
+        tick(key, high - low)
+    return total
 
 
 def even_ranges(n: int, rows: int | None, run: int = 64) -> list[tuple[int, int]]:

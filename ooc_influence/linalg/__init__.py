@@ -2,10 +2,11 @@
 
 from ooc_influence.linalg.blas import GramAccumulator
 from ooc_influence.linalg.eigen import symmetric_eigen
-from ooc_influence.linalg.spectrum import Spectrum, WeightedRows, top_spectrum
+from ooc_influence.linalg.rows import Rows, WeightedRows
+from ooc_influence.linalg.spectrum import Spectrum, top_spectrum
 from ooc_influence.linalg.weights import Weighting, clipped_rows, parse_weighting, row_weights
 
 __all__ = [
-    "GramAccumulator", "Spectrum", "WeightedRows", "Weighting", "clipped_rows", "parse_weighting", "row_weights",
-    "symmetric_eigen", "top_spectrum",
+    "GramAccumulator", "Rows", "Spectrum", "WeightedRows", "Weighting", "clipped_rows", "parse_weighting",
+    "row_weights", "symmetric_eigen", "top_spectrum",
 ]  # fmt: skip

@@ -1,10 +1,9 @@
-"""Sums of outer products, C += XᵀX, at the BLAS's rate.
+"""Sums of products, C += XᵀX and C += XᵀY, at the BLAS's rate and without temporaries.
 
 ``ssyrk`` with beta = 1 computes one triangle in place: half the arithmetic of a GEMM and no temporary. It accumulates
 in float32 over :data:`FOLD_ROWS` rows, then its triangle is added to a float64 sum, which costs a few per cent and
-keeps rounding independent of the number of rows. SciPy's Python wrapper of ssyrk holds the interpreter lock; the same
-function, taken from ``scipy.linalg.cython_blas`` and called through ctypes, does not, so reading and progress go on
-beside it.
+keeps rounding independent of the number of rows. SciPy's Python wrappers hold the interpreter lock; the same functions,
+taken from ``scipy.linalg.cython_blas`` and called through ctypes, do not, so reading and progress go on beside them.
 """
 
 from __future__ import annotations
@@ -21,16 +20,34 @@ _FOLD_TILE = 256  # rows of the matrix folded at a time: the tile stays in cache
 
 
 @cache
-def _ssyrk() -> Any:
+def _blas(name: str, arguments: int) -> Any:
     from scipy.linalg import cython_blas
 
-    capsule = cython_blas.__pyx_capi__["ssyrk"]
+    capsule = cython_blas.__pyx_capi__[name]
     api = ctypes.pythonapi
     api.PyCapsule_GetName.restype, api.PyCapsule_GetName.argtypes = ctypes.c_char_p, [ctypes.py_object]
     api.PyCapsule_GetPointer.restype = ctypes.c_void_p
     api.PyCapsule_GetPointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
     address = api.PyCapsule_GetPointer(capsule, api.PyCapsule_GetName(capsule))
-    return ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 10)(address)
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * arguments)(address)
+
+
+def add_product(total: npt.NDArray[np.float32], left: npt.NDArray[np.float32], right: npt.NDArray[np.float32]) -> None:
+    """Add leftᵀ right to ``total`` (k, c), in Fortran's order, in place; ``left`` (m, k) and ``right`` (m, c) in C's.
+
+    All float32.
+    """
+    if not (total.flags.f_contiguous and left.flags.c_contiguous and right.flags.c_contiguous):
+        raise TypeError("expected total in Fortran's order, left and right in C's")
+    if {total.dtype, left.dtype, right.dtype} != {np.dtype(np.float32)}:
+        raise TypeError("expected float32")
+    one, k, c, m = ctypes.c_float(1.0), *(ctypes.c_int(size) for size in (*total.shape, len(left)))
+    # Fortran sees left as leftᵀ (k, m) and right as rightᵀ (c, m)
+    _blas("sgemm", 13)(
+        ctypes.c_char_p(b"N"), ctypes.c_char_p(b"T"), ctypes.byref(k), ctypes.byref(c), ctypes.byref(m),
+        ctypes.byref(one), left.ctypes.data, ctypes.byref(k), right.ctypes.data, ctypes.byref(c), ctypes.byref(one),
+        total.ctypes.data, ctypes.byref(k),
+    )  # fmt: skip
 
 
 class GramAccumulator:
@@ -59,7 +76,7 @@ class GramAccumulator:
             raise TypeError("expected a C-contiguous float32 block")
         one, k, m = ctypes.c_float(1.0), ctypes.c_int(self._k), ctypes.c_int(len(block))
         # Fortran sees X as Xᵀ (k, m); its lower triangle is our upper one
-        _ssyrk()(
+        _blas("ssyrk", 10)(
             ctypes.c_char_p(b"L"), ctypes.c_char_p(b"N"), ctypes.byref(k), ctypes.byref(m), ctypes.byref(one),
             block.ctypes.data, ctypes.byref(k), ctypes.byref(one), self._single.ctypes.data, ctypes.byref(k),
         )  # fmt: skip

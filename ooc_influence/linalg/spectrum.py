@@ -3,32 +3,32 @@
 Three ways, by what fits: F itself, factorised, where k is at most m; the Gram matrix K = A Aᵀ (m, m) of the weighted
 rows A = diag(√w) G, whose eigenvectors U give V = Aᵀ U / √(eigenvalue), where m is smaller; and, where neither fits,
 block subspace iteration Q ← orth(AᵀA Q) with a Rayleigh-Ritz step at the end, whose memory is 2 k (r + 128) numbers.
+The first two agree to rounding. The third gives orthonormal directions that hold nearly as much of the trace, and their
+exact share of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 
 from ooc_influence.errors import InputError, MemoryBudgetError, NonFiniteError
-from ooc_influence.linalg.blas import GramAccumulator
-from ooc_influence.linalg.eigen import eigen_bytes
-from ooc_influence.linalg.weights import Weighting, row_weights
+from ooc_influence.linalg.blas import GramAccumulator, add_product
+from ooc_influence.linalg.rows import Rows, WeightedRows
 from ooc_influence.memory import Need, block_limit, budget_bytes, format_bytes, plan_block_rows, process_anonymous
 from ooc_influence.progress import Progress, tick
-from ooc_influence.store import GradientStore
 from ooc_influence.stripes import Stripe, check_workers, cut_stripes, run_stripes, slots_per_process
 
-Rows = npt.NDArray[np.float32]
-Sum = tuple[npt.NDArray[np.float64], int]
+Matrix = npt.NDArray[np.float64]
 _EXTRA = 128  # columns beyond r in subspace iteration
 _PASSES = 4  # of subspace iteration over the rows
 _LARGEST_GRAM = 24576  # rows; beyond, its eigenvectors take longer than the iteration
+_TILE = 1024  # rows of the eigenvectors looked at at a time
 
 
 class Spectrum(NamedTuple):
@@ -37,65 +37,56 @@ class Spectrum(NamedTuple):
     Attributes
     ----------
     eigenvalues : (r,) float64
-        Largest first.
+        Largest first; vᵀ F v of each vector.
     vectors : (k, r) float32
-        Eigenvectors as columns.
+        Orthonormal columns, the largest entry of each positive.
     trace : float
         tr(F).
     rows : int
         Live rows used, m.
     """
 
-    eigenvalues: npt.NDArray[np.float64]
+    eigenvalues: Matrix
     vectors: Rows
     trace: float
     rows: int
 
 
-@dataclass(frozen=True)
-class WeightedRows:
-    """Some rows of a store, numbered from 0, each times √w.
+class _Way(NamedTuple):
+    """A way to the spectrum: ``run(rows, r, step, slots, bar) -> (eigenvalues, vectors, trace)``.
 
     Attributes
     ----------
-    store : GradientStore
-        The store.
-    ranges : sequence of (start, stop)
-        The rows, ascending.
-    weights : {"ggn", "trak"} or None
-        Their weights.
+    run : callable
+        See above.
+    nbytes : int
+        The most it holds at a time, blocks of rows apart.
+    per_row : int
+        What a row of a block costs.
+    passes : int
+        Over the rows.
     """
 
-    store: GradientStore
-    ranges: Sequence[tuple[int, int]]
-    weights: Weighting | None = None
+    run: Callable[..., tuple[Matrix, Rows, float]]
+    nbytes: int
+    per_row: int
+    passes: int
 
-    @property
-    def path(self) -> object:
-        """Where the store is: tasks of other processes must be able to see it."""
-        return self.store.path
 
-    @property
-    def m(self) -> int:
-        """Rows, dropped ones included."""
-        return sum(stop - start for start, stop in self.ranges)
-
-    def read(self, low: int, high: int) -> tuple[Rows, int]:
-        """Return rows ``low`` to ``high`` times √w, (high - low, k), zero where dropped; and how many are live."""
-        parts, first, live = [], 0, 0
-        for start, stop in self.ranges:
-            a, b = start + max(0, low - first), min(stop, start + high - first)
-            first += stop - start
-            if a >= b:
-                continue
-            rows = self.store.rows(a, b)
-            if self.weights is not None:
-                rows *= np.sqrt(row_weights(self.store.small("loss", a, b), self.weights))[:, None].astype(np.float32)
-            dropped = self.store.small("dropped", a, b) if self.store.has_dropped else np.zeros(b - a, bool)
-            rows[dropped] = 0
-            live += int((~dropped).sum())
-            parts.append(rows)
-        return parts[0] if len(parts) == 1 else np.concatenate(parts), live
+def _ways(k: int, m: int, r: int, slots: int) -> list[_Way]:
+    """Return the ways there are for m rows of k numbers, the quickest first; ``slots`` share a process."""
+    several = slots > 1  # a sum of two results is a third one
+    c = min(k, m, r + _EXTRA)
+    found = []
+    if k <= m:
+        sums = slots * GramAccumulator.nbytes(k) + several * 8 * k * k
+        found.append(_Way(_by_fisher, max(sums, 8 * k * k + 12 * k * r), 4 * k, 1))
+    if m <= _LARGEST_GRAM:
+        lifting = 4 * m * r + (slots + several) * 4 * k * r
+        found.append(_Way(_by_gram, max(10 * m * m, 8 * m * (m + r), 12 * m * r, lifting, 8 * k * r), 2 * 4 * k, 2))
+    multiplying = (1 + slots + several) * 4 * k * c
+    found.append(_Way(_by_iteration, max(multiplying, 4 * k * c + 4 * k * r) + 40 * c * c, 4 * k + 4 * c, _PASSES))
+    return found
 
 
 def top_spectrum(
@@ -106,29 +97,24 @@ def top_spectrum(
     Raises
     ------
     InputError
-        If there are fewer than r rows, or r is larger than k.
+        If there are fewer than r live rows, or r is larger than k.
     MemoryBudgetError
         If the budget holds none of the three ways.
     NonFiniteError
         If rows are too large for float32 sums.
     """
     k, m = rows.store.k, rows.m
-    if not 1 <= r <= min(k, m):
+    if not 1 <= r <= min(k, rows.live):
         raise InputError(
-            f"expected r between 1 and {min(k, m)}, the smaller of the {k} entries and the {m} pilot rows; received "
-            f"{r}: use more rows, a wider mask or a smaller r"
+            f"expected r between 1 and {min(k, rows.live)}, the smaller of the {k} entries and the {rows.live} live "
+            f"rows; received {r}: use more rows, a wider mask or a smaller r"
         )
     slots = check_workers(workers)
     shared = slots_per_process(slots)
+    ways = _ways(k, m, r, shared)
+    reading, limit = rows.store.reading_bytes, block_limit(k)
+    needs = [Need(f"an eigenbasis of {r} of {k} entries", w.nbytes, reading, w.per_row, max_rows=limit) for w in ways]
     room = budget_bytes(memory) - process_anonymous()
-    ways = [(_by_iteration, 6 * 4 * k * (r + _EXTRA), 2 * 4 * k * (r + _EXTRA), _PASSES)]
-    if m <= _LARGEST_GRAM:
-        ways.insert(0, (_by_gram, 28 * m * m + 4 * k * r, 4 * k * r, 2))
-    if k <= m:
-        ways.insert(0, (_by_fisher, eigen_bytes(k) + 4 * k * r, GramAccumulator.nbytes(k), 1))
-    needs = [
-        Need(f"an eigenbasis of {r} of {k} entries", *way[1:3], 3 * 4 * k, max_rows=block_limit(k)) for way in ways
-    ]
     chosen = next((n for n, need in enumerate(needs) if need.peak(need.min_rows, shared, 0) <= room), None)
     if chosen is None:
         least = min(need.peak(need.min_rows, shared, 0) for need in needs)
@@ -136,12 +122,44 @@ def top_spectrum(
             f"{needs[0].stage} from {m} rows needs {format_bytes(least)} more than the process holds, budget "
             f"{format_bytes(max(0, room))}: use a smaller r or k, fewer workers, or more memory"
         )
-    (function, *_, passes), need = ways[chosen], needs[chosen]
-    block_rows = plan_block_rows(need, memory, shared)
-    with Progress("eigenbasis", passes * m, progress) as bar:
-        found = function(rows, r, block_rows, cut_stripes(0, m, block_rows, slots), slots, bar)
-    if not np.isfinite(found.trace):
+    step = plan_block_rows(needs[chosen], memory, shared)
+    with Progress("eigenbasis", ways[chosen].passes * m, progress) as bar:
+        values, vectors, trace = ways[chosen].run(rows, r, step, slots, bar)
+    _fix_signs(vectors)
+    return Spectrum(np.maximum(values, 0), vectors, trace, rows.live)
+
+
+def _checked(trace: float) -> float:
+    if not np.isfinite(trace):
         raise NonFiniteError("expected finite rows; received sums that overflow: scale the loss", [])
+    return trace
+
+
+def _fix_signs(vectors: Rows) -> None:
+    """Make the largest entry of each column positive: the signs that LAPACK returns depend on rounding."""
+    largest = np.zeros(vectors.shape[1], np.float32)
+    for start in range(0, len(vectors), _TILE):
+        part = vectors[start : start + _TILE]
+        found = part[np.abs(part).argmax(0), np.arange(len(largest))]
+        largest = np.where(np.abs(found) > np.abs(largest), found, largest)
+    vectors *= np.where(largest < 0, np.float32(-1), np.float32(1))
+
+
+def _top_eigen(matrix: Matrix, r: int) -> tuple[Matrix, Matrix]:
+    """Return the r largest eigenvalues, in ascending order, and vectors (d, r) of a matrix in Fortran's order.
+
+    Its lower triangle is read, and the matrix overwritten.
+    """
+    d = len(matrix)
+    found: tuple[Matrix, Matrix] = scipy.linalg.eigh(
+        matrix, lower=True, overwrite_a=True, check_finite=False, subset_by_index=(d - r, d - 1), driver="evr"
+    )
+    return found
+
+
+def _orthonormal(columns: Rows) -> Rows:
+    """Return orthonormal columns with the span of ``columns`` (k, c), which are overwritten: in Fortran's order."""
+    found: Rows = scipy.linalg.qr(columns, mode="economic", overwrite_a=True, check_finite=False)[0]
     return found
 
 
@@ -149,106 +167,106 @@ def _blocks(stripe: Stripe, step: int) -> list[tuple[int, int]]:
     return [(low, min(stripe.stop, low + step)) for low in range(stripe.start, stripe.stop, step)]
 
 
-def _by_fisher(rows: WeightedRows, r: int, step: int, stripes: list[Stripe], slots: int, bar: Progress) -> Spectrum:
-    total, live = run_stripes(_fisher_stripe, stripes, bar, rows, step, slots=slots, reduce=_add_pairs)
-    total /= max(1, live)
-    trace, k = float(np.trace(total)), len(total)
-    values, vectors = scipy.linalg.eigh(
-        total.T, overwrite_a=True, check_finite=False, subset_by_index=(k - r, k - 1), driver="evr"
-    )
-    return Spectrum(np.maximum(values[::-1], 0), vectors[:, ::-1].astype(np.float32), trace, live)
+def _by_fisher(rows: WeightedRows, r: int, step: int, slots: int, bar: Progress) -> tuple[Matrix, Rows, float]:
+    stripes = cut_stripes(0, rows.m, step, slots)
+    total = run_stripes(_fisher_stripe, stripes, bar, rows, step, slots=slots, reduce=np.add)
+    total /= rows.live
+    trace = _checked(float(np.trace(total)))
+    values, vectors = _top_eigen(total.T, r)
+    return values[::-1], np.ascontiguousarray(vectors[:, ::-1], np.float32), trace
 
 
-def _fisher_stripe(stripe: Stripe, key: str, rows: WeightedRows, step: int) -> Sum:
-    accumulator, live = GramAccumulator(rows.store.k), 0
+def _fisher_stripe(stripe: Stripe, key: str, rows: WeightedRows, step: int) -> Matrix:
+    accumulator, buffer = GramAccumulator(rows.store.k), rows.buffer(step)
     for low, high in _blocks(stripe, step):
-        block, count = rows.read(low, high)
-        accumulator.add(block)
-        live += count
+        accumulator.add(rows.read(low, high, buffer))
         tick(key, high - low)
-    return accumulator.total(), live
+    return accumulator.total()
 
 
-def _add_pairs(left: Sum, right: Sum) -> Sum:
-    return left[0] + right[0], left[1] + right[1]
-
-
-def _by_gram(rows: WeightedRows, r: int, step: int, stripes: list[Stripe], slots: int, bar: Progress) -> Spectrum:
+def _by_gram(rows: WeightedRows, r: int, step: int, slots: int, bar: Progress) -> tuple[Matrix, Rows, float]:
     m = rows.m
-    gram = np.zeros((m, m))
-    live = 0
-    for slabs, count in run_stripes(_gram_stripe, stripes, bar, rows, step, slots=slots):
-        live += count
-        for low, slab in slabs:
+    slabs = run_stripes(_gram_stripe, _cut_triangle(m, step, slots), bar, rows, step, slots=slots)
+    gram = np.empty((m, m), order="F")
+    for part in slabs:
+        while part:
+            low, slab = part.pop()
             gram[low : low + len(slab), : slab.shape[1]] = slab
-    trace = float(np.trace(gram)) / max(1, live)
-    values, vectors = scipy.linalg.eigh(  # reads the lower triangle
-        gram, lower=True, overwrite_a=True, check_finite=False, subset_by_index=(m - r, m - 1), driver="evr"
-    )
-    values = np.maximum(values[::-1], 0)
-    inverse = np.where(values > values[0] * 1e-12, 1 / np.sqrt(np.maximum(values, 1e-300)), 0)
-    turned = (vectors[:, ::-1] * inverse).astype(np.float32)
-    found = run_stripes(_lift_stripe, stripes, bar, rows, step, turned, slots=slots, reduce=np.add)
-    return Spectrum(values / max(1, live), found, trace, live)
+    trace = _checked(float(np.trace(gram)) / rows.live)
+    values, vectors = _top_eigen(gram, r)
+    del gram
+    # a direction of eigenvalue zero comes out as zeros, and one near zero inexact: QR makes both orthonormal
+    vectors *= np.where(values > values[-1] * 1e-12, 1 / np.sqrt(np.maximum(values, 1e-300)), 0)
+    turned = np.ascontiguousarray(vectors[:, ::-1], np.float32)
+    del vectors
+    stripes = cut_stripes(0, m, step, slots)
+    lifted = _orthonormal(run_stripes(_lift_stripe, stripes, bar, rows, step, turned, slots=slots, reduce=np.add))
+    return values[::-1] / rows.live, np.ascontiguousarray(lifted), trace
 
 
-def _gram_stripe(
-    stripe: Stripe, key: str, rows: WeightedRows, step: int
-) -> tuple[list[tuple[int, npt.NDArray[np.float32]]], int]:
+def _cut_triangle(m: int, step: int, count: int) -> list[Stripe]:
+    """Cut m rows of a lower triangle into at most ``count`` stripes of whole blocks and about equal areas."""
+    blocks = -(-m // step)
+    edges = sorted({round(blocks * (number / count) ** 0.5) for number in range(count + 1)})
+    return [Stripe(low * step, min(m, high * step)) for low, high in pairwise(edges)]
+
+
+def _gram_stripe(stripe: Stripe, key: str, rows: WeightedRows, step: int) -> list[tuple[int, Rows]]:
     """Return the rows of K that belong to a stripe, up to the diagonal, block by block."""
-    slabs, live = [], 0
+    slabs, mine, others = [], rows.buffer(step), rows.buffer(step)
     for low, high in _blocks(stripe, step):
-        block, count = rows.read(low, high)
+        block = rows.read(low, high, mine)
         slab = np.empty((high - low, high), np.float32)
         for a, b in _blocks(Stripe(0, low), step):
-            np.matmul(block, rows.read(a, b)[0].T, out=slab[:, a:b])
-        np.matmul(block, block.T, out=slab[:, low:high])
+            slab[:, a:b] = block @ rows.read(a, b, others).T
+        slab[:, low:high] = block @ block.T
         slabs.append((low, slab))
-        live += count
         tick(key, high - low)
-    return slabs, live
+    return slabs
 
 
 def _lift_stripe(stripe: Stripe, key: str, rows: WeightedRows, step: int, turned: Rows) -> Rows:
     """Return Σ Aᵀ U / √e over a stripe, (k, r)."""
-    total = np.zeros((rows.store.k, turned.shape[1]), np.float32)
+    total = np.zeros((rows.store.k, turned.shape[1]), np.float32, order="F")
+    buffer = rows.buffer(step)
     for low, high in _blocks(stripe, step):
-        total += rows.read(low, high)[0].T @ turned[low:high]
+        add_product(total, rows.read(low, high, buffer), turned[low:high])
         tick(key, high - low)
     return total
 
 
-def _by_iteration(rows: WeightedRows, r: int, step: int, stripes: list[Stripe], slots: int, bar: Progress) -> Spectrum:
-    k = rows.store.k
+def _by_iteration(rows: WeightedRows, r: int, step: int, slots: int, bar: Progress) -> tuple[Matrix, Rows, float]:
+    k, stripes = rows.store.k, cut_stripes(0, rows.m, step, slots)
     columns = min(k, rows.m, r + _EXTRA)
-    basis = np.random.default_rng(0).standard_normal((k, columns), np.float32)
-    for _ in range(_PASSES):
-        basis = scipy.linalg.qr(basis, mode="economic", overwrite_a=True, check_finite=False)[0]
-        product, (live, squares) = run_stripes(
+    basis = np.random.default_rng(0).standard_normal((columns, k), np.float32).T
+    basis = _orthonormal(basis)
+    for number in range(_PASSES):
+        product, squares = run_stripes(
             _product_stripe, stripes, bar, rows, step, basis, slots=slots, reduce=_add_products
         )
-        last, basis = basis, product
-    small = (last.T @ basis).astype(np.float64) / max(1, live)
-    values, turn = scipy.linalg.eigh((small + small.T) / 2)
-    vectors = last @ turn[:, ::-1][:, :r].astype(np.float32)
-    return Spectrum(np.maximum(values[::-1][:r], 0), vectors, squares / max(1, live), live)
+        trace = _checked(squares / rows.live)
+        if number < _PASSES - 1:
+            basis = _orthonormal(product)
+            del product
+    small = np.asarray(basis.T @ product, np.float64, order="F") / rows.live
+    del product
+    small += small.T.copy()
+    small /= 2
+    values, turn = _top_eigen(small, r)
+    return values[::-1], basis @ np.ascontiguousarray(turn[:, ::-1], np.float32), trace
 
 
-def _product_stripe(
-    stripe: Stripe, key: str, rows: WeightedRows, step: int, basis: Rows
-) -> tuple[Rows, tuple[int, float]]:
-    """Return AᵀA Q over a stripe, (k, c), with its live rows and its sum of squares."""
-    total, live, squares = np.zeros_like(basis), 0, 0.0
+def _product_stripe(stripe: Stripe, key: str, rows: WeightedRows, step: int, basis: Rows) -> tuple[Rows, float]:
+    """Return AᵀA Q over a stripe, (k, c), with its sum of squares."""
+    total, squares = np.zeros(basis.shape, np.float32, order="F"), 0.0
+    buffer = rows.buffer(step)
     for low, high in _blocks(stripe, step):
-        block, count = rows.read(low, high)
-        total += block.T @ (block @ basis)
-        live += count
-        squares += float(np.vdot(block, block))
+        block = rows.read(low, high, buffer)
+        add_product(total, block, block @ basis)
+        squares += float(np.einsum("ij,ij->i", block, block).sum(dtype=np.float64))
         tick(key, high - low)
-    return total, (live, squares)
+    return total, squares
 
 
-def _add_products(
-    left: tuple[Rows, tuple[int, float]], right: tuple[Rows, tuple[int, float]]
-) -> tuple[Rows, tuple[int, float]]:
-    return left[0] + right[0], (left[1][0] + right[1][0], left[1][1] + right[1][1])
+def _add_products(left: tuple[Rows, Any], right: tuple[Rows, Any]) -> tuple[Rows, Any]:
+    return left[0] + right[0], left[1] + right[1]

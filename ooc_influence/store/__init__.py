@@ -26,7 +26,7 @@ from ooc_influence.store.place import (
     remove_tree,
     tree_bytes,
 )
-from ooc_influence.store.reader import Block, read_blocks
+from ooc_influence.store.reader import Block, read_blocks, read_into
 from ooc_influence.store.reduction import (
     COPIED_BYTES,
     GaussianReduction,
@@ -44,6 +44,6 @@ __all__ = [
     "LayerShape", "Mask", "ModuleMask", "NewFolder", "PathLike", "PilotMoments", "Reduction", "Representation",
     "Storage", "StorePath", "StoredReduction", "array_store", "check_finite", "column_dtype", "columns_digest",
     "compact_store", "create_array", "exists", "is_file", "is_local", "merge_stores", "names", "open_group",
-    "parse_path", "parse_representation", "read_array", "read_blocks", "remove_tree", "square_chunks", "tree_bytes",
-    "upgrade_store", "writable_array",
+    "parse_path", "parse_representation", "read_array", "read_blocks", "read_into", "remove_tree", "square_chunks",
+    "tree_bytes", "upgrade_store", "writable_array",
 ]  # fmt: skip

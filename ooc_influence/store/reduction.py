@@ -85,7 +85,10 @@ class StoredReduction(Reduction):
     @cached_property
     def digest(self) -> str:
         """SHA-256 of M."""
-        return hashlib.sha256(np.ascontiguousarray(self.vectors, "<f4").data).hexdigest()
+        digest = hashlib.sha256()
+        for _, block in self.blocks(_BLOCK_ROWS):
+            digest.update(np.ascontiguousarray(block, "<f4").data)
+        return digest.hexdigest()
 
     @property
     def facts(self) -> dict[str, Any]:

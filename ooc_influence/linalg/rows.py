@@ -1,0 +1,90 @@
+"""Some rows of a store, each times √w: what a (weighted) Fisher matrix F = (1/m) Σ w_i g_i g_iᵀ is a sum over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from ooc_influence.linalg.weights import Weighting, clipped_rows, row_weights
+from ooc_influence.store import GradientStore, read_into
+
+Rows = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class WeightedRows:
+    """Some rows of a store, numbered from 0, each times √w; zero where dropped.
+
+    Attributes
+    ----------
+    store : GradientStore
+        The store.
+    ranges : sequence of (start, stop)
+        The rows, ascending.
+    weights : {"ggn", "trak"} or None
+        Their weights.
+    """
+
+    store: GradientStore
+    ranges: Sequence[tuple[int, int]]
+    weights: Weighting | None = None
+
+    @property
+    def path(self) -> object:
+        """Where the store is: tasks of other processes must be able to see it."""
+        return self.store.path
+
+    @property
+    def m(self) -> int:
+        """Rows, dropped ones included."""
+        return sum(stop - start for start, stop in self.ranges)
+
+    @cached_property
+    def live(self) -> int:
+        """Rows that are not dropped."""
+        if not self.store.has_dropped:
+            return self.m
+        return self.m - sum(int(self.store.small("dropped", *part).sum()) for part in self._pieces())
+
+    def clipped(self) -> int:
+        """Return how many live rows' losses are so small that their weights are clipped."""
+        if self.weights is None:
+            return 0
+        return sum(clipped_rows(self.store.small("loss", *part)[self._kept(*part)], self.weights)
+                   for part in self._pieces())  # fmt: skip
+
+    def _pieces(self) -> Iterator[tuple[int, int]]:
+        """Yield the ranges in pieces whose small values take little memory."""
+        size = self.store.layout.group_rows
+        for start, stop in self.ranges:
+            for low in range(start, stop, size):
+                yield low, min(stop, low + size)
+
+    def _kept(self, start: int, stop: int) -> npt.NDArray[np.bool_]:
+        """Return which rows of the store are live."""
+        return ~self.store.small("dropped", start, stop) if self.store.has_dropped else np.ones(stop - start, np.bool_)
+
+    def buffer(self, rows: int) -> Rows:
+        """Return room for blocks of at most ``rows`` rows, (rows, k)."""
+        return np.empty((min(rows, max(1, self.m)), self.store.k), np.float32)
+
+    def read(self, low: int, high: int, out: Rows) -> Rows:
+        """Return rows ``low`` to ``high`` times √w, zero where dropped, as the first rows of ``out``."""
+        first, done = 0, 0
+        for start, stop in self.ranges:
+            a, b = start + max(0, low - first), min(stop, start + high - first)
+            first += stop - start
+            if a >= b:
+                continue
+            part = out[done : done + b - a]
+            done += b - a
+            read_into(self.store, a, b, part)
+            if self.weights is not None:
+                part *= np.sqrt(row_weights(self.store.small("loss", a, b), self.weights))[:, None].astype(np.float32)
+            if self.store.has_dropped:
+                part[~self._kept(a, b)] = 0
+        return out[:done]
