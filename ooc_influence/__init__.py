@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from ooc_influence._version import __version__
 
 if TYPE_CHECKING:
-    from ooc_influence.compress import Dropout, Eigenbasis, Gaussian
+    from ooc_influence.compress import Dropout, Eigenbasis, Gaussian, reduce_store
     from ooc_influence.curvature import Curvature, fit_fisher
     from ooc_influence.errors import OocInfluenceError, OocInfluenceWarning
     from ooc_influence.extract import (
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # Loaded on first use: opening a store and scoring never import torch.
 _ROOMS = {
-    "compress": ["Dropout", "Eigenbasis", "Gaussian"],
+    "compress": ["Dropout", "Eigenbasis", "Gaussian", "reduce_store"],
     "curvature": ["Curvature", "fit_fisher"],
     "errors": ["OocInfluenceError", "OocInfluenceWarning"],
     "extract": [
@@ -41,7 +41,8 @@ __all__ = [
     "AdamMetric", "Batching", "BudgetBatches", "ChunkCache", "Curvature", "Dropout", "Eigenbasis", "Gaussian",
     "GradientStore", "OocInfluenceError", "OocInfluenceWarning", "Recipe", "Split", "Storage", "TopInfluential",
     "__version__", "compact_store", "cross_entropy", "extract_gradients", "fit_fisher", "influence_scores",
-    "init_store", "merge_stores", "self_influence", "token_cross_entropy", "top_influential", "upgrade_store",
+    "init_store", "merge_stores", "reduce_store", "self_influence", "token_cross_entropy", "top_influential",
+    "upgrade_store",
 ]  # fmt: skip
 
 

@@ -79,7 +79,7 @@ def test_queries_inherit_mask_and_basis(tmp_path, monkeypatch):
     assert query.columns_digest == train.columns_digest
     assert_array_equal(query.reduction.vectors, train.reduction.vectors)
     assert_allclose(query.rows(), train.rows(0, 10), atol=1e-6)
-    monkeypatch.setattr("ooc_influence.extract.plan.COPIED_BYTES", 100)
+    monkeypatch.setattr("ooc_influence.store.reduction.COPIED_BYTES", 100)
     linked = extract(tmp_path / "l.zarr", 10, like=train)
     assert not (tmp_path / "l.zarr" / "basis").exists()
     assert_array_equal(linked.reduction.vectors, train.reduction.vectors)

@@ -3,6 +3,7 @@
 from ooc_influence.compress.dropout import Dropout
 from ooc_influence.compress.eigenbasis import Eigenbasis, fit_eigenbasis
 from ooc_influence.compress.gaussian import Gaussian
+from ooc_influence.compress.reduce import reduce_store
 from ooc_influence.store import PilotMoments
 
 Compressor = Dropout | Gaussian
@@ -17,4 +18,5 @@ __all__ = [
     "Gaussian",
     "PilotMoments",
     "fit_eigenbasis",
+    "reduce_store",
 ]

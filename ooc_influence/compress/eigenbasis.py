@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from typing import Any, Self
 
 import numpy as np
-import numpy.typing as npt
 
+from ooc_influence.compress.passes import mean_squares
 from ooc_influence.errors import InputError
-from ooc_influence.linalg import Rows, WeightedRows, parse_weighting, top_spectrum
-from ooc_influence.memory import Need, block_limit, plan_block_rows
-from ooc_influence.progress import Progress, tick
+from ooc_influence.linalg import WeightedRows, parse_weighting, top_spectrum
 from ooc_influence.store import GradientStore, StoredReduction
-from ooc_influence.stripes import Stripe, check_workers, cut_stripes, run_stripes, slots_per_process
 
 logger = logging.getLogger("ooc_influence")
 PILOT_ROWS = 4  # pilot rows for each number kept, by default: more change little, fewer cost fidelity
+PILOT_SHARE = 64  # rows of a store that is there already: they cost no gradients
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,9 @@ def fit_eigenbasis(
     found = top_spectrum(chosen, r, workers=workers, memory=memory, progress=progress)
     mean_square = found.eigenvalues
     if weighting is not None:
-        mean_square = _mean_squares(replace(chosen, weights=None), found.vectors, workers, memory, progress)
+        mean_square = mean_squares(
+            replace(chosen, weights=None), found.vectors, workers=workers, memory=memory, progress=progress
+        )
     left_out = max(0.0, 1 - float(found.eigenvalues.sum()) / found.trace) if found.trace > 0 else 0.0
     facts = {
         "trace": found.trace,
@@ -134,38 +135,14 @@ def fit_eigenbasis(
     return StoredReduction(found.vectors, found.eigenvalues, mean_square, facts)
 
 
-def _mean_squares(
-    rows: WeightedRows, vectors: Rows, workers: int | None, memory: int | str | None, progress: bool | None
-) -> npt.NDArray[np.float64]:
-    """Return the mean square over live rows of each reduced column, (r,): another pass, where rows were weighted."""
-    slots, (k, r) = check_workers(workers), vectors.shape
-    need = Need(f"reducing {k} entries to {r}", 0, rows.store.reading_bytes, 4 * (k + 2 * r), max_rows=block_limit(k))
-    step = plan_block_rows(need, memory, slots_per_process(slots))
-    stripes = cut_stripes(0, rows.m, step, slots)
-    with Progress("mean squares", rows.m, progress) as bar:
-        total = run_stripes(_square_stripe, stripes, bar, rows, step, vectors, slots=slots, reduce=np.add)
-    return np.asarray(total / rows.live)
+def even_ranges(n: int, rows: int | None) -> list[tuple[int, int]]:
+    """Return row ranges, spread evenly over ``n``, that hold ``rows`` in all (default all).
 
-
-def _square_stripe(stripe: Stripe, key: str, rows: WeightedRows, step: int, vectors: Rows) -> npt.NDArray[np.float64]:
-    total, buffer = np.zeros(vectors.shape[1]), rows.buffer(step)
-    for low in range(stripe.start, stripe.stop, step):
-        high = min(stripe.stop, low + step)
-        reduced = rows.read(low, high, buffer) @ vectors
-        total += np.square(reduced, out=reduced).sum(0, dtype=np.float64)
-        tick(key, high - low)
-    return total
-
-
-def even_ranges(n: int, rows: int | None, run: int = 64) -> list[tuple[int, int]]:
-    """Return row ranges of at most ``run`` rows, spread evenly over ``n``, that hold ``rows`` in all (default all)."""
+    About 64 of them, or of 64 rows each: neighbours are read together, but are often alike.
+    """
     if rows is None or rows >= n:
         return [(0, n)]
-    runs = -(-rows // run)
-    found, left = [], rows
-    for number in range(runs):
-        size = -(-left // (runs - number))
-        start = (n - size) * number // max(1, runs - 1) if runs > 1 else 0
-        found.append((start, start + size))
-        left -= size
-    return found
+    runs = -(-rows // min(64, max(1, rows // 64)))
+    edges = [rows * number // runs for number in range(runs + 1)]
+    gaps = [(n - rows) * number // max(1, runs - 1) for number in range(runs)]
+    return [(low + gap, high + gap) for (low, high), gap in zip(pairwise(edges), gaps, strict=True)]

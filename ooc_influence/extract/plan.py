@@ -16,7 +16,6 @@ from ooc_influence.extract.layers import ModuleSelection, find_uses, model_finge
 from ooc_influence.extract.metric import AdamMetric
 from ooc_influence.extract.taps import parameter_sequence
 from ooc_influence.store import (
-    COPIED_BYTES,
     GradientStore,
     LayerShape,
     Mask,
@@ -28,6 +27,7 @@ from ooc_influence.store import (
     StorePath,
     columns_digest,
     is_local,
+    kept_at,
     parse_path,
     parse_representation,
 )
@@ -230,10 +230,10 @@ def _plan_like(
     attributes["model"] = _same_model(train, attributes["model"], settings.check_model)
     attributes |= {name: train.attrs.get(name) for name in ("compressor", "covered", "metric")}
     find_uses(model, [module.layer for module in train.mask.modules])
-    reduction, kept_at = train.reduction, None
-    if isinstance(reduction, StoredReduction) and reduction.vectors.nbytes > COPIED_BYTES:
-        kept_at = str((train.attrs.get("reduction") or {}).get("path") or train.path)
-    return Plan(train.mask, reduction, dtype, attributes, settings.storage or Storage(), settings.check_model, kept_at)
+    return Plan(
+        train.mask, train.reduction, dtype, attributes, settings.storage or Storage(), settings.check_model,
+        kept_at(train),
+    )  # fmt: skip
 
 
 def _earlier(path: PathLike, layers: list[LayerShape], attributes: dict[str, Any]) -> GradientStore | None:

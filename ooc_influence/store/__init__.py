@@ -12,6 +12,7 @@ from ooc_influence.store.cache import ChunkCache
 from ooc_influence.store.encoding import Representation, parse_representation
 from ooc_influence.store.gradient_store import GradientStore
 from ooc_influence.store.layout import Storage, column_dtype
+from ooc_influence.store.marks import copy_marks
 from ooc_influence.store.mask import LayerShape, Mask, ModuleMask, PilotMoments
 from ooc_influence.store.place import (
     NewFolder,
@@ -28,22 +29,23 @@ from ooc_influence.store.place import (
 )
 from ooc_influence.store.reader import Block, read_blocks, read_into
 from ooc_influence.store.reduction import (
-    COPIED_BYTES,
     GaussianReduction,
     Reduction,
     StoredReduction,
     columns_digest,
+    kept_at,
 )
-from ooc_influence.store.rewrite import compact_store, merge_stores
+from ooc_influence.store.rewrite import compact_store, create_like, merge_stores
 from ooc_influence.store.rows import check_finite
 from ooc_influence.store.upgrade import upgrade_store
 from ooc_influence.store.verify import Damage
+from ooc_influence.store.writer import missing_spans, writing_bytes
 
 __all__ = [
-    "CHUNK_TARGET", "COPIED_BYTES", "Block", "ChunkCache", "Damage", "GaussianReduction", "GradientStore",
-    "LayerShape", "Mask", "ModuleMask", "NewFolder", "PathLike", "PilotMoments", "Reduction", "Representation",
-    "Storage", "StorePath", "StoredReduction", "array_store", "check_finite", "column_dtype", "columns_digest",
-    "compact_store", "create_array", "exists", "is_file", "is_local", "merge_stores", "names", "open_group",
-    "parse_path", "parse_representation", "read_array", "read_blocks", "read_into", "remove_tree", "square_chunks",
-    "tree_bytes", "upgrade_store", "writable_array",
+    "CHUNK_TARGET", "Block", "ChunkCache", "Damage", "GaussianReduction", "GradientStore", "LayerShape", "Mask",
+    "ModuleMask", "NewFolder", "PathLike", "PilotMoments", "Reduction", "Representation", "Storage", "StorePath",
+    "StoredReduction", "array_store", "check_finite", "column_dtype", "columns_digest", "compact_store", "copy_marks",
+    "create_array", "create_like", "exists", "is_file", "is_local", "kept_at", "merge_stores", "missing_spans",
+    "names", "open_group", "parse_path", "parse_representation", "read_array", "read_blocks", "read_into",
+    "remove_tree", "square_chunks", "tree_bytes", "upgrade_store", "writable_array", "writing_bytes",
 ]  # fmt: skip

@@ -28,7 +28,7 @@ from ooc_influence.store.layout import Layout, numpy_dtype
 from ooc_influence.store.local import LocalArrayStore
 from ooc_influence.store.place import ArrayStore
 
-_AT_ONCE = 4  # files written at the same time
+AT_ONCE = 4  # files written at the same time
 SmallValues = dict[str, npt.NDArray[Any]]
 
 
@@ -93,7 +93,7 @@ class Committer:
     _small: SmallValues = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._threads = ThreadPoolExecutor(_AT_ONCE, "ooc_influence-files")  # a sync waits for the disk, not the CPU
+        self._threads = ThreadPoolExecutor(AT_ONCE, "ooc_influence-files")  # a sync waits for the disk, not the CPU
         group = open_group(self.files, "r+")
         self._per_row = ("gradients", "dropped", *self.layout.row_arrays)
         self._arrays = {name: writable_array(group, name) for name in (*self._per_row, "commits")}

@@ -13,7 +13,7 @@ import numpy as np
 
 from ooc_influence._version import __version__
 from ooc_influence.errors import InputError, StoreBusyError, StoreExistsError, StoreWriteError
-from ooc_influence.store import place
+from ooc_influence.store import commits, place
 from ooc_influence.store.arrays import create_array, open_group
 from ooc_influence.store.claim import Claim, claimed_rows, read_claims
 from ooc_influence.store.committer import Committer
@@ -122,6 +122,22 @@ def grow_store(path: StorePath, layout: Layout, records: Any, rows: int) -> None
     if planned is None or rows < planned:
         received = "one that grows by itself" if planned is None else f"one planned for {planned}"
         raise InputError(f"expected a store planned for at most {rows} rows at {path}; received {received}")
+    plan_rows(path, layout, records, rows)
+
+
+def plan_rows(path: StorePath, layout: Layout, records: Any, rows: int | None) -> None:
+    """Fix how many rows a store will have, for several writers to divide; None: it grows by appending again.
+
+    Raises
+    ------
+    InputError
+        For fewer rows than are committed, or None while planned ones are missing.
+    StoreBusyError
+        If a range of it is being written.
+    """
+    held, planned = commits.leading_rows(records, layout.chunk_rows), layout.planned_rows
+    if (rows is None and held < (planned or 0)) or (rows is not None and rows < held):
+        raise InputError(f"expected {held} of {planned} rows at {path} to be planned so; received {rows}")
     if rows == planned:
         return
     claim = make_claim(path, name="grow")
@@ -132,8 +148,8 @@ def grow_store(path: StorePath, layout: Layout, records: Any, rows: int) -> None
                     f"expected no writer of {path} while it grows; received one ({name}): {owner}: wait for it"
                 )
         layout = Layout.from_dict(layout.to_dict() | {"planned_rows": rows}, path)
-        committer = Committer(array_store(path), layout, records, claim)
-        committer.make_room(rows, rows)
+        if rows is not None:
+            Committer(array_store(path), layout, records, claim).make_room(rows, rows)
         write_attributes(path, {**read_attributes(path), "layout": layout.to_dict()})
     finally:
         claim.release()

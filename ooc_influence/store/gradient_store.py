@@ -16,7 +16,7 @@ from ooc_influence.errors import InputError, StoreExistsError, StoreFormatError
 from ooc_influence.store.cache import ChunkCache
 from ooc_influence.store.claim import Claim
 from ooc_influence.store.committer import Committer
-from ooc_influence.store.creation import create_store, grow_store, parse_column_scale, write_attributes
+from ooc_influence.store.creation import create_store, grow_store, parse_column_scale, plan_rows, write_attributes
 from ooc_influence.store.encoding import parse_representation
 from ooc_influence.store.layout import FORMAT_VERSION, Layout, Storage
 from ooc_influence.store.lookup import find_rows
@@ -342,6 +342,20 @@ class GradientStore(StoreView):
         """
         self._check_writable()
         grow_store(self.path, self.layout, self._records.copy(), rows)
+        super().__init__(self.path)
+
+    def plan_rows(self, rows: int | None) -> None:
+        """Let several writers divide a store of ``rows`` rows in all; None: a finished one grows by appending again.
+
+        Raises
+        ------
+        InputError
+            For fewer rows than are committed, or None while planned ones are missing.
+        StoreBusyError
+            If a range of it is being written.
+        """
+        self._check_writable()
+        plan_rows(self.path, self.layout, self._records.copy(), rows)
         super().__init__(self.path)
 
     def flush(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,9 @@ from ooc_influence.store.arrays import open_group, writable_array
 from ooc_influence.store.layout import MARKS, Layout
 from ooc_influence.store.place import ArrayStore, StorePath, array_store
 from ooc_influence.store.ranges import make_claim
+
+if TYPE_CHECKING:
+    from ooc_influence.store.view import StoreView
 
 
 def parse_numbers(rows: npt.ArrayLike, n: int) -> npt.NDArray[Any]:
@@ -82,3 +85,19 @@ def mark_dropped(path: StorePath, layout: Layout, numbers: npt.NDArray[Any]) -> 
         ) from error
     finally:
         claim.release()
+
+
+def copy_marks(source: StoreView, target: StoreView) -> None:
+    """Mark the rows of ``target`` that are dropped in ``source``, row by row the same; also rows still to be written.
+
+    Raises
+    ------
+    StoreBusyError, StoreWriteError
+        See :func:`mark_dropped`.
+    """
+    size = source.layout.group_rows
+    for group in sorted(source.dropped_groups()):
+        rows = slice(group * size, min(source.n, (group + 1) * size))
+        missing = np.flatnonzero(source.read("dropped", rows) & ~target.read("dropped", rows))
+        if missing.size:
+            mark_dropped(target.path, target.layout, rows.start + missing)

@@ -11,7 +11,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,9 @@ import numpy.typing as npt
 from ooc_influence.errors import StoreDamagedError, StoreFormatError
 from ooc_influence.store.arrays import CHUNK_TARGET, create_array, open_group, read_array
 from ooc_influence.store.place import array_store, parse_path
+
+if TYPE_CHECKING:
+    from ooc_influence.store.view import StoreView
 
 FloatRows = npt.NDArray[np.float32]
 COPIED_BYTES = 256 * 2**20  # a query store copies a basis below this; of a larger one it keeps path and digest
@@ -193,6 +196,14 @@ def load_reduction(group: Any, facts: Mapping[str, Any]) -> Reduction:
     if path is not None:
         group = open_group(array_store(parse_path(path), read_only=True), "r")
     return StoredReduction.load(group, facts)
+
+
+def kept_at(store: StoreView) -> str | None:
+    """Return where a store made like this one finds the basis, if that is too large to be copied; else None."""
+    reduction = store.reduction
+    if not isinstance(reduction, StoredReduction) or reduction.vectors.nbytes <= COPIED_BYTES:
+        return None
+    return str((store.attrs.get("reduction") or {}).get("path") or store.path)
 
 
 def columns_digest(mask_digest: str, reduction: Mapping[str, Any] | None) -> str:

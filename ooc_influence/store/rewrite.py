@@ -70,7 +70,7 @@ def merge_stores(
             )
     if len({str(store.path) for store in stores} | {str(parse_path(out))}) <= len(stores):
         raise InputError("expected different stores to merge into another; received one of them twice")
-    merged = _create_like(stores[0], out, [str(store.path) for store in stores])
+    merged = create_like(stores[0], out, [str(store.path) for store in stores])
     dropped: list[int] = []
     with merged, Progress("merge", sum(store.n for store in stores), progress) as bar:
         writer = merged.writer()
@@ -116,22 +116,25 @@ def _check_alike(first: GradientStore, other: GradientStore) -> None:
             )
 
 
-def _create_like(store: GradientStore, out: PathLike, sources: list[str], ids: str | None = None) -> GradientStore:
-    """Create an empty store that grows, with the settings of another."""
+def create_like(store: GradientStore, out: PathLike, sources: list[str], **changes: Any) -> GradientStore:
+    """Create an empty store with the settings of another, but for ``changes``: arguments of :meth:`create`.
+
+    ``attributes`` are added to those it has, except for what is true of its own rows only.
+    """
     layout = store.layout
     fixed = {"format", "version", "created", "p", "mask_digest", "reduction", "layout", "digest"}
-    attributes = {name: value for name, value in store.attrs.items() if name not in fixed}
-    return GradientStore.create(
-        out,
-        store.mask,
-        dtype=layout.dtype,
-        storage=Storage(layout.chunk_rows, layout.group_chunks, layout.codec),
-        ids=layout.ids or ids,
-        columns=layout.columns,
-        reduction=store.reduction,
-        column_scale=store.column_scale,
-        attributes=attributes | {"made_from": sources},
-    )
+    own = {"reduced", "measured"}
+    inherited = {name: value for name, value in store.attrs.items() if name not in fixed | own}
+    attributes = inherited | {"made_from": sources} | changes.pop("attributes", {})
+    settings = {
+        "dtype": layout.dtype,
+        "storage": Storage(layout.chunk_rows, layout.group_chunks, layout.codec),
+        "ids": layout.ids,
+        "columns": layout.columns,
+        "reduction": store.reduction,
+        "column_scale": store.column_scale,
+    }
+    return GradientStore.create(out, store.mask, attributes=attributes, **(settings | changes))
 
 
 def _read_checked(store: GradientStore, chunk: int) -> tuple[Any, SmallValues]:
@@ -187,7 +190,7 @@ def compact_store(store: GradientStore | PathLike, out: PathLike, *, progress: b
     source = store if isinstance(store, GradientStore) else GradientStore.open(store)
     if source.committed > source.n:
         raise InputError(f"expected a store without gaps; received {source.path}: finish or repair it first")
-    compacted = _create_like(source, out, [str(source.path)], ids="int64")
+    compacted = create_like(source, out, [str(source.path)], ids=source.layout.ids or "int64")
     with compacted, Progress("compact", source.n, progress) as bar:
         writer = compacted.writer()
         for chunk in range(-(-source.n // source.layout.chunk_rows)):

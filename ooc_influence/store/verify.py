@@ -1,8 +1,8 @@
 """Finding damage: every committed chunk against its commit record, and the parts of a store that no record covers.
 
 Of each chunk: the files are there and as long as they should be, the crc32c over its rows in every per-row array is the
-record's, and no number is NaN or Inf. Of the rest (mask, column scale, dropped marks, curvatures): Zarr's own checksums
-hold. And no example id is there twice. Memory does not grow with the rows.
+record's, and no number is NaN or Inf. Of the rest (mask, basis, column scale, dropped marks, curvatures): Zarr's own
+checksums hold. And no example id is there twice. Memory does not grow with the rows.
 """
 
 from __future__ import annotations
@@ -132,6 +132,7 @@ def _check_parts(store: StoreView) -> Iterator[Damage]:
     """Check what no commit record covers, by reading all of it."""
     for what, read in (
         ("mask", lambda: store.mask),
+        ("basis", lambda: store.reduction),
         ("column_scale", lambda: store.column_scale),
         ("dropped", lambda: _read_dropped(store)),
     ):

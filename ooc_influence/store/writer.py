@@ -21,14 +21,23 @@ import numpy as np
 
 from ooc_influence.errors import InputError, OocInfluenceError, StoreDamagedError, StoreWriteError
 from ooc_influence.store import commits
-from ooc_influence.store.committer import Committer, Slot
+from ooc_influence.store.committer import AT_ONCE, Committer, Slot
 from ooc_influence.store.encoding import FloatRows, RawRows, encode_into
 from ooc_influence.store.layout import Layout
+from ooc_influence.store.place import StorePath, is_local
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 BUFFERS = 3  # chunks in memory: one being filled, one being written, one to hand over meanwhile
+_TEXT_BYTES = 128  # of a string in memory, about
 
 Span = tuple[int, int | None]
+
+
+def writing_bytes(layout: Layout, path: StorePath) -> int:
+    """Return the bytes that a writer holds: chunks on their way, and the small values of a group."""
+    value = sum(_TEXT_BYTES if dtype == "str" else np.dtype(dtype).itemsize for dtype in layout.row_arrays.values())
+    copies = 0 if layout.codec is None and is_local(path) else AT_ONCE
+    return (BUFFERS + copies) * layout.chunk_bytes + 2 * layout.group_rows * value
 
 
 def missing_spans(records: commits.Records, layout: Layout, start: int, stop: int | None) -> list[Span]:

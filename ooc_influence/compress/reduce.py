@@ -1,0 +1,366 @@
+"""Reduction as a second pass: the rows of a wide store times M, in a new store.
+
+M (k', r) is the eigenbasis of the wide rows' Fisher matrix, as :class:`Eigenbasis` makes it at extraction; or, for a
+query store, that of its train store. An already reduced store can be *rotated* into the eigenbasis R of the F of all
+its own rows: its basis V becomes V R, its rows z become z R, and what lies outside the span of V stays outside. How
+much that is, all rows tell: tr(F) of the masked rows is the mean of their squared norms, which every store has.
+
+The new store is made, with its basis, before its rows: a pass that was killed goes on with the same basis.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ooc_influence.compress.eigenbasis import PILOT_SHARE, Eigenbasis, even_ranges, fit_eigenbasis
+from ooc_influence.compress.passes import Share, fill, fill_need
+from ooc_influence.errors import InputError, MismatchError, StoreExistsError, StoreNotFoundError
+from ooc_influence.linalg import Rows, WeightedRows, Weighting, parse_weighting, row_weights
+from ooc_influence.memory import Need, plan_block_rows
+from ooc_influence.store import (
+    GradientStore,
+    PathLike,
+    Storage,
+    StoredReduction,
+    StorePath,
+    copy_marks,
+    create_like,
+    is_file,
+    kept_at,
+    names,
+    parse_path,
+    parse_representation,
+)
+from ooc_influence.stripes import check_workers, slots_per_process
+
+logger = logging.getLogger("ooc_influence")
+
+
+def reduce_store(
+    wide: GradientStore | PathLike,
+    out: PathLike,
+    r: int | None = None,
+    *,
+    rows: int | None = None,
+    weights: str | None = None,
+    like: GradientStore | PathLike | None = None,
+    rotate: bool = False,
+    dtype: str | None = None,
+    storage: Storage | None = None,
+    workers: int | None = None,
+    memory: int | str | None = None,
+    progress: bool | None = None,
+) -> GradientStore:
+    """Write the rows of a wide store in the top of their eigenbasis to a new store, or go on where a run stopped.
+
+    Losses, norms (of the wide rows), ids, columns and dropped marks carry over; row numbers stay. Query stores can be
+    extracted with ``like=`` the new store, or reduced with it. When rows were appended to the wide store since, the
+    same call adds them in the same basis.
+
+    Parameters
+    ----------
+    wide : GradientStore or path
+        (n, k'), finished.
+    out : path
+        The store to make, (n, r).
+    r : int, optional
+        Numbers stored a row; default 1024, or fewer where there are fewer rows or entries. With ``rotate`` as many as
+        there are, with ``like`` as it has.
+    rows : int, optional
+        Rows the basis is made from, spread evenly over the store; default 64 for each number kept, or all.
+    weights : {"ggn", "trak"}, optional
+        Weights of these rows (:mod:`ooc_influence.linalg.weights`), for one-label cross-entropy.
+    like : GradientStore or path, optional
+        A reduced train store whose basis to use instead: makes a query store. ``wide`` has its mask; or is reduced with
+        the basis that ``like`` was rotated from.
+    rotate : bool
+        ``wide`` is reduced already: write its rows in the eigenbasis of the F of all of them.
+    dtype : {"float16", "bfloat16", "float32", "int8", "int4"}, optional
+        Representation on disk; default float16, or that of an already reduced store.
+    storage : Storage, optional
+        Chunking and codec.
+    workers : int, optional
+        Row stripes worked on at once; by default one with all cores, or the slots of the ambient Dask cluster.
+    memory : int or str, optional
+        Budget for the process, such as ``"4GiB"``; by default half of what is free.
+    progress : bool, optional
+        Show progress lines; silent by default.
+
+    Returns
+    -------
+    GradientStore
+        Open for reading; (n, r). ``attrs["reduction"]["left_out"]`` is the share of the trace beyond r among the rows
+        the basis is made from, ``attrs["measured"]["left_out"]`` among those reduced.
+
+    Raises
+    ------
+    InputError
+        For a store that is empty, not finished or reduced already, or more numbers than rows or entries.
+    MismatchError
+        If masks or models differ, or ``out`` is a store of something else.
+    StoreExistsError
+        If something else is at ``out``.
+    MemoryBudgetError
+        If the budget is too small.
+    NonFiniteError
+        If rows are too large for float32 sums.
+    """
+    job = _Job.parse(wide, r, rows, weights, like, rotate)
+    place = parse_path(out)
+    if place in (job.source.path, job.like and job.like.path):
+        raise InputError(f"expected another path than those of the stores given; received {out}: choose one")
+    means: dict[str, Any] = {"workers": workers, "memory": memory, "progress": progress}
+    target = _earlier(place, job, dtype, storage)
+    if target is None:
+        target = _create(place, job, dtype, storage or Storage(), means)
+    copy_marks(job.source, target)  # before the rows: none of them is ever seen as live
+    if target.n < job.source.n:
+        found = fill(job.source, target, _turn(job.source, target), job.weights, **means)
+        _finish(place, job, found)
+    return GradientStore.open(place)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is asked for, checked.
+
+    Attributes
+    ----------
+    source : GradientStore
+        What is reduced.
+    like : GradientStore or None
+        Whose basis to use.
+    r, rows : int or None
+        As asked.
+    weights : {"ggn", "trak"} or None
+        Of the rows that the basis is made from.
+    rotate : bool
+        Whether the source is reduced already, and its own basis is to be turned.
+    """
+
+    source: GradientStore
+    like: GradientStore | None
+    r: int | None
+    rows: int | None
+    weights: Weighting | None
+    rotate: bool
+
+    @classmethod
+    def parse(
+        cls, wide: GradientStore | PathLike, r: int | None, rows: int | None, weights: str | None,
+        like: GradientStore | PathLike | None, rotate: bool,
+    ) -> _Job:  # fmt: skip
+        """Open what is a path and check that all of it belongs together."""
+        source = _open(wide)
+        train = None if like is None else _open(like)
+        if train is not None and (r is not None or rows is not None or weights is not None or rotate):
+            raise InputError("expected like= without r, rows, weights and rotate; received both: like fixes the basis")
+        if rotate and rows is not None:
+            raise InputError("expected rotate without rows; received both: it is the basis of the F of all rows")
+        Eigenbasis(1 if r is None else r, rows, weights)  # the same checks
+        if not source.n or source.committed > source.n or (source.layout.planned_rows or 0) > source.n:
+            raise InputError(f"expected a finished store with rows; received {source.path}: finish or repair it first")
+        job = cls(source, train, r, rows, parse_weighting(weights, source.attrs), rotate)
+        if train is not None:
+            job._check_like(train)
+        known = (source.attrs.get("reduction") or {"name": "none"})["name"]
+        if train is None and known != ("eigenbasis" if rotate else "none"):
+            raise InputError(
+                f"expected {'a store reduced to an eigenbasis' if rotate else 'a wide store'}; received {source.path}, "
+                f"whose reduction is {known}: "
+                + ("reduce it first" if known == "none" else "rotate=True (--rotate) turns an eigenbasis further")
+            )
+        return job
+
+    def _check_like(self, train: GradientStore) -> None:
+        source, facts = self.source, train.attrs.get("reduction") or {}
+        if facts.get("name") != "eigenbasis":
+            raise InputError(f"expected like= a store reduced to an eigenbasis; received {train.path}: reduce it first")
+        if source.columns_digest == train.columns_digest:
+            raise InputError(f"expected rows that differ from those of {train.path}; received some of the same basis")
+        known = source.attrs.get("reduction")
+        turned = known is not None and known["digest"] in facts.get("rotated_from", [])
+        if source.mask_digest != train.mask_digest or not (known is None or turned):
+            raise MismatchError(
+                f"expected rows with the mask of {train.path}, wide or of the basis it was rotated from; received "
+                f"{source.path}, which has another: extract it with like= (--like) the wide train store"
+            )
+        if (source.attrs.get("model") or {}).get("fingerprint") != (train.attrs.get("model") or {}).get("fingerprint"):
+            raise MismatchError(
+                f"expected gradients of the model that {train.path} was made with; received {source.path}, made with "
+                "another: extract it with that model"
+            )
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What the new store says about where it is from, to be found again by the next run."""
+        return {
+            "source": self.source.identity,
+            "rotate": self.rotate,
+            "weights": self.weights,
+            "like": None if self.like is None else self.like.columns_digest,
+            "rows": self.rows,
+        }
+
+
+def _open(store: GradientStore | PathLike) -> GradientStore:
+    return store if isinstance(store, GradientStore) else GradientStore.open(store)
+
+
+def _earlier(place: StorePath, job: _Job, dtype: str | None, storage: Storage | None) -> GradientStore | None:
+    """Open the store of an earlier run to go on with it; None where nothing is there.
+
+    Raises
+    ------
+    MismatchError
+        If it is another one.
+    StoreExistsError
+        If something else is there.
+    """
+    try:
+        found = GradientStore.open(place, "a")
+    except StoreNotFoundError:
+        if is_file(place) or names(place):
+            raise StoreExistsError(
+                f"expected a store or nothing at {place}; received something else: choose another path"
+            ) from None
+        return None
+    held, wanted, layout = found.attrs.get("reduced") or {}, job.record, found.layout
+    asked = storage or Storage()
+    for what, expected, received in (
+        *((name, held.get(name), wanted[name]) for name in ("source", "rotate", "weights", "like")),
+        ("rows of the basis", held.get("rows"), job.rows or held.get("rows")),
+        ("r", found.k, job.r or found.k),
+        ("dtype", layout.dtype, dtype or layout.dtype),
+        ("chunk_rows", layout.chunk_rows, asked.chunk_rows or layout.chunk_rows),
+        ("group_chunks", layout.group_chunks, asked.group_chunks or layout.group_chunks),
+        ("codec", layout.codec, asked.codec or layout.codec),
+    ):
+        if expected != received:
+            raise MismatchError(
+                f"expected {what} {expected}, as the store at {place} was made with; received {received}: reduce to "
+                "another path, or remove the store"
+            )
+    _check_same_rows(job.source, found)
+    if found.n < job.source.n != found.layout.planned_rows:
+        found.plan_rows(job.source.n)
+    return found
+
+
+def _check_same_rows(source: GradientStore, target: GradientStore) -> None:
+    """Check that finished rows have the losses of the source: that it is still the same data."""
+    step = target.layout.group_rows
+    for start in range(0, target.n, step):
+        stop = min(target.n, start + step)
+        if stop > source.n or not np.array_equal(target.small("loss", start, stop), source.small("loss", start, stop)):
+            raise MismatchError(
+                f"expected rows {start}-{stop} of {target.path} to have the losses of {source.path}; received others: "
+                "its rows changed since; reduce to another path"
+            )
+
+
+def _create(place: StorePath, job: _Job, dtype: str | None, storage: Storage, means: dict[str, Any]) -> GradientStore:
+    """Make the basis, and the empty store that has it."""
+    source, like = job.source, job.like
+    known = parse_representation(dtype or ("float16" if source.reduction is None else source.layout.dtype))
+    reduction: Any
+    if like is not None:
+        reduction, attributes = like.reduction, {name: like.attrs.get(name) for name in ("compressor", "covered")}
+    else:
+        reduction, attributes = _make_basis(job, means)
+    scale = reduction.column_scale() if known in ("int8", "int4") else None
+    path = None if like is None else kept_at(like)
+    return create_like(
+        source,
+        place,
+        [str(source.path)],
+        dtype=known,
+        storage=storage,
+        planned_rows=source.n,
+        reduction=reduction if path is None else {**reduction.facts, "path": path},
+        column_scale=scale,
+        attributes=attributes | {"reduced": job.record},
+    )
+
+
+def _make_basis(job: _Job, means: dict[str, Any]) -> tuple[StoredReduction, dict[str, Any]]:
+    """Return the basis that the source's rows are to be written in, and what is recorded of it."""
+    source = job.source
+    most = source.k if job.rotate else Eigenbasis.r
+    rows = None if job.rotate else job.rows or PILOT_SHARE * (job.r or most)
+    live = WeightedRows(source, even_ranges(source.n, rows)).live
+    r = job.r or min(most, source.k, max(1, live))
+    _check_room(source, r, means)
+    found = fit_eigenbasis(source, r, rows=rows, weights=job.weights, **means)
+    settings = dict(source.attrs.get("compressor") or {})
+    if job.rotate:
+        found = _compose(source, found)
+        settings["reduce"] = {**settings.get("reduce", {}), "r": r, "weights": job.weights}
+    else:
+        settings["reduce"] = Eigenbasis(r, job.rows, job.weights).to_dict()
+    return found, {"compressor": settings}
+
+
+def _check_room(source: GradientStore, r: int, means: dict[str, Any]) -> None:
+    """Check, before the basis is made, that there will be memory to use it."""
+    shared = slots_per_process(check_workers(means["workers"]))
+    plan_block_rows(fill_need(source, r, 0, 4 * source.k * r), means["memory"], shared)
+    known = source.attrs.get("reduction")
+    if known is not None:
+        need = Need(f"rotating a basis of {known['rows']} entries", 4 * known["rows"] * (source.k + r), 0, 0)
+        plan_block_rows(need, means["memory"])
+
+
+def _vectors(store: GradientStore) -> Rows:
+    """Return a store's basis, read anew: what an open store reads it keeps in memory."""
+    found = GradientStore.open(store.path).reduction
+    assert isinstance(found, StoredReduction)
+    return found.vectors
+
+
+def _compose(source: GradientStore, turn: StoredReduction) -> StoredReduction:
+    """Return the basis V R of masked rows, V being the source's own, with what all rows tell about it."""
+    old = source.attrs["reduction"]
+    whole = max(_trace(source, turn.facts["weights"]), turn.facts["trace"])
+    facts = turn.facts | {
+        "trace": whole,
+        "left_out": max(0.0, 1 - float(turn.eigenvalues.sum()) / whole) if whole > 0 else 0.0,
+        "span_rows": old.get("span_rows", old["pilot_rows"]),
+        "rotated_from": [*old.get("rotated_from", []), old["digest"]],
+    }
+    own = {name: value for name, value in facts.items() if name not in ("name", "rows", "columns", "digest")}
+    return StoredReduction(_vectors(source) @ turn.vectors, turn.eigenvalues, turn.mean_square, own)
+
+
+def _trace(store: GradientStore, weights: Weighting | None) -> float:
+    """Return tr(F) of the masked rows that a store's live rows are reductions of: from their norms."""
+    total, rows = 0.0, 0
+    for start in range(0, store.n, store.layout.group_rows):
+        part = (start, min(store.n, start + store.layout.group_rows))
+        live = ~store.small("dropped", *part) if store.has_dropped else np.ones(part[1] - start, np.bool_)
+        norms = store.small("grad_norm", *part)[live].astype(np.float64)
+        total += float(row_weights(store.small("loss", *part)[live], weights) @ np.square(norms))
+        rows += int(live.sum())
+    return total / max(1, rows)
+
+
+def _turn(source: GradientStore, target: GradientStore) -> Rows:
+    """Return what source rows are multiplied by: the new basis, or its coordinates in the source's own."""
+    new = _vectors(target)
+    return new if source.attrs.get("reduction") is None else _vectors(source).T @ new
+
+
+def _finish(place: StorePath, job: _Job, found: Share) -> None:
+    """Mark what was dropped meanwhile, record what was measured, and let the store grow if its source does."""
+    target = GradientStore.open(place, "a")
+    copy_marks(job.source, target)
+    held = target.attrs.get("measured") or {}
+    share = found.plus(Share(*(held.get(name, 0) for name in Share._fields)))
+    target.record(measured=share._asdict() | {"left_out": share.left_out})
+    logger.info("%s: %.2g of the trace of %d rows is left out", place, share.left_out, share.rows)
+    if job.source.layout.planned_rows is None:
+        target.plan_rows(None)
