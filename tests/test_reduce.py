@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 import pytest
 from conftest import random_rows, roomy, whole_mask, write_store
 from models import Mlp, batches, data, loss, make
 from numpy.testing import assert_allclose, assert_array_equal
+from test_budget import Tokens, collate, sentences, token_loss
 
 from ooc_influence import (
+    BudgetBatches,
     Dropout,
     Eigenbasis,
     Gaussian,
@@ -254,6 +258,46 @@ def test_init_makes_mask_and_basis_once(tmp_path, wide):
     for part in (1, 0):
         store = extract(tmp_path / "s.zarr", shard=(part, 2))
     assert_allclose(store.rows(), whole.rows(), atol=1e-5)
+
+
+def test_the_pilot_is_streamed(tmp_path):
+    """Its batches are never in memory together."""
+    alive, most = weakref.WeakSet(), [0]
+
+    class Samples:
+        def __iter__(self):
+            for batch in batches(*data(Mlp, N), 4):
+                inputs = batch[0].clone()
+                alive.add(inputs)
+                most[0] = max(most[0], len(alive))
+                yield inputs, batch[1]
+
+    compressor = Dropout(k=K, reduce=Eigenbasis(r=20, pilot=N))
+    store = extract_gradients(make(Mlp), loss, Samples(), tmp_path / "s.zarr", compressor=compressor)
+    assert (store.n, store.attrs["reduction"]["pilot_rows"]) == (N, N)
+    assert most[0] <= 3
+
+
+def test_fewer_samples_than_dims_are_said_before_the_model_runs(tmp_path):
+    def failing(model, batch):
+        raise AssertionError
+
+    for source in (batches(*data(Mlp, N), 8), BudgetBatches(range(N), list, batch_size=8)):
+        compressor = Dropout(k=K, sampling="importance", reduce=Eigenbasis(r=N + 1))
+        with pytest.raises(InputError, match=f"at least r = {N + 1} samples .* received {N}"):
+            extract_gradients(make(Mlp), failing, source, tmp_path / "s.zarr", compressor=compressor)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_pilot_that_does_not_fit_the_device_halves_the_budget(tmp_path):
+    found = {}
+    for limit in (None, 90):
+        samples, model = sentences(60), Tokens(limit)
+        source = BudgetBatches(samples, collate, lengths=[len(sample) for sample in samples], tokens=600)
+        compressor = Dropout(k=100, reduce=Eigenbasis(r=10, pilot=40))
+        found[limit] = extract_gradients(model, token_loss, source, tmp_path / f"{limit}", compressor=compressor)
+    assert_allclose(found[90].reduction.eigenvalues, found[None].reduction.eigenvalues, rtol=1e-3)
+    assert found[90].attrs["reduction"]["pilot_rows"] == 40
 
 
 def test_one_shot_batches_cannot_be_a_pilot(tmp_path):

@@ -20,6 +20,19 @@ _BLOCK_ROWS = 4096
 Numbers = npt.NDArray[np.int64]
 
 
+class _Part:
+    """Some of a sequence's items."""
+
+    def __init__(self, samples: Any, numbers: Numbers) -> None:
+        self._samples, self._numbers = samples, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, place: int) -> Any:
+        return self._samples[int(self._numbers[place])]
+
+
 class BudgetBatches:
     """Samples that are batched by length.
 
@@ -78,6 +91,13 @@ class BudgetBatches:
     def load(self, numbers: Numbers) -> Any:
         """Return the batch of some samples."""
         return self._collate([self._samples[number] for number in numbers.tolist()])
+
+    def part(self, numbers: Numbers) -> BudgetBatches:
+        """Return some of the samples, with the same budget."""
+        return BudgetBatches(
+            _Part(self._samples, numbers), self._collate, lengths=self.lengths[numbers], tokens=self.tokens,
+            batch_size=self.batch_size,
+        )  # fmt: skip
 
     def blocks(self, k: int, start: int) -> Iterator[tuple[int, int]]:
         """Yield blocks ``(first, last)`` of the grid for rows of ``k`` numbers, from the one that holds ``start``."""

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 
 from ooc_influence.compress import Compressor, Dropout, fit_eigenbasis
-from ooc_influence.errors import MismatchError, StoreNotFoundError
+from ooc_influence.errors import InputError, MismatchError, StoreNotFoundError
 from ooc_influence.extract.batching import Batches, Batching, Shard, count_rows
 from ooc_influence.extract.budget import BudgetBatches
 from ooc_influence.extract.layers import ModuleSelection, warn_if_training
@@ -155,7 +155,7 @@ def extract_gradients(
     target = Target(store, plan, metadata, batching, place, total, on_nonfinite)
     try:
         if not target.finished:
-            fill(target, plan, data, batches, batching)
+            fill(target, plan, data, batches, batching, known=total)
     finally:
         target.close()
         logger.info("%s: finished rows are committed", store)
@@ -163,15 +163,23 @@ def extract_gradients(
     return GradientStore.open(store)
 
 
-def fill(target: Target, plan: Plan, data: PilotData, batches: Batches | BudgetBatches, batching: Batching) -> None:
-    """Run the model over the batches whose rows are missing."""
+def fill(
+    target: Target,
+    plan: Plan,
+    data: PilotData,
+    batches: Batches | BudgetBatches,
+    batching: Batching,
+    *,
+    known: int | None,
+    label: str = "extract",
+) -> None:
+    """Run the model over the batches whose rows are missing; ``known`` is how many samples they hold, if that is."""
     layers = [module.layer for module in plan.mask.modules]
-    known = len(batches) if isinstance(batches, BudgetBatches) else count_rows(batches)
     with (
         tapped(
             data.model, layers, data.device, skip=plan.mask.empty_modules, probe=batching.check_independence
         ) as taps,
-        Progress("extract", known if target.stop is None else target.own(0, target.stop), data.progress) as bar,
+        Progress(label, known if target.stop is None else target.own(0, target.stop), data.progress) as bar,
     ):
         gatherer = RowGatherer(plan.mask, data.device, plan.reduction)
         parts = (target, taps, gatherer, data.per_sample_loss, data.device, bar)
@@ -203,6 +211,12 @@ class PilotRun:
         InputError, UnsupportedModelError, MemoryBudgetError
             See :func:`extract_gradients`.
         """
+        basis, known = compressor.reduce, self._data.count()
+        if basis is not None and known is not None and known < basis.r:
+            raise InputError(
+                f"expected at least r = {basis.r} samples to make an eigenbasis from; received {known}: use a smaller "
+                "r (--dims), or no reduction"
+            )
         wide = replace(compressor, reduce=None)
         plan = replace(plan, attributes=plan.attributes | {"compressor": wide.to_dict()})
         place = pilot_path(self._path)
@@ -217,7 +231,6 @@ class PilotRun:
             plan = with_metric(replace(plan, mask=mask), metric, self._data.model)
         else:
             plan = replace(plan, mask=mask, attributes=plan.attributes | {"metric": found.attrs.get("metric")})
-        basis = compressor.reduce
         if basis is None:
             return plan
         pilot = replace(plan, storage=Storage(), dtype="float16")
@@ -233,7 +246,8 @@ class PilotRun:
     def _fill(self, plan: Plan, place: StorePath, rows: int) -> None:
         target = Target(place, plan, RowMetadata.of(None, None), Batching(), None, None, "skip")
         try:
-            fill(target, plan, self._data, list(self._data.take(rows)), Batching())
+            known = min(rows, self._data.count() or rows)
+            fill(target, plan, self._data, self._data.part(rows), Batching(), known=known, label="pilot rows")
         finally:
             target.close()
 

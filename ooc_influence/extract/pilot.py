@@ -16,7 +16,7 @@ import torch
 
 from ooc_influence.compress import PilotMoments
 from ooc_influence.errors import InputError
-from ooc_influence.extract.batching import Batches, batch_size, to_device
+from ooc_influence.extract.batching import Batches, batch_size, count_rows, to_device
 from ooc_influence.extract.budget import BudgetBatches
 from ooc_influence.extract.layers import Use
 from ooc_influence.extract.taps import PerSampleLoss, tapped
@@ -52,6 +52,16 @@ class PilotData:
         """Yield batches with at least ``samples`` samples, spread over the data where they can be addressed."""
         return take_evenly(self.batches, samples)
 
+    def count(self) -> int | None:
+        """Return how many samples there are, where that is known without reading them."""
+        return len(self.batches) if isinstance(self.batches, BudgetBatches) else count_rows(self.batches)
+
+    def part(self, samples: int) -> Batches | BudgetBatches:
+        """Return the batches of :meth:`take`, to be read as often as needed and never held all at once."""
+        if isinstance(self.batches, BudgetBatches):
+            return self.batches.part(np.array(_even(len(self.batches), samples), np.int64))
+        return _Taken(self.batches, samples)
+
     def moments(self, layers: Sequence[LayerShape], samples: int) -> list[PilotMoments]:
         """Return second moments of every layer's rows and columns over ``samples`` samples.
 
@@ -70,6 +80,14 @@ class PilotData:
                 sums.samples += len(losses)
                 bar.advance(len(losses))
         return sums.result()
+
+
+class _Taken:
+    def __init__(self, batches: Batches, samples: int) -> None:
+        self._batches, self._samples = batches, samples
+
+    def __iter__(self) -> Iterator[Any]:
+        return take_evenly(self._batches, self._samples)
 
 
 def take_evenly(batches: Batches | BudgetBatches, samples: int) -> Iterator[Any]:

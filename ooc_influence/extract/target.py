@@ -108,7 +108,7 @@ class Target:
         storage = self._plan.storage
         if self._shard is None or rows is None:
             return storage
-        chunk_rows, group_chunks = storage.sizes(self._plan.mask.k, self._plan.dtype, rows)
+        chunk_rows, group_chunks = storage.sizes(self._plan.k, self._plan.dtype, rows)
         share = -(-rows // chunk_rows) // self._shard.count
         return replace(storage, group_chunks=max(1, min(group_chunks, share)))
 
