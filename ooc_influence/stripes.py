@@ -52,6 +52,14 @@ def _ambient_client() -> Any:
         return None
 
 
+def in_worker() -> bool:
+    """Return whether this is a task on a worker of a Dask cluster."""
+    try:
+        return "distributed" in sys.modules and sys.modules["distributed"].get_worker() is not None
+    except (ValueError, AttributeError):  # not on a worker, or distributed half imported
+        return False
+
+
 def _place(arg: Any) -> Any:
     """Send a large array to a cluster's workers once, not with every task."""
     client = _ambient_client()

@@ -105,6 +105,29 @@ def test_ids_drop_compact_merge(run, stores, tmp_path):  # noqa: F811
     assert result(run("upgrade train.zarr --json")) == {"store": "train.zarr", "format": 2, "upgraded": False}
 
 
+def test_reduce_and_rotate(run, stores):  # noqa: F811
+    run("drop train.zarr 3")
+    facts = result(run("reduce train.zarr r.zarr --dims 20 --pilot 40 --weights ggn --workers 2 --memory 8GiB --json"))
+    assert (facts["rows"], facts["k"], facts["dropped"], facts["ids"]) == (50, 20, 1, "str")
+    assert facts["compressor"]["reduce"] == {"r": 20, "pilot": 40, "weights": "ggn"}
+    assert 0 < facts["reduction"]["left_out"] < facts["measured"]["left_out"] < 1
+    code, out, err = run("reduce train.zarr r.zarr")  # nothing left to do
+    assert (code, err) == (2, err)
+    assert "weights ggn" in err
+    code, out, err = run("reduce train.zarr r.zarr --weights ggn")
+    assert (code, err) == (0, "")
+    assert "20 of 200 directions leave out" in out
+    assert "49 rows reduced" in out
+    assert result(run("reduce test.zarr q.zarr --like r.zarr --json"))["rows"] == 10
+    turned = result(run("reduce r.zarr t.zarr --rotate --dtype float32 --codec zstd --json"))
+    assert (turned["dtype"], turned["codec"], turned["reduction"]["pilot_rows"]) == ("float32", "zstd", 49)
+    assert result(run("reduce q.zarr tq.zarr --like t.zarr --json"))["k"] == 20
+    for line in ("fisher t.zarr", "top tq.zarr t.zarr --top 2", "info t.zarr"):
+        code, out, err = run(line)
+        assert (code, err) == (0, "")
+    assert all(word in out for word in ("reduction.left_out", "measured.left_out", "reduction.span_rows"))
+
+
 def test_codec_and_another_model(run, stores):  # noqa: F811
     line = "extract --recipe my_recipe.py:as_tuple --store z.zarr --k 50 --dtype int8 --codec zstd --json"
     facts = result(run(line))
@@ -137,6 +160,11 @@ def test_codec_and_another_model(run, stores):  # noqa: F811
         ("merge train.zarr test.zarr --out m.zarr", "one ids"),
         ("merge train.zarr --out train.zarr", "one of them twice"),
         ("upgrade my_recipe.py", "expected a gradient store"),
+        ("reduce train.zarr r.zarr --dims 51", "smaller r"),
+        ("reduce train.zarr r.zarr --rotate", "reduce it first"),
+        ("reduce train.zarr train.zarr", "another path"),
+        ("reduce train.zarr r.zarr --like test.zarr", "reduced to an eigenbasis"),
+        ("reduce train.zarr r.zarr --memory 1MiB", "--memory"),
         ("init --recipe my_recipe.py:recipe --split train --store train.zarr --k 200", "at most 50 rows"),
         ("init --recipe my_recipe.py:recipe --split train --store n.zarr --k 200 --rows 0", "rows >= 1"),
         ("extract --recipe my_recipe.py:recipe --split train --store t.zarr --k 200 --shard 3/3", "--shard I/N"),

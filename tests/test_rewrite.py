@@ -22,7 +22,14 @@ from ooc_influence import (
     merge_stores,
     self_influence,
 )
-from ooc_influence.errors import InputError, MismatchError, StoreDamagedError, StoreExistsError, StoreWriteError
+from ooc_influence.errors import (
+    InputError,
+    MismatchError,
+    StoreBusyError,
+    StoreDamagedError,
+    StoreExistsError,
+    StoreWriteError,
+)
 from ooc_influence.store import LayerShape, Mask, ModuleMask
 from ooc_influence.store.encoding import REPRESENTATIONS, decode_into, encode
 from ooc_influence.store.local import LocalArrayStore
@@ -288,3 +295,27 @@ def test_a_planned_store_grows_and_old_readers_keep_what_they_saw(tmp_path):
     other = GradientStore.open(write_store(tmp_path / "t", ROWS).path, "a")
     with pytest.raises(InputError, match="grows by itself"):
         other.grow(100)
+
+
+def test_a_store_that_grows_can_be_divided_and_grow_again(tmp_path):
+    path = write_store(tmp_path / "s", ROWS[:10], chunk_rows=4, group_chunks=2).path
+    with GradientStore.open(path, "a") as store:
+        with pytest.raises(InputError, match="planned so"):
+            store.plan_rows(9)
+        store.plan_rows(31)
+        with pytest.raises(InputError, match="planned so"):
+            store.plan_rows(None)
+    for start, stop, first in ((16, 31, 16), (0, 16, 10)):
+        with GradientStore.open(path, "a") as store:
+            assert store.writer(start, stop).next_row == first
+            if start:
+                with pytest.raises(StoreBusyError, match="while it grows"):
+                    GradientStore.open(path, "a").plan_rows(40)
+            store.append(ROWS[first:stop], loss=np.arange(first, stop))
+    with GradientStore.open(path, "a") as store:
+        store.plan_rows(None)
+        assert store.layout.planned_rows is None
+        store.append(ROWS[31:50], loss=np.arange(31, 50))
+    found = GradientStore.open(path)
+    assert_array_equal(found.rows(), ROWS[:50])
+    assert (found.layout.planned_rows, found.verify()) == (None, [])

@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,7 +29,7 @@ from ooc_influence import (
     self_influence,
 )
 from ooc_influence.compress import passes
-from ooc_influence.errors import InputError, MemoryBudgetError, MismatchError, StoreExistsError
+from ooc_influence.errors import InputError, MemoryBudgetError, MismatchError, StoreBusyError, StoreExistsError
 from ooc_influence.linalg import row_weights, spectrum
 
 N, K, R = 300, 40, 12
@@ -261,6 +263,27 @@ reduce_store(sys.argv[2], sys.argv[3], 12, dtype="float32", storage=Storage(8, 2
     assert_array_equal(found.reduction.vectors, basis)
     assert_allclose(found.rows(), ROWS @ basis, atol=1e-6)
     assert (found.n, found.verify(), found.layout.planned_rows) == (N, [], None)
+
+
+def test_another_writer_is_waited_for_on_a_cluster_only(tmp_path, wide, monkeypatch):
+    """There it may be a worker that died, whose claim can be taken over when its heartbeat has stood still."""
+    train = reduce_store(wide, tmp_path / "t", R, storage=Storage(32, 1))
+    held = []
+
+    def claimed(store, stripe, real=passes._claim):
+        if not held:
+            held.append(GradientStore.open(store.path, "a"))
+            held[0].writer(0, 64)
+        return real(store, stripe)
+
+    monkeypatch.setattr(passes, "_claim", claimed)
+    with pytest.raises(StoreBusyError):
+        reduce_store(wide, tmp_path / "s", like=train, storage=Storage(32, 1))
+    monkeypatch.setattr(passes, "in_worker", lambda: True)
+    monkeypatch.setattr(passes, "_PAUSE", 0.01)
+    monkeypatch.setattr(passes, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: held[0].close()))
+    found = reduce_store(wide, tmp_path / "s", like=train)
+    assert_array_equal(found.rows(), train.rows())
 
 
 def test_rows_appended_to_the_wide_store_are_added(tmp_path):

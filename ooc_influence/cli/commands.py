@@ -135,5 +135,5 @@ def demo(out: str, rows: int | None, k: int, memory: str, as_json: bool) -> None
 
 ALL = (
     demo, extraction.init, extraction.extract, fisher, score, top, self_influence_command, stores.info, stores.verify,
-    stores.ids, stores.drop, stores.compact, stores.merge, stores.upgrade,
+    stores.ids, stores.drop, stores.compact, stores.merge, stores.reduce, stores.upgrade,
 )  # fmt: skip

@@ -10,7 +10,7 @@ import click
 
 from ooc_influence.cli import options
 from ooc_influence.cli.allocator import keep_freed_memory
-from ooc_influence.cli.stores import store_facts
+from ooc_influence.cli.stores import describe, store_facts
 
 _FIELDS = ("text", "prompt", "completion", "messages", "label", "chat", "id", "keep")
 _PREPARING = (
@@ -128,15 +128,6 @@ def extract(shard: str | None, on_nonfinite: str, as_json: bool, **given: Any) -
                 loss_kind=recipe.loss_kind, **common, **more,
             )  # fmt: skip
     options.print_result(as_json, store_facts(result), lambda: describe(result))
-
-
-def describe(store: Any) -> str:
-    """Return a store in a line, and what its reduction leaves out."""
-    facts = store.attrs.get("reduction") or {}
-    if "left_out" not in facts:
-        return repr(store)
-    left_out = f"{facts['left_out']:.2%} of the trace of {facts['pilot_rows']} pilot rows"
-    return f"{store!r}\n{facts['columns']} of {facts['rows']} directions leave out {left_out}"
 
 
 def _parse_shard(text: str | None) -> tuple[int, int] | None:

@@ -46,7 +46,8 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
         click.echo(
-            "interrupted: run the same command again (extract goes on where it was, the others start again)", err=True
+            "interrupted: run the same command again (extract and reduce go on where they were, others start again)",
+            err=True,
         )
         sys.exit(130)
     except BrokenPipeError:

@@ -181,6 +181,47 @@ def upgrade(store: str, as_json: bool) -> None:
     options.print_result(as_json, facts, lambda: f"{store}: {'now' if changed else 'already'} of format {version}")
 
 
+@click.command()
+@click.argument("wide")
+@click.argument("out")
+@click.option("--dims", "r", type=int, metavar="R", help="Numbers stored a row. Default: 1024; with --rotate as many "
+              "as there are.")  # fmt: skip
+@click.option("--pilot", "rows", type=int, metavar="N", help="Rows the basis is made from. Default: 64 R.")
+@click.option("--weights", type=click.Choice(["ggn", "trak"]), help="Row weights of the basis. Default: none.")
+@click.option("--like", metavar="TRAIN", help="Use the basis of this reduced train store: makes a query store.")
+@click.option("--rotate", is_flag=True, help="WIDE is reduced already: turn it to the basis of the F of all its rows.")
+@click.option("--dtype", type=click.Choice(["float16", "bfloat16", "float32", "int8", "int4"]),
+              help="Representation on disk. Default: float16; with --rotate as WIDE.")  # fmt: skip
+@click.option("--codec", type=click.Choice(["zstd", "blosc", "lz4", "gzip"]), help="Compress chunks. Default: none.")
+@options.workers
+@options.memory
+@options.cache
+@options.cache_size
+@options.as_json
+def reduce(wide: str, codec: str | None, cache: str | None, cache_size: str, as_json: bool, **given: Any) -> None:
+    """Write the rows of WIDE in the top of their eigenbasis to OUT.
+
+    A run that was stopped goes on where it was when the same command runs again, with the same basis.
+    """
+    from ooc_influence import Storage, reduce_store
+
+    opened = options.open_train(wide, cache, cache_size)
+    result = reduce_store(opened, storage=Storage(codec=codec), progress=options.show_progress(), **given)
+    options.print_result(as_json, store_facts(result), lambda: describe(result))
+
+
+def describe(store: Any) -> str:
+    """Return a store in a line, and what its reduction leaves out."""
+    facts, lines = store.attrs.get("reduction") or {}, [repr(store)]
+    if "left_out" in facts:
+        left_out = f"{facts['left_out']:.2%} of the trace of the {facts['pilot_rows']} rows the basis is made from"
+        lines.append(f"{facts['columns']} of {facts['rows']} directions leave out {left_out}")
+    if "measured" in store.attrs:
+        measured = store.attrs["measured"]
+        lines.append(f"and {measured['left_out']:.2%} of that of the {measured['rows']} rows reduced")
+    return "\n".join(lines)
+
+
 def store_facts(store: Any) -> dict[str, Any]:
     """Return what ``info`` tells about a store, without its layers and curvatures."""
     from ooc_influence.memory import format_bytes
@@ -201,6 +242,7 @@ def store_facts(store: Any) -> dict[str, Any]:
         "codec": layout.codec,
         "column_scale": layout.column_scale,
         "reduction": attrs.get("reduction"),
+        "measured": attrs.get("measured"),
         "batching": attrs.get("batching"),
         "chunk_rows": layout.chunk_rows,
         "chunks": len(store.records),

@@ -7,6 +7,7 @@ number of workers nor on where a killed pass stopped.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from functools import reduce
 from typing import NamedTuple
@@ -14,11 +15,14 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ooc_influence.errors import StoreBusyError
 from ooc_influence.linalg import Rows, WeightedRows, Weighting, row_weights
 from ooc_influence.memory import Need, block_limit, plan_block_rows
 from ooc_influence.progress import Progress, tick
-from ooc_influence.store import GradientStore, StorePath, missing_spans, read_blocks, writing_bytes
-from ooc_influence.stripes import Stripe, check_workers, cut_stripes, run_stripes, slots_per_process
+from ooc_influence.store import GradientStore, RangeWriter, StorePath, missing_spans, read_blocks, writing_bytes
+from ooc_influence.stripes import Stripe, check_workers, cut_stripes, in_worker, run_stripes, slots_per_process
+
+_PATIENCE, _PAUSE = 120.0, 5.0  # seconds: a dead owner elsewhere is known by a heartbeat that stands still for 60
 
 
 class Share(NamedTuple):
@@ -106,7 +110,7 @@ def _fill_stripe(
     """Write what is missing of a stripe's groups."""
     share, product = Share(), np.empty((step, turn.shape[1]), np.float32)
     with GradientStore.open(out, "a") as target:
-        writer = target.writer(stripe.start, stripe.stop)
+        writer = _claim(target, stripe)
         while writer.room:  # a gap at a time
             first = writer.next_row
             for low, high, start in _grid(first, first + writer.room, target.layout.group_rows, step):
@@ -117,6 +121,18 @@ def _fill_stripe(
                     share = share.plus(part)
                     tick(key, block.stop - begin)
     return share
+
+
+def _claim(target: GradientStore, stripe: Stripe) -> RangeWriter:
+    """Claim a stripe's rows; on a cluster, wait until the claim of a worker that died elsewhere can be taken over."""
+    last = time.monotonic() + (_PATIENCE if in_worker() else 0)
+    while True:
+        try:
+            return target.writer(stripe.start, stripe.stop)
+        except StoreBusyError:
+            if time.monotonic() >= last:
+                raise
+            time.sleep(_PAUSE)
 
 
 def _grid(first: int, stop: int, group: int, step: int) -> Iterator[tuple[int, int, int]]:

@@ -39,13 +39,13 @@ from ooc_influence.store.rewrite import compact_store, create_like, merge_stores
 from ooc_influence.store.rows import check_finite
 from ooc_influence.store.upgrade import upgrade_store
 from ooc_influence.store.verify import Damage
-from ooc_influence.store.writer import missing_spans, writing_bytes
+from ooc_influence.store.writer import RangeWriter, missing_spans, writing_bytes
 
 __all__ = [
     "CHUNK_TARGET", "Block", "ChunkCache", "Damage", "GaussianReduction", "GradientStore", "LayerShape", "Mask",
-    "ModuleMask", "NewFolder", "PathLike", "PilotMoments", "Reduction", "Representation", "Storage", "StorePath",
-    "StoredReduction", "array_store", "check_finite", "column_dtype", "columns_digest", "compact_store", "copy_marks",
-    "create_array", "create_like", "exists", "is_file", "is_local", "kept_at", "merge_stores", "missing_spans",
-    "names", "open_group", "parse_path", "parse_representation", "read_array", "read_blocks", "read_into",
-    "remove_tree", "square_chunks", "tree_bytes", "upgrade_store", "writable_array", "writing_bytes",
+    "ModuleMask", "NewFolder", "PathLike", "PilotMoments", "RangeWriter", "Reduction", "Representation", "Storage",
+    "StorePath", "StoredReduction", "array_store", "check_finite", "column_dtype", "columns_digest", "compact_store",
+    "copy_marks", "create_array", "create_like", "exists", "is_file", "is_local", "kept_at", "merge_stores",
+    "missing_spans", "names", "open_group", "parse_path", "parse_representation", "read_array", "read_blocks",
+    "read_into", "remove_tree", "square_chunks", "tree_bytes", "upgrade_store", "writable_array", "writing_bytes",
 ]  # fmt: skip
