@@ -102,7 +102,7 @@ def test_ids_drop_compact_merge(run, stores, tmp_path):  # noqa: F811
     assert (merged["rows"], merged["made_from"]) == (20, [str(tmp_path / "t2.zarr"), str(tmp_path / "test.zarr")])
     assert result(run("merge both.zarr --out moved.zarr --move --json"))["rows"] == 20
     assert not Path("both.zarr").exists()
-    assert result(run("upgrade train.zarr --json")) == {"store": "train.zarr", "format": 2, "upgraded": False}
+    assert result(run("upgrade train.zarr --json")) == {"store": "train.zarr", "format": 3, "upgraded": False}
 
 
 def test_reduce_and_rotate(run, stores):  # noqa: F811

@@ -7,30 +7,41 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from make_fixture import LAYERS, NAMES, ROWS
+from make_fixture import LAYERS, NAMES, rows_of
 from numpy.testing import assert_allclose, assert_array_equal
 
-from ooc_influence import Curvature, Dropout, GradientStore, fit_fisher, self_influence, upgrade_store
+from ooc_influence import (
+    Curvature,
+    Dropout,
+    GradientStore,
+    compact_store,
+    fit_fisher,
+    merge_stores,
+    self_influence,
+    upgrade_store,
+)
 from ooc_influence.curvature import resolve_curvature
-from ooc_influence.errors import StoreFormatError
+from ooc_influence.errors import MismatchError, StoreFormatError
 
 FIXTURES = Path(__file__).parent / "fixtures"
-FIXTURE = FIXTURES / "format-1.zarr"
+OLDER = pytest.mark.parametrize("name", ["format-1", "format-2", "format-2-int8"])
 EVERY = pytest.mark.parametrize("fixture", sorted(FIXTURES.iterdir()), ids=lambda path: path.stem)
 
 
 @EVERY
 def test_every_format_is_read(fixture):
     store = GradientStore.open(fixture)
-    assert store.attrs["format"] == int(fixture.stem.removeprefix("format-"))
-    assert store.shape == (11, 6)
+    assert store.attrs["format"] == int(fixture.stem.split("-")[1])
+    rows = rows_of(store.k)
+    assert store.shape == (11, 20 if store.attrs["format"] == 3 else 6)
     assert store.verify() == []
-    assert_allclose(store.rows(), ROWS, atol=2.0**-11 * np.abs(ROWS).max())
+    step = {"float16": 2.0**-11, "int8": 1 / 127}[store.layout.dtype]
+    assert_allclose(store.rows(), rows, atol=step * np.abs(rows).max())
     assert store.ids().tolist() == NAMES
     assert_array_equal(store.column("label"), np.arange(11) % 3)
     assert store.column("source")[-1] == "ç"
     assert np.flatnonzero(store.small("dropped")).tolist() == [4]
-    assert Dropout.from_dict(dict(store.attrs["compressor"])) == Dropout(k=6, seed=3)
+    assert Dropout.from_dict(dict(store.attrs["compressor"])) == Dropout(k=store.k, seed=3)
     assert [module.layer for module in store.mask.modules] == LAYERS
 
 
@@ -44,18 +55,38 @@ def test_its_curvature_is_up_to_date(fixture):
     assert np.isnan(self_influence(store)[4])
 
 
-def test_it_is_upgraded_then_appended_to(tmp_path):
-    shutil.copytree(FIXTURE, tmp_path / "s.zarr")
+@OLDER
+def test_it_is_upgraded_then_appended_to(tmp_path, name):
+    rows = rows_of(6)[:3] * 3
+    shutil.copytree(FIXTURES / f"{name}.zarr", tmp_path / "s.zarr")
     with GradientStore.open(tmp_path / "s.zarr", "a") as store, pytest.raises(StoreFormatError, match="upgrade"):
-        store.append(ROWS[:1], loss=[0.0], ids=["x"], columns={"label": [1], "source": ["q"]})
+        store.append(rows[:1], loss=[0.0], ids=["x"], columns={"label": [1], "source": ["q"]})
     before = GradientStore.open(tmp_path / "s.zarr")
     assert upgrade_store(tmp_path / "s.zarr")
     assert not upgrade_store(tmp_path / "s.zarr")
     after = GradientStore.open(tmp_path / "s.zarr")
-    assert (after.attrs["format"], after.rows_digest()) == (2, before.rows_digest())
+    assert (after.attrs["format"], after.rows_digest()) == (3, before.rows_digest())
     assert resolve_curvature(after, None).rows == 10
     with GradientStore.open(tmp_path / "s.zarr", "a") as store:
-        store.append(ROWS[:3], loss=np.zeros(3), ids=["x", "y", "z"], columns={"label": [1, 2, 3], "source": ["q"] * 3})
+        store.append(rows, loss=np.zeros(3), ids=["x", "y", "z"], columns={"label": [1, 2, 3], "source": ["q"] * 3})
     store = GradientStore.open(tmp_path / "s.zarr")
-    assert (store.n, store.verify()) == (14, [])
+    assert (store.n, store.verify(), store.layout.block) == (14, [], None)
+    assert_array_equal(store.rows(0, 11), before.rows())
+    assert_allclose(store.rows(11), rows, atol=np.abs(rows).max() / 127)
     assert fit_fisher(store).rows == 13
+
+
+def test_rows_without_blocks_merge_and_compact_as_they_are(tmp_path):
+    """int8 rows of format 2 keep their bytes; with rows of format 3 they do not go together."""
+    source = GradientStore.open(FIXTURES / "format-2-int8.zarr")
+    made = compact_store(source, tmp_path / "c.zarr")
+    assert_array_equal(made.rows(), np.delete(source.rows(), 4, axis=0))
+    merged = merge_stores([made], tmp_path / "m.zarr")
+    assert (merged.layout.block, merged.attrs["format"], merged.verify()) == (None, 3, [])
+    assert_array_equal(merged.rows(), made.rows())
+    new = GradientStore.create(
+        tmp_path / "n.zarr", source.mask, dtype="int8", ids="str", columns=source.layout.columns,
+        attributes={"model": source.attrs["model"], "loss_kind": source.attrs["loss_kind"]},
+    )  # fmt: skip
+    with pytest.raises(MismatchError, match="one block"):
+        merge_stores([made, new], tmp_path / "x.zarr")

@@ -249,7 +249,7 @@ def test_bad_input(tmp_path):
         GradientStore.open("gopher://bucket/s.zarr")
     group = zarr.open_group(str(store.path), mode="r+")
     attrs = dict(group.attrs["ooc_influence"])
-    group.attrs["ooc_influence"] = attrs | {"format": 3}
+    group.attrs["ooc_influence"] = attrs | {"format": 4}
     with pytest.raises(StoreFormatError, match="upgrade"):
         GradientStore.open(store.path)
     group.attrs["ooc_influence"] = attrs | {"layout": attrs["layout"] | {"k": -3}}

@@ -19,7 +19,6 @@ import numpy.typing as npt
 from ooc_influence.errors import InputError
 from ooc_influence.memory import parse_bytes
 from ooc_influence.store import disk
-from ooc_influence.store.encoding import array_dtype
 from ooc_influence.store.layout import Layout
 from ooc_influence.store.local import map_file
 
@@ -56,10 +55,10 @@ class ChunkCache:
         path = self.folder / f"{key}.chunk"
         with contextlib.suppress(OSError):
             mapped = map_file(path)
-            if mapped.size == rows * layout.row_bytes:
+            if mapped.size == rows * layout.encoding.row_bytes:
                 self.hits += 1
                 os.utime(path)
-                return mapped.view(array_dtype(layout.dtype)).reshape(rows, layout.array_columns)
+                return mapped.view(layout.encoding.dtype).reshape(rows, layout.encoding.columns)
         found = read()
         self.misses += 1
         with contextlib.suppress(OSError):  # a full or read-only cache costs time, nothing else

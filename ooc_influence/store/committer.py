@@ -23,7 +23,6 @@ from zarr.core.sync import sync
 from ooc_influence.store import commits
 from ooc_influence.store.arrays import open_group, writable_array
 from ooc_influence.store.claim import Claim
-from ooc_influence.store.encoding import array_dtype, fill_value
 from ooc_influence.store.layout import Layout, numpy_dtype
 from ooc_influence.store.local import LocalArrayStore
 from ooc_influence.store.place import ArrayStore
@@ -60,7 +59,7 @@ class Slot:
     def empty(cls, layout: Layout) -> Slot:
         """Return buffers for chunks of a layout."""
         return cls(
-            np.empty((layout.chunk_rows, layout.array_columns), array_dtype(layout.dtype)),
+            np.empty((layout.chunk_rows, layout.encoding.columns), layout.encoding.dtype),
             {name: np.empty(layout.chunk_rows, numpy_dtype(dtype)) for name, dtype in layout.row_arrays.items()},
         )
 
@@ -136,7 +135,7 @@ class Committer:
         if slot.source is not None and isinstance(self.files, LocalArrayStore):
             self.files.link(slot.source, f"gradients/c.{chunk}.0")
             return
-        slot.gradients[slot.rows :] = fill_value(self.layout.dtype)
+        slot.gradients[slot.rows :] = self.layout.encoding.fill
         if self.layout.codec is None:  # the chunk is these bytes: Zarr would copy them first
             data = slot.gradients.reshape(-1).view(np.uint8)
             sync(self.files.set(f"gradients/c.{chunk}.0", cpu.Buffer.from_array_like(data)))

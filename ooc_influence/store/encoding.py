@@ -7,9 +7,8 @@ float32    (n, k) float32  the number itself
 float16    (n, k) float16  number / row scale; the scale is a power of two that brings the row's largest entry into
                            [2^14, 2^15), so scaling loses no bits and gradients down to 2^-38 of it stay above zero
 bfloat16   (n, k) uint16   the upper half of the float32, rounded to nearest even (Zarr has no bfloat16)
-int8       (n, k) int8     q in -127..127 with number = q·|q| · row scale; the scale is the row's largest entry / 127².
-                           Gradients have few large entries: equal steps would leave the many small ones too few levels
-int4       (n, ⌈k/2⌉)      the same with -7..7; byte j holds column j in its lower four bits and column j + ⌈k/2⌉ in its
+int8       (n, k+b) int8   whole numbers in -127..127, then the codes of their b = ⌈k/16⌉ blocks (:mod:`.quantised`)
+int4       (n, ⌈k/2⌉+b)    the same with -7..7; byte j holds column j in its lower four bits and column j + ⌈k/2⌉ in its
            uint8           upper ones, in two's complement
 =========  ==============  ==================================================================================
 
@@ -21,12 +20,13 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from ooc_influence.errors import InputError
+from ooc_influence.store.quantised import BLOCK, block_count, pack, quantise, restore, unpack
 
 Representation = Literal["float32", "float16", "bfloat16", "int8", "int4"]
 FloatRows = npt.NDArray[np.float32]
@@ -35,7 +35,6 @@ RawRows = npt.NDArray[Any]
 _TILE_BYTES = 2**19  # float32 bytes converted at a time: the tile stays in cache
 _HALF_BITS = np.int32(0x8FFFE000 - 2**32)  # sign, five bits of exponent and ten of fraction, in a float32's places
 _HALF_BIAS = np.float32(2.0**112)  # between the two exponents
-_SMALLEST = np.float32(np.finfo(np.float32).tiny)  # a smaller scale would lose its own bits
 
 
 @dataclass(frozen=True)
@@ -68,66 +67,155 @@ def parse_representation(name: str) -> Representation:
     return name  # type: ignore[return-value]
 
 
-def array_dtype(name: Representation) -> np.dtype[Any]:
-    """Return the dtype of the Zarr array that holds representation ``name``."""
-    return np.dtype(_FORMS[name].dtype)
+@dataclass(frozen=True)
+class Encoding:
+    """The stored form of rows of k numbers.
 
+    Attributes
+    ----------
+    name : str
+        The representation.
+    k : int
+        Numbers a row.
+    block : int or None
+        Columns that share a scale; None where a row has only its own, as every float form has.
+    """
 
-def array_columns(name: Representation, k: int) -> int:
-    """Return the columns of the Zarr array that holds ``k`` numbers a row."""
-    return -(-k // 2) if name == "int4" else k
+    name: Representation
+    k: int
+    block: int | None = None
 
+    @classmethod
+    def of(cls, name: Representation, k: int) -> Self:
+        """Return the form in which new stores hold rows of ``k`` numbers."""
+        return cls(name, k, BLOCK if _FORMS[name].top else None)
 
-def fill_value(name: Representation) -> float | int:
-    """Return what rows never written read as for plain Zarr users: NaN, or a whole number that no row has."""
-    return _FORMS[name].fill
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Dtype of the Zarr array."""
+        return np.dtype(_FORMS[self.name].dtype)
 
+    @property
+    def quantised(self) -> bool:
+        """Whether rows are whole numbers."""
+        return _FORMS[self.name].top > 0
 
-def encode(rows: FloatRows, name: Representation, column_scale: FloatRows | None = None) -> tuple[RawRows, FloatRows]:
-    """Return the stored form of float32 ``rows`` (b, k) and their scale (b,)."""
-    raw = np.empty((len(rows), array_columns(name, rows.shape[1])), array_dtype(name))
-    scale = np.empty(len(rows), np.float32)
-    encode_into(rows, raw, scale, name, column_scale)
-    return raw, scale
+    @property
+    def columns(self) -> int:
+        """Columns of the Zarr array."""
+        return self._number_columns + block_count(self.k, self.block)
 
+    @property
+    def _number_columns(self) -> int:
+        return -(-self.k // 2) if self.name == "int4" else self.k
 
-def encode_into(
-    rows: FloatRows, raw: RawRows, scale: FloatRows, name: Representation, column_scale: FloatRows | None = None
-) -> None:
-    """Write the stored form of float32 ``rows`` (b, k) to ``raw`` (b, columns), their scale to ``scale`` (b,)."""
-    step = max(1, _TILE_BYTES // max(1, 4 * rows.shape[1]))
-    buffer = np.empty((min(step, len(rows)), rows.shape[1]), np.float32)  # fresh memory for every tile would cost more
-    for start in range(0, len(rows), step):
-        part = slice(start, start + step)
-        tile = rows[part]
-        if column_scale is not None:
-            tile = np.divide(tile, column_scale, out=buffer[: len(tile)])
-        scale[part] = _encode_tile(tile, raw[part], name, buffer[: len(tile)])
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row."""
+        return self.columns * self.dtype.itemsize
 
+    @property
+    def fill(self) -> float | int:
+        """What rows never written read as for plain Zarr users: NaN, or a whole number that no row has."""
+        return _FORMS[self.name].fill
 
-def _encode_tile(tile: FloatRows, raw: RawRows, name: Representation, buffer: FloatRows) -> FloatRows | float:
-    """Write the stored form of a few rows, by way of ``buffer`` (which may be the tile); return their scale."""
-    if name == "float32":
-        raw[...] = tile
-        return 1.0
-    if name == "bfloat16":
-        bits = np.ascontiguousarray(tile).view(np.uint32)
-        np.copyto(raw, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, casting="unsafe")
-        return 1.0
-    largest = np.maximum(tile.max(axis=1), -tile.min(axis=1))
-    if name == "float16":
-        exponent = np.clip(np.frexp(largest)[1] - 15, -126, 127)
-        scale = np.where(largest > 0, np.ldexp(np.float32(1), exponent), np.float32(1)).astype(np.float32)
-        _to_half(np.multiply(tile, (1 / scale)[:, None], out=buffer), raw)
+    def encode_into(
+        self, rows: FloatRows, raw: RawRows, scale: FloatRows, column_scale: FloatRows | None = None
+    ) -> None:
+        """Write the stored form of float32 ``rows`` (b, k) to ``raw`` (b, columns), their scale to ``scale`` (b,)."""
+        step = self._tile_rows(len(rows))
+        divided = np.empty((0 if column_scale is None else step, self.k), np.float32)
+        buffer = self._buffer(step)  # fresh memory for every tile would cost more
+        for start in range(0, len(rows), step):
+            part = slice(start, start + step)
+            tile = rows[part]
+            if column_scale is not None:
+                tile = np.divide(tile, column_scale, out=divided[: len(tile)])
+            scale[part] = self._encode_tile(tile, raw[part], buffer[: len(tile)])
+
+    def decode_into(
+        self, raw: RawRows, scale: FloatRows, out: FloatRows, column_scale: FloatRows | None = None
+    ) -> None:
+        """Write the float32 values of ``raw`` (m, columns) with its ``scale`` (m,) into ``out`` (m, k)."""
+        step = self._tile_rows(len(raw))
+        buffer = np.empty((step if self.quantised else 0, self.k), np.float32)
+        for start in range(0, len(raw), step):
+            part = slice(start, start + step)
+            tile = out[part]
+            self._decode_tile(raw[part], scale[part], tile, buffer[: len(tile)])
+            if column_scale is not None:
+                np.multiply(tile, column_scale, out=tile)
+
+    def nonfinite_rows(self, raw: RawRows) -> npt.NDArray[np.bool_]:
+        """Return which rows of ``raw`` (m, columns) hold a value no row may have: NaN, Inf, or the fill value, (m,)."""
+        if self.quantised:
+            raw = raw[:, : self._number_columns]
+            lowest = raw == -128 if self.name == "int8" else ((raw & 15) == 8) | ((raw >> 4) == 8)
+            return np.asarray(lowest.any(axis=1))
+        whole: Any = np.uint32 if self.name == "float32" else np.uint16
+        exponent = whole({"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}[self.name])
+        found = np.zeros(len(raw), np.bool_)
+        bits = raw.view(whole)
+        step = max(1, _TILE_BYTES // max(1, 2 * self.row_bytes))
+        tile = np.empty((min(step, len(raw)), raw.shape[1]), whole)
+        for start in range(0, len(raw), step):
+            part = bits[start : start + step]
+            masked = np.bitwise_and(part, exponent, out=tile[: len(part)])
+            if masked.max(initial=0) == exponent:
+                found[start : start + step] = masked.max(axis=1) == exponent
+        return found
+
+    def _tile_rows(self, rows: int) -> int:
+        return max(1, min(rows, _TILE_BYTES // max(1, 4 * self.k)))
+
+    def _buffer(self, rows: int) -> FloatRows:
+        """Return room for a tile, whole blocks of it."""
+        return np.empty((rows, self.k if self.block is None else block_count(self.k, self.block) * self.block), "f4")
+
+    def _encode_tile(self, tile: FloatRows, raw: RawRows, buffer: FloatRows) -> FloatRows | float:
+        """Write the stored form of a few rows, by way of ``buffer``; return their scale."""
+        if self.name == "float32":
+            raw[...] = tile
+            return 1.0
+        if self.name == "bfloat16":
+            bits = np.ascontiguousarray(tile).view(np.uint32)
+            np.copyto(raw, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, casting="unsafe")
+            return 1.0
+        if self.name == "float16":
+            largest = np.maximum(tile.max(axis=1), -tile.min(axis=1))
+            exponent = np.clip(np.frexp(largest)[1] - 15, -126, 127)
+            scale = np.where(largest > 0, np.ldexp(np.float32(1), exponent), np.float32(1)).astype(np.float32)
+            _to_half(np.multiply(tile, (1 / scale)[:, None], out=buffer), raw)
+            return scale
+        packed = self.name == "int4"
+        whole = np.empty(tile.shape, np.int8) if packed else raw[:, : self.k]
+        scale, codes = quantise(tile, whole, _FORMS[self.name].top, self.block, buffer)
+        if packed:
+            raw[:, : self._number_columns] = pack(whole)
+        raw[:, self._number_columns :] = codes.view(raw.dtype)
         return scale
-    top = np.float32(_FORMS[name].top)
-    scale = np.where(largest > 0, np.maximum(largest / top**2, _SMALLEST), np.float32(1)).astype(np.float32)
-    negative = np.signbit(tile)
-    np.sqrt(np.abs(np.divide(tile, scale[:, None], out=buffer), out=buffer), out=buffer)
-    whole = np.minimum(np.rint(buffer, out=buffer), top, out=buffer).astype(np.int8)
-    np.negative(whole, out=whole, where=negative)
-    raw[...] = _pack(whole) if name == "int4" else whole
-    return scale
+
+    def _decode_tile(self, raw: RawRows, scale: FloatRows, tile: FloatRows, buffer: FloatRows) -> None:
+        if self.quantised:
+            numbers, codes = raw[:, : self._number_columns], raw[:, self._number_columns :].view(np.uint8)
+            if self.name == "int4":
+                unpack(numbers, tile)
+            else:
+                np.copyto(tile, numbers)
+            restore(tile, scale, codes, _FORMS[self.name].top, self.block, buffer)
+        elif self.name == "bfloat16":
+            bits = tile.view(np.uint32)
+            np.copyto(bits, raw)
+            np.left_shift(bits, 16, out=bits)
+        elif self.name == "float16":  # the bits, moved: several times as fast as NumPy's conversion; rows are finite
+            whole = tile.view(np.int32)
+            np.copyto(whole, raw.view(np.int16))
+            np.left_shift(whole, 13, out=whole)
+            np.bitwise_and(whole, _HALF_BITS, out=whole)
+            np.multiply(tile, _HALF_BIAS, out=tile)
+            np.multiply(tile, scale[:, None], out=tile)
+        else:
+            np.copyto(tile, raw)
 
 
 def _to_half(tile: FloatRows, raw: RawRows) -> None:
@@ -137,69 +225,3 @@ def _to_half(tile: FloatRows, raw: RawRows) -> None:
         torch.from_numpy(raw).copy_(torch.from_numpy(tile))
     else:
         np.copyto(raw, tile, casting="same_kind")
-
-
-def _pack(whole: npt.NDArray[np.int8]) -> npt.NDArray[np.uint8]:
-    """Return (b, ⌈k/2⌉) bytes of (b, k) numbers in -7..7."""
-    half = -(-whole.shape[1] // 2)
-    bits = whole.view(np.uint8)
-    packed = bits[:, :half] & np.uint8(15)
-    packed[:, : whole.shape[1] - half] |= bits[:, half:] << np.uint8(4)
-    return packed
-
-
-def decode_into(
-    raw: RawRows, scale: FloatRows, out: FloatRows, name: Representation, column_scale: FloatRows | None = None
-) -> None:
-    """Write the float32 values of ``raw`` (m, columns) with its ``scale`` (m,) into ``out`` (m, k)."""
-    rows = max(1, _TILE_BYTES // max(1, 4 * out.shape[1]))
-    buffer = np.empty((min(rows, len(raw)), out.shape[1]) if _FORMS[name].top else 0, np.float32)
-    for start in range(0, len(raw), rows):
-        part = slice(start, start + rows)
-        tile = out[part]
-        _convert(raw[part], tile, name)
-        if _FORMS[name].top:
-            np.multiply(tile, np.abs(tile, out=buffer[: len(tile)]), out=tile)
-        if name not in ("float32", "bfloat16"):
-            np.multiply(tile, scale[part, None], out=tile)
-        if column_scale is not None:
-            np.multiply(tile, column_scale, out=tile)
-
-
-def _convert(raw: RawRows, tile: FloatRows, name: Representation) -> None:
-    if name == "bfloat16":
-        bits = tile.view(np.uint32)
-        np.copyto(bits, raw)
-        np.left_shift(bits, 16, out=bits)
-    elif name == "float16":  # the bits, moved: several times as fast as NumPy's conversion; rows are finite
-        whole = tile.view(np.int32)
-        np.copyto(whole, raw.view(np.int16))
-        np.left_shift(whole, 13, out=whole)
-        np.bitwise_and(whole, _HALF_BITS, out=whole)
-        np.multiply(tile, _HALF_BIAS, out=tile)
-    elif name == "int4":
-        half = raw.shape[1]
-        packed = raw.view(np.int8)
-        np.copyto(tile[:, :half], (packed << 4) >> 4)
-        np.copyto(tile[:, half:], (packed >> 4)[:, : tile.shape[1] - half])
-    else:
-        np.copyto(tile, raw)
-
-
-def nonfinite_rows(raw: RawRows, name: Representation) -> npt.NDArray[np.bool_]:
-    """Return which rows of ``raw`` (m, columns) hold a value no row may have: NaN, Inf, or the fill value, (m,)."""
-    if name in ("int8", "int4"):
-        lowest = raw == -128 if name == "int8" else ((raw & 15) == 8) | ((raw >> 4) == 8)
-        return np.asarray(lowest.any(axis=1))
-    whole: Any = {"float32": np.uint32, "float16": np.uint16, "bfloat16": np.uint16}[name]
-    exponent = whole({"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}[name])
-    found = np.zeros(len(raw), np.bool_)
-    bits = raw.view(whole)
-    rows = max(1, _TILE_BYTES // max(1, 2 * raw.shape[1] * raw.itemsize))
-    tile = np.empty((min(rows, len(raw)), raw.shape[1]), whole)
-    for start in range(0, len(raw), rows):
-        part = bits[start : start + rows]
-        masked = np.bitwise_and(part, exponent, out=tile[: len(part)])
-        if masked.max(initial=0) == exponent:
-            found[start : start + rows] = masked.max(axis=1) == exponent
-    return found

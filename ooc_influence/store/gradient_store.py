@@ -16,8 +16,15 @@ from ooc_influence.errors import InputError, StoreExistsError, StoreFormatError
 from ooc_influence.store.cache import ChunkCache
 from ooc_influence.store.claim import Claim
 from ooc_influence.store.committer import Committer
-from ooc_influence.store.creation import create_store, grow_store, parse_column_scale, plan_rows, write_attributes
-from ooc_influence.store.encoding import parse_representation
+from ooc_influence.store.creation import (
+    create_store,
+    grow_store,
+    nothing_expected,
+    parse_column_scale,
+    plan_rows,
+    write_attributes,
+)
+from ooc_influence.store.encoding import Encoding, parse_representation
 from ooc_influence.store.layout import FORMAT_VERSION, Layout, Storage
 from ooc_influence.store.lookup import find_rows
 from ooc_influence.store.marks import mark_dropped, parse_numbers
@@ -121,7 +128,8 @@ class GradientStore(StoreView):
         mask : Mask
             Which entries the rows hold.
         dtype : str
-            Representation of the rows: float16, int8 or int4 (with a scale a row), bfloat16 or float32.
+            Representation of the rows: float16 (with a scale a row), int8 or int4 (with one for every 16 columns),
+            bfloat16 or float32.
         storage : Storage, optional
             Chunking and codec.
         planned_rows : int, optional
@@ -160,13 +168,11 @@ class GradientStore(StoreView):
         scale = parse_column_scale(column_scale, k)
         layout = Layout(
             k, representation, chunk_rows, group_chunks, planned_rows, ids, dict(columns or {}), storage.codec,
-            scale is not None,
+            scale is not None, Encoding.of(representation, k).block,
         )  # fmt: skip
         published = create_store(target, layout, mask, reduction, attributes or {}, scale)
         if not published and not (exist_ok and cls(target).columns_digest == columns_digest(mask.digest, facts)):
-            raise StoreExistsError(
-                f"expected nothing at {target}; received something: choose another path or remove it"
-            )
+            raise StoreExistsError(nothing_expected(target))
         return cls(target, "a")
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -3,7 +3,8 @@
 ==================  ===========  =====================================================================================
 array               shape        meaning
 ==================  ===========  =====================================================================================
-gradients           (n, k)       the kept gradient entries (:mod:`.encoding`; (n, ⌈k/2⌉) for int4), chunks of whole rows
+gradients           (n, columns) the kept gradient entries (:mod:`.encoding`), (n, k) or as many as k numbers take, in
+                                 chunks of whole rows
 row_scale           (n,)         float32 scale of each row's representation
 loss                (n,)         float32 per-sample loss
 grad_norm           (n,)         float32 Euclidean norm of the row before it was encoded; its square estimates the full
@@ -25,16 +26,17 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
 
 from ooc_influence.errors import InputError, StoreFormatError
 from ooc_influence.store.arrays import CHUNK_TARGET, create_array, parse_codec
-from ooc_influence.store.encoding import Representation, array_columns, array_dtype, fill_value, parse_representation
+from ooc_influence.store.encoding import Encoding, Representation, parse_representation
 
-FORMAT_VERSION = 2
-READABLE_VERSIONS = (1, 2)
+FORMAT_VERSION = 3
+READABLE_VERSIONS = (1, 2, 3)
 ATTRIBUTES = "ooc_influence"  # the key of all our attributes in the group
 MARKS = "marks"  # a Zarr group whose attributes only the marking of rows writes
 ROW_ARRAYS = ("row_scale", "loss", "grad_norm")
@@ -111,8 +113,7 @@ class Storage:
         of a planned store it is smaller still, and a small planned store has smaller chunks, so that many writers can
         share it.
         """
-        row = array_columns(dtype, k) * array_dtype(dtype).itemsize
-        rows = self.chunk_rows or max(1, min(16384, CHUNK_TARGET // row))
+        rows = self.chunk_rows or max(1, min(16384, CHUNK_TARGET // Encoding.of(dtype, k).row_bytes))
         if self.chunk_rows is None and planned_rows is not None:
             rows = min(rows, max(64, -(-planned_rows // 64)))
         if self.group_chunks is not None:
@@ -145,6 +146,8 @@ class Layout:
         Codec of ``gradients``.
     column_scale : bool
         Whether there is a ``column_scale``.
+    block : int or None
+        Columns of int8 or int4 rows that share a scale; None for other rows, and for those of formats 1 and 2.
     """
 
     k: int
@@ -156,26 +159,22 @@ class Layout:
     columns: dict[str, str] = field(default_factory=dict)
     codec: str | None = None
     column_scale: bool = False
+    block: int | None = None
 
     @property
     def group_rows(self) -> int:
         """Rows that share one file of the small arrays."""
         return self.chunk_rows * self.group_chunks
 
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of a row of ``gradients``, before any codec."""
-        return self.array_columns * array_dtype(self.dtype).itemsize
-
-    @property
-    def array_columns(self) -> int:
-        """Columns of ``gradients``: k, or half of it where two numbers share a byte."""
-        return array_columns(self.dtype, self.k)
+    @cached_property
+    def encoding(self) -> Encoding:
+        """The stored form of a row of ``gradients``."""
+        return Encoding(self.dtype, self.k, self.block)
 
     @property
     def chunk_bytes(self) -> int:
         """Bytes of a gradients chunk, before any codec."""
-        return self.chunk_rows * self.row_bytes
+        return self.chunk_rows * self.encoding.row_bytes
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -206,8 +205,8 @@ class Layout:
         """Create the per-row arrays in a new Zarr group, with room for the planned rows."""
         rows = self.planned_rows or 0
         create_array(
-            group, "gradients", (rows, self.array_columns), (self.chunk_rows, self.array_columns),
-            array_dtype(self.dtype), fill=fill_value(self.dtype), codec=self.codec,
+            group, "gradients", (rows, self.encoding.columns), (self.chunk_rows, self.encoding.columns),
+            self.encoding.dtype, fill=self.encoding.fill, codec=self.codec,
         )  # fmt: skip
         if self.columns:
             group.create_group("columns")
@@ -244,13 +243,14 @@ class Layout:
             layout = cls(**values)
             parse_representation(layout.dtype)
             parse_codec(layout.codec)
-            sizes = [layout.k, layout.chunk_rows, layout.group_chunks]
-            planned = [] if layout.planned_rows is None else [layout.planned_rows]
-            possible = all(type(size) is int and 0 < size < 2**62 for size in sizes + planned)
+            optional = [size for size in (layout.planned_rows, layout.block) if size is not None]
+            sizes = [layout.k, layout.chunk_rows, layout.group_chunks, *optional]
+            possible = all(type(size) is int and 0 < size < 2**62 for size in sizes)
             possible = possible and layout.chunk_rows < 2**32 and type(layout.column_scale) is bool
+            possible = possible and (layout.block is None or layout.encoding.quantised)
             known = set(layout.columns.values()) | ({layout.ids} if layout.ids else set())
             if not possible or not known <= set(_COLUMN_DTYPES):
-                raise ValueError(f"sizes {sizes + planned}, column dtypes {sorted(known)}")
+                raise ValueError(f"sizes {sizes}, column dtypes {sorted(known)}")
         except (TypeError, ValueError, AttributeError) as error:
             raise StoreFormatError(
                 f"expected a layout of format {FORMAT_VERSION} in {where}; received {error}: "
@@ -266,10 +266,8 @@ class Layout:
         StoreFormatError
             If it has another: one of the two was edited.
         """
-        dtype = {"gradients": array_dtype(self.dtype), "dropped": np.dtype(bool), "commits": np.dtype("uint64")}.get(
-            name
-        )
-        columns = (self.array_columns,) if name == "gradients" else ()
+        dtype = {"gradients": self.encoding.dtype, "dropped": np.dtype(bool), "commits": np.dtype("uint64")}.get(name)
+        columns = (self.encoding.columns,) if name == "gradients" else ()
         first = {"gradients": self.chunk_rows, "commits": self.group_chunks}.get(name, self.group_rows)
         if name == "column_scale":
             expected: tuple[Any, ...] = ((), (self.k,))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from ooc_influence.store.encoding import FloatRows, RawRows, decode_into
+from ooc_influence.store.encoding import FloatRows, RawRows
 from ooc_influence.store.place import is_local
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def read_into(store: StoreView, start: int, stop: int, out: FloatRows) -> None:
     """Write rows ``start`` to ``stop``, as float32 with the scale applied, into ``out`` (stop - start, k)."""
     if start // store.layout.chunk_rows == (stop - 1) // store.layout.chunk_rows:  # a few rows: no thread
         scale = store.small("row_scale", start, stop)
-        decode_into(store.raw_rows(start, stop), scale, out, store.layout.dtype, store.column_scale)
+        store.layout.encoding.decode_into(store.raw_rows(start, stop), scale, out, store.column_scale)
         return
     with ChunkStream(store, start, stop) as stream:
         for piece in stream:
@@ -161,4 +161,4 @@ def read_blocks(store: StoreView, start: int, stop: int, block_rows: int) -> Ite
 
 
 def _decode(store: StoreView, piece: Piece, inside: slice, out: FloatRows) -> None:
-    decode_into(piece.raw[inside], piece.scale[inside], out, store.layout.dtype, store.column_scale)
+    store.layout.encoding.decode_into(piece.raw[inside], piece.scale[inside], out, store.column_scale)

@@ -8,14 +8,16 @@ against their commit record.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from ooc_influence.errors import InputError, MismatchError, StoreDamagedError
+from ooc_influence.errors import InputError, MismatchError, StoreDamagedError, StoreExistsError
 from ooc_influence.progress import Progress
 from ooc_influence.store import commits, place
 from ooc_influence.store.committer import SmallValues
+from ooc_influence.store.creation import create_store, nothing_expected
 from ooc_influence.store.gradient_store import GradientStore
 from ooc_influence.store.layout import Storage
 from ooc_influence.store.lookup import repeated_ids
@@ -70,7 +72,7 @@ def merge_stores(
             )
     if len({str(store.path) for store in stores} | {str(parse_path(out))}) <= len(stores):
         raise InputError("expected different stores to merge into another; received one of them twice")
-    merged = create_like(stores[0], out, [str(store.path) for store in stores])
+    merged = _create_same(stores[0], out, [str(store.path) for store in stores])
     dropped: list[int] = []
     with merged, Progress("merge", sum(store.n for store in stores), progress) as bar:
         writer = merged.writer()
@@ -104,6 +106,7 @@ def _check_alike(first: GradientStore, other: GradientStore) -> None:
             "model": (store.attrs.get("model") or {}).get("fingerprint"),
             "loss_kind": store.attrs.get("loss_kind"),
             "dtype": layout.dtype,
+            "block": layout.block,
             "column_scale": scale,
             "ids": layout.ids,
             "columns": layout.columns,
@@ -116,16 +119,20 @@ def _check_alike(first: GradientStore, other: GradientStore) -> None:
             )
 
 
+def _inherited(store: GradientStore, sources: list[str]) -> dict[str, Any]:
+    """Return what a store made of another's rows records as that did; not what is true of its own rows only."""
+    fixed = {"format", "version", "created", "p", "mask_digest", "reduction", "layout", "digest"}
+    own = {"reduced", "measured"}
+    kept = {name: value for name, value in store.attrs.items() if name not in fixed | own}
+    return kept | {"made_from": sources}
+
+
 def create_like(store: GradientStore, out: PathLike, sources: list[str], **changes: Any) -> GradientStore:
     """Create an empty store with the settings of another, but for ``changes``: arguments of :meth:`create`.
 
-    ``attributes`` are added to those it has, except for what is true of its own rows only.
+    ``attributes`` are added to those it has.
     """
     layout = store.layout
-    fixed = {"format", "version", "created", "p", "mask_digest", "reduction", "layout", "digest"}
-    own = {"reduced", "measured"}
-    inherited = {name: value for name, value in store.attrs.items() if name not in fixed | own}
-    attributes = inherited | {"made_from": sources} | changes.pop("attributes", {})
     settings = {
         "dtype": layout.dtype,
         "storage": Storage(layout.chunk_rows, layout.group_chunks, layout.codec),
@@ -134,7 +141,18 @@ def create_like(store: GradientStore, out: PathLike, sources: list[str], **chang
         "reduction": store.reduction,
         "column_scale": store.column_scale,
     }
+    attributes = _inherited(store, sources) | changes.pop("attributes", {})
     return GradientStore.create(out, store.mask, attributes=attributes, **(settings | changes))
+
+
+def _create_same(store: GradientStore, out: PathLike, sources: list[str], ids: str | None = None) -> GradientStore:
+    """Create an empty store that grows, whose rows have the very stored form of another's."""
+    target = parse_path(out)
+    layout = replace(store.layout, planned_rows=None, ids=store.layout.ids or ids)
+    attributes = _inherited(store, sources)
+    if not create_store(target, layout, store.mask, store.reduction, attributes, store.column_scale):
+        raise StoreExistsError(nothing_expected(target))
+    return GradientStore.open(target, "a")
 
 
 def _read_checked(store: GradientStore, chunk: int) -> tuple[Any, SmallValues]:
@@ -190,7 +208,7 @@ def compact_store(store: GradientStore | PathLike, out: PathLike, *, progress: b
     source = store if isinstance(store, GradientStore) else GradientStore.open(store)
     if source.committed > source.n:
         raise InputError(f"expected a store without gaps; received {source.path}: finish or repair it first")
-    compacted = create_like(source, out, [str(source.path)], ids=source.layout.ids or "int64")
+    compacted = _create_same(source, out, [str(source.path)], ids="int64")
     with compacted, Progress("compact", source.n, progress) as bar:
         writer = compacted.writer()
         for chunk in range(-(-source.n // source.layout.chunk_rows)):

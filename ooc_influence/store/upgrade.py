@@ -1,7 +1,8 @@
 """Bringing a store of an older format to the present one, in place: metadata change, and the last write decides.
 
 Format 1 to 2: every group gets its file of commit records, the groups with dropped rows are listed, the attributes get
-a digest. A run that is interrupted leaves a readable store of the old format and is simply repeated.
+a digest. Format 2 to 3: the number only; int8 and int4 rows stay without blocks, and those appended later have none
+either. A run that is interrupted leaves a readable store of the old format and is simply repeated.
 """
 
 from __future__ import annotations
@@ -34,19 +35,24 @@ def upgrade_store(path: PathLike) -> bool:
     claim = make_claim(store.path, 0, store.layout.planned_rows)
     try:
         store.reload()
-        files = array_store(store.path)
-        group = open_group(files, "r+")
-        records: commits.Records = np.asarray(store.records)
-        writable_array(group, "commits")[...] = records
-        group.require_group(MARKS)
-        list_groups(files, store.dropped_groups())
-        if is_local(store.path):  # locks of the old format
-            for name in place.names(store.path / "commits"):
-                if name.startswith(".claim-") and not name.rpartition(".")[2].isdigit():
-                    place.remove_file(store.path / "commits" / name)
-            disk.sync_tree(store.path)
-        files.sync_folders()
+        if store.attrs["format"] == 1:
+            _upgrade_first(store)
         write_attributes(store.path, {**store.attrs, "format": FORMAT_VERSION, "layout": store.layout.to_dict()})
     finally:
         claim.release()
     return True
+
+
+def _upgrade_first(store: GradientStore) -> None:
+    files = array_store(store.path)
+    group = open_group(files, "r+")
+    records: commits.Records = np.asarray(store.records)
+    writable_array(group, "commits")[...] = records
+    group.require_group(MARKS)
+    list_groups(files, store.dropped_groups())
+    if is_local(store.path):  # locks of the old format
+        for name in place.names(store.path / "commits"):
+            if name.startswith(".claim-") and not name.rpartition(".")[2].isdigit():
+                place.remove_file(store.path / "commits" / name)
+        disk.sync_tree(store.path)
+    files.sync_folders()

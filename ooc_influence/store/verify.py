@@ -19,7 +19,6 @@ from ooc_influence.progress import Progress, tick
 from ooc_influence.store import commits, place
 from ooc_influence.store.arrays import open_group
 from ooc_influence.store.committer import Committer
-from ooc_influence.store.encoding import nonfinite_rows
 from ooc_influence.store.layout import ROW_ARRAYS
 from ooc_influence.store.lookup import repeated_ids
 from ooc_influence.store.place import array_store, is_local
@@ -94,7 +93,7 @@ def _read_chunk(store: StoreView, chunk: int, following: list[int]) -> Parts | s
         if is_local(store.path) and layout.codec is None:
             for number in following:
                 ask_for_chunk(store, number)
-        parts = [store.read("gradients", slice(start, stop), slice(0, layout.array_columns))]
+        parts = [store.read("gradients", slice(start, stop), slice(0, layout.encoding.columns))]
         return parts + [store.read(name, slice(start, stop)) for name in layout.row_arrays]
     except Exception as error:  # whatever a codec makes of damaged bytes
         return str(error) or type(error).__name__
@@ -105,7 +104,7 @@ def _check_chunk(store: StoreView, parts: Parts, record: int) -> str | None:
         return f"expected {record >> 32} rows; received {len(parts[0])}: the array's metadata say it ends there"
     if commits.checksum(parts) != commits.crc_of(record):
         return "the checksum differs from the commit record"
-    bad = nonfinite_rows(parts[0], store.layout.dtype)
+    bad = store.layout.encoding.nonfinite_rows(parts[0])
     for values in parts[1 : 1 + len(ROW_ARRAYS)]:
         bad |= ~np.isfinite(values)
     return f"{int(bad.sum())} rows with NaN or Inf" if bad.any() else None

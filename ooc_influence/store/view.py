@@ -14,7 +14,7 @@ from ooc_influence.errors import InputError, MismatchError, StoreDamagedError
 from ooc_influence.store import commits, place
 from ooc_influence.store.arrays import open_group, read_array
 from ooc_influence.store.cache import ChunkCache
-from ooc_influence.store.encoding import FloatRows, array_dtype
+from ooc_influence.store.encoding import FloatRows
 from ooc_influence.store.local import MAPPED, LocalArrayStore
 from ooc_influence.store.marks import marked_groups
 from ooc_influence.store.mask import Mask
@@ -236,7 +236,7 @@ class StoreView:
     def raw_rows(self, start: int, stop: int) -> npt.NDArray[Any]:
         """Return the stored form of rows ``start`` to ``stop``: a memory map where they lie in one chunk."""
         self._check_range(start, stop)
-        return self.read("gradients", slice(start, stop), slice(0, self.layout.array_columns))
+        return self.read("gradients", slice(start, stop), slice(0, self.layout.encoding.columns))
 
     def tensor(self, start: int, stop: int) -> torch.Tensor:
         """Return the stored form of rows ``start`` to ``stop`` as a tensor, without a copy inside one chunk.
@@ -265,11 +265,11 @@ class StoreView:
         if isinstance(files, LocalArrayStore) and self.layout.codec is None:
             mapped = files.map_chunk(f"gradients/c.{chunk}.0")
             assert mapped is not None
-            shape = (self.layout.chunk_rows, self.layout.array_columns)
-            return mapped.view(array_dtype(self.layout.dtype)).reshape(shape)[: record >> 32]
+            shape = (self.layout.chunk_rows, self.layout.encoding.columns)
+            return mapped.view(self.layout.encoding.dtype).reshape(shape)[: record >> 32]
 
         def read() -> npt.NDArray[Any]:
-            return self.read("gradients", slice(start, start + (record >> 32)), slice(0, self.layout.array_columns))
+            return self.read("gradients", slice(start, start + (record >> 32)), slice(0, self.layout.encoding.columns))
 
         if self.cache is None:
             return read()

@@ -22,7 +22,7 @@ import numpy as np
 from ooc_influence.errors import InputError, OocInfluenceError, StoreDamagedError, StoreWriteError
 from ooc_influence.store import commits
 from ooc_influence.store.committer import AT_ONCE, Committer, Slot
-from ooc_influence.store.encoding import FloatRows, RawRows, encode_into
+from ooc_influence.store.encoding import FloatRows, RawRows
 from ooc_influence.store.layout import Layout
 from ooc_influence.store.place import StorePath, is_local
 
@@ -127,7 +127,7 @@ class RangeWriter:
         self._check_room(len(rows))
         for slot, places, part in self._places(len(rows)):
             scale = slot.small["row_scale"][places]
-            encode_into(rows[part], slot.gradients[places], scale, self._layout.dtype, self._scale)
+            self._layout.encoding.encode_into(rows[part], slot.gradients[places], scale, self._scale)
             for name, values in small.items():
                 slot.small[name][places] = values[part]
 
