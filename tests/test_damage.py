@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
+import zarr
 from conftest import random_rows, whole_mask
 from numpy.testing import assert_array_equal
 from test_faults import contents, planned
 
+import ooc_influence.store
 from ooc_influence import Dropout, GradientStore, Storage, extract_gradients, fit_fisher, top_influential
+from ooc_influence.curvature import resolve_curvature
 from ooc_influence.errors import OocInfluenceError, StoreBusyError, StoreDamagedError, StoreFormatError
+from ooc_influence.store import Damage
 
 ROWS = random_rows(50, 6)
 STORAGE = Storage(chunk_rows=4, group_chunks=2)
@@ -29,19 +35,29 @@ def fill(path, first=0):
     return GradientStore.open(path)
 
 
-@pytest.fixture(params=[None, "zstd"])
-def store(tmp_path, request):
+@pytest.fixture(scope="module", params=[None, "zstd"])
+def original(tmp_path_factory, request):
     storage = Storage(4, 2, request.param)
+    path = tmp_path_factory.mktemp("damage") / "s.zarr"
     GradientStore.create(
-        tmp_path / "s.zarr", whole_mask(6), storage=storage, ids="str", columns={"label": "int64"}, dtype="int8",
+        path, whole_mask(6), storage=storage, ids="str", columns={"label": "int64"}, dtype="int8",
         column_scale=np.arange(1, 7),
     ).close()  # fmt: skip
-    made = fill(tmp_path / "s.zarr")
+    made = fill(path)
     fit_fisher(made)
     with GradientStore.open(made.path, "a") as again:
         again.drop([9])
     fit_fisher(GradientStore.open(made.path), name="second")
-    return GradientStore.open(made.path)
+    return path
+
+
+PLAIN = pytest.mark.parametrize("original", [None], indirect=True)  # where a codec makes no difference
+
+
+@pytest.fixture
+def store(original, tmp_path):
+    """A copy, to be harmed."""
+    return GradientStore.open(shutil.copytree(original, tmp_path / "s.zarr"))
 
 
 def flip(path, where=0.4):
@@ -124,15 +140,16 @@ def test_damage_that_is_not_of_rows(store, name, harm):
     assert GradientStore.open(store.path, damaged=True).committed == 50
 
 
+@PLAIN
 def test_every_bit_of_the_metadata_is_noticed_or_harmless(store):
     """A flipped bit in any zarr.json never yields other rows: an error of ours, or the same store."""
     expected = store.rows()
     outcomes = set()
     for path in sorted(store.path.rglob("zarr.json")):
         whole = path.read_bytes()
-        if "curvature" in path.parts or "mask" in path.parts:
+        if "curvature" in path.parts:
             continue
-        for at in range(0, len(whole), 7 if len(whole) < 3000 else 29):
+        for at in range(0, len(whole), 11 if len(whole) < 3000 else 29):
             data = bytearray(whole)
             data[at] ^= 1 << (at % 7)
             path.write_bytes(data)
@@ -142,6 +159,7 @@ def test_every_bit_of_the_metadata_is_noticed_or_harmless(store):
                 assert_array_equal(opened.rows(), expected)
                 assert np.flatnonzero(opened.dropped).tolist() == [9]
                 assert opened.has_dropped
+                assert opened.mask.k == 6
                 outcomes.add("harmless")
             except OocInfluenceError:
                 outcomes.add("noticed")
@@ -149,15 +167,74 @@ def test_every_bit_of_the_metadata_is_noticed_or_harmless(store):
     assert outcomes == {"harmless", "noticed"}
 
 
-def test_metadata_that_ask_for_other_code_are_refused(store):
-    path = store.path / "gradients" / "zarr.json"
+def edit(path, **changes):
     metadata = json.loads(path.read_text())
-    metadata["codecs"].append({"name": "numcodecs.pickle", "configuration": {}})
-    path.write_text(json.dumps(metadata))
-    with pytest.raises(StoreFormatError, match="known codecs"):
-        GradientStore.open(store.path)
+    path.write_text(json.dumps(metadata | changes))
 
 
+PICKLE = [{"name": "bytes"}, {"name": "numcodecs.pickle", "configuration": {}}]
+
+
+@PLAIN
+@pytest.mark.parametrize("change", [{"codecs": PICKLE}, {"data_type": {"name": "object"}}])
+@pytest.mark.parametrize("name", ["gradients", "mask/00000/rows", "column_scale", "curvature/second/fisher"])
+def test_metadata_that_ask_for_other_code_are_refused(store, name, change):
+    edit(store.path / name / "zarr.json", **change)
+
+    def use():
+        opened = GradientStore.open(store.path)
+        _ = opened.mask, opened.rows(), resolve_curvature(opened, "second").fisher()
+
+    with pytest.raises(OocInfluenceError, match="known codecs and data types"):
+        use()
+    assert ["known codecs" in part.reason for part in look(store.path)] == [True]
+
+
+def look(path):
+    """What verify finds; an error on opening as if it were damage."""
+    try:
+        return GradientStore.open(path, damaged=True).verify(workers=1)
+    except StoreFormatError as error:
+        return [Damage(None, None, str(error))]
+
+
+@PLAIN
+@pytest.mark.filterwarnings("ignore:Consolidated metadata")
+def test_consolidated_metadata_are_passed_over(store):
+    """Copies of the metadata, as Zarr can make them, are old after an append and could ask for anything."""
+    zarr.consolidate_metadata(str(store.path))
+    metadata = json.loads((store.path / "zarr.json").read_text())
+    copies = metadata["consolidated_metadata"]["metadata"]
+    copies["gradients"]["shape"][0] = 3
+    copies["mask/00000/rows"]["codecs"] = PICKLE
+    (store.path / "zarr.json").write_text(json.dumps(metadata))
+    opened = GradientStore.open(store.path)
+    assert_array_equal(opened.rows(), store.rows())
+    assert (opened.mask.k, opened.verify()) == (6, [])
+
+
+@PLAIN
+@pytest.mark.parametrize("shape", [[10**12], [10**18], [-5]])
+@pytest.mark.parametrize("name", ["commits", "mask/00000/weight", "column_scale"])
+def test_shapes_edited_by_hand_take_no_memory(store, name, shape):
+    edit(store.path / name / "zarr.json", shape=shape)
+    with pytest.raises(OocInfluenceError, match=r"zarr\.json|files of \d+ bytes|metadata"):
+        _ = [GradientStore.open(store.path).mask, GradientStore.open(store.path).rows()]
+
+
+def test_nothing_in_a_store_can_be_a_pickle():
+    """The room that reads stores imports nothing that turns bytes into code."""
+    files = sorted(Path(ooc_influence.store.__file__).parent.glob("*.py"))
+    assert len(files) > 20
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            named = {alias.name for alias in node.names} if isinstance(node, ast.Import | ast.ImportFrom) else set()
+            named |= {node.id} if isinstance(node, ast.Name) else set()
+            named |= {node.arg} if isinstance(node, ast.keyword) else set()
+            assert not named & {"pickle", "cloudpickle", "marshal", "dill", "eval", "exec", "allow_pickle"}, file
+
+
+@PLAIN
 @pytest.mark.parametrize(
     "change", [{"k": -3}, {"k": 10**30}, {"k": 7}, {"chunk_rows": 0}, {"columns": {"../../x": "str"}},
                {"columns": {"label": "object"}}, {"codec": "pickle"}, {"dtype": "complex128"}, {"planned_rows": -1},

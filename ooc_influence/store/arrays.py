@@ -2,13 +2,11 @@
 
 Chunk keys are flat (``c.5.0``), so that a chunk is one file and one folder entry; empty chunks are written, because a
 missing file has to mean damage; no codec unless asked, so that chunks can be mapped; ``check=True`` adds Zarr's crc32c
-codec, for small arrays that no commit record covers. Codecs are an allow-list, looked at before Zarr makes any of
-them: a store from elsewhere cannot ask for code to be run.
+codec, for small arrays that no commit record covers.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -16,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, ZstdCodec
-from zarr.storage import StorePath as ZarrPath
 
-from ooc_influence.errors import InputError, StoreDamagedError, StoreFormatError
-from ooc_influence.store.place import ArrayStore
+from ooc_influence.errors import InputError, StoreDamagedError
+from ooc_influence.store import disk
+from ooc_influence.store.local import LocalArrayStore
 
 CHUNK_TARGET = 16 * 2**20  # bytes; the measured sweet spot of writing and reading
 _CODECS: dict[str, Callable[[int], Any]] = {  # by name, given the bytes of a number
@@ -29,7 +27,6 @@ _CODECS: dict[str, Callable[[int], Any]] = {  # by name, given the bytes of a nu
     "gzip": lambda size: GzipCodec(level=5),
 }
 CODECS = tuple(_CODECS)
-_ALLOWED_CODECS = {"bytes", "crc32c", "vlen-utf8", "zstd", "blosc", "gzip"}
 
 
 def parse_codec(name: str | None) -> str | None:
@@ -95,50 +92,33 @@ def square_chunks(side: int, itemsize: int) -> tuple[int, int]:
 
 
 def read_array(group: Any, name: str) -> npt.NDArray[Any]:
-    """Return a whole small array, with a failing checksum as a :class:`StoreDamagedError`."""
+    """Return a whole small array.
+
+    Raises
+    ------
+    StoreDamagedError
+        If a checksum fails, a file is missing, or its metadata ask for more than its files hold.
+    """
     try:
-        return np.asarray(group[name][...])
-    except (ValueError, KeyError) as error:
+        array = group[name]
+        _check_held(array)
+        return np.asarray(array[...])
+    except (ValueError, KeyError, TypeError, AttributeError, MemoryError) as error:
         raise StoreDamagedError(
             f"expected a readable array {name!r} in {group.store_path}; received: {error}: see 'ooc-influence verify', "
             "or restore it from a backup"
         ) from error
 
 
+def _check_held(array: Any) -> None:
+    """Check that an array's chunks can be on the disk before memory is taken for them: its shape may be edited."""
+    store = array.store
+    if isinstance(store, LocalArrayStore) and array.path not in store.may_lack:
+        held = disk.tree_bytes(store.root / array.path)
+        if array.nbytes > held:
+            raise ValueError(f"a shape of {array.shape}, and files of {held} bytes in all")
+
+
 def open_group(store: Any, mode: Any) -> zarr.Group:
     """Open a Zarr v3 group on ``store``."""
     return zarr.open_group(store, mode=mode, zarr_format=3)
-
-
-def check_metadata(files: ArrayStore, names: list[str], where: object) -> None:
-    """Check, before Zarr makes anything of it, that arrays' metadata ask for known codecs and data types only.
-
-    Raises
-    ------
-    StoreFormatError
-        If they ask for others, or cannot be read.
-    """
-    for name in names:
-        text = _metadata_text(files, name)
-        try:
-            metadata = json.loads(text)
-            codecs = {codec["name"] for codec in metadata["codecs"]}
-            plain = isinstance(metadata["data_type"], str)
-        except (ValueError, KeyError, TypeError) as error:
-            raise StoreFormatError(
-                f"expected the metadata of array {name!r} in {where}; received none that can be read: restore its "
-                "zarr.json from a backup"
-            ) from error
-        if not plain or not codecs <= _ALLOWED_CODECS:
-            raise StoreFormatError(
-                f"expected array {name!r} of {where} with known codecs and data type; received "
-                f"{', '.join(sorted(codecs))} and {metadata['data_type']!r:.40}: its zarr.json was edited"
-            )
-
-
-def _metadata_text(files: ArrayStore, name: str) -> bytes:
-    from zarr.core.buffer.core import default_buffer_prototype
-    from zarr.core.sync import sync
-
-    found = sync(ZarrPath(files, f"{name}/zarr.json").get(default_buffer_prototype()))
-    return b"" if found is None else found.to_bytes()

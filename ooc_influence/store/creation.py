@@ -20,11 +20,11 @@ from ooc_influence.store.committer import Committer
 from ooc_influence.store.encoding import FloatRows
 from ooc_influence.store.layout import ATTRIBUTES, FORMAT_VERSION, Layout
 from ooc_influence.store.mask import Mask
+from ooc_influence.store.metadata import METADATA
 from ooc_influence.store.opening import attributes_digest, read_attributes
 from ooc_influence.store.place import NewFolder, StorePath, array_store, is_local
 from ooc_influence.store.ranges import make_claim
 from ooc_influence.store.reduction import Reduction
-from ooc_influence.store.remote import ROOT
 
 
 def create_store(
@@ -44,7 +44,7 @@ def create_store(
     """
     claim = None
     try:
-        if place.is_file(path / ROOT):
+        if place.is_file(path / METADATA):
             return False
         if not is_local(path):  # built in place: two that do so at once would mix
             claim = Claim(path, name="create")

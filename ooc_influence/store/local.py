@@ -23,6 +23,7 @@ from zarr.storage import LocalStore
 
 from ooc_influence.errors import StoreDamagedError
 from ooc_influence.store import disk
+from ooc_influence.store.metadata import METADATA, check_document
 
 
 class _AdoptingArray(cpu.NDBuffer):
@@ -47,7 +48,14 @@ MAPPED = BufferPrototype(buffer=cpu.Buffer, nd_buffer=_AdoptingArray)
 def is_chunk(key: str) -> bool:
     """Return whether a key is a chunk's, whatever the metadata say chunks are called: not metadata of Zarr 3 or 2."""
     name = key.rsplit("/", 1)[-1]
-    return name != "zarr.json" and not name.startswith(".")
+    return name != METADATA and not name.startswith(".")
+
+
+def checked(found: Buffer | None, root: object, key: str) -> Buffer | None:
+    """Return what was read under a key, metadata looked at (:mod:`.metadata`)."""
+    if found is None or key.rsplit("/", 1)[-1] != METADATA:
+        return found
+    return cpu.Buffer.from_bytes(check_document(found.to_bytes(), f"{root}/{key}"))
 
 
 def map_file(path: str | Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -104,7 +112,7 @@ class LocalArrayStore(LocalStore):
     ) -> Buffer | None:
         """Return the bytes under ``key``: a memory map for a whole chunk, ordinary reads otherwise."""
         if byte_range is not None or not is_chunk(key):
-            return await super().get(key, prototype, byte_range)
+            return checked(await super().get(key, prototype, byte_range), self.root, key)
         if not self._is_open:
             await self._open()
         mapped = self.map_chunk(key)  # in the event loop: mapping reads nothing, a thread would cost more

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ooc_influence.errors import StoreDamagedError
+from ooc_influence.errors import OocInfluenceError, StoreDamagedError
 from ooc_influence.store.arrays import create_array, read_array
 
 
@@ -163,21 +163,18 @@ class Mask:
         StoreDamagedError
             If what is read is not what was written.
         """
-        modules = []
-        for number in range(len(list(group["mask"].group_keys()))):
-            source = group[f"mask/{number:05d}"]
-            attrs = source.attrs
-            layer = LayerShape(
-                str(attrs["module"]), str(attrs["kind"]), (int(attrs["shape"][0]), int(attrs["shape"][1])),
-                bool(attrs["bias"]), tuple(map(str, attrs.get("tied", ()))),
-            )  # fmt: skip
-            arrays = [read_array(source, name) for name in ("rows", "cols", "weight")]
-            modules.append(ModuleMask(layer, *arrays))
-        pilot = []
-        for number in range(len(list(group["pilot"].group_keys())) if "pilot" in group else 0):
-            source = group[f"pilot/{number:05d}"]
-            rows, cols = (read_array(source, name) for name in ("rows", "cols"))
-            pilot.append(PilotMoments(int(source.attrs["layer"]), rows, cols))
+        try:
+            count = len(list(group["mask"].group_keys()))
+            modules = [_load_module(group[f"mask/{number:05d}"]) for number in range(count)]
+            count = len(list(group["pilot"].group_keys())) if "pilot" in group else 0
+            pilot = [_load_moments(group[f"pilot/{number:05d}"]) for number in range(count)]
+        except OocInfluenceError:
+            raise
+        except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
+            raise StoreDamagedError(
+                f"expected the mask of {group.store_path}; received metadata without some of it ({error!r}): restore "
+                "it from a backup"
+            ) from error
         mask = cls(tuple(modules), tuple(pilot))
         if mask.digest != digest:
             raise StoreDamagedError(
@@ -185,3 +182,17 @@ class Mask:
                 "the mask was changed or damaged; restore it from a backup"
             )
         return mask
+
+
+def _load_module(source: Any) -> ModuleMask:
+    attrs = source.attrs
+    layer = LayerShape(
+        str(attrs["module"]), str(attrs["kind"]), (int(attrs["shape"][0]), int(attrs["shape"][1])),
+        bool(attrs["bias"]), tuple(map(str, attrs.get("tied", ()))),
+    )  # fmt: skip
+    return ModuleMask(layer, *(read_array(source, name) for name in ("rows", "cols", "weight")))
+
+
+def _load_moments(source: Any) -> PilotMoments:
+    rows, cols = (read_array(source, name) for name in ("rows", "cols"))
+    return PilotMoments(int(source.attrs["layer"]), rows, cols)

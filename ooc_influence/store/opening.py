@@ -1,7 +1,7 @@
 """Opening a store's folder: whether it is one, of a format this version reads, with metadata that fit together.
 
-Nothing from a store is run: its attributes and metadata are JSON, checked value by value before Zarr makes arrays of
-them; codecs are an allow-list; no array holds Python objects other than text.
+Nothing from a store is run: its attributes and metadata are JSON, checked value by value (:mod:`.metadata`); no array
+holds Python objects other than text.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import numpy as np
 from ooc_influence._version import __version__
 from ooc_influence.errors import StoreDamagedError, StoreFormatError, StoreNotFoundError
 from ooc_influence.store import commits, place
-from ooc_influence.store.arrays import check_metadata, open_group, read_array
+from ooc_influence.store.arrays import open_group, read_array
 from ooc_influence.store.layout import ATTRIBUTES, FORMAT_VERSION, READABLE_VERSIONS, Layout
+from ooc_influence.store.metadata import METADATA
 from ooc_influence.store.place import StorePath, array_store
-from ooc_influence.store.remote import ROOT
 
 _REQUIRED = {"format": int, "layout": dict, "mask_digest": str, "created": dict, "p": int}
 
@@ -39,7 +39,6 @@ def open_store(path: StorePath) -> tuple[dict[str, Any], Layout, Any]:
     layout = Layout.from_dict(attrs["layout"], path)
     may_lack = ["dropped"] if attrs["format"] > 1 else ["dropped", "commits"]
     files = array_store(path, read_only=True, chunk_bytes=layout.chunk_sizes, may_lack=may_lack)
-    check_metadata(files, layout.arrays, path)
     group = open_group(files, "r")
     for name in layout.arrays:
         layout.check_array(name, open_array(group, name, path), path)
@@ -48,7 +47,7 @@ def open_store(path: StorePath) -> tuple[dict[str, Any], Layout, Any]:
 
 def _check_there(path: StorePath) -> None:
     try:
-        if place.is_file(path / ROOT):
+        if place.is_file(path / METADATA):
             return
         found = "a folder without one" if place.exists(path) else "no such path"
     except Exception as error:  # whatever an object store's client makes of a bucket, key or permission

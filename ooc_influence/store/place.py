@@ -19,7 +19,8 @@ from upath import UPath
 from ooc_influence.errors import InputError, MissingExtraError
 from ooc_influence.store import disk
 from ooc_influence.store.local import LocalArrayStore
-from ooc_influence.store.remote import ROOT, RemoteArrayStore
+from ooc_influence.store.metadata import METADATA
+from ooc_influence.store.remote import RemoteArrayStore
 
 StorePath = Path | UPath
 PathLike = str | os.PathLike[str] | UPath
@@ -193,13 +194,13 @@ class NewFolder:
             self.arrays = LocalArrayStore(self.place)
         else:
             if replace:
-                remove_file(final / ROOT)
+                remove_file(final / METADATA)
             self.arrays = RemoteArrayStore(final, hold_root=True)
 
     def publish(self) -> bool:
         """Give it its name; return False where something else is there and is not to be replaced."""
         if isinstance(self.arrays, RemoteArrayStore):
-            self._published = create_file(self._final / ROOT, self.arrays.take_root())
+            self._published = create_file(self._final / METADATA, self.arrays.take_root())
         elif self._replace:
             disk.replace_folder(Path(str(self.place)), Path(str(self._final)))
             self._published = True
@@ -211,5 +212,5 @@ class NewFolder:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if not self._published and (isinstance(self.place, Path) or not is_file(self._final / ROOT)):
+        if not self._published and (isinstance(self.place, Path) or not is_file(self._final / METADATA)):
             remove_tree(self.place)

@@ -16,9 +16,8 @@ from zarr.core.buffer.core import default_buffer_prototype
 from zarr.storage import FsspecStore
 
 from ooc_influence.errors import StoreDamagedError
-from ooc_influence.store.local import is_chunk, missing_chunk, short_chunk
-
-ROOT = "zarr.json"  # the root's metadata: there is a store where it is
+from ooc_influence.store.local import checked, is_chunk, missing_chunk, short_chunk
+from ooc_influence.store.metadata import METADATA
 
 
 class RemoteArrayStore(FsspecStore):
@@ -74,7 +73,7 @@ class RemoteArrayStore(FsspecStore):
         self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
         """Return the bytes under ``key``; None where there is no object, unless it has to be there."""
-        if self._hold_root and key == ROOT:
+        if self._hold_root and key == METADATA:
             return self._held
         found = await super().get(key, prototype or default_buffer_prototype(), byte_range)
         array = key.rpartition("/")[0]
@@ -84,11 +83,11 @@ class RemoteArrayStore(FsspecStore):
                 raise StoreDamagedError(missing_chunk(self.root / key))
             if byte_range is None and expected is not None and len(found) != expected:
                 raise StoreDamagedError(short_chunk(self.root / key, expected, len(found)))
-        return found
+        return checked(found, self.root, key)
 
     async def set(self, key: str, value: Buffer, byte_range: tuple[int, int] | None = None) -> None:
         """Write ``value`` under ``key``, replacing what is there."""
-        if self._hold_root and key == ROOT:
+        if self._hold_root and key == METADATA:
             self._held = value
         else:
             await super().set(key, value)
