@@ -56,7 +56,7 @@ def root():
 
 
 def write(path, **options):
-    return write_store(path, ROWS, **({"dtype": "float16", "chunk_rows": 8} | options))
+    return write_store(path, ROWS, **({"dtype": "float16", "chunk_rows": 24} | options))
 
 
 @pytest.mark.skipif("OOC_INFLUENCE_TEST_ROOT" in os.environ, reason="this is the run on S3")
@@ -127,7 +127,7 @@ def test_an_interrupted_extraction_goes_on(root, tmp_path):
     def extract(where, function=loss):
         source = batches(*data(Mlp, 60), 7)
         return extract_gradients(
-            make(Mlp), function, source, where, compressor=Dropout(k=60), storage=Storage(4, 3), ids=list(range(60))
+            make(Mlp), function, source, where, compressor=Dropout(k=60), storage=Storage(10, 2), ids=list(range(60))
         )
 
     with pytest.raises(RuntimeError, match="interrupted"):
@@ -139,7 +139,7 @@ def test_an_interrupted_extraction_goes_on(root, tmp_path):
 
 
 def test_shards_fill_one_store(root, tmp_path):
-    options = {"compressor": Dropout(k=60), "storage": Storage(4, 3)}
+    options = {"compressor": Dropout(k=60), "storage": Storage(10, 1)}
     source = batches(*data(Mlp, 60), 7)
     init_store(make(Mlp), f"{root}/s", 60, **options)
     for index in (1, 0, 2, 1):
@@ -149,10 +149,9 @@ def test_shards_fill_one_store(root, tmp_path):
     assert_array_equal(store.rows(), whole.rows())
 
 
-@pytest.mark.parametrize("codec", [None, "zstd"])
-def test_damage_is_found_and_repaired(root, codec):
+def test_damage_is_found_and_repaired(root):
     path = f"{root}/s"
-    with GradientStore.create(path, whole_mask(8), dtype="float32", storage=Storage(8, 2, codec)) as store:
+    with GradientStore.create(path, whole_mask(8), dtype="float32", storage=Storage(8, 2, "zstd")) as store:
         store.append(ROWS, loss=np.zeros(90))
     expected = GradientStore.open(path).rows_digest()
     files = UPath(path)

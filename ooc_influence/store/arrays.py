@@ -92,6 +92,15 @@ def square_chunks(side: int, itemsize: int) -> tuple[int, int]:
 
 
 def read_array(group: Any, name: str) -> npt.NDArray[Any]:
+    """Return a whole small array of a group; see :func:`read_whole`."""
+    try:
+        array = group[name]
+    except (ValueError, KeyError) as error:
+        raise StoreDamagedError(_unreadable(f"{group.store_path}/{name}", error)) from error
+    return read_whole(array)
+
+
+def read_whole(array: Any) -> npt.NDArray[Any]:
     """Return a whole small array.
 
     Raises
@@ -100,14 +109,16 @@ def read_array(group: Any, name: str) -> npt.NDArray[Any]:
         If a checksum fails, a file is missing, or its metadata ask for more than its files hold.
     """
     try:
-        array = group[name]
         _check_held(array)
         return np.asarray(array[...])
     except (ValueError, KeyError, TypeError, AttributeError, MemoryError) as error:
-        raise StoreDamagedError(
-            f"expected a readable array {name!r} in {group.store_path}; received: {error}: see 'ooc-influence verify', "
-            "or restore it from a backup"
-        ) from error
+        raise StoreDamagedError(_unreadable(array.store_path, error)) from error
+
+
+def _unreadable(where: object, error: Exception) -> str:
+    return (
+        f"expected a readable array {where}; received: {error}: see 'ooc-influence verify', or restore it from a backup"
+    )
 
 
 def _check_held(array: Any) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ import numpy as np
 from ooc_influence._version import __version__
 from ooc_influence.errors import StoreDamagedError, StoreFormatError, StoreNotFoundError
 from ooc_influence.store import commits, place
-from ooc_influence.store.arrays import open_group, read_array
+from ooc_influence.store.arrays import open_group, read_whole
 from ooc_influence.store.layout import ATTRIBUTES, FORMAT_VERSION, READABLE_VERSIONS, Layout
 from ooc_influence.store.metadata import METADATA
 from ooc_influence.store.place import StorePath, array_store
@@ -24,8 +24,8 @@ from ooc_influence.store.place import StorePath, array_store
 _REQUIRED = {"format": int, "layout": dict, "mask_digest": str, "created": dict, "p": int}
 
 
-def open_store(path: StorePath) -> tuple[dict[str, Any], Layout, Any]:
-    """Return a store's attributes, its layout, and its Zarr group to read from.
+def open_store(path: StorePath) -> tuple[dict[str, Any], Layout, Any, dict[str, Any]]:
+    """Return a store's attributes, its layout, its Zarr group to read from, and its arrays by name.
 
     Raises
     ------
@@ -40,9 +40,10 @@ def open_store(path: StorePath) -> tuple[dict[str, Any], Layout, Any]:
     may_lack = ["dropped"] if attrs["format"] > 1 else ["dropped", "commits"]
     files = array_store(path, read_only=True, chunk_bytes=layout.chunk_sizes, may_lack=may_lack)
     group = open_group(files, "r")
-    for name in layout.arrays:
-        layout.check_array(name, open_array(group, name, path), path)
-    return attrs, layout, group
+    arrays = {name: open_array(group, name, path) for name in layout.arrays}
+    for name, array in arrays.items():
+        layout.check_array(name, array, path)
+    return attrs, layout, group, arrays
 
 
 def _check_there(path: StorePath) -> None:
@@ -61,8 +62,13 @@ def _check_there(path: StorePath) -> None:
     )
 
 
-def check_lengths(group: Any, layout: Layout, records: commits.Records) -> None:
+def check_lengths(array: Callable[[str], Any], layout: Layout, records: commits.Records) -> None:
     """Check that every per-row array is as long as the rows committed in it: Zarr clips what lies behind an end.
+
+    Parameters
+    ----------
+    array : callable
+        Returns an array by name.
 
     Raises
     ------
@@ -74,11 +80,11 @@ def check_lengths(group: Any, layout: Layout, records: commits.Records) -> None:
         return
     rows = int(held[-1]) * layout.chunk_rows + int(commits.rows_in(records)[held[-1]])
     for name in ("gradients", "dropped", *layout.row_arrays):
-        length = group[name].shape[0]
+        length = array(name).shape[0]
         if length < rows:
             raise StoreDamagedError(
-                f"expected {rows} rows in array {name!r} of {group.store_path}; received {length}: its zarr.json was "
-                "edited or damaged; restore it from a backup"
+                f"expected {rows} rows in array {array(name).store_path}; received {length}: its zarr.json was edited "
+                "or damaged; restore it from a backup"
             )
 
 
@@ -140,29 +146,28 @@ def open_array(group: Any, name: str, where: object) -> Any:
         ) from error
 
 
-def read_records(group: Any, layout: Layout, version: int) -> commits.Records:
-    """Return the commit records of a store.
+def read_records(array: Any, layout: Layout, version: int) -> commits.Records:
+    """Return the commit records of a store, from their array.
 
     Raises
     ------
     StoreDamagedError
         If a file of them is missing or damaged.
     """
-    records: commits.Records = np.asarray(read_array(group, "commits"))
+    records: commits.Records = np.asarray(read_whole(array))
     if version == 1 and layout.planned_rows is None:  # there a missing file reads as zeros
         rows = commits.rows_in(records)
         seen, held = commits.leading_rows(records, layout.chunk_rows), int(rows.sum())
         if held > seen:
             raise StoreDamagedError(
-                f"expected the commit records of {group.store_path} without a gap; received {seen} rows before one "
+                f"expected the commit records {array.store_path} without a gap; received {seen} rows before one "
                 f"and {held} in all: a file of 'commits' is missing or damaged; restore it from a backup"
             )
     return records
 
 
-def read_damaged_records(group: Any, layout: Layout) -> tuple[commits.Records, list[tuple[tuple[int, int], str]]]:
+def read_damaged_records(array: Any, layout: Layout) -> tuple[commits.Records, list[tuple[tuple[int, int], str]]]:
     """Return the commit records of a store, zero where a file of them cannot be read, and which rows those are."""
-    array = open_array(group, "commits", group.store_path)
     records = np.zeros(array.shape, np.uint64)
     damaged = []
     for start in range(0, len(records), layout.group_chunks):

@@ -7,6 +7,7 @@ rename does on a disk, the root's ``zarr.json`` does here: it is held back while
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from inspect import signature
 from typing import Self
 
 from upath import UPath
@@ -75,7 +76,7 @@ class RemoteArrayStore(FsspecStore):
         """Return the bytes under ``key``; None where there is no object, unless it has to be there."""
         if self._hold_root and key == METADATA:
             return self._held
-        found = await super().get(key, prototype or default_buffer_prototype(), byte_range)
+        found = await self._read(key, prototype or default_buffer_prototype(), byte_range)
         array = key.rpartition("/")[0]
         if self.chunk_bytes is not None and array not in self.may_lack and is_chunk(key):
             expected = self.chunk_bytes.get(array)
@@ -84,6 +85,15 @@ class RemoteArrayStore(FsspecStore):
             if byte_range is None and expected is not None and len(found) != expected:
                 raise StoreDamagedError(short_chunk(self.root / key, expected, len(found)))
         return checked(found, self.root, key)
+
+    async def _read(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None) -> Buffer | None:
+        """Read an object, a whole one in one request: s3fs asks for its size first, for what large ones gain."""
+        if byte_range is not None or "max_concurrency" not in signature(type(self.fs)._cat_file).parameters:
+            return await super().get(key, prototype, byte_range)
+        try:
+            return prototype.buffer.from_bytes(await self.fs._cat_file(f"{self.path}/{key}", max_concurrency=1))
+        except self.allowed_exceptions:
+            return None
 
     async def set(self, key: str, value: Buffer, byte_range: tuple[int, int] | None = None) -> None:
         """Write ``value`` under ``key``, replacing what is there."""

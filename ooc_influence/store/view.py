@@ -50,8 +50,7 @@ class StoreView:
     ) -> None:
         self.path = parse_path(path)
         self.cache = None if is_local(self.path) else cache
-        self._attrs, self.layout, self._group = open_store(self.path)
-        self._arrays: dict[str, Any] = {}
+        self._attrs, self.layout, self._group, self._arrays = open_store(self.path)
         self._mask: Mask | None = None
         self._reduction: Reduction | None = None
         self._column_scale: FloatRows | None = None
@@ -64,21 +63,25 @@ class StoreView:
     def reload(self) -> None:
         """See rows committed, and marks of dropped rows set, since the store was opened."""
         self._group = open_group(self._group.store, "r")
+        self._arrays.clear()  # their shapes may have changed
         self._look()
 
     def _look(self) -> None:
         if self._damaged:  # to be looked at and mended: see what can be seen
-            records, self.damaged_records = read_damaged_records(self._group, self.layout)
+            records, self.damaged_records = read_damaged_records(self._array("commits"), self.layout)
         else:
-            records = read_records(self._group, self.layout, self._attrs["format"])
-            check_lengths(self._group, self.layout, records)
+            records = read_records(self._array("commits"), self.layout, self._attrs["format"])
+            try:
+                check_lengths(self._array, self.layout, records)
+            except StoreDamagedError:  # a writer may have made room after the arrays were looked at
+                self._arrays.clear()
+                check_lengths(self._array, self.layout, records)
         self._see_records(records)
         self._dropped_groups = set() if self._damaged else self.dropped_groups()
 
     def _see_records(self, records: commits.Records) -> None:
         self._records = records
         self._rows = commits.leading_rows(records, self.layout.chunk_rows)
-        self._arrays.clear()  # their shapes may have changed
 
     def dropped_groups(self) -> set[int]:
         """Return the groups that have dropped rows.
@@ -107,6 +110,7 @@ class StoreView:
             longer = np.concatenate([self._records, np.zeros(chunks - len(self._records), np.uint64)])
             longer[list(records)] = list(records.values())
             self._see_records(longer)
+            self._arrays.clear()  # their shapes may have changed
 
     def _pin(self) -> Pin:
         """Return what fixes the rows seen: the store, their number, and the last chunk's record, which may change."""
