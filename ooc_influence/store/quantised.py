@@ -59,7 +59,7 @@ def quantise(
     scale = np.where(most > 0, np.maximum(most / (top * (top + offset)), _SMALLEST), np.float32(1)).astype(np.float32)
     codes = np.zeros((rows, block_count(k, block)), np.uint8)
     if block is not None:
-        with np.errstate(divide="ignore", invalid="ignore"):  # blocks and rows of zeros
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # blocks of zeros, or nearly
             below = np.floor(_STEPS * np.log2(most[:, None] / largest))
         np.copyto(codes, np.minimum(np.nan_to_num(below, posinf=255), 255), casting="unsafe")
     sizes = buffer.reshape(rows, -1, block or k)
