@@ -69,6 +69,10 @@ class MemoryBudgetError(OocInfluenceError, MemoryError):
     """A stage cannot run within the memory it was given."""
 
 
+class RunFailedError(OocInfluenceError, RuntimeError):
+    """A retraining run that raised, measured nothing of use, or whose process died."""
+
+
 class MissingExtraError(OocInfluenceError, ImportError):
     """An optional dependency is not installed."""
 

@@ -30,15 +30,17 @@ class Progress:
         Rows in all, where known: an ETA needs it.
     show : bool or None
         ``True`` draws on stderr; ``False`` and ``None`` (a library's default) stay silent.
+    unit : str
+        What is counted.
     """
 
-    def __init__(self, label: str, total: int | None, show: bool | None) -> None:
+    def __init__(self, label: str, total: int | None, show: bool | None, unit: str = "row") -> None:
         self.key = uuid.uuid4().hex
         self._bar: Any = None
         if show:
             from tqdm import tqdm
 
-            self._bar = tqdm(desc=label, total=total, unit=" row", unit_scale=True, dynamic_ncols=True)
+            self._bar = tqdm(desc=label, total=total, unit=f" {unit}", unit_scale=True, dynamic_ncols=True)
 
     def advance(self, rows: int) -> None:
         """Count ``rows`` more as done."""

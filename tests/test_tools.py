@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 BENCH = Path(__file__).parent.parent / "tools" / "bench"
 SMALL = {
     "extraction": ["--rounds", "1", "--k", "512", "--models", "cnn", "--samplings", "importance"],
     "memory": ["--rows", "600", "--k", "64"],
+    "quality": ["--quick", "--data", ".", "--folder", "out", "--workers", "1"],
     "representations": ["--mib", "1", "--k", "100", "--repeats", "1"],
     "store": ["--mib", "32", "--chunks", "300", "--repeats", "1"],
 }
+
+
+def write_images(folder: Path, n: int = 360) -> None:
+    """Write images of random classes in MNIST's format, each class bright in a part of its own."""
+    generator = np.random.default_rng(0)
+    labels = generator.integers(0, 10, n).astype(np.uint8)
+    images = generator.integers(0, 120, (n, 28, 28)).astype(np.uint8)
+    for image, label in zip(images, labels.tolist(), strict=True):
+        image[2 * label : 2 * label + 4] += 100
+    folder.mkdir()
+    for name, head, values in (("images-idx3", 16, images), ("labels-idx1", 8, labels)):
+        (folder / f"t10k-{name}-ubyte.gz").write_bytes(gzip.compress(bytes(head) + values.tobytes()))
 
 
 def test_every_benchmark_is_listed():
@@ -23,9 +38,11 @@ def test_every_benchmark_is_listed():
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_it_runs(name):
+def test_it_runs(name, tmp_path):
+    if name == "quality":
+        write_images(tmp_path / "mnist")
     command = [sys.executable, str(BENCH / f"{name}.py"), *SMALL[name]]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["bench"] == name

@@ -1,5 +1,12 @@
-"""Measures of how well influence does what it is used for."""
+"""Measures of how well influence does what it is used for, and the retraining they are measured against."""
 
+from ooc_influence.evaluate.lds import LdsResult, lds
 from ooc_influence.evaluate.mislabel import auc, recall_at
+from ooc_influence.evaluate.removal import LeaveOneOut, RemovalCurve, leave_one_out, removal_curve
+from ooc_influence.evaluate.retrain import finished_runs, random_subsets, retrain
+from ooc_influence.evaluate.runs import Runs
 
-__all__ = ["auc", "recall_at"]
+__all__ = [
+    "LdsResult", "LeaveOneOut", "RemovalCurve", "Runs", "auc", "finished_runs", "lds", "leave_one_out",
+    "random_subsets", "recall_at", "removal_curve", "retrain",
+]  # fmt: skip

@@ -1,0 +1,209 @@
+"""Retraining runs on disk: a local folder with one file a finished run, whole and durable or not there.
+
+``settings.json`` holds what all runs have in common; ``run-00007.npz`` what run 7 measured, how long it took, and a
+digest of the rows and the seed it was trained with, so that a folder is never gone on with for other subsets.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ooc_influence.errors import InputError, MismatchError, StoreFormatError, StoreWriteError
+from ooc_influence.store.disk import create_file, make_folders, sync_folders, write_file
+
+logger = logging.getLogger("ooc_influence")
+Rows = npt.NDArray[np.bool_]
+Subsets = npt.NDArray[np.bool_] | Sequence[npt.NDArray[np.bool_]]
+_FORMAT = 1
+_SETTINGS = "settings.json"
+
+
+@dataclass(frozen=True, eq=False)
+class Runs:
+    """What retraining runs measured.
+
+    Attributes
+    ----------
+    subsets : (m, n) bool, or a sequence of m rows (n,)
+        The rows each run was trained on.
+    outcomes : (m, q) float64
+        What was measured; NaN for runs that are missing. (m, 0) while there are none.
+    seconds : (m,) float64
+        What each run took; NaN for runs that are missing.
+    """
+
+    subsets: Subsets
+    outcomes: npt.NDArray[np.float64]
+    seconds: npt.NDArray[np.float64]
+
+    @property
+    def missing(self) -> list[int]:
+        """The runs that are not finished."""
+        return [int(run) for run in np.flatnonzero(np.isnan(self.seconds))]
+
+    def table(self) -> list[tuple[str, int, str]]:
+        """Return lines ``(state, number of runs, which)``, the missing ones last; runs as ranges (``"3, 7-12"``)."""
+        missing = self.missing
+        done = sorted(set(range(len(self.subsets))) - set(missing))
+        return [(state, len(runs), ranges(runs)) for state, runs in (("finished", done), ("missing", missing)) if runs]
+
+    def __repr__(self) -> str:
+        lines = "; ".join(f"{number} {state}: {which}" for state, number, which in self.table())
+        return f"<Runs of {self.outcomes.shape[1]} outcomes, {lines}>"
+
+
+class RunFolder:
+    """A folder of finished runs.
+
+    Parameters
+    ----------
+    folder : str or Path
+        Where; made if it is not there.
+    settings : mapping
+        What all runs have in common, JSON values.
+
+    Raises
+    ------
+    InputError
+        If the settings are not JSON values, or the path is not a folder.
+    MismatchError
+        If the folder holds runs with other settings.
+    StoreFormatError
+        If its settings cannot be read.
+    StoreWriteError
+        If it cannot be made.
+    """
+
+    def __init__(self, folder: str | Path, settings: Mapping[str, Any]) -> None:
+        self.path = Path(folder)
+        try:
+            text = json.dumps({"format": _FORMAT, **settings}, sort_keys=True, indent=1)
+        except TypeError as error:
+            raise InputError(f"expected settings of JSON values; received {settings!r}: {error}") from error
+        place = self.path / _SETTINGS
+        try:
+            parents = make_folders(self.path)
+            made = not place.exists() and create_file(place, text.encode())
+            sync_folders([self.path, *parents] if made else [])
+            held = place.read_text()
+        except (FileExistsError, NotADirectoryError) as error:
+            raise InputError(f"expected a folder for runs at {self.path}; received a file: choose another") from error
+        except OSError as error:
+            raise StoreWriteError(f"expected to write runs to {self.path}; received: {error}") from error
+        self._check(held, json.loads(text))
+
+    def _check(self, held: str, asked: dict[str, Any]) -> None:
+        try:
+            found = json.loads(held)
+            names = sorted(found.keys() | asked.keys())
+        except (ValueError, AttributeError) as error:
+            raise StoreFormatError(
+                f"expected the settings of runs in {self.path / _SETTINGS}; received something else: choose another "
+                "folder"
+            ) from error
+        other = [name for name in names if found.get(name) != asked.get(name)]
+        if other:
+            raise MismatchError(
+                f"expected the {' and '.join(other)} of the runs in {self.path}, {_short(found, other)}; received "
+                f"{_short(asked, other)}: give the same, or another folder"
+            )
+
+    def read(self, run: int, digest: str) -> tuple[npt.NDArray[np.float64], float] | None:
+        """Return what a finished run measured, (q,), and its seconds; None where it is missing or cannot be read.
+
+        Raises
+        ------
+        MismatchError
+            If it was trained on other rows or with another seed than ``digest`` says.
+        """
+        place = self._place(run)
+        try:
+            with np.load(io.BytesIO(place.read_bytes()), allow_pickle=False) as held:
+                found, outcome, seconds = str(held["digest"]), held["outcome"], float(held["seconds"])
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            logger.warning("%s cannot be read (%s): the run is counted as missing", place, error)
+            return None
+        if found != digest:
+            raise MismatchError(
+                f"expected run {run} in {self.path} to be one on these rows and with this seed; received another: give "
+                "the same subsets and seeds, or another folder"
+            )
+        return outcome, seconds
+
+    def write(self, run: int, digest: str, outcome: npt.NDArray[np.float64], seconds: float) -> None:
+        """Write what a run measured, (q,): durable when this returns.
+
+        Raises
+        ------
+        StoreWriteError
+            If the disk refuses.
+        """
+        held = io.BytesIO()
+        np.savez(held, outcome=outcome, digest=np.array(digest), seconds=np.array(seconds))
+        try:
+            write_file(self._place(run), held.getbuffer())
+            sync_folders([self.path])
+        except OSError as error:
+            raise StoreWriteError(
+                f"expected to write run {run} to {self.path}; received: {error}: make room and call again, finished "
+                "runs are kept"
+            ) from error
+
+    def _place(self, run: int) -> Path:
+        return self.path / f"run-{run:05d}.npz"
+
+    def collect(self, subsets: Subsets, seeds: Sequence[int]) -> Runs:
+        """Return what is finished of the runs on ``subsets``.
+
+        Raises
+        ------
+        MismatchError
+            If finished runs are not of these subsets and seeds, or measured different numbers of outcomes.
+        """
+        found = [self.read(run, run_digest(subsets[run], seeds[run])) for run in range(len(subsets))]
+        widths = {len(held[0]) for held in found if held is not None}
+        if len(widths) > 1:
+            raise MismatchError(
+                f"expected as many outcomes of every run; received {sorted(widths)} in {self.path}: measure the same "
+                "rows after every run, in another folder"
+            )
+        outcomes = np.full((len(found), max(widths, default=0)), np.nan)
+        seconds = np.full(len(found), np.nan)
+        for run, held in enumerate(found):
+            if held is not None:
+                outcomes[run], seconds[run] = held
+        return Runs(subsets, outcomes, seconds)
+
+
+def run_digest(rows: Rows, seed: int) -> str:
+    """Return what tells a run from others: SHA-256 of its rows and its seed."""
+    return hashlib.sha256(np.packbits(rows).tobytes() + f" {len(rows)} {seed}".encode()).hexdigest()
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Return ascending whole numbers as text, runs of them as ranges: ``"3, 7-12"``."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1] = [parts[-1][0], number]
+        else:
+            parts.append([number])
+    return ", ".join("-".join(map(str, part)) for part in parts)
+
+
+def _short(settings: Mapping[str, Any], names: Sequence[str]) -> str:
+    text = ", ".join(str(settings.get(name)) for name in names)
+    return text if len(text) < 200 else f"{text[:200]}..."
