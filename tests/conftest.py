@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 
@@ -32,6 +34,14 @@ def write_store(path, rows, *, dtype="float32", chunk_rows=64, group_chunks=3, *
 def roomy() -> int:
     """A budget that does not depend on what the tests before left in this process."""
     return process_anonymous() + 2**31
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk():
+    """Nothing here can see what a sync does (test_replay.py records them instead); waiting for a disk takes minutes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
 
 
 @pytest.fixture
