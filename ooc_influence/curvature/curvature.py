@@ -30,6 +30,7 @@ from ooc_influence.errors import (
 )
 from ooc_influence.linalg import symmetric_eigen
 from ooc_influence.store import (
+    CHUNK_TARGET,
     GradientStore,
     NewFolder,
     PathLike,
@@ -48,6 +49,8 @@ from ooc_influence.store import (
 Matrix = npt.NDArray[np.float64]
 _ATTRIBUTES = "ooc_influence_curvature"
 _FORMAT = 1
+_SELF_BYTES = 32 * 2**20  # of rotated rows held at a time by self-influence
+_SLAB_BYTES = 2 * CHUNK_TARGET  # a chunk of the eigenvectors and its copy
 
 
 class Curvature:
@@ -150,19 +153,52 @@ class Curvature:
         return float((kept / (kept + value)).sum())
 
     def precondition(self, gradients: npt.NDArray[Any], values: Sequence[float]) -> Matrix:
-        """Return (F + λI)⁻¹ g for each row and each λ of ``values``, (L, q, d) float64."""
+        """Return (F + λI)⁻¹ g for each row and each λ of ``values``, (L, q, d) float64.
+
+        ``values`` are what :meth:`damping_value` returned, passed on as they are: a kind may know more of them.
+        """
         rotated = np.asarray(gradients, np.float64) @ self.eigenvectors
-        return np.stack([(rotated / (self.eigenvalues + value)) @ self.eigenvectors.T for value in values])
+        result = np.empty((len(values), *rotated.shape))
+        damped = np.empty_like(rotated)
+        for number, value in enumerate(values):
+            np.divide(rotated, self.eigenvalues + value, out=damped)
+            np.matmul(damped, self.eigenvectors.T, out=result[number])
+        return result
+
+    def working_bytes(self, queries: int, values: int) -> int:
+        """Return what :meth:`precondition` holds for so many rows and λ, its result included, in bytes."""
+        return 8 * self.d**2 + 8 * self.d * queries * (3 + values)
 
     @cached_property
     def _rotation(self) -> npt.NDArray[np.float32]:
-        return self.eigenvectors.astype(np.float32)
+        """V in float32, read a slab at a time."""
+        array: Any = open_group(array_store(self.path, read_only=True, chunk_bytes={}), "r")["eigenvectors"]
+        found = np.empty(array.shape, np.float32)
+        for start in range(0, self.d, array.chunks[0]):
+            found[start : start + array.chunks[0]] = array[start : start + array.chunks[0]]
+        self._check_fit((_complete_attributes(self.path) or {}).get("fit"))
+        return found
 
     def self_influence(self, gradients: npt.NDArray[np.float32], values: Sequence[float]) -> npt.NDArray[np.float32]:
         """Return gᵀ (F + λI)⁻¹ g for each λ of ``values`` and each row, (L, b) float32: one GEMM for all λ."""
-        squares = np.square(gradients @ self._rotation)
-        weights = 1 / (self.eigenvalues[:, None] + np.asarray(values))
-        return np.ascontiguousarray((squares @ weights.astype(np.float32)).T)
+        weights = (1 / (self.eigenvalues[:, None] + np.asarray(values))).astype(np.float32)
+        result = np.empty((len(values), len(gradients)), np.float32)
+        step = self._self_rows
+        turned = np.empty((min(step, len(gradients)), self.d), np.float32)
+        for start in range(0, len(gradients), step):
+            part = gradients[start : start + step]
+            squares = np.matmul(part, self._rotation, out=turned[: len(part)])
+            np.square(squares, out=squares)
+            result[:, start : start + step] = (squares @ weights).T
+        return result
+
+    @property
+    def _self_rows(self) -> int:
+        return max(64, _SELF_BYTES // (4 * max(1, self.d)))
+
+    def self_working_bytes(self, values: int) -> int:
+        """Return what :meth:`self_influence` holds for so many λ whatever the rows, its result apart, in bytes."""
+        return 4 * self.d**2 + 4 * (self._self_rows + values) * self.d + _SLAB_BYTES
 
     def outside_share(self, gradients: npt.NDArray[Any]) -> Matrix:
         """Return the share of each row's squared norm outside the span of F's eigenvectors, (q,); 0 for a zero row."""
