@@ -1,6 +1,6 @@
 """BLAS, eigendecompositions, spectra, row weights: what compress, curvature and influence stand on."""
 
-from ooc_influence.linalg.blas import GramAccumulator
+from ooc_influence.linalg.accumulate import GramAccumulator
 from ooc_influence.linalg.eigen import symmetric_eigen
 from ooc_influence.linalg.rows import Rows, WeightedRows
 from ooc_influence.linalg.spectrum import Spectrum, top_spectrum

@@ -18,7 +18,8 @@ import numpy.typing as npt
 import scipy.linalg
 
 from ooc_influence.errors import InputError, MemoryBudgetError, NonFiniteError
-from ooc_influence.linalg.blas import GramAccumulator, add_product
+from ooc_influence.linalg.accumulate import GramAccumulator
+from ooc_influence.linalg.blas import add_product
 from ooc_influence.linalg.rows import Rows, WeightedRows
 from ooc_influence.memory import Need, block_limit, budget_bytes, format_bytes, plan_block_rows, process_anonymous
 from ooc_influence.progress import Progress, tick
