@@ -3,15 +3,16 @@
 A thread fetches one chunk ahead: it maps a local chunk and touches its pages, asking the kernel for the chunk after it;
 others it reads and decodes. At most two chunks are held. Blocks lie on a grid that starts at row 0 and does not depend
 on chunks or workers, so the same rows are always multiplied together and results do not depend on how the work was
-divided.
+divided. Some rows only, or some columns only, are read as such where chunks are mapped.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from ooc_influence.store.view import StoreView
 
 _PAGE = 4096
+RowNumbers = npt.NDArray[np.int64]
+Columns = Sequence[tuple[int, int]]  # ranges of columns
 
 
 @dataclass(frozen=True)
@@ -33,41 +36,71 @@ class Block:
     Attributes
     ----------
     start, stop : int
-        Row numbers.
+        Row numbers; of some rows only, their places among these.
     gradients : (stop - start, k) float32
         The rows, scale applied. A view into a buffer that the next block overwrites.
     dropped : (stop - start,) bool or None
         Which rows are dropped; None where none is.
+    loss : (stop - start,) float32 or None
+        Their losses, where they were asked for.
     """
 
     start: int
     stop: int
     gradients: FloatRows
     dropped: npt.NDArray[np.bool_] | None
+    loss: FloatRows | None = None
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows ``start`` to ``stop`` of one chunk: their stored form, scales, and dropped marks if there are any."""
+    """Rows of one chunk, as :class:`Block` counts them: stored form, scales, dropped marks if any, losses if wanted."""
 
     start: int
     stop: int
     raw: RawRows
     scale: FloatRows
     dropped: npt.NDArray[np.bool_] | None
+    loss: FloatRows | None = None
 
 
 class ChunkStream:
     """The chunks of rows ``start`` to ``stop``, one after the other, the next one fetched by a thread.
 
     Use it as a context; iterating yields :class:`Piece`.
+
+    Parameters
+    ----------
+    store : StoreView
+        The store.
+    start, stop : int
+        Row numbers, or places among ``numbers``.
+    numbers : (stop - start,) int64, optional
+        The rows, ascending, where they are not all those from ``start`` to ``stop``.
+    loss : bool
+        Read their losses too.
+    columns : sequence of (first, last), optional
+        The columns that will be looked at.
     """
 
-    def __init__(self, store: StoreView, start: int, stop: int) -> None:
-        self._store, self._start, self._stop = store, start, stop
+    def __init__(
+        self,
+        store: StoreView,
+        start: int,
+        stop: int,
+        *,
+        numbers: RowNumbers | None = None,
+        loss: bool = False,
+        columns: Columns | None = None,
+    ) -> None:
+        self._store, self._start, self._stop, self._numbers = store, start, stop, numbers
+        self._columns = [(0, store.k)] if columns is None or store.layout.dtype == "int4" else columns
+        self._mapped = is_local(store.path) and store.layout.codec is None
+        self._ahead = self._mapped and numbers is None and 2 * sum(b - a for a, b in self._columns) >= store.k
         self._thread = ThreadPoolExecutor(1, "ooc_influence-reader")
         self._group = -1
         self._scale: FloatRows = np.empty(0, np.float32)
+        self._loss: FloatRows | None = self._scale if loss else None
         self._dropped: npt.NDArray[np.bool_] | None = None
 
     def __enter__(self) -> Self:
@@ -76,41 +109,65 @@ class ChunkStream:
     def __exit__(self, *error: object) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def __iter__(self) -> Iterator[Piece]:
+    def _parts(self) -> list[tuple[int, int]]:
+        """Return the row numbers, or places among the numbers, that each chunk has."""
         size = self._store.layout.chunk_rows
         if self._start >= self._stop:
+            return []
+        if self._numbers is None:
+            edges = range(self._start // size * size + size, self._stop, size)
+            cuts = [self._start, *edges, self._stop]
+        else:
+            cuts = [0, *(np.flatnonzero(np.diff(self._numbers // size)) + 1).tolist(), len(self._numbers)]
+        return list(pairwise(cuts))
+
+    def __iter__(self) -> Iterator[Piece]:
+        parts = self._parts()
+        if not parts:
             return
-        chunks = range(self._start // size, -(-self._stop // size))
-        coming: Future[Piece] = self._thread.submit(self._fetch, chunks[0])
-        for chunk in chunks:
+        coming: Future[Piece] = self._thread.submit(self._fetch, *parts[0])
+        for number in range(len(parts)):
             piece = coming.result()
-            if chunk + 1 < chunks.stop:
-                coming = self._thread.submit(self._fetch, chunk + 1)
+            if number + 1 < len(parts):
+                coming = self._thread.submit(self._fetch, *parts[number + 1])
             yield piece
 
-    def _fetch(self, chunk: int) -> Piece:
+    def _fetch(self, low: int, high: int) -> Piece:
         store, size = self._store, self._store.layout.chunk_rows
-        start, stop = max(self._start, chunk * size), min(self._stop, (chunk + 1) * size)
-        mapped = is_local(store.path) and store.layout.codec is None
-        if mapped and stop < self._stop:
+        first = low if self._numbers is None else int(self._numbers[low])
+        chunk, places = first // size, slice(first % size, first % size + high - low)
+        if self._ahead and high < self._stop:
             ask_for_chunk(store, chunk + 1)
-        raw = store.committed_chunk(chunk)[start - chunk * size : stop - chunk * size]
-        if mapped and raw.size:  # here, so that the caller does not wait for the disk
-            raw.reshape(-1).view(np.uint8)[::_PAGE].max()
-        self._read_group(start // store.layout.group_rows)
-        first = start - self._group * store.layout.group_rows
-        places = slice(first, first + stop - start)
-        dropped = None if self._dropped is None else self._dropped[places]
-        return Piece(start, stop, raw, self._scale[places], dropped)
+        rows = store.committed_chunk(chunk)
+        self._read_group(first // store.layout.group_rows)
+        start = first // store.layout.group_rows * store.layout.group_rows
+        if self._numbers is None:
+            raw, inside, base = rows[places], slice(first - start, first - start + high - low), 0
+            if self._mapped and raw.size:  # here, so that the caller does not wait for the disk
+                self._touch(raw)
+        else:
+            wanted = self._numbers[low:high]
+            raw, inside, base = rows[wanted - chunk * size], wanted - start, self._start  # type: ignore[assignment]
+        dropped = None if self._dropped is None else self._dropped[inside]
+        loss = None if self._loss is None else self._loss[inside]
+        return Piece(base + low, base + high, raw, self._scale[inside], dropped, loss)
+
+    def _touch(self, raw: RawRows) -> None:
+        """Look at every page of the columns wanted."""
+        for first, last in self._columns:
+            columns = slice(first, last) if self._store.layout.dtype != "int4" else slice(None)
+            raw[:, columns].view(np.uint8)[:, ::_PAGE].max()
 
     def _read_group(self, group: int) -> None:
-        """Hold the scales and dropped marks of a group, which are in one file each."""
+        """Hold the scales, dropped marks and losses of a group, which are in one file each."""
         if group == self._group:
             return
         store, size = self._store, self._store.layout.group_rows
         stop = min(store.n, (group + 1) * size)
         self._scale = store.small("row_scale", group * size, stop)
         self._dropped = store.small("dropped", group * size, stop) if store.has_dropped else None
+        if self._loss is not None:
+            self._loss = store.small("loss", group * size, stop)
         self._group = group
 
 
@@ -139,26 +196,105 @@ def read_into(store: StoreView, start: int, stop: int, out: FloatRows) -> None:
             _decode(store, piece, slice(0, piece.stop - piece.start), out[piece.start - start : piece.stop - start])
 
 
-def read_blocks(store: StoreView, start: int, stop: int, block_rows: int) -> Iterator[Block]:
-    """Yield the blocks of rows ``start`` to ``stop``; ``start`` is a multiple of ``block_rows``."""
-    buffer: npt.NDArray[Any] = np.empty((min(block_rows, max(0, stop - start)), store.k), np.float32)
-    marks = np.zeros(len(buffer), np.bool_)
+def read_blocks(
+    store: StoreView,
+    start: int,
+    stop: int,
+    block_rows: int,
+    *,
+    numbers: RowNumbers | None = None,
+    loss: bool = False,
+    columns: Columns | None = None,
+    threads: int = 1,
+) -> Iterator[Block]:
+    """Yield the blocks of rows ``start`` to ``stop``; ``start`` is a multiple of ``block_rows``.
+
+    Parameters
+    ----------
+    store : StoreView
+        The store.
+    start, stop : int
+        Row numbers, or places among ``numbers``.
+    block_rows : int
+        Rows of a block; the last one may have fewer.
+    numbers : (stop - start,) int64, optional
+        The rows, ascending, where they are not all those from ``start`` to ``stop``.
+    loss : bool
+        Give their losses too.
+    columns : sequence of (first, last), optional
+        Give only these ranges of columns, one after the other.
+    threads : int
+        Threads to decode with.
+    """
+    width = store.k if columns is None else sum(last - first for first, last in columns)
+    buffer: npt.NDArray[Any] = np.empty((min(block_rows, max(0, stop - start)), width), np.float32)
+    marks, losses = np.zeros(len(buffer), np.bool_), np.empty(len(buffer), np.float32)
     first = start
-    with ChunkStream(store, start, stop) as stream:
+    with (
+        ChunkStream(store, start, stop, numbers=numbers, loss=loss, columns=columns) as stream,
+        ThreadPoolExecutor(max(1, threads - 1), "ooc_influence-decoder") as pool,
+    ):
         for piece in stream:
             at = piece.start
             while at < piece.stop:
                 last = min(stop, first + block_rows)
                 end = min(piece.stop, last)
-                inside = slice(at - piece.start, end - piece.start)
-                _decode(store, piece, inside, buffer[at - first : end - first])
-                marks[at - first : end - first] = False if piece.dropped is None else piece.dropped[inside]
+                inside, here = slice(at - piece.start, end - piece.start), slice(at - first, end - first)
+                _decode_together(store, piece, inside, buffer[here], columns, pool, threads)
+                marks[here] = False if piece.dropped is None else piece.dropped[inside]
+                if piece.loss is not None:
+                    losses[here] = piece.loss[inside]
                 at = end
                 if end == last:
                     dropped = marks[: last - first]
-                    yield Block(first, last, buffer[: last - first], dropped if dropped.any() else None)
+                    yield Block(
+                        first, last, buffer[: last - first], dropped if dropped.any() else None,
+                        losses[: last - first] if loss else None,
+                    )  # fmt: skip
                     first = last
 
 
-def _decode(store: StoreView, piece: Piece, inside: slice, out: FloatRows) -> None:
-    store.layout.encoding.decode_into(piece.raw[inside], piece.scale[inside], out, store.column_scale)
+def _decode_together(
+    store: StoreView,
+    piece: Piece,
+    inside: slice,
+    out: FloatRows,
+    columns: Columns | None,
+    pool: ThreadPoolExecutor,
+    threads: int,
+) -> None:
+    """Decode rows in several threads: NumPy holds no lock while it converts."""
+    share = -(-len(out) // threads)
+    parts = [slice(low, min(len(out), low + share)) for low in range(0, len(out), max(1, share))]
+    tasks = [
+        pool.submit(
+            _decode, store, piece, slice(inside.start + part.start, inside.start + part.stop), out[part], columns
+        )
+        for part in parts[1:]
+    ]
+    if parts:
+        _decode(store, piece, slice(inside.start, inside.start + parts[0].stop), out[parts[0]], columns)
+    for task in tasks:
+        task.result()
+
+
+def _decode(store: StoreView, piece: Piece, inside: slice, out: FloatRows, columns: Columns | None = None) -> None:
+    raw, scale, form, by_column = piece.raw[inside], piece.scale[inside], store.layout.encoding, store.column_scale
+    if columns is None:
+        form.decode_into(raw, scale, out, by_column)
+        return
+    if form.quantised:  # columns share scales, and bytes
+        step = 64
+        whole = np.empty((min(step, len(raw)), store.k), np.float32)
+        for start in range(0, len(raw), step):
+            part = slice(start, start + step)
+            rows = whole[: len(raw[part])]
+            form.decode_into(raw[part], scale[part], rows, by_column)
+            np.concatenate([rows[:, first:last] for first, last in columns], axis=1, out=out[part])
+        return
+    at = 0
+    for first, last in columns:
+        weights = None if by_column is None else by_column[first:last]
+        narrow = replace(form, k=last - first)
+        narrow.decode_into(raw[:, first:last], scale, out[:, at : at + last - first], weights)
+        at += last - first

@@ -1,0 +1,131 @@
+"""A symmetric matrix on disk: the square tiles of its lower triangle, float64.
+
+The array has shape (tiles, T, T). Tile I(I+1)/2 + J, J ≤ I, holds rows I·T to (I+1)·T and columns J·T to (J+1)·T, zero
+beyond the matrix. Each tile is one chunk with a checksum, so tiles are written, replaced and linked one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ooc_influence.linalg.blas import Floats
+from ooc_influence.store import StorePath, array_store, create_array, open_group, read_array, writable_array
+
+Matrix = npt.NDArray[np.float64]
+TILE = 1024  # rows and columns of a tile: 8 MiB
+
+
+class Tile(NamedTuple):
+    """One tile of a triangle: its number, its rows and its columns."""
+
+    number: int
+    rows: slice
+    columns: slice
+
+
+def tile_side(side: int) -> int:
+    """Return the rows of a tile of a matrix of ``side`` rows."""
+    return max(1, min(TILE, side))
+
+
+def list_tiles(side: int) -> list[Tile]:
+    """Return the tiles of a matrix's lower triangle in order."""
+    size = tile_side(side)
+    cuts = [slice(start, min(side, start + size)) for start in range(0, side, size)]
+    return [
+        Tile(high * (high + 1) // 2 + low, cuts[high], cuts[low])
+        for high in range(len(cuts))
+        for low in range(high + 1)
+    ]
+
+
+class TriangleTiles:
+    """A symmetric matrix in tiles, in an array of a Zarr group.
+
+    Parameters
+    ----------
+    array : zarr.Array
+        (tiles, T, T) float64.
+    side : int
+        Rows of the matrix.
+    """
+
+    def __init__(self, array: Any, side: int) -> None:
+        self._array, self.side = array, side
+
+    @classmethod
+    def create(cls, group: Any, name: str, side: int) -> TriangleTiles:
+        """Make room for a matrix in a group."""
+        size = tile_side(side)
+        shape = (len(list_tiles(side)), size, size)
+        return cls(create_array(group, name, shape, (1, size, size), "float64", check=True), side)
+
+    @classmethod
+    def open(cls, path: StorePath, name: str, side: int, *, write: bool = False) -> TriangleTiles:
+        """Open the matrix ``name`` of the group at ``path``; a missing tile is damage, unless it is to be written."""
+        if write:
+            return cls(writable_array(open_group(array_store(path), "r+"), name), side)
+        return cls(open_group(array_store(path, read_only=True, chunk_bytes={}), "r")[name], side)
+
+    def write(self, tile: Tile, values: Matrix) -> None:
+        """Write one tile."""
+        size = self._array.shape[1]
+        whole = values
+        if values.shape != (size, size):
+            whole = np.zeros((size, size))
+            whole[: values.shape[0], : values.shape[1]] = values
+        self._array[tile.number] = whole
+
+    def read(self, tile: Tile) -> Matrix:
+        """Return one tile.
+
+        Raises
+        ------
+        StoreDamagedError
+            If it is missing or fails its checksum.
+        """
+        rows, columns = tile.rows.stop - tile.rows.start, tile.columns.stop - tile.columns.start
+        return np.asarray(read_array(self._array, tile.number)[:rows, :columns])  # type: ignore[arg-type]
+
+    def write_upper(self, matrix: Matrix) -> None:
+        """Write a matrix of which the upper triangle is given."""
+        for tile in list_tiles(self.side):
+            self.write(tile, upper_tile(matrix, tile))
+
+    def add_to_upper(self, matrix: Matrix) -> None:
+        """Add this one to the upper triangle of ``matrix``, in place."""
+        for tile in list_tiles(self.side):
+            matrix[tile.columns, tile.rows] += self.read(tile).T
+
+    def whole(self) -> Matrix:
+        """Return the whole matrix, (side, side)."""
+        found = np.empty((self.side, self.side))
+        for tile in list_tiles(self.side):
+            values = self.read(tile)
+            found[tile.rows, tile.columns] = values
+            found[tile.columns, tile.rows] = values.T
+        return found
+
+    def trace(self) -> float:
+        """Return the sum of its diagonal."""
+        return float(sum(np.trace(self.read(tile)) for tile in list_tiles(self.side) if tile.rows == tile.columns))
+
+    def products(self, columns: Floats) -> Iterator[tuple[slice, Floats]]:
+        """Yield parts of the product with ``columns`` (side, c) float32: rows, and what is to be added there."""
+        for tile in list_tiles(self.side):
+            values = self.read(tile).astype(np.float32)
+            yield tile.rows, values @ columns[tile.columns]
+            if tile.rows != tile.columns:
+                yield tile.columns, values.T @ columns[tile.rows]
+
+
+def upper_tile(matrix: Matrix, tile: Tile) -> Matrix:
+    """Return a tile's values out of a matrix of which the upper triangle is given."""
+    values = matrix[tile.columns, tile.rows].T
+    if tile.rows == tile.columns:
+        values = np.tril(values) + np.tril(values, -1).T
+    return values
