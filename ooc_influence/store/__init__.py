@@ -12,7 +12,7 @@ from ooc_influence.store.cache import ChunkCache
 from ooc_influence.store.encoding import Representation, parse_representation
 from ooc_influence.store.gradient_store import GradientStore
 from ooc_influence.store.layout import Storage, column_dtype
-from ooc_influence.store.marks import copy_marks
+from ooc_influence.store.marks import copy_marks, parse_numbers
 from ooc_influence.store.mask import LayerShape, Mask, ModuleMask, PilotMoments
 from ooc_influence.store.place import (
     NewFolder,
@@ -24,10 +24,13 @@ from ooc_influence.store.place import (
     is_local,
     names,
     parse_path,
+    read_bytes,
     remove_tree,
     tree_bytes,
+    write_bytes,
 )
-from ooc_influence.store.reader import Block, read_blocks, read_into
+from ooc_influence.store.ranges import make_claim
+from ooc_influence.store.reader import Block, RawBlock, read_blocks, read_into, read_raw_blocks
 from ooc_influence.store.reduction import (
     GaussianReduction,
     Reduction,
@@ -42,10 +45,55 @@ from ooc_influence.store.verify import Damage
 from ooc_influence.store.writer import RangeWriter, missing_spans, writing_bytes
 
 __all__ = [
-    "CHUNK_TARGET", "Block", "ChunkCache", "Damage", "GaussianReduction", "GradientStore", "LayerShape", "Mask",
-    "ModuleMask", "NewFolder", "PathLike", "PilotMoments", "RangeWriter", "Reduction", "Representation", "Storage",
-    "StorePath", "StoredReduction", "array_store", "check_finite", "column_dtype", "columns_digest", "compact_store",
-    "copy_marks", "create_array", "create_like", "exists", "is_file", "is_local", "kept_at", "merge_stores",
-    "missing_spans", "names", "open_group", "parse_path", "parse_representation", "read_array", "read_blocks",
-    "read_into", "remove_tree", "square_chunks", "tree_bytes", "upgrade_store", "writable_array", "writing_bytes",
+    "CHUNK_TARGET",
+    "Block",
+    "ChunkCache",
+    "Damage",
+    "GaussianReduction",
+    "GradientStore",
+    "LayerShape",
+    "Mask",
+    "ModuleMask",
+    "NewFolder",
+    "PathLike",
+    "PilotMoments",
+    "RangeWriter",
+    "RawBlock",
+    "Reduction",
+    "Representation",
+    "Storage",
+    "StorePath",
+    "StoredReduction",
+    "array_store",
+    "check_finite",
+    "column_dtype",
+    "columns_digest",
+    "compact_store",
+    "copy_marks",
+    "create_array",
+    "create_like",
+    "exists",
+    "is_file",
+    "is_local",
+    "kept_at",
+    "make_claim",
+    "merge_stores",
+    "missing_spans",
+    "names",
+    "open_group",
+    "parse_numbers",
+    "parse_path",
+    "parse_representation",
+    "read_array",
+    "read_blocks",
+    "read_bytes",
+    "read_into",
+    "read_raw_blocks",
+    "remove_tree",
+    "square_chunks",
+    "tree_bytes",
+    "upgrade_store",
+    "writable_array",
+    "write_bytes",
+    "writing_bytes",
 ]  # fmt: skip

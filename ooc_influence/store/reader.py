@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +48,29 @@ class Block:
     start: int
     stop: int
     gradients: FloatRows
+    dropped: npt.NDArray[np.bool_] | None
+    loss: FloatRows | None = None
+
+
+@dataclass(frozen=True)
+class RawBlock:
+    """Rows ``start`` to ``stop`` of a store as they are stored.
+
+    Attributes
+    ----------
+    start, stop : int
+        Row numbers; of some rows only, their places among these.
+    parts : list of (rows (m, columns), scale (m,))
+        Their stored form, chunk by chunk: memory maps where chunks can be mapped.
+    dropped : (stop - start,) bool or None
+        Which rows are dropped; None where none is.
+    loss : (stop - start,) float32 or None
+        Their losses, where they were asked for.
+    """
+
+    start: int
+    stop: int
+    parts: list[tuple[RawRows, FloatRows]]
     dropped: npt.NDArray[np.bool_] | None
     loss: FloatRows | None = None
 
@@ -193,7 +216,8 @@ def read_into(store: StoreView, start: int, stop: int, out: FloatRows) -> None:
         return
     with ChunkStream(store, start, stop) as stream:
         for piece in stream:
-            _decode(store, piece, slice(0, piece.stop - piece.start), out[piece.start - start : piece.stop - start])
+            rows = out[piece.start - start : piece.stop - start]
+            store.layout.encoding.decode_into(piece.raw, piece.scale, rows, store.column_scale)
 
 
 def read_blocks(
@@ -229,57 +253,99 @@ def read_blocks(
     width = store.k if columns is None else sum(last - first for first, last in columns)
     buffer: npt.NDArray[Any] = np.empty((min(block_rows, max(0, stop - start)), width), np.float32)
     marks, losses = np.zeros(len(buffer), np.bool_), np.empty(len(buffer), np.float32)
+    with ThreadPoolExecutor(max(1, threads - 1), "ooc_influence-decoder") as pool:
+        for part in _block_parts(store, start, stop, block_rows, numbers, loss, columns):
+            rows = slice(part.start - part.first, part.stop - part.first)
+            _decode_together(store, part, buffer[rows], columns, pool, threads)
+            marks[rows] = False if part.dropped is None else part.dropped
+            if part.loss is not None:
+                losses[rows] = part.loss
+            if part.stop == part.last:
+                dropped = marks[: part.last - part.first]
+                yield Block(
+                    part.first, part.last, buffer[: len(dropped)], dropped if dropped.any() else None,
+                    losses[: len(dropped)] if loss else None,
+                )  # fmt: skip
+
+
+def read_raw_blocks(
+    store: StoreView,
+    start: int,
+    stop: int,
+    block_rows: int,
+    *,
+    numbers: RowNumbers | None = None,
+    loss: bool = False,
+) -> Iterator[RawBlock]:
+    """Yield the same blocks as :func:`read_blocks`, as stored: to be decoded elsewhere."""
+    parts: list[_Part] = []
+    for part in _block_parts(store, start, stop, block_rows, numbers, loss, None):
+        parts.append(part)
+        if part.stop == part.last:
+            dropped = np.concatenate(
+                [np.zeros(p.stop - p.start, bool) if p.dropped is None else p.dropped for p in parts]
+            )
+            losses = [p.loss for p in parts if p.loss is not None]
+            yield RawBlock(
+                part.first, part.last, [(p.raw, p.scale) for p in parts], dropped if dropped.any() else None,
+                np.concatenate(losses) if loss else None,
+            )  # fmt: skip
+            parts = []
+
+
+class _Part(NamedTuple):
+    """Rows ``start`` to ``stop`` of the block ``first`` to ``last``: those that lie in one chunk."""
+
+    first: int
+    last: int
+    start: int
+    stop: int
+    raw: RawRows
+    scale: FloatRows
+    dropped: npt.NDArray[np.bool_] | None
+    loss: FloatRows | None
+
+
+def _block_parts(
+    store: StoreView,
+    start: int,
+    stop: int,
+    block_rows: int,
+    numbers: RowNumbers | None,
+    loss: bool,
+    columns: Columns | None,
+) -> Iterator[_Part]:
     first = start
-    with (
-        ChunkStream(store, start, stop, numbers=numbers, loss=loss, columns=columns) as stream,
-        ThreadPoolExecutor(max(1, threads - 1), "ooc_influence-decoder") as pool,
-    ):
+    with ChunkStream(store, start, stop, numbers=numbers, loss=loss, columns=columns) as stream:
         for piece in stream:
             at = piece.start
             while at < piece.stop:
                 last = min(stop, first + block_rows)
                 end = min(piece.stop, last)
-                inside, here = slice(at - piece.start, end - piece.start), slice(at - first, end - first)
-                _decode_together(store, piece, inside, buffer[here], columns, pool, threads)
-                marks[here] = False if piece.dropped is None else piece.dropped[inside]
-                if piece.loss is not None:
-                    losses[here] = piece.loss[inside]
+                inside = slice(at - piece.start, end - piece.start)
+                dropped = None if piece.dropped is None else piece.dropped[inside]
+                losses = None if piece.loss is None else piece.loss[inside]
+                yield _Part(first, last, at, end, piece.raw[inside], piece.scale[inside], dropped, losses)
                 at = end
                 if end == last:
-                    dropped = marks[: last - first]
-                    yield Block(
-                        first, last, buffer[: last - first], dropped if dropped.any() else None,
-                        losses[: last - first] if loss else None,
-                    )  # fmt: skip
                     first = last
 
 
 def _decode_together(
-    store: StoreView,
-    piece: Piece,
-    inside: slice,
-    out: FloatRows,
-    columns: Columns | None,
-    pool: ThreadPoolExecutor,
-    threads: int,
+    store: StoreView, part: _Part, out: FloatRows, columns: Columns | None, pool: ThreadPoolExecutor, threads: int
 ) -> None:
     """Decode rows in several threads: NumPy holds no lock while it converts."""
-    share = -(-len(out) // threads)
-    parts = [slice(low, min(len(out), low + share)) for low in range(0, len(out), max(1, share))]
-    tasks = [
-        pool.submit(
-            _decode, store, piece, slice(inside.start + part.start, inside.start + part.stop), out[part], columns
-        )
-        for part in parts[1:]
-    ]
-    if parts:
-        _decode(store, piece, slice(inside.start, inside.start + parts[0].stop), out[parts[0]], columns)
+    share = max(1, -(-len(out) // threads))
+    cuts = [slice(low, min(len(out), low + share)) for low in range(0, len(out), share)]
+    tasks = [pool.submit(_decode, store, part.raw[cut], part.scale[cut], out[cut], columns) for cut in cuts[1:]]
+    for cut in cuts[:1]:
+        _decode(store, part.raw[cut], part.scale[cut], out[cut], columns)
     for task in tasks:
         task.result()
 
 
-def _decode(store: StoreView, piece: Piece, inside: slice, out: FloatRows, columns: Columns | None = None) -> None:
-    raw, scale, form, by_column = piece.raw[inside], piece.scale[inside], store.layout.encoding, store.column_scale
+def _decode(store: StoreView, raw: RawRows, scale: FloatRows, out: FloatRows, columns: Columns | None) -> None:
+    form, by_column = store.layout.encoding, store.column_scale
     if columns is None:
         form.decode_into(raw, scale, out, by_column)
         return

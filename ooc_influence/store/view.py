@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -221,6 +221,24 @@ class StoreView:
             for start in range(0, self._rows, size):
                 digest.update(np.packbits(self.small("dropped", start, min(self._rows, start + size))).tobytes())
         return digest.hexdigest()
+
+    def holds(self, records: commits.Records, chunks: Iterable[int]) -> bool:
+        """Return whether the rows that earlier commit records of some chunks tell of are still what they were.
+
+        A chunk that was part-filled then and has more rows now is read, and its first rows' checksum compared.
+        """
+        for chunk in chunks:
+            then, now = int(records[chunk]), int(self._records[chunk]) if chunk < len(self._records) else 0
+            if then == now:
+                continue
+            start = chunk * self.layout.chunk_rows
+            if now >> 32 <= then >> 32 or self._checksum(start, start + (then >> 32)) != commits.crc_of(then):
+                return False
+        return True
+
+    def _checksum(self, start: int, stop: int) -> int:
+        rows = self.read("gradients", slice(start, stop), slice(0, self.layout.encoding.columns))
+        return commits.checksum([rows, *(self.read(name, slice(start, stop)) for name in self.layout.row_arrays)])
 
     def __repr__(self) -> str:
         return (
