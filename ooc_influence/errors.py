@@ -73,6 +73,10 @@ class RunFailedError(OocInfluenceError, RuntimeError):
     """A retraining run that raised, measured nothing of use, or whose process died."""
 
 
+class ClusterError(OocInfluenceError, RuntimeError):
+    """A Dask cluster that cannot be reached, or whose workers die."""
+
+
 class MissingExtraError(OocInfluenceError, ImportError):
     """An optional dependency is not installed."""
 

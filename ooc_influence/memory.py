@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import re
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
@@ -111,6 +111,10 @@ class Need:
     def peak(self, block_rows: int, workers: int, reserved: int) -> int:
         """Return the projected peak in bytes."""
         return reserved + WORKING + self.fixed + workers * (self.per_worker + block_rows * self.per_row)
+
+    def of_rows(self, rows: int) -> Need:
+        """Return the same need for blocks of exactly ``rows``."""
+        return replace(self, min_rows=rows, max_rows=rows)
 
 
 def budget_bytes(memory: int | str | None) -> int:

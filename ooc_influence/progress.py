@@ -2,7 +2,7 @@
 
 Block loops run inside Dask tasks, which cannot carry a progress bar. They call :func:`tick` with a key; a bar opened
 under that key in the same process shows it; on a Dask worker the tick travels as an event under the same name. A bar
-that closes early (an error, Ctrl-C) makes the next tick stop its task.
+that closes early (an error, Ctrl-C) makes the next tick stop its task, and so does a task's being cancelled.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def tick(key: str, rows: int) -> None:
     Raises
     ------
     InterruptedError
-        If the work was stopped in the meantime: threads of the local scheduler cannot be interrupted otherwise.
+        If the work was stopped in the meantime: threads, here or on a worker, cannot be interrupted otherwise.
     """
     bar = _bars.get(key)
     if bar is not None:
@@ -89,3 +89,20 @@ def tick(key: str, rows: int) -> None:
     elif key and "distributed" in sys.modules:
         with contextlib.suppress(ValueError, AttributeError):  # not on a worker, or distributed half imported
             sys.modules["distributed"].get_worker().log_event(key, rows)
+        check_cancelled()
+
+
+def check_cancelled() -> None:
+    """Stop the Dask task this runs in if its client does not want it any more; do nothing elsewhere.
+
+    Raises
+    ------
+    InterruptedError
+        If it was cancelled.
+    """
+    state = None
+    with contextlib.suppress(ValueError, AttributeError, KeyError):  # not a task of a worker
+        worker = sys.modules["distributed"].get_worker()
+        state = worker.state.tasks[sys.modules["distributed.worker"].thread_state.key].state
+    if state == "cancelled":
+        raise InterruptedError("the task was cancelled")

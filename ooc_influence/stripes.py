@@ -2,13 +2,16 @@
 
 A task carries paths, row numbers and small arrays, folds its rows into one result, and only that result travels; sums
 go up a tree. Without a ``dask.distributed`` client the local scheduler runs them: one slot with all BLAS threads by
-default, since that is the fastest way to use one node and holds one accumulator.
+default, since that is the fastest way to use one node and holds one accumulator. With a client they run on its workers,
+which share the cores of their host; a task whose worker dies runs again on another, and an interrupted call cancels
+what it started.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,7 +23,8 @@ from dask.base import compute
 from dask.delayed import delayed
 from threadpoolctl import threadpool_limits
 
-from ooc_influence.errors import InputError
+from ooc_influence.errors import ClusterError, InputError
+from ooc_influence.memory import DEFAULT_SHARE
 from ooc_influence.progress import Progress
 
 
@@ -60,12 +64,26 @@ def in_worker() -> bool:
         return False
 
 
-def _place(arg: Any) -> Any:
+def _place(client: Any, arg: Any) -> Any:
     """Send a large array to a cluster's workers once, not with every task."""
-    client = _ambient_client()
-    if client is None or not isinstance(arg, np.ndarray) or arg.nbytes < 2**20:
+    if not isinstance(arg, np.ndarray) or arg.nbytes < 2**20:
         return arg
     return client.scatter(arg, broadcast=True)
+
+
+def _slots_on_a_host(client: Any) -> int:
+    """Return how many tasks the fullest host of a cluster runs at once: they share its cores."""
+    slots: dict[str, int] = {}
+    for worker in client.scheduler_info(-1)["workers"].values():
+        host = str(worker.get("host"))
+        slots[host] = slots.get(host, 0) + int(worker["nthreads"])
+    return max(slots.values(), default=1)
+
+
+def _on_worker(function: Callable[..., Any], tasks: int, *args: Any) -> Any:
+    """Run a task on a Dask worker, whose BLAS may have been told to use one thread whatever the host has."""
+    with blas_threads(tasks):
+        return function(*args)
 
 
 def check_workers(workers: int | None) -> int:
@@ -97,6 +115,16 @@ def slots_per_process(slots: int) -> int:
     return min(slots, max(client.nthreads().values(), default=1))
 
 
+def worker_memory(memory: int | str | None) -> int | str | None:
+    """Return the budget of a process that runs tasks: as given; on a cluster, by default half of a worker's limit."""
+    client = _ambient_client()
+    if memory is not None or client is None:
+        return memory
+    limits = [int(worker.get("memory_limit") or 0) for worker in client.scheduler_info(-1)["workers"].values()]
+    least = min(limits, default=0)
+    return int(least * DEFAULT_SHARE) if least else None
+
+
 def cut_stripes(start: int, stop: int, block_rows: int, count: int) -> list[Stripe]:
     """Cut rows ``start`` to ``stop`` into at most ``count`` stripes of whole blocks of the grid from row 0."""
     first, last = start // block_rows, -(-stop // block_rows)
@@ -123,8 +151,7 @@ def _check_reach(args: Sequence[Any]) -> None:
     client = _ambient_client()
     if client is None or all(worker.startswith("inproc://") for worker in client.scheduler_info(-1)["workers"]):
         return
-    for arg in args:
-        path = getattr(arg, "path", arg)
+    for path in [path for arg in args for path in getattr(arg, "paths", [getattr(arg, "path", arg)])]:
         if getattr(path, "protocol", "") == "memory":
             raise InputError(
                 f"expected a place that the cluster's workers can see; received {path}, which is in this process only: "
@@ -139,31 +166,60 @@ def run_stripes(
     *args: Any,
     slots: int,
     reduce: Callable[[Any, Any], Any] | None = None,
+    each: Callable[[Stripe, Any], None] | None = None,
 ) -> Any:
     """Run ``function(stripe, progress_key, *args)`` for every stripe.
+
+    Parameters
+    ----------
+    function, stripes, progress, *args
+        What to run.
+    slots : int
+        Tasks at once, on this machine.
+    reduce : callable, optional
+        Adds two results without changing them; the sum is returned.
+    each : callable, optional
+        Is given every stripe with its result, here and one at a time, as they come; nothing is returned.
 
     Returns
     -------
     list, or one value
         The results in order, or their tree sum by ``reduce``.
+
+    Raises
+    ------
+    ClusterError
+        If a task's workers died again and again.
     """
+    client = _ambient_client()
     _check_reach(args)
-    task = delayed(function, pure=False, traverse=False)
-    args = tuple(_place(arg) for arg in args)
-    parts = [task(stripe, progress.key, *args) for stripe in stripes]
-    tasks = [tree_sum(parts, reduce)] if reduce is not None else parts
-    results = _compute(tasks, progress, slots)
+    if client is None:
+        task = delayed(function if each is None else _handing(function, each), pure=False, traverse=False)
+        parts = [task(stripe, progress.key, *args) for stripe in stripes]
+        tasks = [tree_sum(parts, reduce)] if reduce is not None else parts
+        results = _compute(tasks, progress, slots)
+    else:
+        task, host = delayed(_on_worker, pure=False, traverse=False), _slots_on_a_host(client)
+        args = tuple(_place(client, arg) for arg in args)
+        parts = [task(function, host, stripe, progress.key, *args) for stripe in stripes]
+        tasks = [tree_sum(parts, reduce)] if reduce is not None else parts
+        results = _compute_on_cluster(client, tasks, progress, each and (each, stripes))
     return results[0] if reduce is not None else list(results)
 
 
+def _handing(function: Callable[..., Any], each: Callable[[Stripe, Any], None]) -> Callable[..., None]:
+    """Return ``function`` with its result handed to ``each``, one at a time."""
+    guard = threading.Lock()
+
+    def call(stripe: Stripe, *args: Any) -> None:
+        result = function(stripe, *args)
+        with guard:
+            each(stripe, result)
+
+    return call
+
+
 def _compute(tasks: list[Any], progress: Progress, slots: int) -> Any:
-    client = _ambient_client()
-    if client is not None:
-        client.subscribe_topic(progress.key, lambda event: progress.advance(event[1]))
-        try:
-            return [future.result() for future in client.compute(tasks, optimize_graph=False)]
-        finally:
-            client.unsubscribe_topic(progress.key)
     if slots == 1:
         with blas_threads(1):
             return compute(*tasks, scheduler="synchronous", optimize_graph=False)
@@ -174,3 +230,34 @@ def _compute(tasks: list[Any], progress: Progress, slots: int) -> Any:
             progress.stop()
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+
+
+def _compute_on_cluster(client: Any, tasks: list[Any], progress: Progress, each: Any) -> list[Any]:
+    from distributed import CancelledError, as_completed
+    from distributed.scheduler import KilledWorker
+
+    client.subscribe_topic(progress.key, lambda event: progress.advance(event[1]))
+    futures = client.compute(tasks, optimize_graph=False)
+    try:
+        if each is None:
+            return [future.result() for future in futures]
+        take, stripes = each
+        stripe_of = {future.key: stripe for future, stripe in zip(futures, stripes, strict=True)}
+        for future in as_completed(futures):
+            take(stripe_of[future.key], future.result())
+            future.release()
+        return []
+    except BaseException as error:
+        client.cancel(futures, force=True)  # running tasks notice at their next tick
+        if isinstance(error, KilledWorker):
+            raise ClusterError(
+                f"expected workers that stay alive; received several that died with one task ({error.task}): see their "
+                "logs; workers out of memory need a smaller --memory or fewer threads"
+            ) from error
+        if isinstance(error, CancelledError):
+            raise ClusterError(
+                f"expected the cluster to stay; received: {error}: is its scheduler alive? Then run again"
+            ) from error
+        raise
+    finally:
+        client.unsubscribe_topic(progress.key)
