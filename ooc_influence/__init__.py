@@ -20,7 +20,15 @@ if TYPE_CHECKING:
         init_store,
         token_cross_entropy,
     )
-    from ooc_influence.influence import TopInfluential, influence_scores, self_influence, top_influential
+    from ooc_influence.influence import (
+        GroupInfluence,
+        TopInfluential,
+        group_influence,
+        influence_scores,
+        module_influence,
+        self_influence,
+        top_influential,
+    )
     from ooc_influence.store import ChunkCache, GradientStore, Storage, compact_store, merge_stores, upgrade_store
 
 # Loaded on first use: opening a store and scoring never import torch.
@@ -32,17 +40,20 @@ _ROOMS = {
         "AdamMetric", "Batching", "BudgetBatches", "Recipe", "Split", "cross_entropy", "extract_gradients",
         "init_store", "token_cross_entropy",
     ],
-    "influence": ["TopInfluential", "influence_scores", "self_influence", "top_influential"],
+    "influence": [
+        "GroupInfluence", "TopInfluential", "group_influence", "influence_scores", "module_influence",
+        "self_influence", "top_influential",
+    ],
     "store": ["ChunkCache", "GradientStore", "Storage", "compact_store", "merge_stores", "upgrade_store"],
 }  # fmt: skip
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 
 __all__ = [
     "AdamMetric", "Batching", "BudgetBatches", "ChunkCache", "Curvature", "Dropout", "Eigenbasis", "Gaussian",
-    "GradientStore", "OocInfluenceError", "OocInfluenceWarning", "Recipe", "Split", "Storage", "TopInfluential",
-    "__version__", "compact_store", "cross_entropy", "extract_gradients", "fit_fisher", "influence_scores",
-    "init_store", "merge_stores", "reduce_store", "self_influence", "token_cross_entropy", "top_influential",
-    "upgrade_store",
+    "GradientStore", "GroupInfluence", "OocInfluenceError", "OocInfluenceWarning", "Recipe", "Split", "Storage",
+    "TopInfluential", "__version__", "compact_store", "cross_entropy", "extract_gradients", "fit_fisher",
+    "group_influence", "influence_scores", "init_store", "merge_stores", "module_influence", "reduce_store",
+    "self_influence", "token_cross_entropy", "top_influential", "upgrade_store",
 ]  # fmt: skip
 
 

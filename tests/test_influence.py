@@ -33,8 +33,9 @@ from ooc_influence.errors import (
     StoreDamagedError,
     StoreExistsError,
 )
-from ooc_influence.influence.pair import Pair
-from ooc_influence.influence.top import BestList
+from ooc_influence.influence.best import BestList, merge
+from ooc_influence.influence.scoring import Scoring
+from ooc_influence.influence.tiles import Costs
 from ooc_influence.memory import WORKING
 
 
@@ -191,18 +192,36 @@ def test_scores_on_disk(tmp_path, pair):
                        influence_scores(query, train).compute())  # fmt: skip
     assert out.attrs["train"] == str(train.path)
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["scores.zarr"]
-    with pytest.raises(StoreExistsError, match="expected nothing at"):
-        influence_scores(query, train, out=tmp_path / "deep" / "scores.zarr")
+    written = (tmp_path / "deep" / "scores.zarr" / "c.0.0").stat().st_mtime_ns
+    assert influence_scores(query, train, out=tmp_path / "deep" / "scores.zarr").attrs["complete"]  # nothing to do
+    assert (tmp_path / "deep" / "scores.zarr" / "c.0.0").stat().st_mtime_ns == written
+    for other in ({"damping": 0.5}, {"normalize": "train"}, {"rows": [1, 2]}, {"average_queries": True}):
+        with pytest.raises(StoreExistsError, match="by the same call"):
+            influence_scores(query, train, out=tmp_path / "deep" / "scores.zarr", **other)
+    for taken in (train.path, train.path / "zarr.json"):
+        with pytest.raises(StoreExistsError, match="expected nothing at"):
+            influence_scores(query, train, out=taken)
 
 
-def test_a_damaged_row_stops_the_scores_and_leaves_nothing(tmp_path, pair):
+def test_a_lost_chunk_stops_the_scores_and_they_go_on_when_it_is_back(tmp_path, pair, monkeypatch):
+    monkeypatch.setattr("ooc_influence.memory.BLOCK_BYTES", 2**13)  # blocks of 64 rows
     query, train = pair
     fit_fisher(train)
-    (train.path / "gradients" / "c.3.0").unlink()
-    train = GradientStore.open(train.path)
+    expected = influence_scores(query, train).compute()
+    chunk = train.path / "gradients" / "c.3.0"
+    data = chunk.read_bytes()
+    chunk.unlink()
     with pytest.raises(StoreDamagedError, match=r"c\.3\.0"):
         influence_scores(query, train, out=tmp_path / "scores.zarr")
-    assert not list(tmp_path.glob("*scores*"))
+    begun = zarr.open_array(str(tmp_path / "scores.zarr"))
+    assert not begun.attrs["complete"]
+    assert_array_equal(begun[:, :128], expected[:, :128])
+    assert np.isnan(begun[:, 192:]).all()
+    chunk.write_bytes(data)
+    written = (tmp_path / "scores.zarr" / "c.0.1").stat().st_mtime_ns
+    again = influence_scores(query, train, out=tmp_path / "scores.zarr")
+    assert_array_equal(again[...], expected)
+    assert (tmp_path / "scores.zarr" / "c.0.1").stat().st_mtime_ns == written
 
 
 def test_more_queries_than_a_block(tmp_path):
@@ -241,15 +260,31 @@ def test_best_list_is_a_stable_sort(values, top, cuts, split):
     scores = np.array([values], np.float32)
     halves = []
     for low, high in ((0, min(split, len(values))), (min(split, len(values)), len(values))):
-        best = BestList(1, top)
+        best = BestList(1, top, high - low)
         edges = sorted({low, high, *(cut for cut in cuts if low < cut < high)})
         for first, last in pairwise(edges):
             best.add(scores[:, first:last], first)
         halves.append(best)
-    found = halves[0].merged(halves[1])
+    found = merge(halves[1].best(), halves[0].best())[1]
     live = [number for number, value in enumerate(values) if not np.isnan(value)]
     expected = sorted(live, key=lambda number: (-values[number], number))[:top]
-    assert [row for row in found.rows[0] if row < len(values)] == expected
+    assert [row for row in found[0] if row < len(values)] == expected
+
+
+@pytest.mark.parametrize("order", ["random", "ascending", "descending", "level"])
+def test_best_lists_of_many_scores(order):
+    """Lists that fill, overflow and are split, against a sort."""
+    generator = np.random.default_rng(3)
+    scores = generator.standard_normal((40, 3000)).astype(np.float32)
+    if order != "random":
+        scores.sort(axis=1)
+    scores = {"descending": scores[:, ::-1], "level": np.round(scores)}.get(order, scores)
+    best = BestList(40, 70, 3000)
+    for first in range(0, 3000, 700):
+        best.add(np.ascontiguousarray(scores[:, first : first + 700]), first)
+    expected = np.argsort(-scores, axis=1, kind="stable")[:, :70]
+    assert_array_equal(best.best()[1], expected)
+    assert_array_equal(best.best()[0], np.take_along_axis(scores, expected, 1))
 
 
 def test_a_curvature_is_kept_refused_and_refitted(tmp_path, pair):
@@ -325,16 +360,17 @@ def test_bad_input(tmp_path, pair):
 def test_fewer_queries_at_a_time_before_a_refusal(large, monkeypatch):
     query, train = large
     monkeypatch.setattr("ooc_influence.memory.process_anonymous", lambda: 0)
-    pair = Pair.open(query, train, None, None, "relative")
+    scoring = Scoring.open(query, train, None, None, "relative")
 
     def budget(queries):
-        return WORKING + 8 * 2000**2 + queries * 2000 * 32 + 16 * (4 * 2000 + 8 * queries)
+        working = scoring.checkpoints[0].curvature.working_bytes(queries, 1) + queries * 2000 * (8 * 3 + 4)
+        return WORKING + working + 16 * (4 * 2000 + 8 * queries)
 
-    blocks, rows = pair.plan(budget(10), 1, stage="scores", tile_bytes=8)
-    assert (blocks, rows) == ([(0, 10), (10, 20)], 16)
-    assert len(pair.plan(budget(1), 1, stage="scores", tile_bytes=8)[0]) == 20
+    blocks, rows = scoring.plan("scores", budget(8), 1, Costs(tile=8))
+    assert (blocks, rows) == ([(0, 8), (8, 16), (16, 20)], 16)
+    assert len(scoring.plan("scores", budget(1), 1, Costs(tile=8))[0]) == 20
     with pytest.raises(MemoryBudgetError, match="scores for k=2000 needs"):
-        pair.plan(budget(1) - 1, 1, stage="scores", tile_bytes=8)
+        scoring.plan("scores", budget(1) - 1, 1, Costs(tile=8))
 
 
 def test_a_curvature_of_another_model_is_refused(tmp_path):

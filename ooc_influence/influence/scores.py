@@ -6,33 +6,22 @@ negative one an opponent. (Koh and Liang, arXiv 1703.04730, use the opposite sig
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import zarr
 
-from ooc_influence._version import __version__
-from ooc_influence.curvature import Curvature, DampingMode
-from ooc_influence.errors import OocInfluenceError, StoreExistsError, StoreWriteError
-from ooc_influence.influence.pair import FloatTile, Pair, precondition, score_tiles
+from ooc_influence.curvature import DampingMode
+from ooc_influence.errors import OocInfluenceError
+from ooc_influence.influence.checkpoints import AnyCurvature, Dampings, Marks, Stores
+from ooc_influence.influence.engine import Floats, make_engine
+from ooc_influence.influence.output import Output, OutputWriter, write_error
+from ooc_influence.influence.scoring import Normalize, Scoring
+from ooc_influence.influence.tiles import Columns, Costs, Work, score_tiles
 from ooc_influence.progress import Progress
-from ooc_influence.store import (
-    CHUNK_TARGET,
-    GradientStore,
-    NewFolder,
-    PathLike,
-    StorePath,
-    array_store,
-    create_array,
-    exists,
-    is_local,
-    parse_path,
-    remove_tree,
-    writable_array,
-)
+from ooc_influence.store import PathLike, StorePath, parse_path
 from ooc_influence.stripes import Stripe, check_workers, cores, cut_stripes, run_stripes
 
 if TYPE_CHECKING:
@@ -40,13 +29,17 @@ if TYPE_CHECKING:
 
 
 def influence_scores(
-    query: GradientStore | PathLike,
-    train: GradientStore | PathLike,
-    curvature: Curvature | PathLike | None = None,
-    damping: float | None = None,
+    query: Stores,
+    train: Stores,
+    curvature: AnyCurvature | Sequence[AnyCurvature] = None,
+    damping: Dampings = None,
     damping_mode: DampingMode = "relative",
     out: PathLike | None = None,
     *,
+    normalize: Normalize | None = None,
+    average_queries: bool | str = False,
+    rows: Any = None,
+    device: str | None = None,
     workers: int | None = None,
     memory: int | str | None = None,
     progress: bool | None = None,
@@ -55,157 +48,202 @@ def influence_scores(
 
     Parameters
     ----------
-    query : GradientStore or path
-        (q, k), made with ``like=`` the train store.
-    train : GradientStore or path
+    query : GradientStore or path, or a list of them
+        (q, k), made with ``like=`` the train store. A list, with ``train`` a list as long, for several checkpoints:
+        their scores are averaged. All must hold the same rows in the same order.
+    train : GradientStore or path, or a list of them
         (n, k).
-    curvature : Curvature, str, path, optional
-        An object, a name in the train store, or a path; default the one named ``"default"``.
-    damping : float, optional
-        Relative (λ = damping · tr(F)/k) or absolute; default the curvature's own, 0.1 relative.
+    curvature : Curvature, str, path or False, or a list with one for each checkpoint
+        An object, a name in the train store, or a path; default the one named ``"default"``. False: none, for plain
+        dot products g_qᵀ g_i (with ``normalize="cosine"`` the gradients' cosine).
+    damping : float or sequence of float, optional
+        Relative (λ = damping · tr(F)/d) or absolute; default the curvature's own, 0.1 relative. A sequence gives
+        results an axis of λ in front; the rows are read once for all.
     damping_mode : {"relative", "absolute"}
         What ``damping`` means.
     out : path, optional
-        Write the scores to a Zarr array there, in bounded memory, instead of returning a lazy array.
+        Write the scores to a Zarr array there, in bounded memory, instead of returning a lazy array. The same call,
+        interrupted or killed, goes on with the chunks that are missing.
+    normalize : {"cosine", "train"}, optional
+        The unit. With |g| = √(gᵀ (F + λI)⁻¹ g), the root of self-influence: ``"cosine"`` divides by |g_q| and |g_i|, so
+        scores lie in [-1, 1]; ``"train"`` by |g_i| only, which lowers rows that speak for everything (RelatIF, arXiv
+        2003.11630). A row without gradient scores 0.
+    average_queries : bool or str
+        True: one query, the mean of all. A column of the query store: one query for each of its values.
+    rows : (m,) int or (n,) bool, or a list with one of these or None for each checkpoint
+        The train rows a checkpoint was trained on. A row's score is the mean over the checkpoints that saw it; NaN
+        where none did.
+    device : str, optional
+        Multiply blocks there with torch, such as ``"cuda"``; default NumPy's BLAS.
     workers : int, optional
         Row stripes worked on at once (with ``out``); default one with all cores, or the ambient cluster's slots.
     memory : int or str, optional
-        Budget for the process, such as ``"4GiB"``; default half of what is free.
+        Budget for the process, such as ``"4GiB"``; default half of what is free, on a cluster half of a worker's limit.
     progress : bool, optional
         Show a progress line (with ``out``); silent by default.
 
     Returns
     -------
-    (q, n) float32
-        A lazy Dask array, or the Zarr array written. Positive: proponents. Dropped rows are NaN.
+    (q, n) float32, or (L, q, n) for a list of dampings
+        A lazy Dask array, or the Zarr array written, whose attributes hold λ, the settings and each query's share of
+        squared gradient outside the span of the training spectrum. Positive: proponents. Dropped rows are NaN.
 
     Raises
     ------
+    InputError
+        For settings that do not go together.
     MismatchError
-        If masks or models differ.
+        If masks, models or checkpoints' rows differ.
     CurvatureNotFoundError, StaleCurvatureError
         If there is no curvature of these rows.
     SingularFisherError
         If λ = 0 and F has no inverse.
     StoreExistsError
-        If something is at ``out``.
+        If something else is at ``out``.
     MemoryBudgetError
         If the budget is too small.
     """
-    pair = Pair.open(query, train, curvature, damping, damping_mode)
-    slots = check_workers(workers) if out is not None else cores()  # Dask computes a lazy array with all of them
-    blocks, block_rows = pair.plan(memory, slots, stage="scores", tile_bytes=8)
+    scoring = Scoring.open(
+        query, train, curvature, damping, damping_mode, normalize=normalize, average_queries=average_queries, rows=rows,
+        device=device,
+    )  # fmt: skip
     if out is None:
-        return _lazy_scores(pair, blocks[0][1], block_rows)
-    return _write_scores(pair, parse_path(out), blocks, block_rows, slots, progress)
+        return _lazy_scores(scoring, memory)
+    return write_scores(scoring, parse_path(out), None, workers=workers, memory=memory, progress=progress)
 
 
-def _lazy_scores(pair: Pair, query_rows: int, block_rows: int) -> da.Array:
+def _lazy_scores(scoring: Scoring, memory: int | str | None) -> da.Array:
     """Build the graph: preconditioned query blocks times train blocks; tasks carry paths and row numbers."""
     import dask.array as da
 
-    numbers = da.arange(pair.query.n, chunks=query_rows)
-    queries = da.map_blocks(
-        _precondition_task, numbers, pair.query, pair.curvature, pair.damping,
-        new_axis=1, chunks=(numbers.chunks[0], (pair.train.k,)), meta=np.empty((0, 0), np.float32),
+    blocks, block_rows = scoring.plan("scores", memory, cores(), Costs(tile=8))  # Dask computes with all of them
+    work = scoring.work(block_rows)
+    numbers = da.arange(scoring.q, chunks=blocks[0][1])
+    depth = sum(store.k for store in work.stores)
+    lefts = da.map_blocks(
+        _left_task, numbers, scoring, new_axis=[0, 2], dtype=np.float32, meta=np.empty((0, 0, 0), np.float32),
+        chunks=((scoring.lambdas,), numbers.chunks[0], (depth,)),
     )  # fmt: skip
-    rows = da.arange(pair.train.n, chunks=block_rows)
+    rows = da.arange(scoring.n, chunks=block_rows)
     scores: da.Array = da.blockwise(
-        _score_task, "qn", queries, "qk", rows, "n", store=pair.train, concatenate=True,
-        meta=np.empty((0, 0), np.float32),
+        _score_task, "lqn", lefts, "lqk", rows, "n", work=work, seen=scoring.seen, concatenate=True,
+        meta=np.empty((0, 0, 0), np.float32),
     )  # fmt: skip
-    return scores
+    found: da.Array = scoring.squeeze(scores)
+    return found
 
 
-def _precondition_task(
-    numbers: npt.NDArray[np.int64], query: GradientStore, curvature: Curvature, damping: float
-) -> FloatTile:
-    return precondition(query, curvature, damping, int(numbers[0]), int(numbers[-1]) + 1)
+def _left_task(numbers: npt.NDArray[np.int64], scoring: Scoring) -> Floats:
+    """Return preconditioned queries (L, q, k), those of several checkpoints side by side."""
+    arrays = scoring.left(int(numbers[0]), int(numbers[-1]) + 1).arrays
+    return np.concatenate([array.reshape(scoring.lambdas, len(numbers), -1) for array in arrays], axis=2)
 
 
-def _score_task(queries: FloatTile, rows: npt.NDArray[np.int64], store: GradientStore) -> FloatTile:
-    stripe = Stripe(int(rows[0]), int(rows[-1]) + 1)
-    ((_, tile),) = score_tiles(stripe, "", store, len(rows), queries)
-    return tile
+def _score_task(lefts: Floats, rows: npt.NDArray[np.int64], work: Work, seen: Marks | None) -> Floats:
+    edges = np.cumsum([store.k for store in work.stores])[:-1]
+    parts = [np.ascontiguousarray(part).reshape(-1, part.shape[2]) for part in np.split(lefts, edges, axis=2)]
+    engine = make_engine(work.device)
+    with engine.context:
+        (tile,) = score_tiles(engine, Stripe(int(rows[0]), int(rows[-1]) + 1), "", work, seen, parts)
+        return engine.host(tile.scores)[:, 0]
 
 
-def _write_scores(
-    pair: Pair,
+def write_scores(
+    scoring: Scoring,
     out: StorePath,
-    blocks: list[tuple[int, int]],
-    block_rows: int,
-    slots: int,
+    columns: Columns | None,
+    *,
+    workers: int | None,
+    memory: int | str | None,
     progress: bool | None,
+    **facts: Any,
 ) -> zarr.Array[Any]:
-    """Write all tiles to a Zarr array that appears under its name, or is marked complete, when it is."""
-    if exists(out):
-        raise StoreExistsError(f"expected nothing at {out}; received something: choose another path or remove it")
+    """Write all tiles to a Zarr array, or those of its chunks that are missing.
+
+    Raises
+    ------
+    StoreExistsError, StoreWriteError, MemoryBudgetError
+        See :func:`influence_scores`.
+    """
+    slots = check_workers(workers)
+    modules = 1 if columns is None else len(columns[0])
+    costs = Costs(tile=12, modules=modules)  # two tiles, and the chunks of one while they are written
+    digest = scoring.digest(kind="scores", modules=modules)
     try:
-        stripes = cut_stripes(0, pair.train.n, block_rows, slots)
-        with (
-            _new_output(out, pair, block_rows) as place,
-            Progress("scores", len(blocks) * pair.train.n, progress) as bar,
-        ):
-            for start, stop in blocks:
-                run_stripes(
-                    _write_stripe, stripes, bar, pair.train, block_rows,
-                    pair.precondition(start, stop), place, start, slots=slots,
-                )  # fmt: skip
+        output = Output.find(out, digest)
+        if output is not None and output.complete:
+            return output.open()
+        width = None if output is None else output.chunks[1]
+        blocks, block_rows = scoring.plan("scores", memory, slots, costs, block_rows=width)
+        if output is None:
+            leading = ([scoring.lambdas] if scoring.several else []) + ([modules] if columns else [])
+            shape = (*leading, scoring.q, scoring.n)
+            output = Output.create(
+                out, shape, (blocks[0][1], block_rows), digest, _facts(scoring, len(leading)) | facts
+            )
+        output.check_queries(blocks[0][1])
+        outside = _fill(scoring, output, blocks, scoring.work(output.chunks[1], columns), slots, progress)
+        found = output.finish(outside_share=[None if np.isnan(value) else value for value in outside.tolist()])
     except OSError as error:
         if isinstance(error, OocInfluenceError):
             raise
-        raise StoreWriteError(f"expected to write scores to {out}; received: {error}: make room, run again") from error
-    return zarr.open_array(array_store(out, read_only=True), mode="r")
+        raise write_error(out, error) from error
+    scoring.warn_outside(outside)
+    return found
 
 
-@contextlib.contextmanager
-def _new_output(out: StorePath, pair: Pair, block_rows: int) -> Iterator[StorePath]:
-    """Create the array, yield where tasks write to it, and finish it."""
-    if is_local(out):
-        with NewFolder(out) as folder:
-            _create_output(folder.arrays, pair, block_rows).attrs["complete"] = True
-            yield folder.place
-            if not folder.publish():
-                raise StoreExistsError(f"expected nothing at {out}; received something meanwhile: choose another path")
-        return
-    try:  # no renaming there: a mark says when it is whole
-        array = _create_output(array_store(out), pair, block_rows)
-        yield out
-        array.attrs["complete"] = True
-    except BaseException:
-        remove_tree(out)
-        raise
+def _facts(scoring: Scoring, leading: int) -> dict[str, Any]:
+    first = scoring.checkpoints[0]
+    several = len(scoring.checkpoints) > 1
+    paths: dict[str, list[Any]] = {
+        "query": [str(own.query.path) for own in scoring.checkpoints if own.query is not None],
+        "train": [str(own.train.path) for own in scoring.checkpoints],
+        "curvature": [None if own.curvature is None else str(own.curvature.path) for own in scoring.checkpoints],
+    }
+    names = (["damping"] if scoring.several else []) + (["module"] if leading > scoring.several else [])
+    return {
+        "dims": [*names, "query", "train"],
+        **(paths if several else {name: values[0] for name, values in paths.items()}),
+        "damping": None if first.curvature is None else scoring.damping,
+        "normalize": scoring.normalize,
+        "averaged": None if scoring.queries.groups is None else scoring.queries.names.tolist(),
+    }
 
 
-def _create_output(files: Any, pair: Pair, block_rows: int) -> Any:
-    """Create the (q, n) array; its chunks are as wide as a train block, so each has one writer."""
-    shape = (pair.query.n, pair.train.n)
-    width = min(block_rows, shape[1])
-    chunks = (max(1, min(shape[0], CHUNK_TARGET // (4 * width))), width)
-    array = create_array(files, None, shape, chunks, "float32", fill=float("nan"))
-    array.attrs.update(
-        {
-            "dims": ["query", "train"],
-            "query": str(pair.query.path),
-            "train": str(pair.train.path),
-            "curvature": str(pair.curvature.path),
-            "damping": pair.damping,
-            "version": __version__,
-            "complete": False,
-        }
-    )
-    return array
+def _fill(
+    scoring: Scoring, output: Output, blocks: list[tuple[int, int]], work: Work, slots: int, progress: bool | None
+) -> npt.NDArray[np.float64]:
+    """Write the missing chunks; return the queries' shares outside the span, (q,)."""
+    outside = np.empty(scoring.q)
+    with Progress("scores", len(blocks) * scoring.n, progress) as bar:
+        for start, stop in blocks:
+            missing = output.missing(start, stop)
+            left_out = sum(high - low for low, high in missing)
+            bar.advance(scoring.n - left_out)
+            if not missing:
+                outside[start:stop] = scoring.outside(start, stop)
+                continue
+            stripes = []
+            for low, high in missing:
+                share = max(1, round(slots * (high - low) / left_out))
+                stripes += cut_stripes(low, high, work.block_rows, share)
+            left = scoring.left(start, stop)
+            outside[start:stop] = left.outside
+            run_stripes(
+                _write_stripe, stripes, bar, work, output, (start, stop), scoring.seen, *left.arrays, slots=slots
+            )
+    return outside
 
 
 def _write_stripe(
-    stripe: Stripe,
-    key: str,
-    train: GradientStore,
-    block_rows: int,
-    queries: FloatTile,
-    out: StorePath,
-    first_query: int,
+    stripe: Stripe, key: str, work: Work, output: Output, queries: tuple[int, int], seen: Marks | None, *lefts: Floats
 ) -> None:
-    target = writable_array(array_store(out))
-    for first, tile in score_tiles(stripe, key, train, block_rows, queries):
-        target[first_query : first_query + tile.shape[0], first : first + tile.shape[1]] = tile
+    engine = make_engine(work.device)
+    with engine.context:
+        for low, high in output.missing(*queries):  # again: where a worker died, part of a stripe is there already
+            part = Stripe(max(low, stripe.start), min(high, stripe.stop))
+            if part.start >= part.stop:
+                continue
+            with OutputWriter(output, queries[0]) as writer:
+                for tile in score_tiles(engine, part, key, work, seen, lefts, copies=2):
+                    writer.write(tile.start, engine.host(tile.scores))

@@ -1,28 +1,38 @@
 """Self-influence: score(i, i) = g_iᵀ (F + λI)⁻¹ g_i, how strongly a row speaks for itself.
 
 Rows the rest of the data does not support (wrong labels, outliers) have large values. With z = Vᵀg it is
-Σ_j z_j² / (e_j + λ): one GEMM a block.
+Σ_j z_j² / (e_j + λ): one GEMM a block, whatever the number of λs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
-from ooc_influence.curvature import Curvature, DampingMode, resolve_curvature
-from ooc_influence.influence.pair import open_store
+from ooc_influence.curvature import DampingMode
+from ooc_influence.influence.checkpoints import AnyCurvature, Dampings, Marks, Stores
+from ooc_influence.influence.engine import make_engine
+from ooc_influence.influence.parts import Part, Parts
+from ooc_influence.influence.scoring import Scoring
+from ooc_influence.influence.tiles import Work, absent_rows, row_blocks, seen_share
 from ooc_influence.memory import Need, block_limit, plan_block_rows
 from ooc_influence.progress import Progress, tick
-from ooc_influence.store import GradientStore, PathLike, read_blocks
-from ooc_influence.stripes import Stripe, check_workers, cut_stripes, run_stripes, slots_per_process
+from ooc_influence.store import PathLike
+from ooc_influence.stripes import Stripe, check_workers, slots_per_process, worker_memory
 
 
 def self_influence(
-    train: GradientStore | PathLike,
-    curvature: Curvature | PathLike | None = None,
-    damping: float | None = None,
+    train: Stores,
+    curvature: AnyCurvature | Sequence[AnyCurvature] = None,
+    damping: Dampings = None,
     damping_mode: DampingMode = "relative",
     *,
+    rows: Any = None,
+    device: str | None = None,
+    resume: PathLike | None = None,
     workers: int | None = None,
     memory: int | str | None = None,
     progress: bool | None = None,
@@ -31,49 +41,81 @@ def self_influence(
 
     Parameters
     ----------
-    train : GradientStore or path
-        (n, k).
-    curvature, damping, damping_mode, workers, memory, progress
-        As for :func:`influence_scores`.
+    train : GradientStore or path, or a list of them
+        (n, k); a list for several checkpoints, whose values are averaged.
+    curvature, damping, damping_mode, rows, device, workers, memory, progress
+        As for :func:`influence_scores`; without a curvature (False) it is the squared norm ‖g_i‖².
+    resume : path, optional
+        As for :func:`top_influential`.
 
     Returns
     -------
-    (n,) float32
-        Not negative; NaN for dropped rows.
+    (n,) float32, or (L, n) for a list of dampings
+        Not negative; NaN for dropped rows, and rows that no checkpoint saw.
 
     Raises
     ------
     CurvatureNotFoundError, StaleCurvatureError, SingularFisherError, MemoryBudgetError
         As for :func:`influence_scores`.
+    StoreExistsError
+        As for :func:`top_influential`.
     """
-    store = open_store(train)
-    found = resolve_curvature(store, curvature)
-    value = found.damping_value(damping, damping_mode)
+    scoring = Scoring.open(None, train, curvature, damping, damping_mode, rows=rows, device=device)
     slots = check_workers(workers)
-    k = store.k
-    need = Need(
+    stores = [own.train for own in scoring.checkpoints]
+    seen = 0 if scoring.seen is None else scoring.seen.nbytes
+    need = self_need(
+        [store.k for store in stores],
+        scoring.n,
+        scoring.lambdas,
+        norms=scoring.norm_bytes(),
+        fixed=seen,
+        reading=sum(store.reading_bytes for store in stores),
+    )
+    block_rows = plan_block_rows(need, worker_memory(memory), slots_per_process(slots))
+    work = scoring.work(block_rows, normalized=True)
+    parts = Parts(resume, scoring.digest(kind="self-influence", block_rows=block_rows))
+    stripes = parts.stripes(scoring.n, block_rows, slots, sum(store.layout.encoding.row_bytes for store in stores))
+    found = np.empty((scoring.lambdas, scoring.n), np.float32)
+
+    def take(stripe: Stripe, part: Part) -> None:
+        found[:, stripe.start : stripe.stop] = part["values"]
+
+    with Progress("self-influence", scoring.n, progress) as bar:
+        parts.run("values", _stripe, stripes, bar, work, scoring.seen, slots=slots, take=take)
+    parts.remove()
+    result: npt.NDArray[np.float32] = scoring.squeeze(found)
+    return result
+
+
+def self_need(columns: Sequence[int], n: int, values: int, *, norms: int, fixed: int = 0, reading: int = 0) -> Need:
+    """Return what self-influence of ``n`` rows needs; ``norms`` is what the curvatures hold for it."""
+    k = max(columns)
+    return Need(
         stage=f"self-influence for k={k}",
-        fixed=8 * k * k + 8 * store.n,  # V; the stripes' results and their concatenation
-        per_worker=4 * k * k + store.reading_bytes,  # V in float32
-        per_row=3 * 4 * k,
+        fixed=fixed + 8 * values * n,  # the result, and the stripes'
+        per_worker=norms + reading,
+        per_row=sum(4 * own for own in columns) + 8 * k + 16 * values,  # rows; rotated ones and their squares
         max_rows=block_limit(k),
         advice="extract with a smaller k",
     )
-    block_rows = plan_block_rows(need, memory, slots_per_process(slots))
-    stripes = cut_stripes(0, store.n, block_rows, slots)
-    with Progress("self-influence", store.n, progress) as bar:
-        parts = run_stripes(_stripe, stripes, bar, store, block_rows, found, value, slots=slots)
-    return np.concatenate(parts)
 
 
-def _stripe(
-    stripe: Stripe, key: str, store: GradientStore, block_rows: int, curvature: Curvature, value: float
-) -> npt.NDArray[np.float32]:
-    out = np.empty(stripe.stop - stripe.start, np.float32)
-    for block in read_blocks(store, stripe.start, stripe.stop, block_rows):
-        part = out[block.start - stripe.start : block.stop - stripe.start]
-        part[:] = curvature.self_influence(block.gradients, [value])[0]
-        if block.dropped is not None:
-            part[block.dropped] = np.nan
-        tick(key, block.stop - block.start)
-    return out
+def _stripe(stripe: Stripe, key: str, work: Work, seen: Marks | None) -> Part:
+    engine = make_engine(work.device)
+    assert work.curvatures is not None
+    out = np.empty((work.lambdas, stripe.stop - stripe.start), np.float32)
+    with engine.context:
+        for blocks in row_blocks(engine, stripe, work):
+            start, stop = blocks[0].start, blocks[0].stop
+            part = out[:, start - stripe.start : stop - stripe.start]
+            part[:] = 0
+            for number, block in enumerate(blocks):
+                share = seen_share(seen, number, block)
+                own = engine.quadratic(work.curvatures[number], work.values[number], block.values)
+                part += own / len(blocks) if share is None else own * share
+            absent = absent_rows(blocks, seen)
+            if absent is not None:
+                part[:, absent] = np.nan
+            tick(key, stop - start)
+    return {"values": out}

@@ -1,136 +1,45 @@
 """The strongest proponents and opponents of each query, without the (q, n) matrix.
 
-Each stripe of train rows keeps a running best list a query; lists merge up a tree. Rows tie-break by number, smaller
-first, so the result is the same for every division of the work.
+Each stripe of train rows keeps the best of each query; the lists are merged as stripes finish.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from ooc_influence.curvature import Curvature, DampingMode
+from ooc_influence.curvature import DampingMode
 from ooc_influence.errors import InputError
-from ooc_influence.influence.pair import FloatTile, Pair, score_tiles
+from ooc_influence.influence.best import ENTRY_BYTES, NO_ROW, Best, BestList, list_bytes, merge
+from ooc_influence.influence.checkpoints import AnyCurvature, Dampings, Marks, Stores
+from ooc_influence.influence.engine import Floats, make_engine
+from ooc_influence.influence.parts import Part, Parts
+from ooc_influence.influence.ranking import Ranking, TopInfluential
+from ooc_influence.influence.scoring import Normalize, Scoring
+from ooc_influence.influence.tiles import Columns, Costs, Work, score_tiles
 from ooc_influence.progress import Progress
-from ooc_influence.store import GradientStore, PathLike
-from ooc_influence.stripes import Stripe, check_workers, cut_stripes, run_stripes
+from ooc_influence.store import PathLike
+from ooc_influence.stripes import Stripe, check_workers
 
-_NO_ROW = np.iinfo(np.int64).max
-
-
-@dataclass(frozen=True, eq=False)
-class Ranking:
-    """Train rows in order of influence, for each query.
-
-    Attributes
-    ----------
-    rows : (q, top) int64
-        Row numbers in the train store; -1 for a query that is dropped.
-    scores : (q, top) float32
-        Their scores; NaN for a query that is dropped.
-    ids : (q, top)
-        Their ids; the row numbers where the store has none.
-    """
-
-    rows: npt.NDArray[np.int64]
-    scores: npt.NDArray[np.float32]
-    ids: npt.NDArray[Any]
-
-
-@dataclass(frozen=True, eq=False)
-class TopInfluential:
-    """What :func:`top_influential` found.
-
-    Attributes
-    ----------
-    proponents : Ranking
-        Highest scores first: rows that lowered the query's loss most.
-    opponents : Ranking
-        Lowest scores first: rows that raised it most.
-    query_ids : (q,)
-        Ids of the queries; their row numbers where the query store has none.
-    damping : float
-        λ itself.
-    """
-
-    proponents: Ranking
-    opponents: Ranking
-    query_ids: npt.NDArray[Any]
-    damping: float
-
-    def to_dict(self) -> Mapping[str, Any]:
-        """Return the result as JSON-ready values, one entry a query."""
-        queries = []
-        for number, name in enumerate(self.query_ids.tolist()):
-            lists = {}
-            for side in ("proponents", "opponents"):
-                ranking: Ranking = getattr(self, side)
-                columns = (ranking.rows[number], ranking.ids[number], ranking.scores[number])
-                lists[side] = [
-                    {"row": row, "id": row_id, "score": score}
-                    for row, row_id, score in zip(*(column.tolist() for column in columns), strict=True)
-                    if row >= 0
-                ]
-            queries.append({"query": number, "id": name, **lists})
-        return {"damping": self.damping, "queries": queries}
-
-
-class BestList:
-    """The ``top`` largest scores of each query so far, with their rows.
-
-    Parameters
-    ----------
-    queries, top : int
-        Sizes.
-    """
-
-    def __init__(self, queries: int, top: int) -> None:
-        self.scores = np.full((queries, top), -np.inf, np.float32)
-        self.rows = np.full((queries, top), _NO_ROW, np.int64)
-
-    def add(self, tile: FloatTile, first_row: int) -> None:
-        """Take in scores (q, rows) of train rows from ``first_row`` on; NaN never enters."""
-        top = self.scores.shape[1]
-        candidates = tile > self.scores[:, -1:]  # rows come in order: an equal score further on loses the tie
-        counts = candidates.sum(1)
-        for number in np.flatnonzero(counts):
-            columns = np.flatnonzero(candidates[number])
-            scores = tile[number, columns]
-            if len(columns) > 2 * top:
-                limit = -np.partition(-scores, top - 1)[top - 1]
-                above, level = np.flatnonzero(scores > limit), np.flatnonzero(scores == limit)
-                chosen = np.concatenate([above, level[: top - len(above)]])
-                columns, scores = columns[chosen], scores[chosen]
-            self._merge(number, scores, first_row + columns)
-
-    def merged(self, other: BestList) -> BestList:
-        """Return the best of both, leaving both as they are."""
-        result = BestList(*self.scores.shape)
-        result.scores, result.rows = self.scores.copy(), self.rows.copy()
-        for number in range(len(self.scores)):
-            result._merge(number, other.scores[number], other.rows[number])
-        return result
-
-    def _merge(self, number: Any, scores: npt.NDArray[np.float32], rows: npt.NDArray[np.int64]) -> None:
-        all_scores = np.concatenate([self.scores[number], scores])
-        all_rows = np.concatenate([self.rows[number], rows])
-        order = np.lexsort((all_rows, -all_scores))[: self.scores.shape[1]]
-        self.scores[number], self.rows[number] = all_scores[order], all_rows[order]
+_SIDES = ("proponents", "opponents")
 
 
 def top_influential(
-    query: GradientStore | PathLike,
-    train: GradientStore | PathLike,
+    query: Stores,
+    train: Stores,
     top: int = 10,
-    curvature: Curvature | PathLike | None = None,
-    damping: float | None = None,
+    curvature: AnyCurvature | Sequence[AnyCurvature] = None,
+    damping: Dampings = None,
     damping_mode: DampingMode = "relative",
     *,
+    normalize: Normalize | None = None,
+    average_queries: bool | str = False,
+    rows: Any = None,
+    device: str | None = None,
+    resume: PathLike | None = None,
     workers: int | None = None,
     memory: int | str | None = None,
     progress: bool | None = None,
@@ -139,78 +48,139 @@ def top_influential(
 
     Parameters
     ----------
-    query, train : GradientStore or path
-        (q, k) and (n, k).
+    query, train : GradientStore or path, or lists of them
+        (q, k) and (n, k); lists for several checkpoints.
     top : int
         How many of each; fewer where the train store has fewer live rows.
-    curvature, damping, damping_mode, workers, memory, progress
-        As for :func:`influence_scores`.
+    curvature, damping, damping_mode, normalize, average_queries, rows, device, workers, memory, progress
+        As for :func:`influence_scores`. Rows that no checkpoint saw (``rows=``) are in no list.
+    resume : path, optional
+        A folder to keep finished parts in: the same call, interrupted or killed, goes on from there. It is removed at
+        the end.
 
     Returns
     -------
     TopInfluential
-        Row numbers, ids and scores, (q, top) each; ties in order of row number.
+        Row numbers, ids and scores, (q, top) each, or (L, q, top) for a list of dampings; ties in order of row number.
 
     Raises
     ------
     InputError
         For top < 1.
+    StoreExistsError
+        If ``resume`` holds something else than this call's parts.
     MismatchError, CurvatureNotFoundError, StaleCurvatureError, SingularFisherError, MemoryBudgetError
         As for :func:`influence_scores`.
     """
+    scoring = Scoring.open(
+        query, train, curvature, damping, damping_mode, normalize=normalize, average_queries=average_queries, rows=rows,
+        device=device,
+    )  # fmt: skip
+    lists = find_top(scoring, top, None, resume=resume, workers=workers, memory=memory, progress=progress)
+    return lists.ranked(scoring, 0)
+
+
+class Lists(NamedTuple):
+    """Largest scores, and largest negated scores, with their rows.
+
+    Attributes
+    ----------
+    scores : (2, L, M, q, top) float32
+        For every λ, module and query; -inf where there are fewer.
+    rows : (2, L, M, q, top) int64
+        Row numbers; :data:`NO_ROW` where there are fewer.
+    outside : (q,) float64
+        See :class:`TopInfluential`.
+    """
+
+    scores: Floats
+    rows: npt.NDArray[np.int64]
+    outside: npt.NDArray[np.float64]
+
+    def ranked(self, scoring: Scoring, module: int) -> TopInfluential:
+        """Return one module's lists, cut to the longest."""
+        scores, rows = (scoring.squeeze(np.moveaxis(part[:, :, module], 0, 1)) for part in (self.scores, self.rows))
+        filled = rows != NO_ROW  # dropped rows leave lists short, a dropped query leaves its list empty
+        longest = int(filled.sum(-1).max())
+        scores, rows, filled = (part[..., :longest] for part in (scores, rows, filled))
+        ids = scoring.checkpoints[0].train.ids(np.where(filled, rows, 0))
+        rows, scores = np.where(filled, rows, -1), np.where(filled, scores, np.nan).astype(np.float32)
+        proponents, opponents = (
+            Ranking(rows[..., side, :, :], sign * scores[..., side, :, :], ids[..., side, :, :])
+            for side, sign in enumerate((np.float32(1), np.float32(-1)))
+        )
+        return TopInfluential(proponents, opponents, scoring.queries.names, scoring.damping, self.outside)
+
+
+def top_costs(top: int, left_rows: int, n: int, modules: int = 1) -> Costs:
+    """Return what top lists of ``n`` rows hold, ``left_rows`` preconditioned queries in all."""
+    both = 2 * ENTRY_BYTES * top  # a query's two lists
+    own = 2 * list_bytes(top, n) + 3 * both  # of the stripe; of those before, of one more, and merged
+    return Costs(tile=4 + 1, left=own, fixed=4 * both * left_rows * modules, modules=modules)  # and while ids are found
+
+
+def find_top(
+    scoring: Scoring,
+    top: int,
+    columns: Columns | None,
+    *,
+    resume: PathLike | None,
+    workers: int | None,
+    memory: int | str | None,
+    progress: bool | None,
+) -> Lists:
+    """Return the best lists of every query, for every λ and module.
+
+    Raises
+    ------
+    InputError, StoreExistsError, MemoryBudgetError
+        See :func:`top_influential`.
+    """
     if top < 1:
         raise InputError(f"expected top >= 1; received {top}")
-    pair = Pair.open(query, train, curvature, damping, damping_mode)
-    slots, top = check_workers(workers), min(top, pair.train.n)
-    entry = 4 + 8  # a score and its row; lists are there twice more while they merge, and once more when joined
-    blocks, block_rows = pair.plan(
-        memory, slots, stage="top", tile_bytes=4 + 1, lists=2 * 3 * entry * top, fixed=4 * entry * top * pair.query.n
+    slots, top = check_workers(workers), min(top, scoring.n)
+    modules = 1 if columns is None else len(columns[0])
+    blocks, block_rows = scoring.plan(
+        "top", memory, slots, top_costs(top, scoring.lambdas * scoring.q, scoring.n, modules)
     )
-    stripes = cut_stripes(0, pair.train.n, block_rows, slots)
-    found = []
-    with Progress("top", len(blocks) * pair.train.n, progress) as bar:
+    work = scoring.work(block_rows, columns)
+    parts = Parts(resume, scoring.digest(kind="top", top=top, block_rows=block_rows, modules=modules))
+    stripes = parts.stripes(scoring.n, block_rows, slots, sum(store.layout.encoding.row_bytes for store in work.stores))
+    shape = (len(_SIDES), scoring.lambdas, modules, scoring.q, top)
+    found = Lists(np.empty(shape, np.float32), np.empty(shape, np.int64), np.empty(scoring.q))
+    with Progress("top", len(blocks) * scoring.n, progress) as bar:
         for start, stop in blocks:
-            found.append(
-                run_stripes(
-                    _best_of_stripe,
-                    stripes,
-                    bar,
-                    pair.train,
-                    block_rows,
-                    pair.precondition(start, stop),
-                    top,
-                    slots=slots,
-                    reduce=_merge_both,
-                )
-            )
-    proponents, opponents = (
-        _ranking(pair.train, [both[side] for both in found], sign) for side, sign in ((0, 1), (1, -1))
-    )
-    return TopInfluential(proponents, opponents, pair.query.ids(), pair.damping)
+            left = scoring.left(start, stop)
+            found.outside[start:stop] = left.outside
+            lists: dict[str, Best] = {}
+
+            def take(stripe: Stripe, part: Part, lists: dict[str, Best] = lists) -> None:
+                for name in _SIDES:
+                    lists[name] = merge(lists.get(name), (part[f"{name}_scores"], part[f"{name}_rows"]))
+
+            parts.run(
+                f"{start}-{stop}", best_of_stripe, stripes, bar, work, top, scoring.seen, *left.arrays, slots=slots,
+                take=take,
+            )  # fmt: skip
+            for side, name in enumerate(_SIDES):
+                scores, numbers = (part.reshape(*shape[1:3], stop - start, top) for part in lists[name])
+                found.scores[side, :, :, start:stop], found.rows[side, :, :, start:stop] = scores, numbers
+    parts.remove()
+    scoring.warn_outside(found.outside)
+    return found
 
 
-Both = tuple[BestList, BestList]
-
-
-def _best_of_stripe(
-    stripe: Stripe, key: str, train: GradientStore, block_rows: int, queries: FloatTile, top: int
-) -> Both:
-    largest, smallest = BestList(len(queries), top), BestList(len(queries), top)
-    for first, tile in score_tiles(stripe, key, train, block_rows, queries):
-        largest.add(tile, first)
-        smallest.add(np.negative(tile, out=tile), first)
-    return largest, smallest
-
-
-def _merge_both(left: Both, right: Both) -> Both:
-    return left[0].merged(right[0]), left[1].merged(right[1])
-
-
-def _ranking(train: GradientStore, parts: list[BestList], sign: int) -> Ranking:
-    rows = np.concatenate([part.rows for part in parts])
-    scores = np.concatenate([part.scores for part in parts])
-    filled = rows != _NO_ROW  # dropped rows leave lists short, a dropped query leaves its list empty
-    longest = int(filled.sum(1).max())
-    rows, scores, filled = rows[:, :longest], sign * scores[:, :longest], filled[:, :longest]
-    ids = train.ids(np.where(filled, rows, 0))
-    return Ranking(np.where(filled, rows, -1), np.where(filled, scores, np.nan).astype(np.float32), ids)
+def best_of_stripe(stripe: Stripe, key: str, work: Work, top: int, seen: Marks | None, *lefts: Floats) -> Part:
+    """Return the best lists of a stripe: largest scores, and largest negated scores."""
+    engine = make_engine(work.device)
+    lists = [BestList(len(lefts[0]) * work.modules, top, stripe.stop - stripe.start) for _ in _SIDES]
+    with engine.context:
+        for tile in score_tiles(engine, stripe, key, work, seen, lefts):
+            scores = tile.scores.reshape(-1, tile.stop - tile.start)
+            lists[0].add(scores, tile.start, engine)
+            scores *= -1
+            lists[1].add(scores, tile.start, engine)
+    part: dict[str, npt.NDArray[Any]] = {}
+    for name, own in zip(_SIDES, lists, strict=True):
+        part[f"{name}_scores"], part[f"{name}_rows"] = own.best()
+    return part

@@ -1,0 +1,210 @@
+"""A query store, a train store and a curvature that belong together, once or for several checkpoints of a model.
+
+Scores over several checkpoints are means: of one training run's (TracIn, arXiv 2002.08484) or of models trained apart
+(TRAK, arXiv 2303.14186). All of them have the same queries and train rows, in the same order. A checkpoint that was
+trained on part of the rows gives credit to those only: a row's score is the mean over the checkpoints that saw it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from ooc_influence.curvature import Curvature, DampingMode, resolve_curvature
+from ooc_influence.errors import InputError, MismatchError
+from ooc_influence.store import GradientStore, PathLike
+
+Store = GradientStore | PathLike
+Stores = Store | Sequence[Store]
+AnyCurvature = Curvature | PathLike | Literal[False] | None
+Dampings = float | Sequence[float] | None
+Marks = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """Checked stores of one model, their curvature and λ.
+
+    Attributes
+    ----------
+    query : GradientStore or None
+        (q, k), under the train store's mask and of its model; None where rows are scored on themselves.
+    train : GradientStore
+        (n, k).
+    curvature : Curvature or None
+        F's spectrum; None for plain dot products.
+    values : tuple of float
+        λ itself, one for each damping; (0.0,) without a curvature.
+    """
+
+    query: GradientStore | None
+    train: GradientStore
+    curvature: Curvature | None
+    values: tuple[float, ...]
+
+    @classmethod
+    def open(
+        cls, query: Store | None, train: Store, curvature: AnyCurvature, damping: Dampings, mode: DampingMode
+    ) -> Checkpoint:
+        """Open what is a path and check that all of it belongs together.
+
+        Raises
+        ------
+        MismatchError
+            If masks or models differ.
+        InputError
+            If a store has no rows, or a damping comes without a curvature.
+        CurvatureNotFoundError, StaleCurvatureError, SingularFisherError
+            See :func:`resolve_curvature` and :meth:`Curvature.damping_value`.
+        """
+        rows = open_store(train)
+        queries = None if query is None else open_store(query)
+        if queries is not None:
+            _check_comparable(queries, rows)
+        if curvature is False:
+            if damping is not None:
+                raise InputError(f"expected no damping without a curvature; received {damping}: leave it out")
+            return cls(queries, rows, None, (0.0,))
+        found = resolve_curvature(rows, curvature)
+        each = damping if isinstance(damping, Sequence) else [damping]
+        return cls(queries, rows, found, tuple(found.damping_value(value, mode) for value in each))
+
+    @property
+    def identity(self) -> list[Any]:
+        """What the scores depend on, as JSON values: the rows of both stores, the fit, λ."""
+        stores = [store for store in (self.query, self.train) if store is not None]
+        fit = None if self.curvature is None else self.curvature.__dask_tokenize__()
+        return [[[store.identity, store.rows_digest()] for store in stores], fit, list(self.values)]
+
+
+def open_checkpoints(
+    query: Stores | None,
+    train: Stores,
+    curvature: AnyCurvature | Sequence[AnyCurvature],
+    damping: Dampings,
+    mode: DampingMode,
+) -> tuple[Checkpoint, ...]:
+    """Open one checkpoint, or several given as lists.
+
+    Raises
+    ------
+    InputError
+        If lists differ in length, or a damping is no number.
+    MismatchError
+        If checkpoints differ in their rows, or one does not fit itself (:meth:`Checkpoint.open`).
+    """
+    damping = _parse_damping(damping)
+    trains = _listed(train)
+    queries: list[Any] = [None] * len(trains) if query is None else _listed(query)
+    curvatures: list[Any] = (
+        list(curvature) if isinstance(curvature, (list, tuple)) else [curvature] * len(trains)  # one name for all
+    )
+    if not trains or not len(trains) == len(queries) == len(curvatures):
+        raise InputError(
+            "expected a query store, a train store and a curvature for each checkpoint; received "
+            f"{len(queries)}, {len(trains)} and {len(curvatures)}"
+        )
+    found = [Checkpoint.open(*each, damping, mode) for each in zip(queries, trains, curvatures, strict=True)]
+    for other in found[1:]:
+        _check_same_rows(found[0].train, other.train)
+        if found[0].query is not None and other.query is not None:
+            _check_same_rows(found[0].query, other.query)
+    return tuple(found)
+
+
+def _listed(stores: Stores) -> list[Store]:
+    return list(stores) if isinstance(stores, (list, tuple)) else [stores]  # type: ignore[list-item]
+
+
+def _parse_damping(damping: Dampings) -> Dampings:
+    if damping is None or isinstance(damping, (int, float)):
+        return damping
+    values: npt.NDArray[Any] = np.asarray(damping)
+    if values.ndim > 1 or values.dtype.kind not in "iuf" or not values.size:
+        raise InputError(f"expected damping as a number or a list of numbers; received {damping!r}")
+    return [float(value) for value in values] if values.ndim else float(values)
+
+
+def _check_comparable(query: GradientStore, train: GradientStore) -> None:
+    if query.columns_digest != train.columns_digest:
+        raise MismatchError(
+            f"expected a query store with the mask (and basis) of {train.path}; received {query.path}, which has "
+            "another: extract the queries with like= (--like) the train store"
+        )
+    models = [store.attrs.get("model", {}).get("fingerprint") for store in (query, train)]
+    if models[0] != models[1]:
+        raise MismatchError(
+            f"expected query and train gradients of one model; received {query.path} and {train.path}, made with "
+            "two: extract the queries with the model of the train store"
+        )
+
+
+def _check_same_rows(first: GradientStore, other: GradientStore) -> None:
+    """Check that two stores hold the same examples, as far as their numbers and ids tell."""
+    same = first.n == other.n and first.layout.ids == other.layout.ids
+    if same and first.layout.ids:
+        step = first.layout.group_rows
+        parts = ((start, min(first.n, start + step)) for start in range(0, first.n, step))
+        same = all(np.array_equal(first.small("example_id", *p), other.small("example_id", *p)) for p in parts)
+    if not same:
+        raise MismatchError(
+            f"expected the same rows in every checkpoint's store; received {first.path} ({first.n} rows) and "
+            f"{other.path} ({other.n} rows), whose numbers or ids differ: extract them from the same data in one order"
+        )
+
+
+def parse_marks(rows: Any, several: bool, checkpoints: int, n: int) -> Marks | None:
+    """Return which rows each checkpoint was trained on, (C, n) bool; None for all of them.
+
+    Parameters
+    ----------
+    rows : None, (m,) int or (n,) bool; where there are ``several`` checkpoints, a list with one of these for each
+        Row numbers, or a mark for every row; None for all.
+    several : bool
+        Whether checkpoints were given as lists.
+    checkpoints, n : int
+        How many checkpoints and train rows there are.
+
+    Raises
+    ------
+    InputError
+        For another form, or numbers outside the store.
+    """
+    if rows is None:
+        return None
+    each = list(rows) if several else [rows]
+    if len(each) != checkpoints:
+        raise InputError(f"expected rows= with an entry for each of {checkpoints} checkpoints; received {len(each)}")
+    marks = np.ones((checkpoints, n), bool)
+    for own, given in zip(marks, each, strict=True):
+        if given is None:
+            continue
+        values: npt.NDArray[Any] = np.asarray(given)
+        if values.dtype == bool and values.shape == (n,):
+            own[:] = values
+        elif values.ndim == 1 and values.dtype.kind in "iu" and values.size and 0 <= values.min() <= values.max() < n:
+            own[:] = False
+            own[values] = True
+        else:
+            raise InputError(
+                f"expected rows as numbers in [0, {n}) or {n} marks; received {values.dtype} {values.shape}"
+            )
+    return marks
+
+
+def open_store(store: Store) -> GradientStore:
+    """Return an open store with at least one row.
+
+    Raises
+    ------
+    InputError
+        If it has none.
+    """
+    opened = store if isinstance(store, GradientStore) else GradientStore.open(store)
+    if not opened.n:
+        raise InputError(f"expected a store with committed rows; received {opened.path} with none: extract first")
+    return opened

@@ -1,0 +1,183 @@
+"""Scores summed over groups of train rows (a label, a source, a document), without the (q, n) matrix.
+
+A score is linear in the train row, so a block's rows are added up by group first, each with its weight, and only the
+sums are multiplied: Σ_{i in group} score(q, i) = x_qᵀ Σ_i w_i g_i. With few groups that costs one reading of the rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ooc_influence.curvature import DampingMode
+from ooc_influence.influence.aggregate import Codes, parse_groups
+from ooc_influence.influence.checkpoints import AnyCurvature, Dampings, Marks, Stores
+from ooc_influence.influence.engine import Floats, make_engine
+from ooc_influence.influence.parts import Part, Parts
+from ooc_influence.influence.scoring import Normalize, Scoring
+from ooc_influence.influence.tiles import Costs, Work, absent_rows, row_blocks, row_weights
+from ooc_influence.progress import Progress, tick
+from ooc_influence.store import PathLike
+from ooc_influence.stripes import Stripe, check_workers
+
+
+@dataclass(frozen=True, eq=False)
+class GroupInfluence:
+    """What :func:`group_influence` found.
+
+    Attributes
+    ----------
+    names : (G,)
+        The groups, in order.
+    sums : (q, G) float64, or (L, q, G) for a list of dampings
+        Sum of the scores of each group's rows; NaN for a query that is dropped.
+    counts : (G,) int64
+        Rows with a score in each group.
+    query_ids, damping, outside_share
+        As in :class:`TopInfluential`.
+    """
+
+    names: npt.NDArray[Any]
+    sums: npt.NDArray[np.float64]
+    counts: npt.NDArray[np.int64]
+    query_ids: npt.NDArray[Any]
+    damping: Any
+    outside_share: npt.NDArray[np.float64]
+
+    @property
+    def means(self) -> npt.NDArray[np.float64]:
+        """Mean score of each group's rows, shaped as ``sums``; NaN for a group without any."""
+        return np.where(self.counts > 0, self.sums / np.maximum(self.counts, 1), np.nan)
+
+    def to_dict(self) -> Mapping[str, Any]:
+        """Return the result as JSON-ready values."""
+        return {
+            "damping": self.damping,
+            "groups": self.names.tolist(),
+            "counts": self.counts.tolist(),
+            "queries": self.query_ids.tolist(),
+            "outside_share": [None if np.isnan(share) else share for share in self.outside_share.tolist()],
+            "sums": np.where(np.isnan(self.sums), np.array(None), self.sums).tolist(),
+        }
+
+
+def group_influence(
+    query: Stores,
+    train: Stores,
+    by: str | npt.ArrayLike,
+    curvature: AnyCurvature | Sequence[AnyCurvature] = None,
+    damping: Dampings = None,
+    damping_mode: DampingMode = "relative",
+    *,
+    normalize: Normalize | None = None,
+    average_queries: bool | str = False,
+    rows: Any = None,
+    device: str | None = None,
+    resume: PathLike | None = None,
+    workers: int | None = None,
+    memory: int | str | None = None,
+    progress: bool | None = None,
+) -> GroupInfluence:
+    """Return each query's scores summed over groups of train rows.
+
+    Parameters
+    ----------
+    query, train : GradientStore or path, or lists of them
+        (q, k) and (n, k); lists for several checkpoints.
+    by : str or (n,)
+        A column of the train store (``"label"``), ``"id"`` for its ids, or a value for each row. Memory holds a group's
+        number for every row, and q · G sums.
+    curvature, damping, damping_mode, normalize, average_queries, rows, device, workers, memory, progress
+        As for :func:`influence_scores`.
+    resume : path, optional
+        As for :func:`top_influential`.
+
+    Returns
+    -------
+    GroupInfluence
+        Names, sums, means and numbers of rows.
+
+    Raises
+    ------
+    InputError
+        If there is no such column, or ``by`` has another length.
+    StoreExistsError
+        As for :func:`top_influential`.
+    MismatchError, CurvatureNotFoundError, StaleCurvatureError, SingularFisherError, MemoryBudgetError
+        As for :func:`influence_scores`.
+    """
+    scoring = Scoring.open(
+        query, train, curvature, damping, damping_mode, normalize=normalize, average_queries=average_queries, rows=rows,
+        device=device,
+    )  # fmt: skip
+    groups = parse_groups(by, scoring.checkpoints[0].train)
+    size, slots = len(groups.names), check_workers(workers)
+    blocks, block_rows = scoring.plan(
+        "group sums", memory, slots, group_costs(size, scoring.q, scoring.lambdas, scoring.n, scoring.columns)
+    )
+    work = scoring.work(block_rows)
+    made = hashlib.sha256(groups.codes.tobytes()).hexdigest()
+    parts = Parts(resume, scoring.digest(kind="groups", groups=made, block_rows=block_rows))
+    stripes = parts.stripes(scoring.n, block_rows, slots, sum(store.layout.encoding.row_bytes for store in work.stores))
+    sums = np.zeros((scoring.lambdas, scoring.q, size))
+    counts = np.zeros(size, np.int64)
+    outside = np.empty(scoring.q)
+    with Progress("group sums", len(blocks) * scoring.n, progress) as bar:
+        for start, stop in blocks:
+            left = scoring.left(start, stop)
+            outside[start:stop] = left.outside
+            counts[:] = 0
+
+            def add(stripe: Stripe, part: Part, inside: slice = slice(start, stop)) -> None:
+                sums[:, inside] += part["sums"]
+                counts[:] += part["counts"]
+
+            parts.run(
+                f"{start}-{stop}", _stripe, stripes, bar, work, size, groups.codes, scoring.seen, *left.arrays,
+                slots=slots, take=add,
+            )  # fmt: skip
+            sums[:, start:stop][:, left.gone] = np.nan  # of groups without a row in any block, too
+    parts.remove()
+    scoring.warn_outside(outside)
+    return GroupInfluence(groups.names, scoring.squeeze(sums), counts, scoring.queries.names, scoring.damping, outside)
+
+
+def group_costs(groups: int, queries: int, values: int, n: int, k: int) -> Costs:
+    """Return what sums over ``groups`` groups of ``n`` rows hold, for ``queries`` queries and ``values`` λs."""
+    return Costs(
+        tile=4 + 4 + 8,  # products with a block's groups, and added to the sums
+        left=2 * 8 * groups,  # a stripe's sums, and those that have arrived
+        row=(1 + values) * 4 * k + 40,  # sums of a block's rows for each λ, and the weights that make them
+        fixed=8 * groups * queries * values + 3 * 8 * n,
+    )
+
+
+def _stripe(stripe: Stripe, key: str, work: Work, size: int, codes: Codes, seen: Marks | None, *lefts: Floats) -> Part:
+    engine = make_engine(work.device)
+    q = len(lefts[0]) // work.lambdas
+    sums = np.zeros((work.lambdas, q, size))
+    counts = np.zeros(size, np.int64)
+    with engine.context:
+        queries = [engine.array(left) for left in lefts]
+        for blocks in row_blocks(engine, stripe, work):
+            start, stop = blocks[0].start, blocks[0].stop
+            absent = absent_rows(blocks, seen)
+            live = np.ones(stop - start, bool) if absent is None else ~absent
+            own = codes[start:stop]
+            counts += np.bincount(own[live], minlength=size)
+            for number, (left, block) in enumerate(zip(queries, blocks, strict=True)):
+                weights = row_weights(engine, work, seen, number, block)
+                rows = live[None].astype(np.float32) if weights is None else np.where(live, weights, np.float32(0))
+                added = [engine.sums(block.values, own, weight) for weight in rows]  # one for all λs, or each its own
+                for place in range(work.lambdas):
+                    found, total = added[place % len(added)]
+                    tile = engine.empty(q, len(found))
+                    engine.multiply(left[place * q : (place + 1) * q], total, tile)
+                    sums[place][:, found] += engine.host(tile)
+            tick(key, stop - start)
+    return {"sums": sums, "counts": counts}

@@ -1,0 +1,283 @@
+"""What a call scores: its checkpoints, its queries, in which unit; and the memory plan of passing over the train rows.
+
+The queries are preconditioned once, a block at a time: x = (F + λI)⁻¹ g_q for each λ, computed in float64. Then only
+dot products with train rows remain, and the λs are so many more queries. In the cosine mode x is divided by
+√(g_qᵀ x) here, and train rows by √(g_iᵀ (F + λI)⁻¹ g_i) where they are read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from ooc_influence.curvature import Curvature, DampingMode
+from ooc_influence.errors import InputError, MemoryBudgetError, OocInfluenceWarning
+from ooc_influence.influence.checkpoints import (
+    AnyCurvature,
+    Checkpoint,
+    Dampings,
+    Marks,
+    Stores,
+    open_checkpoints,
+    parse_marks,
+)
+from ooc_influence.influence.engine import Floats, parse_device
+from ooc_influence.influence.queries import Queries
+from ooc_influence.influence.tiles import Columns, Costs, Work, pass_need, whole_rows
+from ooc_influence.memory import Need, plan_block_rows
+from ooc_influence.stripes import slots_per_process, worker_memory
+
+Normalize = Literal["cosine", "train"]
+LEFT_ROWS = 2048  # preconditioned queries a pass: more cost memory, fewer another pass over the train rows
+OUTSIDE_WARNING = 0.5  # share of a query's squared gradient outside the curvature's span, above which we say so
+
+
+@dataclass(frozen=True)
+class Left:
+    """Preconditioned queries ``start`` to ``stop``.
+
+    Attributes
+    ----------
+    start, stop : int
+        Query numbers.
+    arrays : list of (L · q, k) float32
+        For each checkpoint, λ by λ; NaN where a query is dropped.
+    outside : (q,) float64
+        Share of each query's squared gradient outside the span of the training spectrum; NaN without a curvature.
+    gone : (q,) bool
+        Queries that are dropped.
+    """
+
+    start: int
+    stop: int
+    arrays: list[Floats]
+    outside: npt.NDArray[np.float64]
+    gone: Marks
+
+
+@dataclass(frozen=True, eq=False)
+class Scoring:
+    """A call's checked input.
+
+    Attributes
+    ----------
+    checkpoints : tuple of Checkpoint
+        One, or several to average over.
+    queries : Queries
+        The left-hand rows.
+    seen : (C, n) bool or None
+        Which rows each checkpoint was trained on; None for all.
+    normalize : {"cosine", "train"} or None
+        The unit of the scores.
+    device : str or None
+        Where blocks are multiplied; None for NumPy.
+    several : bool
+        Whether dampings came as a list: results have an axis of λ.
+    """
+
+    checkpoints: tuple[Checkpoint, ...]
+    queries: Queries
+    seen: Marks | None
+    normalize: Normalize | None
+    device: str | None
+    several: bool
+
+    @classmethod
+    def open(
+        cls,
+        query: Stores | None,
+        train: Stores,
+        curvature: AnyCurvature | Sequence[AnyCurvature],
+        damping: Dampings,
+        mode: DampingMode,
+        *,
+        normalize: Normalize | None = None,
+        average_queries: bool | str = False,
+        rows: Any = None,
+        device: str | None = None,
+    ) -> Scoring:
+        """Open and check everything; see :func:`influence_scores`. Without a query store, rows speak for themselves."""
+        if normalize not in (None, "cosine", "train"):
+            raise InputError(f"expected normalize 'cosine', 'train' or none; received {normalize!r}")
+        checkpoints = open_checkpoints(query, train, curvature, damping, mode)
+        first = checkpoints[0]
+        queries = Queries.none() if first.query is None else Queries.of(first.query, average_queries)
+        seen = parse_marks(rows, isinstance(train, (list, tuple)), len(checkpoints), first.train.n)
+        several = damping is not None and np.ndim(damping) == 1
+        return cls(checkpoints, queries, seen, normalize, parse_device(device), several)
+
+    @property
+    def q(self) -> int:
+        """Queries."""
+        return len(self.queries)
+
+    @property
+    def n(self) -> int:
+        """Train rows."""
+        return self.checkpoints[0].train.n
+
+    @property
+    def columns(self) -> int:
+        """Columns of the widest checkpoint's rows."""
+        return max(own.train.k for own in self.checkpoints)
+
+    @property
+    def lambdas(self) -> int:
+        """Dampings, L."""
+        return len(self.checkpoints[0].values)
+
+    @property
+    def damping(self) -> Any:
+        """λ itself: a number; (L,) for a list of dampings; one of these for each checkpoint where there are several."""
+        values = [list(own.values) if self.several else own.values[0] for own in self.checkpoints]
+        return values[0] if len(values) == 1 else values
+
+    def squeeze(self, values: Any) -> Any:
+        """Drop the axis of λ, the first, where one damping was given."""
+        return values if self.several else values[0]
+
+    def digest(self, **more: Any) -> str:
+        """Return a digest of all that the scores depend on: another one means other numbers."""
+        seen = None if self.seen is None else hashlib.sha256(np.packbits(self.seen).tobytes()).hexdigest()
+        codes = None if self.queries.groups is None else self.queries.groups.codes.tobytes()
+        facts = {
+            "checkpoints": [own.identity for own in self.checkpoints],
+            "average": None if codes is None else hashlib.sha256(codes).hexdigest(),
+            "seen": seen,
+            "normalize": self.normalize,
+            **more,
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def left(self, start: int, stop: int) -> Left:
+        """Return queries ``start`` to ``stop``, preconditioned."""
+        arrays, shares, dropped = [], [], np.zeros(stop - start, bool)
+        for own in self.checkpoints:
+            assert own.query is not None
+            rows, gone = self.queries.read(own.query, start, stop)
+            if own.curvature is None:
+                product = np.asarray(rows, np.float64)[None].copy()
+            else:
+                product = own.curvature.precondition(rows, own.values)
+            shares.append(_outside(own.curvature, rows, gone))
+            if self.normalize == "cosine":
+                norms = np.sqrt(np.maximum(np.einsum("qk,lqk->lq", rows, product), 0))
+                product /= np.where(norms > 0, norms, 1)[:, :, None]
+            if self.seen is None:
+                product /= len(self.checkpoints)  # with marks, each train row has its own number of checkpoints
+            product[:, gone] = np.nan
+            dropped |= gone
+            arrays.append(product.reshape(-1, product.shape[-1]).astype(np.float32))
+        return Left(start, stop, arrays, np.mean(shares, axis=0), dropped)
+
+    def outside(self, start: int, stop: int) -> npt.NDArray[np.float64]:
+        """Return the share of queries ``start`` to ``stop`` outside the span, (q,): see :attr:`Left.outside`."""
+        shares = []
+        for own in self.checkpoints:
+            assert own.query is not None
+            shares.append(_outside(own.curvature, *self.queries.read(own.query, start, stop)))
+        return np.asarray(np.mean(shares, axis=0))
+
+    def norm_bytes(self) -> int:
+        """Return what a process holds to find the norms of train rows."""
+        found = [own.curvature for own in self.checkpoints if own.curvature is not None]
+        if self.device is None:
+            return sum(own.self_working_bytes(self.lambdas) for own in found)
+        return sum(own.working_bytes(own.d, 1) + (32 + 4 * self.lambdas) * own.d**2 for own in found)
+
+    def work(self, block_rows: int, columns: Columns | None = None, *, normalized: bool | None = None) -> Work:
+        """Return what tasks need to multiply train rows; ``columns`` are those of each module, for each checkpoint."""
+        normalized = self.normalize is not None if normalized is None else normalized
+        return Work(
+            tuple(own.train for own in self.checkpoints),
+            tuple(own.curvature for own in self.checkpoints) if normalized else None,
+            tuple(own.values for own in self.checkpoints),
+            columns or whole_rows(len(self.checkpoints)),
+            block_rows,
+            self.device,
+        )
+
+    def need(self, stage: str, queries: int, costs: Costs) -> Need:
+        """Return what a pass over the train rows for ``queries`` queries needs."""
+        stores = [own.train for own in self.checkpoints]
+        preparing = max(
+            (0 if own.curvature is None else own.curvature.working_bytes(queries, self.lambdas))
+            + 8 * queries * own.train.k * (2 + self.lambdas)
+            + (0 if own.query is None else self.queries.reading_bytes(own.query))
+            for own in self.checkpoints
+        )
+        norms = self.norm_bytes() if self.normalize else 0
+        seen = 0 if self.seen is None else self.seen.nbytes
+        return pass_need(
+            f"{stage} for k={self.columns}",
+            [store.k for store in stores],
+            self.lambdas * queries,
+            costs._replace(fixed=costs.fixed + seen + norms + preparing),
+            reading=sum(store.reading_bytes for store in stores),
+            normalized=self.normalize is not None,
+            raw=[store.layout.encoding.row_bytes for store in stores] if self.device else [],
+        )
+
+    def plan(
+        self, stage: str, memory: int | str | None, workers: int, costs: Costs, *, block_rows: int | None = None
+    ) -> tuple[list[tuple[int, int]], int]:
+        """Return the query blocks and the rows of a train block that fit the budget.
+
+        Parameters
+        ----------
+        stage : str
+            Its name, for a refusal.
+        memory : int, str or None
+            The budget.
+        workers : int
+            Row stripes at once.
+        costs : Costs
+            What the stage holds beside queries and rows.
+        block_rows : int, optional
+            Rows of a block, where they are fixed already.
+
+        Raises
+        ------
+        MemoryBudgetError
+            If not even one query at a time fits.
+        """
+        shared, budget = slots_per_process(workers), worker_memory(memory)
+        limit = max(1, LEFT_ROWS // (self.lambdas * costs.modules))
+        queries = self.q if self.q <= limit else 1 << limit.bit_length() - 1
+        while True:  # fewer queries at a time cost another pass over the train rows, a refusal costs the answer
+            need = self.need(stage, queries, costs)
+            if block_rows is not None:
+                need = need.of_rows(block_rows)
+            try:
+                rows = plan_block_rows(need, budget, shared)
+                break
+            except MemoryBudgetError:
+                if queries == 1:
+                    raise
+                queries = 1 << (queries - 1).bit_length() - 1  # the next smaller power of two
+        return [(start, min(self.q, start + queries)) for start in range(0, self.q, queries)], rows
+
+    def warn_outside(self, outside: npt.NDArray[np.float64]) -> None:
+        """Warn where much of a query's gradient lies outside what the curvature has seen."""
+        beyond = outside > OUTSIDE_WARNING
+        if beyond.any():
+            warnings.warn(
+                f"{beyond.sum()} of {self.q} queries have more than {OUTSIDE_WARNING:.0%} of their squared gradient "
+                f"outside the span of the training spectrum (up to {np.nanmax(outside):.0%}): no row of the fit speaks "
+                "to that part; fit on more rows, or use a wider curvature",
+                OocInfluenceWarning,
+                stacklevel=3,
+            )
+
+
+def _outside(curvature: Curvature | None, rows: Any, gone: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
+    if curvature is None:
+        return np.full(len(rows), np.nan)
+    return np.where(gone, np.nan, curvature.outside_share(rows))

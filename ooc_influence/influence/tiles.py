@@ -1,0 +1,233 @@
+"""Blocks of scores: preconditioned queries times train rows, block by block of a stripe.
+
+Train blocks lie on one grid, so results do not depend on chunks or workers. A tile holds, for every λ, module and
+query, the scores of a block's rows: the mean over checkpoints, in the unit asked for, NaN where a row is dropped or no
+checkpoint saw it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ooc_influence.curvature import Curvature
+from ooc_influence.influence.checkpoints import Marks
+from ooc_influence.influence.engine import Engine, Floats, Rows
+from ooc_influence.memory import Need, block_limit
+from ooc_influence.progress import tick
+from ooc_influence.store import GradientStore, StorePath
+from ooc_influence.stripes import Stripe
+
+Columns = tuple[tuple[slice, ...], ...]
+
+
+def whole_rows(checkpoints: int) -> Columns:
+    """Return the columns of one module that is all of them, for each checkpoint."""
+    return ((slice(None),),) * checkpoints
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """What a task needs to multiply train rows, beside the queries.
+
+    Attributes
+    ----------
+    stores : tuple of GradientStore
+        Each checkpoint's train rows.
+    curvatures : tuple of Curvature or None, or None
+        Each checkpoint's, where train rows are divided by their own norm; None: they are not.
+    values : tuple of (L,)
+        Each checkpoint's λs.
+    columns : tuple of tuple of slice
+        Columns of each module, for each checkpoint.
+    block_rows : int
+        Rows multiplied at a time.
+    device : str or None
+        Where.
+    """
+
+    stores: tuple[GradientStore, ...]
+    curvatures: tuple[Curvature | None, ...] | None
+    values: tuple[tuple[float, ...], ...]
+    columns: Columns
+    block_rows: int
+    device: str | None
+
+    @property
+    def paths(self) -> list[StorePath]:
+        """What workers must be able to see."""
+        return [store.path for store in self.stores]
+
+    @property
+    def lambdas(self) -> int:
+        """Dampings, L."""
+        return len(self.values[0])
+
+    @property
+    def modules(self) -> int:
+        """Modules, M; 1 where rows are taken whole."""
+        return len(self.columns[0])
+
+
+class Costs(NamedTuple):
+    """Bytes a stage holds beside queries and train rows.
+
+    Attributes
+    ----------
+    tile : int
+        For each score of a tile.
+    left : int
+        For each row of a tile, by each worker.
+    row : int
+        For each train row of a block.
+    fixed : int
+        Once.
+    modules : int
+        Tiles hold so many scores of a query and a row.
+    """
+
+    tile: int = 4
+    left: int = 0
+    row: int = 0
+    fixed: int = 0
+    modules: int = 1
+
+
+def pass_need(
+    stage: str,
+    columns: Sequence[int],
+    left_rows: int,
+    costs: Costs,
+    *,
+    reading: int = 0,
+    normalized: bool = False,
+    raw: Sequence[int] = (),
+) -> Need:
+    """Return what a pass over train rows needs, in bytes, as a function of shapes.
+
+    Parameters
+    ----------
+    stage : str
+        Its name in a refusal.
+    columns : sequence of int
+        Columns of each checkpoint's rows.
+    left_rows : int
+        Preconditioned queries, over all λs.
+    costs : Costs
+        The stage's own.
+    reading : int
+        What a worker holds to read the stores.
+    normalized : bool
+        Train rows are divided by their own norm.
+    raw : sequence of int
+        Stored bytes of each checkpoint's row, where blocks go to a device as they are stored.
+    """
+    scores = left_rows * costs.modules
+    second = 4 if len(columns) > 1 else 0  # the next checkpoint's tile
+    norms = 8 * max(columns) if normalized else 0  # rotated rows and their squares
+    return Need(
+        stage=stage,
+        fixed=costs.fixed + sum(4 * left_rows * k for k in columns),
+        per_worker=costs.left * scores + reading,
+        per_row=sum(4 * k for k in columns) + 2 * sum(raw) + norms + (costs.tile + second) * scores + costs.row,
+        max_rows=block_limit(max(columns)),
+        advice="extract with a smaller k",
+    )
+
+
+class Tile(NamedTuple):
+    """Scores of train rows ``start`` to ``stop``: (L, M, q, rows) on the engine; the next tile overwrites them."""
+
+    start: int
+    stop: int
+    scores: Any
+
+
+def score_tiles(
+    engine: Engine, stripe: Stripe, key: str, work: Work, seen: Marks | None, lefts: Sequence[Floats], copies: int = 1
+) -> Iterator[Tile]:
+    """Yield the tiles of a stripe; ``copies`` of them are valid at a time."""
+    queries = [engine.array(left) for left in lefts]
+    q = len(lefts[0]) // work.lambdas
+    size = min(work.block_rows, stripe.stop - stripe.start)
+    shape = (work.lambdas, work.modules, q)
+    scores = work.lambdas * work.modules * q
+    buffers = [engine.empty(scores * size) for _ in range(copies)]
+    further: Any = engine.empty(scores * size) if len(lefts) > 1 else None
+    for turn, blocks in enumerate(row_blocks(engine, stripe, work)):
+        start, stop = blocks[0].start, blocks[0].stop
+        total = buffers[turn % copies][: scores * (stop - start)].reshape(*shape, stop - start)
+        for number, (left, block) in enumerate(zip(queries, blocks, strict=True)):
+            tile = total
+            if number:
+                tile = further[: scores * (stop - start)].reshape(*shape, stop - start)
+            _multiply(engine, left, block.values, work.columns[number], tile)
+            weights = row_weights(engine, work, seen, number, block)
+            if weights is not None:
+                tile *= engine.array(weights)[:, None, None]
+            if number:
+                total += tile
+        absent = absent_rows(blocks, seen)
+        if absent is not None:
+            total[..., engine.array(absent)] = np.nan
+        yield Tile(start, stop, total)
+        tick(key, stop - start)
+
+
+def row_blocks(engine: Engine, stripe: Stripe, work: Work) -> Iterator[tuple[Rows, ...]]:
+    """Yield the same rows of every checkpoint's train store, block by block."""
+    streams = [engine.blocks(store, stripe.start, stripe.stop, work.block_rows) for store in work.stores]
+    yield from zip(*streams, strict=True)
+
+
+def _multiply(engine: Engine, left: Any, rows: Any, columns: Sequence[slice], out: Any) -> None:
+    """Write scores of a block into ``out`` (L, M, q, b)."""
+    lambdas, _, q, b = out.shape
+    if len(columns) == 1:
+        engine.multiply(left, rows, out.reshape(lambdas * q, b))
+        return
+    for number in range(lambdas):
+        own = left[number * q : (number + 1) * q]
+        for module, part in enumerate(columns):
+            engine.multiply(own[:, part], rows[:, part], out[number, module])
+
+
+def row_weights(engine: Engine, work: Work, seen: Marks | None, number: int, block: Rows) -> Floats | None:
+    """Return what a checkpoint's scores of each row are multiplied by, (L or 1, b); None for one.
+
+    Its share among the checkpoints that saw the row, over the row's norm √(gᵀ (F + λI)⁻¹ g) where asked for; a row
+    without gradient scores zero.
+    """
+    weights = None
+    if work.curvatures is not None:
+        squares = engine.quadratic(work.curvatures[number], work.values[number], block.values)
+        held = squares > 0
+        weights = np.where(held, 1 / np.sqrt(np.where(held, squares, 1)), 0).astype(np.float32)
+    share = seen_share(seen, number, block)
+    if share is None:
+        return weights
+    return share[None] if weights is None else weights * share
+
+
+def seen_share(seen: Marks | None, number: int, block: Rows) -> Floats | None:
+    """Return a checkpoint's share among those that saw each row, (b,): 0 where it did not; None where all saw all."""
+    if seen is None:
+        return None
+    part = seen[:, block.start : block.stop]
+    share: Floats = (part[number] / np.maximum(part.sum(0), 1)).astype(np.float32)
+    return share
+
+
+def absent_rows(blocks: Sequence[Rows], seen: Marks | None) -> Marks | None:
+    """Return which rows of a block have no score, (b,): dropped, or seen by no checkpoint; None where all have."""
+    start, stop = blocks[0].start, blocks[0].stop
+    absent = np.zeros(stop - start, bool)
+    for block in blocks:
+        if block.dropped is not None:
+            absent |= block.dropped
+    if seen is not None:
+        absent |= ~seen[:, start:stop].any(0)
+    return absent if absent.any() else None
