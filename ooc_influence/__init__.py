@@ -17,11 +17,11 @@ if TYPE_CHECKING:
         Split,
         cross_entropy,
         extract_gradients,
+        extract_shards,
         init_store,
         token_cross_entropy,
     )
     from ooc_influence.influence import (
-        GroupInfluence,
         TopInfluential,
         group_influence,
         influence_scores,
@@ -38,11 +38,11 @@ _ROOMS = {
     "errors": ["OocInfluenceError", "OocInfluenceWarning"],
     "extract": [
         "AdamMetric", "Batching", "BudgetBatches", "Recipe", "Split", "cross_entropy", "extract_gradients",
-        "init_store", "token_cross_entropy",
+        "extract_shards", "init_store", "token_cross_entropy",
     ],
     "influence": [
-        "GroupInfluence", "TopInfluential", "group_influence", "influence_scores", "module_influence",
-        "self_influence", "top_influential",
+        "TopInfluential", "group_influence", "influence_scores", "module_influence", "self_influence",
+        "top_influential",
     ],
     "store": ["ChunkCache", "GradientStore", "Storage", "compact_store", "merge_stores", "upgrade_store"],
 }  # fmt: skip
@@ -51,9 +51,9 @@ _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 __all__ = [
     "AdamMetric", "Batching", "BudgetBatches", "ChunkCache", "Curvature", "Dropout", "Eigenbasis", "Gaussian",
     "GradientStore", "GroupInfluence", "OocInfluenceError", "OocInfluenceWarning", "Recipe", "Split", "Storage",
-    "TopInfluential", "__version__", "compact_store", "cross_entropy", "extract_gradients", "fit_fisher",
-    "group_influence", "influence_scores", "init_store", "merge_stores", "module_influence", "reduce_store",
-    "self_influence", "token_cross_entropy", "top_influential", "upgrade_store",
+    "TopInfluential", "__version__", "compact_store", "cross_entropy", "extract_gradients", "extract_shards",
+    "fit_fisher", "group_influence", "influence_scores", "init_store", "merge_stores", "module_influence",
+    "reduce_store", "self_influence", "token_cross_entropy", "top_influential", "upgrade_store",
 ]  # fmt: skip
 
 

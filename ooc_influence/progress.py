@@ -43,7 +43,14 @@ class Progress:
             self._bar = tqdm(desc=label, total=total, unit=f" {unit}", unit_scale=True, dynamic_ncols=True)
 
     def advance(self, rows: int) -> None:
-        """Count ``rows`` more as done."""
+        """Count ``rows`` more as done.
+
+        Raises
+        ------
+        InterruptedError
+            On a Dask worker, if the task was cancelled.
+        """
+        check_cancelled()
         if self._bar is not None:
             with _lock:
                 self._bar.update(rows)

@@ -27,6 +27,8 @@ from ooc_influence.errors import ClusterError, InputError
 from ooc_influence.memory import DEFAULT_SHARE
 from ooc_influence.progress import Progress
 
+SENT_ONCE = 2**20  # bytes of an array from which on it is sent to a cluster's workers once, not with every task
+
 
 def cores() -> int:
     """Return the cores this process may use."""
@@ -46,7 +48,8 @@ class Stripe:
     stop: int
 
 
-def _ambient_client() -> Any:
+def ambient_client() -> Any:
+    """Return the ``dask.distributed`` client that is open in this thread or process; None where none is."""
     default_client = getattr(sys.modules.get("distributed"), "default_client", None)
     if default_client is None:  # not imported, or by another thread at this moment
         return None
@@ -66,7 +69,7 @@ def in_worker() -> bool:
 
 def _place(client: Any, arg: Any) -> Any:
     """Send a large array to a cluster's workers once, not with every task."""
-    if not isinstance(arg, np.ndarray) or arg.nbytes < 2**20:
+    if not isinstance(arg, np.ndarray) or arg.nbytes < SENT_ONCE:
         return arg
     return client.scatter(arg, broadcast=True)
 
@@ -98,7 +101,7 @@ def check_workers(workers: int | None) -> int:
         if workers < 1:
             raise InputError(f"expected workers >= 1; received {workers}")
         return workers
-    client = _ambient_client()
+    client = ambient_client()
     if client is None:
         return 1
     slots = sum(client.nthreads().values())
@@ -109,7 +112,7 @@ def check_workers(workers: int | None) -> int:
 
 def slots_per_process(slots: int) -> int:
     """Return how many of the slots share one process's memory: all of them here, a worker's threads on a cluster."""
-    client = _ambient_client()
+    client = ambient_client()
     if client is None:
         return slots
     return min(slots, max(client.nthreads().values(), default=1))
@@ -117,7 +120,7 @@ def slots_per_process(slots: int) -> int:
 
 def worker_memory(memory: int | str | None) -> int | str | None:
     """Return the budget of a process that runs tasks: as given; on a cluster, by default half of a worker's limit."""
-    client = _ambient_client()
+    client = ambient_client()
     if memory is not None or client is None:
         return memory
     limits = [int(worker.get("memory_limit") or 0) for worker in client.scheduler_info(-1)["workers"].values()]
@@ -148,7 +151,7 @@ def tree_sum(parts: Sequence[Any], add: Callable[[Any, Any], Any]) -> Any:
 
 def _check_reach(args: Sequence[Any]) -> None:
     """Check that workers in other processes can see what the tasks read and write."""
-    client = _ambient_client()
+    client = ambient_client()
     if client is None or all(worker.startswith("inproc://") for worker in client.scheduler_info(-1)["workers"]):
         return
     for path in [path for arg in args for path in getattr(arg, "paths", [getattr(arg, "path", arg)])]:
@@ -191,7 +194,7 @@ def run_stripes(
     ClusterError
         If a task's workers died again and again.
     """
-    client = _ambient_client()
+    client = ambient_client()
     _check_reach(args)
     if client is None:
         task = delayed(function if each is None else _handing(function, each), pure=False, traverse=False)

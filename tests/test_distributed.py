@@ -1,58 +1,94 @@
-"""The same calls on a Dask cluster of two real worker processes; skipped where distributed is not installed."""
+"""The same calls on Dask clusters of real processes; skipped where distributed is not installed."""
 
 from __future__ import annotations
 
+import importlib
+import json
 import os
 import signal
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import random_rows, write_store
 from numpy.testing import assert_allclose, assert_array_equal
+from test_cli import run  # noqa: F401 - a fixture
 
-from ooc_influence import Storage, fit_fisher, influence_scores, reduce_store, self_influence, top_influential
-from ooc_influence.errors import InputError
+from ooc_influence import (
+    Dropout,
+    GradientStore,
+    Storage,
+    extract_shards,
+    fit_fisher,
+    group_influence,
+    influence_scores,
+    reduce_store,
+    self_influence,
+    top_influential,
+)
+from ooc_influence.cli import cluster as cluster_room
+from ooc_influence.errors import ClusterError, InputError
+from ooc_influence.progress import Progress, tick
 from ooc_influence.store.claim import read_claims
-from ooc_influence.stripes import check_workers
+from ooc_influence.stripes import Stripe, check_workers, run_stripes, worker_memory
 
 distributed = pytest.importorskip("distributed")
 pytestmark = pytest.mark.filterwarnings("ignore")
+HERE = str(Path(__file__).parent)
 
 
 @pytest.fixture(scope="module")
-def client():
-    with (
-        distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster,
-        distributed.Client(cluster) as client,
-    ):
-        yield client
+def cluster():
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as started:
+        yield started
 
 
 @pytest.fixture
-def long_pair(tmp_path):
-    """Several blocks of rows: k is small, so that a block is 8192 of them."""
-    train = write_store(tmp_path / "train.zarr", random_rows(30_000, 24), chunk_rows=1000)
-    return write_store(tmp_path / "query.zarr", random_rows(6, 24, 1)), train
+def client(cluster):
+    with distributed.Client(cluster, set_as_default=False) as client:
+        client.wait_for_workers(2, timeout=30)
+        yield client
 
 
-def test_two_workers_same_numbers(tmp_path, long_pair, client):
+@pytest.fixture(scope="module")
+def long_pair(tmp_path_factory):
+    """Several blocks of rows."""
+    folder = tmp_path_factory.mktemp("long")
+    train = write_store(folder / "train.zarr", random_rows(40_000, 24), chunk_rows=1000)
+    fit_fisher(train)
+    return write_store(folder / "query.zarr", random_rows(40, 24, 1)), train
+
+
+def close(found, expected, tolerance=1e-6):
+    assert_allclose(found, expected, rtol=0, atol=tolerance * np.nanmax(np.abs(expected)))
+
+
+def test_two_workers_same_numbers(tmp_path, long_pair, client, monkeypatch):
+    monkeypatch.setattr("ooc_influence.stripes.SENT_ONCE", 1000)  # bytes of the preconditioned queries are more
     query, train = long_pair
+    dampings = [0.1, 1.0, 3.0, 5.0]
+    calls = {
+        "top": lambda: top_influential(query, train, top=20, damping=dampings, normalize="cosine").proponents.scores,
+        "self": lambda: self_influence(train, damping=dampings),
+        "group": lambda: group_influence(query, train, np.arange(train.n) % 9, damping=dampings).sums,
+        "lazy": lambda: influence_scores(query, train).compute(),
+    }
     with client.as_current():
         assert check_workers(None) == 2
-        curvature = fit_fisher(train, progress=True)
-        own = self_influence(train)
-        top = top_influential(query, train, top=20)
-        written = influence_scores(query, train, out=tmp_path / "scores.zarr")[...]
-        lazy = influence_scores(query, train).compute()
+        assert worker_memory("1GiB") == "1GiB"
+        assert isinstance(worker_memory(None), int)
+        curvature = fit_fisher(train, out=tmp_path / "there.zarr", progress=True)
+        found = {name: call() for name, call in calls.items()}
+        written = influence_scores(query, train, damping=dampings, out=tmp_path / "scores.zarr")[...]
     local = fit_fisher(train, out=tmp_path / "local.zarr", workers=1)
-    assert_allclose(curvature.fisher(), local.fisher(), atol=1e-7 * local.fisher().max())
-    assert_allclose(own, self_influence(train), rtol=1e-5)
-    expected = influence_scores(query, train).compute(scheduler="synchronous")
-    scale = np.abs(expected).max()
-    assert_allclose(written, expected, atol=1e-6 * scale)
-    assert_allclose(lazy, expected, atol=1e-6 * scale)
-    assert_array_equal(top.proponents.rows, np.argsort(-expected, axis=1)[:, :20])
+    close(curvature.fisher(), local.fisher(), 1e-7)
+    for name, call in calls.items():
+        close(found[name], call())
+    close(written, influence_scores(query, train, damping=dampings).compute())
 
 
 def test_a_second_pass_by_two_workers(tmp_path, long_pair, client):
@@ -106,11 +142,233 @@ def _die_once(mark):
     passes._append = dying
 
 
-def test_a_cluster_without_workers_is_refused(tmp_path, long_pair):
-    with (
-        distributed.LocalCluster(n_workers=0, processes=False, dashboard_address=None) as cluster,
-        distributed.Client(cluster) as client,
-        client.as_current(),
-        pytest.raises(InputError, match="without: start a worker"),
+def test_progress_crosses_the_cluster(long_pair, client, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Progress, "advance", lambda self, rows: seen.append(rows))
+    with client.as_current():
+        self_influence(long_pair[1])
+        end = time.monotonic() + 5  # events come after the results
+        while sum(seen) < 40_000 and time.monotonic() < end:
+            time.sleep(0.02)
+    assert sum(seen) == 40_000
+    assert len(seen) >= 5  # block by block
+
+
+ROOMS = ("ooc_influence.influence.self_influence", "ooc_influence.influence.tiles")
+
+
+def slow_ticks(seconds):
+    """Make every block take a while, on a worker."""
+    for name in ROOMS:
+        importlib.import_module(name).tick = lambda key, rows: (time.sleep(seconds), tick(key, rows))
+
+
+def normal_ticks():
+    for name in ROOMS:
+        importlib.import_module(name).tick = tick
+
+
+@pytest.mark.parametrize("what", ["scores", "top", "self"])
+def test_a_worker_killed_in_the_middle(tmp_path, long_pair, client, monkeypatch, what):
+    query, train = long_pair
+    killed = []
+
+    def kill(progress, rows):
+        if not killed:
+            killed.append(next(iter(pids.values())))
+            os.kill(killed[0], signal.SIGKILL)
+
+    calls = {
+        "scores": lambda: influence_scores(query, train, out=tmp_path / "scores.zarr")[...],
+        "top": lambda: top_influential(query, train, top=5).proponents.scores,
+        "self": lambda: self_influence(train),
+    }
+    expected = self_influence(train) if what == "self" else influence_scores(query, train).compute()
+    if what == "top":
+        expected = -np.sort(-expected, axis=1)[:, :5]
+    pids = client.run(os.getpid)
+    client.run(slow_ticks, 0.15)
+    monkeypatch.setattr(Progress, "advance", kill)
+    with client.as_current():
+        found = calls[what]()
+    monkeypatch.undo()
+    assert len(killed) == 1
+    close(found, expected)
+    client.wait_for_workers(2, timeout=60)  # the nanny has started another
+    assert killed[0] not in client.run(os.getpid).values()
+    client.run(normal_ticks)
+
+
+def test_an_interrupted_call_cancels_its_tasks(long_pair, client, monkeypatch):
+    train = long_pair[1]
+    client.run(slow_ticks, 0.5)
+    begun = threading.Event()
+    monkeypatch.setattr(Progress, "advance", lambda self, rows: begun.set())
+
+    def interrupt():
+        begun.wait(60)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with client.as_current(), pytest.raises(KeyboardInterrupt):
+        self_influence(train)
+    thread.join()
+    end = time.monotonic() + 10
+    while any(client.run(executing).values()) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not any(client.run(executing).values())
+    client.run(normal_ticks)
+    with client.as_current():
+        close(self_influence(train), self_influence(train, workers=1))
+
+
+def executing(dask_worker):
+    return len(dask_worker.state.executing) + len(
+        [t for t in dask_worker.state.tasks.values() if t.state == "cancelled"]
+    )
+
+
+def dying(stripe, key):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_task_that_kills_its_worker_again_and_again_is_given_up(client, cluster, monkeypatch):
+    monkeypatch.setattr(cluster.scheduler, "allowed_failures", 0)
+    with client.as_current(), Progress("dying", None, None) as bar, pytest.raises(ClusterError, match="stay alive"):
+        run_stripes(dying, [Stripe(0, 1)], bar, slots=1)
+    client.wait_for_workers(2, timeout=60)
+
+
+def test_a_cluster_without_workers_is_refused(long_pair, monkeypatch, run):  # noqa: F811
+    monkeypatch.setattr(cluster_room, "PATIENCE", 0.3)
+    train = long_pair[1].path
+    with distributed.LocalCluster(n_workers=0, processes=False, dashboard_address=None, protocol="tcp") as cluster:
+        with (
+            distributed.Client(cluster) as client,
+            client.as_current(),
+            pytest.raises(InputError, match="without: start a worker"),
+        ):
+            fit_fisher(train, refit=True)
+        code, _, err = run(f"self-influence {train} --scheduler {cluster.scheduler_address}")
+        assert code == 2
+        assert "received none in 0 s: start some with 'dask worker" in err
+    for options, message in (
+        ("--scheduler tcp://127.0.0.1:9", "expected a Dask scheduler at tcp://127.0.0.1:9"),
+        ("--scheduler gopher", "expected a Dask scheduler at gopher"),
+        ("--scheduler-file nowhere.json", "expected a scheduler's file at nowhere.json"),
+        ("--scheduler a --scheduler-file b", "received both"),
     ):
-        fit_fisher(long_pair[1])
+        code, _, err = run(f"self-influence {train} {options}")
+        assert code == 2
+        assert message in err
+        assert err.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def by_hand(tmp_path_factory):
+    """A scheduler and two workers started as separate processes, as docs/cluster.md says: the scheduler's file."""
+    folder = tmp_path_factory.mktemp("by-hand")
+    file = folder / "scheduler.json"
+    dask = [sys.executable, "-m", "dask"]
+    python_path = os.pathsep.join([HERE, str(Path(HERE).parent), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": python_path}
+    commands = [[*dask, "scheduler", "--port", "0", "--no-dashboard", "--scheduler-file", str(file)]]
+    commands += [
+        [*dask, "worker", "--scheduler-file", str(file), "--nthreads", "1", "--no-dashboard", "--resources", "shard=1",
+         "--local-directory", str(folder)]
+    ] * 2  # fmt: skip
+    with (folder / "log").open("w") as log:
+        processes = [
+            subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=folder) for command in commands
+        ]
+        try:
+            yield file
+        finally:
+            for process in reversed(processes):
+                process.terminate()
+            for process in processes:
+                process.wait(30)
+
+
+def test_commands_on_processes_started_by_hand(tmp_path, by_hand, long_pair, run):  # noqa: F811
+    query, train = long_pair
+    scheduler = f"--scheduler-file {by_hand} --json"
+    lines = [
+        f"extract --recipe my_recipe.py:recipe --split train --store train.zarr --k 200 --shards 3 {scheduler}",
+        f"extract --recipe my_recipe.py:recipe --split test --store test.zarr --like train.zarr --shards 1 {scheduler}",
+        f"fisher train.zarr {scheduler}",
+        f"score test.zarr train.zarr --out scores.zarr {scheduler}",
+        f"verify train.zarr {scheduler}",
+        f"groups test.zarr train.zarr --by label --damping 0.1 --damping 1 {scheduler}",
+        f"top {query.path} {train.path} --top 3 --memory 1GiB {scheduler}",
+    ]
+    found = []
+    for line in lines:
+        code, out, err = run(line)
+        assert (code, err) == (0, ""), line
+        found.append(json.loads(out))
+    assert (found[0]["rows"], found[1]["rows"], found[0]["missing"]) == (50, 10, [])
+    alone = "extract --recipe my_recipe.py:recipe --split train --store alone.zarr --k 200"
+    assert run(alone)[0] == 0
+    assert_array_equal(GradientStore.open("train.zarr").rows(), GradientStore.open("alone.zarr").rows())
+    close(influence_scores("test.zarr", "train.zarr").compute(), influence_scores(
+        "test.zarr", "train.zarr", out="scores.zarr")[...])  # fmt: skip
+    assert found[4]["damage"] == []
+    assert np.shape(found[5]["sums"]) == (2, 10, 5)
+    assert [row["row"] for row in found[6]["queries"][0]["proponents"]] == (
+        top_influential(query, train, top=3).proponents.rows[0].tolist()
+    )
+    code, _, err = run(f"extract --recipe my_recipe.py:recipe --split train --store t.zarr --shard 0/2 {scheduler}")
+    assert code == 2
+    assert "received both" in err
+
+
+SLOW = """
+import os, time
+from models import Mlp, batches, data, loss, make
+from ooc_influence import Recipe
+
+def slow(model, batch):
+    with open("log", "a") as file:
+        file.write(f"{os.getpid()} {len(batch[0])}\\n")
+    time.sleep(0.05)
+    return loss(model, batch)
+
+def recipe():
+    return Recipe(make(Mlp), slow, {"train": batches(*data(Mlp, 200), 4)})
+"""
+
+
+def test_shards_resume_where_a_worker_died(tmp_path, client, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "slow_recipe.py").write_text(SLOW)
+    client.run(os.chdir, str(tmp_path))
+    monkeypatch.setattr("ooc_influence.extract.shards._POLL", 0.2)
+    options = {"storage": Storage(chunk_rows=4, group_chunks=2), "dtype": "float32", "compressor": Dropout(k=100)}
+    store = tmp_path / "s.zarr"
+    pids = client.run(os.getpid)
+
+    def kill():
+        while not store.exists() or GradientStore.open(store).committed < 60:
+            time.sleep(0.05)
+        os.kill(next(iter(pids.values())), signal.SIGKILL)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    with client.as_current():
+        found = extract_shards("slow_recipe.py:recipe", store, shards=4, **options)
+    thread.join()
+    assert (found.n, found.committed) == (200, 200)
+    alone = extract_shards("slow_recipe.py:recipe", tmp_path / "alone.zarr", **options)
+    assert_array_equal(found.rows(), alone.rows())
+    assert found.verify() == []
+    client.wait_for_workers(2, timeout=60)
+    with client.as_current():
+        before = (tmp_path / "log").stat().st_size
+        assert extract_shards("slow_recipe.py:recipe", store, shards=4, **options).n == 200
+        assert (tmp_path / "log").stat().st_size == before  # finished: the model does not run again
+        with pytest.raises(InputError, match="no such file"):
+            extract_shards("none.py:recipe", tmp_path / "none.zarr")
+        with pytest.raises(InputError, match="shards >= 1"):
+            extract_shards("slow_recipe.py:recipe", store, shards=0)

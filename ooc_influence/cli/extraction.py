@@ -55,8 +55,11 @@ def _compressor(given: dict[str, Any]) -> Any:
     )
 
 
-def _common(given: dict[str, Any]) -> dict[str, Any]:
-    """Return what extraction and initialisation take, from a recipe or for a Hugging Face model."""
+def _common(given: dict[str, Any], *, divided: bool = False) -> dict[str, Any]:
+    """Return what extraction and initialisation take, from a recipe or for a Hugging Face model.
+
+    Where shards are ``divided`` among tasks, these load what is given by its path.
+    """
     from ooc_influence import AdamMetric, Storage
     from ooc_influence.errors import InputError
     from ooc_influence.store import parse_path
@@ -81,51 +84,71 @@ def _common(given: dict[str, Any]) -> dict[str, Any]:
         "progress": options.show_progress(),
         "storage": Storage(codec=given["codec"]),
         "fallback": given["fallback"],
-        "metric": None if given["adam"] is None else AdamMetric(given["adam"]),
+        "metric": given["adam"] if given["adam"] is None or divided else AdamMetric(given["adam"]),
         "check_model": not given["other_model"],
     }
 
 
-def _hugging_face(given: dict[str, Any], common: dict[str, Any], more: dict[str, Any], *, rows_only: bool) -> Any:
-    """Run an extraction, or make the store for one, for ``--model`` and ``--data``."""
+def _hugging_face(given: dict[str, Any], common: dict[str, Any], more: dict[str, Any], **how: Any) -> Any:
+    """Run an extraction, all shards of one, or make the store for one, for ``--model`` and ``--data``."""
     from ooc_influence import hf
 
     further = {name: common.pop(name) for name in ("storage", "fallback", "check_model", "metric")}
     named = {name: given[name] for name in (*_FIELDS, *_PREPARING) if given[name] not in (None, (), False)}
-    return hf.extract(
-        given["model"], given["data"], given["store"], split=given["split"], rows_only=rows_only,
-        options=further | more, **common, **named,
+    run: Any = hf.extract_shards if "shards" in how else hf.extract
+    return run(
+        given["model"], given["data"], given["store"], split=given["split"], options=further | more, **how, **common,
+        **named,
     )  # fmt: skip
 
 
 @click.command()
 @options.building
 @click.option("--shard", metavar="I/N", help="Be writer I of N (from 0) that fill one store together; see init.")
+@click.option(
+    "--shards",
+    type=int,
+    metavar="N",
+    help="Divide the store into N shards and extract all of them: one "
+    "task each with --scheduler, one after the other without. Default with --scheduler: one a worker.",
+)
 @click.option("--on-nonfinite", type=click.Choice(["raise", "skip"]), default="raise", show_default=True,
               help="Samples with NaN or Inf: stop and name them, or record them as dropped rows.")  # fmt: skip
 @options.documents
+@options.cluster
 @options.as_json
-def extract(shard: str | None, on_nonfinite: str, as_json: bool, **given: Any) -> None:
+def extract(shard: str | None, shards: int | None, on_nonfinite: str, as_json: bool, **given: Any) -> None:
     """Extract compressed per-sample gradients into a store, of a recipe or of a Hugging Face model and a file.
 
     A run that was stopped goes on where it was when the same command runs again.
     """
-    from ooc_influence import extract_gradients
-    from ooc_influence.cli.recipes import choose_split, load_recipe
+    from ooc_influence import extract_gradients, extract_shards
+    from ooc_influence.errors import InputError
+    from ooc_influence.extract.recipe_file import choose_split, load_recipe
+    from ooc_influence.stripes import ambient_client
 
     place = _parse_shard(shard)
     keep_freed_memory()
-    more: dict[str, Any] = {"shard": place, "on_nonfinite": on_nonfinite}
+    more: dict[str, Any] = {"on_nonfinite": on_nonfinite}
+    divided = shards is not None or (place is None and ambient_client() is not None)
+    if place is not None and (shards is not None or ambient_client() is not None):
+        raise InputError("expected --shard I/N, or --shards N and --scheduler; received both: shards run there by task")
     with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints must not end up in our output
-        common = _common(given)
-        if given["model"] is not None:
-            result = _hugging_face(given, common, more, rows_only=False)
+        common = _common(given, divided=divided)
+        if given["model"] is not None and divided:
+            result = _hugging_face(given, common, more, shards=shards)
+        elif given["model"] is not None:
+            result = _hugging_face(given, common, more | {"shard": place})
+        elif divided:
+            result = extract_shards(
+                given["recipe_name"], given["store"], split=given["split"], shards=shards, **common, **more
+            )
         else:
             recipe = load_recipe(given["recipe_name"])
             data = choose_split(recipe, given["split"])
             result = extract_gradients(
                 recipe.model, recipe.per_sample_loss, data.batches, given["store"], ids=data.ids, columns=data.columns,
-                loss_kind=recipe.loss_kind, **common, **more,
+                loss_kind=recipe.loss_kind, shard=place, **common, **more,
             )  # fmt: skip
     options.print_result(as_json, store_facts(result), lambda: describe(result))
 
@@ -154,9 +177,9 @@ def init(rows: int | None, as_json: bool, **given: Any) -> None:
     Fixes its rows, mask, basis and settings once. Run again with more --rows to make room for further data.
     """
     from ooc_influence import init_store
-    from ooc_influence.cli.recipes import choose_split, load_recipe
     from ooc_influence.errors import InputError
     from ooc_influence.extract import row_types
+    from ooc_influence.extract.recipe_file import choose_split, load_recipe
 
     keep_freed_memory()
     with contextlib.redirect_stdout(sys.stderr):

@@ -45,10 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
         error.show()
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
-        click.echo(
-            "interrupted: run the same command again (extract and reduce go on where they were, others start again)",
-            err=True,
-        )
+        click.echo(f"interrupted: {_going_on(arguments)}", err=True)
         sys.exit(130)
     except BrokenPipeError:
         sys.stderr.close()
@@ -64,6 +61,20 @@ def main(arguments: list[str] | None = None) -> None:
             f"error: unexpected {kind}: {_one_line(error)} (ooc-influence --traceback ... shows where)", err=True
         )
         sys.exit(1)
+
+
+def _going_on(arguments: list[str]) -> str:
+    """Return how to go on after an interruption."""
+    command = next((name for name in arguments if name in cli.commands), "")
+    if command in ("extract", "init", "demo", "reduce"):
+        return "what is committed stays; run the same command again, it goes on where it was"
+    if command == "score" or (command == "modules" and "--out" in " ".join(arguments)):
+        return "finished chunks stay; run the same command again, it goes on with those that are missing"
+    if command in ("top", "self-influence", "groups"):
+        if any(argument.startswith("--resume") for argument in arguments):
+            return "finished parts stay; run the same command again, it goes on with those that are missing"
+        return "run the same command again, it starts again; with --resume DIR it would go on where it was"
+    return "nothing is half done; run the same command again, it starts again"
 
 
 def _format_warning(

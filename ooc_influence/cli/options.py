@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -31,18 +32,47 @@ def several(*decorators: Callable[[Any], Any]) -> Callable[[F], F]:
     return decorate
 
 
+def cluster(function: F) -> F:
+    """Let a command run on a Dask cluster: its work goes to the workers of the scheduler named, if one is."""
+
+    @click.option("--scheduler", metavar="ADDRESS", help="Run on this Dask scheduler's workers, as tcp://host:8786.")
+    @click.option("--scheduler-file", metavar="FILE", help="The same, by the file that the scheduler wrote.")
+    @functools.wraps(function)
+    def call(*args: Any, scheduler: str | None, scheduler_file: str | None, **given: Any) -> Any:
+        from ooc_influence.cli.cluster import connected
+
+        with connected(scheduler, scheduler_file):
+            return function(*args, **given)
+
+    return call  # type: ignore[return-value]
+
+
 scoring = several(
-    click.option("--curvature", metavar="NAME|PATH", help="Which curvature. Default: 'default' in TRAIN."),
-    click.option("--damping", type=float, help="Damping factor. Default: the curvature's (0.1, relative)."),
-    click.option(
-        "--damping-mode",
-        type=click.Choice(["relative", "absolute"]),
-        default="relative",
-        show_default=True,
-        help="relative: λ = damping · tr(F)/k; absolute: λ = damping.",
-    ),
-    workers, memory, cache, cache_size, as_json,
+    click.option("--curvature", multiple=True, metavar="NAME|PATH",
+                 help="Which curvature. Default: 'default' in TRAIN. With --also, once for all or once for each."),
+    click.option("--dot", is_flag=True, help="No curvature: plain dot products of gradients."),
+    click.option("--damping", type=float, multiple=True,
+                 help="Damping factor; may be repeated. Default: the curvature's (0.1, relative)."),
+    click.option("--damping-mode", type=click.Choice(["relative", "absolute"]), default="relative", show_default=True,
+                 help="relative: λ = damping · tr(F)/d; absolute: λ = damping."),
+    click.option("--rows", multiple=True, metavar="FILE", help="Rows the checkpoint was trained on, others are not "
+                 "scored: numbers or marks in a .npy file. With --also, once for each; 'all': all."),
+    click.option("--device", help="Multiply there, such as cuda. Default: NumPy's BLAS."),
+    workers, memory, cluster, cache, cache_size, as_json,
 )  # fmt: skip
+
+pairing = several(
+    click.option("--also", nargs=2, multiple=True, metavar="QUERY TRAIN",
+                 help="Another checkpoint's stores of the same rows; scores are averaged. May be repeated."),
+    click.option("--normalize", type=click.Choice(["cosine", "train"]),
+                 help="cosine: scores in [-1, 1]; train: divide by the train row's norm (RelatIF)."),
+    click.option("--average-queries", is_flag=True, help="One query: the mean of all."),
+    click.option("--average-by", metavar="COLUMN", help="One query for each value of a column of QUERY."),
+)  # fmt: skip
+
+resume = click.option(
+    "--resume", metavar="DIR", help="Keep finished parts there: the same command goes on from them. Removed at the end."
+)
 
 building = several(
     click.option("--recipe", "recipe_name", metavar="FILE.py:FUNCTION|MODULE:FUNCTION",

@@ -38,14 +38,16 @@ def info(store: str, as_json: bool) -> None:
 @click.argument("store")
 @click.option("--repair", is_flag=True, help="Give up damaged chunks: the next extraction writes just those again.")
 @click.option("--workers", type=int, metavar="N", help="Row stripes at once. Default: one a core.")
+@options.memory
+@options.cluster
 @options.as_json
-def verify(store: str, repair: bool, workers: int | None, as_json: bool) -> int:
+def verify(store: str, repair: bool, workers: int | None, memory: str | None, as_json: bool) -> int:
     """Check every committed chunk of STORE. Exit code 1 and a list of bad rows where something is wrong."""
     from ooc_influence import GradientStore
 
     opened = GradientStore.open(store, "a" if repair else "r", damaged=True)
     checked = opened.committed
-    found = opened.verify(repair=repair, workers=workers, progress=options.show_progress())
+    found = opened.verify(repair=repair, workers=workers, memory=memory, progress=options.show_progress())
     damage = [part._asdict() for part in found]
 
     def text() -> str:

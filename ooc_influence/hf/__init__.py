@@ -1,12 +1,12 @@
 """Hugging Face models: from a model and a file of documents to a gradient store. Needs the extra ``hf``."""
 
 from ooc_influence.hf.documents import open_documents
-from ooc_influence.hf.extraction import Job, default_compressor, extract, prepare
+from ooc_influence.hf.extraction import Job, default_compressor, extract, extract_shards, prepare
 from ooc_influence.hf.losses import CausalLoss, SignedLoss, classification_loss
 from ooc_influence.hf.models import Loaded, context_length, load
 from ooc_influence.hf.samples import Collator, Fields, Samples
 
 __all__ = [
     "CausalLoss", "Collator", "Fields", "Job", "Loaded", "Samples", "SignedLoss", "classification_loss",
-    "context_length", "default_compressor", "extract", "load", "open_documents", "prepare",
+    "context_length", "default_compressor", "extract", "extract_shards", "load", "open_documents", "prepare",
 ]  # fmt: skip

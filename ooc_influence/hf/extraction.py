@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -15,11 +16,12 @@ from ooc_influence.errors import InputError
 from ooc_influence.extract import BudgetBatches, extract_gradients, init_store
 from ooc_influence.extract.layers import ModuleSelection, select_layers
 from ooc_influence.extract.plan import parse_device
+from ooc_influence.extract.shards import by_path, loaded, run_shards
 from ooc_influence.hf.documents import open_documents
 from ooc_influence.hf.losses import CausalLoss, SignedLoss, classification_loss
 from ooc_influence.hf.models import Loaded, context_length, load
 from ooc_influence.hf.samples import Collator, Fields, Samples
-from ooc_influence.store import GradientStore, PathLike
+from ooc_influence.store import GradientStore, PathLike, StorePath, parse_path
 
 logger = logging.getLogger("ooc_influence")
 _TOKENS, _TOKENS_CPU = 8192, 2048  # of a batch, by default: on a CPU, more gain nothing and their logits take GiBs
@@ -205,6 +207,59 @@ def extract(
         )  # fmt: skip
     parse_device(job.model, arguments["device"])
     return extract_gradients(job.model, job.per_sample_loss, job.batches, store, ids=ids, columns=columns, **arguments)
+
+
+def extract_shards(
+    model: str | Path,
+    data: str | Path,
+    store: PathLike,
+    *,
+    shards: int | None = None,
+    progress: bool | None = None,
+    options: dict[str, Any] | None = None,
+    **arguments: Any,
+) -> GradientStore:
+    """Extract on the ambient Dask cluster, each worker loading model and documents from where they are.
+
+    Parameters
+    ----------
+    model, data : str or path
+        As for :func:`extract`; workers must see them.
+    store : path
+        The store to write; workers must see it.
+    shards : int, optional
+        As for :func:`ooc_influence.extract_shards`.
+    progress : bool, optional
+        Show a progress line; silent by default.
+    options, **arguments
+        As for :func:`extract`.
+
+    Returns
+    -------
+    GradientStore
+        Open for reading.
+
+    Raises
+    ------
+    InputError, ClusterError
+        As for :func:`ooc_influence.extract_shards`, and for models or data given as objects.
+    OocInfluenceError
+        See :func:`extract`.
+    """
+    if not isinstance(model, (str, Path)) or not isinstance(data, (str, Path)):
+        raise InputError("expected paths of the model and the data for shards; received objects: workers load them")
+    place = parse_path(store)
+    arguments, options = by_path(arguments), by_path(options or {})
+    source, documents = (str(Path(path).absolute()) if Path(path).exists() else str(path) for path in (model, data))
+    parts = (source, documents, place, options, arguments)
+    return run_shards(place, partial(_extract, *parts, rows_only=True), partial(_extract, *parts), shards, progress)
+
+
+def _extract(
+    model: str, data: str, store: StorePath, options: dict[str, Any], arguments: dict[str, Any], *,
+    shard: tuple[int, int] | None = None, rows_only: bool = False,
+) -> None:  # fmt: skip
+    extract(model, data, store, rows_only=rows_only, options=loaded(options) | {"shard": shard}, **arguments)
 
 
 def default_compressor(model: Any, modules: ModuleSelection, rows: int) -> Dropout:

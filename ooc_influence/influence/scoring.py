@@ -36,7 +36,7 @@ from ooc_influence.stripes import slots_per_process, worker_memory
 
 Normalize = Literal["cosine", "train"]
 LEFT_ROWS = 2048  # preconditioned queries a pass: more cost memory, fewer another pass over the train rows
-OUTSIDE_WARNING = 0.5  # share of a query's squared gradient outside the curvature's span, above which we say so
+OUTSIDE_WARNING = 0.9  # share of a query's squared gradient outside the curvature's span, above which we say so
 
 
 @dataclass(frozen=True)

@@ -298,7 +298,14 @@ class GradientStore(StoreView):
         """
         return find_rows(self, ids)
 
-    def verify(self, *, repair: bool = False, workers: int | None = None, progress: bool | None = None) -> list[Damage]:
+    def verify(
+        self,
+        *,
+        repair: bool = False,
+        workers: int | None = None,
+        memory: int | str | None = None,
+        progress: bool | None = None,
+    ) -> list[Damage]:
         """Check every committed chunk: files, lengths, checksums, numbers that are not finite, ids that repeat.
 
         Parameters
@@ -307,6 +314,8 @@ class GradientStore(StoreView):
             Give up the damaged chunks: their rows are no longer committed, and the next extraction writes just them.
         workers : int, optional
             Row stripes checked at once; by default one a core, or the slots of the ambient Dask cluster.
+        memory : int or str, optional
+            Budget for the process, such as ``"4GiB"``; by default half of what is free.
         progress : bool, optional
             Show a progress line; silent by default.
 
@@ -317,10 +326,12 @@ class GradientStore(StoreView):
 
         Raises
         ------
+        MemoryBudgetError
+            If the budget is too small.
         StoreBusyError
             If another process is writing what is to be repaired.
         """
-        found = verify_store(self, repair=repair, workers=workers, progress=progress)
+        found = verify_store(self, repair=repair, workers=workers, memory=memory, progress=progress)
         if repair and found:
             self.reload()
         return found

@@ -14,7 +14,7 @@ from ooc_influence.store.layout import column_dtype
 if TYPE_CHECKING:
     from ooc_influence.store.view import StoreView
 
-_IDS_AT_ONCE = 2**22  # hashes of ids held at a time: 32 MiB
+IDS_AT_ONCE = 2**22  # hashes of ids held at a time: 32 MiB
 
 
 def find_rows(store: StoreView, ids: Any) -> npt.NDArray[np.int64]:
@@ -46,7 +46,7 @@ def repeated_ids(store: StoreView) -> Iterator[str]:
     """Yield what to say of each id that several rows have: by hash, part of the hashes at a time, then by the ids."""
     if store.layout.ids is None or store.n < 2:
         return
-    passes = -(-store.n // _IDS_AT_ONCE)
+    passes = -(-store.n // IDS_AT_ONCE)
     for number in range(passes):
         hashes, rows = _hash_ids(store, number, passes)
         order = np.argsort(hashes, kind="stable")

@@ -15,16 +15,25 @@ import numpy as np
 import numpy.typing as npt
 
 from ooc_influence.errors import OocInfluenceError
+from ooc_influence.memory import Need, plan_block_rows
 from ooc_influence.progress import Progress, tick
 from ooc_influence.store import commits, place
 from ooc_influence.store.arrays import open_group
 from ooc_influence.store.committer import Committer
-from ooc_influence.store.layout import ROW_ARRAYS
-from ooc_influence.store.lookup import repeated_ids
+from ooc_influence.store.layout import ROW_ARRAYS, Layout
+from ooc_influence.store.lookup import IDS_AT_ONCE, repeated_ids
 from ooc_influence.store.place import array_store, is_local
 from ooc_influence.store.ranges import make_claim
 from ooc_influence.store.reader import ask_for_chunk
-from ooc_influence.stripes import Stripe, check_workers, cores, cut_stripes, run_stripes
+from ooc_influence.stripes import (
+    Stripe,
+    check_workers,
+    cores,
+    cut_stripes,
+    run_stripes,
+    slots_per_process,
+    worker_memory,
+)
 
 if TYPE_CHECKING:
     from ooc_influence.store.view import StoreView
@@ -48,10 +57,21 @@ class Damage(NamedTuple):
     reason: str
 
 
-def verify_store(store: StoreView, *, repair: bool, workers: int | None, progress: bool | None) -> list[Damage]:
+def verify_need(layout: Layout, rows: int, reading: int) -> Need:
+    """Return what checking a store of ``rows`` rows needs; ``reading`` is what a worker holds to read chunks."""
+    ids = min(rows, IDS_AT_ONCE) * 8 * 5 if layout.ids else 0  # hashes and rows, joined and sorted
+    small = 2 * layout.group_rows * 8 * (2 + len(layout.row_arrays))  # what belongs to the rows of two chunks
+    return Need("verify", ids, reading + small + 2**20, 0, min_rows=1, max_rows=1, advice="smaller chunks")
+
+
+def verify_store(
+    store: StoreView, *, repair: bool, workers: int | None, memory: int | str | None, progress: bool | None
+) -> list[Damage]:
     """Check a store, and give up its damaged chunks if asked; see :meth:`GradientStore.verify`."""
     size = store.layout.chunk_rows
     slots = cores() if workers is None and check_workers(None) == 1 else check_workers(workers)
+    need = verify_need(store.layout, store.committed, store.reading_bytes)
+    plan_block_rows(need, worker_memory(memory), slots_per_process(slots))
     chunks = np.flatnonzero(store.records)
     found = [Damage(*rows, reason) for rows, reason in store.damaged_records]
     with Progress("verify", int(commits.rows_in(store.records).sum()), progress) as bar:

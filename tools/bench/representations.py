@@ -25,7 +25,7 @@ import torch  # noqa: F401 - there in every extraction; rounds to float16 faster
 from scipy.stats import spearmanr
 
 import ooc_influence as ooc
-from ooc_influence.cli.recipes import load_recipe
+from ooc_influence.extract.recipe_file import load_recipe
 from ooc_influence.store import read_blocks, tree_bytes
 
 KINDS = [

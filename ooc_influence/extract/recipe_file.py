@@ -1,4 +1,4 @@
-"""Loading what ``--recipe`` names, and choosing a split of it."""
+"""Loading the recipe that a file or module names, and choosing a split of it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from types import ModuleType
 from torch import nn
 
 from ooc_influence.errors import InputError
-from ooc_influence.extract import Recipe, Split
+from ooc_influence.extract.recipe import Recipe, Split
 
 
 def load_recipe(name: str) -> Recipe:

@@ -1,0 +1,8 @@
+"""``plan``."""
+
+import click
+
+
+@click.command()
+def plan() -> None:
+    """."""
