@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         self_influence,
         top_influential,
     )
+    from ooc_influence.planning import plan
     from ooc_influence.store import ChunkCache, GradientStore, Storage, compact_store, merge_stores, upgrade_store
 
 # Loaded on first use: opening a store and scoring never import torch.
@@ -41,9 +42,10 @@ _ROOMS = {
         "extract_shards", "init_store", "token_cross_entropy",
     ],
     "influence": [
-        "TopInfluential", "group_influence", "influence_scores", "module_influence", "self_influence",
+        "TopInfluential", "group_influence", "influence_scores", "module_influence", "plan", "self_influence",
         "top_influential",
     ],
+    "planning": ["plan"],
     "store": ["ChunkCache", "GradientStore", "Storage", "compact_store", "merge_stores", "upgrade_store"],
 }  # fmt: skip
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
@@ -52,7 +54,7 @@ __all__ = [
     "AdamMetric", "Batching", "BudgetBatches", "ChunkCache", "Curvature", "Dropout", "Eigenbasis", "Gaussian",
     "GradientStore", "GroupInfluence", "OocInfluenceError", "OocInfluenceWarning", "Recipe", "Split", "Storage",
     "TopInfluential", "__version__", "compact_store", "cross_entropy", "extract_gradients", "extract_shards",
-    "fit_fisher", "group_influence", "influence_scores", "init_store", "merge_stores", "module_influence",
+    "fit_fisher", "group_influence", "influence_scores", "init_store", "merge_stores", "module_influence", "plan",
     "reduce_store", "self_influence", "token_cross_entropy", "top_influential", "upgrade_store",
 ]  # fmt: skip
 

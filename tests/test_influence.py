@@ -364,7 +364,7 @@ def test_fewer_queries_at_a_time_before_a_refusal(large, monkeypatch):
 
     def budget(queries):
         working = scoring.checkpoints[0].curvature.working_bytes(queries, 1) + queries * 2000 * (8 * 3 + 4)
-        return WORKING + working + 16 * (4 * 2000 + 8 * queries)
+        return WORKING + working + 16 * (4 * 2000 + 16 + 8 * queries)
 
     blocks, rows = scoring.plan("scores", budget(8), 1, Costs(tile=8))
     assert (blocks, rows) == ([(0, 8), (8, 16), (16, 20)], 16)

@@ -31,9 +31,9 @@ CHILD = f"import sys; sys.path.insert(0, {HERE!r})\n" + textwrap.dedent("""
         if name.startswith("ooc_influence.") and hasattr(module, "plan_block_rows"):
             module.plan_block_rows = record
     options = {"workers": workers, "memory": "3GiB"}
-    ways = spectrum._ways
+    ways = spectrum.spectrum_ways
     if query.startswith("_by_"):  # the one way to an eigenbasis that is looked at
-        spectrum._ways = lambda *sizes: [way for way in ways(*sizes) if way.run.__name__ == query]
+        spectrum.spectrum_ways = lambda *sizes: [way for way in ways(*sizes) if way.run.__name__ == query]
     with memory.PeakMemory(interval=0.0005) as watch:
         if stage == "fisher":
             ooc.fit_fisher(train, refit=True, **options)
@@ -44,6 +44,11 @@ CHILD = f"import sys; sys.path.insert(0, {HERE!r})\n" + textwrap.dedent("""
                              rows=None if stage == "rotate" else 2000, weights="ggn", dtype="int4", **options)
         elif stage == "top":
             ooc.top_influential(query, train, top=top, **options)
+        elif stage == "cosine":
+            ooc.top_influential(query, train, top=top, normalize="cosine", damping=[0.1, 1.0], **options)
+        elif stage == "groups":
+            by = range(ooc.GradientStore.open(train).n)
+            ooc.group_influence(query, train, [row // 9 for row in by], average_queries="id", **options)
         else:
             ooc.influence_scores(query, train, out=train + ".scores", **options)
     print(json.dumps({"peak": watch.peak, "projected": max(projected)}))
@@ -104,6 +109,8 @@ def stores(tmp_path_factory):
         ("reduce", "_by_gram", 2, 500),
         ("reduce", "_by_iteration", 1, 600),
         ("rotate", "reduced", 1, 0),
+        ("cosine", "wide", 2, 10),
+        ("groups", "wide", 1, 0),
     ],
 )
 def test_measured_is_within_projected(stores, stage, which, workers, top):

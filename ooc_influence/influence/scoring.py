@@ -219,9 +219,8 @@ class Scoring:
             f"{stage} for k={self.columns}",
             [store.k for store in stores],
             self.lambdas * queries,
-            costs._replace(fixed=costs.fixed + seen + norms + preparing),
+            costs._replace(fixed=costs.fixed + seen + norms + preparing, row=costs.row + 16 * self.lambdas),
             reading=sum(store.reading_bytes for store in stores),
-            normalized=self.normalize is not None,
             raw=[store.layout.encoding.row_bytes for store in stores] if self.device else [],
         )
 

@@ -95,7 +95,7 @@ def self_need(columns: Sequence[int], n: int, values: int, *, norms: int, fixed:
         stage=f"self-influence for k={k}",
         fixed=fixed + 8 * values * n,  # the result, and the stripes'
         per_worker=norms + reading,
-        per_row=sum(4 * own for own in columns) + 8 * k + 16 * values,  # rows; rotated ones and their squares
+        per_row=sum(4 * own for own in columns) + 16 * values,  # rows, and what is found for them
         max_rows=block_limit(k),
         advice="extract with a smaller k",
     )

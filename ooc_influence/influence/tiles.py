@@ -103,7 +103,6 @@ def pass_need(
     costs: Costs,
     *,
     reading: int = 0,
-    normalized: bool = False,
     raw: Sequence[int] = (),
 ) -> Need:
     """Return what a pass over train rows needs, in bytes, as a function of shapes.
@@ -120,19 +119,16 @@ def pass_need(
         The stage's own.
     reading : int
         What a worker holds to read the stores.
-    normalized : bool
-        Train rows are divided by their own norm.
     raw : sequence of int
         Stored bytes of each checkpoint's row, where blocks go to a device as they are stored.
     """
     scores = left_rows * costs.modules
     second = 4 if len(columns) > 1 else 0  # the next checkpoint's tile
-    norms = 8 * max(columns) if normalized else 0  # rotated rows and their squares
     return Need(
         stage=stage,
         fixed=costs.fixed + sum(4 * left_rows * k for k in columns),
         per_worker=costs.left * scores + reading,
-        per_row=sum(4 * k for k in columns) + 2 * sum(raw) + norms + (costs.tile + second) * scores + costs.row,
+        per_row=sum(4 * k for k in columns) + 2 * sum(raw) + (costs.tile + second) * scores + costs.row,
         max_rows=block_limit(max(columns)),
         advice="extract with a smaller k",
     )

@@ -3,10 +3,10 @@
 from ooc_influence.linalg.accumulate import GramAccumulator
 from ooc_influence.linalg.eigen import symmetric_eigen
 from ooc_influence.linalg.rows import Rows, WeightedRows
-from ooc_influence.linalg.spectrum import Spectrum, top_spectrum
+from ooc_influence.linalg.spectrum import Spectrum, Way, spectrum_ways, top_spectrum
 from ooc_influence.linalg.weights import Weighting, clipped_rows, parse_weighting, row_weights
 
 __all__ = [
-    "GramAccumulator", "Rows", "Spectrum", "WeightedRows", "Weighting", "clipped_rows", "parse_weighting",
-    "row_weights", "symmetric_eigen", "top_spectrum",
+    "GramAccumulator", "Rows", "Spectrum", "Way", "WeightedRows", "Weighting", "clipped_rows", "parse_weighting",
+    "row_weights", "spectrum_ways", "symmetric_eigen", "top_spectrum",
 ]  # fmt: skip

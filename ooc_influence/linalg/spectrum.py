@@ -53,40 +53,56 @@ class Spectrum(NamedTuple):
     rows: int
 
 
-class _Way(NamedTuple):
-    """A way to the spectrum: ``run(rows, r, step, slots, bar) -> (eigenvalues, vectors, trace)``.
+class Way(NamedTuple):
+    """A way to the top of a spectrum: ``run(rows, r, step, slots, bar) -> (eigenvalues, vectors, trace)``.
 
     Attributes
     ----------
+    name : str
+        What it factorises.
     run : callable
         See above.
-    nbytes : int
-        The most it holds at a time, blocks of rows apart.
-    per_row : int
-        What a row of a block costs.
+    need : Need
+        What it takes in memory.
     passes : int
-        Over the rows.
+        How often it reads the rows.
+    flops, factoring : float
+        Arithmetic over the rows, and of the factorisation.
     """
 
+    name: str
     run: Callable[..., tuple[Matrix, Rows, float]]
-    nbytes: int
-    per_row: int
+    need: Need
     passes: int
+    flops: float
+    factoring: float
 
 
-def _ways(k: int, m: int, r: int, slots: int) -> list[_Way]:
-    """Return the ways there are for m rows of k numbers, the quickest first; ``slots`` share a process."""
+def spectrum_ways(k: int, m: int, r: int, slots: int = 1, reading: int = 0) -> list[Way]:
+    """Return the ways to the top r eigenpairs of m rows of k numbers, the quickest first.
+
+    ``slots`` share a process, each of which holds ``reading`` bytes to read the store.
+    """
+
+    def need(fixed: int, per_row: int) -> Need:
+        stage = f"an eigenbasis of {r} of {k} entries"
+        return Need(stage, fixed, reading, per_row, max_rows=block_limit(k), advice="a smaller r or k")
+
     several = slots > 1  # a sum of two results is a third one
     c = min(k, m, r + _EXTRA)
     found = []
     if k <= m:
         sums = slots * GramAccumulator.nbytes(k) + several * 8 * k * k
-        found.append(_Way(_by_fisher, max(sums, 8 * k * k + 12 * k * r), 4 * k, 1))
+        held = need(max(sums, 8 * k * k + 12 * k * r), 4 * k)
+        found.append(Way("Fisher matrix", _by_fisher, held, 1, float(m) * k * k, 9.0 * k**3))
     if m <= _LARGEST_GRAM:
         lifting = 4 * m * r + (slots + several) * 4 * k * r
-        found.append(_Way(_by_gram, max(10 * m * m, 8 * m * (m + r), 12 * m * r, lifting, 8 * k * r), 2 * 4 * k, 2))
+        held = need(max(10 * m * m, 8 * m * (m + r), 12 * m * r, lifting, 8 * k * r), 2 * 4 * k)
+        found.append(Way("Gram matrix", _by_gram, held, 2, float(m) * m * k + 2.0 * m * k * r, 9.0 * m**3))
     multiplying = (1 + slots + several) * 4 * k * c
-    found.append(_Way(_by_iteration, max(multiplying, 4 * k * c + 4 * k * r) + 40 * c * c, 4 * k + 4 * c, _PASSES))
+    held = need(max(multiplying, 4 * k * c + 4 * k * r) + 40 * c * c, 4 * k + 4 * c)
+    flops, factoring = 4.0 * _PASSES * m * k * c, 4.0 * _PASSES * k * c**2
+    found.append(Way("subspace iteration", _by_iteration, held, _PASSES, flops, factoring))
     return found
 
 
@@ -112,20 +128,18 @@ def top_spectrum(
         )
     slots = check_workers(workers)
     shared = slots_per_process(slots)
-    ways = _ways(k, m, r, shared)
-    reading, limit = rows.store.reading_bytes, block_limit(k)
-    needs = [Need(f"an eigenbasis of {r} of {k} entries", w.nbytes, reading, w.per_row, max_rows=limit) for w in ways]
+    ways = spectrum_ways(k, m, r, shared, rows.store.reading_bytes)
     room = budget_bytes(memory) - process_anonymous()
-    chosen = next((n for n, need in enumerate(needs) if need.peak(need.min_rows, shared, 0) <= room), None)
+    chosen = next((way for way in ways if way.need.peak(way.need.min_rows, shared, 0) <= room), None)
     if chosen is None:
-        least = min(need.peak(need.min_rows, shared, 0) for need in needs)
+        least = min(way.need.peak(way.need.min_rows, shared, 0) for way in ways)
         raise MemoryBudgetError(
-            f"{needs[0].stage} from {m} rows needs {format_bytes(least)} more than the process holds, budget "
+            f"{ways[0].need.stage} from {m} rows needs {format_bytes(least)} more than the process holds, budget "
             f"{format_bytes(max(0, room))}: use a smaller r or k, fewer workers, or more memory"
         )
-    step = plan_block_rows(needs[chosen], memory, shared)
-    with Progress("eigenbasis", ways[chosen].passes * m, progress) as bar:
-        values, vectors, trace = ways[chosen].run(rows, r, step, slots, bar)
+    step = plan_block_rows(chosen.need, memory, shared)
+    with Progress("eigenbasis", chosen.passes * m, progress) as bar:
+        values, vectors, trace = chosen.run(rows, r, step, slots, bar)
     _fix_signs(vectors)
     return Spectrum(np.maximum(values, 0), vectors, trace, rows.live)
 

@@ -1,0 +1,257 @@
+"""What each stage will take: bytes on disk, peak memory, arithmetic, time; as a function of shapes.
+
+Memory comes from the very functions by which stages refuse (:class:`ooc_influence.memory.Need`); time is that of the
+slower of reading and computing, since they overlap, and what comes before and after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ooc_influence.curvature.fisher import fisher_need
+from ooc_influence.errors import MemoryBudgetError
+from ooc_influence.influence.scoring import LEFT_ROWS
+from ooc_influence.influence.self_influence import self_need
+from ooc_influence.influence.tiles import Costs, pass_need
+from ooc_influence.influence.top import top_costs
+from ooc_influence.linalg import spectrum_ways
+from ooc_influence.memory import Need, plan_block_rows
+from ooc_influence.planning.rates import Rates
+from ooc_influence.store import Storage, parse_representation
+from ooc_influence.store.layout import Layout
+from ooc_influence.store.verify import verify_need
+from ooc_influence.store.writer import BUFFERS
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the work.
+
+    Attributes
+    ----------
+    name : str
+        What it is.
+    disk : int
+        Bytes it leaves on disk.
+    peak : int or None
+        Peak bytes of a process; None where the model decides.
+    read : int
+        Bytes it reads.
+    flops : float or None
+        Arithmetic; None where the model decides.
+    seconds : float or None
+        Estimate; None where the model decides.
+    refusal : str or None
+        Why it does not fit the budget, and what to change; None where it does.
+    note : str
+        What else to know.
+    """
+
+    name: str
+    disk: int
+    peak: int | None
+    read: int
+    flops: float | None
+    seconds: float | None
+    refusal: str | None = None
+    note: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON-ready values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What is planned for.
+
+    Attributes
+    ----------
+    rows, k, queries : int
+        Train rows, kept entries, query rows.
+    dims : int
+        Stored numbers a row: k, or fewer after a reduction.
+    dtype : str
+        Representation on disk.
+    dampings, top, workers : int
+        λs, rows of a top list, row stripes at once.
+    memory : int, str or None
+        The budget.
+    held : int
+        Bytes a process holds before a stage starts.
+    """
+
+    rows: int
+    k: int
+    queries: int
+    dims: int
+    dtype: str
+    dampings: int
+    top: int
+    workers: int
+    memory: int | str | None
+    held: int
+
+    def layout(self, columns: int) -> Layout:
+        """Return the layout of a store with so many columns."""
+        dtype = parse_representation(self.dtype)
+        return Layout(columns, dtype, *Storage().sizes(columns, dtype))
+
+    def store_bytes(self, rows: int, columns: int) -> int:
+        """Return the bytes of a store: whole chunk files, and what belongs to each row."""
+        layout = self.layout(columns)
+        chunks = -(-rows // layout.chunk_rows)
+        groups = -(-rows // layout.group_rows)
+        small = groups * (layout.group_rows * sum(4 for _ in layout.row_arrays) + 8 * layout.group_chunks)
+        return chunks * layout.chunk_bytes + small
+
+    def fit(self, need: Need) -> tuple[int, int | None, str | None]:
+        """Return the peak bytes of a stage, the rows of its blocks, and its refusal where it does not fit."""
+        try:
+            rows = plan_block_rows(need, self.memory, self.workers, self.held)
+        except MemoryBudgetError as error:
+            return need.peak(need.min_rows, self.workers, self.held), None, str(error)
+        return need.peak(rows, self.workers, self.held), rows, None
+
+
+def extraction(shapes: Shapes, rates: Rates) -> Stage:
+    """Return the train store's extraction; time and most memory are the model's."""
+    layout = shapes.layout(shapes.dims)
+    disk = shapes.store_bytes(shapes.rows, shapes.dims)
+    if shapes.dims < shapes.k:
+        disk += 4 * shapes.k * shapes.dims
+    buffers = BUFFERS * shapes.layout(shapes.dims).chunk_rows * 4 * shapes.dims
+    rows = shapes.rows
+    note = (
+        f"{-(-rows // layout.chunk_rows)} chunks of {layout.chunk_rows} rows; writing takes {disk / rates.write:.0f} s"
+    )
+    return Stage("extract train", disk, None, 0, None, None, note=f"{note}; the model and {buffers / 2**20:.0f} MiB")
+
+
+def query_extraction(shapes: Shapes) -> Stage:
+    """Return the query store's extraction."""
+    disk = shapes.store_bytes(shapes.queries, shapes.dims)
+    copied = 4 * shapes.k * shapes.dims if shapes.dims < shapes.k else 0
+    return Stage("extract queries", disk + (copied if copied < 256 * 2**20 else 0), None, 0, None, None)
+
+
+def basis(shapes: Shapes, rates: Rates) -> Stage:
+    """Return the reduction: the pilot's wide rows and the top of their spectrum, by the cheapest way that fits."""
+    pilot = min(shapes.rows, 4 * shapes.dims)
+    ways = spectrum_ways(shapes.k, pilot, shapes.dims)
+    found = [(way, *shapes.fit(way.need)) for way in ways]
+    way, peak, _, refusal = next((fit for fit in found if fit[3] is None), min(found, key=lambda fit: fit[1]))
+    read = way.passes * shapes.store_bytes(pilot, shapes.k)
+    seconds = max(read / rates.read, way.flops / rates.gemm) + way.factoring / rates.eigen
+    disk = shapes.store_bytes(pilot, shapes.k)
+    note = f"{pilot} pilot rows of {shapes.k} entries, removed afterwards; by {way.name}"
+    return Stage("eigenbasis", disk, peak, read, way.flops + way.factoring, seconds, refusal, note)
+
+
+def fisher(shapes: Shapes, rates: Rates) -> Stage:
+    """Return the Fisher matrix and its factorisation."""
+    n, d = shapes.rows, shapes.dims
+    peak, _, refusal = shapes.fit(fisher_need(d, shapes.workers))
+    sums, factoring = float(n) * d * d, 9.0 * d**3
+    read = shapes.store_bytes(n, d)
+    seconds = _pass(shapes, rates, read, sums / rates.syrk) + factoring / rates.eigen
+    return Stage("fisher", 16 * d * d + 8 * d, peak, read, sums + factoring, seconds, refusal)
+
+
+def gram(shapes: Shapes, rates: Rates) -> Stage:
+    """Return the Gram matrix of the rows: what the other side of Woodbury's identity costs."""
+    n, d = shapes.rows, shapes.dims
+    need = Need(f"Gram side for n={n}", 28 * n * n, 0, 3 * 4 * d, advice="the Fisher side")
+    peak, rows, refusal = shapes.fit(need)
+    sums, factoring = float(n) * n * d, 9.0 * n**3
+    blocks = max(1, -(-n // (rows or need.min_rows)))
+    read = shapes.store_bytes(n, d) * (blocks + 1) // 2
+    seconds = _pass(shapes, rates, read, sums / rates.gemm) + factoring / rates.eigen
+    return Stage("Gram side", 16 * n * n, peak, read, sums + factoring, seconds, refusal, "instead of fisher")
+
+
+def working_bytes(d: int, queries: int, values: int) -> int:
+    """Return what preconditioning holds: :meth:`Curvature.working_bytes` of a whole F."""
+    return 8 * d * d + 8 * d * queries * (3 + values)
+
+
+def self_bytes(d: int, values: int) -> int:
+    """Return what self-influence holds: :meth:`Curvature.self_working_bytes` of a whole F."""
+    rows = max(64, 32 * 2**20 // (4 * d))
+    return 4 * d * d + 4 * (rows + values) * d + 32 * 2**20
+
+
+def scores(shapes: Shapes, rates: Rates) -> Stage:
+    """Return the whole matrix of scores, on disk."""
+    out = 4 * shapes.queries * shapes.rows * shapes.dampings
+    return _scored("scores", shapes, rates, lambda queries: Costs(tile=12), out)
+
+
+def top(shapes: Shapes, rates: Rates) -> Stage:
+    """Return top lists."""
+    count = min(shapes.top, shapes.rows)
+    costs = top_costs(count, shapes.dampings * shapes.queries, shapes.rows)
+    return _scored(f"top {count}", shapes, rates, lambda queries: costs, 0)
+
+
+def _scored(name: str, shapes: Shapes, rates: Rates, costs: Callable[[int], Costs], out: int) -> Stage:
+    """Return a pass over the train rows, with as many queries at a time as fit."""
+    n, d, values = shapes.rows, shapes.dims, shapes.dampings
+    limit = max(1, LEFT_ROWS // values)
+    queries = shapes.queries if shapes.queries <= limit else 1 << limit.bit_length() - 1
+    while True:
+        own = costs(queries)
+        preparing = working_bytes(d, queries, values) + 8 * queries * d * (2 + values)
+        need = pass_need(
+            f"{name} for k={d}",
+            [d],
+            values * queries,
+            own._replace(fixed=own.fixed + preparing, row=own.row + 16 * values),
+        )
+        peak, _, refusal = shapes.fit(need)
+        if refusal is None or queries == 1:
+            break
+        queries = 1 << (queries - 1).bit_length() - 1
+    passes = -(-shapes.queries // queries)
+    read = shapes.store_bytes(n, d)
+    preparing_flops = 2.0 * shapes.queries * d * d * (1 + values)
+    products = 2.0 * shapes.queries * values * n * d
+    seconds = passes * _pass(shapes, rates, read, products / passes / rates.gemm) + preparing_flops / rates.double
+    seconds = max(seconds, out / rates.write)
+    note = f"{passes} passes over the rows, {queries} queries at a time" if passes > 1 else ""
+    return Stage(name, out, peak, passes * read, products + preparing_flops, seconds, refusal, note)
+
+
+def self_influence(shapes: Shapes, rates: Rates) -> Stage:
+    """Return the rows' self-influence."""
+    n, d = shapes.rows, shapes.dims
+    need = self_need([d], n, shapes.dampings, norms=self_bytes(d, shapes.dampings))
+    peak, _, refusal = shapes.fit(need)
+    products, read = 2.0 * n * d * d, shapes.store_bytes(n, d)
+    seconds = _pass(shapes, rates, read, products / rates.gemm)
+    return Stage("self-influence", 4 * n * shapes.dampings, peak, read, products, seconds, refusal)
+
+
+def verify(shapes: Shapes, rates: Rates) -> Stage:
+    """Return the check of every committed chunk."""
+    layout, read = shapes.layout(shapes.dims), shapes.store_bytes(shapes.rows, shapes.dims)
+    peak, _, refusal = shapes.fit(verify_need(layout, shapes.rows, 0))
+    return Stage("verify", 0, peak, read, 0.0, read / rates.read, refusal)
+
+
+def _pass(shapes: Shapes, rates: Rates, read: int, computing: float) -> float:
+    """Return the seconds of reading all rows beside converting and computing."""
+    return max(read / rates.read, 4.0 * shapes.rows * shapes.dims / rates.convert + computing)
+
+
+def all_stages(shapes: Shapes, rates: Rates) -> list[Stage]:
+    """Return every stage that a corpus goes through."""
+    found = [extraction(shapes, rates), query_extraction(shapes)]
+    if shapes.dims < shapes.k:
+        found.insert(0, basis(shapes, rates))
+    found.append(fisher(shapes, rates))
+    if shapes.rows < shapes.dims:
+        found.append(gram(shapes, rates))
+    return found + [stage(shapes, rates) for stage in (scores, top, self_influence, verify)]
