@@ -42,7 +42,7 @@ _ROOMS = {
         "extract_shards", "init_store", "token_cross_entropy",
     ],
     "influence": [
-        "TopInfluential", "group_influence", "influence_scores", "module_influence", "plan", "self_influence",
+        "TopInfluential", "group_influence", "influence_scores", "module_influence", "self_influence",
         "top_influential",
     ],
     "planning": ["plan"],
@@ -52,7 +52,7 @@ _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 
 __all__ = [
     "AdamMetric", "Batching", "BudgetBatches", "ChunkCache", "Curvature", "Dropout", "Eigenbasis", "Gaussian",
-    "GradientStore", "GroupInfluence", "OocInfluenceError", "OocInfluenceWarning", "Recipe", "Split", "Storage",
+    "GradientStore", "OocInfluenceError", "OocInfluenceWarning", "Recipe", "Split", "Storage",
     "TopInfluential", "__version__", "compact_store", "cross_entropy", "extract_gradients", "extract_shards",
     "fit_fisher", "group_influence", "influence_scores", "init_store", "merge_stores", "module_influence", "plan",
     "reduce_store", "self_influence", "token_cross_entropy", "top_influential", "upgrade_store",

@@ -48,9 +48,8 @@ def test_products_are_added_in_place():
     expected = total + left.astype(np.float64).T @ right
     add_product(total, left, right)
     assert_allclose(total, expected, atol=1e-6 * np.abs(expected).max())
-    for bad in ((np.zeros((7, 3), np.float32), left, right), (total, left, right.astype(np.float64))):
-        with pytest.raises(TypeError):
-            add_product(*bad)
+    with pytest.raises(TypeError):
+        add_product(total, left, right.astype(np.float64))
 
 
 def test_eigen():

@@ -21,6 +21,8 @@ from ooc_influence.curvature import Curvature
 from ooc_influence.influence.aggregate import Codes
 from ooc_influence.influence.engine import Engine, Floats, Found, Rows
 from ooc_influence.store import GradientStore, RawBlock, read_raw_blocks
+from ooc_influence.store.encoding import Encoding
+from ooc_influence.store.quantised import FACTORS
 
 
 class _Slot:
@@ -74,7 +76,7 @@ class DeviceEngine(Engine):
                 turn += 1
                 coming = thread.submit(self._send, raw, slots[turn % 2])
                 count = block.stop - block.start
-                self._decode(store.layout.dtype, slot, rows[:count], scale)
+                self._decode(store.layout.encoding, slot, rows[:count], scale)
                 yield Rows(block.start, block.stop, rows[:count], block.dropped)
 
     def _send(self, raw: Iterator[RawBlock], slot: _Slot) -> RawBlock | None:
@@ -99,26 +101,37 @@ class DeviceEngine(Engine):
                     slot.sent.record()
             return block
 
-    def _decode(self, name: str, slot: _Slot, out: Tensor, column_scale: Tensor | None) -> None:
+    def _decode(self, form: Encoding, slot: _Slot, out: Tensor, column_scale: Tensor | None) -> None:
         """Write the values of a block that was sent into ``out`` (b, k); see :mod:`ooc_influence.store.encoding`."""
         if slot.sent is not None:
             torch.cuda.current_stream(self._device).wait_event(slot.sent)
-        raw = slot.device_raw[: len(out)]
-        if name == "int4":
-            half = raw.shape[1]
-            packed = raw.view(torch.int8)
-            out[:, :half] = (packed << 4) >> 4
-            out[:, half:] = (packed >> 4)[:, : out.shape[1] - half]
+        raw, scale = slot.device_raw[: len(out)], slot.device_scale[: len(out), None]
+        if form.quantised:
+            self._restore(form, raw, scale, out)
         else:
-            out.copy_(raw.view(torch.bfloat16) if name == "bfloat16" else raw)
-        if name in ("int8", "int4"):
-            out.mul_(out.abs())
-        if name not in ("float32", "bfloat16"):
-            out.mul_(slot.device_scale[: len(out), None])
+            out.copy_(raw.view(torch.bfloat16) if form.name == "bfloat16" else raw)
+            if form.name == "float16":
+                out.mul_(scale)
         if column_scale is not None:
             out.mul_(column_scale)
         if slot.decoded is not None:
             slot.decoded.record()
+
+    def _restore(self, form: Encoding, raw: Tensor, scale: Tensor, out: Tensor) -> None:
+        """Turn whole numbers into what they stand for; see :mod:`ooc_influence.store.quantised`."""
+        numbers, codes = raw[:, : form.number_columns], raw[:, form.number_columns :].view(torch.uint8)
+        if form.name == "int4":
+            packed, half = numbers.view(torch.int8), form.number_columns
+            out[:, :half] = (packed << 4) >> 4
+            out[:, half:] = (packed >> 4)[:, : out.shape[1] - half]
+        else:
+            out.copy_(numbers)
+        out.mul_(out.abs().add_(0 if form.block is None else form.top))
+        if form.block is None:
+            out.mul_(scale)
+            return
+        steps = (scale * self.array(FACTORS)[codes.long()]).clamp_(min=torch.finfo(torch.float32).tiny)
+        out.mul_(steps.repeat_interleave(form.block, 1)[:, : out.shape[1]])
 
     def array(self, values: npt.NDArray[Any]) -> Tensor:
         """See :class:`Engine`."""

@@ -20,6 +20,7 @@ from ooc_influence.linalg import spectrum_ways
 from ooc_influence.memory import Need, plan_block_rows
 from ooc_influence.planning.rates import Rates
 from ooc_influence.store import Storage, parse_representation
+from ooc_influence.store.encoding import Encoding
 from ooc_influence.store.layout import Layout
 from ooc_influence.store.verify import verify_need
 from ooc_influence.store.writer import BUFFERS
@@ -97,7 +98,7 @@ class Shapes:
     def layout(self, columns: int) -> Layout:
         """Return the layout of a store with so many columns."""
         dtype = parse_representation(self.dtype)
-        return Layout(columns, dtype, *Storage().sizes(columns, dtype))
+        return Layout(columns, dtype, *Storage().sizes(columns, dtype), block=Encoding.of(dtype, columns).block)
 
     def store_bytes(self, rows: int, columns: int) -> int:
         """Return the bytes of a store: whole chunk files, and what belongs to each row."""

@@ -98,15 +98,21 @@ class Encoding:
     @property
     def quantised(self) -> bool:
         """Whether rows are whole numbers."""
-        return _FORMS[self.name].top > 0
+        return self.top > 0
+
+    @property
+    def top(self) -> int:
+        """The largest whole number; 0 for float forms."""
+        return _FORMS[self.name].top
 
     @property
     def columns(self) -> int:
         """Columns of the Zarr array."""
-        return self._number_columns + block_count(self.k, self.block)
+        return self.number_columns + block_count(self.k, self.block)
 
     @property
-    def _number_columns(self) -> int:
+    def number_columns(self) -> int:
+        """Columns of the Zarr array that hold numbers; the codes of their blocks follow."""
         return -(-self.k // 2) if self.name == "int4" else self.k
 
     @property
@@ -149,7 +155,7 @@ class Encoding:
     def nonfinite_rows(self, raw: RawRows) -> npt.NDArray[np.bool_]:
         """Return which rows of ``raw`` (m, columns) hold a value no row may have: NaN, Inf, or the fill value, (m,)."""
         if self.quantised:
-            raw = raw[:, : self._number_columns]
+            raw = raw[:, : self.number_columns]
             lowest = raw == -128 if self.name == "int8" else ((raw & 15) == 8) | ((raw >> 4) == 8)
             return np.asarray(lowest.any(axis=1))
         whole: Any = np.uint32 if self.name == "float32" else np.uint16
@@ -189,20 +195,20 @@ class Encoding:
             return scale
         packed = self.name == "int4"
         whole = np.empty(tile.shape, np.int8) if packed else raw[:, : self.k]
-        scale, codes = quantise(tile, whole, _FORMS[self.name].top, self.block, buffer)
+        scale, codes = quantise(tile, whole, self.top, self.block, buffer)
         if packed:
-            raw[:, : self._number_columns] = pack(whole)
-        raw[:, self._number_columns :] = codes.view(raw.dtype)
+            raw[:, : self.number_columns] = pack(whole)
+        raw[:, self.number_columns :] = codes.view(raw.dtype)
         return scale
 
     def _decode_tile(self, raw: RawRows, scale: FloatRows, tile: FloatRows, buffer: FloatRows) -> None:
         if self.quantised:
-            numbers, codes = raw[:, : self._number_columns], raw[:, self._number_columns :].view(np.uint8)
+            numbers, codes = raw[:, : self.number_columns], raw[:, self.number_columns :].view(np.uint8)
             if self.name == "int4":
                 unpack(numbers, tile)
             else:
                 np.copyto(tile, numbers)
-            restore(tile, scale, codes, _FORMS[self.name].top, self.block, buffer)
+            restore(tile, scale, codes, self.top, self.block, buffer)
         elif self.name == "bfloat16":
             bits = tile.view(np.uint32)
             np.copyto(bits, raw)

@@ -13,17 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ooc_influence.errors import InputError, StoreExistsError, StoreFormatError
+from ooc_influence.store import creation
 from ooc_influence.store.cache import ChunkCache
 from ooc_influence.store.claim import Claim
 from ooc_influence.store.committer import Committer
-from ooc_influence.store.creation import (
-    create_store,
-    grow_store,
-    nothing_expected,
-    parse_column_scale,
-    plan_rows,
-    write_attributes,
-)
 from ooc_influence.store.encoding import Encoding, parse_representation
 from ooc_influence.store.layout import FORMAT_VERSION, Layout, Storage
 from ooc_influence.store.lookup import find_rows
@@ -165,14 +158,14 @@ class GradientStore(StoreView):
         if facts is not None and int(facts["rows"]) != mask.k:
             raise InputError(f"expected a reduction of {mask.k} masked entries; received one of {facts['rows']}")
         chunk_rows, group_chunks = storage.sizes(k, representation, planned_rows)
-        scale = parse_column_scale(column_scale, k)
+        scale = creation.parse_column_scale(column_scale, k)
         layout = Layout(
             k, representation, chunk_rows, group_chunks, planned_rows, ids, dict(columns or {}), storage.codec,
             scale is not None, Encoding.of(representation, k).block,
         )  # fmt: skip
-        published = create_store(target, layout, mask, reduction, attributes or {}, scale)
+        published = creation.create_store(target, layout, mask, reduction, attributes or {}, scale)
         if not published and not (exist_ok and cls(target).columns_digest == columns_digest(mask.digest, facts)):
-            raise StoreExistsError(nothing_expected(target))
+            raise StoreExistsError(creation.nothing_expected(target))
         return cls(target, "a")
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -345,7 +338,7 @@ class GradientStore(StoreView):
         """Write further attributes, JSON values, in place of what has their names."""
         self._check_writable()
         self._attrs = read_attributes(self.path) | attributes
-        write_attributes(self.path, self._attrs)
+        creation.write_attributes(self.path, self._attrs)
 
     def grow(self, rows: int) -> None:
         """Give a store with planned rows room for more, ``rows`` in all; readers opened before see what they opened.
@@ -358,7 +351,7 @@ class GradientStore(StoreView):
             If a range of it is being written.
         """
         self._check_writable()
-        grow_store(self.path, self.layout, self._records.copy(), rows)
+        creation.grow_store(self.path, self.layout, self._records.copy(), rows)
         super().__init__(self.path)
 
     def plan_rows(self, rows: int | None) -> None:
@@ -372,7 +365,7 @@ class GradientStore(StoreView):
             If a range of it is being written.
         """
         self._check_writable()
-        plan_rows(self.path, self.layout, self._records.copy(), rows)
+        creation.plan_rows(self.path, self.layout, self._records.copy(), rows)
         super().__init__(self.path)
 
     def flush(self) -> None:

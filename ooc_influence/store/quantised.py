@@ -20,7 +20,7 @@ Floats = npt.NDArray[np.float32]
 
 BLOCK = 16
 _STEPS = 8  # codes to a factor of two
-_FACTORS = np.exp2(-np.arange(256) / _STEPS).astype(np.float32)
+FACTORS = np.exp2(-np.arange(256) / _STEPS).astype(np.float32)  # of the codes
 _SMALLEST = np.float32(np.finfo(np.float32).tiny)  # a smaller scale would lose its own bits
 
 
@@ -103,7 +103,7 @@ def _steps(scale: Floats, codes: npt.NDArray[np.uint8], block: int | None) -> Fl
     """Return the scale of each block, (b, blocks)."""
     if block is None:
         return scale[:, None]
-    return np.asarray(np.maximum(scale[:, None] * _FACTORS[codes], _SMALLEST))
+    return np.asarray(np.maximum(scale[:, None] * FACTORS[codes], _SMALLEST))
 
 
 def pack(whole: npt.NDArray[np.int8]) -> npt.NDArray[np.uint8]:
