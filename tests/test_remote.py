@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zarr
 from conftest import random_rows, whole_mask, write_store
 from models import Mlp, batches, data, loss, make
 from numpy.testing import assert_allclose, assert_array_equal
@@ -44,6 +45,7 @@ from ooc_influence.errors import (
     StoreExistsError,
     StoreNotFoundError,
 )
+from ooc_influence.influence import parts, tiles
 from ooc_influence.store import place
 
 ROWS = random_rows(90, 8)
@@ -79,7 +81,8 @@ os._exit(code)
 """
     environment = os.environ | {
         "OOC_INFLUENCE_TEST_ROOT": "s3://bucket", "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1", "PYTHONPATH": str(Path(__file__).parent),
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
     }  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", script, __file__], capture_output=True, text=True, env=environment, cwd=tmp_path
@@ -113,6 +116,35 @@ def test_scores_are_those_of_a_local_copy(root, tmp_path):
     assert_array_equal(self_influence(remote[1], f"{root}/elsewhere"), self_influence(local[1]))
     again = pickle.loads(pickle.dumps(GradientStore.open(remote[1])))
     assert_array_equal(again.rows(), GradientStore.open(local[1]).rows())
+
+
+def test_interrupted_scores_and_lists_go_on(root, monkeypatch):
+    monkeypatch.setattr("ooc_influence.memory.BLOCK_BYTES", 64 * 4 * 8)  # blocks of 64 rows
+    write(f"{root}/train", ids=None)
+    fit_fisher(f"{root}/train")
+    calls = {
+        "scores": lambda: influence_scores(f"{root}/train", f"{root}/train", out=f"{root}/scores")[...],
+        "parts": lambda: self_influence(f"{root}/train", resume=f"{root}/parts"),
+    }
+    original = tiles.tick
+    for room, name in ((tiles, "scores"), (sys.modules["ooc_influence.influence.self_influence"], "parts")):
+        monkeypatch.setattr(parts, "_PART_BYTES", 64)
+
+        def stop(key, rows):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(room, "tick", stop)
+        with pytest.raises(KeyboardInterrupt):
+            calls[name]()
+        monkeypatch.setattr(room, "tick", original)
+        found = calls[name]()
+        assert np.isfinite(found).all()
+    assert zarr.open_array(f"{root}/scores", mode="r").attrs["complete"]
+    assert not place.exists(UPath(f"{root}/parts"))
+    (UPath(f"{root}/scores") / "c.0.1").unlink()
+    array = zarr.open_array(f"{root}/scores", mode="r+")
+    array.attrs["complete"] = False
+    assert_array_equal(calls["scores"](), influence_scores(f"{root}/train", f"{root}/train").compute())
 
 
 def test_an_interrupted_extraction_goes_on(root, tmp_path):
@@ -282,7 +314,7 @@ def test_memory_is_refused_on_other_processes(root, monkeypatch):
             return {"tcp://127.0.0.1:1": 1}
 
     store = write(f"{root}/s")
-    monkeypatch.setattr(stripes, "_ambient_client", Client)
+    monkeypatch.setattr(stripes, "ambient_client", Client)
     for act in (fit_fisher, GradientStore.verify):
         with pytest.raises(InputError, match="in this process only"):
             act(store)

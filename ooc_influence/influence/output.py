@@ -144,8 +144,9 @@ class Output:
         """Mark the array as complete, remove what interrupted writes left behind, and return it."""
         if is_local(self.path):
             remove_partial_files(self.path, lambda name: name.startswith("c."))
-        array = writable_array(array_store(self.path))
-        array.attrs.update({**facts, "complete": True})
+        files = array_store(self.path)
+        writable_array(files).attrs.update({**facts, "complete": True})
+        files.sync_folders()
         return self.open()
 
 
