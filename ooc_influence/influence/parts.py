@@ -15,9 +15,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ooc_influence.errors import StoreExistsError, StoreWriteError
+from ooc_influence.errors import OocInfluenceError, StoreExistsError, StoreWriteError
 from ooc_influence.progress import Progress
-from ooc_influence.store import PathLike, exists, is_local, names, parse_path, read_bytes, remove_tree, write_bytes
+from ooc_influence.store import (
+    PathLike,
+    StorePath,
+    exists,
+    is_local,
+    names,
+    parse_path,
+    read_bytes,
+    remove_tree,
+    write_bytes,
+)
 from ooc_influence.stripes import Stripe, cut_stripes, run_stripes
 
 Part = Mapping[str, npt.NDArray[Any]]
@@ -47,25 +57,30 @@ class Parts:
         self._folder = None if folder is None else parse_path(folder)
         if self._folder is None:
             return
-        settings = read_bytes(self._folder / _SETTINGS)
-        if settings is None and exists(self._folder) and names(self._folder):
-            raise StoreExistsError(
-                f"expected the partial results of this call, or nothing, at {self._folder}; received something else: "
-                "choose another folder"
-            )
-        if settings is not None and json.loads(settings)["digest"] != digest:
-            raise StoreExistsError(
-                f"expected the partial results of this call at {self._folder}; received those of another call (other "
-                "rows, curvature or settings): choose another folder, or remove it"
-            )
         try:
-            if is_local(self._folder):
-                self._folder.mkdir(parents=True, exist_ok=True)
-            write_bytes(self._folder / _SETTINGS, json.dumps({"digest": digest}).encode())
+            self._open(self._folder, digest)
         except OSError as error:
+            if isinstance(error, OocInfluenceError):
+                raise
             raise StoreWriteError(
                 f"expected a folder for partial results at {self._folder}; received: {error}: choose another"
             ) from error
+
+    def _open(self, folder: StorePath, digest: str) -> None:
+        settings = read_bytes(folder / _SETTINGS)
+        if settings is None and exists(folder) and names(folder):
+            raise StoreExistsError(
+                f"expected the partial results of this call, or nothing, at {folder}; received something else: choose "
+                "another folder"
+            )
+        if settings is not None and json.loads(settings)["digest"] != digest:
+            raise StoreExistsError(
+                f"expected the partial results of this call at {folder}; received those of another call (other rows, "
+                "curvature or settings): choose another folder, or remove it"
+            )
+        if is_local(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        write_bytes(folder / _SETTINGS, json.dumps({"digest": digest}).encode())
 
     def stripes(self, n: int, block_rows: int, slots: int, row_bytes: int) -> list[Stripe]:
         """Return the stripes to work on: one a slot, or more where each is to be kept."""
