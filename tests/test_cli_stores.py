@@ -117,7 +117,7 @@ def test_reduce_and_rotate(run, stores):  # noqa: F811
     code, out, err = run("reduce train.zarr r.zarr --weights ggn")
     assert (code, err) == (0, "")
     assert "20 of 200 directions leave out" in out
-    assert "49 rows reduced" in out
+    assert "49 rows written" in out
     assert result(run("reduce test.zarr q.zarr --like r.zarr --json"))["rows"] == 10
     turned = result(run("reduce r.zarr t.zarr --rotate --dtype float32 --codec zstd --json"))
     assert (turned["dtype"], turned["codec"], turned["reduction"]["pilot_rows"]) == ("float32", "zstd", 49)

@@ -278,6 +278,41 @@ def test_the_pilot_is_streamed(tmp_path):
     assert most[0] <= 3
 
 
+@pytest.mark.parametrize("weights", [None, "ggn"])
+def test_what_is_left_out_of_all_rows_is_measured(tmp_path, wide, weights):
+    """The pilot's own share is that of the rows it was chosen for; skipped samples do not count."""
+    compressor = Dropout(k=K, sampling="importance", reduce=Eigenbasis(12, 16, weights))
+    x, y = data(Mlp, N)
+    x[7] = np.nan
+    options = {"compressor": compressor, "dtype": "float32", "loss_kind": "cross_entropy", "on_nonfinite": "skip"}
+    store = extract_gradients(make(Mlp), loss, batches(x, y, 8), tmp_path / "s.zarr", **options)
+    live = np.delete(np.arange(N), 7)
+    w = np.ones(N - 1) if weights is None else 1 / np.expm1(store.loss[live].astype(np.float64))
+    whole, kept = (w @ np.square(part.astype(np.float64)) for part in (
+        store.grad_norm[live], np.linalg.norm(store.rows()[live], axis=1)))  # fmt: skip
+    measured = store.attrs["measured"]
+    assert measured["rows"] == N - 1
+    assert measured["left_out"] == pytest.approx(1 - kept / whole, rel=1e-4)
+    assert measured["left_out"] > store.attrs["reduction"]["left_out"]
+    assert "measured" not in wide.attrs
+    again = extract_gradients(make(Mlp), loss, batches(x, y, 8), tmp_path / "s.zarr", **options)
+    assert again.attrs == store.attrs
+
+
+def test_a_pilot_without_a_finite_batch(tmp_path):
+    x, y = data(Mlp, N)
+    x[::8] = np.inf
+    with pytest.raises(NonFiniteError, match="in every batch"):
+        extract_gradients(make(Mlp), loss, batches(x, y, 8), tmp_path / "s.zarr",
+                          compressor=Dropout(k=K, sampling="importance"), on_nonfinite="skip")  # fmt: skip
+
+
+def test_a_pilot_has_the_rows_asked_for():
+    for n, size, samples in ((60, 8, 16), (60, 8, 60), (60, 7, 1), (61, 60, 10), (60, 8, 999)):
+        taken = [len(y) for _, y in pilot_module.take_evenly(batches(*data(Mlp, n), size), samples)]
+        assert min(samples, n) <= sum(taken) < samples + size + 1
+
+
 def test_fewer_samples_than_dims_are_said_before_the_model_runs(tmp_path):
     def failing(model, batch):
         raise AssertionError

@@ -188,7 +188,8 @@ def upgrade(store: str, as_json: bool) -> None:
 @click.argument("out")
 @click.option("--dims", "r", type=int, metavar="R", help="Numbers stored a row. Default: 1024; with --rotate as many "
               "as there are.")  # fmt: skip
-@click.option("--pilot", "rows", type=int, metavar="N", help="Rows the basis is made from. Default: 64 R.")
+@click.option("--pilot", "rows", type=int, metavar="N", help="Rows the basis is made from. Default: all, up to "
+              "131072 or 64 R.")  # fmt: skip
 @click.option("--weights", type=click.Choice(["ggn", "trak"]), help="Row weights of the basis. Default: none.")
 @click.option("--like", metavar="TRAIN", help="Use the basis of this reduced train store: makes a query store.")
 @click.option("--rotate", is_flag=True, help="WIDE is reduced already: turn it to the basis of the F of all its rows.")
@@ -220,7 +221,7 @@ def describe(store: Any) -> str:
         lines.append(f"{facts['columns']} of {facts['rows']} directions leave out {left_out}")
     if "measured" in store.attrs:
         measured = store.attrs["measured"]
-        lines.append(f"and {measured['left_out']:.2%} of that of the {measured['rows']} rows reduced")
+        lines.append(f"and {measured['left_out']:.2%} of that of the {measured['rows']} rows written")
     return "\n".join(lines)
 
 

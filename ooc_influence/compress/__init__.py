@@ -4,6 +4,7 @@ from ooc_influence.compress.dropout import Dropout
 from ooc_influence.compress.eigenbasis import Eigenbasis, fit_eigenbasis
 from ooc_influence.compress.gaussian import Gaussian
 from ooc_influence.compress.reduce import reduce_store
+from ooc_influence.compress.share import Share, basis_weights
 from ooc_influence.store import PilotMoments
 
 Compressor = Dropout | Gaussian
@@ -17,6 +18,8 @@ __all__ = [
     "Eigenbasis",
     "Gaussian",
     "PilotMoments",
+    "Share",
+    "basis_weights",
     "fit_eigenbasis",
     "reduce_store",
 ]

@@ -19,8 +19,8 @@ from ooc_influence.linalg import WeightedRows, parse_weighting, top_spectrum
 from ooc_influence.store import GradientStore, StoredReduction
 
 logger = logging.getLogger("ooc_influence")
-PILOT_ROWS = 4  # pilot rows for each number kept, by default: more change little, fewer cost fidelity
-PILOT_SHARE = 64  # rows of a store that is there already: they cost no gradients
+PILOT_ROWS = 4  # pilot rows for each number kept, by default; more keep more of the other rows
+ALL_ROWS, ROWS_FOR_EACH = 131_072, 64  # of a store that is there already, by default: they cost no gradients
 
 
 @dataclass(frozen=True)

@@ -10,44 +10,19 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from functools import reduce
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from ooc_influence.compress.share import Share
 from ooc_influence.errors import StoreBusyError
-from ooc_influence.linalg import Rows, WeightedRows, Weighting, row_weights
+from ooc_influence.linalg import Rows, WeightedRows, Weighting
 from ooc_influence.memory import Need, block_limit, plan_block_rows
 from ooc_influence.progress import Progress, tick
 from ooc_influence.store import GradientStore, RangeWriter, StorePath, missing_spans, read_blocks, writing_bytes
 from ooc_influence.stripes import Stripe, check_workers, cut_stripes, in_worker, run_stripes, slots_per_process
 
 _PATIENCE, _PAUSE = 120.0, 5.0  # seconds: a dead owner elsewhere is known by a heartbeat that stands still for 60
-
-
-class Share(NamedTuple):
-    """How much of the rows a reduction kept: sums over live rows of squared norms, weighted.
-
-    Attributes
-    ----------
-    kept, whole : float
-        Of reduced rows, and of masked ones.
-    rows : int
-        Rows summed.
-    """
-
-    kept: float = 0.0
-    whole: float = 0.0
-    rows: int = 0
-
-    def plus(self, other: Share) -> Share:
-        """Return the share of both sets of rows together."""
-        return Share(self.kept + other.kept, self.whole + other.whole, self.rows + other.rows)
-
-    @property
-    def left_out(self) -> float:
-        """The share of the trace that was left out."""
-        return max(0.0, 1 - self.kept / self.whole) if self.whole > 0 else 0.0
 
 
 def fill_need(source: GradientStore, r: int, writing: int, held: int = 0) -> Need:
@@ -151,12 +126,8 @@ def _append(
     loss, norm, ids = small.pop("loss"), small.pop("grad_norm"), small.pop("example_id", None)
     columns = {name.removeprefix("columns/"): values for name, values in small.items()}
     target.append(rows, loss=loss, grad_norm=norm, ids=ids, columns=columns)
-    weight = row_weights(loss, weights)
-    if source.has_dropped:
-        weight = np.where(source.small("dropped", start, stop), 0, weight)
-    kept = weight @ np.einsum("ij,ij->i", rows, rows).astype(np.float64)
-    live = len(rows) - (int(source.small("dropped", start, stop).sum()) if source.has_dropped else 0)
-    return Share(float(kept), float(weight @ np.square(norm, dtype=np.float64)), live)
+    live = ~source.small("dropped", start, stop) if source.has_dropped else np.ones(len(rows), np.bool_)
+    return Share.of(rows, norm, loss, live, weights)
 
 
 def mean_squares(

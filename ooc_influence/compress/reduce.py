@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from ooc_influence.compress.eigenbasis import PILOT_SHARE, Eigenbasis, even_ranges, fit_eigenbasis
-from ooc_influence.compress.passes import Share, fill, fill_need
+from ooc_influence.compress.eigenbasis import ALL_ROWS, ROWS_FOR_EACH, Eigenbasis, even_ranges, fit_eigenbasis
+from ooc_influence.compress.passes import fill, fill_need
+from ooc_influence.compress.share import Share, basis_weights
 from ooc_influence.errors import InputError, MismatchError, StoreExistsError, StoreNotFoundError
 from ooc_influence.linalg import Rows, WeightedRows, Weighting, parse_weighting, row_weights
 from ooc_influence.memory import Need, plan_block_rows
@@ -71,7 +72,8 @@ def reduce_store(
         Numbers stored a row; default 1024, or fewer where there are fewer rows or entries. With ``rotate`` as many as
         there are, with ``like`` as it has.
     rows : int, optional
-        Rows the basis is made from, spread evenly over the store; default 64 for each number kept, or all.
+        Rows the basis is made from, spread evenly over the store; default all of them, up to 131,072 or 64 for each
+        number kept. Fewer take less time, and leave out more of the other rows.
     weights : {"ggn", "trak"}, optional
         Weights of these rows (:mod:`ooc_influence.linalg.weights`), for one-label cross-entropy.
     like : GradientStore or path, optional
@@ -119,7 +121,8 @@ def reduce_store(
         target = _create(place, job, dtype, storage or Storage(), means)
     copy_marks(job.source, target)  # before the rows: none of them is ever seen as live
     if target.n < job.source.n:
-        found = fill(job.source, target, _turn(job.source, target), job.weights, **means)
+        weights = basis_weights(target.attrs, target.attrs["reduction"])
+        found = fill(job.source, target, _turn(job.source, target), weights, **means)
         _finish(place, job, found)
     return GradientStore.open(place)
 
@@ -291,7 +294,7 @@ def _make_basis(job: _Job, means: dict[str, Any]) -> tuple[StoredReduction, dict
     """Return the basis that the source's rows are to be written in, and what is recorded of it."""
     source = job.source
     most = source.k if job.rotate else Eigenbasis.r
-    rows = None if job.rotate else job.rows or PILOT_SHARE * (job.r or most)
+    rows = None if job.rotate else job.rows or max(ALL_ROWS, ROWS_FOR_EACH * (job.r or most))
     live = WeightedRows(source, even_ranges(source.n, rows)).live
     r = job.r or min(most, source.k, max(1, live))
     _check_room(source, r, means)
@@ -358,9 +361,7 @@ def _finish(place: StorePath, job: _Job, found: Share) -> None:
     """Mark what was dropped meanwhile, record what was measured, and let the store grow if its source does."""
     target = GradientStore.open(place, "a")
     copy_marks(job.source, target)
-    held = target.attrs.get("measured") or {}
-    share = found.plus(Share(*(held.get(name, 0) for name in Share._fields)))
-    target.record(measured=share._asdict() | {"left_out": share.left_out})
+    share = found.record(target)
     logger.info("%s: %.2g of the trace of %d rows is left out", place, share.left_out, share.rows)
     if job.source.layout.planned_rows is None:
         target.plan_rows(None)

@@ -7,7 +7,8 @@ eigenbasis then becomes part of the real store, and the pilot's is removed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +16,15 @@ import numpy as np
 import torch
 
 from ooc_influence.compress import PilotMoments
-from ooc_influence.errors import InputError
+from ooc_influence.errors import InputError, NonFiniteError
 from ooc_influence.extract.batching import Batches, batch_size, count_rows, to_device
 from ooc_influence.extract.budget import BudgetBatches
 from ooc_influence.extract.layers import Use
 from ooc_influence.extract.taps import PerSampleLoss, tapped
 from ooc_influence.progress import Progress
 from ooc_influence.store import LayerShape, StorePath
+
+logger = logging.getLogger("ooc_influence")
 
 
 @dataclass(frozen=True)
@@ -65,20 +68,35 @@ class PilotData:
     def moments(self, layers: Sequence[LayerShape], samples: int) -> list[PilotMoments]:
         """Return second moments of every layer's rows and columns over ``samples`` samples.
 
+        Batches with NaN or Inf do not count: the extraction that follows names the samples, or skips them.
+
         Raises
         ------
         InputError, UnsupportedModelError
             See :meth:`Taps.run`.
+        NonFiniteError
+            If no batch is finite.
         """
-        sums = MomentSums(layers)
+        sums, skipped = MomentSums(layers), 0
         with (
             tapped(self.model, layers, self.device, probe=True) as taps,
             Progress("pilot", samples, self.progress) as bar,
         ):
             for batch in self.take(samples):
-                losses = taps.run(self.per_sample_loss, to_device(batch, self.device), lambda b: sums.add)
-                sums.samples += len(losses)
+                part = MomentSums(layers)
+                losses = taps.run(self.per_sample_loss, to_device(batch, self.device), part.receiver)
+                part.samples = len(losses)
+                if part.finite:
+                    sums.join(part)
+                else:
+                    skipped += len(losses)
                 bar.advance(len(losses))
+        if skipped:
+            if not sums.samples:
+                raise NonFiniteError(
+                    "expected finite pilot gradients; received NaN or Inf in every batch: check data and loss", []
+                )
+            logger.warning("batches with NaN or Inf, of %d samples, do not count in the pilot", skipped)
         return sums.result()
 
 
@@ -113,8 +131,11 @@ def take_evenly(batches: Batches | BudgetBatches, samples: int) -> Iterator[Any]
 
 def _spread(batches: Batches | BudgetBatches, samples: int) -> Iterable[Any]:
     if isinstance(batches, (list, tuple)) and batches:
-        size = batch_size(batches[0]) or 1
-        return [batches[place] for place in _even(len(batches), -(-samples // size))]
+        sizes = [batch_size(batch) or 1 for batch in batches]
+        count = max(1, -(-samples // max(sizes)))
+        while count < len(batches) and sum(sizes[place] for place in _even(len(batches), count)) < samples:
+            count += 1  # the last batch, which is always among them, may be short
+        return [batches[place] for place in _even(len(batches), count)]
     if isinstance(batches, BudgetBatches):
         numbers = np.array(_even(len(batches), samples), np.int64)
         return (batches.load(part) for part in (batches.cut(numbers) if len(numbers) else []))
@@ -138,6 +159,10 @@ class MomentSums:
         self._layers = layers
         self._sums: dict[tuple[int, str], list[Any]] = {}
 
+    def receiver(self, b: int) -> Callable[[Use, Any, Any], None]:
+        """Return what takes a batch of ``b`` samples."""
+        return self.add
+
     def add(self, use: Use, x: Any, delta: Any) -> None:
         """Add one module's input and output gradient of a batch."""
         found = use.kind.moments(use.shape, use.module, x, delta)
@@ -145,6 +170,18 @@ class MomentSums:
         sums = self._sums.setdefault((use.layer, use.shape.name), [0.0, 0.0, 0])
         for place, part in enumerate(parts):
             sums[place] = sums[place] + part
+
+    @property
+    def finite(self) -> bool:
+        """Whether the sums are without NaN and Inf."""
+        return all(np.isfinite(rows).all() and np.isfinite(cols).all() for rows, cols, _ in self._sums.values())
+
+    def join(self, other: MomentSums) -> None:
+        """Add the sums over other samples."""
+        self.samples += other.samples
+        for key, parts in other._sums.items():
+            held = self._sums.setdefault(key, [0.0, 0.0, 0])
+            self._sums[key] = [mine + part for mine, part in zip(held, parts, strict=True)]
 
     def result(self) -> list[PilotMoments]:
         """Return the moments of every layer that received gradients; of a tied weight those of each of its uses."""

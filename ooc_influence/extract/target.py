@@ -10,11 +10,12 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ooc_influence.compress import Share, basis_weights
 from ooc_influence.errors import InputError, MismatchError
 from ooc_influence.extract.batching import Batching, Shard
 from ooc_influence.extract.metadata import RowMetadata
 from ooc_influence.extract.plan import Plan, open_existing
-from ooc_influence.store import GradientStore, PathLike, Storage, check_finite
+from ooc_influence.store import GradientStore, PathLike, Storage, StoredReduction, check_finite
 
 logger = logging.getLogger("ooc_influence")
 Floats = npt.NDArray[np.float32]
@@ -80,7 +81,7 @@ class Target:
     ) -> None:
         if on_nonfinite not in ("raise", "skip"):
             raise InputError(f"expected on_nonfinite 'raise' or 'skip'; received {on_nonfinite!r}")
-        self._skip, self._skipped = on_nonfinite == "skip", False
+        self._skip, self._skipped, self._share = on_nonfinite == "skip", False, Share()
         self._path, self._plan, self._metadata = path, plan, metadata
         self._first_row, self._shard, self._total = batching.first_row, shard, total
         self.start: int = batching.first_row
@@ -213,6 +214,10 @@ class Target:
         values = {name.removeprefix("columns/"): found for name, found in small.items()}
         ids = values.pop("example_id", None)
         self.store.append(new.rows, loss=new.losses, grad_norm=new.norms, ids=ids, columns=values)
+        if isinstance(self._plan.reduction, StoredReduction):
+            weights = basis_weights(self._plan.attributes, self._plan.reduction.facts)
+            live = new.norms != _SKIPPED
+            self._share = self._share.plus(Share.of(new.rows, new.norms, new.losses, live, weights))
 
     def _without_nonfinite(self, found: Computed) -> Computed:
         """Return rows with zeros for those that are not finite; until they are dropped their norm marks them."""
@@ -288,3 +293,5 @@ class Target:
         if self.store is not None:
             self.store.close()
             self._drop_skipped()
+            if self._shard is None:  # several writers would write over each other's
+                self._share.record(self.store)

@@ -4,9 +4,9 @@ from ooc_influence.linalg.accumulate import GramAccumulator
 from ooc_influence.linalg.eigen import symmetric_eigen
 from ooc_influence.linalg.rows import Rows, WeightedRows
 from ooc_influence.linalg.spectrum import Spectrum, Way, spectrum_ways, top_spectrum
-from ooc_influence.linalg.weights import Weighting, clipped_rows, parse_weighting, row_weights
+from ooc_influence.linalg.weights import ONE_LABEL, Weighting, clipped_rows, parse_weighting, row_weights
 
 __all__ = [
-    "GramAccumulator", "Rows", "Spectrum", "Way", "WeightedRows", "Weighting", "clipped_rows", "parse_weighting",
-    "row_weights", "spectrum_ways", "symmetric_eigen", "top_spectrum",
+    "ONE_LABEL", "GramAccumulator", "Rows", "Spectrum", "Way", "WeightedRows", "Weighting", "clipped_rows",
+    "parse_weighting", "row_weights", "spectrum_ways", "symmetric_eigen", "top_spectrum",
 ]  # fmt: skip
