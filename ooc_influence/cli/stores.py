@@ -198,6 +198,7 @@ def upgrade(store: str, as_json: bool) -> None:
 @click.option("--codec", type=click.Choice(["zstd", "blosc", "lz4", "gzip"]), help="Compress chunks. Default: none.")
 @options.workers
 @options.memory
+@options.cluster
 @options.cache
 @options.cache_size
 @options.as_json
