@@ -276,7 +276,7 @@ def test_numbers_that_are_not_finite_are_found(tmp_path):
 
 def test_repeated_ids_are_found(tmp_path, monkeypatch):
     for at_once in (100, 3):
-        monkeypatch.setattr("ooc_influence.store.lookup._IDS_AT_ONCE", at_once)
+        monkeypatch.setattr("ooc_influence.store.lookup.IDS_AT_ONCE", at_once)
         path = tmp_path / str(at_once)
         with GradientStore.create(path, whole_mask(6), storage=STORAGE, ids="str") as store:
             for start in (0, 10, 20):

@@ -384,14 +384,14 @@ def test_a_curvature_of_another_model_is_refused(tmp_path):
 
 def test_rows_dropped_during_a_fit_make_it_stale(pair, monkeypatch):
     _, train = pair
-    original = fisher_room.save_curvature
+    original = fisher_room.write_curvature
 
-    def drop_first(path, matrix, attributes):
+    def drop_first(path, attributes, write):
         with GradientStore.open(train.path, "a") as store:
             store.drop([5])
-        return original(path, matrix, attributes)
+        return original(path, attributes, write)
 
-    monkeypatch.setattr(fisher_room, "save_curvature", drop_first)
+    monkeypatch.setattr(fisher_room, "write_curvature", drop_first)
     fit_fisher(train)
     with pytest.raises(StaleCurvatureError):
         self_influence(GradientStore.open(train.path))

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
+import mmap
 import time
 
-import numpy as np
 import pytest
 
 from ooc_influence.errors import InputError, MemoryBudgetError
@@ -71,7 +71,8 @@ def test_block_limit():
 
 def test_peak_memory_sees_an_allocation():
     with PeakMemory(interval=0.001) as watch:
-        block = np.ones(64 * 2**20, np.uint8)
-        time.sleep(0.05)
-        del block
+        block = mmap.mmap(-1, 64 * 2**20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # not what the allocator still holds
+        block.write(b"x" * len(block))
+        time.sleep(0.2)
+        block.close()
     assert watch.peak - watch.start > 50 * 2**20

@@ -141,6 +141,12 @@ class Disk:
         return found
 
 
+def lay_out(left, out):
+    """Write what a crash left to a folder."""
+    for path, data in left.items():  # a folder comes before what is in it
+        (out / path).mkdir() if data is None else (out / path).write_bytes(data)
+
+
 def scenario(path, returned):
     """Append, flushing at odd places; drop; reopen. ``returned`` is told what was promised."""
     GradientStore.create(path, whole_mask(4), dtype="float32", storage=Storage(3, 2)).close()
@@ -220,8 +226,7 @@ def replay(events, folder, model, expected=None):
             continue
         seen.add(crash)
         out = folder / f"{model}-{number}"
-        for path, data in left.items():  # a folder comes before what is in it
-            (out / path).mkdir() if data is None else (out / path).write_bytes(data)
+        lay_out(left, out)
         check(out / "s", promised)
         if expected is not None and len(seen) % 8 == 0 and (out / "s").exists():
             with GradientStore.open(out / "s", "a") as store:

@@ -318,7 +318,7 @@ def _curvatures(store: Any) -> dict[str, str]:
         if name.startswith(".") or name == "zarr.json":
             continue
         try:
-            Curvature(store.path / "curvature" / name).check(store)
+            Curvature.open(store.path / "curvature" / name).check(store)
             found[name] = "up to date"
         except OocInfluenceError as error:
             found[name] = str(error)

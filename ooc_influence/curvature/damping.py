@@ -19,14 +19,20 @@ DEFAULT_DAMPING = 0.1  # relative; near the best in the evaluation that accompan
 
 
 def damping_value(
-    eigenvalues: npt.NDArray[np.float64], trace: float, damping: float, mode: DampingMode = "relative"
+    eigenvalues: npt.NDArray[np.float64],
+    d: int,
+    trace: float,
+    damping: float,
+    mode: DampingMode = "relative",
 ) -> float:
     """Return λ.
 
     Parameters
     ----------
-    eigenvalues : (d,)
-        The undamped spectrum.
+    eigenvalues : (r,)
+        The undamped spectrum, as far as it is known.
+    d : int
+        Side of F.
     trace : float
         tr(F).
     damping : float
@@ -45,18 +51,23 @@ def damping_value(
         raise InputError(f"expected damping_mode 'relative' or 'absolute'; received {mode!r}")
     if not math.isfinite(damping) or damping < 0:
         raise InputError(f"expected damping >= 0; received {damping}")
-    value = damping * trace / len(eigenvalues) if mode == "relative" else damping
+    value = damping * trace / d if mode == "relative" else damping
     if trace == 0:
         raise SingularFisherError(
             "expected a Fisher matrix that is not zero; received one of rows without any gradient: check the loss and "
             "the tapped layers"
         )
     if value == 0:
-        floor = eigenvalues.max(initial=0.0) * len(eigenvalues) * np.finfo(np.float32).eps
+        floor = spectrum_floor(eigenvalues, d)
         rank = int((eigenvalues > floor).sum())
-        if rank < len(eigenvalues):
+        if rank < d:
             raise SingularFisherError(
-                f"expected damping > 0 for a Fisher matrix of rank {rank} < {len(eigenvalues)}; received 0: "
+                f"expected damping > 0 for a Fisher matrix of rank {rank} < {d}; received 0: "
                 f"use the default, {DEFAULT_DAMPING}"
             )
     return float(value)
+
+
+def spectrum_floor(eigenvalues: npt.NDArray[np.float64], d: int) -> float:
+    """Return the eigenvalue below which one is zero but for the rounding of rows in float32."""
+    return float(eigenvalues.max(initial=0.0) * d * np.finfo(np.float32).eps)

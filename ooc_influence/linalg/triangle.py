@@ -6,14 +6,12 @@ beyond the matrix. Each tile is one chunk with a checksum, so tiles are written,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from ooc_influence.linalg.blas import Floats
-from ooc_influence.store import StorePath, array_store, create_array, open_group, read_array, writable_array
+from ooc_influence.store import StorePath, array_store, create_array, open_group, read_part
 
 Matrix = npt.NDArray[np.float64]
 TILE = 1024  # rows and columns of a tile: 8 MiB
@@ -65,10 +63,8 @@ class TriangleTiles:
         return cls(create_array(group, name, shape, (1, size, size), "float64", check=True), side)
 
     @classmethod
-    def open(cls, path: StorePath, name: str, side: int, *, write: bool = False) -> TriangleTiles:
-        """Open the matrix ``name`` of the group at ``path``; a missing tile is damage, unless it is to be written."""
-        if write:
-            return cls(writable_array(open_group(array_store(path), "r+"), name), side)
+    def open(cls, path: StorePath, name: str, side: int) -> TriangleTiles:
+        """Open the matrix ``name`` of the group at ``path``; a missing tile is damage."""
         return cls(open_group(array_store(path, read_only=True, chunk_bytes={}), "r")[name], side)
 
     def write(self, tile: Tile, values: Matrix) -> None:
@@ -89,7 +85,8 @@ class TriangleTiles:
             If it is missing or fails its checksum.
         """
         rows, columns = tile.rows.stop - tile.rows.start, tile.columns.stop - tile.columns.start
-        return np.asarray(read_array(self._array, tile.number)[:rows, :columns])  # type: ignore[arg-type]
+        found: Matrix = read_part(self._array, tile.number)[:rows, :columns]
+        return found
 
     def write_upper(self, matrix: Matrix) -> None:
         """Write a matrix of which the upper triangle is given."""
@@ -100,27 +97,6 @@ class TriangleTiles:
         """Add this one to the upper triangle of ``matrix``, in place."""
         for tile in list_tiles(self.side):
             matrix[tile.columns, tile.rows] += self.read(tile).T
-
-    def whole(self) -> Matrix:
-        """Return the whole matrix, (side, side)."""
-        found = np.empty((self.side, self.side))
-        for tile in list_tiles(self.side):
-            values = self.read(tile)
-            found[tile.rows, tile.columns] = values
-            found[tile.columns, tile.rows] = values.T
-        return found
-
-    def trace(self) -> float:
-        """Return the sum of its diagonal."""
-        return float(sum(np.trace(self.read(tile)) for tile in list_tiles(self.side) if tile.rows == tile.columns))
-
-    def products(self, columns: Floats) -> Iterator[tuple[slice, Floats]]:
-        """Yield parts of the product with ``columns`` (side, c) float32: rows, and what is to be added there."""
-        for tile in list_tiles(self.side):
-            values = self.read(tile).astype(np.float32)
-            yield tile.rows, values @ columns[tile.columns]
-            if tile.rows != tile.columns:
-                yield tile.columns, values.T @ columns[tile.rows]
 
 
 def upper_tile(matrix: Matrix, tile: Tile) -> Matrix:

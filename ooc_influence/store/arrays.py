@@ -115,6 +115,20 @@ def read_whole(array: Any) -> npt.NDArray[Any]:
         raise StoreDamagedError(_unreadable(array.store_path, error)) from error
 
 
+def read_part(array: Any, key: Any) -> npt.NDArray[Any]:
+    """Return part of an array.
+
+    Raises
+    ------
+    StoreDamagedError
+        If a checksum fails or a file is missing.
+    """
+    try:
+        return np.asarray(array[key])
+    except (ValueError, KeyError) as error:
+        raise StoreDamagedError(_unreadable(array.store_path, error)) from error
+
+
 def _unreadable(where: object, error: Exception) -> str:
     return (
         f"expected a readable array {where}; received: {error}: see 'ooc-influence verify', or restore it from a backup"

@@ -1,0 +1,255 @@
+"""Which rows a curvature is made of, at which weights, and what has become of them since.
+
+Chosen rows have *places* from 0: of all rows, or of a range of them, a place is a row number less the first one; of
+some rows, picked by number or drawn at random, it is a place in the ascending list of them. Blocks lie on a grid of
+places, so results do not depend on how the work was divided.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ooc_influence.errors import InputError
+from ooc_influence.linalg import Weighting, parse_weighting, row_weights
+from ooc_influence.linalg.weights import LOSS_FLOOR
+from ooc_influence.store import Block, GradientStore, parse_numbers, read_blocks
+from ooc_influence.stripes import Stripe
+
+Numbers = npt.NDArray[np.int64]
+Weights = npt.NDArray[np.float64]
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class ChosenRows:
+    """Some rows of a store, each times √w.
+
+    Attributes
+    ----------
+    store : GradientStore
+        The store.
+    first, count : int
+        Row of place 0 where they are a range, and how many they are, dropped ones included.
+    numbers : (count,) int64 or None
+        Their row numbers, ascending; None for a range.
+    weighting : {"ggn", "trak"} or None
+        Weights by their losses.
+    weights : (count,) float64 or None
+        Weights as given.
+    selection : mapping
+        How they were chosen: JSON values. ``{"stop": None}`` takes in what is appended later.
+    dropped_too : bool
+        Dropped rows count as if they were not.
+    """
+
+    store: GradientStore
+    first: int
+    count: int
+    numbers: Numbers | None
+    weighting: Weighting | None
+    weights: Weights | None
+    selection: Mapping[str, Any]
+    dropped_too: bool = False
+
+    @property
+    def path(self) -> object:
+        """Where the store is: tasks of other processes must be able to see it."""
+        return self.store.path
+
+    @property
+    def small_bytes(self) -> int:
+        """Return the bytes of what is kept for each row."""
+        return sum(array.nbytes for array in (self.numbers, self.weights) if array is not None)
+
+    def part(self, start: int, stop: int) -> ChosenRows:
+        """Return places ``start`` to ``stop`` of these rows, as places from 0."""
+        numbers = None if self.numbers is None else self.numbers[start:stop]
+        weights = None if self.weights is None else self.weights[start:stop]
+        return replace(self, first=self.first + start, count=stop - start, numbers=numbers, weights=weights)
+
+    def chunks(self) -> Numbers:
+        """Return the chunks they lie in."""
+        size = self.store.layout.chunk_rows
+        if self.numbers is not None:
+            return np.unique(self.numbers // size)
+        return np.arange(self.first // size, -(-(self.first + self.count) // size))
+
+    def dropped(self) -> npt.NDArray[np.bool_]:
+        """Return which of them are dropped, (count,)."""
+        if not self.store.has_dropped:
+            return np.zeros(self.count, np.bool_)
+        if self.numbers is None:
+            return self.store.small("dropped", self.first, self.first + self.count)
+        return np.asarray(self.store.dropped[self.numbers])
+
+    def at(self, places: Numbers) -> ChosenRows:
+        """Return the rows at some places."""
+        numbers = places + self.first if self.numbers is None else self.numbers[places]
+        weights = None if self.weights is None else self.weights[places]
+        return replace(self, first=0, count=len(places), numbers=numbers, weights=weights)
+
+    def record(self) -> dict[str, Any]:
+        """Return what is written in a curvature's attributes about their weights."""
+        if self.weights is not None:
+            return {"name": "array", "digest": _digest(self.weights)}
+        return {"name": self.weighting, "loss_floor": LOSS_FLOOR} if self.weighting else {}
+
+    def blocks(
+        self, start: int, stop: int, block_rows: int, *, columns: Sequence[Range] | None = None, threads: int = 1
+    ) -> Iterator[WeighedBlock]:
+        """Yield places ``start`` to ``stop`` block by block, times √w, zero where dropped."""
+        base = self.first if self.numbers is None else 0
+        blocks = read_blocks(
+            self.store, base + start, base + stop, block_rows,
+            numbers=None if self.numbers is None else self.numbers[start:stop],
+            loss=self.weighting is not None, columns=columns, threads=threads,
+        )  # fmt: skip
+        for block in blocks:
+            if self.dropped_too:
+                block = replace(block, dropped=None)
+            places = slice(block.start - base, block.stop - base)
+            live = places.stop - places.start - (0 if block.dropped is None else int(block.dropped.sum()))
+            clipped = self._weigh(block, places)
+            if block.dropped is not None:
+                block.gradients[block.dropped] = 0
+            yield WeighedBlock(places.start, places.stop, block.gradients, live, clipped)
+
+    def _weigh(self, block: Block, places: slice) -> int:
+        """Multiply a block's rows by √w; return how many live ones' losses were clipped."""
+        clipped = 0
+        if self.weights is not None:
+            weights = self.weights[places]
+        elif self.weighting is not None and block.loss is not None:
+            weights = row_weights(block.loss, self.weighting)
+            low = block.loss < LOSS_FLOOR
+            clipped = int((low if block.dropped is None else low & ~block.dropped).sum())
+        else:
+            return 0
+        np.multiply(block.gradients, np.sqrt(weights)[:, None].astype(np.float32), out=block.gradients)
+        return clipped
+
+
+class WeighedBlock(NamedTuple):
+    """Rows at places ``start`` to ``stop``, times √w; how many are live; how many losses were clipped."""
+
+    start: int
+    stop: int
+    rows: npt.NDArray[np.float32]
+    live: int
+    clipped: int
+
+
+@dataclass(frozen=True, eq=False)
+class Share(Stripe):
+    """What one task sums: the rows at some ranges of places, each range by itself."""
+
+    parts: tuple[tuple[int, ChosenRows], ...] = ()  # the first place, and the rows from there on
+
+
+def cut_shares(chosen: ChosenRows, ranges: Sequence[Range], block_rows: int, count: int) -> list[Share]:
+    """Divide ranges of places among at most ``count`` tasks, in whole blocks."""
+    blocks = [(low, min(stop, low + block_rows)) for start, stop in ranges for low in range(start, stop, block_rows)]
+    count = max(1, min(count, len(blocks)))
+    shares = []
+    for number in range(count):
+        own = blocks[len(blocks) * number // count : len(blocks) * (number + 1) // count]
+        joined: list[list[int]] = []
+        for low, high in own:
+            if joined and joined[-1][1] == low:
+                joined[-1][1] = high
+            else:
+                joined.append([low, high])
+        if joined:
+            parts = tuple((low, chosen.part(low, high)) for low, high in joined)
+            shares.append(Share(joined[0][0], joined[-1][1], parts))
+    return shares
+
+
+def choose_rows(
+    store: GradientStore,
+    rows: Any = None,
+    sample: int | None = None,
+    seed: int = 0,
+    weights: Any = None,
+    *,
+    force_weights: bool = False,
+) -> ChosenRows:
+    """Return the rows a call means; see :func:`fit_fisher`.
+
+    Raises
+    ------
+    InputError
+        For rows that are not there, a sample larger than the live rows, or weights that are none.
+    """
+    first, count, numbers, selection = _parse_rows(rows, store.n)
+    chosen = ChosenRows(store, first, count, numbers, None, None, selection)
+    if sample is not None:
+        chosen = _draw(chosen, sample, seed)
+    if weights is None or isinstance(weights, str):
+        attributes = dict(store.attrs) | ({"loss_kind": "cross_entropy"} if force_weights else {})
+        return replace(chosen, weighting=parse_weighting(weights, attributes))
+    given = _parse_weights(weights, store.n)
+    inside = slice(chosen.first, chosen.first + chosen.count) if chosen.numbers is None else chosen.numbers
+    return replace(chosen, weights=given[inside])
+
+
+def _parse_rows(rows: Any, n: int) -> tuple[int, int, Numbers | None, dict[str, Any]]:
+    if isinstance(rows, tuple) and len(rows) == 2:
+        rows = slice(*rows)
+    if isinstance(rows, range):
+        rows = slice(rows.start, rows.stop) if rows.step == 1 else np.array(rows)
+    if rows is None or isinstance(rows, slice):
+        return _parse_range(slice(None) if rows is None else rows, n)
+    numbers = parse_numbers(rows, n).astype(np.int64)
+    if not numbers.size:
+        raise InputError("expected rows to fit; received none")
+    return 0, len(numbers), numbers, {"kind": "numbers", "digest": _digest(numbers)}
+
+
+def _parse_range(rows: slice, n: int) -> tuple[int, int, None, dict[str, Any]]:
+    try:
+        start = 0 if rows.start is None else operator.index(rows.start)
+        stop = n if rows.stop is None else operator.index(rows.stop)
+        step = 1 if rows.step is None else operator.index(rows.step)
+    except TypeError as error:
+        raise InputError(f"expected a range of row numbers; received {rows}") from error
+    if not 0 <= start < stop <= n or step != 1:
+        raise InputError(f"expected rows A:B with 0 <= A < B <= {n} (n); received {rows.start}:{rows.stop}")
+    return start, stop - start, None, {"kind": "range", "start": start, "stop": None if rows.stop is None else stop}
+
+
+def _draw(chosen: ChosenRows, sample: int, seed: int) -> ChosenRows:
+    """Draw live rows at random, without replacement."""
+    live = np.flatnonzero(~chosen.dropped()) if chosen.store.has_dropped else None
+    population = chosen.count if live is None else len(live)
+    if isinstance(sample, bool) or not isinstance(sample, (int, np.integer)) or not 2 <= sample <= population:
+        raise InputError(f"expected a sample of 2 to {population} rows, the live ones; received {sample!r}")
+    drawn = np.sort(np.random.default_rng(seed).choice(population, sample, replace=False, shuffle=False))
+    selection = {
+        "kind": "sample", "sample": int(sample), "seed": int(seed), "population": population,
+        "rows": chosen.store.n, "of": chosen.selection,
+    }  # fmt: skip
+    return replace(chosen.at(drawn if live is None else live[drawn]), selection=selection)
+
+
+def _parse_weights(weights: Any, n: int) -> Weights:
+    try:
+        given = np.array(weights, np.float64)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"expected weights 'ggn', 'trak', none or numbers; received {weights!r:.40}") from error
+    if given.shape != (n,):
+        raise InputError(f"expected a weight for each of the {n} rows; received shape {given.shape}")
+    if not (np.isfinite(given).all() and (given >= 0).all() and given.any()):
+        raise InputError("expected weights that are finite, not negative and not all zero; received others")
+    return given
+
+
+def _digest(values: npt.NDArray[Any]) -> str:
+    return hashlib.sha256(np.ascontiguousarray(values).data).hexdigest()

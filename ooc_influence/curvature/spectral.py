@@ -1,0 +1,221 @@
+"""F = V diag(e) Vᵀ by its eigendecomposition: whole, or a block for each module with a spectrum and a λ of its own.
+
+In F's eigenbasis everything is a scaled dot product: with z = Vᵀg, a score is Σ_j z_qj z_ij / (e_j + λ), for any λ
+at no further cost. The group holds, all float64, the undamped sums Σ w g gᵀ as tiles of triangles (``sum-00000``, …),
+their spectra one after the other (``eigenvalues``) and the eigenvectors of each block as columns (``eigenvectors``, or
+``eigenvectors-00000``, … by module). Format 1 kept F itself (``fisher``) instead of the sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ooc_influence.curvature.curvature import Curvature, Matrix, dimension
+from ooc_influence.curvature.damping import DampingMode, damping_value, spectrum_floor
+from ooc_influence.curvature.sums import Sums, sum_name
+from ooc_influence.linalg import TriangleTiles, symmetric_eigen
+from ooc_influence.linalg.accumulate import mirror
+from ooc_influence.store import CHUNK_TARGET, array_store, create_array, open_group, square_chunks
+
+_SELF_BYTES = 32 * 2**20  # of rotated rows held at a time by self-influence
+_SLAB_BYTES = 2 * CHUNK_TARGET  # a chunk of the eigenvectors and its copy
+
+
+class BlockDamping(float):
+    """A relative λ that is another one in each block: damping · tr(F_b)/d_b. As a number, that of the whole.
+
+    Attributes
+    ----------
+    blocks : tuple of float
+        λ of each block.
+    """
+
+    blocks: tuple[float, ...]
+
+    def __new__(cls, value: float, blocks: Sequence[float]) -> BlockDamping:
+        """Make one of the whole's λ and the blocks'."""
+        found = super().__new__(cls, value)
+        found.blocks = tuple(blocks)
+        return found
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return BlockDamping, (float(self), self.blocks)
+
+
+class SpectralCurvature(Curvature, kinds=("whole", "module")):
+    """A curvature of which all eigenvectors are kept.
+
+    Attributes
+    ----------
+    blocks : tuple of (first, last)
+        Ranges of columns, each with a square of F of its own.
+    """
+
+    def _load(self) -> None:
+        super()._load()
+        self.blocks = tuple((int(a), int(b)) for a, b in self._attrs.get("ranges") or [(0, len(self.eigenvalues))])
+        self._vectors: dict[int, Matrix] = {}
+        self._rotations: dict[int, npt.NDArray[np.float32]] = {}
+
+    @property
+    def eigenvectors(self) -> Matrix:
+        """V, (d, d), one eigenvector a column in the order of ``eigenvalues`` (read on first use)."""
+        if len(self.blocks) == 1:
+            return self._block_vectors(0)
+        whole = np.zeros((self.d, self.d))
+        for number, (first, last) in enumerate(self.blocks):
+            whole[first:last, first:last] = self._block_vectors(number)
+        return whole
+
+    def _block_vectors(self, number: int) -> Matrix:
+        if number not in self._vectors:
+            self._vectors[number] = self._read(vectors_name(self.kind, number))
+            self.check_fit()
+        return self._vectors[number]
+
+    def _rotation(self, number: int) -> npt.NDArray[np.float32]:
+        """Return V of a block in float32, read a slab at a time."""
+        if number not in self._rotations:
+            group = open_group(array_store(self.path, read_only=True, chunk_bytes={}), "r")
+            array: Any = group[vectors_name(self.kind, number)]
+            found = np.empty(array.shape, np.float32)
+            for start in range(0, len(found), array.chunks[0]):
+                found[start : start + array.chunks[0]] = array[start : start + array.chunks[0]]
+            self._rotations[number] = found
+            self.check_fit()
+        return self._rotations[number]
+
+    def sums(self) -> Sums:
+        """Return the undamped sums that F is made of, read from disk."""
+        total = Sums([np.zeros((last - first, last - first)) for first, last in self.blocks])
+        self.add_sums_to(total)
+        return total
+
+    def add_sums_to(self, total: Sums) -> None:
+        """Add :meth:`sums` to others, in place."""
+        for number, square in enumerate(total.squares):
+            TriangleTiles.open(self.path, sum_name(number), len(square)).add_to_upper(square)
+        total.live += self.rows
+        total.clipped += int(self._attrs["clipped"])
+        self.check_fit()
+
+    def fisher(self) -> Matrix:
+        """Return F, (d, d), read from disk; zero outside its blocks."""
+        if self._attrs["format"] == 1:
+            found: Matrix = self._read("fisher")
+            self.check_fit()
+            return found
+        whole = np.zeros((self.d, self.d))
+        for (first, last), square in zip(self.blocks, self.sums().squares, strict=True):
+            mirror(square)
+            whole[first:last, first:last] = square
+        whole /= self.rows
+        return whole
+
+    def damping_value(self, damping: float | None = None, mode: DampingMode = "relative") -> float:
+        """Return λ for a damping, with that of each block where it is relative and there are several."""
+        value = super().damping_value(damping, mode)
+        if len(self.blocks) == 1 or mode == "absolute" or value == 0:
+            return value
+        factor, values = self._factor(damping, mode), []
+        for first, last in self.blocks:
+            spectrum = self.eigenvalues[first:last]
+            trace = float(spectrum.sum())
+            # no row has anything in a block of zeros: any λ serves
+            values.append(damping_value(spectrum, last - first, trace, factor, mode) if trace > 0 else value)
+        return BlockDamping(value, values)
+
+    def effective_dimension(self, value: float) -> float:
+        """Return d(λ) = Σ e/(e + λ), over all blocks."""
+        lambdas = self._lambdas(value)
+        return sum(dimension(self.eigenvalues[a:b], own) for (a, b), own in zip(self.blocks, lambdas, strict=True))
+
+    def _lambdas(self, value: float) -> tuple[float, ...]:
+        return value.blocks if isinstance(value, BlockDamping) else (float(value),) * len(self.blocks)
+
+    def _damped(self, values: Sequence[float], number: int) -> Matrix:
+        """Return e + λ of a block for each λ, (L, k_b)."""
+        first, last = self.blocks[number]
+        own = np.array([self._lambdas(value)[number] for value in values])
+        return np.asarray(self.eigenvalues[first:last] + own[:, None])
+
+    def precondition(self, gradients: npt.NDArray[Any], values: Sequence[float]) -> Matrix:
+        """See :meth:`Curvature.precondition`: one rotation for all λ."""
+        result = np.empty((len(values), *gradients.shape))
+        for number, (first, last) in enumerate(self.blocks):
+            vectors = self._block_vectors(number)
+            rotated = np.asarray(gradients[:, first:last], np.float64) @ vectors
+            damped = np.empty_like(rotated)
+            for at, scale in enumerate(self._damped(values, number)):
+                np.divide(rotated, scale, out=damped)
+                np.matmul(damped, vectors.T, out=result[at][:, first:last])
+        return result
+
+    def working_bytes(self, queries: int, values: int) -> int:
+        """See :meth:`Curvature.working_bytes`."""
+        return 8 * sum((b - a) ** 2 for a, b in self.blocks) + 8 * self.d * queries * (3 + values)
+
+    def self_influence(self, gradients: npt.NDArray[np.float32], values: Sequence[float]) -> npt.NDArray[np.float32]:
+        """See :meth:`Curvature.self_influence`: one GEMM for all λ."""
+        result = np.zeros((len(values), len(gradients)), np.float32)
+        step = self._self_rows
+        for number, (first, last) in enumerate(self.blocks):
+            weights = (1 / self._damped(values, number).T).astype(np.float32)
+            turned = np.empty((min(step, len(gradients)), last - first), np.float32)
+            for start in range(0, len(gradients), step):
+                part = gradients[start : start + step, first:last]
+                squares = np.matmul(part, self._rotation(number), out=turned[: len(part)])
+                np.square(squares, out=squares)
+                result[:, start : start + step] += (squares @ weights).T
+        return result
+
+    @property
+    def _self_rows(self) -> int:
+        return max(64, _SELF_BYTES // (4 * max(1, self.d)))
+
+    def self_working_bytes(self, values: int) -> int:
+        """See :meth:`Curvature.self_working_bytes`."""
+        squares = sum((b - a) ** 2 for a, b in self.blocks)
+        return 4 * squares + 4 * (self._self_rows + values) * self.d + _SLAB_BYTES
+
+    def outside_share(self, gradients: npt.NDArray[Any]) -> Matrix:
+        """See :meth:`Curvature.outside_share`."""
+        whole = np.asarray(gradients, np.float64)
+        total, inside = np.square(whole).sum(1), np.zeros(len(whole))
+        for number, (first, last) in enumerate(self.blocks):
+            spectrum = self.eigenvalues[first:last]
+            span = spectrum > spectrum_floor(spectrum, last - first)
+            inside += np.square(whole[:, first:last] @ self._block_vectors(number)[:, span]).sum(1)
+        return np.where(total > 0, np.clip(1 - inside / np.where(total > 0, total, 1), 0, 1), 0.0)
+
+
+def vectors_name(kind: str, number: int) -> str:
+    """Return the name of the array that holds the eigenvectors of a block."""
+    return "eigenvectors" if kind == "whole" else f"eigenvectors-{number:05d}"
+
+
+def write_spectra(group: Any, kind: str, total: Sums) -> None:
+    """Write sums and their spectra into a group; the sums, upper triangles, are used up."""
+    spectra = []
+    for number in range(len(total.squares)):
+        square = total.squares[number]
+        total.squares[number] = np.empty((0, 0))
+        TriangleTiles.create(group, sum_name(number), len(square)).write_upper(square)
+        mirror(square)
+        square /= total.live
+        values, vectors = symmetric_eigen(square)
+        spectra.append(values)
+        _write_square(group, vectors_name(kind, number), vectors)
+    whole = np.concatenate(spectra)
+    create_array(group, "eigenvalues", whole.shape, whole.shape, "float64", check=True)[...] = whole
+
+
+def _write_square(group: Any, name: str, matrix: Matrix) -> None:
+    chunks = square_chunks(len(matrix), 8)
+    target = create_array(group, name, matrix.shape, chunks, "float64", check=True)
+    for start in range(0, len(matrix), chunks[0]):
+        target[start : start + chunks[0]] = matrix[start : start + chunks[0]]

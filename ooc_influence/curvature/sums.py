@@ -1,0 +1,238 @@
+"""Sums Σ w g gᵀ over chosen rows: whole, or a block for each of some ranges of columns; undamped, float64.
+
+Striped over places: each task reads its blocks, adds XᵀX in place (float32 inside a few thousand rows, float64 across
+them) and returns one sum of each kind; sums go up a tree. A task saves what it has every half minute, and goes on from
+there if it runs again; what earlier runs saved is added at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from threadpoolctl import threadpool_info
+
+from ooc_influence.curvature import unfinished
+from ooc_influence.curvature.rows import ChosenRows, Range, Share, cut_shares
+from ooc_influence.curvature.unfinished import SavingClock, Unfinished, latest_results, read_facts, save_result
+from ooc_influence.linalg import GramAccumulator, TriangleTiles, choose_engine
+from ooc_influence.progress import Progress, tick
+from ooc_influence.store import GradientStore, StorePath
+from ooc_influence.stripes import run_stripes
+
+Matrix = npt.NDArray[np.float64]
+_KIND = "rows"  # of partial results
+
+
+@dataclass
+class Sums:
+    """What is summed over rows.
+
+    Attributes
+    ----------
+    squares : list of (d, d) float64
+        Σ w g gᵀ of each block of columns: upper triangles; below them, nothing that counts.
+    live : int
+        Rows that are not dropped.
+    clipped : int
+        Those of them whose weight's loss was raised to its floor.
+    fourth : float
+        Σ w² ‖g‖⁴, where it was asked for: what the error of a sample is estimated from.
+    """
+
+    squares: list[Matrix]
+    live: int = 0
+    clipped: int = 0
+    fourth: float = 0.0
+
+    def plus(self, other: Sums) -> Sums:
+        """Return the sum of both, leaving both as they are."""
+        squares = [left + right for left, right in zip(self.squares, other.squares, strict=True)]
+        counts = (self.live + other.live, self.clipped + other.clipped, self.fourth + other.fourth)
+        return Sums(squares, *counts)
+
+    def trace(self) -> float:
+        """Return the sum of all diagonals."""
+        return float(sum(np.trace(square) for square in self.squares))
+
+
+@dataclass(frozen=True)
+class Summing:
+    """How tasks sum: what each of them is given.
+
+    Attributes
+    ----------
+    store : GradientStore
+        Where rows are read.
+    blocks : sequence of (first, last)
+        Ranges of columns, each with a square of its own.
+    block_rows : int
+        Rows read at a time.
+    fourth : bool
+        Sum fourth powers too.
+    folder : StorePath or None
+        Where to save partial results.
+    interval : float
+        Seconds between two savings.
+    """
+
+    store: GradientStore
+    blocks: tuple[Range, ...]
+    block_rows: int
+    fourth: bool = False
+    folder: StorePath | None = None
+    interval: float = unfinished.INTERVAL
+
+    @property
+    def path(self) -> object:
+        """What workers must be able to see."""
+        return self.store.path
+
+
+def sum_rows(
+    chosen: ChosenRows, how: Summing, slots: int, bar: Progress, ranges: Sequence[Range], kept: Unfinished | None = None
+) -> Sums:
+    """Return the sums over some ranges of places, those that ``kept`` has from earlier runs included."""
+    found = {} if kept is None else kept.results(_KIND)
+    done = {path: read_facts(path) for path in found.values()}
+    left = subtract_ranges(ranges, [tuple(part) for facts in done.values() for part in facts["ranges"]])
+    bar.advance(sum(b - a for a, b in ranges) - sum(b - a for a, b in left))
+    shares = cut_shares(chosen, left, how.block_rows, slots)
+    total = run_stripes(_sum_share, shares, bar, how, slots=slots, reduce=Sums.plus) if shares else _nothing(how)
+    for path, facts in done.items():
+        _add_saved(total, path, facts)
+    return total
+
+
+def subtract_ranges(ranges: Sequence[Range], taken: Sequence[Range]) -> list[Range]:
+    """Return what is left of some ranges without others."""
+    left = list(ranges)
+    for low, high in taken:
+        left = [part for a, b in left for part in ((a, min(b, low)), (max(a, high), b)) if part[0] < part[1]]
+    return left
+
+
+def save_sums(folder: StorePath, total: Sums, ranges: Sequence[Range]) -> None:
+    """Save sums over some ranges of places; a later one with the same first place replaces this."""
+    facts = {"ranges": [list(part) for part in ranges], "live": total.live, "clipped": total.clipped,
+             "fourth": total.fourth}  # fmt: skip
+
+    def write(group: Any) -> None:
+        for number, square in enumerate(total.squares):
+            TriangleTiles.create(group, sum_name(number), len(square)).write_upper(square)
+
+    save_result(folder, f"{_KIND}-{ranges[0][0]}", sum(b - a for a, b in ranges), facts, write)
+
+
+def _nothing(how: Summing) -> Sums:
+    return Sums([np.zeros((last - first, last - first)) for first, last in how.blocks])
+
+
+def _add_saved(total: Sums, path: StorePath, facts: dict[str, Any]) -> None:
+    for number, square in enumerate(total.squares):
+        TriangleTiles.open(path, sum_name(number), len(square)).add_to_upper(square)
+    total.live += facts["live"]
+    total.clipped += facts["clipped"]
+    total.fourth += facts["fourth"]
+
+
+def sum_name(number: int) -> str:
+    """Return the name of the array that holds the sum of a block of columns."""
+    return f"sum-{number:05d}"
+
+
+def task_threads() -> int:
+    """Return how many threads the BLAS has in this task: what else it may use."""
+    return max((int(pool["num_threads"]) for pool in threadpool_info() if pool["user_api"] == "blas"), default=1)
+
+
+class _Running:
+    """The sums of one task, which can be saved whenever they are consistent."""
+
+    def __init__(self, share: Share, how: Summing) -> None:
+        self._share, self._how = share, how
+        self.threads = task_threads()
+        exact = how.store.layout.dtype == "bfloat16" and how.store.column_scale is None
+        exact = exact and all(rows.weights is None and rows.weighting is None for _, rows in share.parts)
+        engines = [choose_engine(last - first, bfloat16=exact) for first, last in how.blocks]
+        self._squares = [
+            GramAccumulator(last - first, engine, self.threads)
+            for (first, last), engine in zip(how.blocks, engines, strict=True)
+        ]
+        self._counts = (0, 0, 0.0)
+        self._folded = (0, self._counts)  # rows in the float64 sums, and the counts that go with them
+        self.done = self._resume()
+
+    def _resume(self) -> int:
+        """Go on from what this very task saved before it was killed; return its places done."""
+        if self._how.folder is None:
+            return 0
+        name = f"{_KIND}-{self._share.start}"
+        path = latest_results(self._how.folder, name).get(name)
+        if path is None:
+            return 0
+        facts, total = read_facts(path), _nothing(self._how)
+        _add_saved(total, path, facts)
+        rows = int(sum(b - a for a, b in facts["ranges"]))
+        for square, values in zip(self._squares, total.squares, strict=True):
+            square.restore(values, rows)
+        self._counts = (total.live, total.clipped, total.fourth)
+        self._folded = (rows, self._counts)
+        return rows
+
+    def add(self, rows: npt.NDArray[np.float32], live: int, clipped: int) -> None:
+        """Add weighed rows."""
+        before = self._squares[0].folded
+        for square, (first, last) in zip(self._squares, self._how.blocks, strict=True):
+            square.add(rows[:, first:last])
+        fourth = 0.0
+        if self._how.fourth:
+            fourth = float(np.square(np.einsum("ij,ij->i", rows, rows, dtype=np.float64)).sum())
+        self._counts = (self._counts[0] + live, self._counts[1] + clipped, self._counts[2] + fourth)
+        if self._squares[0].folded != before:
+            self._folded = (self._squares[0].folded, self._counts)
+
+    def save(self) -> None:
+        """Save the sums as of the last fold, unless they are being changed."""
+        squares = [square.peek() for square in self._squares]
+        rows, counts = self._folded
+        consistent = all(square.folded == rows for square in self._squares) and all(s is not None for s in squares)
+        if self._how.folder is None or not rows or not consistent:
+            return
+        ranges, left = [], rows
+        for low, chosen in self._share.parts:
+            if left > 0:
+                ranges.append((low, low + min(left, chosen.count)))
+                left -= chosen.count
+        save_sums(self._how.folder, Sums([square for square in squares if square is not None], *counts), ranges)
+
+    def total(self) -> Sums:
+        """Return the sums; the accumulators are used up."""
+        squares = []
+        while self._squares:
+            square = self._squares.pop(0)
+            squares.append(square.triangle())
+        return Sums(squares, *self._counts)
+
+
+def _sum_share(share: Share, key: str, how: Summing) -> Sums:
+    """Return the sums over a share."""
+    running = _Running(share, how)
+    clock = SavingClock(how.interval)
+    skip = running.done
+    try:
+        for _, chosen in share.parts:
+            start, skip = min(skip, chosen.count), max(0, skip - chosen.count)
+            tick(key, start)
+            for block in chosen.blocks(start, chosen.count, how.block_rows, threads=running.threads):
+                running.add(block.rows, block.live, block.clipped)
+                if how.folder is not None and clock.due():
+                    clock.run(running.save)
+                tick(key, block.stop - block.start)
+    except (KeyboardInterrupt, InterruptedError):
+        running.save()
+        raise
+    return running.total()

@@ -1,0 +1,177 @@
+"""What a fit has done so far, kept beside its target until it is finished: a killed fit goes on from there.
+
+The folder ``.<name>.partial`` holds the settings of the fit and its partial results: sums over some places of the rows,
+finished tiles, the basis of the last pass. Each appears whole, and one that replaces another before that other is
+removed. Only the process that holds the folder's claim uses it; another one that fits the same at the same time does so
+without. Results are saved when the last time is :data:`INTERVAL` seconds ago, or thirty times as long as saving took.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy.typing as npt
+
+from ooc_influence.errors import StoreBusyError, StoreWriteError
+from ooc_influence.store import (
+    CHUNK_TARGET,
+    NewFolder,
+    StorePath,
+    array_store,
+    create_array,
+    exists,
+    is_local,
+    make_claim,
+    names,
+    open_group,
+    read_bytes,
+    remove_tree,
+    write_bytes,
+)
+
+logger = logging.getLogger("ooc_influence")
+INTERVAL = 25.0  # seconds between two savings of a partial result
+_SHARE = 30  # times the last saving's seconds that pass before the next: saving costs a few per cent at most
+_SETTINGS = "settings.json"
+_FACTS = "ooc_influence_partial"
+
+
+class Unfinished:
+    """The partial results of one fit.
+
+    Parameters
+    ----------
+    target : StorePath
+        Where the curvature will be.
+    settings : mapping
+        All that its numbers depend on: JSON values. What was kept under other settings is removed.
+
+    Attributes
+    ----------
+    path : StorePath
+        The folder.
+    usable : bool
+        Whether this process may use it.
+    """
+
+    def __init__(self, target: StorePath, settings: Mapping[str, Any]) -> None:
+        self.path = target.parent / f".{target.name}.partial"
+        self._claim = None
+        try:
+            if is_local(self.path):
+                (self.path / "commits").mkdir(parents=True, exist_ok=True)
+            self._claim = make_claim(self.path, name="fit")
+        except StoreBusyError:
+            logger.info("another process is fitting %s: this one keeps no partial results", target)
+        except OSError as error:
+            raise StoreWriteError(
+                f"expected to write the curvature to {target}; received: {error}: make room, or give another place "
+                "with out="
+            ) from error
+        self.usable = self._claim is not None
+        if self.usable:
+            self._settle(hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest().encode())
+
+    def _settle(self, digest: bytes) -> None:
+        """Remove what other settings left behind."""
+        if read_bytes(self.path / _SETTINGS) == digest:
+            return
+        for name in names(self.path):
+            if name != "commits":
+                remove_tree(self.path / name)
+        write_bytes(self.path / _SETTINGS, digest)
+
+    def results(self, kind: str) -> dict[str, StorePath]:
+        """Return the latest finished results of a kind by name."""
+        return latest_results(self.path, kind) if self.usable else {}
+
+    def close(self, *, finished: bool) -> None:
+        """Give the folder back; remove it if the fit is finished."""
+        if self._claim is None:
+            return
+        self._claim.release()
+        self._claim = None
+        if finished or not any(name not in ("commits", _SETTINGS) for name in names(self.path)):
+            remove_tree(self.path)
+
+    def __enter__(self) -> Unfinished:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        kept = self.usable and bool(latest_results(self.path, ""))
+        self.close(finished=kind is None)
+        if kind is not None and kept:
+            logger.warning("what the fit has done so far is kept in %s: run it again to go on", self.path)
+
+
+def latest_results(folder: StorePath, kind: str) -> dict[str, StorePath]:
+    """Return the latest finished results in a folder by name: of ``<kind>-<name>-<number>`` the highest number."""
+    found: dict[str, tuple[int, StorePath]] = {}
+    for entry in names(folder):
+        name, _, number = entry.rpartition("-")
+        if entry.startswith((".", "commits")) or not number.isdigit() or not name.startswith(kind):
+            continue
+        if int(number) > found.get(name, (-1, folder))[0] and exists(folder / entry / "zarr.json"):
+            found[name] = (int(number), folder / entry)
+    return {name: path for name, (_, path) in found.items()}
+
+
+def save_result(
+    folder: StorePath, name: str, number: int, facts: Mapping[str, Any], write: Callable[[Any], None]
+) -> None:
+    """Save a result as ``<name>-<number>`` and remove the one it replaces.
+
+    ``write`` puts its arrays into a Zarr group.
+    """
+    before = latest_results(folder, name).get(name)
+    with NewFolder(folder / f"{name}-{number}", replace=True) as new:
+        group = open_group(new.arrays, "w")
+        write(group)
+        group.attrs[_FACTS] = dict(facts)
+        new.publish()
+    if before is not None and before.name != f"{name}-{number}":
+        remove_tree(before)
+
+
+def read_facts(path: StorePath) -> dict[str, Any]:
+    """Return what was written down about a result."""
+    facts: Any = open_group(array_store(path, read_only=True), "r").attrs[_FACTS]
+    return dict(facts)
+
+
+class SavingClock:
+    """When it is time to save again.
+
+    Parameters
+    ----------
+    interval : float
+        Seconds between two savings, at least.
+    """
+
+    def __init__(self, interval: float) -> None:
+        self._interval, self._due = interval, time.monotonic() + interval
+
+    def due(self) -> bool:
+        """Return whether it is."""
+        return time.monotonic() >= self._due
+
+    def run(self, save: Callable[[], None]) -> None:
+        """Save, and set the next time."""
+        began = time.monotonic()
+        save()
+        now = time.monotonic()
+        self._due = now + max(self._interval, _SHARE * (now - began))
+
+
+def write_slabs(group: Any, name: str, matrix: npt.NDArray[Any]) -> None:
+    """Write a matrix in chunks of whole rows, with checksums."""
+    rows, columns = matrix.shape
+    step = max(1, min(rows, CHUNK_TARGET // max(1, columns * matrix.itemsize)))
+    array = create_array(group, name, matrix.shape, (step, columns), matrix.dtype, check=True)
+    for start in range(0, rows, step):
+        array[start : start + step] = matrix[start : start + step]

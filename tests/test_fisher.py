@@ -1,0 +1,259 @@
+"""Fisher matrices of some rows, weighted, sampled, by module; updated, resumed; their facts and refusals."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+import textwrap
+import warnings
+
+import numpy as np
+import pytest
+from conftest import random_rows, whole_mask, write_store
+from numpy.testing import assert_allclose
+
+from ooc_influence import GradientStore, fit_fisher, self_influence
+from ooc_influence.cli.main import main
+from ooc_influence.curvature import Curvature
+from ooc_influence.errors import InputError, OocInfluenceWarning
+from ooc_influence.store import LayerShape, Mask, ModuleMask
+
+
+def oracle(rows, weights=None):
+    """Σ w g gᵀ / m in float64."""
+    rows = np.asarray(rows, np.float64)
+    weights = np.ones(len(rows)) if weights is None else weights
+    return (rows * weights[:, None]).T @ rows / len(rows)
+
+
+def assert_near(found, expected, share=1e-6):
+    assert_allclose(found, expected, rtol=0, atol=share * np.abs(expected).max())
+
+
+def spread_rows(n, k, seed=0):
+    """Random rows whose columns differ in size."""
+    return random_rows(n, k, seed) * np.linspace(0.2, 2, k, dtype=np.float32)
+
+
+@pytest.fixture
+def train(tmp_path):
+    store = write_store(tmp_path / "train.zarr", spread_rows(300, 12))
+    return GradientStore.open(store.path)
+
+
+@pytest.mark.parametrize(
+    "rows", [(40, 210), slice(250, None), [7, 3, 250, 99, 100, 101, 5, 280, 11, 12, 13, 14, 15, 20, 30, 44]]
+)
+def test_rows(train, rows):
+    numbers = np.arange(300)[slice(*rows) if isinstance(rows, tuple) else rows]
+    found = fit_fisher(train, rows=rows)
+    assert found.rows == len(numbers)
+    assert_near(found.fisher(), oracle(train.rows()[numbers]))
+    mask = np.isin(np.arange(300), numbers)
+    assert_near(fit_fisher(train, rows=mask, name="mask").fisher(), found.fisher())
+
+
+def test_weights(train):
+    weights = np.random.default_rng(0).uniform(0, 3, 300)
+    weights[5] = 0
+    found = fit_fisher(train, weights=weights)
+    assert_near(found.fisher(), oracle(train.rows(), weights))
+    assert Curvature.open(found.path).attrs["weights"]["name"] == "array"
+    again = fit_fisher(train)  # other weights are another fit
+    assert_near(again.fisher(), oracle(train.rows()))
+
+
+@pytest.mark.parametrize("name", ["ggn", "trak"])
+def test_weights_by_loss(tmp_path, name):
+    rows, loss = spread_rows(200, 8), np.random.default_rng(1).uniform(0.05, 3, 200).astype(np.float32)
+    loss[3] = 0
+    with GradientStore.create(tmp_path / "t.zarr", whole_mask(8), dtype="float32") as store:
+        store.append(rows, loss=loss)
+    store = GradientStore.open(tmp_path / "t.zarr")
+    with pytest.raises(InputError, match="loss_kind"):
+        fit_fisher(store, weights=name)
+    held = np.maximum(loss.astype(np.float64), 1e-6)
+    weights = 1 / np.expm1(held) if name == "ggn" else 1 / np.expm1(-held) ** 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", OocInfluenceWarning)
+        found = fit_fisher(store, weights=name, force_weights=True)
+    assert_near(found.fisher(), oracle(store.rows(), weights))
+    assert found.attrs["clipped"] == 1
+
+
+def test_sampling_error(train):
+    whole = oracle(train.rows())
+    found = [fit_fisher(train, sample=60, seed=seed, name=f"s{seed}") for seed in range(8)]
+    errors = [np.linalg.norm(one.fisher() - whole) / np.linalg.norm(whole) for one in found]
+    told = [one.facts()["sampling_error"] for one in found]
+    assert_allclose(np.mean(told), np.sqrt(np.mean(np.square(errors))), rtol=0.35)
+    assert found[0].rows == 60
+    everything = fit_fisher(train, sample=300, refit=True)
+    assert everything.attrs["sampling_error"] == 0
+    assert_near(everything.fisher(), whole)
+
+
+@pytest.mark.parametrize("weights", [None, "array"])
+def test_updates(train, weights, monkeypatch):
+    given = None if weights is None else np.random.default_rng(0).uniform(0.5, 2, 340)
+    fit_fisher(train, weights=None if given is None else given[:300])
+    with GradientStore.open(train.path, "a") as store:
+        store.append(spread_rows(40, 12, seed=9), loss=np.zeros(40))
+        store.drop([0, 17, 299, 310])
+    now = GradientStore.open(train.path)
+    read = count_rows(monkeypatch)
+    found = fit_fisher(now, weights=given)
+    assert sum(read) == 43  # new rows, and those dropped since
+    live = np.setdiff1d(np.arange(340), [0, 17, 299, 310])
+    assert found.rows == len(live)
+    matrix = found.fisher()
+    assert_near(matrix, oracle(now.rows()[live], None if given is None else given[live]))
+    scratch = fit_fisher(now, weights=given, refit=True)
+    assert_near(matrix, scratch.fisher())
+    assert_near(found.eigenvalues, scratch.eigenvalues)
+
+
+def count_rows(monkeypatch):
+    import ooc_influence.curvature.rows as room
+
+    read, original = [], room.read_blocks
+
+    def counted(*args, **options):
+        for block in original(*args, **options):
+            read.append(block.stop - block.start)
+            yield block
+
+    monkeypatch.setattr(room, "read_blocks", counted)
+    return read
+
+
+def test_most_of_the_trace_dropped_is_a_fit_from_scratch(train, caplog):
+    fit_fisher(train)
+    with GradientStore.open(train.path, "a") as store:
+        store.drop(np.arange(100))
+    fit_fisher(GradientStore.open(train.path))
+    with GradientStore.open(train.path, "a") as store:
+        store.drop(np.arange(100, 200))
+    now = GradientStore.open(train.path)
+    found = fit_fisher(now)
+    assert "more than half of the trace" in caplog.text
+    assert found.attrs["taken"] == 0
+    assert_near(found.fisher(), oracle(now.rows()[200:]))
+
+
+def test_rows_appended_leave_a_closed_range_alone(train):
+    found = fit_fisher(train, rows=(0, 200))
+    with GradientStore.open(train.path, "a") as store:
+        store.append(spread_rows(10, 12, seed=9), loss=np.zeros(10))
+    now = GradientStore.open(train.path)
+    assert fit_fisher(now, rows=(0, 200)).attrs["fit"] == found.attrs["fit"]
+    self_influence(now)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"rows": (10, 5)}, "A < B"), ({"rows": (0, 301)}, "<= 300"), ({"rows": []}, "none"),
+        ({"sample": 301}, "2 to 300"), ({"sample": 1}, "2 to 300"), ({"weights": np.ones(3)}, "shape"),
+        ({"weights": -np.ones(300)}, "not negative"), ({"weights": "fisher"}, "'ggn'"), ({"blocks": "row"}, "module"),
+    ],
+)  # fmt: skip
+def test_refusals(train, options, text):
+    with pytest.raises(InputError, match=text):
+        fit_fisher(train, **options)
+
+
+def test_a_dimension_near_the_rows_is_told(tmp_path):
+    store = write_store(tmp_path / "t.zarr", random_rows(3, 200))
+    with pytest.warns(OocInfluenceWarning, match="close to the 3 rows"):
+        fit_fisher(store)
+
+
+KILLED = """
+import os, signal, sys
+import numpy as np
+import ooc_influence as ooc
+from ooc_influence.curvature import rows, unfinished
+from ooc_influence.linalg import accumulate
+unfinished.INTERVAL, accumulate.FOLD_ROWS, unfinished._SHARE = 0.0, 64, 0
+original = rows.read_blocks
+def killed(*args, **options):
+    for number, block in enumerate(original(*args, **options)):
+        if block.start >= int(sys.argv[2]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield block
+rows.read_blocks = killed
+ooc.fit_fisher(sys.argv[1], memory="3GiB", workers=1)
+"""
+
+
+def test_a_killed_fit_goes_on(tmp_path, monkeypatch):
+    store = write_store(tmp_path / "t.zarr", spread_rows(40000, 6))
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(KILLED), str(store.path), "20000"], check=False, capture_output=True
+    )
+    assert done.returncode == -9, done.stderr.decode()
+    assert (tmp_path / "t.zarr/curvature/.default.partial").is_dir()
+    read = count_rows(monkeypatch)
+    found = fit_fisher(store, memory="3GiB", workers=1)
+    assert 0 < sum(read) < 35000
+    assert found.rows == 40000
+    assert_near(found.fisher(), oracle(store.rows()))
+    assert not (tmp_path / "t.zarr/curvature/.default.partial").exists()
+
+
+@pytest.fixture
+def modules(tmp_path):
+    """Two modules, of 4 and 8 entries."""
+    layers = [LayerShape(name, "linear", shape, False) for name, shape in (("a", (2, 2)), ("b", (2, 4)))]
+    parts = [
+        ModuleMask(
+            layer,
+            *(index.ravel().astype(np.int32) for index in np.indices(layer.shape)),
+            np.ones(layer.entries, np.float32),
+        )
+        for layer in layers
+    ]
+    with GradientStore.create(tmp_path / "m.zarr", Mask(tuple(parts)), dtype="float32") as store:
+        store.append(spread_rows(90, 12), loss=np.zeros(90))
+    return GradientStore.open(tmp_path / "m.zarr")
+
+
+def test_blocks_by_module(modules, monkeypatch):
+    found = fit_fisher(modules, blocks="module")
+    rows = modules.rows().astype(np.float64)
+    expected = oracle(rows)
+    expected[:4, 4:] = expected[4:, :4] = 0
+    assert_near(found.fisher(), expected)
+    value = found.damping_value()
+    damped = expected + np.diag(
+        np.repeat([0.1 * np.trace(expected[:4, :4]) / 4, 0.1 * np.trace(expected[4:, 4:]) / 8], [4, 8])
+    )
+    exact = np.linalg.solve(damped, rows.T).T
+    again = pickle.loads(pickle.dumps(found))
+    assert_near(again.precondition(rows, [pickle.loads(pickle.dumps(value))])[0], exact)
+    assert_near(found.self_influence(rows.astype(np.float32), [value])[0], (rows * exact).sum(1), 1e-5)
+    assert_near(self_influence(modules), (rows * exact).sum(1), 1e-5)
+    plain = np.linalg.solve(expected + 0.5 * np.eye(12), rows.T).T
+    assert_near(found.precondition(rows, [found.damping_value(0.5, "absolute")])[0], plain)
+    with GradientStore.open(modules.path, "a") as store:
+        store.drop([3, 60])
+    read = count_rows(monkeypatch)
+    updated = fit_fisher(GradientStore.open(modules.path), blocks="module")
+    assert sum(read) == 2
+    expected = oracle(np.delete(rows, [3, 60], axis=0))
+    expected[:4, 4:] = expected[4:, :4] = 0
+    assert_near(updated.fisher(), expected)
+
+
+def test_the_command(train, capsys):
+    command = ["fisher", str(train.path), "--rows", "0:200", "--sample", "50", "--seed", "3", "--json"]
+    with pytest.raises(SystemExit) as stopped:
+        main(command)
+    assert stopped.value.code == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["rows"] == 50
+    assert facts["sampling_error"] > 0
+    assert facts["selection"]["of"]["stop"] == 200
