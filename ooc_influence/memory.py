@@ -25,6 +25,7 @@ from ooc_influence.errors import InputError, MemoryBudgetError
 
 WORKING = 96 * 2**20  # BLAS work buffers, Zarr's chunks in flight, Dask: what every stage needs besides its own
 BLOCK_BYTES = 64 * 2**20  # a block's float32 rows: larger ones gain nothing
+PRODUCT_ROWS = 1024  # but where it is multiplied by a large matrix: reading that is shared by so many rows
 DEFAULT_SHARE = 0.5  # of what is free, when no budget is given: the page cache and the user need the rest
 _UNITS = {
     "": 1,
@@ -153,10 +154,10 @@ def plan_block_rows(need: Need, memory: int | str | None, workers: int = 1, rese
     return rows
 
 
-def block_limit(k: int) -> int:
-    """Return the largest block of rows of ``k`` float32 that gains anything, a power of two."""
-    rows = BLOCK_BYTES // (4 * k)
-    return 1 << min(13, max(6, rows.bit_length() - 1))
+def block_limit(k: int, *, least: int = 64) -> int:
+    """Return the largest block of rows of ``k`` float32 that gains anything, a power of two; at least ``least``."""
+    rows = max(least, BLOCK_BYTES // (4 * k))
+    return 1 << min(13, rows.bit_length() - 1)
 
 
 class PeakMemory:

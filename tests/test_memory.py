@@ -67,6 +67,8 @@ def test_block_limit():
     assert block_limit(4096) == 4096
     assert block_limit(1) == 8192
     assert block_limit(10**7) == 64
+    assert block_limit(10**7, least=1024) == 1024
+    assert block_limit(1, least=1024) == 8192
 
 
 def test_peak_memory_sees_an_allocation():

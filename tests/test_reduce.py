@@ -145,7 +145,7 @@ def only(monkeypatch, way):
     """Let one way to the spectrum fit, in blocks of 16 rows."""
     ways = spectrum.spectrum_ways
     monkeypatch.setattr(spectrum, "spectrum_ways", lambda *sizes: [x for x in ways(*sizes) if x.run.__name__ == way])
-    monkeypatch.setattr(spectrum, "block_limit", lambda k: 16)
+    monkeypatch.setattr(spectrum, "block_limit", lambda k, **least: 16)
 
 
 @pytest.mark.parametrize("way", ["_by_fisher", "_by_gram", "_by_iteration"])

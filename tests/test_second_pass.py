@@ -64,7 +64,7 @@ def wide(tmp_path):
 
 def small_blocks(monkeypatch, rows=16):
     for module in (passes, spectrum):
-        monkeypatch.setattr(module, "block_limit", lambda k: rows)
+        monkeypatch.setattr(module, "block_limit", lambda k, **least: rows)
 
 
 def oracle(rows, weights=None):
@@ -249,7 +249,7 @@ import signal
 import ooc_influence.compress.passes as passes, ooc_influence.linalg.spectrum as spectrum
 from test_second_pass import Stopping
 from ooc_influence import Storage, reduce_store
-passes.block_limit = spectrum.block_limit = lambda k: 16
+passes.block_limit = spectrum.block_limit = lambda k, least: 16
 passes._append = Stopping(int(sys.argv[4]), signal.SIGKILL)
 reduce_store(sys.argv[2], sys.argv[3], 12, dtype="float32", storage=Storage(8, 2))
 """

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from ooc_influence.compress.share import Share
 from ooc_influence.errors import StoreBusyError
 from ooc_influence.linalg import Rows, WeightedRows, Weighting
-from ooc_influence.memory import Need, block_limit, plan_block_rows
+from ooc_influence.memory import PRODUCT_ROWS, Need, block_limit, plan_block_rows
 from ooc_influence.progress import Progress, tick
 from ooc_influence.store import GradientStore, RangeWriter, StorePath, missing_spans, read_blocks, writing_bytes
 from ooc_influence.stripes import Stripe, check_workers, cut_stripes, in_worker, run_stripes, slots_per_process
@@ -32,7 +32,7 @@ def fill_need(source: GradientStore, r: int, writing: int, held: int = 0) -> Nee
         held,
         source.reading_bytes + writing,
         4 * (source.k + 2 * r),  # a block, its product, and what is made of that while it is encoded
-        max_rows=block_limit(source.k),
+        max_rows=block_limit(source.k, least=PRODUCT_ROWS),
         advice="reduce to fewer dims",
     )
 

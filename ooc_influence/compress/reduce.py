@@ -11,7 +11,7 @@ The new store is made, with its basis, before its rows: a pass that was killed g
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,10 +21,11 @@ from ooc_influence.compress.passes import fill, fill_need
 from ooc_influence.compress.share import Share, basis_weights
 from ooc_influence.errors import InputError, MismatchError, StoreExistsError, StoreNotFoundError
 from ooc_influence.linalg import Rows, WeightedRows, Weighting, parse_weighting, row_weights
-from ooc_influence.memory import Need, plan_block_rows
+from ooc_influence.memory import PRODUCT_ROWS, Need, plan_block_rows
 from ooc_influence.store import (
     GradientStore,
     PathLike,
+    Representation,
     Storage,
     StoredReduction,
     StorePath,
@@ -118,7 +119,7 @@ def reduce_store(
     means: dict[str, Any] = {"workers": workers, "memory": memory, "progress": progress}
     target = _earlier(place, job, dtype, storage)
     if target is None:
-        target = _create(place, job, dtype, storage or Storage(), means)
+        target = _create(place, job, dtype, storage, means)
     copy_marks(job.source, target)  # before the rows: none of them is ever seen as live
     if target.n < job.source.n:
         weights = basis_weights(target.attrs, target.attrs["reduction"])
@@ -266,7 +267,9 @@ def _check_same_rows(source: GradientStore, target: GradientStore) -> None:
             )
 
 
-def _create(place: StorePath, job: _Job, dtype: str | None, storage: Storage, means: dict[str, Any]) -> GradientStore:
+def _create(
+    place: StorePath, job: _Job, dtype: str | None, storage: Storage | None, means: dict[str, Any]
+) -> GradientStore:
     """Make the basis, and the empty store that has it."""
     source, like = job.source, job.like
     known = parse_representation(dtype or ("float16" if source.reduction is None else source.layout.dtype))
@@ -282,12 +285,18 @@ def _create(place: StorePath, job: _Job, dtype: str | None, storage: Storage, me
         place,
         [str(source.path)],
         dtype=known,
-        storage=storage,
+        storage=_chunking(storage or Storage(), reduction.columns, known, source.n),
         planned_rows=source.n,
         reduction=reduction if path is None else {**reduction.facts, "path": path},
         column_scale=scale,
         attributes=attributes | {"reduced": job.record},
     )
+
+
+def _chunking(storage: Storage, r: int, dtype: Representation, n: int) -> Storage:
+    """Return how to lay out the new store: groups for many tasks, but each of rows enough to multiply at once."""
+    rows = storage.chunk_rows or max(storage.sizes(r, dtype, n)[0], min(storage.sizes(r, dtype)[0], PRODUCT_ROWS))
+    return replace(storage, chunk_rows=rows)
 
 
 def _make_basis(job: _Job, means: dict[str, Any]) -> tuple[StoredReduction, dict[str, Any]]:

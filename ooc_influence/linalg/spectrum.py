@@ -21,7 +21,15 @@ from ooc_influence.errors import InputError, MemoryBudgetError, NonFiniteError
 from ooc_influence.linalg.accumulate import GramAccumulator
 from ooc_influence.linalg.blas import add_product
 from ooc_influence.linalg.rows import Rows, WeightedRows
-from ooc_influence.memory import Need, block_limit, budget_bytes, format_bytes, plan_block_rows, process_anonymous
+from ooc_influence.memory import (
+    PRODUCT_ROWS,
+    Need,
+    block_limit,
+    budget_bytes,
+    format_bytes,
+    plan_block_rows,
+    process_anonymous,
+)
 from ooc_influence.progress import Progress, tick
 from ooc_influence.stripes import Stripe, check_workers, cut_stripes, run_stripes, slots_per_process
 
@@ -86,7 +94,9 @@ def spectrum_ways(k: int, m: int, r: int, slots: int = 1, reading: int = 0) -> l
 
     def need(fixed: int, per_row: int) -> Need:
         stage = f"an eigenbasis of {r} of {k} entries"
-        return Need(stage, fixed, reading, per_row, max_rows=block_limit(k), advice="a smaller r or k")
+        return Need(
+            stage, fixed, reading, per_row, max_rows=block_limit(k, least=PRODUCT_ROWS), advice="a smaller r or k"
+        )
 
     several = slots > 1  # a sum of two results is a third one
     c = min(k, m, r + _EXTRA)
