@@ -34,9 +34,11 @@ from ooc_influence import (
     influence_scores,
     init_store,
     merge_stores,
+    reduce_store,
     self_influence,
     top_influential,
 )
+from ooc_influence.compress import passes
 from ooc_influence.errors import (
     InputError,
     OocInfluenceError,
@@ -221,6 +223,24 @@ def test_merge_and_compact_across(root, tmp_path):
     assert (moved.n, moved.verify(), moved.find([51]).tolist()) == (88, [], [49])
     with pytest.raises(StoreNotFoundError):
         GradientStore.open(f"{root}/c")
+
+
+def test_reduce_and_rotate_across(root, tmp_path, monkeypatch):
+    wide = write(f"{root}/wide", dtype="float32")
+    local = reduce_store(wide, tmp_path / "local", 5, dtype="float32")
+    with monkeypatch.context() as patch:
+        patch.setattr(passes, "_append", lambda *given: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            reduce_store(wide, f"{root}/s", 5, dtype="float32")
+    with monkeypatch.context() as patch:
+        patch.setattr("ooc_influence.compress.reduce.fit_eigenbasis", None)  # its basis is there
+        found = reduce_store(wide, f"{root}/s", 5, dtype="float32", workers=2)
+    assert_allclose(found.rows(), local.rows(), atol=1e-5)
+    assert (found.verify(), found.layout.planned_rows) == ([], None)
+    turned = reduce_store(local, f"{root}/t", rotate=True)
+    assert_allclose(turned.rows(), wide.rows() @ turned.reduction.vectors, atol=1e-5)
+    query = reduce_store(write(f"{root}/q"), tmp_path / "q", like=f"{root}/t")
+    assert query.columns_digest == turned.columns_digest
 
 
 def test_chunks_are_cached_within_a_limit(root, tmp_path):
