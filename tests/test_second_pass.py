@@ -33,6 +33,7 @@ from ooc_influence.errors import InputError, MemoryBudgetError, MismatchError, S
 from ooc_influence.linalg import row_weights, spectrum
 
 N, K, R = 300, 40, 12
+APPEND = passes._append
 ROWS = random_rows(N, K)
 LOSS = np.linspace(0.1, 3, N).astype(np.float32)
 FACTS = {
@@ -153,7 +154,7 @@ def test_marks_are_there_before_the_rows(tmp_path, wide, monkeypatch):
         store.drop([3, 200])
     seen = []
 
-    def look(target, *rest, real=passes._append):
+    def look(target, *rest, real=APPEND):
         if target.n:
             seen.append(np.flatnonzero(GradientStore.open(target.path).dropped).tolist())
         else:
@@ -188,23 +189,20 @@ def test_workers_chunks_blocks_and_memory_do_not_matter(tmp_path, wide, monkeypa
     assert_array_equal(bits[2], bits[0])
 
 
-APPEND = passes._append
-
-
 class Stopping:
     """Raise, or die, at the n-th block written."""
 
     def __init__(self, after, how=None):
         self.left, self.how, self.rows = after, how, 0
 
-    def __call__(self, target, source, start, stop, *rest):
+    def __call__(self, target, rows, *rest):
         if self.left == 0:
             if self.how:
                 os.kill(os.getpid(), self.how)
             raise KeyboardInterrupt
         self.left -= 1
-        self.rows += stop - start
-        return APPEND(target, source, start, stop, *rest)
+        self.rows += len(rows)
+        return APPEND(target, rows, *rest)
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -236,9 +234,22 @@ def test_an_interrupted_run_goes_on_with_the_same_basis(tmp_path, wide, monkeypa
     assert_allclose(found.rows(), ROWS @ basis, atol=1e-6)
     assert found.verify() == []
     assert found.layout.planned_rows is None
-    monkeypatch.setattr(passes, "fill", None)  # a finished one does nothing
+    monkeypatch.setattr(passes, "_append", None)  # a finished one does nothing
     again = reduce_store(wide, tmp_path / "s")
     assert again.attrs == found.attrs
+
+
+def test_a_run_that_stops_when_all_rows_are_there(tmp_path, wide, monkeypatch):
+    """The next one marks what was dropped meanwhile, and lets the store grow."""
+    with monkeypatch.context() as patch:
+        patch.setattr("ooc_influence.compress.reduce._finish", lambda *given: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            reduce_store(wide, tmp_path / "s", R)
+    assert GradientStore.open(tmp_path / "s").layout.planned_rows == N
+    with GradientStore.open(wide.path, "a") as store:
+        store.drop([5])
+    found = reduce_store(wide.path, tmp_path / "s", R)
+    assert (found.layout.planned_rows, np.flatnonzero(found.dropped).tolist()) == (None, [5])
 
 
 def test_a_killed_run_goes_on(tmp_path, wide):

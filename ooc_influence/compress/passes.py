@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from functools import reduce
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -89,13 +90,19 @@ def _fill_stripe(
         while writer.room:  # a gap at a time
             first = writer.next_row
             for low, high, start in _grid(first, first + writer.room, target.layout.group_rows, step):
+                small = {name: source.small(name, low, high) for name in _carried(source)}
                 for block in read_blocks(source, start, high, step):
                     rows = np.matmul(block.gradients, turn, out=product[: block.stop - block.start])
                     begin = max(low, block.start)
-                    part = _append(target, source, begin, block.stop, rows[begin - block.start :], weights)
-                    share = share.plus(part)
+                    part = {name: values[begin - low : block.stop - low] for name, values in small.items()}
+                    share = share.plus(_append(target, rows[begin - block.start :], part, weights))
                     tick(key, block.stop - begin)
     return share
+
+
+def _carried(source: GradientStore) -> list[str]:
+    """Return what belongs to a row and is not changed by a reduction, by array path; read a group at a time."""
+    return ["loss", "grad_norm", *source.layout.metadata, *(["dropped"] if source.has_dropped else [])]
 
 
 def _claim(target: GradientStore, stripe: Stripe) -> RangeWriter:
@@ -118,15 +125,12 @@ def _grid(first: int, stop: int, group: int, step: int) -> Iterator[tuple[int, i
         first = high
 
 
-def _append(
-    target: GradientStore, source: GradientStore, start: int, stop: int, rows: Rows, weights: Weighting | None
-) -> Share:
-    """Append reduced rows with the losses, norms, ids and columns of source rows ``start`` to ``stop``."""
-    small = {name: source.small(name, start, stop) for name in ("loss", "grad_norm", *source.layout.metadata)}
+def _append(target: GradientStore, rows: Rows, small: dict[str, npt.NDArray[Any]], weights: Weighting | None) -> Share:
+    """Append reduced rows with what belongs to them; return what was kept of the live ones."""
+    live = ~small.pop("dropped") if "dropped" in small else np.ones(len(rows), np.bool_)
     loss, norm, ids = small.pop("loss"), small.pop("grad_norm"), small.pop("example_id", None)
     columns = {name.removeprefix("columns/"): values for name, values in small.items()}
     target.append(rows, loss=loss, grad_norm=norm, ids=ids, columns=columns)
-    live = ~source.small("dropped", start, stop) if source.has_dropped else np.ones(len(rows), np.bool_)
     return Share.of(rows, norm, loss, live, weights)
 
 

@@ -121,10 +121,11 @@ def reduce_store(
     if target is None:
         target = _create(place, job, dtype, storage, means)
     copy_marks(job.source, target)  # before the rows: none of them is ever seen as live
+    found = Share()
     if target.n < job.source.n:
-        weights = basis_weights(target.attrs, target.attrs["reduction"])
-        found = fill(job.source, target, _turn(job.source, target), weights, **means)
-        _finish(place, job, found)
+        weighting = basis_weights(target.attrs, target.attrs["reduction"])
+        found = fill(job.source, target, _turn(job.source, target), weighting, **means)
+    _finish(place, job, found)
     return GradientStore.open(place)
 
 
@@ -271,15 +272,18 @@ def _create(
     place: StorePath, job: _Job, dtype: str | None, storage: Storage | None, means: dict[str, Any]
 ) -> GradientStore:
     """Make the basis, and the empty store that has it."""
-    source, like = job.source, job.like
-    known = parse_representation(dtype or ("float16" if source.reduction is None else source.layout.dtype))
-    reduction: Any
-    if like is not None:
-        reduction, attributes = like.reduction, {name: like.attrs.get(name) for name in ("compressor", "covered")}
+    source, path, reduction = job.source, None, None
+    is_wide = source.attrs.get("reduction") is None
+    known = parse_representation(dtype or ("float16" if is_wide else source.layout.dtype))
+    if job.like is not None:
+        _check_room(source, job.like.k, means)
+        like = GradientStore.open(job.like.path)  # anew: what an open store reads it keeps in memory
+        reduction, path = like.reduction, kept_at(like)
+        attributes = {name: like.attrs.get(name) for name in ("compressor", "covered")}
     else:
         reduction, attributes = _make_basis(job, means)
+    assert isinstance(reduction, StoredReduction)
     scale = reduction.column_scale() if known in ("int8", "int4") else None
-    path = None if like is None else kept_at(like)
     return create_like(
         source,
         place,
@@ -328,7 +332,7 @@ def _check_room(source: GradientStore, r: int, means: dict[str, Any]) -> None:
 
 
 def _vectors(store: GradientStore) -> Rows:
-    """Return a store's basis, read anew: what an open store reads it keeps in memory."""
+    """Return a store's basis, read anew."""
     found = GradientStore.open(store.path).reduction
     assert isinstance(found, StoredReduction)
     return found.vectors
@@ -341,7 +345,7 @@ def _compose(source: GradientStore, turn: StoredReduction) -> StoredReduction:
     facts = turn.facts | {
         "trace": whole,
         "left_out": max(0.0, 1 - float(turn.eigenvalues.sum()) / whole) if whole > 0 else 0.0,
-        "span_rows": old.get("span_rows", old["pilot_rows"]),
+        "span_rows": old.get("span_rows", old.get("pilot_rows")),
         "rotated_from": [*old.get("rotated_from", []), old["digest"]],
     }
     own = {name: value for name, value in facts.items() if name not in ("name", "rows", "columns", "digest")}
@@ -371,6 +375,7 @@ def _finish(place: StorePath, job: _Job, found: Share) -> None:
     target = GradientStore.open(place, "a")
     copy_marks(job.source, target)
     share = found.record(target)
-    logger.info("%s: %.2g of the trace of %d rows is left out", place, share.left_out, share.rows)
+    if found.rows:
+        logger.info("%s: %.2g of the trace of %d rows is left out", place, share.left_out, share.rows)
     if job.source.layout.planned_rows is None:
         target.plan_rows(None)
