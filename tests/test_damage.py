@@ -127,7 +127,7 @@ def test_damaged_commit_records(store, harm):
 @pytest.mark.parametrize("harm", [flip, cut, delete])
 @pytest.mark.parametrize(
     "name", ["mask/00000/rows/c.0", "mask/00000/weight/c.0", "column_scale/c.0", "dropped/c.1",
-             "curvature/default/fisher/c.0.0", "curvature/second/eigenvalues/c.0"]
+             "curvature/default/sum-00000/c.0.0.0", "curvature/second/eigenvalues/c.0"]
 )  # fmt: skip
 def test_damage_that_is_not_of_rows(store, name, harm):
     harm(store.path / name)
@@ -177,7 +177,7 @@ PICKLE = [{"name": "bytes"}, {"name": "numcodecs.pickle", "configuration": {}}]
 
 @PLAIN
 @pytest.mark.parametrize("change", [{"codecs": PICKLE}, {"data_type": {"name": "object"}}])
-@pytest.mark.parametrize("name", ["gradients", "mask/00000/rows", "column_scale", "curvature/second/fisher"])
+@pytest.mark.parametrize("name", ["gradients", "mask/00000/rows", "column_scale", "curvature/second/sum-00000"])
 def test_metadata_that_ask_for_other_code_are_refused(store, name, change):
     edit(store.path / name / "zarr.json", **change)
 
