@@ -124,6 +124,7 @@ def test_padding_changes_nothing(tmp_path):
     assert_allclose(stores[0].rows(), stores[1].rows(), atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:.*effective dimension")
 def test_end_to_end_scores_against_the_oracle(tmp_path):
     """k = p, float32: 1e-4 of the largest; float16 storage ranks the same."""
     g = full_gradients(Mlp)

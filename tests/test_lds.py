@@ -111,6 +111,7 @@ def test_a_linear_datamodel_scores_one_and_random_scores_nothing():
     assert abs(found.mean) < 4 * found.standard_error < 0.1
 
 
+@pytest.mark.filterwarnings("ignore:.*effective dimension")
 def test_minus_the_loss_is_the_outcome_scores_are_positive_for(tmp_path):
     """Least squares by rows: the influence function's scores predict ridge models fitted on halves."""
     generator = np.random.default_rng(0)
