@@ -125,7 +125,6 @@ def test_what_does_not_fit_is_said(tmp_path):
 def test_a_machine_is_measured_in_seconds(tmp_path):
     rates = Rates.measure(tmp_path)
     assert min(vars(rates).values()) > 1e6
-    assert rates.gemm > rates.eigen
     assert not list(tmp_path.iterdir())
     given = Rates.measure(tmp_path, gflops=7, read=3e8)
     assert (given.gemm, given.syrk, given.read) == (7e9, 7e9, 3e8)
