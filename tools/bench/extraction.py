@@ -174,6 +174,7 @@ def measure(name: str, sizes: list[int], samplings: list[str], rounds: int) -> d
             took["floor"] = clock(lambda: loss(model, batch).sum().backward())
         for key, gather in gathers.items():
             with tapped(model, layers, device, skip=masks[key].empty_modules) as taps:
+                gather(taps, loss, batch)  # the first batch is looked at once more: it tells the number of samples
                 took[key] = clock(lambda gather=gather, taps=taps: gather(taps, loss, batch))
         if number:
             for key, seconds in took.items():

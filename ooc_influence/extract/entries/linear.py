@@ -29,7 +29,7 @@ from ooc_influence.store import LayerShape, ModuleMask
 
 _CPU_TILE = 2**19  # values of one gathered operand: two float32 tiles of 2 MiB stay in the shared cache
 _GPU_TILE = 2**25  # on a GPU, few large launches
-_FEW_THREADS = 2  # up to which index_select, a fifth cheaper but serial along the last axis, is the quicker one
+_FEW_THREADS = 1  # up to which index_select, a fifth cheaper but serial along the last axis, is the quicker one
 _PRODUCT_GAIN = 3  # a GEMM's multiplications that cost as much as gathering one
 _QUANTISED = ("8bit", "4bit", "Quant", "HQQ", "FP8", "WQLinear", "Awq", "Bit")  # in the class names of such layers
 
