@@ -12,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+import dask
 import numpy as np
 import pytest
 from conftest import random_rows, write_store
@@ -34,7 +35,7 @@ from ooc_influence.cli import cluster as cluster_room
 from ooc_influence.errors import ClusterError, InputError
 from ooc_influence.progress import Progress, tick
 from ooc_influence.store.claim import read_claims
-from ooc_influence.stripes import Stripe, check_workers, run_stripes, worker_memory
+from ooc_influence.stripes import Stripe, ambient_client, check_workers, run_stripes, worker_memory
 
 distributed = pytest.importorskip("distributed")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -263,6 +264,8 @@ def test_a_cluster_without_workers_is_refused(long_pair, monkeypatch, run):  # n
         assert code == 2
         assert message in err
         assert err.count("\n") == 1
+        assert ambient_client() is None  # whether or not the failed client has been collected
+        assert dask.config.get("scheduler", None) is None
 
 
 @pytest.fixture(scope="module")

@@ -44,7 +44,8 @@ def connected(address: str | None, file: str | None) -> Iterator[None]:
         ) from error
     place = _read_address(Path(file)) if file is not None else str(address)
     try:
-        client = Client(place, timeout=10)
+        # A client that cannot connect stays Dask's default one until it is collected: tried first as no default.
+        client = Client(place, timeout=10, set_as_default=False)
     except (OSError, TimeoutError, ValueError) as error:
         raise ClusterError(
             f"expected a Dask scheduler at {place}; received none ({error}): start one with 'dask scheduler', see "
@@ -58,6 +59,7 @@ def connected(address: str | None, file: str | None) -> Iterator[None]:
                 f"expected workers of the scheduler at {place}; received none in {PATIENCE:.0f} s: start some with "
                 f"'dask worker {place}'"
             ) from error
+    with Client(place, timeout=10):
         yield
 
 
