@@ -14,10 +14,10 @@ import pytest
 from conftest import random_rows, whole_mask, write_store
 from numpy.testing import assert_allclose
 
-from ooc_influence import GradientStore, fit_fisher, self_influence
+from ooc_influence import GradientStore, fit_fisher, influence_scores, self_influence
 from ooc_influence.cli.main import main
 from ooc_influence.curvature import Curvature
-from ooc_influence.errors import InputError, OocInfluenceWarning
+from ooc_influence.errors import InputError, OocInfluenceWarning, StoreExistsError
 from ooc_influence.store import LayerShape, Mask, ModuleMask
 
 
@@ -246,6 +246,16 @@ def test_blocks_by_module(modules, monkeypatch):
     expected = oracle(np.delete(rows, [3, 60], axis=0))
     expected[:4, 4:] = expected[4:, :4] = 0
     assert_near(updated.fisher(), expected)
+
+
+def test_scores_of_a_lambda_for_each_block_are_not_gone_on_with_by_one_for_all(modules, tmp_path):
+    """The two are equal as numbers."""
+    found = fit_fisher(modules, blocks="module")
+    value = found.damping_value()
+    influence_scores(modules, modules, out=tmp_path / "scores.zarr")
+    influence_scores(modules, modules, out=tmp_path / "scores.zarr")
+    with pytest.raises(StoreExistsError, match="another one"):
+        influence_scores(modules, modules, damping=float(value), damping_mode="absolute", out=tmp_path / "scores.zarr")
 
 
 def test_the_command(train, capsys):

@@ -14,9 +14,9 @@ from test_memory_measured import write
 
 import ooc_influence as ooc
 from ooc_influence import GradientStore, fit_fisher
+from ooc_influence.curvature.spectral import self_bytes, working_bytes
 from ooc_influence.errors import InputError
 from ooc_influence.planning import Rates
-from ooc_influence.planning.stages import self_bytes, working_bytes
 from ooc_influence.store import tree_bytes
 
 GIVEN = {"gflops": 100.0, "read_rate": 1e9}

@@ -141,6 +141,16 @@ class Disk:
         return found
 
 
+def chooser(model, number):
+    """Return which of what was not synced is there after a crash: nothing, the names in folders, or some of it."""
+    generator = random.Random(number)
+    return {
+        "lost": lambda place: False,
+        "names": lambda place: isinstance(place, Folder),
+        "some": lambda place: generator.random() < 0.5,
+    }[model]
+
+
 def lay_out(left, out):
     """Write what a crash left to a folder."""
     for path, data in left.items():  # a folder comes before what is in it
@@ -214,13 +224,7 @@ def replay(events, folder, model, expected=None):
             held.apply(*event)
         if event[0] not in matters or (model == "some" and number % 3):
             continue
-        generator = random.Random(number)
-        choose = {
-            "lost": lambda place: False,
-            "names": lambda place: isinstance(place, Folder),
-            "some": lambda place, generator=generator: generator.random() < 0.5,
-        }[model]
-        left = held.survive(choose)
+        left = held.survive(chooser(model, number))
         crash = hash((promised, frozenset(left.items())))
         if crash in seen:
             continue

@@ -16,7 +16,7 @@ import pytest
 import zarr
 from conftest import random_rows, write_store
 from numpy.testing import assert_array_equal
-from test_replay import Disk, Folder, Recorder, lay_out, losing
+from test_replay import Disk, Recorder, chooser, lay_out, losing
 
 from ooc_influence import fit_fisher, influence_scores, module_influence
 from ooc_influence.errors import MismatchError
@@ -80,14 +80,8 @@ def replay(events, folder, expected, model, stores=None):
             held.apply(*event)
         if event[0] not in ("fsync", "rename", "returned"):
             continue
-        generator = random.Random(number)
-        choose = {
-            "lost": lambda place: False,
-            "names": lambda place: isinstance(place, Folder),
-            "some": lambda place, generator=generator: generator.random() < 0.5,
-        }[model]
         out = folder / f"{model}-{number}"
-        lay_out(held.survive(choose), out)
+        lay_out(held.survive(chooser(model, number)), out)
         check(out / "s", expected, promised)
         crashes += 1
         if stores is not None and crashes % 25 == 0:

@@ -167,6 +167,10 @@ class Curvature(ABC):
         """Return d(λ) = Σ e/(e + λ), the number of directions the damping leaves, at λ = ``value``."""
         return dimension(self.eigenvalues, value)
 
+    def lambdas(self, value: float) -> tuple[float, ...]:
+        """Return all that a λ of :meth:`damping_value` holds: one number, or one for each block of F."""
+        return (float(value),)
+
     @abstractmethod
     def precondition(self, gradients: npt.NDArray[Any], values: Sequence[float]) -> Matrix:
         """Return (F + λI)⁻¹ g for each row and each λ of ``values``, (L, q, d) float64.
@@ -254,6 +258,12 @@ class Curvature(ABC):
             f"<Curvature{kind} {str(self.path)!r} d={self.d} rows={self.rows}{weights} trace={self.trace:.4g} "
             f"d(λ={facts['default_damping']:.3g})={facts['effective_dimension']:.1f}{extra}>"
         )
+
+
+def share_outside(inside: Matrix, gradients: Matrix) -> Matrix:
+    """Return 1 − ``inside``/‖g‖² for rows whose squared norm within a span is ``inside``, (q,); 0 for a zero row."""
+    total = np.square(gradients).sum(1)
+    return np.where(total > 0, np.clip(1 - inside / np.where(total > 0, total, 1), 0, 1), 0.0)
 
 
 def dimension(eigenvalues: Matrix, value: float) -> float:

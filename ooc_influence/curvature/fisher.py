@@ -155,13 +155,10 @@ def fit_fisher(
         If a committed chunk is missing or short.
     """
     train = store if isinstance(store, GradientStore) else GradientStore.open(store)
-    target = parse_path(out) if out is not None else curvature_path(train, name)
     _warn_if_unfinished(train)
     slots = check_workers(workers)
     ranges = _parse_blocks(train, blocks)
-    check_replaceable(target)
-    if not train.n:
-        raise InputError(f"expected a store with committed rows; received {train.path} with none: extract first")
+    target = fit_target(train, name, out)
     chosen = choose_rows(train, rows, sample, seed, weights, force_weights=force_weights)
     found = None if refit else fitted(target, train)
     change = None if found is None else what_changed(found, chosen, "module" if blocks else "whole")
@@ -317,6 +314,23 @@ def _warn_if_unfinished(train: GradientStore) -> None:
             OocInfluenceWarning,
             stacklevel=3,
         )
+
+
+def fit_target(train: GradientStore, name: str, out: PathLike | None) -> StorePath:
+    """Return where a store's curvature is to be saved.
+
+    Raises
+    ------
+    StoreExistsError
+        If something else than a curvature is there.
+    InputError
+        If the store has no rows.
+    """
+    target = parse_path(out) if out is not None else curvature_path(train, name)
+    check_replaceable(target)
+    if not train.n:
+        raise InputError(f"expected a store with committed rows; received {train.path} with none: extract first")
+    return target
 
 
 def fitted(target: StorePath, train: GradientStore) -> Curvature | None:

@@ -16,17 +16,17 @@ import numpy as np
 import numpy.typing as npt
 
 from ooc_influence.curvature.changes import RowRecord
-from ooc_influence.curvature.curvature import Curvature, Matrix
+from ooc_influence.curvature.curvature import Curvature, Matrix, share_outside
 from ooc_influence.curvature.damping import spectrum_floor
-from ooc_influence.curvature.fisher import fit_attributes, fitted, reopen, what_changed
+from ooc_influence.curvature.fisher import fit_attributes, fit_target, fitted, reopen, what_changed
 from ooc_influence.curvature.rows import ChosenRows, choose_rows
-from ooc_influence.curvature.saved import check_replaceable, curvature_path, write_curvature, write_long
+from ooc_influence.curvature.saved import write_curvature, write_long
 from ooc_influence.curvature.unfinished import write_slabs
 from ooc_influence.errors import InputError, NonFiniteError
 from ooc_influence.linalg import Weighting, symmetric_eigen
 from ooc_influence.memory import Need, block_limit, plan_block_rows
 from ooc_influence.progress import Progress
-from ooc_influence.store import GradientStore, PathLike, parse_path
+from ooc_influence.store import GradientStore, PathLike
 
 logger = logging.getLogger("ooc_influence")
 _FLOOR = 1e-10  # of the largest eigenvalue: below it K's are rounding
@@ -86,10 +86,9 @@ class GramCurvature(Curvature, kinds=("gram",)):
     def outside_share(self, gradients: npt.NDArray[Any]) -> Matrix:
         """See :meth:`Curvature.outside_share`."""
         whole = np.asarray(gradients, np.float64)
-        total = np.square(whole).sum(1)
         span = self.eigenvalues > spectrum_floor(self.eigenvalues, len(self.eigenvalues))
         inside = np.square(whole @ self.eigenvectors[:, span]).sum(1)
-        return np.where(total > 0, np.clip(1 - inside / np.where(total > 0, total, 1), 0, 1), 0.0)
+        return share_outside(inside, whole)
 
 
 def choose_side(rows: int, k: int) -> str:
@@ -144,10 +143,7 @@ def fit_gram(
         As for :func:`fit_fisher`.
     """
     train = store if isinstance(store, GradientStore) else GradientStore.open(store)
-    target = parse_path(out) if out is not None else curvature_path(train, name)
-    check_replaceable(target)
-    if not train.n:
-        raise InputError(f"expected a store with committed rows; received {train.path} with none: extract first")
+    target = fit_target(train, name, out)
     chosen = choose_rows(train, rows, sample, seed, weights, force_weights=force_weights)
     found = None if refit else fitted(target, train)
     change = None if found is None else what_changed(found, chosen, "gram")

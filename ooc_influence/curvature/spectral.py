@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ooc_influence.curvature.curvature import Curvature, Matrix, dimension
+from ooc_influence.curvature.curvature import Curvature, Matrix, dimension, share_outside
 from ooc_influence.curvature.damping import DampingMode, damping_value, spectrum_floor
 from ooc_influence.curvature.sums import Sums, sum_name
 from ooc_influence.linalg import TriangleTiles, symmetric_eigen
@@ -131,16 +131,17 @@ class SpectralCurvature(Curvature, kinds=("whole", "module")):
 
     def effective_dimension(self, value: float) -> float:
         """Return d(λ) = Σ e/(e + λ), over all blocks."""
-        lambdas = self._lambdas(value)
+        lambdas = self.lambdas(value)
         return sum(dimension(self.eigenvalues[a:b], own) for (a, b), own in zip(self.blocks, lambdas, strict=True))
 
-    def _lambdas(self, value: float) -> tuple[float, ...]:
+    def lambdas(self, value: float) -> tuple[float, ...]:
+        """See :meth:`Curvature.lambdas`."""
         return value.blocks if isinstance(value, BlockDamping) else (float(value),) * len(self.blocks)
 
     def _damped(self, values: Sequence[float], number: int) -> Matrix:
         """Return e + λ of a block for each λ, (L, k_b)."""
         first, last = self.blocks[number]
-        own = np.array([self._lambdas(value)[number] for value in values])
+        own = np.array([self.lambdas(value)[number] for value in values])
         return np.asarray(self.eigenvalues[first:last] + own[:, None])
 
     def precondition(self, gradients: npt.NDArray[Any], values: Sequence[float]) -> Matrix:
@@ -157,12 +158,12 @@ class SpectralCurvature(Curvature, kinds=("whole", "module")):
 
     def working_bytes(self, queries: int, values: int) -> int:
         """See :meth:`Curvature.working_bytes`."""
-        return 8 * sum((b - a) ** 2 for a, b in self.blocks) + 8 * self.d * queries * (3 + values)
+        return working_bytes(self.d, queries, values, squares=self._squares)
 
     def self_influence(self, gradients: npt.NDArray[np.float32], values: Sequence[float]) -> npt.NDArray[np.float32]:
         """See :meth:`Curvature.self_influence`: one GEMM for all λ."""
         result = np.zeros((len(values), len(gradients)), np.float32)
-        step = self._self_rows
+        step = self_rows(self.d)
         for number, (first, last) in enumerate(self.blocks):
             weights = (1 / self._damped(values, number).T).astype(np.float32)
             turned = np.empty((min(step, len(gradients)), last - first), np.float32)
@@ -174,23 +175,37 @@ class SpectralCurvature(Curvature, kinds=("whole", "module")):
         return result
 
     @property
-    def _self_rows(self) -> int:
-        return max(64, _SELF_BYTES // (4 * max(1, self.d)))
+    def _squares(self) -> int:
+        return sum((last - first) ** 2 for first, last in self.blocks)
 
     def self_working_bytes(self, values: int) -> int:
         """See :meth:`Curvature.self_working_bytes`."""
-        squares = sum((b - a) ** 2 for a, b in self.blocks)
-        return 4 * squares + 4 * (self._self_rows + values) * self.d + _SLAB_BYTES
+        return self_bytes(self.d, values, squares=self._squares)
 
     def outside_share(self, gradients: npt.NDArray[Any]) -> Matrix:
         """See :meth:`Curvature.outside_share`."""
         whole = np.asarray(gradients, np.float64)
-        total, inside = np.square(whole).sum(1), np.zeros(len(whole))
+        inside = np.zeros(len(whole))
         for number, (first, last) in enumerate(self.blocks):
             spectrum = self.eigenvalues[first:last]
             span = spectrum > spectrum_floor(spectrum, last - first)
             inside += np.square(whole[:, first:last] @ self._block_vectors(number)[:, span]).sum(1)
-        return np.where(total > 0, np.clip(1 - inside / np.where(total > 0, total, 1), 0, 1), 0.0)
+        return share_outside(inside, whole)
+
+
+def working_bytes(d: int, queries: int, values: int, *, squares: int | None = None) -> int:
+    """Return what preconditioning by a spectrum of ``d`` columns holds; ``squares`` is Σ d_b², default d²."""
+    return 8 * (d * d if squares is None else squares) + 8 * d * queries * (3 + values)
+
+
+def self_bytes(d: int, values: int, *, squares: int | None = None) -> int:
+    """Return what self-influence by a spectrum of ``d`` columns holds, as :func:`working_bytes` does."""
+    return 4 * (d * d if squares is None else squares) + 4 * (self_rows(d) + values) * d + _SLAB_BYTES
+
+
+def self_rows(d: int) -> int:
+    """Return the rotated rows that self-influence holds at a time."""
+    return max(64, _SELF_BYTES // (4 * max(1, d)))
 
 
 def vectors_name(kind: str, number: int) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,8 @@ def open_documents(data: str | os.PathLike[str] | Any, split: str | None = None)
     if kind is None:
         raise InputError(f"expected documents as {', '.join(_BUILDERS)} or a datasets folder; received {path}")
     options: dict[str, Any] = {"delimiter": "\t"} if ".tsv" in suffixes else {}
-    with _quiet(library):
+    shown = library.utils.logging.is_progress_bar_enabled()
+    with without_bars(shown, library.disable_progress_bars, library.enable_progress_bars):
         try:
             found = library.load_dataset(kind, data_files=str(path), split="train", **options)
         except Exception as error:  # of pyarrow, pandas or json, whatever is wrong with the file
@@ -97,14 +98,14 @@ def _check_some(documents: Any, where: object) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet(library: Any) -> Iterator[None]:
-    shown = not library.utils.logging.is_progress_bar_enabled() if hasattr(library.utils, "logging") else False
-    library.disable_progress_bars()
+def without_bars(shown: bool, hide: Callable[[], None], show: Callable[[], None]) -> Iterator[None]:
+    """Hide a library's progress bars meanwhile, where they are shown."""
+    hide()
     try:
         yield
     finally:
-        if not shown:
-            library.enable_progress_bars()
+        if shown:
+            show()
 
 
 def check_fields(documents: Any, fields: Sequence[str | None]) -> None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 
 from ooc_influence.errors import InputError
-from ooc_influence.hf.documents import need
+from ooc_influence.hf.documents import need, without_bars
 
 Task = Literal["causal-lm", "classification"]
 _CLASSES = {"causal-lm": "AutoModelForCausalLM", "classification": "AutoModelForSequenceClassification"}
@@ -96,7 +94,8 @@ def load(
             options["quantization_config"] = transformers.BitsAndBytesConfig(load_in_8bit=True)
         if device == "auto":
             options["device_map"] = "auto"
-        with _quiet(transformers.utils.logging):
+        bars = transformers.utils.logging
+        with without_bars(bars.is_progress_bar_enabled(), bars.disable_progress_bar, bars.enable_progress_bar):
             model = kind.from_pretrained(base, config=config, **common, **options)
         words = transformers.AutoTokenizer.from_pretrained(tokenizer or base, **common)
     except (OSError, ValueError, ImportError, KeyError) as error:
@@ -106,18 +105,6 @@ def load(
     if device not in (None, "auto") and dtype != "8bit":
         model = model.to(device)
     return Loaded(model.eval(), words, chosen)
-
-
-@contextlib.contextmanager
-def _quiet(logging: Any) -> Iterator[None]:
-    """Hide the bar that counts a model's tensors."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _base_of(name: str | Path) -> tuple[str, str | None]:

@@ -77,8 +77,10 @@ class Checkpoint:
     def identity(self) -> list[Any]:
         """What the scores depend on, as JSON values: the rows of both stores, the fit, λ."""
         stores = [store for store in (self.query, self.train) if store is not None]
-        fit = None if self.curvature is None else self.curvature.__dask_tokenize__()
-        return [[[store.identity, store.rows_digest()] for store in stores], fit, list(self.values)]
+        rows = [[store.identity, store.rows_digest()] for store in stores]
+        if self.curvature is None:
+            return [rows, None, list(self.values)]
+        return [rows, self.curvature.__dask_tokenize__(), [list(self.curvature.lambdas(own)) for own in self.values]]
 
 
 def open_checkpoints(

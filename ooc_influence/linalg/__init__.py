@@ -5,11 +5,11 @@ from ooc_influence.linalg.eigen import symmetric_eigen
 from ooc_influence.linalg.engines import choose_engine
 from ooc_influence.linalg.rows import Rows, WeightedRows
 from ooc_influence.linalg.spectrum import Spectrum, Way, spectrum_ways, top_spectrum
-from ooc_influence.linalg.triangle import Tile, TriangleTiles, list_tiles, upper_tile
+from ooc_influence.linalg.triangle import TriangleTiles
 from ooc_influence.linalg.weights import ONE_LABEL, Weighting, clipped_rows, parse_weighting, row_weights
 
 __all__ = [
-    "ONE_LABEL", "GramAccumulator", "Rows", "Spectrum", "Tile", "TriangleTiles", "Way", "WeightedRows", "Weighting",
-    "choose_engine", "clipped_rows", "list_tiles", "parse_weighting", "row_weights", "spectrum_ways",
-    "symmetric_eigen", "top_spectrum", "upper_tile",
+    "ONE_LABEL", "GramAccumulator", "Rows", "Spectrum", "TriangleTiles", "Way", "WeightedRows", "Weighting",
+    "choose_engine", "clipped_rows", "parse_weighting", "row_weights", "spectrum_ways",
+    "symmetric_eigen", "top_spectrum",
 ]  # fmt: skip

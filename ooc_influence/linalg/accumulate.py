@@ -31,58 +31,6 @@ class GramAccumulator:
         What multiplies; default the fastest at hand.
     threads : int
         Threads to fold with.
-    """
-
-    def __init__(self, k: int, engine: Engine | None = None, threads: int = 1) -> None:
-        self._sum = ProductSum(k, k, True, engine, threads)
-
-    @staticmethod
-    def nbytes(k: int) -> int:
-        """Return the bytes an accumulator of ``k`` columns holds."""
-        return 12 * k * k
-
-    @property
-    def folded(self) -> int:
-        """Rows in the float64 sum."""
-        return self._sum.folded
-
-    def add(self, block: Floats, sign: float = 1.0) -> None:
-        """Add XᵀX of a float32 block (m, k), or a range of a wider one's columns; ``sign`` -1 takes it away."""
-        self._sum.add(block, block, sign)
-
-    def restore(self, triangle: Matrix, rows: int) -> None:
-        """Go on from a sum over ``rows`` rows that :meth:`triangle` returned, which is taken over."""
-        self._sum.restore(triangle, rows)
-
-    def triangle(self) -> Matrix:
-        """Return the sum, (k, k) float64, its upper triangle; below it, nothing that counts. It goes on living."""
-        return self._sum.total()
-
-    def peek(self) -> Matrix | None:
-        """Return :meth:`triangle` as of the last fold; None in the middle of one."""
-        return self._sum.peek()
-
-    def total(self) -> Matrix:
-        """Return the whole symmetric sum, (k, k) float64; the accumulator is used up."""
-        found = self._sum.total()
-        self._sum.release()
-        mirror(found)
-        return found
-
-
-class ProductSum:
-    """The sum Σ XᵀY over blocks X (m, a) and Y (m, b), in float64.
-
-    Parameters
-    ----------
-    a, b : int
-        Columns.
-    square : bool
-        X and Y are the same: only the upper triangle is summed.
-    engine : Engine, optional
-        What multiplies; default the fastest at hand.
-    threads : int
-        Threads to fold with.
 
     Attributes
     ----------
@@ -90,36 +38,29 @@ class ProductSum:
         Rows in the float64 sum.
     """
 
-    def __init__(self, a: int, b: int, square: bool, engine: Engine | None = None, threads: int = 1) -> None:
-        self._square, self._threads = square, threads
-        self._engine = choose_engine(max(a, b)) if engine is None else engine
-        self._single = np.zeros((a, b), np.float32)
-        self._double = np.zeros((a, b), np.float64)
+    def __init__(self, k: int, engine: Engine | None = None, threads: int = 1) -> None:
+        self._threads = threads
+        self._engine = choose_engine(k) if engine is None else engine
+        self._single = np.zeros((k, k), np.float32)
+        self._double = np.zeros((k, k), np.float64)
         self._pending = self.folded = 0
         self._whole = True  # the float64 sum is not being changed
 
     @staticmethod
-    def nbytes(a: int, b: int) -> int:
-        """Return the bytes it holds."""
-        return 12 * a * b
+    def nbytes(k: int) -> int:
+        """Return the bytes an accumulator of ``k`` columns holds."""
+        return 12 * k * k
 
-    def restore(self, total: Matrix, rows: int) -> None:
-        """Go on from a sum over ``rows`` rows, which is taken over."""
-        self._double, self.folded = total, rows
-
-    def add(self, left: Floats, right: Floats, sign: float = 1.0) -> None:
-        """Add leftᵀ right of float32 blocks (m, a) and (m, b); ``sign`` -1 takes it away."""
-        if self._square:
-            self._engine.add_square(self._single, left, sign)
-        else:
-            self._engine.add_product(self._single, left, right, sign)
-        self._pending += len(left)
+    def add(self, block: Floats, sign: float = 1.0) -> None:
+        """Add XᵀX of a float32 block (m, k), or a range of a wider one's columns; ``sign`` -1 takes it away."""
+        self._engine.add_square(self._single, block, sign)
+        self._pending += len(block)
         if self._pending >= FOLD_ROWS:
             self._fold()
 
     def _fold(self) -> None:
         def fold(start: int) -> None:
-            rows, columns = slice(start, start + _FOLD_TILE), slice(start if self._square else 0, None)
+            rows, columns = slice(start, start + _FOLD_TILE), slice(start, None)
             self._double[rows, columns] += self._single[rows, columns]
             self._single[rows, columns] = 0
 
@@ -129,19 +70,26 @@ class ProductSum:
         self._pending = 0
         self._whole = True
 
-    def total(self) -> Matrix:
-        """Return the sum, (a, b) float64; of a square, its upper triangle."""
+    def restore(self, triangle: Matrix, rows: int) -> None:
+        """Go on from a sum over ``rows`` rows that :meth:`triangle` returned, which is taken over."""
+        self._double, self.folded = triangle, rows
+
+    def triangle(self) -> Matrix:
+        """Return the sum, (k, k) float64, its upper triangle; below it, nothing that counts. It goes on living."""
         if self._pending:
             self._fold()
         return self._double
 
     def peek(self) -> Matrix | None:
-        """Return the sum as of the last fold; None in the middle of one."""
+        """Return :meth:`triangle` as of the last fold; None in the middle of one."""
         return self._double if self._whole else None
 
-    def release(self) -> None:
-        """Give the float32 sum's memory back."""
+    def total(self) -> Matrix:
+        """Return the whole symmetric sum, (k, k) float64; the accumulator is used up."""
+        found = self.triangle()
         self._single = np.empty((0, 0), np.float32)
+        mirror(found)
+        return found
 
 
 def _each(function: Callable[[int], None], places: range, threads: int) -> None:

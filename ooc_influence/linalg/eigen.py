@@ -9,11 +9,6 @@ import scipy.linalg
 Matrix = npt.NDArray[np.float64]
 
 
-def eigen_bytes(d: int) -> int:
-    """Return the peak bytes of :func:`symmetric_eigen`: the matrix and LAPACK's workspace of twice its size."""
-    return 3 * 8 * d * d
-
-
 def symmetric_eigen(matrix: Matrix) -> tuple[Matrix, Matrix]:
     """Return eigenvalues (d,), largest first, and eigenvectors (d, d) as columns; ``matrix`` is overwritten.
 

@@ -12,6 +12,7 @@ import logging
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from typing import Any, Protocol
 
 import numpy as np
@@ -56,7 +57,7 @@ class ScipyEngine:
     add_product = staticmethod(blas.add_product)
 
 
-class _Tiled:
+class _Tiled(ABC):
     """A general product makes a triangle tile by tile."""
 
     def add_square(self, total: Floats, block: Floats, sign: float = 1.0) -> None:
@@ -65,9 +66,9 @@ class _Tiled:
             columns = slice(start, start + _TILE)
             self.add_product(total[columns, start:], block[:, columns], block[:, start:], sign)
 
+    @abstractmethod
     def add_product(self, total: Floats, left: Floats, right: Floats, sign: float = 1.0) -> None:
         """See :class:`Engine`."""
-        raise NotImplementedError
 
 
 class NumpyEngine(_Tiled):

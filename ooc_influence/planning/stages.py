@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ooc_influence.curvature.fisher import fisher_need
+from ooc_influence.curvature.spectral import self_bytes, working_bytes
 from ooc_influence.errors import MemoryBudgetError
 from ooc_influence.influence.scoring import LEFT_ROWS
 from ooc_influence.influence.self_influence import self_need
@@ -171,17 +172,6 @@ def gram(shapes: Shapes, rates: Rates) -> Stage:
     read = shapes.store_bytes(n, d) * (blocks + 1) // 2
     seconds = _pass(shapes, rates, read, sums / rates.gemm) + factoring / rates.eigen
     return Stage("Gram side", 16 * n * n, peak, read, sums + factoring, seconds, refusal, "instead of fisher")
-
-
-def working_bytes(d: int, queries: int, values: int) -> int:
-    """Return what preconditioning holds: :meth:`Curvature.working_bytes` of a whole F."""
-    return 8 * d * d + 8 * d * queries * (3 + values)
-
-
-def self_bytes(d: int, values: int) -> int:
-    """Return what self-influence holds: :meth:`Curvature.self_working_bytes` of a whole F."""
-    rows = max(64, 32 * 2**20 // (4 * d))
-    return 4 * d * d + 4 * (rows + values) * d + 32 * 2**20
 
 
 def scores(shapes: Shapes, rates: Rates) -> Stage:

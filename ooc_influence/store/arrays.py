@@ -26,7 +26,6 @@ _CODECS: dict[str, Callable[[int], Any]] = {  # by name, given the bytes of a nu
     "lz4": lambda size: BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle", typesize=size),
     "gzip": lambda size: GzipCodec(level=5),
 }
-CODECS = tuple(_CODECS)
 
 
 def parse_codec(name: str | None) -> str | None:

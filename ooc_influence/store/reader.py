@@ -117,7 +117,8 @@ class ChunkStream:
         columns: Columns | None = None,
     ) -> None:
         self._store, self._start, self._stop, self._numbers = store, start, stop, numbers
-        self._columns = [(0, store.k)] if columns is None or store.layout.dtype == "int4" else columns
+        whole = columns is None or store.layout.encoding.quantised  # whose columns share scales, and bytes
+        self._columns = [(0, store.layout.encoding.columns)] if columns is None or whole else columns
         self._mapped = is_local(store.path) and store.layout.codec is None
         self._ahead = self._mapped and numbers is None and 2 * sum(b - a for a, b in self._columns) >= store.k
         self._thread = ThreadPoolExecutor(1, "ooc_influence-reader")
@@ -178,8 +179,7 @@ class ChunkStream:
     def _touch(self, raw: RawRows) -> None:
         """Look at every page of the columns wanted."""
         for first, last in self._columns:
-            columns = slice(first, last) if self._store.layout.dtype != "int4" else slice(None)
-            raw[:, columns].view(np.uint8)[:, ::_PAGE].max()
+            raw[:, first:last].view(np.uint8)[:, ::_PAGE].max()
 
     def _read_group(self, group: int) -> None:
         """Hold the scales, dropped marks and losses of a group, which are in one file each."""

@@ -6,6 +6,7 @@ x̂ is the normalised input, computed again from the input. The entry matrix is 
 from __future__ import annotations
 
 import copy
+from abc import abstractmethod
 from typing import Any
 
 import numpy as np
@@ -35,9 +36,9 @@ class NormEntries(Entries):
         return LayerShape(name, cls.kind, (weight.numel(), 1 + (bias is not None)), bias is not None)
 
     @classmethod
+    @abstractmethod
     def normalised(cls, module: Any, x: Tensor, rows: Tensor) -> Tensor:
         """Return features ``rows`` of x̂, (b, t, m), float32 or wider."""
-        raise NotImplementedError
 
     @classmethod
     def features(cls, layer: LayerShape, value: Tensor) -> Tensor:
