@@ -129,10 +129,10 @@ def read_converted(store: ooc.GradientStore) -> None:
 def map_converted(store: ooc.GradientStore) -> None:
     """Do the same with plain maps and a tiled conversion into one buffer, with the scales: the limit."""
     scales, rows = store.small("row_scale"), store.layout.chunk_rows
-    out = np.empty((4096, K), np.float32)
-    tile = 2**19 // (4 * K)
+    out = np.empty((4096, store.k), np.float32)
+    tile = 2**19 // (4 * store.k)
     for number, file in enumerate(chunk_files(store.path)):
-        data = map_file(file).view(np.float16).reshape(rows, K)
+        data = map_file(file).view(np.float16).reshape(rows, store.k)
         count = min(rows, store.n - number * rows)
         base = number * rows % 4096
         for start in range(0, count, tile):
