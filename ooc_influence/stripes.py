@@ -9,10 +9,11 @@ what it started.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -38,6 +39,27 @@ def cores() -> int:
 def blas_threads(tasks: int) -> Any:
     """Return a context in which ``tasks`` concurrent BLAS calls share the cores: one thread pool at a time."""
     return threadpool_limits(max(1, cores() // max(1, tasks)), user_api="blas")
+
+
+_task_threads = 1  # of each task running in this process
+
+
+def task_threads() -> int:
+    """Return how many threads of its own a task may use that was run with ``own_threads``."""
+    return _task_threads
+
+
+@contextlib.contextmanager
+def _sharing(tasks: int, own_threads: bool) -> Iterator[None]:
+    """Let ``tasks`` tasks share the cores: through the BLAS's threads, or their own with a BLAS of one thread."""
+    global _task_threads
+    before, threads = _task_threads, max(1, cores() // max(1, tasks))
+    _task_threads = threads if own_threads else 1
+    try:
+        with threadpool_limits(1 if own_threads else threads, user_api="blas"):
+            yield
+    finally:
+        _task_threads = before
 
 
 @dataclass(frozen=True)
@@ -83,9 +105,9 @@ def _slots_on_a_host(client: Any) -> int:
     return max(slots.values(), default=1)
 
 
-def _on_worker(function: Callable[..., Any], tasks: int, *args: Any) -> Any:
+def _on_worker(function: Callable[..., Any], tasks: int, own_threads: bool, *args: Any) -> Any:
     """Run a task on a Dask worker, whose BLAS may have been told to use one thread whatever the host has."""
-    with blas_threads(tasks):
+    with _sharing(tasks, own_threads):
         return function(*args)
 
 
@@ -170,6 +192,7 @@ def run_stripes(
     slots: int,
     reduce: Callable[[Any, Any], Any] | None = None,
     each: Callable[[Stripe, Any], None] | None = None,
+    own_threads: bool = False,
 ) -> Any:
     """Run ``function(stripe, progress_key, *args)`` for every stripe.
 
@@ -183,6 +206,8 @@ def run_stripes(
         Adds two results without changing them; the sum is returned.
     each : callable, optional
         Is given every stripe with its result, here and one at a time, as they come; nothing is returned.
+    own_threads : bool
+        The function uses :func:`task_threads` threads itself; the BLAS then has one.
 
     Returns
     -------
@@ -200,11 +225,11 @@ def run_stripes(
         task = delayed(function if each is None else _handing(function, each), pure=False, traverse=False)
         parts = [task(stripe, progress.key, *args) for stripe in stripes]
         tasks = [tree_sum(parts, reduce)] if reduce is not None else parts
-        results = _compute(tasks, progress, slots)
+        results = _compute(tasks, progress, slots, own_threads)
     else:
         task, host = delayed(_on_worker, pure=False, traverse=False), _slots_on_a_host(client)
         args = tuple(_place(client, arg) for arg in args)
-        parts = [task(function, host, stripe, progress.key, *args) for stripe in stripes]
+        parts = [task(function, host, own_threads, stripe, progress.key, *args) for stripe in stripes]
         tasks = [tree_sum(parts, reduce)] if reduce is not None else parts
         results = _compute_on_cluster(client, tasks, progress, each and (each, stripes))
     return results[0] if reduce is not None else list(results)
@@ -222,11 +247,11 @@ def _handing(function: Callable[..., Any], each: Callable[[Stripe, Any], None]) 
     return call
 
 
-def _compute(tasks: list[Any], progress: Progress, slots: int) -> Any:
+def _compute(tasks: list[Any], progress: Progress, slots: int, own_threads: bool) -> Any:
     if slots == 1:
-        with blas_threads(1):
+        with _sharing(1, own_threads):
             return compute(*tasks, scheduler="synchronous", optimize_graph=False)
-    with blas_threads(slots), ThreadPoolExecutor(slots) as pool:  # leaving it waits for tasks that are running
+    with _sharing(slots, own_threads), ThreadPoolExecutor(slots) as pool:  # leaving it waits for tasks that are running
         try:
             return compute(*tasks, scheduler="threads", pool=pool, num_workers=slots, optimize_graph=False)
         except BaseException:

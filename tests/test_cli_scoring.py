@@ -40,7 +40,7 @@ def test_options_of_scores(run, stores, tmp_path):  # noqa: F811
         assert len(facts["outside_share"]) == facts["queries"]
         query, train = (options.pop(name, path) for name, path in zip(("query", "train"), PAIR, strict=True))
         expected = influence_scores(query, train, **options).compute()
-        assert_allclose(zarr.open_array(f"s{number}.zarr")[...], expected, atol=1e-6 * np.nanmax(np.abs(expected)))
+        assert_allclose(zarr.open_array(f"s{number}.zarr")[...], expected, atol=1e-5 * np.nanmax(np.abs(expected)))
     code, out, _ = run("score test.zarr train.zarr --out s0.zarr --damping 0.1 --damping 2")
     assert (code, out) == (0, "s0.zarr: 2 dampings x 10 queries x 50 rows\n")
 

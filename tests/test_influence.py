@@ -34,6 +34,7 @@ from ooc_influence.errors import (
     StoreExistsError,
 )
 from ooc_influence.influence.best import BestList, merge
+from ooc_influence.influence.engine import HostEngine
 from ooc_influence.influence.scoring import Scoring
 from ooc_influence.influence.tiles import Costs
 from ooc_influence.memory import WORKING
@@ -263,7 +264,7 @@ def test_best_list_is_a_stable_sort(values, top, cuts, split):
         best = BestList(1, top, high - low)
         edges = sorted({low, high, *(cut for cut in cuts if low < cut < high)})
         for first, last in pairwise(edges):
-            best.add(scores[:, first:last], first)
+            best.add(scores[:, first:last], first, HostEngine())
         halves.append(best)
     found = merge(halves[1].best(), halves[0].best())[1]
     live = [number for number, value in enumerate(values) if not np.isnan(value)]
@@ -281,7 +282,7 @@ def test_best_lists_of_many_scores(order):
     scores = {"descending": scores[:, ::-1], "level": np.round(scores)}.get(order, scores)
     best = BestList(40, 70, 3000)
     for first in range(0, 3000, 700):
-        best.add(np.ascontiguousarray(scores[:, first : first + 700]), first)
+        best.add(np.ascontiguousarray(scores[:, first : first + 700]), first, HostEngine())
     expected = np.argsort(-scores, axis=1, kind="stable")[:, :70]
     assert_array_equal(best.best()[1], expected)
     assert_array_equal(best.best()[0], np.take_along_axis(scores, expected, 1))

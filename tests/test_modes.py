@@ -27,6 +27,7 @@ from ooc_influence import (
 from ooc_influence.errors import InputError, MemoryBudgetError, MismatchError, SingularFisherError, StoreExistsError
 from ooc_influence.store import GaussianReduction, LayerShape, Mask, ModuleMask
 
+pytestmark = pytest.mark.filterwarnings("ignore:the effective dimension")  # of so few rows
 K, N, Q = 40, 500, 7
 DAMPINGS = [0.03, 0.1, 2.0]
 

@@ -189,6 +189,9 @@ class SpectralCurvature(Curvature, kinds=("whole", "module")):
         for number, (first, last) in enumerate(self.blocks):
             spectrum = self.eigenvalues[first:last]
             span = spectrum > spectrum_floor(spectrum, last - first)
+            if span.all():  # then nothing is outside
+                inside += np.square(whole[:, first:last]).sum(1)
+                continue
             inside += np.square(whole[:, first:last] @ self._block_vectors(number)[:, span]).sum(1)
         return share_outside(inside, whole)
 

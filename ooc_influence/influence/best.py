@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ooc_influence.influence.engine import Engine, Floats, Found, HostEngine
+from ooc_influence.influence.engine import Engine, Floats, Found
 
 NO_ROW = np.iinfo(np.int64).max
 _CANDIDATES = 2**16  # scores taken from a tile at a time
@@ -47,13 +47,12 @@ class BestList:
         self._counts = np.zeros(queries, np.int64)
         self._limits = np.full(queries, -np.inf, np.float32)
 
-    def add(self, tile: Any, first_row: int, engine: Engine | None = None) -> None:
-        """Take in scores (q, rows) of train rows from ``first_row`` on, which come in order; NaN never enters."""
-        engine = engine or HostEngine()
+    def add(self, tile: Any, first_row: int, engine: Engine, sign: int = 1) -> None:
+        """Take in ``sign`` · scores (q, rows) of train rows from ``first_row`` on, in order; NaN never enters."""
         waiting = [(0, tile.shape[1])]
         while waiting:
             low, high = waiting.pop()
-            found = engine.above(tile[:, low:high], self._limits, max(_CANDIDATES, len(self._counts)))
+            found = engine.above(tile[:, low:high], self._limits, max(_CANDIDATES, len(self._counts)), sign)
             if found is None or not self._append(found, first_row + low):
                 middle = (low + high) // 2  # the first half raises the limits for the second
                 waiting += [(middle, high), (low, middle)]

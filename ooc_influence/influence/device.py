@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -53,11 +53,15 @@ class DeviceEngine(Engine):
         self._device = torch.device(device)
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._factors: dict[tuple[str, tuple[float, ...]], list[Tensor]] = {}
+        self._mode = torch.inference_mode()
 
-    @property
-    def context(self) -> Any:
+    def __enter__(self) -> Self:
+        self._mode.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
         """See :class:`Engine`."""
-        return torch.inference_mode()
+        self._mode.__exit__(None, None, None)
 
     def blocks(self, store: GradientStore, start: int, stop: int, block_rows: int) -> Iterator[Rows]:
         """See :class:`Engine`."""
@@ -168,14 +172,16 @@ class DeviceEngine(Engine):
         inverse += inverse.T.copy()
         return self.array(np.linalg.cholesky(inverse / 2).astype(np.float32))
 
-    def above(self, tile: Tensor, limits: Floats, most: int) -> Found | None:
+    def above(self, tile: Tensor, limits: Floats, most: int, sign: int) -> Found | None:
         """See :class:`Engine`."""
-        exceeding = tile > self.array(limits)[:, None]
+        limit = self.array(limits)[:, None]
+        exceeding = tile > limit if sign > 0 else tile < -limit
         if int(exceeding.count_nonzero()) > most:
             return None
         places = torch.nonzero(exceeding)
         numbers, columns = places[:, 0], places[:, 1]
-        return Found(numbers.cpu().numpy(), columns.cpu().numpy(), tile[numbers, columns].cpu().numpy())
+        values = self.host(tile[numbers, columns])
+        return Found(numbers.cpu().numpy(), columns.cpu().numpy(), values if sign > 0 else -values)
 
     def host(self, tile: Tensor) -> Floats:
         """See :class:`Engine`."""

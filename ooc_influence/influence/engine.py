@@ -6,9 +6,9 @@ Both work on blocks of one grid and return NumPy arrays; what lies between (the 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +17,12 @@ from ooc_influence.curvature import Curvature
 from ooc_influence.errors import InputError, MissingExtraError
 from ooc_influence.influence.aggregate import Codes, weighted_sums
 from ooc_influence.store import GradientStore, read_blocks
+from ooc_influence.stripes import task_threads
 
 Floats = npt.NDArray[np.float32]
+_Result = TypeVar("_Result")
+_FEW = 256  # rows of the left factor up to which the product of the swapped factors, turned round, is quicker
+_ROTATED_BYTES = 32 * 2**20  # of rotated rows that all threads hold while they find norms
 
 
 class Rows(NamedTuple):
@@ -76,27 +80,48 @@ class Engine(ABC):
         """Return gᵀ (F + λI)⁻¹ g for each λ and row, (L, b); ‖g‖², (1, b), without a curvature."""
 
     @abstractmethod
-    def above(self, tile: Any, limits: Floats, most: int) -> Found | None:
-        """Return what of a tile (m, b) exceeds the limit of its row, (m,); None where that is more than ``most``."""
+    def above(self, tile: Any, limits: Floats, most: int, sign: int) -> Found | None:
+        """Return what of ``sign`` · tile (m, b) exceeds its row's limit, (m,); None where more than ``most`` do."""
 
     @abstractmethod
     def host(self, tile: Any) -> Floats:
         """Return an array of the engine as a NumPy one."""
 
-    @property
-    @abstractmethod
-    def context(self) -> AbstractContextManager[Any]:
-        """What its work runs in."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:  # noqa: B027 - most have nothing to give back
+        """Give back what it holds."""
 
 
 class HostEngine(Engine):
-    """NumPy and the BLAS behind it."""
+    """NumPy and the BLAS behind it, called by as many threads as a task may use, each with its own part of a block.
 
-    context = nullcontext()
+    The BLAS's own threads do less well where one factor has few rows. A context.
+    """
+
+    def __init__(self) -> None:
+        self._threads = task_threads()
+        self._pool = ThreadPoolExecutor(self._threads, "ooc_influence-engine")
+
+    def __exit__(self, *error: object) -> None:
+        """See :class:`Engine`."""
+        self._pool.shutdown()
+
+    def _each(self, work: Callable[[slice], _Result], count: int, step: int) -> list[_Result]:
+        """Do ``work`` on slices of ``count`` things, at most ``step`` of them each."""
+        parts = [slice(start, min(count, start + step)) for start in range(0, count, step)]
+        if len(parts) == 1:
+            return [work(parts[0])]
+        return list(self._pool.map(work, parts))
+
+    def _share(self, count: int) -> int:
+        """Return a thread's share of so many things."""
+        return max(1, -(-count // self._threads))
 
     def blocks(self, store: GradientStore, start: int, stop: int, block_rows: int) -> Iterator[Rows]:
         """See :class:`Engine`."""
-        for block in read_blocks(store, start, stop, block_rows):
+        for block in read_blocks(store, start, stop, block_rows, threads=self._threads):
             yield Rows(block.start, block.stop, block.gradients, block.dropped)
 
     def array(self, values: npt.NDArray[Any]) -> Any:
@@ -109,7 +134,14 @@ class HostEngine(Engine):
 
     def multiply(self, left: Any, rows: Any, out: Any) -> None:
         """See :class:`Engine`."""
-        np.matmul(left, rows.T, out=out)
+
+        def work(part: slice) -> None:
+            if len(left) <= _FEW:
+                out[:, part] = np.matmul(rows[part], left.T).T
+            else:
+                np.matmul(left, rows[part].T, out=out[:, part])
+
+        self._each(work, len(rows), self._share(len(rows)))
 
     def sums(self, rows: Any, codes: Codes, weights: Floats) -> tuple[Codes, Any]:
         """See :class:`Engine`."""
@@ -117,19 +149,32 @@ class HostEngine(Engine):
 
     def quadratic(self, curvature: Curvature | None, values: Sequence[float], rows: Any) -> Floats:
         """See :class:`Engine`."""
-        if curvature is None:
-            squares: Floats = np.einsum("ij,ij->i", rows, rows)
-            return squares[None]
-        return curvature.self_influence(rows, values)
 
-    def above(self, tile: Any, limits: Floats, most: int) -> Found | None:
+        def work(part: slice) -> Floats:
+            if curvature is None:
+                squares: Floats = np.einsum("ij,ij->i", rows[part], rows[part])
+                return squares[None]
+            return curvature.self_influence(rows[part], values)
+
+        step = max(64, _ROTATED_BYTES // (4 * rows.shape[1] * self._threads))
+        return np.concatenate(self._each(work, len(rows), min(step, self._share(len(rows)))), axis=1)
+
+    def above(self, tile: Any, limits: Floats, most: int, sign: int) -> Found | None:
         """See :class:`Engine`."""
-        exceeding = tile > limits[:, None]
-        if np.count_nonzero(exceeding) > most:
+
+        def work(part: slice) -> Found | None:
+            own, limit = tile[part], limits[part, None]
+            exceeding = own > limit if sign > 0 else own < -limit
+            if np.count_nonzero(exceeding) > most:
+                return None
+            numbers, columns = np.divmod(np.flatnonzero(exceeding), tile.shape[1])
+            values = own[numbers, columns]
+            return Found(part.start + numbers, columns, values if sign > 0 else -values)
+
+        parts = self._each(work, len(tile), self._share(len(tile)))
+        if any(part is None for part in parts) or sum(len(part.numbers) for part in parts if part) > most:
             return None
-        places = np.flatnonzero(exceeding)
-        numbers, columns = np.divmod(places, tile.shape[1])
-        return Found(numbers, columns, tile[numbers, columns])
+        return Found(*(np.concatenate(values) for values in zip(*(part for part in parts if part), strict=True)))
 
     def host(self, tile: Any) -> Floats:
         """See :class:`Engine`."""

@@ -158,11 +158,10 @@ def group_costs(groups: int, queries: int, values: int, n: int, k: int) -> Costs
 
 
 def _stripe(stripe: Stripe, key: str, work: Work, size: int, codes: Codes, seen: Marks | None, *lefts: Floats) -> Part:
-    engine = make_engine(work.device)
     q = len(lefts[0]) // work.lambdas
     sums = np.zeros((work.lambdas, q, size))
     counts = np.zeros(size, np.int64)
-    with engine.context:
+    with make_engine(work.device) as engine:
         queries = [engine.array(left) for left in lefts]
         for blocks in row_blocks(engine, stripe, work):
             start, stop = blocks[0].start, blocks[0].stop

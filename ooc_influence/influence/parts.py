@@ -111,7 +111,7 @@ class Parts:
             self._write(name, stripe, part)
             take(stripe, part)
 
-        run_stripes(function, missing, progress, *args, slots=slots, each=done)
+        run_stripes(function, missing, progress, *args, slots=slots, each=done, own_threads=True)
 
     def _read(self, name: str, stripe: Stripe) -> Part | None:
         data = None if self._folder is None else read_bytes(self._folder / _file(name, stripe))

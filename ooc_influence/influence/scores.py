@@ -142,8 +142,7 @@ def _left_task(numbers: npt.NDArray[np.int64], scoring: Scoring) -> Floats:
 def _score_task(lefts: Floats, rows: npt.NDArray[np.int64], work: Work, seen: Marks | None) -> Floats:
     edges = np.cumsum([store.k for store in work.stores])[:-1]
     parts = [np.ascontiguousarray(part).reshape(-1, part.shape[2]) for part in np.split(lefts, edges, axis=2)]
-    engine = make_engine(work.device)
-    with engine.context:
+    with make_engine(work.device) as engine:
         (tile,) = score_tiles(engine, Stripe(int(rows[0]), int(rows[-1]) + 1), "", work, seen, parts)
         return engine.host(tile.scores)[:, 0]
 
@@ -230,7 +229,16 @@ def _fill(
             left = scoring.left(start, stop)
             outside[start:stop] = left.outside
             run_stripes(
-                _write_stripe, stripes, bar, work, output, (start, stop), scoring.seen, *left.arrays, slots=slots
+                _write_stripe,
+                stripes,
+                bar,
+                work,
+                output,
+                (start, stop),
+                scoring.seen,
+                *left.arrays,
+                slots=slots,
+                own_threads=True,
             )
     return outside
 
@@ -238,8 +246,7 @@ def _fill(
 def _write_stripe(
     stripe: Stripe, key: str, work: Work, output: Output, queries: tuple[int, int], seen: Marks | None, *lefts: Floats
 ) -> None:
-    engine = make_engine(work.device)
-    with engine.context:
+    with make_engine(work.device) as engine:
         for low, high in output.missing(*queries):  # again: where a worker died, part of a stripe is there already
             part = Stripe(max(low, stripe.start), min(high, stripe.stop))
             if part.start >= part.stop:

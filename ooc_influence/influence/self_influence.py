@@ -102,10 +102,9 @@ def self_need(columns: Sequence[int], n: int, values: int, *, norms: int, fixed:
 
 
 def _stripe(stripe: Stripe, key: str, work: Work, seen: Marks | None) -> Part:
-    engine = make_engine(work.device)
     assert work.curvatures is not None
     out = np.empty((work.lambdas, stripe.stop - stripe.start), np.float32)
-    with engine.context:
+    with make_engine(work.device) as engine:
         for blocks in row_blocks(engine, stripe, work):
             start, stop = blocks[0].start, blocks[0].stop
             part = out[:, start - stripe.start : stop - stripe.start]

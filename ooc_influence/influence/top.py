@@ -172,14 +172,12 @@ def find_top(
 
 def best_of_stripe(stripe: Stripe, key: str, work: Work, top: int, seen: Marks | None, *lefts: Floats) -> Part:
     """Return the best lists of a stripe: largest scores, and largest negated scores."""
-    engine = make_engine(work.device)
     lists = [BestList(len(lefts[0]) * work.modules, top, stripe.stop - stripe.start) for _ in _SIDES]
-    with engine.context:
+    with make_engine(work.device) as engine:
         for tile in score_tiles(engine, stripe, key, work, seen, lefts):
             scores = tile.scores.reshape(-1, tile.stop - tile.start)
-            lists[0].add(scores, tile.start, engine)
-            scores *= -1
-            lists[1].add(scores, tile.start, engine)
+            for own, sign in zip(lists, (1, -1), strict=True):
+                own.add(scores, tile.start, engine, sign)
     part: dict[str, npt.NDArray[Any]] = {}
     for name, own in zip(_SIDES, lists, strict=True):
         part[f"{name}_scores"], part[f"{name}_rows"] = own.best()
