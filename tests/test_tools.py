@@ -13,6 +13,22 @@ import pytest
 
 BENCH = Path(__file__).parent.parent / "tools" / "bench"
 SMALL = {
+    "engine": [
+        "--rows",
+        "1500",
+        "--k",
+        "64",
+        "--queries",
+        "32",
+        "--repeats",
+        "1",
+        "--naive-rows",
+        "1000",
+        "--memory",
+        "2GiB",
+        "--only",
+        "fisher,cold,scores,self_influence,naive,gpu",
+    ],
     "extraction": ["--rounds", "1", "--k", "512", "--models", "cnn", "--samplings", "importance"],
     "memory": ["--rows", "600", "--k", "64"],
     "quality": ["--quick", "--data", ".", "--folder", "out", "--workers", "1"],
