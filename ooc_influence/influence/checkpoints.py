@@ -39,15 +39,12 @@ class Checkpoint:
         F's spectrum; None for plain dot products.
     values : tuple of float
         λ itself, one for each damping, as the curvature gave it; (0.0,) without one.
-    mode : {"relative", "absolute"}
-        How λ came about: with a block-diagonal curvature, equal ones may differ.
     """
 
     query: GradientStore | None
     train: GradientStore
     curvature: Curvature | None
     values: tuple[float, ...]
-    mode: DampingMode = "relative"
 
     @classmethod
     def open(
@@ -74,7 +71,7 @@ class Checkpoint:
             return cls(queries, rows, None, (0.0,))
         found = resolve_curvature(rows, curvature)
         each = damping if isinstance(damping, Sequence) else [damping]
-        return cls(queries, rows, found, tuple(found.damping_value(value, mode) for value in each), mode)
+        return cls(queries, rows, found, tuple(found.damping_value(value, mode) for value in each))
 
     @property
     def identity(self) -> list[Any]:
@@ -82,9 +79,9 @@ class Checkpoint:
         stores = [store for store in (self.query, self.train) if store is not None]
         rows = [[store.identity, store.rows_digest()] for store in stores]
         if self.curvature is None:
-            return [rows, None, list(self.values), self.mode]
+            return [rows, None, list(self.values)]
         values = [list(self.curvature.lambdas(own)) for own in self.values]
-        return [rows, self.curvature.__dask_tokenize__(), values, self.mode]
+        return [rows, self.curvature.__dask_tokenize__(), values]
 
 
 def open_checkpoints(
