@@ -18,9 +18,9 @@ import numpy.typing as npt
 from ooc_influence.curvature.changes import RowRecord
 from ooc_influence.curvature.curvature import Curvature, Matrix, share_outside
 from ooc_influence.curvature.damping import spectrum_floor
-from ooc_influence.curvature.fisher import fit_attributes, fit_target, fitted, reopen, what_changed
 from ooc_influence.curvature.rows import ChosenRows, choose_rows
 from ooc_influence.curvature.saved import write_curvature, write_long
+from ooc_influence.curvature.target import fit_attributes, fit_target, fitted, reopen, what_changed
 from ooc_influence.curvature.unfinished import write_slabs
 from ooc_influence.errors import InputError, NonFiniteError
 from ooc_influence.linalg import Weighting, symmetric_eigen
