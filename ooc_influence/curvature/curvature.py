@@ -130,7 +130,7 @@ class Curvature(ABC):
 
     @property
     def kind(self) -> str:
-        """``whole``, ``module`` or ``gram``."""
+        """``whole``, ``module``, ``top`` or ``gram``."""
         return str(self._attrs.get("kind", "whole"))
 
     @property
@@ -253,6 +253,7 @@ class Curvature(ABC):
         facts = self.facts()
         kind = "" if self.kind == "whole" else f" {self.kind}"
         extra = f" sampling error={facts['sampling_error']:.3g}" if "sampling_error" in facts else ""
+        extra += f" rank={facts['rank']} left out={facts['left_out']:.2%}" if "rank" in facts else ""
         weights = f" weights={facts['weights']['name']}" if "weights" in facts else ""
         return (
             f"<Curvature{kind} {str(self.path)!r} d={self.d} rows={self.rows}{weights} trace={self.trace:.4g} "

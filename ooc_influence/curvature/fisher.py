@@ -17,24 +17,25 @@ import numpy as np
 import numpy.typing as npt
 
 from ooc_influence.curvature import unfinished
-from ooc_influence.curvature.changes import Change, RowRecord
+from ooc_influence.curvature.changes import Change
 from ooc_influence.curvature.curvature import Curvature
+from ooc_influence.curvature.fitting import Fitting, squared_norm
 from ooc_influence.curvature.rows import ChosenRows, Range, choose_rows
-from ooc_influence.curvature.saved import write_curvature, write_long
-from ooc_influence.curvature.spectral import SpectralCurvature, write_spectra
-from ooc_influence.curvature.sums import Summing, Sums, sum_rows
-from ooc_influence.curvature.target import fit_attributes, fit_target, fitted, reopen, warn_if_unfinished, what_changed
+from ooc_influence.curvature.saved import write_curvature
+from ooc_influence.curvature.spectral import SummedCurvature, write_spectra
+from ooc_influence.curvature.sums import Summing
+from ooc_influence.curvature.target import fit_target, fitted, reopen, warn_if_unfinished, what_changed
+from ooc_influence.curvature.top import fit_top
 from ooc_influence.curvature.unfinished import Unfinished
-from ooc_influence.errors import InputError, NonFiniteError
+from ooc_influence.curvature.ways import Shapes, TopWay, check_rank, offer_rank, plan_top
+from ooc_influence.errors import InputError
 from ooc_influence.linalg import GramAccumulator, Weighting
 from ooc_influence.memory import Need, block_limit, plan_block_rows
-from ooc_influence.progress import Progress
-from ooc_influence.store import GradientStore, PathLike, StorePath
+from ooc_influence.store import GradientStore, PathLike
 from ooc_influence.stripes import check_workers, slots_per_process
 
 logger = logging.getLogger("ooc_influence")
 Blocks = Literal["module"]
-_MOST_DROPPED = 0.5  # of the trace: beyond it, differences would lose digits
 
 
 def fisher_need(
@@ -89,6 +90,7 @@ def fit_fisher(
     weights: Weighting | npt.ArrayLike | None = None,
     force_weights: bool = False,
     blocks: Blocks | None = None,
+    rank: int | None = None,
     workers: int | None = None,
     memory: int | str | None = None,
     progress: bool | None = None,
@@ -112,13 +114,17 @@ def fit_fisher(
         Use these rows only; by default all, those appended later included.
     sample, seed : int
         Use so many of the live ones, drawn at random without replacement. The error this is expected to make in F, as
-        a share of its Frobenius norm, is recorded.
+        a share of its Frobenius norm, is recorded. A subspace iteration starts from the same seed.
     weights : {"ggn", "trak"} or (n,) array, optional
         w; by default 1. The named ones follow from the rows' losses (:mod:`ooc_influence.linalg.weights`).
     force_weights : bool
         Take named weights although the store does not say that its losses are one-label cross-entropy.
     blocks : "module", optional
         One Fisher matrix for each module's columns, with a spectrum and a λ of its own, in place of the whole.
+    rank : int, optional
+        Find and keep the top ``rank`` eigenpairs only, by the quickest way that fits the budget
+        (:mod:`ooc_influence.curvature.ways`): any number of columns fits. The rest of the trace counts as spread evenly
+        over the other directions.
     workers : int, optional
         Row stripes worked on at once; by default one with all cores, or the slots of the ambient Dask cluster.
     memory : int or str, optional
@@ -129,14 +135,16 @@ def fit_fisher(
     Returns
     -------
     Curvature
-        Undamped F, its eigenvalues (k,) and eigenvectors.
+        Undamped F, its eigenvalues (k,) or (rank,) and eigenvectors.
 
     Raises
     ------
     InputError
-        For a store without live rows, or rows, weights or blocks that do not fit it.
+        For a store without live rows, or rows, weights, blocks or a rank that do not fit it.
     MemoryBudgetError
         If the budget does not hold the matrices.
+    StoreBusyError
+        If F does not fit memory and another process is summing it on disk at the moment.
     StoreExistsError
         If something else than this store's curvature is there.
     StoreDamagedError
@@ -145,127 +153,90 @@ def fit_fisher(
     train = store if isinstance(store, GradientStore) else GradientStore.open(store)
     warn_if_unfinished(train)
     slots = check_workers(workers)
-    ranges = _parse_blocks(train, blocks)
+    ranges = _parse_blocks(train, blocks, rank)
     target = fit_target(train, name, out)
     chosen = choose_rows(train, rows, sample, seed, weights, force_weights=force_weights)
     found = None if refit else fitted(target, train)
-    change = None if found is None else what_changed(found, chosen, "module" if blocks else "whole")
-    shared = slots_per_process(slots)
-    need = fisher_need(
-        train.k, shared, train.reading_bytes, ranges=ranges, rows=chosen.small_bytes, update=change is not None
-    )
-    block_rows = plan_block_rows(need, memory, shared)
-    if found is not None and change is not None and change.nothing:
+    kind = "top" if rank is not None else "module" if blocks else "whole"
+    change = None if found is None else what_changed(found, chosen, kind)
+    way = _choose_way(chosen, ranges, rank, found if change is not None else None, change, slots, memory)
+    if found is not None and change is not None and change.nothing and found.attrs.get("rank") == rank:
         logger.info("%s is up to date", target)
         return found
     settings = {
         "store": train.identity, "rows": train.rows_digest(), "selection": dict(chosen.selection),
-        "weights": chosen.record(), "ranges": ranges, "block_rows": block_rows,
+        "weights": chosen.record(), "ranges": ranges, "block_rows": way.block_rows,
         "since": None if change is None or found is None else found.attrs["fit"],
+        "way": way.name, "tile": way.tile, "seed": seed,
     }  # fmt: skip
     with Unfinished(target, settings) as kept:
         folder = kept.path if kept.usable else None
-        how = Summing(train, ranges, block_rows, sample is not None, folder, unfinished.INTERVAL)
-        _fit(target, chosen, how, slots, progress, kept, found if change is not None else None, change or Change())
+        how = Summing(train, ranges, way.block_rows, sample is not None, folder, unfinished.INTERVAL)
+        fit = Fitting(target, chosen, how, slots, progress, kept, found if change is not None else None, change)
+        if rank is None:
+            _fit_square(fit)
+        else:
+            fit_top(fit, way, rank, seed)
     return reopen(target)
 
 
-def _fit(
-    target: StorePath,
+def _choose_way(
     chosen: ChosenRows,
-    how: Summing,
-    slots: int,
-    progress: bool | None,
-    kept: Unfinished,
+    ranges: Sequence[Range],
+    rank: int | None,
     old: Curvature | None,
-    change: Change,
-) -> None:
-    """Sum, from scratch or from an old sum on, factorise and write."""
+    change: Change | None,
+    slots: int,
+    memory: int | str | None,
+) -> TopWay:
+    """Return how to fit within the budget."""
+    train, shared = chosen.store, slots_per_process(slots)
+    update = change is not None and bool(len(change.removed))
+    need = fisher_need(
+        train.k, shared, train.reading_bytes, ranges=ranges, rows=chosen.small_bytes, update=change is not None
+    )
+    changed = chosen.count
+    if isinstance(old, SummedCurvature) and old.keeps_sums and change is not None:
+        added = 0 if change.added is None else change.added[1] - change.added[0]
+        changed = added + len(change.removed)
+    shapes = Shapes(
+        train.k, chosen.count, changed, train.layout.encoding.row_bytes, shared, train.reading_bytes, chosen.small_bytes
+    )
+    if rank is not None:
+        check_rank(shapes, rank)
+        return plan_top(shapes, rank, need, memory, update=update)
+    if len(ranges) == 1:
+        need = replace(need, advice=need.advice + offer_rank(shapes, memory))
+    return TopWay("whole", need, plan_block_rows(need, memory, shared), 0.0, 0.0, 0.0)
+
+
+def _fit_square(fit: Fitting) -> None:
+    """Sum, factorise and write."""
     began = time.monotonic()
-    record = RowRecord.of(chosen)  # before the sums: what is dropped meanwhile makes the result stale, not wrong
-    digest = chosen.store.rows_digest()
-    total, taken = None, 0.0
-    if isinstance(old, SpectralCurvature):
-        total, taken = _updated(old, chosen, how, slots, progress, kept, change)
-    if total is None:
-        with Progress("fisher", chosen.count, progress) as bar:
-            total = sum_rows(chosen, how, slots, bar, [(0, chosen.count)], kept)
-        taken = 0.0
-    if not total.live:
-        raise InputError(f"expected a store with live rows; received {chosen.store.path} whose rows are all dropped")
-    trace = total.trace() / total.live
-    if not np.isfinite(trace):
-        raise NonFiniteError(
-            "expected a finite Fisher matrix; received NaN or Inf: gradients beyond 1e18 overflow, scale the loss", []
-        )
-    attributes = fit_attributes(chosen, digest, total.live, trace) | record.facts()
-    attributes |= {"ranges": [list(part) for part in how.blocks], "clipped": total.clipped, "taken": taken}
-    attributes["kind"] = "whole" if how.blocks == ((0, chosen.store.k),) else "module"
+    total, taken = fit.sums()
+    how = fit.how
+    attributes = fit.attributes(total.live, total.clipped, total.trace(), taken)
+    attributes["kind"] = "whole" if how.blocks == ((0, how.store.k),) else "module"
     if how.fourth:
-        attributes["sampling_error"] = _sampling_error(total, int(chosen.selection["population"]))
-    if total.clipped:
-        logger.info("%d rows have a loss below the floor of their weights", total.clipped)
+        norm = sum(squared_norm(square) for square in total.squares)
+        attributes["sampling_error"] = fit.sampling_error(total.live, total.fourth, norm)
 
     def write(group: Any) -> Mapping[str, Any]:
-        for name, values in record.arrays().items():
-            write_long(group, name, values)
+        fit.write_record(group)
         write_spectra(group, attributes["kind"], total)
         return {"seconds": time.monotonic() - began}
 
-    write_curvature(target, attributes, write)
+    write_curvature(fit.target, attributes, write)
 
 
-def _updated(
-    old: SpectralCurvature,
-    chosen: ChosenRows,
-    how: Summing,
-    slots: int,
-    progress: bool | None,
-    kept: Unfinished,
-    change: Change,
-) -> tuple[Sums | None, float]:
-    """Return an old curvature's sums with rows added and subtracted, and the trace taken from them so far.
-
-    None where too much is gone.
-    """
-    removed, taken = None, float(old.attrs.get("taken", 0.0))
-    if len(change.removed):
-        gone = replace(chosen.at(change.removed), dropped_too=True)
-        plain = Summing(how.store, how.blocks, how.block_rows)
-        with Progress("fisher: dropped rows", gone.count, progress) as bar:
-            removed = sum_rows(gone, plain, slots, bar, [(0, gone.count)])
-        taken += removed.trace()
-        if taken > _MOST_DROPPED * old.trace * old.rows:
-            logger.warning("rows with more than half of the trace of %s are dropped: fitting again", old.path)
-            return None, 0.0
-    if change.added is None:
-        total = old.sums()
-    else:
-        low, high = change.added
-        with Progress("fisher: new rows", high - low, progress) as bar:
-            total = sum_rows(chosen, how, slots, bar, [change.added], kept)
-        old.add_sums_to(total)
-    if removed is not None:
-        for square, part in zip(total.squares, removed.squares, strict=True):
-            square -= part
-        total.live, total.clipped = total.live - removed.live, total.clipped - removed.clipped
-    return total, taken
-
-
-def _sampling_error(total: Sums, population: int) -> float:
-    """Return the expected relative error of F from a sample: √((1 − s/N) (Σ‖x‖⁴/s − ‖F‖²) / (s − 1)) / ‖F‖."""
-    norm = 0.0
-    for square in total.squares:
-        upper = np.triu(square)
-        norm += 2 * float(np.vdot(upper, upper)) - float(np.square(np.diagonal(square)).sum())
-    s, norm = total.live, norm / total.live**2
-    spread = max(0.0, total.fourth / s - norm) / (s - 1)
-    return float(np.sqrt((1 - s / population) * spread / norm)) if norm > 0 else 0.0
-
-
-def _parse_blocks(train: GradientStore, blocks: str | None) -> tuple[Range, ...]:
+def _parse_blocks(train: GradientStore, blocks: str | None, rank: int | None) -> tuple[Range, ...]:
     if blocks is None:
         return ((0, train.k),)
+    if rank is not None:
+        raise InputError(
+            f"expected blocks or rank; received both, blocks={blocks!r} and rank={rank}: a rank is of the whole Fisher "
+            "matrix, and blocks are factorised whole"
+        )
     if blocks != "module":
         raise InputError(f"expected blocks='module' or none; received {blocks!r}")
     if train.reduction is not None:

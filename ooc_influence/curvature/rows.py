@@ -101,13 +101,18 @@ class ChosenRows:
             return {"name": "array", "digest": _digest(self.weights)}
         return {"name": self.weighting, "loss_floor": LOSS_FLOOR} if self.weighting else {}
 
-    def blocks(self, start: int, stop: int, block_rows: int, *, threads: int = 1) -> Iterator[WeighedBlock]:
-        """Yield places ``start`` to ``stop`` block by block, times √w, zero where dropped."""
+    def blocks(
+        self, start: int, stop: int, block_rows: int, *, threads: int = 1, columns: Sequence[Range] | None = None
+    ) -> Iterator[WeighedBlock]:
+        """Yield places ``start`` to ``stop`` block by block, times √w, zero where dropped.
+
+        ``columns`` are ranges of columns, given one after the other; by default all.
+        """
         base = self.first if self.numbers is None else 0
         blocks = read_blocks(
             self.store, base + start, base + stop, block_rows,
             numbers=None if self.numbers is None else self.numbers[start:stop],
-            loss=self.weighting is not None, threads=threads,
+            loss=self.weighting is not None, threads=threads, columns=columns,
         )  # fmt: skip
         for block in blocks:
             if self.dropped_too:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from ooc_influence.curvature.curvature import Curvature, Matrix, dimension, share_outside
 from ooc_influence.curvature.damping import DampingMode, damping_value, spectrum_floor
+from ooc_influence.curvature.rows import Range
 from ooc_influence.curvature.sums import Sums, sum_name
 from ooc_influence.linalg import TriangleTiles, symmetric_eigen
 from ooc_influence.linalg.accumulate import mirror
@@ -46,8 +47,8 @@ class BlockDamping(float):
         return BlockDamping, (float(self), self.blocks)
 
 
-class SpectralCurvature(Curvature, kinds=("whole", "module")):
-    """A curvature of which all eigenvectors are kept.
+class SummedCurvature(Curvature):
+    """A curvature that keeps the undamped sums F is made of.
 
     Attributes
     ----------
@@ -55,9 +56,50 @@ class SpectralCurvature(Curvature, kinds=("whole", "module")):
         Ranges of columns, each with a square of F of its own.
     """
 
+    blocks: tuple[Range, ...]
+
+    @property
+    def keeps_sums(self) -> bool:
+        """Whether they are there."""
+        return True
+
     def _load(self) -> None:
         super()._load()
-        self.blocks = tuple((int(a), int(b)) for a, b in self._attrs.get("ranges") or [(0, len(self.eigenvalues))])
+        self.blocks = tuple((int(a), int(b)) for a, b in self._attrs.get("ranges") or [(0, self.d)])
+
+    def sums(self) -> Sums:
+        """Return the undamped sums that F is made of, read from disk."""
+        total = Sums([np.zeros((last - first, last - first)) for first, last in self.blocks])
+        self.add_sums_to(total)
+        return total
+
+    def add_sums_to(self, total: Sums) -> None:
+        """Add :meth:`sums` to others, in place."""
+        for number, square in enumerate(total.squares):
+            TriangleTiles.open(self.path, sum_name(number), len(square)).add_to_upper(square)
+        total.live += self.rows
+        total.clipped += int(self._attrs["clipped"])
+        self.check_fit()
+
+    def fisher(self) -> Matrix:
+        """Return F, (d, d), read from disk; zero outside its blocks."""
+        if self._attrs["format"] == 1:
+            found: Matrix = self._read("fisher")
+            self.check_fit()
+            return found
+        whole = np.zeros((self.d, self.d))
+        for (first, last), square in zip(self.blocks, self.sums().squares, strict=True):
+            mirror(square)
+            whole[first:last, first:last] = square
+        whole /= self.rows
+        return whole
+
+
+class SpectralCurvature(SummedCurvature, kinds=("whole", "module")):
+    """A curvature of which all eigenvectors are kept."""
+
+    def _load(self) -> None:
+        super()._load()
         self._vectors: dict[int, Matrix] = {}
         self._rotations: dict[int, npt.NDArray[np.float32]] = {}
 
@@ -88,33 +130,6 @@ class SpectralCurvature(Curvature, kinds=("whole", "module")):
             self._rotations[number] = found
             self.check_fit()
         return self._rotations[number]
-
-    def sums(self) -> Sums:
-        """Return the undamped sums that F is made of, read from disk."""
-        total = Sums([np.zeros((last - first, last - first)) for first, last in self.blocks])
-        self.add_sums_to(total)
-        return total
-
-    def add_sums_to(self, total: Sums) -> None:
-        """Add :meth:`sums` to others, in place."""
-        for number, square in enumerate(total.squares):
-            TriangleTiles.open(self.path, sum_name(number), len(square)).add_to_upper(square)
-        total.live += self.rows
-        total.clipped += int(self._attrs["clipped"])
-        self.check_fit()
-
-    def fisher(self) -> Matrix:
-        """Return F, (d, d), read from disk; zero outside its blocks."""
-        if self._attrs["format"] == 1:
-            found: Matrix = self._read("fisher")
-            self.check_fit()
-            return found
-        whole = np.zeros((self.d, self.d))
-        for (first, last), square in zip(self.blocks, self.sums().squares, strict=True):
-            mirror(square)
-            whole[first:last, first:last] = square
-        whole /= self.rows
-        return whole
 
     def damping_value(self, damping: float | None = None, mode: DampingMode = "relative") -> float:
         """Return λ for a damping, with that of each block where it is relative and there are several."""

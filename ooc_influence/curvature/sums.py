@@ -149,14 +149,19 @@ def task_threads() -> int:
     return max((int(pool["num_threads"]) for pool in threadpool_info() if pool["user_api"] == "blas"), default=1)
 
 
+def bfloat16_holds(rows: ChosenRows) -> bool:
+    """Return whether bfloat16 holds every number of some rows, weights included."""
+    plain = rows.store.layout.dtype == "bfloat16" and rows.store.column_scale is None
+    return plain and rows.weights is None and rows.weighting is None
+
+
 class _Running:
     """The sums of one task, which can be saved whenever they are consistent."""
 
     def __init__(self, share: Share, how: Summing) -> None:
         self._share, self._how = share, how
         self.threads = task_threads()
-        exact = how.store.layout.dtype == "bfloat16" and how.store.column_scale is None
-        exact = exact and all(rows.weights is None and rows.weighting is None for _, rows in share.parts)
+        exact = all(bfloat16_holds(rows) for _, rows in share.parts)
         engines = [choose_engine(last - first, bfloat16=exact) for first, last in how.blocks]
         self._squares = [
             GramAccumulator(last - first, engine, self.threads)

@@ -1,15 +1,17 @@
 """BLAS, eigendecompositions, spectra, row weights: what compress, curvature and influence stand on."""
 
-from ooc_influence.linalg.accumulate import GramAccumulator
+from ooc_influence.linalg.accumulate import GramAccumulator, ProductAccumulator
 from ooc_influence.linalg.eigen import symmetric_eigen
 from ooc_influence.linalg.engines import choose_engine
 from ooc_influence.linalg.rows import Rows, WeightedRows
 from ooc_influence.linalg.spectrum import Spectrum, Way, spectrum_ways, top_spectrum
-from ooc_influence.linalg.triangle import TriangleTiles
+from ooc_influence.linalg.subspace import Top, find_top, iteration_bytes, orthonormal_slabs, start_basis
+from ooc_influence.linalg.triangle import TriangleTiles, list_tiles, tile_side
 from ooc_influence.linalg.weights import ONE_LABEL, Weighting, clipped_rows, parse_weighting, row_weights
 
 __all__ = [
-    "ONE_LABEL", "GramAccumulator", "Rows", "Spectrum", "TriangleTiles", "Way", "WeightedRows", "Weighting",
-    "choose_engine", "clipped_rows", "parse_weighting", "row_weights", "spectrum_ways",
-    "symmetric_eigen", "top_spectrum",
+    "ONE_LABEL", "GramAccumulator", "ProductAccumulator", "Rows", "Spectrum", "Top", "TriangleTiles", "Way",
+    "WeightedRows", "Weighting", "choose_engine", "clipped_rows", "find_top", "iteration_bytes", "list_tiles",
+    "orthonormal_slabs", "parse_weighting", "row_weights", "spectrum_ways", "start_basis", "symmetric_eigen",
+    "tile_side", "top_spectrum",
 ]  # fmt: skip

@@ -20,7 +20,89 @@ FOLD_ROWS = 8192  # rows summed in float32 before they are added to the float64 
 _FOLD_TILE = 256  # rows of the matrix folded at a time: the tile stays in cache
 
 
-class GramAccumulator:
+class _Accumulator:
+    """A float32 sum (a, b) that is folded into a float64 one."""
+
+    def __init__(self, a: int, b: int, engine: Engine | None, threads: int) -> None:
+        self._threads = threads
+        self._engine = choose_engine(max(a, b)) if engine is None else engine
+        self._single = np.zeros((a, b), np.float32)
+        self._double = np.zeros((a, b), np.float64)
+        self._pending = self.folded = 0
+        self._whole = True  # the float64 sum is not being changed
+
+    def _added(self, rows: int) -> None:
+        self._pending += rows
+        if self._pending >= FOLD_ROWS:
+            self._fold()
+
+    def _fold(self) -> None:
+        def fold(start: int) -> None:
+            rows, columns = slice(start, start + _FOLD_TILE), self._columns(start)
+            self._double[rows, columns] += self._single[rows, columns]
+            self._single[rows, columns] = 0
+
+        self._whole = False
+        _each(fold, range(0, len(self._single), _FOLD_TILE), self._threads)
+        self.folded += self._pending
+        self._pending = 0
+        self._whole = True
+
+    def _columns(self, start: int) -> slice:
+        """Return the columns that count from row ``start`` on."""
+        return slice(None)
+
+    def restore(self, total: Matrix, rows: int) -> None:
+        """Go on from a sum over ``rows`` rows, which is taken over."""
+        self._double, self.folded = total, rows
+
+    def peek(self) -> Matrix | None:
+        """Return the float64 sum as of the last fold; None in the middle of one."""
+        return self._double if self._whole else None
+
+    def _finished(self) -> Matrix:
+        if self._pending:
+            self._fold()
+        return self._double
+
+
+class ProductAccumulator(_Accumulator):
+    """The sum Σ XᵀY over blocks X (m, a) and Y (m, b), in float64.
+
+    Parameters
+    ----------
+    a, b : int
+        Columns. Holds a b float32 and a b float64.
+    engine : Engine, optional
+        What multiplies; default the fastest at hand.
+    threads : int
+        Threads to fold with.
+
+    Attributes
+    ----------
+    folded : int
+        Rows in the float64 sum.
+    """
+
+    def __init__(self, a: int, b: int, engine: Engine | None = None, threads: int = 1) -> None:
+        super().__init__(a, b, engine, threads)
+
+    @staticmethod
+    def nbytes(a: int, b: int) -> int:
+        """Return the bytes an accumulator of ``a`` and ``b`` columns holds."""
+        return 12 * a * b
+
+    def add(self, left: Floats, right: Floats, sign: float = 1.0) -> None:
+        """Add leftᵀ right of float32 blocks, or ranges of wider ones' columns; ``sign`` -1 takes it away."""
+        self._engine.add_product(self._single, left, right, sign)
+        self._added(len(left))
+
+    def total(self) -> Matrix:
+        """Return the sum, (a, b) float64; it goes on living."""
+        return self._finished()
+
+
+class GramAccumulator(_Accumulator):
     """The sum Σ XᵀX over blocks X (m, k), in float64.
 
     Parameters
@@ -39,50 +121,24 @@ class GramAccumulator:
     """
 
     def __init__(self, k: int, engine: Engine | None = None, threads: int = 1) -> None:
-        self._threads = threads
-        self._engine = choose_engine(k) if engine is None else engine
-        self._single = np.zeros((k, k), np.float32)
-        self._double = np.zeros((k, k), np.float64)
-        self._pending = self.folded = 0
-        self._whole = True  # the float64 sum is not being changed
+        super().__init__(k, k, engine, threads)
 
     @staticmethod
     def nbytes(k: int) -> int:
         """Return the bytes an accumulator of ``k`` columns holds."""
-        return 12 * k * k
+        return ProductAccumulator.nbytes(k, k)
+
+    def _columns(self, start: int) -> slice:
+        return slice(start, None)
 
     def add(self, block: Floats, sign: float = 1.0) -> None:
         """Add XᵀX of a float32 block (m, k), or a range of a wider one's columns; ``sign`` -1 takes it away."""
         self._engine.add_square(self._single, block, sign)
-        self._pending += len(block)
-        if self._pending >= FOLD_ROWS:
-            self._fold()
-
-    def _fold(self) -> None:
-        def fold(start: int) -> None:
-            rows, columns = slice(start, start + _FOLD_TILE), slice(start, None)
-            self._double[rows, columns] += self._single[rows, columns]
-            self._single[rows, columns] = 0
-
-        self._whole = False
-        _each(fold, range(0, len(self._single), _FOLD_TILE), self._threads)
-        self.folded += self._pending
-        self._pending = 0
-        self._whole = True
-
-    def restore(self, triangle: Matrix, rows: int) -> None:
-        """Go on from a sum over ``rows`` rows that :meth:`triangle` returned, which is taken over."""
-        self._double, self.folded = triangle, rows
+        self._added(len(block))
 
     def triangle(self) -> Matrix:
         """Return the sum, (k, k) float64, its upper triangle; below it, nothing that counts. It goes on living."""
-        if self._pending:
-            self._fold()
-        return self._double
-
-    def peek(self) -> Matrix | None:
-        """Return :meth:`triangle` as of the last fold; None in the middle of one."""
-        return self._double if self._whole else None
+        return self._finished()
 
     def total(self) -> Matrix:
         """Return the whole symmetric sum, (k, k) float64; the accumulator is used up."""

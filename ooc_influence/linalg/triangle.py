@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ooc_influence.store import StorePath, array_store, create_array, open_group, read_part
+from ooc_influence.store import StorePath, array_store, create_array, open_group, read_part, writable_array
 
 Matrix = npt.NDArray[np.float64]
 TILE = 1024  # rows and columns of a tile: 8 MiB
@@ -67,6 +67,11 @@ class TriangleTiles:
         """Open the matrix ``name`` of the group at ``path``; a missing tile is damage."""
         return cls(open_group(array_store(path, read_only=True, chunk_bytes={}), "r")[name], side)
 
+    @classmethod
+    def open_to_write(cls, path: StorePath, name: str, side: int) -> TriangleTiles:
+        """Open the matrix ``name`` of the group at ``path``, to fill its tiles."""
+        return cls(writable_array(open_group(array_store(path), "r+"), name), side)
+
     def write(self, tile: Tile, values: Matrix) -> None:
         """Write one tile."""
         size = self._array.shape[1]
@@ -88,6 +93,50 @@ class TriangleTiles:
         found: Matrix = read_part(self._array, tile.number)[:rows, :columns]
         return found
 
+    def inside(self, rows: slice, columns: slice) -> list[Tile]:
+        """Return the tiles inside some rows and columns that begin and end with tiles."""
+        return [
+            tile
+            for tile in list_tiles(self.side)
+            if rows.start <= tile.rows.start < rows.stop and columns.start <= tile.columns.start < columns.stop
+        ]
+
+    def read_region(self, rows: slice, columns: slice) -> Matrix:
+        """Return what :meth:`inside` lists, (rows, columns); zero above the matrix's diagonal."""
+        found = np.zeros((rows.stop - rows.start, columns.stop - columns.start))
+        for tile in self.inside(rows, columns):
+            found[_moved(tile.rows, rows.start), _moved(tile.columns, columns.start)] = self.read(tile)
+        return found
+
+    def write_region(self, rows: slice, columns: slice, values: Matrix) -> None:
+        """Write what :meth:`inside` lists out of ``values`` (rows, columns)."""
+        for tile in self.inside(rows, columns):
+            self.write(tile, values[_moved(tile.rows, rows.start), _moved(tile.columns, columns.start)])
+
+    def copy_from(self, other: TriangleTiles) -> None:
+        """Write the tiles of a matrix of the same side."""
+        for tile in list_tiles(self.side):
+            self.write(tile, other.read(tile))
+
+    def multiply(self, columns: npt.NDArray[np.float32]) -> Matrix:
+        """Return the product with ``columns`` (side, c), transposed: (c, side) float64."""
+        total = np.zeros((columns.shape[1], self.side))
+        for tile in list_tiles(self.side):
+            values = self.read(tile)
+            total[:, tile.rows] += columns[tile.columns].T.astype(np.float64) @ values.T
+            if tile.rows != tile.columns:
+                total[:, tile.columns] += columns[tile.rows].T.astype(np.float64) @ values
+        return total
+
+    def moments(self) -> tuple[float, float]:
+        """Return the trace and the squared Frobenius norm."""
+        trace = norm = 0.0
+        for tile in list_tiles(self.side):
+            values, diagonal = self.read(tile), tile.rows == tile.columns
+            trace += float(np.trace(values)) if diagonal else 0.0
+            norm += (1 if diagonal else 2) * float(np.vdot(values, values))
+        return trace, norm
+
     def write_upper(self, matrix: Matrix) -> None:
         """Write a matrix of which the upper triangle is given."""
         for tile in list_tiles(self.side):
@@ -97,6 +146,10 @@ class TriangleTiles:
         """Add this one to the upper triangle of ``matrix``, in place."""
         for tile in list_tiles(self.side):
             matrix[tile.columns, tile.rows] += self.read(tile).T
+
+
+def _moved(part: slice, start: int) -> slice:
+    return slice(part.start - start, part.stop - start)
 
 
 def upper_tile(matrix: Matrix, tile: Tile) -> Matrix:

@@ -1,0 +1,209 @@
+"""F summed tile by tile to the disk, where no task can hold all of it: each tile reads two panels of the rows' columns.
+
+A task sums one tile of some thousand columns over all rows and writes it; nothing travels. A tile that is finished is
+marked, with how many rows went into it: a run that was killed goes on with the others. Where an earlier sum is there,
+each tile starts from its own and reads only rows added and dropped since.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ooc_influence.curvature.fitting import Fitting
+from ooc_influence.curvature.rows import ChosenRows, Range, Share, cut_shares
+from ooc_influence.curvature.sums import Summing, bfloat16_holds, sum_name, task_threads
+from ooc_influence.curvature.unfinished import read_facts, save_result
+from ooc_influence.errors import StoreBusyError, StoreWriteError
+from ooc_influence.linalg import GramAccumulator, ProductAccumulator, TriangleTiles, choose_engine
+from ooc_influence.progress import Progress, tick
+from ooc_influence.store import StorePath
+from ooc_influence.stripes import Stripe, run_stripes
+
+Region = tuple[slice, slice]
+_TILES, _DONE = "tiles", "done"  # of partial results
+_F = sum_name(0)
+
+
+class SummedTiles(NamedTuple):
+    """F in tiles, undamped: where it is, its live rows and clipped losses, the trace taken from it so far."""
+
+    tiles: TriangleTiles
+    live: int
+    clipped: int
+    taken: float
+
+
+@dataclass(frozen=True, eq=False)
+class TileSum:
+    """How tasks sum tiles.
+
+    Attributes
+    ----------
+    folder : StorePath
+        Partial results: marks of finished tiles.
+    group : StorePath
+        Where the tiles are.
+    chosen, places : ChosenRows, sequence of (first, last)
+        The rows, and which of them are to be added.
+    gone : ChosenRows or None
+        Rows to be subtracted.
+    base : StorePath or None
+        The group of an earlier sum.
+    block_rows, side : int
+        Rows read at a time; columns of a tile.
+    """
+
+    folder: StorePath
+    group: StorePath
+    chosen: ChosenRows
+    places: Sequence[Range]
+    gone: ChosenRows | None
+    base: StorePath | None
+    block_rows: int
+    side: int
+
+    @property
+    def paths(self) -> list[object]:
+        """What workers must be able to see."""
+        return [self.chosen.store.path, self.folder]
+
+    def regions(self) -> list[Region]:
+        """Return the tiles of the lower triangle: rows and columns of F."""
+        k = self.chosen.store.k
+        cuts = [slice(start, min(k, start + self.side)) for start in range(0, k, self.side)]
+        return [(rows, columns) for number, rows in enumerate(cuts) for columns in cuts[: number + 1]]
+
+    def blocks(self, columns: Sequence[Range], threads: int) -> Iterator[tuple[Any, float]]:
+        """Yield blocks of those columns, and the sign with which they count."""
+        for low, high in self.places:
+            for block in self.chosen.blocks(low, high, self.block_rows, columns=columns, threads=threads):
+                yield block, 1.0
+        if self.gone is not None:
+            for block in self.gone.blocks(0, self.gone.count, self.block_rows, columns=columns, threads=threads):
+                yield block, -1.0
+
+
+def sum_tiles(fit: Fitting, side: int) -> SummedTiles:
+    """Return F, undamped, summed to tiles of ``side`` columns beside the target.
+
+    Raises
+    ------
+    StoreBusyError
+        If another process is at it.
+    """
+    if not fit.kept.usable:
+        raise StoreBusyError(
+            f"expected to sum F on disk in {fit.kept.path}; received a folder that another process is fitting in: wait "
+            "for it, give another name or out=, or more memory"
+        )
+    k, base, gone, taken = fit.chosen.store.k, fit.base, fit.gone, 0.0
+    if base is not None:
+        taken = float(base.attrs.get("taken", 0.0))
+        if gone is not None:
+            now = fit.taken(_moments(fit, gone, side)[2])
+            base, gone, taken = (None, None, 0.0) if now is None else (base, gone, now)
+    places: Sequence[Range] = [(0, fit.chosen.count)]
+    if base is not None:
+        places = [] if fit.change is None or fit.change.added is None else [fit.change.added]
+    if not fit.kept.results(_TILES):
+        save_result(fit.kept.path, _TILES, 0, {}, lambda group: _make_room(group, k))
+    group = fit.kept.results(_TILES)[_TILES]
+    base_path = None if base is None else base.path
+    how = TileSum(fit.kept.path, group, fit.chosen, places, gone, base_path, fit.how.block_rows, side)
+    live, clipped = _run(fit, how)
+    if base is not None:
+        live, clipped = live + base.rows, clipped + int(base.attrs["clipped"])
+        base.check_fit()
+    return SummedTiles(TriangleTiles.open(group, _F, k), live, clipped, taken)
+
+
+def _make_room(group: Any, k: int) -> None:
+    TriangleTiles.create(group, _F, k)
+
+
+def _run(fit: Fitting, how: TileSum) -> tuple[int, int]:
+    """Sum what is not done yet; return the rows and clipped losses that went into every tile."""
+    done = fit.kept.results(_DONE)
+    regions = how.regions()
+    left = [number for number in range(len(regions)) if f"{_DONE}-{number}" not in done]
+    rows = sum(b - a for a, b in how.places) + (0 if how.gone is None else how.gone.count)
+    with Progress("fisher tiles", rows * len(regions), fit.progress) as bar:
+        bar.advance(rows * (len(regions) - len(left)))
+        run_stripes(_sum_tile, [Stripe(number, number + 1) for number in left], bar, how, slots=fit.slots)
+    facts = read_facts(fit.kept.results(_DONE)[f"{_DONE}-0"])
+    return int(facts["live"]), int(facts["clipped"])
+
+
+def _sum_tile(stripe: Stripe, key: str, how: TileSum) -> None:
+    """Sum one tile over all rows, write it and mark it."""
+    rows, columns = how.regions()[stripe.start]
+    k, width, threads = how.chosen.store.k, columns.stop - columns.start, task_threads()
+    engine = choose_engine(width, bfloat16=bfloat16_holds(how.chosen))
+    square = GramAccumulator(width, engine, threads) if rows == columns else None
+    product = ProductAccumulator(rows.stop - rows.start, width, engine, threads) if square is None else None
+    if how.base is not None:
+        earlier = TriangleTiles.open(how.base, _F, k).read_region(rows, columns)
+        if square is not None:
+            square.restore(np.ascontiguousarray(earlier.T), 0)
+        elif product is not None:
+            product.restore(earlier, 0)
+    panels = [(columns.start, columns.stop)] + ([] if square is not None else [(rows.start, rows.stop)])
+    live = clipped = 0
+    for block, sign in how.blocks(panels, threads):
+        if square is not None:
+            square.add(block.rows, sign)
+        elif product is not None:
+            product.add(block.rows[:, width:], block.rows[:, :width], sign)
+        live, clipped = live + int(sign) * block.live, clipped + int(sign) * block.clipped
+        tick(key, block.stop - block.start)
+    found = square.total() if square is not None else product.total() if product is not None else None
+    assert found is not None
+    try:
+        TriangleTiles.open_to_write(how.group, _F, k).write_region(rows, columns, found)
+        facts = {"live": live, "clipped": clipped}
+        save_result(how.folder, f"{_DONE}-{stripe.start}", 0, facts, lambda group: None)
+    except OSError as error:
+        raise StoreWriteError(
+            f"expected to write tiles of F to {how.group}; received: {error}: make room (8 k² bytes while fitting), or "
+            "give another place with out="
+        ) from error
+
+
+def _moments(fit: Fitting, chosen: ChosenRows, side: int) -> npt.NDArray[np.float64]:
+    rows = max(1, fit.how.block_rows * 2 * side // fit.chosen.store.k)
+    with Progress("fisher: norms of rows", chosen.count, fit.progress) as bar:
+        return row_moments(chosen, fit.how, rows, fit.slots, bar)
+
+
+def sum_fourth(fit: Fitting, side: int) -> float:
+    """Return Σ‖x‖⁴ over the rows of a fit, in blocks that take no more memory than tiles of ``side`` columns."""
+    return float(_moments(fit, fit.chosen, side)[3])
+
+
+def row_moments(
+    chosen: ChosenRows, how: Summing, block_rows: int, slots: int, bar: Progress
+) -> npt.NDArray[np.float64]:
+    """Return, over some rows: how many are live, how many losses are clipped, Σ‖x‖², Σ‖x‖⁴."""
+    shares = cut_shares(chosen, [(0, chosen.count)], block_rows, slots)
+    found: npt.NDArray[np.float64] = run_stripes(_sum_moments, shares, bar, how, block_rows, slots=slots, reduce=np.add)
+    return found
+
+
+def _sum_moments(share: Share, key: str, how: Summing, block_rows: int) -> npt.NDArray[np.float64]:
+    total = np.zeros(4)
+    for _, chosen in share.parts:
+        for block in chosen.blocks(0, chosen.count, block_rows, threads=task_threads()):
+            total += block_moments(block)
+            tick(key, block.stop - block.start)
+    return total
+
+
+def block_moments(block: Any) -> npt.NDArray[np.float64]:
+    """Return what :func:`row_moments` does, of one block."""
+    squares = np.einsum("ij,ij->i", block.rows, block.rows, dtype=np.float64)
+    return np.array([block.live, block.clipped, squares.sum(), np.square(squares).sum()])
