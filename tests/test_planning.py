@@ -14,6 +14,7 @@ from test_memory_measured import write
 
 import ooc_influence as ooc
 from ooc_influence import GradientStore, fit_fisher
+from ooc_influence.curvature.leading import top_self_bytes, top_working_bytes
 from ooc_influence.curvature.spectral import self_bytes, working_bytes
 from ooc_influence.errors import InputError
 from ooc_influence.planning import Rates
@@ -89,6 +90,21 @@ def test_a_whole_curvature_is_planned_as_it_says(tmp_path):
     for queries, values in ((1, 1), (70, 1), (5, 8)):
         assert working_bytes(30, queries, values) == fitted.working_bytes(queries, values)
         assert self_bytes(30, values) == fitted.self_working_bytes(values)
+
+
+def test_a_top_of_the_spectrum_is_planned_where_the_whole_does_not_fit(tmp_path):
+    found = ooc.plan(10**6, 100_000, memory="24GiB", **GIVEN, folder=tmp_path)
+    assert found["fisher"].refusal
+    part = next(stage for stage in found.stages if stage.name.startswith("fisher, rank"))
+    assert part.refusal is None
+    assert part.peak <= found.budget
+    assert "instead of fisher, --rank" in part.note
+    assert found["top 100"].refusal is None  # by that part
+    assert not found.fits
+    fitted = fit_fisher(write_store(tmp_path / "t.zarr", random_rows(300, 30)), rank=7)
+    for queries, values in ((1, 1), (70, 1), (5, 8)):
+        assert top_working_bytes(30, 7, queries, values) == fitted.working_bytes(queries, values)
+        assert top_self_bytes(30, 7, values) == fitted.self_working_bytes(values)
 
 
 def test_every_stage_and_how_it_grows(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import tracemalloc
 
@@ -12,6 +13,7 @@ from conftest import random_rows, write_store
 from numpy.testing import assert_allclose, assert_array_equal
 
 from ooc_influence import GradientStore, fit_fisher, influence_scores, self_influence
+from ooc_influence.cli.main import main
 from ooc_influence.curvature import rows as rows_room
 from ooc_influence.curvature import tiled, top, unfinished, ways
 from ooc_influence.curvature.fisher import fisher_need
@@ -305,6 +307,20 @@ def test_memory_stays_below_the_projection(tmp_path, way, monkeypatch):
     assert found.attrs["way"] == way
     projected = need.peak(600, 1, 0) - WORKING + 2**21  # Zarr's part
     assert 0.5 * projected < peak < projected
+
+
+def test_the_command(train, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["fisher", str(train.path), "--rank", "10", "--json"])
+    assert stopped.value.code == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["kind"], facts["rank"]) == ("top", 10)
+    assert 0 < facts["left_out"] < 1
+    assert facts["effective_dimension_at_least"] < facts["effective_dimension"]
+    with pytest.raises(SystemExit):
+        main(["fisher", str(train.path), "--rank", "10", "--side", "gram"])
+    assert "expected --side fisher for --rank" in capsys.readouterr().err
+    assert "rank=10 left out=" in repr(fit_fisher(train, rank=10))
 
 
 @pytest.mark.parametrize("rank", [0, K + 1, 2.5, True])

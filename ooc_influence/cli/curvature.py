@@ -40,6 +40,7 @@ def _parse_rows(_: click.Context, __: click.Parameter, value: str | None) -> sli
 @click.option("--weights", type=click.Choice(["ggn", "trak"]), help="Weigh rows by their losses.")
 @click.option("--force-weights", is_flag=True, help="Whatever the loss is.")
 @click.option("--blocks", type=click.Choice(["module"]), help="One matrix for each module.")
+@click.option("--rank", type=int, metavar="R", help="Keep the top R eigenvectors only: any number of columns fits.")
 @options.workers
 @options.memory
 @options.cluster
@@ -55,12 +56,12 @@ def fisher(
 
     opened = options.open_train(train, cache, cache_size)
     if side == "auto":
-        side = "fisher" if given["blocks"] else choose_side(given["sample"] or opened.n, opened.k)
+        side = "fisher" if given["blocks"] or given["rank"] else choose_side(given["sample"] or opened.n, opened.k)
     given |= {} if name is None else {"name": name}
     if side == "fisher":
         curvature = fit_fisher(opened, progress=options.show_progress(), **given)
     else:
-        for option in ("blocks", "workers"):
+        for option in ("blocks", "rank", "workers"):
             if given.pop(option) is not None:
                 raise click.UsageError(f"expected --side fisher for --{option}; received --side gram")
         curvature = fit_gram(opened, progress=options.show_progress(), **given)

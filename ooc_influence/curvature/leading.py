@@ -118,9 +118,8 @@ class TopCurvature(SummedCurvature, kinds=("top",)):
     def working_bytes(self, queries: int, values: int) -> int:
         """See :meth:`Curvature.working_bytes`."""
         r = len(self.eigenvalues)
-        step = min(self.d, slab_rows(r))
         held = 8 * self.d * r if self._vectors is not None else 0
-        return held + 3 * 8 * step * r + 8 * queries * (self.d * (1 + values) + 2 * r + 2 * step)
+        return held + top_working_bytes(self.d, r, queries, values)
 
     def self_influence(self, gradients: npt.NDArray[np.float32], values: Sequence[float]) -> npt.NDArray[np.float32]:
         """See :meth:`Curvature.self_influence`."""
@@ -136,8 +135,7 @@ class TopCurvature(SummedCurvature, kinds=("top",)):
 
     def self_working_bytes(self, values: int) -> int:
         """See :meth:`Curvature.self_working_bytes`."""
-        r = len(self.eigenvalues)
-        return 8 * self.d * r + 8 * _PANEL * (2 * self.d + 2 * r + values + 2) + 8 * values * r + 3 * CHUNK_TARGET
+        return top_self_bytes(self.d, len(self.eigenvalues), values)
 
     def outside_share(self, gradients: npt.NDArray[Any]) -> Matrix:
         """See :meth:`Curvature.outside_share`: outside what is known of the spectrum."""
@@ -150,6 +148,17 @@ class TopCurvature(SummedCurvature, kinds=("top",)):
         named = ("rank", "left_out", "rest", "passes", "residual", "converged", "way")
         found = super().facts() | {name: self._attrs[name] for name in named}
         return found | {"effective_dimension_at_least": least}
+
+
+def top_working_bytes(d: int, r: int, queries: int, values: int) -> int:
+    """Return what preconditioning by the top r of a spectrum of ``d`` columns holds."""
+    step = min(d, slab_rows(r))
+    return 3 * 8 * step * r + 8 * queries * (d * (1 + values) + 2 * r + 2 * step)
+
+
+def top_self_bytes(d: int, r: int, values: int) -> int:
+    """Return what self-influence by the top r of a spectrum of ``d`` columns holds."""
+    return 8 * d * r + 8 * _PANEL * (2 * d + 2 * r + values + 2) + 8 * values * r + 3 * CHUNK_TARGET
 
 
 def slab_rows(r: int) -> int:

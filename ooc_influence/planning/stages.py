@@ -7,10 +7,12 @@ slower of reading and computing, since they overlap, and what comes before and a
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from ooc_influence.curvature import ways
 from ooc_influence.curvature.fisher import fisher_need
+from ooc_influence.curvature.leading import top_self_bytes, top_working_bytes
 from ooc_influence.curvature.spectral import self_bytes, working_bytes
 from ooc_influence.errors import MemoryBudgetError
 from ooc_influence.influence.scoring import LEFT_ROWS
@@ -18,7 +20,7 @@ from ooc_influence.influence.self_influence import self_need
 from ooc_influence.influence.tiles import Costs, pass_need
 from ooc_influence.influence.top import top_costs
 from ooc_influence.linalg import spectrum_ways
-from ooc_influence.memory import Need, plan_block_rows
+from ooc_influence.memory import Need, budget_bytes, plan_block_rows
 from ooc_influence.planning.rates import Rates
 from ooc_influence.store import Storage, parse_representation
 from ooc_influence.store.encoding import Encoding
@@ -83,6 +85,8 @@ class Shapes:
         The budget.
     held : int
         Bytes a process holds before a stage starts.
+    rank : int or None
+        Eigenvectors kept of the curvature; None for all.
     """
 
     rows: int
@@ -95,6 +99,7 @@ class Shapes:
     workers: int
     memory: int | str | None
     held: int
+    rank: int | None = None
 
     def layout(self, columns: int) -> Layout:
         """Return the layout of a store with so many columns."""
@@ -162,6 +167,22 @@ def fisher(shapes: Shapes, rates: Rates) -> Stage:
     return Stage("fisher", 16 * d * d + 8 * d, peak, read, sums + factoring, seconds, refusal)
 
 
+def top_fisher(shapes: Shapes, rates: Rates) -> Stage | None:
+    """Return the largest top of the Fisher matrix's spectrum that fits, by the quickest way; None where none does."""
+    n, d, budget = shapes.rows, shapes.dims, budget_bytes(shapes.memory)
+    row_bytes = shapes.layout(d).encoding.row_bytes
+    sizes = ways.Shapes(d, n, n, row_bytes, shapes.workers, 0, 0)
+    rank = ways.largest_rank(sizes, budget, shapes.held)
+    if not rank:
+        return None
+    way = ways.top_ways(sizes, rank, fisher_need(d, shapes.workers), budget, shapes.held)[0]
+    seconds = _pass(shapes, rates, int(way.read), way.flops / rates.gemm)
+    disk = 8 * d * (rank + (0 if way.name == "rows" else d // 2))
+    note = f"instead of fisher, --rank {rank}; by {way.name}, in about {ways.USUAL_PASSES} passes"
+    peak = way.need.peak(way.block_rows, shapes.workers, shapes.held)
+    return Stage(f"fisher, rank {rank}", disk, peak, int(way.read), way.flops, seconds, None, note)
+
+
 def gram(shapes: Shapes, rates: Rates) -> Stage:
     """Return the Gram matrix of the rows: what the other side of Woodbury's identity costs."""
     n, d = shapes.rows, shapes.dims
@@ -194,7 +215,7 @@ def _scored(name: str, shapes: Shapes, rates: Rates, costs: Callable[[int], Cost
     queries = shapes.queries if shapes.queries <= limit else 1 << limit.bit_length() - 1
     while True:
         own = costs(queries)
-        preparing = working_bytes(d, queries, values) + 8 * queries * d * (2 + values)
+        preparing = _working_bytes(shapes, queries) + 8 * queries * d * (2 + values)
         need = pass_need(
             f"{name} for k={d}",
             [d],
@@ -207,7 +228,7 @@ def _scored(name: str, shapes: Shapes, rates: Rates, costs: Callable[[int], Cost
         queries = 1 << (queries - 1).bit_length() - 1
     passes = -(-shapes.queries // queries)
     read = shapes.store_bytes(n, d)
-    preparing_flops = 2.0 * shapes.queries * d * d * (1 + values)
+    preparing_flops = 2.0 * shapes.queries * d * (shapes.rank or d) * (1 + values)
     products = 2.0 * shapes.queries * values * n * d
     seconds = passes * _pass(shapes, rates, read, products / passes / rates.gemm) + preparing_flops / rates.double
     seconds = max(seconds, out / rates.write)
@@ -215,12 +236,20 @@ def _scored(name: str, shapes: Shapes, rates: Rates, costs: Callable[[int], Cost
     return Stage(name, out, peak, passes * read, products + preparing_flops, seconds, refusal, note)
 
 
+def _working_bytes(shapes: Shapes, queries: int) -> int:
+    """Return what preconditioning so many queries holds, by the curvature that fits."""
+    if shapes.rank is None:
+        return working_bytes(shapes.dims, queries, shapes.dampings)
+    return top_working_bytes(shapes.dims, shapes.rank, queries, shapes.dampings)
+
+
 def self_influence(shapes: Shapes, rates: Rates) -> Stage:
     """Return the rows' self-influence."""
     n, d = shapes.rows, shapes.dims
-    need = self_need([d], n, shapes.dampings, norms=self_bytes(d, shapes.dampings))
-    peak, _, refusal = shapes.fit(need)
-    products, read = 2.0 * n * d * d, shapes.store_bytes(n, d)
+    rank, values = shapes.rank, shapes.dampings
+    norms = self_bytes(d, values) if rank is None else top_self_bytes(d, rank, values)
+    peak, _, refusal = shapes.fit(self_need([d], n, values, norms=norms))
+    products, read = 2.0 * n * d * (rank or d), shapes.store_bytes(n, d)
     seconds = _pass(shapes, rates, read, products / rates.gemm)
     return Stage("self-influence", 4 * n * shapes.dampings, peak, read, products, seconds, refusal)
 
@@ -243,6 +272,10 @@ def all_stages(shapes: Shapes, rates: Rates) -> list[Stage]:
     if shapes.dims < shapes.k:
         found.insert(0, basis(shapes, rates))
     found.append(fisher(shapes, rates))
+    part = top_fisher(shapes, rates) if found[-1].refusal else None
+    if part is not None:
+        found.append(part)
+        shapes = replace(shapes, rank=int(part.name.rpartition(" ")[2]))
     if shapes.rows < shapes.dims:
         found.append(gram(shapes, rates))
     return found + [stage(shapes, rates) for stage in (scores, top, self_influence, verify)]
