@@ -16,13 +16,13 @@ import numpy.typing as npt
 
 from ooc_influence.curvature.fitting import Fitting
 from ooc_influence.curvature.rows import ChosenRows, Range, Share, cut_shares
-from ooc_influence.curvature.sums import Summing, bfloat16_holds, sum_name, task_threads
+from ooc_influence.curvature.sums import Summing, bfloat16_holds, sum_name
 from ooc_influence.curvature.unfinished import read_facts, save_result
 from ooc_influence.errors import StoreBusyError, StoreWriteError
-from ooc_influence.linalg import GramAccumulator, ProductAccumulator, TriangleTiles, choose_engine
+from ooc_influence.linalg import GramAccumulator, ProductAccumulator, Team, TriangleTiles, choose_engine
 from ooc_influence.progress import Progress, tick
 from ooc_influence.store import StorePath
-from ooc_influence.stripes import Stripe, run_stripes
+from ooc_influence.stripes import Stripe, run_stripes, task_threads
 
 Region = tuple[slice, slice]
 _TILES, _DONE = "tiles", "done"  # of partial results
@@ -134,18 +134,24 @@ def _run(fit: Fitting, how: TileSum) -> tuple[int, int]:
     rows = sum(b - a for a, b in how.places) + (0 if how.gone is None else how.gone.count)
     with Progress("fisher tiles", rows * len(regions), fit.progress) as bar:
         bar.advance(rows * (len(regions) - len(left)))
-        run_stripes(_sum_tile, [Stripe(number, number + 1) for number in left], bar, how, slots=fit.slots)
+        stripes = [Stripe(number, number + 1) for number in left]
+        run_stripes(_sum_tile, stripes, bar, how, slots=fit.slots, own_threads=True)
     facts = read_facts(fit.kept.results(_DONE)[f"{_DONE}-0"])
     return int(facts["live"]), int(facts["clipped"])
 
 
 def _sum_tile(stripe: Stripe, key: str, how: TileSum) -> None:
     """Sum one tile over all rows, write it and mark it."""
-    rows, columns = how.regions()[stripe.start]
-    k, width, threads = how.chosen.store.k, columns.stop - columns.start, task_threads()
-    engine = choose_engine(width, bfloat16=bfloat16_holds(how.chosen))
-    square = GramAccumulator(width, engine, threads) if rows == columns else None
-    product = ProductAccumulator(rows.stop - rows.start, width, engine, threads) if square is None else None
+    with Team(task_threads()) as team:
+        _sum_with(team, stripe.start, key, how)
+
+
+def _sum_with(team: Team, number: int, key: str, how: TileSum) -> None:
+    rows, columns = how.regions()[number]
+    k, width = how.chosen.store.k, columns.stop - columns.start
+    engine = choose_engine(width, bfloat16=bfloat16_holds(how.chosen), team=team)
+    square = GramAccumulator(width, engine, team) if rows == columns else None
+    product = ProductAccumulator(rows.stop - rows.start, width, engine, team) if square is None else None
     if how.base is not None:
         earlier = TriangleTiles.open(how.base, _F, k).read_region(rows, columns)
         if square is not None:
@@ -154,7 +160,7 @@ def _sum_tile(stripe: Stripe, key: str, how: TileSum) -> None:
             product.restore(earlier, 0)
     panels = [(columns.start, columns.stop)] + ([] if square is not None else [(rows.start, rows.stop)])
     live = clipped = 0
-    for block, sign in how.blocks(panels, threads):
+    for block, sign in how.blocks(panels, team.threads):
         if square is not None:
             square.add(block.rows, sign)
         elif product is not None:
@@ -166,7 +172,7 @@ def _sum_tile(stripe: Stripe, key: str, how: TileSum) -> None:
     try:
         TriangleTiles.open_to_write(how.group, _F, k).write_region(rows, columns, found)
         facts = {"live": live, "clipped": clipped}
-        save_result(how.folder, f"{_DONE}-{stripe.start}", 0, facts, lambda group: None)
+        save_result(how.folder, f"{_DONE}-{number}", 0, facts, lambda group: None)
     except OSError as error:
         raise StoreWriteError(
             f"expected to write tiles of F to {how.group}; received: {error}: make room (8 k² bytes while fitting), or "

@@ -10,6 +10,8 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,13 +22,14 @@ from ooc_influence.curvature.fitting import Fitting, squared_norm
 from ooc_influence.curvature.leading import VECTORS, slab_rows
 from ooc_influence.curvature.rows import Share, cut_shares
 from ooc_influence.curvature.saved import write_curvature, write_long
-from ooc_influence.curvature.sums import Summing, sum_name, task_threads
+from ooc_influence.curvature.sums import Summing, sum_name
 from ooc_influence.curvature.tiled import block_moments, sum_fourth, sum_tiles
 from ooc_influence.curvature.unfinished import SavingClock, read_facts, save_result, write_slabs
 from ooc_influence.curvature.ways import PASSES, TopWay, iteration_columns
 from ooc_influence.errors import OocInfluenceWarning
 from ooc_influence.linalg import (
     ProductAccumulator,
+    Team,
     Top,
     TriangleTiles,
     find_top,
@@ -38,7 +41,7 @@ from ooc_influence.linalg.accumulate import mirror
 from ooc_influence.linalg.subspace import TOLERANCE
 from ooc_influence.progress import Progress, tick
 from ooc_influence.store import array_store, create_array, open_group, read_part
-from ooc_influence.stripes import run_stripes
+from ooc_influence.stripes import run_stripes, task_threads
 
 logger = logging.getLogger("ooc_influence")
 Matrix = npt.NDArray[np.float64]
@@ -162,8 +165,9 @@ def _by_rows(fit: Fitting, rank: int, seed: int) -> Found:
         nonlocal moments
         with Progress("spectrum: rows", fit.chosen.count, fit.progress) as bar:
             found: Product = run_stripes(
-                _multiply_share, shares, bar, fit.how, basis, not len(moments), slots=fit.slots, reduce=Product.plus
-            )
+                _multiply_share, shares, bar, fit.how, basis, not len(moments), slots=fit.slots, reduce=Product.plus,
+                own_threads=True,
+            )  # fmt: skip
         moments = found.moments if not len(moments) else moments
         fit.check(int(moments[0]), moments[2] + float(found.total.sum()))
         product = found.total
@@ -190,13 +194,20 @@ class Product(NamedTuple):
 
 def _multiply_share(share: Share, key: str, how: Summing, basis: Floats, measure: bool) -> Product:
     """Return the product of a share of the rows."""
-    threads = task_threads()
+    with Team(task_threads()) as team:
+        return _multiply_with(team, share, key, how, basis, measure)
+
+
+def _multiply_with(team: Team, share: Share, key: str, how: Summing, basis: Floats, measure: bool) -> Product:
     k, columns = basis.shape
-    total, moments = ProductAccumulator(columns, k, threads=threads), np.zeros(4)
+    total, moments = ProductAccumulator(columns, k, team=team), np.zeros(4)
     turned = np.empty((how.block_rows, columns), np.float32)
     for _, chosen in share.parts:
-        for block in chosen.blocks(0, chosen.count, how.block_rows, threads=threads):
-            total.add(np.matmul(block.rows, basis, out=turned[: len(block.rows)]), block.rows)
+        for block in chosen.blocks(0, chosen.count, how.block_rows, threads=team.threads):
+            rows = block.rows
+            edges = [len(rows) * number // team.threads for number in range(team.threads + 1)]
+            team.run(partial(np.matmul, rows[low:high], basis, turned[low:high]) for low, high in pairwise(edges))
+            total.add(turned[: len(rows)], rows)
             if measure:
                 moments += block_moments(block)
             tick(key, block.stop - block.start)

@@ -2,7 +2,7 @@
 
 from ooc_influence.linalg.accumulate import GramAccumulator, ProductAccumulator
 from ooc_influence.linalg.eigen import symmetric_eigen
-from ooc_influence.linalg.engines import choose_engine
+from ooc_influence.linalg.engines import Team, choose_engine
 from ooc_influence.linalg.rows import Rows, WeightedRows
 from ooc_influence.linalg.spectrum import Spectrum, Way, spectrum_ways, top_spectrum
 from ooc_influence.linalg.subspace import Top, find_top, iteration_bytes, orthonormal_slabs, start_basis
@@ -10,7 +10,7 @@ from ooc_influence.linalg.triangle import TriangleTiles, list_tiles, tile_side
 from ooc_influence.linalg.weights import ONE_LABEL, Weighting, clipped_rows, parse_weighting, row_weights
 
 __all__ = [
-    "ONE_LABEL", "GramAccumulator", "ProductAccumulator", "Rows", "Spectrum", "Top", "TriangleTiles", "Way",
+    "ONE_LABEL", "GramAccumulator", "ProductAccumulator", "Rows", "Spectrum", "Team", "Top", "TriangleTiles", "Way",
     "WeightedRows", "Weighting", "choose_engine", "clipped_rows", "find_top", "iteration_bytes", "list_tiles",
     "orthonormal_slabs", "parse_weighting", "row_weights", "spectrum_ways", "start_basis", "symmetric_eigen",
     "tile_side", "top_spectrum",

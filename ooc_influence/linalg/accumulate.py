@@ -7,13 +7,13 @@ independent of the number of rows.
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
 from ooc_influence.linalg.blas import Floats
-from ooc_influence.linalg.engines import Engine, choose_engine
+from ooc_influence.linalg.engines import Engine, Team, choose_engine, product_pieces, square_pieces
 
 Matrix = npt.NDArray[np.float64]
 FOLD_ROWS = 8192  # rows summed in float32 before they are added to the float64 sum
@@ -23,15 +23,16 @@ _FOLD_TILE = 256  # rows of the matrix folded at a time: the tile stays in cache
 class _Accumulator:
     """A float32 sum (a, b) that is folded into a float64 one."""
 
-    def __init__(self, a: int, b: int, engine: Engine | None, threads: int) -> None:
-        self._threads = threads
+    def __init__(self, a: int, b: int, engine: Engine | None, team: Team | None) -> None:
+        self._team = team or Team()
         self._engine = choose_engine(max(a, b)) if engine is None else engine
         self._single = np.zeros((a, b), np.float32)
         self._double = np.zeros((a, b), np.float64)
         self._pending = self.folded = 0
         self._whole = True  # the float64 sum is not being changed
 
-    def _added(self, rows: int) -> None:
+    def added(self, rows: int) -> None:
+        """Count rows whose pieces are done."""
         self._pending += rows
         if self._pending >= FOLD_ROWS:
             self._fold()
@@ -43,7 +44,7 @@ class _Accumulator:
             self._single[rows, columns] = 0
 
         self._whole = False
-        _each(fold, range(0, len(self._single), _FOLD_TILE), self._threads)
+        self._team.run(partial(fold, start) for start in range(0, len(self._single), _FOLD_TILE))
         self.folded += self._pending
         self._pending = 0
         self._whole = True
@@ -75,8 +76,8 @@ class ProductAccumulator(_Accumulator):
         Columns. Holds a b float32 and a b float64.
     engine : Engine, optional
         What multiplies; default the fastest at hand.
-    threads : int
-        Threads to fold with.
+    team : Team, optional
+        Who does the work; default the caller.
 
     Attributes
     ----------
@@ -84,8 +85,8 @@ class ProductAccumulator(_Accumulator):
         Rows in the float64 sum.
     """
 
-    def __init__(self, a: int, b: int, engine: Engine | None = None, threads: int = 1) -> None:
-        super().__init__(a, b, engine, threads)
+    def __init__(self, a: int, b: int, engine: Engine | None = None, team: Team | None = None) -> None:
+        super().__init__(a, b, engine, team)
 
     @staticmethod
     def nbytes(a: int, b: int) -> int:
@@ -94,8 +95,8 @@ class ProductAccumulator(_Accumulator):
 
     def add(self, left: Floats, right: Floats, sign: float = 1.0) -> None:
         """Add leftᵀ right of float32 blocks, or ranges of wider ones' columns; ``sign`` -1 takes it away."""
-        self._engine.add_product(self._single, left, right, sign)
-        self._added(len(left))
+        self._team.run(product_pieces(self._engine, self._single, left, right, sign, self._team.threads))
+        self.added(len(left))
 
     def total(self) -> Matrix:
         """Return the sum, (a, b) float64; it goes on living."""
@@ -111,8 +112,8 @@ class GramAccumulator(_Accumulator):
         Columns. Holds k² float32 and k² float64.
     engine : Engine, optional
         What multiplies; default the fastest at hand.
-    threads : int
-        Threads to fold with.
+    team : Team, optional
+        Who does the work; default the caller.
 
     Attributes
     ----------
@@ -120,8 +121,8 @@ class GramAccumulator(_Accumulator):
         Rows in the float64 sum.
     """
 
-    def __init__(self, k: int, engine: Engine | None = None, threads: int = 1) -> None:
-        super().__init__(k, k, engine, threads)
+    def __init__(self, k: int, engine: Engine | None = None, team: Team | None = None) -> None:
+        super().__init__(k, k, engine, team)
 
     @staticmethod
     def nbytes(k: int) -> int:
@@ -133,8 +134,12 @@ class GramAccumulator(_Accumulator):
 
     def add(self, block: Floats, sign: float = 1.0) -> None:
         """Add XᵀX of a float32 block (m, k), or a range of a wider one's columns; ``sign`` -1 takes it away."""
-        self._engine.add_square(self._single, block, sign)
-        self._added(len(block))
+        self._team.run(self.pieces(block, sign))
+        self.added(len(block))
+
+    def pieces(self, block: Floats, sign: float = 1.0) -> list[Callable[[], None]]:
+        """Return calls that together add a block, which may be made at once; then :meth:`added` has to be told."""
+        return square_pieces(self._engine, self._single, block, sign, self._team.threads)
 
     def triangle(self) -> Matrix:
         """Return the sum, (k, k) float64, its upper triangle; below it, nothing that counts. It goes on living."""
@@ -146,16 +151,6 @@ class GramAccumulator(_Accumulator):
         self._single = np.empty((0, 0), np.float32)
         mirror(found)
         return found
-
-
-def _each(function: Callable[[int], None], places: range, threads: int) -> None:
-    """Call a function for every place, in several threads: NumPy holds no lock while it adds."""
-    if threads == 1 or len(places) < 2:
-        for place in places:
-            function(place)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(function, places))
 
 
 def mirror(matrix: Matrix) -> None:
