@@ -2,12 +2,13 @@
 
 from ooc_influence.curvature.curvature import Curvature, resolve_curvature
 from ooc_influence.curvature.damping import DampingMode
+from ooc_influence.curvature.diagonal import DiagonalCurvature
 from ooc_influence.curvature.fisher import fit_fisher
 from ooc_influence.curvature.gram import GramCurvature, choose_side, fit_gram
 from ooc_influence.curvature.leading import TopCurvature
 from ooc_influence.curvature.spectral import SpectralCurvature
 
 __all__ = [
-    "Curvature", "DampingMode", "GramCurvature", "SpectralCurvature", "TopCurvature", "choose_side", "fit_fisher",
-    "fit_gram", "resolve_curvature",
+    "Curvature", "DampingMode", "DiagonalCurvature", "GramCurvature", "SpectralCurvature", "TopCurvature",
+    "choose_side", "fit_fisher", "fit_gram", "resolve_curvature",
 ]  # fmt: skip

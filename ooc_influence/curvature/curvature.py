@@ -130,7 +130,7 @@ class Curvature(ABC):
 
     @property
     def kind(self) -> str:
-        """``whole``, ``module``, ``top`` or ``gram``."""
+        """``whole``, ``module``, ``diagonal``, ``top`` or ``gram``."""
         return str(self._attrs.get("kind", "whole"))
 
     @property
