@@ -28,9 +28,10 @@ from ooc_influence.influence.checkpoints import (
     open_checkpoints,
     parse_marks,
 )
-from ooc_influence.influence.engine import Floats, parse_device
+from ooc_influence.influence.engine import Floats
 from ooc_influence.influence.queries import Queries
 from ooc_influence.influence.tiles import Columns, Costs, Work, pass_need, whole_rows
+from ooc_influence.linalg.device import parse_device
 from ooc_influence.memory import Need, plan_block_rows
 from ooc_influence.stripes import slots_per_process, worker_memory
 
