@@ -41,6 +41,7 @@ def _parse_rows(_: click.Context, __: click.Parameter, value: str | None) -> sli
 @click.option("--force-weights", is_flag=True, help="Whatever the loss is.")
 @click.option("--blocks", type=click.Choice(["module"]), help="One matrix for each module.")
 @click.option("--rank", type=int, metavar="R", help="Keep the top R eigenvectors only: any number of columns fits.")
+@click.option("--device", help="Multiply rows there, such as cuda. Default: NumPy's or SciPy's BLAS.")
 @options.workers
 @options.memory
 @options.cluster

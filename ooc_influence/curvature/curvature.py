@@ -167,6 +167,10 @@ class Curvature(ABC):
         """Return d(λ) = Σ e/(e + λ), the number of directions the damping leaves, at λ = ``value``."""
         return dimension(self.eigenvalues, value)
 
+    def least_dimension(self, value: float) -> float:
+        """Return what d(λ) is at least, where it is not known exactly."""
+        return self.effective_dimension(value)
+
     def lambdas(self, value: float) -> tuple[float, ...]:
         """Return all that a λ of :meth:`damping_value` holds: one number, or one for each block of F."""
         return (float(value),)

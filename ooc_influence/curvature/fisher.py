@@ -30,6 +30,7 @@ from ooc_influence.curvature.unfinished import Unfinished
 from ooc_influence.curvature.ways import Shapes, TopWay, check_rank, offer_rank, plan_top
 from ooc_influence.errors import InputError
 from ooc_influence.linalg import GramAccumulator, Weighting
+from ooc_influence.linalg.device import check_room, parse_device
 from ooc_influence.memory import Need, block_limit, plan_block_rows
 from ooc_influence.store import GradientStore, PathLike
 from ooc_influence.stripes import check_workers, slots_per_process
@@ -91,6 +92,7 @@ def fit_fisher(
     force_weights: bool = False,
     blocks: Blocks | None = None,
     rank: int | None = None,
+    device: str | None = None,
     workers: int | None = None,
     memory: int | str | None = None,
     progress: bool | None = None,
@@ -125,6 +127,8 @@ def fit_fisher(
         Find and keep the top ``rank`` eigenpairs only, by the quickest way that fits the budget
         (:mod:`ooc_influence.curvature.ways`): any number of columns fits. The rest of the trace counts as spread evenly
         over the other directions.
+    device : str, optional
+        Multiply rows there, such as ``"cuda"``, with copies beside; by default NumPy's or SciPy's BLAS.
     workers : int, optional
         Row stripes worked on at once; by default one with all cores, or the slots of the ambient Dask cluster.
     memory : int or str, optional
@@ -152,14 +156,14 @@ def fit_fisher(
     """
     train = store if isinstance(store, GradientStore) else GradientStore.open(store)
     warn_if_unfinished(train)
-    slots = check_workers(workers)
+    slots, device = check_workers(workers), parse_device(device)
     ranges = _parse_blocks(train, blocks, rank)
     target = fit_target(train, name, out)
     chosen = choose_rows(train, rows, sample, seed, weights, force_weights=force_weights)
     found = None if refit else fitted(target, train)
     kind = "top" if rank is not None else "module" if blocks else "whole"
     change = None if found is None else what_changed(found, chosen, kind)
-    way = _choose_way(chosen, ranges, rank, found if change is not None else None, change, slots, memory)
+    way = _choose_way(chosen, ranges, rank, found if change is not None else None, change, slots, memory, device)
     if found is not None and change is not None and change.nothing and found.attrs.get("rank") == rank:
         logger.info("%s is up to date", target)
         return found
@@ -171,7 +175,7 @@ def fit_fisher(
     }  # fmt: skip
     with Unfinished(target, settings) as kept:
         folder = kept.path if kept.usable else None
-        how = Summing(train, ranges, way.block_rows, sample is not None, folder, unfinished.INTERVAL)
+        how = Summing(train, ranges, way.block_rows, sample is not None, folder, unfinished.INTERVAL, device)
         fit = Fitting(target, chosen, how, slots, progress, kept, found if change is not None else None, change)
         if rank is None:
             _fit_square(fit)
@@ -188,6 +192,7 @@ def _choose_way(
     change: Change | None,
     slots: int,
     memory: int | str | None,
+    device: str | None,
 ) -> TopWay:
     """Return how to fit within the budget."""
     train, shared = chosen.store, slots_per_process(slots)
@@ -195,19 +200,25 @@ def _choose_way(
     need = fisher_need(
         train.k, shared, train.reading_bytes, ranges=ranges, rows=chosen.small_bytes, update=change is not None
     )
-    changed = chosen.count
+    row_bytes, changed = train.layout.encoding.row_bytes, chosen.count
+    sent = 0 if device is None else 4 * row_bytes  # two blocks in flight, and their copies where the device is the host
+    need = replace(need, per_row=need.per_row + sent)
     if isinstance(old, SummedCurvature) and old.keeps_sums and change is not None:
         added = 0 if change.added is None else change.added[1] - change.added[0]
         changed = added + len(change.removed)
-    shapes = Shapes(
-        train.k, chosen.count, changed, train.layout.encoding.row_bytes, shared, train.reading_bytes, chosen.small_bytes
-    )
+    shapes = Shapes(train.k, chosen.count, changed, row_bytes, shared, train.reading_bytes, chosen.small_bytes, sent)
     if rank is not None:
         check_rank(shapes, rank)
-        return plan_top(shapes, rank, need, memory, update=update)
-    if len(ranges) == 1:
-        need = replace(need, advice=need.advice + offer_rank(shapes, memory))
-    return TopWay("whole", need, plan_block_rows(need, memory, shared), 0.0, 0.0, 0.0)
+        way = plan_top(shapes, rank, need, memory, update=update)
+    else:
+        if len(ranges) == 1:
+            need = replace(need, advice=need.advice + offer_rank(shapes, memory))
+        way = TopWay("whole", need, plan_block_rows(need, memory, shared), 0.0, 0.0, 0.0)
+    if device is not None:
+        check_room(
+            device, shared * way.need.per_worker + way.block_rows * shared * (2 * row_bytes + 4 * train.k), need.stage
+        )
+    return way
 
 
 def _fit_square(fit: Fitting) -> None:

@@ -24,6 +24,7 @@ from ooc_influence.curvature.target import fit_attributes, fit_target, fitted, r
 from ooc_influence.curvature.unfinished import write_slabs
 from ooc_influence.errors import InputError, NonFiniteError
 from ooc_influence.linalg import Weighting, symmetric_eigen
+from ooc_influence.linalg.device import outer_product, parse_device
 from ooc_influence.memory import Need, block_limit, plan_block_rows
 from ooc_influence.progress import Progress
 from ooc_influence.store import GradientStore, PathLike
@@ -119,6 +120,7 @@ def fit_gram(
     seed: int = 0,
     weights: Weighting | npt.ArrayLike | None = None,
     force_weights: bool = False,
+    device: str | None = None,
     memory: int | str | None = None,
     progress: bool | None = None,
 ) -> Curvature:
@@ -131,6 +133,8 @@ def fit_gram(
     ----------
     store, name, out, refit, rows, sample, seed, weights, force_weights, memory, progress
         As for :func:`fit_fisher`.
+    device : str, optional
+        Multiply the rows there, such as ``"cuda"``; by default NumPy's BLAS.
 
     Returns
     -------
@@ -143,7 +147,7 @@ def fit_gram(
         As for :func:`fit_fisher`.
     """
     train = store if isinstance(store, GradientStore) else GradientStore.open(store)
-    target = fit_target(train, name, out)
+    target, device = fit_target(train, name, out), parse_device(device)
     chosen = choose_rows(train, rows, sample, seed, weights, force_weights=force_weights)
     found = None if refit else fitted(target, train)
     change = None if found is None else what_changed(found, chosen, "gram")
@@ -158,7 +162,7 @@ def fit_gram(
         factor, live, clipped = _read(chosen, block_rows, bar)
     if not live:
         raise InputError(f"expected a store with live rows; received {train.path} whose rows are all dropped")
-    gram = _gram(factor)
+    gram = _gram(factor) if device is None else outer_product(factor, _PANEL, device)
     trace = float(np.trace(gram)) / live
     if not np.isfinite(trace):
         raise NonFiniteError("expected a finite Gram matrix; received NaN or Inf: scale the loss", [])

@@ -86,9 +86,9 @@ class TopCurvature(SummedCurvature, kinds=("top",)):
         return dimension(self.eigenvalues, value) + (tail / (tail / others + value) if others > 0 and tail > 0 else 0)
 
     def least_dimension(self, value: float) -> float:
-        """Return d(λ), at least: the eigenvalues that are not known give least where they are as large as can be."""
+        """See :class:`Curvature`: the eigenvalues that are not known give least where they are as large as can be."""
         tail = self.rest * (self.d - len(self.eigenvalues))
-        return dimension(self.eigenvalues, value) + (tail / (self.eigenvalues[-1] + value) if tail > 0 else 0)
+        return dimension(self.eigenvalues, value) + (tail / (float(self.eigenvalues[-1]) + value) if tail > 0 else 0)
 
     def _rotate(self, whole: Matrix) -> Matrix:
         """Return z = gradients @ V, (q, r)."""

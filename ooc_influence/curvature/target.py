@@ -120,7 +120,7 @@ def warn_of_dimension(found: Curvature) -> None:
     """Warn where the default damping leaves nearly as many directions as there are rows or columns."""
     if found.trace <= 0:
         return
-    dimension = found.effective_dimension(found.damping_value())
+    dimension = found.least_dimension(found.damping_value())
     if dimension > _NEAR_ROWS * found.rows:
         near, advice = f"the {found.rows} rows it was fitted on", "more rows, or more damping, would say more"
     elif dimension > _NEAR_COLUMNS * found.d:

@@ -199,19 +199,44 @@ def _multiply_share(share: Share, key: str, how: Summing, basis: Floats, measure
 
 
 def _multiply_with(team: Team, share: Share, key: str, how: Summing, basis: Floats, measure: bool) -> Product:
-    k, columns = basis.shape
-    total, moments = ProductAccumulator(columns, k, team=team), np.zeros(4)
-    turned = np.empty((how.block_rows, columns), np.float32)
+    total, moments = _Products(team, how, basis), np.zeros(4)
     for _, chosen in share.parts:
-        for block in chosen.blocks(0, chosen.count, how.block_rows, threads=team.threads):
-            rows = block.rows
-            edges = [len(rows) * number // team.threads for number in range(team.threads + 1)]
-            team.run(partial(np.matmul, rows[low:high], basis, turned[low:high]) for low, high in pairwise(edges))
-            total.add(turned[: len(rows)], rows)
+        for block in how.read(chosen, 0, team.threads):
+            total.add(block.rows)
             if measure:
                 moments += block_moments(block)
             tick(key, block.stop - block.start)
-    return Product(total.total(), moments)
+    return Product(total.sum.triangle(), moments)
+
+
+class _Products:
+    """The sum of (X Q)ᵀ X over blocks, where they are."""
+
+    def __init__(self, team: Team, how: Summing, basis: Floats) -> None:
+        self._team, self._device = team, how.device
+        self.sum: Any
+        self._basis: Any = basis
+        if how.device is None:
+            self.sum = ProductAccumulator(basis.shape[1], len(basis), team=team)
+            self._turned = np.empty((how.block_rows, basis.shape[1]), np.float32)
+        else:
+            import torch
+
+            from ooc_influence.linalg.torch_rows import DeviceSum, send_array
+
+            self.sum = DeviceSum(basis.shape[1], len(basis), how.device)
+            self._basis = send_array(basis, torch.device(how.device))
+
+    def add(self, rows: Any) -> None:
+        """Add a block."""
+        if self._device is not None:
+            self.sum.add(rows @ self._basis, rows)
+            return
+        threads, turned = self._team.threads, self._turned[: len(rows)]
+        edges = [len(rows) * number // threads for number in range(threads + 1)]
+        parts = [slice(low, high) for low, high in pairwise(edges)]
+        self._team.run(partial(np.matmul, rows[part], self._basis, turned[part]) for part in parts)
+        self.sum.add(turned, rows)
 
 
 def _iterate(fit: Fitting, rank: int, seed: int, multiply: Callable[[Floats], Matrix]) -> Top:

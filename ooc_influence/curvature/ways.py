@@ -38,6 +38,8 @@ class Shapes(NamedTuple):
         Tasks that share the memory.
     reading, small : int
         Bytes a task holds to read the store, and bytes kept for each row.
+    sent : int
+        Bytes held of each row of a block to send it to a device; 0 where rows are multiplied by the BLAS.
     """
 
     k: int
@@ -47,6 +49,7 @@ class Shapes(NamedTuple):
     workers: int
     reading: int
     small: int
+    sent: int = 0
 
     def columns(self, rank: int) -> int:
         """Return the columns of the iteration."""
@@ -107,7 +110,8 @@ def sums_need(shapes: Shapes, rank: int, *, update: bool = False) -> Need:
     after = 8 * k * k + 8 * k * c + iteration_bytes(k, c)
     several = 8 * k * k * ((shapes.workers > 1) + update)
     fixed = max(0, after - held) + several + shapes.small
-    return Need(_stage(k, rank), fixed, GramAccumulator.nbytes(k) + shapes.reading, 4 * k, max_rows=block_limit(k))
+    return Need(_stage(k, rank), fixed, GramAccumulator.nbytes(k) + shapes.reading, 4 * k + shapes.sent,
+                max_rows=block_limit(k))  # fmt: skip
 
 
 def tiles_need(shapes: Shapes, rank: int, tile: int) -> Need:
@@ -126,7 +130,7 @@ def rows_need(shapes: Shapes, rank: int) -> Need:
     several = 8 * k * c if shapes.workers > 1 else 0
     fixed = max(4 * k * c + several, iteration_bytes(k, c) - shapes.workers * own) + shapes.small
     limit = block_limit(k, least=PRODUCT_ROWS)
-    return Need(_stage(k, rank), fixed, own + shapes.reading, 4 * (k + c), max_rows=limit)
+    return Need(_stage(k, rank), fixed, own + shapes.reading, 4 * (k + c) + shapes.sent, max_rows=limit)
 
 
 def _stage(k: int, rank: int) -> str:
@@ -170,17 +174,18 @@ def top_ways(shapes: Shapes, rank: int, square: Need, budget: int, held: int, *,
     if shapes.k <= _EXACT_SIDE or 4 * rank >= shapes.k:
         add("whole", square, fresh, summing, 9 * k**3)
     add("sums", sums_need(shapes, rank, update=update), fresh, summing, multiplying)
-    tile = _largest_tile(shapes, rank, budget, held)
-    panels = -(-shapes.k // tile)
-    from_disk = USUAL_PASSES * 4 * k * k
-    add(
-        "tiles",
-        tiles_need(shapes, rank, tile),
-        panels * fresh + from_disk,
-        summing * (1 + 1 / panels),
-        multiplying,
-        tile,
-    )
+    if not shapes.sent:  # panels of columns are not sent to a device
+        tile = _largest_tile(shapes, rank, budget, held)
+        panels = -(-shapes.k // tile)
+        from_disk = USUAL_PASSES * 4 * k * k
+        add(
+            "tiles",
+            tiles_need(shapes, rank, tile),
+            panels * fresh + from_disk,
+            summing * (1 + 1 / panels),
+            multiplying,
+            tile,
+        )
     passes = USUAL_PASSES * (1.0 if c < k else 1 / USUAL_PASSES)
     add("rows", rows_need(shapes, rank), passes * stored, passes * 4 * m * k * c, passes * 4 * k * c * c)
     return sorted(found, key=lambda way: (way.block_rows == 0, way.seconds))

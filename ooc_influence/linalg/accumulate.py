@@ -98,8 +98,8 @@ class ProductAccumulator(_Accumulator):
         self._team.run(product_pieces(self._engine, self._single, left, right, sign, self._team.threads))
         self.added(len(left))
 
-    def total(self) -> Matrix:
-        """Return the sum, (a, b) float64; it goes on living."""
+    def triangle(self) -> Matrix:
+        """Return the sum, all of it, (a, b) float64; it goes on living."""
         return self._finished()
 
 

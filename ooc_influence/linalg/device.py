@@ -1,8 +1,15 @@
-"""Which device multiplies: a name that torch knows, checked without loading torch where none is asked for."""
+"""Devices: names that torch knows and their memory, without loading torch where no device is asked for."""
 
 from __future__ import annotations
 
-from ooc_influence.errors import InputError, MissingExtraError
+import sys
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ooc_influence.errors import InputError, MemoryBudgetError, MissingExtraError
+from ooc_influence.memory import format_bytes
 
 
 def parse_device(device: str | None) -> str | None:
@@ -29,3 +36,53 @@ def parse_device(device: str | None) -> str | None:
             f"expected a device such as 'cpu' or 'cuda'; received {device!r} ({reason}): choose another"
         ) from error
     return str(device)
+
+
+def check_room(device: str, needed: int, stage: str) -> None:
+    """Check that a device has so many bytes free; what has no memory of its own always has.
+
+    Raises
+    ------
+    MemoryBudgetError
+        If it has not.
+    """
+    free = free_bytes(device)
+    if free is not None and needed > free:
+        raise MemoryBudgetError(
+            f"{stage} needs {format_bytes(needed)} on {device}, which has {format_bytes(free)} free: use fewer "
+            "workers or a smaller rank, or fit without a device"
+        )
+
+
+def free_bytes(device: str) -> int | None:
+    """Return the free bytes of a device; None for one that uses the process's memory."""
+    torch: Any = sys.modules["torch"]
+    if torch.device(device).type != "cuda":
+        return None
+    return int(torch.cuda.mem_get_info(device)[0])
+
+
+def row_squares(rows: Any) -> npt.NDArray[np.float64]:
+    """Return ‖x‖² of float32 rows, (b,), summed in float64: of an array, or of a tensor wherever it is."""
+    if isinstance(rows, np.ndarray):
+        return np.asarray(np.einsum("ij,ij->i", rows, rows, dtype=np.float64))
+    torch: Any = sys.modules["torch"]
+    return np.asarray(torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square_().cpu().numpy())
+
+
+def outer_product(matrix: npt.NDArray[np.float32], columns: int, device: str) -> npt.NDArray[np.float64]:
+    """Return A Aᵀ in float64 of a float32 matrix, ``columns`` at a time on a device.
+
+    Raises
+    ------
+    MemoryBudgetError
+        If the device has no room for it.
+    """
+    torch: Any = sys.modules["torch"]
+    m = len(matrix)
+    check_room(device, 8 * m * m + (4 + 8) * m * columns, f"the Gram matrix of {m} rows")
+    total = torch.zeros((m, m), dtype=torch.float64, device=device)
+    for low in range(0, matrix.shape[1], columns):
+        panel = torch.from_numpy(np.ascontiguousarray(matrix[:, low : low + columns])).to(device).double()
+        total.addmm_(panel, panel.T)
+    return np.asarray(total.cpu().numpy())

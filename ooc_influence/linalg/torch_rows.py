@@ -1,4 +1,4 @@
-"""Rows on a device through torch: sent in their stored form, the next block on its way while one is worked on.
+"""Rows and sums on a device through torch: the next block is on its way while one is worked on.
 
 A thread copies the stored form of the next block (half a float32's bytes, for float16) into pinned memory and sends it
 to the device on a stream of its own; there it is decoded. Two blocks are in flight. ``cpu`` runs the same code with
@@ -17,9 +17,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ooc_influence.linalg.accumulate import FOLD_ROWS
 from ooc_influence.store import GradientStore, RawBlock
 from ooc_influence.store.encoding import Encoding
 from ooc_influence.store.quantised import FACTORS
+
+_TILE = 2048  # columns of a tile of a triangle
 
 
 def send_array(values: npt.NDArray[Any], device: torch.device) -> Tensor:
@@ -76,6 +79,14 @@ class DeviceRows:
                 self._decode(slot, rows)
                 yield block, rows
 
+    def multiply(self, rows: Tensor, factors: npt.NDArray[np.float32]) -> None:
+        """Multiply rows by factors (b,), in place."""
+        rows.mul_(send_array(factors, self._device)[:, None])
+
+    def clear(self, rows: Tensor, which: npt.NDArray[np.bool_]) -> None:
+        """Set some rows to zero, whatever they hold."""
+        rows[send_array(which, self._device)] = 0
+
     def _send(self, raw: Iterator[RawBlock], slot: _Slot) -> RawBlock | None:
         """Start the next block on its way; None behind the last."""
         with torch.inference_mode():
@@ -130,3 +141,68 @@ class DeviceRows:
             return
         steps = (scale * send_array(FACTORS, self._device)[codes.long()]).clamp_(min=torch.finfo(torch.float32).tiny)
         out.mul_(steps.repeat_interleave(form.block, 1)[:, : out.shape[1]])
+
+
+class DeviceSum:
+    """The sum Σ XᵀY, or Σ XᵀX, of blocks on a device: in float32, not TF32, folded into float64 as on the host.
+
+    Parameters
+    ----------
+    a, b : int
+        Columns of X and Y. Holds a b float32 and a b float64 there.
+    device : str
+        The device.
+
+    Attributes
+    ----------
+    folded : int
+        Rows in the float64 sum.
+    """
+
+    def __init__(self, a: int, b: int, device: str) -> None:
+        self._single = torch.zeros((a, b), device=device)
+        self._double = torch.zeros((a, b), device=device, dtype=torch.float64)
+        self._pending = self.folded = 0
+        self._whole = True  # the float64 sum is not being changed
+
+    def add(self, left: Tensor, right: Tensor | None = None) -> None:
+        """Add leftᵀ right; without ``right``, the upper triangle of leftᵀ left."""
+        before = torch.get_float32_matmul_precision()
+        try:
+            torch.set_float32_matmul_precision("highest")
+            for start in range(0, len(self._single), _TILE):
+                stop = start + _TILE
+                tile = self._single[start:stop] if right is not None else self._single[start:stop, start:]
+                torch.addmm(tile, left[:, start:stop].T, left[:, start:] if right is None else right, out=tile)
+        finally:
+            torch.set_float32_matmul_precision(before)
+        self._pending += len(left)
+        if self._pending >= FOLD_ROWS:
+            self._fold()
+
+    def _fold(self) -> None:
+        self._whole = False
+        self._double += self._single
+        self._single.zero_()
+        self.folded += self._pending
+        self._pending = 0
+        self._whole = True
+
+    def restore(self, total: npt.NDArray[np.float64], rows: int) -> None:
+        """Go on from a sum over ``rows`` rows."""
+        self._double.copy_(torch.from_numpy(total))
+        self.folded = rows
+
+    def triangle(self) -> npt.NDArray[np.float64]:
+        """Return the sum, (a, b) float64; of a square, the upper triangle counts."""
+        if self._pending:
+            self._fold()
+        return self._host()
+
+    def peek(self) -> npt.NDArray[np.float64] | None:
+        """Return the float64 sum as of the last fold; None in the middle of one."""
+        return self._host() if self._whole else None
+
+    def _host(self) -> npt.NDArray[np.float64]:
+        found: npt.NDArray[np.float64] = self._double.cpu().numpy()
+        return found
