@@ -18,6 +18,7 @@ import pytest
 from conftest import random_rows, write_store
 from numpy.testing import assert_allclose, assert_array_equal
 from test_cli import run  # noqa: F401 - a fixture
+from test_top import force
 
 from ooc_influence import (
     Dropout,
@@ -92,6 +93,33 @@ def test_two_workers_same_numbers(tmp_path, long_pair, client, monkeypatch):
     close(written, influence_scores(query, train, damping=dampings).compute())
 
 
+@pytest.mark.parametrize("way", ["sums", "tiles", "rows"])
+def test_a_top_of_the_spectrum_survives_a_worker(tmp_path, long_pair, client, monkeypatch, way):
+    """One of two workers is killed in the middle: the same numbers as here."""
+    train, killed = long_pair[1], []
+    force(monkeypatch, way)
+    local = fit_fisher(train, rank=5, out=tmp_path / "local.zarr", workers=1)
+    pids = client.run(os.getpid)
+    client.run(slow_ticks, 0.05)
+
+    def kill(progress, rows):
+        if rows and not killed:
+            killed.append(next(iter(pids.values())))
+            os.kill(killed[0], signal.SIGKILL)
+
+    monkeypatch.setattr("ooc_influence.stripes.SENT_ONCE", 1000)  # bytes of the basis are more
+    monkeypatch.setattr(Progress, "advance", kill)
+    with client.as_current():
+        found = fit_fisher(train, rank=5, out=tmp_path / "there.zarr")
+    assert len(killed) == 1
+    assert found.attrs["way"] == way
+    close(found.eigenvalues, local.eigenvalues)
+    queries = random_rows(4, 24, 3)
+    close(found.precondition(queries, [0.01]), local.precondition(queries, [0.01]), 1e-4)
+    client.wait_for_workers(2, timeout=60)
+    client.run(normal_ticks)
+
+
 def test_a_second_pass_by_two_workers(tmp_path, long_pair, client):
     query, train = long_pair
     storage = Storage(chunk_rows=1000, group_chunks=2)
@@ -155,18 +183,18 @@ def test_progress_crosses_the_cluster(long_pair, client, monkeypatch):
     assert len(seen) >= 5  # block by block
 
 
-ROOMS = ("ooc_influence.influence.self_influence", "ooc_influence.influence.tiles")
+ROOMS = ("influence.self_influence", "influence.tiles", "curvature.sums", "curvature.tiled", "curvature.top")
 
 
 def slow_ticks(seconds):
     """Make every block take a while, on a worker."""
     for name in ROOMS:
-        importlib.import_module(name).tick = lambda key, rows: (time.sleep(seconds), tick(key, rows))
+        importlib.import_module(f"ooc_influence.{name}").tick = lambda key, rows: (time.sleep(seconds), tick(key, rows))
 
 
 def normal_ticks():
     for name in ROOMS:
-        importlib.import_module(name).tick = tick
+        importlib.import_module(f"ooc_influence.{name}").tick = tick
 
 
 @pytest.mark.parametrize("what", ["scores", "top", "self"])
