@@ -167,6 +167,17 @@ def test_updates(tmp_path, train, way, weights, monkeypatch, caplog):
         assert found.attrs["taken"] > 0
 
 
+def test_another_rank_reads_rows_only_where_no_sum_is_kept(train, way, monkeypatch):
+    first = fit_fisher(train, rank=12)
+    read = []
+    plain = rows_room.read_blocks
+    monkeypatch.setattr(rows_room, "read_blocks", lambda *a, **o: (read.append(a[1:3]), plain(*a, **o))[1])
+    found = fit_fisher(train, rank=20)
+    assert bool(read) == (way == "rows")
+    assert (found.rows, len(found.eigenvalues)) == (N, 20)
+    assert_near(found.eigenvalues[:12], first.eigenvalues, 1e-5)
+
+
 def test_most_of_the_trace_dropped_is_a_fit_from_scratch(train, way, caplog):
     fit_fisher(train, rank=12)
     with GradientStore.open(train.path, "a") as store:
