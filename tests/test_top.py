@@ -124,6 +124,14 @@ def test_scores(tmp_path, train, way):
     assert_near(self_influence(train), oracle.self_influence(train.rows(), value, cut), 5e-4)
 
 
+def test_queries_outside_what_is_kept_are_told_to_take_more(tmp_path, train):
+    found = fit_fisher(train, rank=3)
+    query = write_store(tmp_path / "query.zarr", np.eye(K, dtype=np.float32)[:2])
+    assert (found.outside_share(query.rows()) > 0.9).any()
+    with pytest.warns(OocInfluenceWarning, match="not kept; fit with a larger rank"):
+        influence_scores(query, train)
+
+
 def test_workers_and_blocks_do_not_matter(tmp_path, train, way, monkeypatch):
     options = {"rank": 12, "weights": np.linspace(0.1, 2, N), "rows": (10, 480)}
     one = fit_fisher(train, **options)

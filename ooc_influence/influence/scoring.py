@@ -268,10 +268,12 @@ class Scoring:
         """Warn where much of a query's gradient lies outside what the curvature has seen."""
         beyond = outside > OUTSIDE_WARNING
         if beyond.any():
+            advice = "no row of the fit speaks to that part; fit on more rows, or use a wider curvature"
+            if any(own.curvature is not None and own.curvature.kind == "top" for own in self.checkpoints):
+                advice = "that part counts by the mean of the eigenvalues that are not kept; fit with a larger rank"
             warnings.warn(
                 f"{beyond.sum()} of {self.q} queries have more than {OUTSIDE_WARNING:.0%} of their squared gradient "
-                f"outside the span of the training spectrum (up to {np.nanmax(outside):.0%}): no row of the fit speaks "
-                "to that part; fit on more rows, or use a wider curvature",
+                f"outside the span of the training spectrum (up to {np.nanmax(outside):.0%}): {advice}",
                 OocInfluenceWarning,
                 stacklevel=3,
             )
