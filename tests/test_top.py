@@ -129,7 +129,7 @@ def test_queries_outside_what_is_kept_are_told_to_take_more(tmp_path, train):
     query = write_store(tmp_path / "query.zarr", np.eye(K, dtype=np.float32)[:2])
     assert (found.outside_share(query.rows()) > 0.9).any()
     with pytest.warns(OocInfluenceWarning, match="not kept; fit with a larger rank"):
-        influence_scores(query, train)
+        influence_scores(query, train, out=tmp_path / "scores.zarr")
 
 
 def test_workers_and_blocks_do_not_matter(tmp_path, train, way, monkeypatch):
@@ -227,9 +227,8 @@ def test_the_seed_decides(train, monkeypatch):
     assert np.abs(one.eigenvalues - other.eigenvalues).max() > 1e-6
 
 
+@pytest.mark.parametrize("way", ["tiles", "rows"], indirect=True)
 def test_tiles_and_passes_are_gone_on_from(train, monkeypatch, way, caplog):
-    if way in ("whole", "sums"):
-        pytest.skip("sums are saved as those of a whole fit are")
     monkeypatch.setattr(unfinished, "INTERVAL", 0.0)
     monkeypatch.setattr(unfinished, "_SHARE", 0)
     expected = fit_fisher(train, rank=5, name="expected")
@@ -254,6 +253,11 @@ def test_tiles_and_passes_are_gone_on_from(train, monkeypatch, way, caplog):
     calls.clear()
     fit_fisher(train, rank=5, refit=True)
     assert resumed == len(calls) - 2 > 0
+    left[0] = 2
+    with pytest.raises(KeyboardInterrupt):
+        fit_fisher(train, rank=5, refit=True)
+    left[0] = 1000
+    assert_near(fit_fisher(train, rank=9, refit=True).eigenvalues[:5], expected.eigenvalues, 1e-6)  # another's basis
     assert not (train.path / "curvature" / ".default.partial").exists()
 
 

@@ -2,7 +2,8 @@
 
 Striped over rows (:mod:`.sums`), then factorised in float64 (:mod:`.spectral`). The undamped sum is kept: rows appended
 since are added to it, rows dropped since are subtracted, without reading the others. Memory: 12 k² bytes a worker and a
-block of rows; 24 k² for the factorisation; nothing that grows with n.
+block of rows; 24 k² for the factorisation; nothing that grows with n. Where that is too much, the top of the spectrum
+(:mod:`.top`).
 """
 
 from __future__ import annotations
@@ -171,7 +172,7 @@ def fit_fisher(
         "store": train.identity, "rows": train.rows_digest(), "selection": dict(chosen.selection),
         "weights": chosen.record(), "ranges": ranges, "block_rows": way.block_rows,
         "since": None if change is None or found is None else found.attrs["fit"],
-        "way": way.name, "tile": way.tile, "seed": seed,
+        "way": way.name, "tile": way.tile,
     }  # fmt: skip
     with Unfinished(target, settings) as kept:
         folder = kept.path if kept.usable else None

@@ -97,7 +97,7 @@ def what_changed(found: Curvature, chosen: ChosenRows, kind: str) -> Change | No
         and (found.attrs.get("weights") or {}) == chosen.part(0, count).record()
     )
     if not same:
-        logger.info("%s was fitted with other rows, weights or blocks: fitting anew", found.path)
+        logger.info("%s was fitted with other rows, weights, blocks or a rank: fitting anew", found.path)
         return None
     change = found.change(chosen.store)
     if change.refit:

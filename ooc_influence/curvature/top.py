@@ -108,13 +108,13 @@ def _by_sums(fit: Fitting, rank: int, seed: int, *, exact: bool) -> Found:
     trace = total.trace()
     fit.check(total.live, trace)
     norm = squared_norm(square) if fit.how.fourth else float("nan")
+    mirror(square)
     top = None if exact else _iterate(fit, rank, seed, lambda basis: _multiply_square(square, basis, total.live))
 
     def write(group: Any) -> tuple[Matrix, dict[str, Any]]:
         TriangleTiles.create(group, _F, len(square)).write_upper(square)
         if top is not None:
             return _write_top(group, top)
-        mirror(square)
         np.divide(square, total.live, out=square)
         values, vectors = symmetric_eigen(square)
         step = slab_rows(rank)
@@ -126,8 +126,7 @@ def _by_sums(fit: Fitting, rank: int, seed: int, *, exact: bool) -> Found:
 
 
 def _multiply_square(square: Matrix, basis: Floats, live: int) -> Matrix:
-    """Return (F Q)ᵀ, (c, k), of an undamped sum of which the upper triangle is given; it is mirrored in place."""
-    mirror(square)
+    """Return (F Q)ᵀ, (c, k), of an undamped sum."""
     product: Matrix = basis.T.astype(np.float64) @ square
     product /= live
     return product
@@ -242,7 +241,8 @@ class _Products:
 def _iterate(fit: Fitting, rank: int, seed: int, multiply: Callable[[Floats], Matrix]) -> Top:
     """Run the subspace iteration, from the pass that an earlier run saved."""
     k, done, held = fit.chosen.store.k, 0, 0.0
-    found = fit.kept.results(_BASIS).get(_BASIS)
+    name = f"{_BASIS}-{rank}-{seed}"
+    found = fit.kept.results(_BASIS).get(name)
     if found is None:
         basis = start_basis(k, iteration_columns(k, fit.chosen.count, rank), seed)
     else:
@@ -256,9 +256,7 @@ def _iterate(fit: Fitting, rank: int, seed: int, multiply: Callable[[Floats], Ma
         if fit.kept.usable and clock.due():
             facts = {"passes": passes, "held": held}
             clock.run(
-                lambda: save_result(
-                    fit.kept.path, _BASIS, passes, facts, lambda group: write_slabs(group, _BASIS, basis)
-                )
+                lambda: save_result(fit.kept.path, name, passes, facts, lambda group: write_slabs(group, _BASIS, basis))
             )
 
     top = find_top(multiply, basis, rank, PASSES, save, done, held)
