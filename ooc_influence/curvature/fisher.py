@@ -11,7 +11,7 @@ import contextlib
 import logging
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from ooc_influence.curvature import unfinished
 from ooc_influence.curvature.changes import Change, RowRecord
 from ooc_influence.curvature.curvature import Curvature
 from ooc_influence.curvature.damping import DEFAULT_DAMPING
+from ooc_influence.curvature.need import FitShapes, fisher_need, module_ranges
 from ooc_influence.curvature.rows import ChosenRows, Range, choose_rows
 from ooc_influence.curvature.saved import check_replaceable, curvature_path, write_curvature, write_long
 from ooc_influence.curvature.spectral import SpectralCurvature, write_spectra
@@ -36,8 +37,8 @@ from ooc_influence.errors import (
     StoreDamagedError,
     StoreExistsError,
 )
-from ooc_influence.linalg import GramAccumulator, Weighting
-from ooc_influence.memory import Need, block_limit, plan_block_rows
+from ooc_influence.linalg import Weighting
+from ooc_influence.memory import plan_block_rows
 from ooc_influence.progress import Progress
 from ooc_influence.store import GradientStore, PathLike, StorePath, parse_path
 from ooc_influence.stripes import check_workers, slots_per_process
@@ -47,46 +48,6 @@ Blocks = Literal["module"]
 _EVERY_ROW = {"kind": "range", "start": 0, "stop": None}
 _MOST_DROPPED = 0.5  # of the trace: beyond it, differences would lose digits
 _NEAR_ROWS, _NEAR_COLUMNS = 0.95, 0.9  # of m or k: a d(λ) beyond that is worth a warning
-
-
-def fisher_need(
-    k: int,
-    workers: int,
-    reading: int = 0,
-    *,
-    ranges: Sequence[Range] | None = None,
-    rows: int = 0,
-    update: bool = False,
-) -> Need:
-    """Return what :func:`fit_fisher` needs, in bytes.
-
-    Two phases share the memory: accumulation (each worker's sums and block), then, alone, the factorisation.
-
-    Parameters
-    ----------
-    k, workers : int
-        Columns; workers of this process.
-    reading : int
-        What a worker holds to read the store.
-    ranges : sequence of (first, last), optional
-        Blocks of columns; default one of all.
-    rows : int
-        Bytes kept for each row: numbers and weights.
-    update : bool
-        Whether rows are subtracted from a sum.
-    """
-    sides = [last - first for first, last in ranges or [(0, k)]]
-    squares = sum(side**2 for side in sides)
-    accumulators = workers * sum(GramAccumulator.nbytes(side) for side in sides)
-    factorising = 8 * squares + 16 * max(sides) ** 2
-    return Need(
-        stage=f"fisher for k={k}" + (f" in {len(sides)} blocks" if ranges and len(sides) > 1 else ""),
-        fixed=max(0, factorising - accumulators) + 8 * squares * ((workers > 1) + update) + rows,
-        per_worker=sum(GramAccumulator.nbytes(side) for side in sides) + reading,
-        per_row=4 * k,
-        max_rows=block_limit(k),
-        advice="extract with a smaller k, or reduce the store" + ("" if len(sides) > 1 else ", or fit blocks='module'"),
-    )
 
 
 def fit_fisher(
@@ -155,7 +116,7 @@ def fit_fisher(
         If a committed chunk is missing or short.
     """
     train = store if isinstance(store, GradientStore) else GradientStore.open(store)
-    _warn_if_unfinished(train)
+    warn_if_unfinished(train)
     slots = check_workers(workers)
     ranges = _parse_blocks(train, blocks)
     target = fit_target(train, name, out)
@@ -166,6 +127,8 @@ def fit_fisher(
     need = fisher_need(
         train.k, shared, train.reading_bytes, ranges=ranges, rows=chosen.small_bytes, update=change is not None
     )
+    shapes = FitShapes.of(chosen)
+    need = replace(need, ways=shapes.block_ways if blocks else shapes.fisher_ways)
     block_rows = plan_block_rows(need, memory, shared)
     if found is not None and change is not None and change.nothing:
         logger.info("%s is up to date", target)
@@ -214,7 +177,7 @@ def _fit(
     attributes |= {"ranges": [list(part) for part in how.blocks], "clipped": total.clipped, "taken": taken}
     attributes["kind"] = "whole" if how.blocks == ((0, chosen.store.k),) else "module"
     if how.fourth:
-        attributes["sampling_error"] = _sampling_error(total, int(chosen.selection["population"]))
+        attributes["sampling_error"] = chosen.sampling_error(total.live, total.fourth, _squared_norm(total))
     if total.clipped:
         logger.info("%d rows have a loss below the floor of their weights", total.clipped)
 
@@ -264,15 +227,13 @@ def _updated(
     return total, taken
 
 
-def _sampling_error(total: Sums, population: int) -> float:
-    """Return the expected relative error of F from a sample: √((1 − s/N) (Σ‖x‖⁴/s − ‖F‖²) / (s − 1)) / ‖F‖."""
+def _squared_norm(total: Sums) -> float:
+    """Return the squared Frobenius norm of symmetric matrices of which the upper triangles are given."""
     norm = 0.0
     for square in total.squares:
         upper = np.triu(square)
         norm += 2 * float(np.vdot(upper, upper)) - float(np.square(np.diagonal(square)).sum())
-    s, norm = total.live, norm / total.live**2
-    spread = max(0.0, total.fourth / s - norm) / (s - 1)
-    return float(np.sqrt((1 - s / population) * spread / norm)) if norm > 0 else 0.0
+    return norm
 
 
 def fit_attributes(chosen: ChosenRows, digest: str, rows: int, trace: float) -> dict[str, Any]:
@@ -302,11 +263,11 @@ def _parse_blocks(train: GradientStore, blocks: str | None) -> tuple[Range, ...]
             f"expected a store of kept entries for blocks='module'; received {train.path}, whose columns are reduced: "
             "fit the whole"
         )
-    ends = np.cumsum([len(module.rows) for module in train.mask.modules]).tolist()
-    return tuple((first, last) for first, last in zip([0, *ends[:-1]], ends, strict=True) if first < last)
+    return module_ranges(train)
 
 
-def _warn_if_unfinished(train: GradientStore) -> None:
+def warn_if_unfinished(train: GradientStore) -> None:
+    """Warn where rows are still to come."""
     planned = train.layout.planned_rows or train.committed
     if train.n < planned:
         warnings.warn(

@@ -89,11 +89,30 @@ class ChosenRows:
             return self.store.small("dropped", self.first, self.first + self.count)
         return np.asarray(self.store.dropped[self.numbers])
 
+    def clipped(self, dropped: npt.NDArray[np.bool_]) -> int:
+        """Return how many of them, but the dropped ones (count,), have a loss below the floor of their weights."""
+        if self.weighting is None:
+            return 0
+        if self.numbers is None:
+            losses = self.store.small("loss", self.first, self.first + self.count)
+        else:
+            losses = np.asarray(self.store.loss[self.numbers])
+        return int(((losses < LOSS_FLOOR) & ~dropped).sum())
+
     def at(self, places: Numbers) -> ChosenRows:
         """Return the rows at some places."""
         numbers = places + self.first if self.numbers is None else self.numbers[places]
         weights = None if self.weights is None else self.weights[places]
         return replace(self, first=0, count=len(places), numbers=numbers, weights=weights)
+
+    def sampling_error(self, live: int, fourth: float, norm: float) -> float:
+        """Return the expected relative error of F from a sample: √((1 − s/N) (Σ‖x‖⁴/s − ‖F‖²) / (s − 1)) / ‖F‖.
+
+        ``fourth`` is Σ‖x‖⁴ and ``norm`` the squared Frobenius norm of the undamped sum of ``live`` rows.
+        """
+        s, norm = live, norm / live**2
+        spread = max(0.0, fourth / s - norm) / (s - 1)
+        return float(np.sqrt((1 - s / int(self.selection["population"])) * spread / norm)) if norm > 0 else 0.0
 
     def record(self) -> dict[str, Any]:
         """Return what is written in a curvature's attributes about their weights."""
@@ -101,13 +120,18 @@ class ChosenRows:
             return {"name": "array", "digest": _digest(self.weights)}
         return {"name": self.weighting, "loss_floor": LOSS_FLOOR} if self.weighting else {}
 
-    def blocks(self, start: int, stop: int, block_rows: int, *, threads: int = 1) -> Iterator[WeighedBlock]:
-        """Yield places ``start`` to ``stop`` block by block, times √w, zero where dropped."""
+    def blocks(
+        self, start: int, stop: int, block_rows: int, *, threads: int = 1, columns: Sequence[Range] | None = None
+    ) -> Iterator[WeighedBlock]:
+        """Yield places ``start`` to ``stop`` block by block, times √w, zero where dropped.
+
+        ``columns`` are ranges of columns, given one after the other; by default all.
+        """
         base = self.first if self.numbers is None else 0
         blocks = read_blocks(
             self.store, base + start, base + stop, block_rows,
             numbers=None if self.numbers is None else self.numbers[start:stop],
-            loss=self.weighting is not None, threads=threads,
+            loss=self.weighting is not None, threads=threads, columns=columns,
         )  # fmt: skip
         for block in blocks:
             if self.dropped_too:
