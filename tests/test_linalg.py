@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 
 import numpy as np
 import pytest
@@ -8,19 +9,26 @@ from conftest import random_rows
 from numpy.testing import assert_allclose, assert_array_equal
 
 from ooc_influence.errors import InputError
-from ooc_influence.linalg import GramAccumulator, symmetric_eigen
+from ooc_influence.linalg import GramAccumulator, Team, symmetric_eigen
 from ooc_influence.linalg.blas import add_product
+from ooc_influence.linalg.engines import NumpyEngine, ScipyEngine, TorchEngine
 from ooc_influence.progress import Progress, tick
 from ooc_influence.stripes import Stripe, blas_threads, check_workers, cut_stripes, run_stripes
 
 
-@pytest.mark.parametrize("k", [1, 7, 300])
-def test_accumulator_is_the_dense_sum(k):
+@pytest.mark.parametrize("threads", [1, 2, 3, 4])
+@pytest.mark.parametrize("engine", [ScipyEngine(), NumpyEngine(), TorchEngine()], ids=lambda engine: engine.name)
+@pytest.mark.parametrize("k", [1, 7, 300, 1100])
+def test_accumulator_is_the_dense_sum(k, engine, threads):
+    importlib.import_module("torch")
     rows = random_rows(1000, k)
-    accumulator = GramAccumulator(k)
-    for start in range(0, 1000, 300):
-        accumulator.add(rows[start : start + 300])
-    found = accumulator.total()
+    with Team(threads) as team:
+        accumulator = GramAccumulator(k, engine, team)
+        for start in range(0, 1000, 300):
+            accumulator.add(rows[start : start + 300])
+        accumulator.add(rows[:200], -1.0)
+        accumulator.add(rows[:200])
+        found = accumulator.total()
     expected = rows.astype(np.float64).T @ rows.astype(np.float64)
     assert_allclose(found, expected, atol=1e-6 * np.abs(expected).max())
     assert_array_equal(found, found.T)
@@ -40,6 +48,14 @@ def test_accumulator_refuses_what_blas_would_misread():
         GramAccumulator(3).add(np.zeros((2, 3)))
     with pytest.raises(TypeError):
         GramAccumulator(3).add(np.zeros((3, 2), np.float32).T)
+
+
+def test_a_team_raises_what_its_work_raises():
+    done = []
+    for threads in (1, 3):
+        with Team(threads) as team, pytest.raises(ZeroDivisionError):
+            team.run([lambda: done.append(1), lambda: 1 // 0])
+    assert len(done) == 2
 
 
 def test_products_are_added_in_place():

@@ -13,15 +13,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from threadpoolctl import threadpool_info
 
 from ooc_influence.curvature import unfinished
 from ooc_influence.curvature.rows import ChosenRows, Range, Share, cut_shares
 from ooc_influence.curvature.unfinished import SavingClock, Unfinished, latest_results, read_facts, save_result
-from ooc_influence.linalg import GramAccumulator, TriangleTiles, choose_engine
+from ooc_influence.linalg import GramAccumulator, Team, TriangleTiles, choose_engine
 from ooc_influence.progress import Progress, tick
 from ooc_influence.store import GradientStore, StorePath
-from ooc_influence.stripes import run_stripes
+from ooc_influence.stripes import run_stripes, task_threads
 
 Matrix = npt.NDArray[np.float64]
 _KIND = "rows"  # of partial results
@@ -101,7 +100,9 @@ def sum_rows(
     left = subtract_ranges(ranges, [tuple(part) for facts in done.values() for part in facts["ranges"]])
     bar.advance(sum(b - a for a, b in ranges) - sum(b - a for a, b in left))
     shares = cut_shares(chosen, left, how.block_rows, slots)
-    total = run_stripes(_sum_share, shares, bar, how, slots=slots, reduce=Sums.plus) if shares else _nothing(how)
+    total = _nothing(how)
+    if shares:
+        total = run_stripes(_sum_share, shares, bar, how, slots=slots, reduce=Sums.plus, own_threads=True)
     for path, facts in done.items():
         _add_saved(total, path, facts)
     return total
@@ -144,22 +145,16 @@ def sum_name(number: int) -> str:
     return f"sum-{number:05d}"
 
 
-def task_threads() -> int:
-    """Return how many threads the BLAS has in this task: what else it may use."""
-    return max((int(pool["num_threads"]) for pool in threadpool_info() if pool["user_api"] == "blas"), default=1)
-
-
 class _Running:
     """The sums of one task, which can be saved whenever they are consistent."""
 
-    def __init__(self, share: Share, how: Summing) -> None:
-        self._share, self._how = share, how
-        self.threads = task_threads()
+    def __init__(self, share: Share, how: Summing, team: Team) -> None:
+        self._share, self._how, self._team = share, how, team
         exact = how.store.layout.dtype == "bfloat16" and how.store.column_scale is None
         exact = exact and all(rows.weights is None and rows.weighting is None for _, rows in share.parts)
-        engines = [choose_engine(last - first, bfloat16=exact) for first, last in how.blocks]
+        engines = [choose_engine(last - first, bfloat16=exact, team=team) for first, last in how.blocks]
         self._squares = [
-            GramAccumulator(last - first, engine, self.threads)
+            GramAccumulator(last - first, engine, team)
             for (first, last), engine in zip(how.blocks, engines, strict=True)
         ]
         self._counts = (0, 0, 0.0)
@@ -186,8 +181,10 @@ class _Running:
     def add(self, rows: npt.NDArray[np.float32], live: int, clipped: int) -> None:
         """Add weighed rows."""
         before = self._squares[0].folded
-        for square, (first, last) in zip(self._squares, self._how.blocks, strict=True):
-            square.add(rows[:, first:last])
+        parts = zip(self._squares, self._how.blocks, strict=True)
+        self._team.run(piece for square, (first, last) in parts for piece in square.pieces(rows[:, first:last]))
+        for square in self._squares:
+            square.added(len(rows))
         fourth = 0.0
         if self._how.fourth:
             fourth = float(np.square(np.einsum("ij,ij->i", rows, rows, dtype=np.float64)).sum())
@@ -220,14 +217,19 @@ class _Running:
 
 def _sum_share(share: Share, key: str, how: Summing) -> Sums:
     """Return the sums over a share."""
-    running = _Running(share, how)
+    with Team(task_threads()) as team:
+        return _sum_with(team, share, key, how)
+
+
+def _sum_with(team: Team, share: Share, key: str, how: Summing) -> Sums:
+    running = _Running(share, how, team)
     clock = SavingClock(how.interval)
     skip = running.done
     try:
         for _, chosen in share.parts:
             start, skip = min(skip, chosen.count), max(0, skip - chosen.count)
             tick(key, start)
-            for block in chosen.blocks(start, chosen.count, how.block_rows, threads=running.threads):
+            for block in chosen.blocks(start, chosen.count, how.block_rows, threads=team.threads):
                 running.add(block.rows, block.live, block.clipped)
                 if how.folder is not None and clock.due():
                     clock.run(running.save)

@@ -7,13 +7,13 @@ independent of the number of rows.
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
 from ooc_influence.linalg.blas import Floats
-from ooc_influence.linalg.engines import Engine, choose_engine
+from ooc_influence.linalg.engines import Engine, Team, choose_engine, square_pieces
 
 Matrix = npt.NDArray[np.float64]
 FOLD_ROWS = 8192  # rows summed in float32 before they are added to the float64 sum
@@ -29,8 +29,8 @@ class GramAccumulator:
         Columns. Holds k² float32 and k² float64.
     engine : Engine, optional
         What multiplies; default the fastest at hand.
-    threads : int
-        Threads to fold with.
+    team : Team, optional
+        Who does the work; default the caller.
 
     Attributes
     ----------
@@ -38,8 +38,8 @@ class GramAccumulator:
         Rows in the float64 sum.
     """
 
-    def __init__(self, k: int, engine: Engine | None = None, threads: int = 1) -> None:
-        self._threads = threads
+    def __init__(self, k: int, engine: Engine | None = None, team: Team | None = None) -> None:
+        self._team = team or Team()
         self._engine = choose_engine(k) if engine is None else engine
         self._single = np.zeros((k, k), np.float32)
         self._double = np.zeros((k, k), np.float64)
@@ -53,8 +53,16 @@ class GramAccumulator:
 
     def add(self, block: Floats, sign: float = 1.0) -> None:
         """Add XᵀX of a float32 block (m, k), or a range of a wider one's columns; ``sign`` -1 takes it away."""
-        self._engine.add_square(self._single, block, sign)
-        self._pending += len(block)
+        self._team.run(self.pieces(block, sign))
+        self.added(len(block))
+
+    def pieces(self, block: Floats, sign: float = 1.0) -> list[Callable[[], None]]:
+        """Return calls that together add a block, which may be made at once; then :meth:`added` has to be told."""
+        return square_pieces(self._engine, self._single, block, sign, self._team.threads)
+
+    def added(self, rows: int) -> None:
+        """Count rows whose :meth:`pieces` are done."""
+        self._pending += rows
         if self._pending >= FOLD_ROWS:
             self._fold()
 
@@ -65,7 +73,7 @@ class GramAccumulator:
             self._single[rows, columns] = 0
 
         self._whole = False
-        _each(fold, range(0, len(self._single), _FOLD_TILE), self._threads)
+        self._team.run(partial(fold, start) for start in range(0, len(self._single), _FOLD_TILE))
         self.folded += self._pending
         self._pending = 0
         self._whole = True
@@ -90,16 +98,6 @@ class GramAccumulator:
         self._single = np.empty((0, 0), np.float32)
         mirror(found)
         return found
-
-
-def _each(function: Callable[[int], None], places: range, threads: int) -> None:
-    """Call a function for every place, in several threads: NumPy holds no lock while it adds."""
-    if threads == 1 or len(places) < 2:
-        for place in places:
-            function(place)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(function, places))
 
 
 def mirror(matrix: Matrix) -> None:

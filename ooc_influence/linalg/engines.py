@@ -13,7 +13,11 @@ import sys
 import threading
 import time
 from abc import ABC, abstractmethod
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
+from itertools import pairwise
+from typing import Any, Protocol, Self
 
 import numpy as np
 
@@ -23,12 +27,47 @@ from ooc_influence.linalg.blas import Floats
 logger = logging.getLogger("ooc_influence")
 _TILE = 512  # columns of a tile where only a general product is there
 _TRIAL = (768, 1536)  # rows and columns of the block that engines are timed on
-_TRIALS = 3
+_TRIALS = 7
 _HEAD_START = 0.9  # of the first engine, which needs no temporaries: others' times may be luck
 _WORTH_TIMING = 512  # columns; for narrower sums any engine does
 _AGREEMENT = 1e-6  # of the largest entry
+_BAND = 256  # columns of which a thread's part has at least so many
 _lock = threading.Lock()
-_chosen: dict[bool, Engine] = {}
+_chosen: dict[tuple[bool, int], Engine] = {}
+
+
+class Team:
+    """Threads that share work, each with a BLAS of one thread; with one, the caller does it. A context.
+
+    A BLAS's own threads spin for a while after each call, where reading would need the cores.
+
+    Parameters
+    ----------
+    threads : int
+        How many.
+    """
+
+    def __init__(self, threads: int = 1) -> None:
+        self.threads = threads
+        self._pool = ThreadPoolExecutor(threads, "ooc_influence-team") if threads > 1 else None
+
+    def run(self, calls: Iterable[Callable[[], object]]) -> None:
+        """Make all calls, and wait for them; an error of one of them is raised then."""
+        if self._pool is None:
+            for call in calls:
+                call()
+            return
+        tasks = [self._pool.submit(call) for call in calls]
+        wait(tasks)
+        for task in tasks:
+            task.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
 
 
 class Engine(Protocol):
@@ -38,9 +77,12 @@ class Engine(Protocol):
     ----------
     name : str
         For the log.
+    own_threads : bool
+        Whether it multiplies in threads of its own, whatever the BLAS is told.
     """
 
     name: str
+    own_threads: bool
 
     def add_square(self, total: Floats, block: Floats, sign: float = 1.0) -> None:
         """Add ``sign`` XᵀX to the upper triangle of ``total`` (k, k)."""
@@ -53,6 +95,7 @@ class ScipyEngine:
     """SciPy's BLAS (:mod:`.blas`)."""
 
     name = "SciPy ssyrk"
+    own_threads = False
     add_square = staticmethod(blas.add_square)
     add_product = staticmethod(blas.add_product)
 
@@ -75,6 +118,7 @@ class NumpyEngine(_Tiled):
     """NumPy's BLAS, by way of a temporary tile."""
 
     name = "NumPy matmul"
+    own_threads = False
 
     def add_product(self, total: Floats, left: Floats, right: Floats, sign: float = 1.0) -> None:
         """See :class:`Engine`."""
@@ -94,6 +138,8 @@ class TorchEngine(_Tiled):
         ``medium`` lets it round factors to bfloat16.
     """
 
+    own_threads = True
+
     def __init__(self, precision: str = "highest") -> None:
         self._precision = precision
         self.name = "PyTorch addmm" + (" in bfloat16" if precision == "medium" else "")
@@ -110,7 +156,24 @@ class TorchEngine(_Tiled):
             torch.set_float32_matmul_precision(before)
 
 
-def choose_engine(columns: int, *, bfloat16: bool = False) -> Engine:
+def square_pieces(engine: Engine, total: Floats, block: Floats, sign: float, threads: int) -> list[Callable[[], None]]:
+    """Return calls that together do ``engine.add_square``, as much work for each of so many threads, largest first.
+
+    The triangle is cut into as many bands as threads: rectangles beside the diagonal, twice the work of the triangles
+    on it.
+    """
+    bands = 1 if engine.own_threads else max(1, min(threads, len(total) // _BAND))
+    edges = [len(total) * number // bands for number in range(bands + 1)]
+    cuts = [slice(first, last) for first, last in pairwise(edges)]
+    beside = [(rows, columns) for number, rows in enumerate(cuts) for columns in cuts[number + 1 :]]
+    return [
+        *(partial(engine.add_product, total[rows, columns], block[:, rows], block[:, columns], sign)
+          for rows, columns in beside),
+        *(partial(engine.add_square, total[part, part], block[:, part], sign) for part in cuts),
+    ]  # fmt: skip
+
+
+def choose_engine(columns: int, *, bfloat16: bool = False, team: Team | None = None) -> Engine:
     """Return the fastest engine at hand for sums of so many columns.
 
     Parameters
@@ -119,16 +182,20 @@ def choose_engine(columns: int, *, bfloat16: bool = False) -> Engine:
         Of the rows.
     bfloat16 : bool
         Whether bfloat16 holds every number of them exactly.
+    team : Team, optional
+        Who will do the work; default the caller.
     """
     if columns < _WORTH_TIMING:
         return ScipyEngine()
+    team = team or Team()
+    kind = (bfloat16, team.threads)
     with _lock:
-        if bfloat16 not in _chosen:
-            _chosen[bfloat16] = _fastest(bfloat16)
-        return _chosen[bfloat16]
+        if kind not in _chosen:
+            _chosen[kind] = _fastest(bfloat16, team)
+        return _chosen[kind]
 
 
-def _fastest(bfloat16: bool) -> Engine:
+def _fastest(bfloat16: bool, team: Team) -> Engine:
     candidates: list[Engine] = [ScipyEngine(), NumpyEngine()]
     if hasattr(sys.modules.get("torch"), "addmm"):
         candidates += [TorchEngine()] + ([TorchEngine("medium")] if bfloat16 else [])
@@ -143,7 +210,7 @@ def _fastest(bfloat16: bool) -> Engine:
         expected = found if expected is None else expected
         if np.abs(found - expected).max() <= _AGREEMENT * expected.max():
             agreeing.append(engine)
-    rounds = [[_timed(engine, total, block) for engine in agreeing] for _ in range(_TRIALS)]
+    rounds = [[_timed(engine, total, block, team) for engine in agreeing] for _ in range(_TRIALS)]
     seconds = dict(zip(agreeing, np.min(rounds, axis=0).tolist(), strict=True))
     best = min(seconds, key=lambda engine: seconds[engine] * (_HEAD_START if engine is first else 1))
     work = _TRIAL[0] * _TRIAL[1] ** 2 / 1e9
@@ -154,7 +221,7 @@ def _fastest(bfloat16: bool) -> Engine:
     return best
 
 
-def _timed(engine: Engine, total: Floats, block: Floats) -> float:
+def _timed(engine: Engine, total: Floats, block: Floats, team: Team) -> float:
     began = time.perf_counter()
-    engine.add_square(total, block)
+    team.run(square_pieces(engine, total, block, 1.0, team.threads))
     return time.perf_counter() - began

@@ -218,8 +218,12 @@ class Encoding:
             np.copyto(whole, raw.view(np.int16))
             np.left_shift(whole, 13, out=whole)
             np.bitwise_and(whole, _HALF_BITS, out=whole)
-            np.multiply(tile, _HALF_BIAS, out=tile)
-            np.multiply(tile, scale[:, None], out=tile)
+            with np.errstate(over="ignore"):
+                factor = scale * _HALF_BIAS
+            if not np.isfinite(factor.max(initial=0)):  # rows beyond 2^30
+                np.multiply(tile, _HALF_BIAS, out=tile)
+                factor = scale
+            np.multiply(tile, factor[:, None], out=tile)
         else:
             np.copyto(tile, raw)
 

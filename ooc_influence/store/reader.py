@@ -1,16 +1,17 @@
 """Row blocks out of a store: float32, in a reused buffer, with the next chunk already on its way.
 
-A thread fetches one chunk ahead: it maps a local chunk and touches its pages, asking the kernel for the chunk after it;
-others it reads and decodes. At most two chunks are held. Blocks lie on a grid that starts at row 0 and does not depend
-on chunks or workers, so the same rows are always multiplied together and results do not depend on how the work was
-divided. Some rows only, or some columns only, are read as such where chunks are mapped.
+A thread fetches ahead: it maps two local chunks and touches their pages, asking the kernel for the one after them; of
+others, which it reads and decodes, one, so at most two are held in memory. Blocks lie on a grid that starts at row 0
+and does not depend on chunks or workers, so the same rows are always multiplied together and results do not depend on
+how the work was divided. Some rows only, or some columns only, are read as such where chunks are mapped.
 """
 
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
@@ -88,7 +89,7 @@ class Piece:
 
 
 class ChunkStream:
-    """The chunks of rows ``start`` to ``stop``, one after the other, the next one fetched by a thread.
+    """The chunks of rows ``start`` to ``stop``, one after the other, the next ones fetched by a thread.
 
     Use it as a context; iterating yields :class:`Piece`.
 
@@ -149,11 +150,12 @@ class ChunkStream:
         parts = self._parts()
         if not parts:
             return
-        coming: Future[Piece] = self._thread.submit(self._fetch, *parts[0])
-        for number in range(len(parts)):
-            piece = coming.result()
-            if number + 1 < len(parts):
-                coming = self._thread.submit(self._fetch, *parts[number + 1])
+        depth = 2 if self._mapped else 1  # what is not mapped is held in memory
+        coming = deque(self._thread.submit(self._fetch, *part) for part in parts[:depth])
+        for part in [*parts[depth:], *[None] * min(depth, len(parts))]:
+            piece = coming.popleft().result()
+            if part is not None:
+                coming.append(self._thread.submit(self._fetch, *part))
             yield piece
 
     def _fetch(self, low: int, high: int) -> Piece:

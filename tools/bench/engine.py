@@ -1,11 +1,11 @@
 """The engine against the machine: Fisher, scores, top lists, self-influence; memory at n, 4n, 16n and under a limit.
 
-Each share is limit / ours within one run, interleaved, the median of several; above 1 we are faster. The limits: the
-best ssyrk and sgemm of the engines at hand on blocks as large as ours, one sequential read of the same files, a plain
-map of the same files converted to float32. A cold measurement drops the page cache first and is void (null) where pages
-stayed. Times of ours are those of a call's pass over the rows; the factorisation of F and the preconditioning of
-queries, which do not depend on n, are reported apart. Peaks are anonymous memory of fresh processes; the last of them
-runs under RLIMIT_DATA with a store several times as large.
+Each share is limit / ours within one run, interleaved, the median of several; above 1 we are faster. The limits
+(limits.py): the best ssyrk and sgemm of the engines at hand on blocks as large as ours, the same with plain writes
+beside it, one sequential read of the same files, a plain map of the same files converted to float32. A cold measurement
+drops the page cache first and is void (null) where pages stayed. Times of ours are those of a call's pass over the
+rows; the factorisation of F and the preconditioning of queries, which do not depend on n, are reported apart. Peaks are
+anonymous memory of fresh processes; the last of them runs under RLIMIT_DATA with a store several times as large.
 
 Run: python tools/bench/engine.py [--rows 100000] [--k 4096] [--queries 2048] [--repeats 3] [--only NAME,...].
 The last line is JSON.
@@ -22,7 +22,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -31,15 +30,14 @@ from typing import Any
 os.environ.pop("OPENBLAS_CORETYPE", None)
 
 import numpy as np
-from store import chunk_files, drop_cache, map_converted, timed, whole_mask
-from threadpoolctl import threadpool_info, threadpool_limits
+from limits import Limits
+from store import chunk_files, drop_cache, timed, whole_mask
+from threadpoolctl import threadpool_info
 
 import ooc_influence as ooc
 from ooc_influence.influence.scoring import Scoring
-from ooc_influence.linalg.engines import choose_engine
 from ooc_influence.memory import PeakMemory, format_bytes, parse_bytes
 from ooc_influence.progress import Progress
-from ooc_influence.stripes import cores
 
 STAGES = ("fisher", "top", "scores", "self-influence")
 TOP = 100
@@ -124,65 +122,18 @@ class Bench:
         began = time.perf_counter()
         self.fit_seconds = ours(lambda: ooc.fit_fisher(self.train, memory=self.memory))
         self.factor_seconds = time.perf_counter() - began - self.fit_seconds
-        generator = np.random.default_rng(0)
-        self.block = generator.standard_normal((min(4096, self.n), self.k), np.float32)
-        self.left = generator.standard_normal((options.queries, self.k), np.float32)
+        self.limits = Limits(self.train, folder, options.queries)
         self.count = 0
 
     def out(self) -> Path:
         self.count += 1
         return self.folder / f"scores{self.count}"
 
-    # limits, in seconds for all rows
-
-    def ssyrk(self) -> float:
-        engine, total = choose_engine(self.k), np.zeros((self.k, self.k), np.float32)
-        engine.add_square(total, self.block)
-        return min(timed(lambda: engine.add_square(total, self.block)) for _ in range(3)) * self.n / len(self.block)
-
-    def sgemm(self, rows: int) -> float:
-        """Seconds of products with ``rows`` rows, by the quicker of the BLAS's threads and threads of our own."""
-        left = self.left if rows == len(self.left) else np.eye(rows, self.k, dtype=np.float32)
-        out = np.empty((len(left), len(self.block)), np.float32)
-        parts = [slice(start, start + -(-len(out) // cores())) for start in range(0, len(out), -(-len(out) // cores()))]
-
-        def part(rows: slice) -> None:
-            np.matmul(left[rows], self.block.T, out=out[rows])
-
-        def best(call: Callable[[], object]) -> float:
-            call()
-            return min(timed(call) for _ in range(3))
-
-        seconds = best(lambda: np.matmul(left, self.block.T, out=out))
-        with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(cores()) as pool:
-            seconds = min(seconds, best(lambda: list(pool.map(part, parts))))
-        return seconds * self.n / len(self.block)
-
-    def plain_read(self, path: Path) -> float:
-        if not drop_cache(path):
-            return float("nan")
-        store, buffer = ooc.GradientStore.open(path), bytearray(16 * 2**20)
-
-        def read() -> None:
-            for file in chunk_files(store.path):
-                with file.open("rb", buffering=0) as handle:
-                    while handle.readinto(buffer):
-                        pass
-
-        return timed(read)
-
-    def converted(self) -> float:
-        """Seconds of a plain map of the train store, converted as reading does it."""
-        store = ooc.GradientStore.open(self.train)
-        return timed(lambda: map_converted(store))
-
-    # what is measured
-
     def fisher(self) -> dict[str, Any]:
         def fit() -> float:
             return ours(lambda: ooc.fit_fisher(self.train, refit=True, memory=self.memory))
 
-        return {"fisher_warm_over_ssyrk": share(self.ssyrk, fit, self.repeats)}
+        return {"fisher_warm_over_ssyrk": share(self.limits.ssyrk, fit, self.repeats)}
 
     def cold(self) -> dict[str, Any]:
         def fit() -> float:
@@ -196,8 +147,8 @@ class Bench:
             return ours(lambda: ooc.top_influential(self.few, self.train, top=TOP, memory=self.memory))
 
         return {
-            "fisher_cold_over_ssyrk": share(self.ssyrk, fit, self.repeats),
-            "few_queries_cold_over_read": share(lambda: self.plain_read(self.train), score, self.repeats),
+            "fisher_cold_over_ssyrk": share(self.limits.ssyrk, fit, self.repeats),
+            "few_queries_cold_over_read": share(lambda: self.limits.plain_read(self.train), score, self.repeats),
         }
 
     def distributed(self) -> dict[str, Any]:
@@ -209,11 +160,11 @@ class Bench:
         ):
             return {
                 "fisher_distributed_over_ssyrk": share(
-                    self.ssyrk, lambda: ours(lambda: ooc.fit_fisher(self.train, refit=True, memory=self.memory)),
+                    self.limits.ssyrk, lambda: ours(lambda: ooc.fit_fisher(self.train, refit=True, memory=self.memory)),
                     self.repeats,
                 ),
                 "top_distributed_over_sgemm": share(
-                    lambda: self.sgemm(len(self.left)),
+                    self.limits.sgemm,
                     lambda: ours(lambda: ooc.top_influential(self.many, self.train, top=TOP, memory=self.memory)),
                     self.repeats,
                 ),
@@ -231,9 +182,10 @@ class Bench:
         def lists(*apart: list[float]) -> float:
             return ours(lambda: ooc.top_influential(self.many, self.train, top=TOP, memory=self.memory), *apart)
 
-        limit = lambda: self.sgemm(len(self.left))  # noqa: E731
+        limit = self.limits.sgemm
         return {
             "scores_over_sgemm": share(limit, lambda: write(prepared), self.repeats),
+            "scores_over_sgemm_and_plain_writes": share(self.limits.sgemm_written, lambda: write([]), self.repeats),
             "scores_and_preconditioning_over_sgemm": share(limit, write, self.repeats),
             "top_over_sgemm": share(limit, lambda: lists(prepared), self.repeats),
             "top_and_preconditioning_over_sgemm": share(limit, lists, self.repeats),
@@ -248,8 +200,8 @@ class Bench:
             return ours(lambda: ooc.self_influence(self.train, curvature=False, memory=self.memory))
 
         return {
-            "self_wide_over_sgemm": share(lambda: self.sgemm(self.k), values, self.repeats),
-            "self_without_curvature_over_convert": share(self.converted, norms, self.repeats),
+            "self_wide_over_sgemm": share(lambda: self.limits.sgemm(self.k), values, self.repeats),
+            "self_without_curvature_over_convert": share(self.limits.converted, norms, self.repeats),
         }
 
     def naive(self) -> dict[str, Any]:
@@ -271,12 +223,12 @@ class Bench:
             peaks.extend(sample.mem for sample in profiler.results)
             return seconds
 
-        left = da.from_array(self.left, chunks=self.left.shape)
+        left = da.from_array(self.limits.left, chunks=self.limits.left.shape)
         return {
-            "naive_fisher_over_ssyrk": share(lambda: self.ssyrk() * part, square, 1),
+            "naive_fisher_over_ssyrk": share(lambda: self.limits.ssyrk() * part, square, 1),
             "naive_fisher_peak_mib": round(max(peaks, default=0)),
             "naive_scores_over_sgemm": share(
-                lambda: self.sgemm(len(self.left)) * part,
+                lambda: self.limits.sgemm() * part,
                 lambda: timed(lambda: (left @ lazy.T).compute(scheduler="threads")), 1,
             ),
         }  # fmt: skip
@@ -412,8 +364,8 @@ def main() -> None:
     result |= {name: getattr(options, name) for name in ("rows", "k", "queries", "repeats", "growth_rows", "growth_k")}
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         bench = Bench(options, Path(name))
-        result["ssyrk_gflops"] = round(bench.n * bench.k**2 / bench.ssyrk() / 1e9, 1)
-        result["sgemm_gflops"] = round(2 * bench.n * bench.k * len(bench.left) / bench.sgemm(len(bench.left)) / 1e9, 1)
+        result["ssyrk_gflops"] = round(bench.n * bench.k**2 / bench.limits.ssyrk() / 1e9, 1)
+        result["sgemm_gflops"] = round(2 * bench.n * bench.k * len(bench.limits.left) / bench.limits.sgemm() / 1e9, 1)
         result["factor_seconds"] = round(bench.factor_seconds, 1)
         print(
             f"BLAS core {result['blas_core']}, ssyrk {result['ssyrk_gflops']}, sgemm {result['sgemm_gflops']} GFLOP/s"
