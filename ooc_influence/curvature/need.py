@@ -6,7 +6,7 @@ eigenvectors are turned into F's panel by panel.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -15,11 +15,13 @@ import numpy as np
 from ooc_influence.curvature.rows import ChosenRows, Range
 from ooc_influence.linalg import GramAccumulator, spectrum_ways
 from ooc_influence.linalg.triangle import tile_side
-from ooc_influence.memory import Need, Room, WayOut, block_limit
+from ooc_influence.memory import PRODUCT_ROWS, Need, Room, WayOut, block_limit
 from ooc_influence.store import CHUNK_TARGET, GradientStore
+from ooc_influence.store.writer import BUFFERS
 
 PANEL = 1024  # columns brought to float64 at a time
 KEPT_BYTES = 64 * 2**20  # of a Gram matrix that is kept in memory while it is multiplied; a larger one goes to disk
+_GROUP = 2**21  # of the small values of rows on their way to a reduced store
 _TILES = 3  # copies of a tile while it is written: itself, its transpose, and the checksummed bytes
 
 
@@ -141,19 +143,24 @@ class FitShapes(NamedTuple):
         """What the Gram side needs, with one worker."""
         return gram_need(self.rows, self.k, 1, self.reading, self.small)
 
-    def reduced(self, room: Room) -> Iterator[WayOut]:
-        """Return the widest reduction of the store that fits, and F of it."""
-        if self.modules:
-            most = min(self.k - 1, self.rows)
-            r = room.largest(lambda size: self._reducing(room, size), most) if most > 0 else 0
-            if r:
-                text = f"reduce to {r} columns ({{}}: ooc-influence reduce {self.path} OUT --dims {r})"
-                yield WayOut(text, self._reducing(room, r))
+    def reduced(self, room: Room, then: Callable[[int], Need] | None = None) -> Iterator[WayOut]:
+        """Return the widest reduction of the store that fits, with F of it, and what comes ``then`` with r columns."""
 
-    def _reducing(self, room: Room, r: int) -> Need:
-        """Return the larger of what the reduction to r and the fit after it need."""
-        basis = min((way.need for way in spectrum_ways(self.k, self.rows, r, 1, self.reading)), key=room.price)
-        return max(basis, fisher_need(r, 1, self.reading, rows=self.small), key=room.price)
+        def need(r: int) -> Need:
+            basis = min((way.need for way in spectrum_ways(self.k, self.rows, r, 1, self.reading)), key=room.price)
+            steps = [basis, self._rewriting(r), fisher_need(r, 1, self.reading, rows=self.small)]
+            return max([*steps, *([] if then is None else [then(r)])], key=room.price)
+
+        most = min(self.k - 1, self.rows)
+        r = room.largest(need, most) if self.modules and most > 0 else 0
+        if r:
+            text = f"reduce to {r} columns ({{}}: ooc-influence reduce {self.path} OUT --dims {r})"
+            yield WayOut(text, need(r))
+
+    def _rewriting(self, r: int) -> Need:
+        """Return about what writing the rows with r columns needs: the basis, and chunks of float16 on their way."""
+        chunk = min(CHUNK_TARGET, 2 * r * max(PRODUCT_ROWS, self.rows // 64))
+        return Need("", 4 * self.k * r + BUFFERS * chunk + _GROUP, self.reading, 4 * (self.k + 2 * r))
 
     def fisher_ways(self, room: Room) -> Iterator[WayOut]:
         """Return the ways out where F whole does not fit."""
