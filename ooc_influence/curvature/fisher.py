@@ -14,13 +14,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-import numpy as np
 import numpy.typing as npt
 
 from ooc_influence.curvature import unfinished
 from ooc_influence.curvature.changes import Change
 from ooc_influence.curvature.curvature import Curvature
 from ooc_influence.curvature.fitting import Fitting, squared_norm
+from ooc_influence.curvature.need import FitShapes, fisher_need, module_ranges
 from ooc_influence.curvature.rows import ChosenRows, Range, choose_rows
 from ooc_influence.curvature.saved import write_curvature
 from ooc_influence.curvature.spectral import SummedCurvature, write_spectra
@@ -28,56 +28,16 @@ from ooc_influence.curvature.sums import Summing
 from ooc_influence.curvature.target import fit_target, fitted, reopen, warn_if_unfinished, what_changed
 from ooc_influence.curvature.top import fit_top
 from ooc_influence.curvature.unfinished import Unfinished
-from ooc_influence.curvature.ways import Shapes, TopWay, check_rank, offer_rank, plan_top
+from ooc_influence.curvature.ways import Shapes, TopWay, check_rank, plan_top
 from ooc_influence.errors import InputError
-from ooc_influence.linalg import GramAccumulator, Weighting
+from ooc_influence.linalg import Weighting
 from ooc_influence.linalg.device import check_room, parse_device
-from ooc_influence.memory import Need, block_limit, plan_block_rows
+from ooc_influence.memory import plan_block_rows
 from ooc_influence.store import GradientStore, PathLike
 from ooc_influence.stripes import check_workers, slots_per_process
 
 logger = logging.getLogger("ooc_influence")
 Blocks = Literal["module"]
-
-
-def fisher_need(
-    k: int,
-    workers: int,
-    reading: int = 0,
-    *,
-    ranges: Sequence[Range] | None = None,
-    rows: int = 0,
-    update: bool = False,
-) -> Need:
-    """Return what :func:`fit_fisher` needs, in bytes.
-
-    Two phases share the memory: accumulation (each worker's sums and block), then, alone, the factorisation.
-
-    Parameters
-    ----------
-    k, workers : int
-        Columns; workers of this process.
-    reading : int
-        What a worker holds to read the store.
-    ranges : sequence of (first, last), optional
-        Blocks of columns; default one of all.
-    rows : int
-        Bytes kept for each row: numbers and weights.
-    update : bool
-        Whether rows are subtracted from a sum.
-    """
-    sides = [last - first for first, last in ranges or [(0, k)]]
-    squares = sum(side**2 for side in sides)
-    accumulators = workers * sum(GramAccumulator.nbytes(side) for side in sides)
-    factorising = 8 * squares + 16 * max(sides) ** 2
-    return Need(
-        stage=f"fisher for k={k}" + (f" in {len(sides)} blocks" if ranges and len(sides) > 1 else ""),
-        fixed=max(0, factorising - accumulators) + 8 * squares * ((workers > 1) + update) + rows,
-        per_worker=sum(GramAccumulator.nbytes(side) for side in sides) + reading,
-        per_row=4 * k,
-        max_rows=block_limit(k),
-        advice="extract with a smaller k, or reduce the store" + ("" if len(sides) > 1 else ", or fit blocks='module'"),
-    )
 
 
 def fit_fisher(
@@ -208,12 +168,12 @@ def _choose_way(
         added = 0 if change.added is None else change.added[1] - change.added[0]
         changed = added + len(change.removed)
     shapes = Shapes(train.k, chosen.count, changed, row_bytes, shared, train.reading_bytes, chosen.small_bytes, sent)
+    priced = FitShapes.of(chosen)
     if rank is not None:
         check_rank(shapes, rank)
-        way = plan_top(shapes, rank, need, memory, update=update)
+        way = plan_top(shapes, rank, need, memory, priced.rank_ways, update=update)
     else:
-        if len(ranges) == 1:
-            need = replace(need, advice=need.advice + offer_rank(shapes, memory))
+        need = replace(need, ways=priced.fisher_ways if len(ranges) == 1 else priced.block_ways)
         way = TopWay("whole", need, plan_block_rows(need, memory, shared), 0.0, 0.0, 0.0)
     if device is not None:
         check_room(
@@ -231,7 +191,7 @@ def _fit_square(fit: Fitting) -> None:
     attributes["kind"] = "whole" if how.blocks == ((0, how.store.k),) else "module"
     if how.fourth:
         norm = sum(squared_norm(square) for square in total.squares)
-        attributes["sampling_error"] = fit.sampling_error(total.live, total.fourth, norm)
+        attributes["sampling_error"] = fit.chosen.sampling_error(total.live, total.fourth, norm)
 
     def write(group: Any) -> Mapping[str, Any]:
         fit.write_record(group)
@@ -256,5 +216,4 @@ def _parse_blocks(train: GradientStore, blocks: str | None, rank: int | None) ->
             f"expected a store of kept entries for blocks='module'; received {train.path}, whose columns are reduced: "
             "fit the whole"
         )
-    ends = np.cumsum([len(module.rows) for module in train.mask.modules]).tolist()
-    return tuple((first, last) for first, last in zip([0, *ends[:-1]], ends, strict=True) if first < last)
+    return module_ranges(train)

@@ -89,11 +89,30 @@ class ChosenRows:
             return self.store.small("dropped", self.first, self.first + self.count)
         return np.asarray(self.store.dropped[self.numbers])
 
+    def clipped(self, dropped: npt.NDArray[np.bool_]) -> int:
+        """Return how many of them, but the dropped ones (count,), have a loss below the floor of their weights."""
+        if self.weighting is None:
+            return 0
+        if self.numbers is None:
+            losses = self.store.small("loss", self.first, self.first + self.count)
+        else:
+            losses = np.asarray(self.store.loss[self.numbers])
+        return int(((losses < LOSS_FLOOR) & ~dropped).sum())
+
     def at(self, places: Numbers) -> ChosenRows:
         """Return the rows at some places."""
         numbers = places + self.first if self.numbers is None else self.numbers[places]
         weights = None if self.weights is None else self.weights[places]
         return replace(self, first=0, count=len(places), numbers=numbers, weights=weights)
+
+    def sampling_error(self, live: int, fourth: float, norm: float) -> float:
+        """Return the expected relative error of F from a sample: √((1 − s/N) (Σ‖x‖⁴/s − ‖F‖²) / (s − 1)) / ‖F‖.
+
+        ``fourth`` is Σ‖x‖⁴ and ``norm`` the squared Frobenius norm of the undamped sum of ``live`` rows.
+        """
+        s, norm = live, norm / live**2
+        spread = max(0.0, fourth / s - norm) / (s - 1)
+        return float(np.sqrt((1 - s / int(self.selection["population"])) * spread / norm)) if norm > 0 else 0.0
 
     def record(self) -> dict[str, Any]:
         """Return what is written in a curvature's attributes about their weights."""

@@ -95,7 +95,7 @@ def fit_top(fit: Fitting, way: TopWay, rank: int, seed: int) -> None:
             norm = found.norm
             if np.isnan(norm):
                 norm = (float(np.square(values).sum()) + (tail**2 / others if others else 0.0)) * found.live**2
-            facts["sampling_error"] = fit.sampling_error(found.live, found.fourth, norm)
+            facts["sampling_error"] = fit.chosen.sampling_error(found.live, found.fourth, norm)
         return facts | {"seconds": time.monotonic() - began}
 
     write_curvature(fit.target, attributes, write)

@@ -68,21 +68,3 @@ def row_squares(rows: Any) -> npt.NDArray[np.float64]:
         return np.asarray(np.einsum("ij,ij->i", rows, rows, dtype=np.float64))
     torch: Any = sys.modules["torch"]
     return np.asarray(torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square_().cpu().numpy())
-
-
-def outer_product(matrix: npt.NDArray[np.float32], columns: int, device: str) -> npt.NDArray[np.float64]:
-    """Return A Aᵀ in float64 of a float32 matrix, ``columns`` at a time on a device.
-
-    Raises
-    ------
-    MemoryBudgetError
-        If the device has no room for it.
-    """
-    torch: Any = sys.modules["torch"]
-    m = len(matrix)
-    check_room(device, 8 * m * m + (4 + 8) * m * columns, f"the Gram matrix of {m} rows")
-    total = torch.zeros((m, m), dtype=torch.float64, device=device)
-    for low in range(0, matrix.shape[1], columns):
-        panel = torch.from_numpy(np.ascontiguousarray(matrix[:, low : low + columns])).to(device).double()
-        total.addmm_(panel, panel.T)
-    return np.asarray(total.cpu().numpy())
