@@ -102,7 +102,7 @@ def multiply_on_disk(
     progress : bool or None
         Show a progress line.
     digest : str
-        Of all that K depends on.
+        Of all that K depends on, but for the tiles' side.
     facts : mapping
         Further attributes of the array: JSON values.
 
@@ -115,6 +115,7 @@ def multiply_on_disk(
     """
     path, m = how.path, how.chosen.count
     assert path is not None
+    digest += f"-{tile_side(m)}"
     try:
         _make_room(path, m, digest, facts)
         tiles = list_tiles(m)
@@ -191,10 +192,10 @@ def _missing(path: StorePath, tiles: Sequence[Tile], side: int) -> list[Tile]:
 def _some_tiles(stripe: _Tiles, key: str, how: Multiplying) -> None:
     """Write tiles that are not there: where a worker died, some of them are."""
     assert how.path is not None
-    left = _missing(how.path, stripe.tiles, tile_side(how.chosen.count))
-    tick(key, len(stripe.tiles) - len(left))
     files = array_store(how.path)
     array = writable_array(files)
+    left = _missing(how.path, stripe.tiles, array.chunks[0])
+    tick(key, len(stripe.tiles) - len(left))
     try:
         for tile in left:
             values = _multiply(tile, how)
