@@ -20,6 +20,7 @@ from ooc_influence._version import __version__
 from ooc_influence.curvature.need import PANEL
 from ooc_influence.curvature.rows import ChosenRows
 from ooc_influence.errors import OocInfluenceError, StoreExistsError, StoreWriteError
+from ooc_influence.linalg.blas import Floats
 from ooc_influence.linalg.triangle import Tile, list_tiles, tile_side
 from ooc_influence.progress import Progress, check_cancelled, tick
 from ooc_influence.store import (
@@ -216,20 +217,26 @@ def _one_tile(stripe: _Tiles, key: str, how: Multiplying) -> Matrix:
 
 def _multiply(tile: Tile, how: Multiplying) -> Matrix:
     """Return the products of a tile's rows with those of its columns."""
-    found = np.empty((tile.rows.stop - tile.rows.start, tile.columns.stop - tile.columns.start))
+    found = np.zeros((tile.rows.stop - tile.rows.start, tile.columns.stop - tile.columns.start))
+    panels = np.empty((2, how.block_rows, min(PANEL, how.chosen.store.k)))
+    products = np.empty((how.block_rows, how.block_rows))
     for left in how.chosen.blocks(tile.rows.start, tile.rows.stop, how.block_rows):
         rows = slice(left.start - tile.rows.start, left.stop - tile.rows.start)
         for right in how.chosen.blocks(tile.columns.start, tile.columns.stop, how.block_rows):
             columns = slice(right.start - tile.columns.start, right.stop - tile.columns.start)
-            found[rows, columns] = product(left.rows, right.rows)
+            _add_product(left.rows, right.rows, found[rows, columns], panels, products)
             check_cancelled()
     return found
 
 
-def product(left: npt.NDArray[Any], right: npt.NDArray[Any]) -> Matrix:
-    """Return left rightᵀ, (a, b), in float64, of matrices (a, d) and (b, d)."""
-    total = np.zeros((len(left), len(right)))
+def _add_product(left: Floats, right: Floats, out: Matrix, panels: Matrix, products: Matrix) -> None:
+    """Add left rightᵀ, (a, b), in float64 to ``out``; new memory would cost more than the conversion."""
+    made = products[: len(left), : len(right)]
     for start in range(0, left.shape[1], PANEL):
-        columns = slice(start, start + PANEL)
-        total += left[:, columns].astype(np.float64) @ right[:, columns].astype(np.float64, copy=False).T
-    return total
+        parts = []
+        for panel, rows in zip(panels, (left, right), strict=True):
+            part = panel[: len(rows), : min(PANEL, left.shape[1] - start)]
+            np.copyto(part, rows[:, start : start + PANEL])
+            parts.append(part)
+        np.matmul(parts[0], parts[1].T, out=made)
+        out += made
