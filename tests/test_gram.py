@@ -365,11 +365,11 @@ def test_the_side_that_fits_is_taken(tmp_path, caplog):
 def test_needs_are_sums_of_their_parts():
     kept = 8 * 2003**2
     need = kernel_need(2003, 5003, 3, 7, 11)
-    assert (need.fixed, need.per_worker) == (11 + kept, 24 * 1024**2 + 2 * 7)
+    assert (need.fixed, need.per_worker) == (11 + kept, 32 * 1024**2 + 2 * 7)
     assert need.per_row == 2 * (4 * 5003 + 8 * 1024)
     assert kernel_need(20011, 5003).fixed == 0  # on disk
     need = gram_need(20011, 5003, 3, 7, 11)
-    assert need.fixed == 11 + 24 * 20011**2 + 24 * 1024**2 - 3 * (24 * 1024**2 + 2 * 7)
+    assert need.fixed == 11 + 24 * 20011**2 + 24 * 1024**2 - 3 * (32 * 1024**2 + 2 * 7)
     assert gram_need(31, 100_003, 2).fixed > gram_need(31, 1009, 2).fixed  # eigenvectors' panels
 
 

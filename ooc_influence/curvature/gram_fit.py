@@ -291,9 +291,11 @@ class _Fit:
 def _lift(stripe: Stripe, key: str, how: Multiplying, turn: Matrix) -> Matrix:
     """Return rows ``start`` to ``stop`` of AᵀU."""
     panel = np.zeros((stripe.stop - stripe.start, turn.shape[1]))
+    made = np.empty((min(PANEL, len(panel)), turn.shape[1]))
     for block in how.chosen.blocks(0, how.chosen.count, how.block_rows, columns=[(stripe.start, stripe.stop)]):
         part = np.ascontiguousarray(turn[block.start : block.stop])
         for low in range(0, len(panel), PANEL):
-            panel[low : low + PANEL] += block.rows[:, low : low + PANEL].T.astype(np.float64) @ part
+            columns = block.rows[:, low : low + PANEL].astype(np.float64)
+            panel[low : low + PANEL] += np.matmul(columns.T, part, out=made[: columns.shape[1]])
         tick(key, block.stop - block.start)
     return panel

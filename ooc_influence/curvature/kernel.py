@@ -20,6 +20,7 @@ from ooc_influence._version import __version__
 from ooc_influence.curvature.need import PANEL
 from ooc_influence.curvature.rows import ChosenRows, WeighedBlock
 from ooc_influence.errors import OocInfluenceError, StoreExistsError, StoreWriteError
+from ooc_influence.linalg.blas import Floats
 from ooc_influence.linalg.triangle import Tile, list_tiles, tile_side
 from ooc_influence.progress import Progress, check_cancelled, tick
 from ooc_influence.store import (
@@ -111,7 +112,7 @@ def multiply_on_disk(
     progress : bool or None
         Show a progress line.
     digest : str
-        Of all that K depends on.
+        Of all that K depends on, but for the tiles' side.
     facts : mapping
         Further attributes of the array: JSON values.
 
@@ -124,6 +125,7 @@ def multiply_on_disk(
     """
     path, m = how.path, how.chosen.count
     assert path is not None
+    digest += f"-{tile_side(m)}"
     try:
         _make_room(path, m, digest, facts)
         tiles = list_tiles(m)
@@ -200,10 +202,10 @@ def _missing(path: StorePath, tiles: Sequence[Tile], side: int) -> list[Tile]:
 def _some_tiles(stripe: _Tiles, key: str, how: Multiplying) -> None:
     """Write tiles that are not there: where a worker died, some of them are."""
     assert how.path is not None
-    left = _missing(how.path, stripe.tiles, tile_side(how.chosen.count))
-    tick(key, len(stripe.tiles) - len(left))
     files = array_store(how.path)
     array = writable_array(files)
+    left = _missing(how.path, stripe.tiles, array.chunks[0])
+    tick(key, len(stripe.tiles) - len(left))
     try:
         for tile in left:
             values = _multiply(tile, how)
@@ -224,19 +226,23 @@ def _one_tile(stripe: _Tiles, key: str, how: Multiplying) -> Matrix:
 
 def _multiply(tile: Tile, how: Multiplying) -> Matrix:
     """Return the products of a tile's rows with those of its columns."""
-    found = np.empty((tile.rows.stop - tile.rows.start, tile.columns.stop - tile.columns.start))
-    multiply = product if how.device is None else device_product
+    found = np.zeros((tile.rows.stop - tile.rows.start, tile.columns.stop - tile.columns.start))
+    panels = np.empty((2, how.block_rows, min(PANEL, how.chosen.store.k)))
+    products = np.empty((how.block_rows, how.block_rows))
     for left in how.read(tile.rows.start, tile.rows.stop):
         rows = slice(left.start - tile.rows.start, left.stop - tile.rows.start)
         for right in how.read(tile.columns.start, tile.columns.stop):
             columns = slice(right.start - tile.columns.start, right.stop - tile.columns.start)
-            found[rows, columns] = multiply(left.rows, right.rows)
+            if how.device is None:
+                _add_product(left.rows, right.rows, found[rows, columns], panels, products)
+            else:
+                found[rows, columns] = _device_product(left.rows, right.rows)
             check_cancelled()
     return found
 
 
-def device_product(left: Any, right: Any) -> Matrix:
-    """Return what :func:`product` does, of tensors on a device."""
+def _device_product(left: Any, right: Any) -> Matrix:
+    """Return left rightᵀ, (a, b), in float64, of tensors on a device."""
     total = 0.0
     for start in range(0, left.shape[1], PANEL):
         columns = slice(start, start + PANEL)
@@ -251,10 +257,14 @@ def device_bytes(chosen: ChosenRows, block_rows: int) -> int:
     return 2 * block_rows * row + 2 * 8 * block_rows**2
 
 
-def product(left: npt.NDArray[Any], right: npt.NDArray[Any]) -> Matrix:
-    """Return left rightᵀ, (a, b), in float64, of matrices (a, d) and (b, d)."""
-    total = np.zeros((len(left), len(right)))
+def _add_product(left: Floats, right: Floats, out: Matrix, panels: Matrix, products: Matrix) -> None:
+    """Add left rightᵀ, (a, b), in float64 to ``out``; new memory would cost more than the conversion."""
+    made = products[: len(left), : len(right)]
     for start in range(0, left.shape[1], PANEL):
-        columns = slice(start, start + PANEL)
-        total += left[:, columns].astype(np.float64) @ right[:, columns].astype(np.float64, copy=False).T
-    return total
+        parts = []
+        for panel, rows in zip(panels, (left, right), strict=True):
+            part = panel[: len(rows), : min(PANEL, left.shape[1] - start)]
+            np.copyto(part, rows[:, start : start + PANEL])
+            parts.append(part)
+        np.matmul(parts[0], parts[1].T, out=made)
+        out += made

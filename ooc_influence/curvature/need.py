@@ -82,7 +82,7 @@ def kernel_need(rows: int, k: int, workers: int = 1, reading: int = 0, small: in
     return Need(
         stage=f"gram for {rows} rows of k={k}",
         fixed=small + (8 * rows**2 if 8 * rows**2 <= KEPT_BYTES else 0),
-        per_worker=8 * _TILES * side**2 + 2 * reading,
+        per_worker=8 * (_TILES + 1) * side**2 + 2 * reading,
         per_row=2 * (4 * k + 8 * min(k, PANEL)),
         min_rows=min(16, side),
         max_rows=min(side, block_limit(k)),
