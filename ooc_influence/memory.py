@@ -7,7 +7,7 @@ A stage's projected peak is::
 ``reserved`` is what the process already holds, ``fixed`` what exists once (outputs, the curvature), ``per_worker`` what
 each worker slot holds whatever its block (accumulators), ``bytes_per_row`` what one row of a block costs (inputs and
 their copies, its share of the output). None of them depends on the number of rows in the store. When the budget is
-tight, blocks shrink; when even the smallest block does not fit, the call refuses and says what would.
+tight, blocks shrink; when even the smallest block does not fit, the call refuses and says what would, at what price.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from __future__ import annotations
 import contextlib
 import re
 import threading
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 import psutil
 
@@ -99,6 +100,8 @@ class Need:
         The smallest block worth running and the largest that gains anything.
     advice : str
         What else the user could do, for the refusal.
+    ways : callable or None
+        Given the room there is, returns other ways to the result; the refusal names those that fit, with their prices.
     """
 
     stage: str
@@ -108,6 +111,7 @@ class Need:
     min_rows: int = 16
     max_rows: int = 4096
     advice: str = ""
+    ways: Ways | None = None
 
     def peak(self, block_rows: int, workers: int, reserved: int) -> int:
         """Return the projected peak in bytes."""
@@ -116,6 +120,50 @@ class Need:
     def of_rows(self, rows: int) -> Need:
         """Return the same need for blocks of exactly ``rows``."""
         return replace(self, min_rows=rows, max_rows=rows)
+
+
+class WayOut(NamedTuple):
+    """Another way to a result: what to say, and what it needs. ``{}`` in the text becomes the price in bytes."""
+
+    text: str
+    need: Need
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a process may take.
+
+    Attributes
+    ----------
+    budget, held : int
+        Bytes in all, and those it holds already.
+    """
+
+    budget: int
+    held: int
+
+    @classmethod
+    def of(cls, memory: int | str | None, held: int | None = None) -> Room:
+        """Return the room in a budget; by default for this process as it is."""
+        return cls(budget_bytes(memory), process_anonymous() if held is None else held)
+
+    def price(self, need: Need, workers: int = 1) -> int:
+        """Return the least projected peak of a need."""
+        return need.peak(need.min_rows, workers, self.held)
+
+    def fits(self, need: Need, workers: int = 1) -> bool:
+        """Return whether a need fits, with the smallest blocks."""
+        return self.price(need, workers) <= self.budget
+
+    def largest(self, make: Callable[[int], Need], most: int) -> int:
+        """Return the largest power of two, at most ``most``, whose need fits; 0 where none does."""
+        size = 1 << max(1, most).bit_length() - 1
+        while size and not self.fits(make(size)):
+            size //= 2
+        return size
+
+
+Ways = Callable[[Room], Iterable[WayOut]]
 
 
 def budget_bytes(memory: int | str | None) -> int:
@@ -135,23 +183,30 @@ def plan_block_rows(need: Need, memory: int | str | None, workers: int = 1, rese
     MemoryBudgetError
         If the smallest block does not fit; the message names the two numbers and the ways out.
     """
-    budget = budget_bytes(memory)
-    held = process_anonymous() if reserved is None else reserved
+    room = Room.of(memory, reserved)
     rows = need.max_rows
-    while rows > need.min_rows and need.peak(rows, workers, held) > budget:
+    while rows > need.min_rows and need.peak(rows, workers, room.held) > room.budget:
         rows = max(need.min_rows, rows // 2)
-    smallest = need.peak(rows, workers, held)
-    if smallest > budget:
-        ways = [f"--memory {format_bytes(smallest * 1.05).replace(' ', '')}"]
-        if workers > 1 and need.peak(need.min_rows, 1, held) <= budget:
-            ways.insert(0, "--workers 1")
-        if need.advice:
-            ways.append(need.advice)
-        raise MemoryBudgetError(
-            f"{need.stage} needs {format_bytes(smallest)} with {workers} worker{'s' if workers > 1 else ''}, "
-            f"budget {format_bytes(budget)}: use {', or '.join(ways)}"
-        )
+    if need.peak(rows, workers, room.held) > room.budget:
+        raise MemoryBudgetError(_refusal(need, room, workers))
     return rows
+
+
+def _refusal(need: Need, room: Room, workers: int) -> str:
+    """Return what a stage needs, the budget, and every way out with what it would need."""
+    smallest = room.price(need, workers)
+    ways = [f"--memory {format_bytes(smallest * 1.05).replace(' ', '')}"]
+    if workers > 1 and room.fits(need):
+        ways.insert(0, f"--workers 1 ({format_bytes(room.price(need))})")
+    for way in need.ways(room) if need.ways is not None else ():
+        if room.fits(way.need):
+            ways.append(way.text.format(format_bytes(room.price(way.need))))
+    if need.advice:
+        ways.append(need.advice)
+    return (
+        f"{need.stage} needs {format_bytes(smallest)} with {workers} worker{'s' if workers > 1 else ''}, "
+        f"budget {format_bytes(room.budget)}: use {', or '.join(ways)}"
+    )
 
 
 def block_limit(k: int, *, least: int = 64) -> int:

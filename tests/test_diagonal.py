@@ -89,5 +89,7 @@ def test_it_fits_where_the_whole_does_not(tmp_path):
 def test_refusals(stores):
     with pytest.raises(InputError, match="received both"):
         fit_fisher(stores[1], blocks="diagonal", rank=3)
+    with pytest.raises(InputError, match="no device"):
+        fit_fisher(stores[1], blocks="diagonal", device="cpu")
     with pytest.raises(InputError, match="'module', 'diagonal' or none; received 'tile'"):
         fit_fisher(stores[1], blocks="tile")

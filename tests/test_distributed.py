@@ -18,13 +18,17 @@ import pytest
 from conftest import random_rows, write_store
 from numpy.testing import assert_allclose, assert_array_equal
 from test_cli import run  # noqa: F401 - a fixture
+from test_top import force
 
 from ooc_influence import (
     Dropout,
     GradientStore,
     Storage,
     extract_shards,
+    fit_curvature,
     fit_fisher,
+    fit_gram,
+    gram_matrix,
     group_influence,
     influence_scores,
     reduce_store,
@@ -34,6 +38,7 @@ from ooc_influence import (
 from ooc_influence.cli import cluster as cluster_room
 from ooc_influence.errors import ClusterError, InputError
 from ooc_influence.progress import Progress, tick
+from ooc_influence.store import LayerShape, Mask, ModuleMask
 from ooc_influence.store.claim import read_claims
 from ooc_influence.stripes import Stripe, ambient_client, check_workers, run_stripes, worker_memory
 
@@ -90,6 +95,130 @@ def test_two_workers_same_numbers(tmp_path, long_pair, client, monkeypatch):
     for name, call in calls.items():
         close(found[name], call())
     close(written, influence_scores(query, train, damping=dampings).compute())
+
+
+@pytest.mark.parametrize("way", ["sums", "tiles", "rows"])
+def test_a_top_of_the_spectrum_survives_a_worker(tmp_path, long_pair, client, monkeypatch, way):
+    """One of two workers is killed in the middle: the same numbers as here."""
+    train, killed = long_pair[1], []
+    force(monkeypatch, way)
+    local = fit_fisher(train, rank=5, out=tmp_path / "local.zarr", workers=1)
+    pids = client.run(os.getpid)
+    client.run(slow_ticks, 0.05)
+
+    def kill(progress, rows):
+        if rows and not killed:
+            killed.append(next(iter(pids.values())))
+            os.kill(killed[0], signal.SIGKILL)
+
+    monkeypatch.setattr("ooc_influence.stripes.SENT_ONCE", 1000)  # bytes of the basis are more
+    monkeypatch.setattr(Progress, "advance", kill)
+    with client.as_current():
+        found = fit_fisher(train, rank=5, out=tmp_path / "there.zarr")
+    assert len(killed) == 1
+    assert found.attrs["way"] == way
+    close(found.eigenvalues, local.eigenvalues)
+    queries = random_rows(4, 24, 3)
+    close(found.precondition(queries, [0.01]), local.precondition(queries, [0.01]), 1e-4)
+    client.wait_for_workers(2, timeout=60)
+    client.run(normal_ticks)
+
+
+@pytest.fixture(scope="module")
+def modules(tmp_path_factory):
+    """A store of two modules, of losses that weights can be made of, and rows to append to it."""
+    entries = np.arange(12, dtype=np.int32)
+    parts = tuple(
+        ModuleMask(LayerShape(name, "linear", (1, 12), False), 0 * entries, entries, np.ones(12, np.float32))
+        for name in ("one", "two")
+    )
+    rows = random_rows(30_000, 24)
+    path = tmp_path_factory.mktemp("modules") / "train.zarr"
+    options = {"dtype": "float32", "storage": Storage(1000, 3), "attributes": {"loss_kind": "cross_entropy"}}
+    with GradientStore.create(path, Mask(parts), **options) as store:
+        store.append(rows[:24_000], loss=np.linspace(0.1, 3, 24_000))
+    return path, rows[24_000:]
+
+
+def test_kinds_of_curvature_by_two_workers(tmp_path, modules, client):
+    """By module, weighted, by the Gram matrix; then rows appended and dropped: the numbers of one process."""
+    path, more = modules
+    kinds = {
+        "weighted": (fit_fisher, {"weights": "ggn"}),
+        "by array": (fit_fisher, {"weights": np.linspace(0, 2, 24_000)}),
+        "module": (fit_fisher, {"blocks": "module", "weights": "trak"}),
+        "sample": (fit_fisher, {"sample": 9000, "seed": 3}),
+        "gram": (fit_gram, {"rows": (100, 400), "weights": "ggn"}),
+        "auto": (fit_curvature, {"rows": [5, 17, 9000], "side": "auto"}),
+    }
+    assert len(client.run(os.getpid)) == 2
+
+    def compare():
+        train = GradientStore.open(path)
+        for name, (fit, options) in kinds.items():
+            with client.as_current():
+                there = fit(train, out=tmp_path / f"{name}.there", **options)
+            here = fit(train, out=tmp_path / f"{name}.here", workers=1, **options)
+            assert there.kind == here.kind
+            close(there.fisher(), here.fisher(), 1e-6)
+            value = here.damping_value()
+            close(there.precondition(more[:5], [value]), here.precondition(more[:5], [value]), 1e-5)
+            assert there.rows == here.rows
+
+    compare()
+    with GradientStore.open(path, "a") as store:
+        store.append(more, loss=np.full(6000, 0.5))
+        store.flush()
+        store.drop([3, 17, 200, 25_000])
+    del kinds["by array"]
+    compare()
+    with client.as_current():
+        matrix = gram_matrix(path, tmp_path / "k.zarr", rows=(0, 300))[...]
+    close(matrix, gram_matrix(path, tmp_path / "l.zarr", rows=(0, 300), workers=1)[...])
+
+
+def test_a_worker_killed_in_a_gram_fit(tmp_path):
+    """Another one writes the tiles that it had not: none is computed twice by those that lived."""
+    train = write_store(tmp_path / "train.zarr", random_rows(400, 500))
+    with (
+        distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster,
+        distributed.Client(cluster) as client,
+        client.as_current(),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        client.register_plugin(_DieAtATile(str(tmp_path / "died")))
+        patch.setattr("ooc_influence.curvature.gram_fit.KEPT_BYTES", 0)
+        patch.setattr("ooc_influence.linalg.triangle.TILE", 64)
+        found = fit_gram(train)
+    assert (tmp_path / "died").exists()
+    g = train.rows().astype(np.float64)
+    close(found.gram[...], g @ g.T, 1e-9)
+    close(found.fisher(), g.T @ g / 400, 1e-9)
+    written = [line.split()[1] for line in (tmp_path / "died.log").read_text().splitlines()]
+    assert sorted(set(written)) == sorted(written)  # what was there when its worker died stays
+    assert len(written) == 28  # 7 strips
+
+
+class _DieAtATile(distributed.WorkerPlugin):
+    """Log tiles that are made; let the first of the workers to get to its third one die before it is."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def setup(self, worker):
+        kernel = importlib.import_module("ooc_influence.curvature.kernel")
+        real, count, mark = kernel._multiply, [0], Path(self.mark)
+
+        def dying(tile, how):
+            count[0] += 1
+            if count[0] == 3 and not mark.exists():
+                mark.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            with Path(f"{mark}.log").open("a") as log:
+                log.write(f"{os.getpid()} {tile.number}\n")
+            return real(tile, how)
+
+        kernel._multiply = dying
 
 
 def test_a_second_pass_by_two_workers(tmp_path, long_pair, client):
@@ -155,18 +284,18 @@ def test_progress_crosses_the_cluster(long_pair, client, monkeypatch):
     assert len(seen) >= 5  # block by block
 
 
-ROOMS = ("ooc_influence.influence.self_influence", "ooc_influence.influence.tiles")
+ROOMS = ("influence.self_influence", "influence.tiles", "curvature.sums", "curvature.tiled", "curvature.top")
 
 
 def slow_ticks(seconds):
     """Make every block take a while, on a worker."""
     for name in ROOMS:
-        importlib.import_module(name).tick = lambda key, rows: (time.sleep(seconds), tick(key, rows))
+        importlib.import_module(f"ooc_influence.{name}").tick = lambda key, rows: (time.sleep(seconds), tick(key, rows))
 
 
 def normal_ticks():
     for name in ROOMS:
-        importlib.import_module(name).tick = tick
+        importlib.import_module(f"ooc_influence.{name}").tick = tick
 
 
 @pytest.mark.parametrize("what", ["scores", "top", "self"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import signal
 import subprocess
 import sys
 import textwrap
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from conftest import random_rows, whole_mask, write_store
 from numpy.testing import assert_allclose
+from test_top import force
 
 from ooc_influence import GradientStore, fit_fisher, influence_scores, self_influence
 from ooc_influence.cli.main import main
@@ -208,6 +210,62 @@ def test_a_killed_fit_goes_on(tmp_path, monkeypatch, blocks):
     assert found.rows == 40000
     assert_near(found.fisher(), oracle(store.rows()) * (np.eye(6) if blocks else 1))
     assert not (tmp_path / "t.zarr/curvature/.default.partial").exists()
+
+
+INTERRUPTED = """
+import sys, time
+from ooc_influence import memory
+from ooc_influence.curvature import rows, unfinished
+from ooc_influence.linalg import accumulate
+unfinished.INTERVAL, accumulate.FOLD_ROWS, unfinished._SHARE, memory.BLOCK_BYTES = 0.0, 64, 0, 2**10
+original, seen = rows.read_blocks, []
+def slow(*args, **options):
+    for block in original(*args, **options):
+        seen.append(block.stop)
+        if len(seen) == int(sys.argv[1]):
+            print("begun", flush=True)
+        time.sleep(0.05 if len(seen) >= int(sys.argv[1]) else 0)
+        yield block
+rows.read_blocks = slow
+from ooc_influence.cli.main import main
+main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize(("rank", "blocks", "workers"), [(None, 30, 2), (3, 60, 1)])
+def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, rank, blocks, workers):
+    """A pass over the 3000 rows is 47 blocks."""
+    store = write_store(tmp_path / "t.zarr", spread_rows(3000, 90))
+    monkeypatch.setattr("ooc_influence.memory.BLOCK_BYTES", 2**10)
+    monkeypatch.setattr("ooc_influence.curvature.ways.PRODUCT_ROWS", 64)
+    code = INTERRUPTED if rank is None else INTERRUPTED.replace("original, seen", ONLY_ROWS + "original, seen")
+    command = ["fisher", str(store.path), "--workers", str(workers), *([] if rank is None else ["--rank", str(rank)])]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(blocks), *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "begun\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "interrupted: sums and passes saved so far stay; run the same command again, it goes on from there" in err
+    assert "what the fit has done so far is kept in" in err
+    assert "Traceback" not in err
+    if rank is not None:
+        force(monkeypatch, "rows", patient=False)
+    read = count_rows(monkeypatch)
+    found = fit_fisher(store, workers=workers, rank=rank)
+    gone_on = sum(read)
+    read.clear()
+    again = fit_fisher(store, workers=workers, rank=rank, refit=True)
+    assert 0 < gone_on < sum(read)
+    assert_near(found.eigenvalues, again.eigenvalues)
+
+
+ONLY_ROWS = """
+from ooc_influence.curvature import ways
+ways.PRODUCT_ROWS, ways.EXTRA, plain = 64, 16, ways.top_ways
+ways.top_ways = lambda *a, **o: [way for way in plain(*a, **o) if way.name == "rows"]
+"""
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers")
 datasets = pytest.importorskip("datasets")
 tokenizers = pytest.importorskip("tokenizers")
 
-from ooc_influence import Dropout, Eigenbasis, GradientStore, fit_fisher, hf, influence_scores  # noqa: E402
+from ooc_influence import Dropout, Eigenbasis, GradientStore, Storage, fit_fisher, hf, influence_scores  # noqa: E402
 from ooc_influence.errors import InputError, MissingExtraError  # noqa: E402
 from ooc_influence.hf.samples import IGNORED  # noqa: E402
 
@@ -350,6 +350,35 @@ def test_writers_share_a_store(tmp_path):
     assert store.n == store.layout.planned_rows > 40
     alone = hf.extract(folder, data, tmp_path / "a.zarr", compressor=compressor, keep=["source"])
     assert_allclose(store.rows(), alone.rows(), atol=2e-3 * np.abs(alone.rows()).max())
+
+
+def test_shards(tmp_path, monkeypatch):
+    """One after the other where no cluster is; by paths, relative ones too; a finished store is left alone."""
+    monkeypatch.chdir(tmp_path)
+    make_model(tmp_path / "model")
+    write(tmp_path / "d.jsonl", documents(40))
+    options = {"storage": Storage(chunk_rows=8, group_chunks=2)}
+    settings = {"compressor": Dropout(k=200), "dtype": "float32", "id": "name", "keep": ["source"], "max_length": 8}
+    store = hf.extract_shards("model", "d.jsonl", "s.zarr", shards=3, options=options, **settings)
+    assert store.n == store.layout.planned_rows > 40
+    alone = hf.extract("model", "d.jsonl", tmp_path / "a.zarr", options=options, **settings)
+    assert store.columns_digest == alone.columns_digest
+    assert_allclose(store.rows(), alone.rows(), atol=1e-5 * np.abs(alone.rows()).max())
+    assert_array_equal(store.column("source"), alone.column("source"))
+    assert list(store.ids(range(5))) == list(alone.ids(range(5)))
+    written = [file.stat().st_mtime_ns for file in sorted((store.path / "gradients").iterdir())]
+    again = hf.extract_shards("model", "d.jsonl", "s.zarr", shards=3, options=options, **settings)
+    assert again.n == store.n
+    assert [file.stat().st_mtime_ns for file in sorted((store.path / "gradients").iterdir())] == written
+    queries = hf.extract_shards("model", "d.jsonl", "q.zarr", like="s.zarr", id="name", max_length=8)
+    assert queries.columns_digest == store.columns_digest
+    assert_allclose(queries.rows(), store.rows(), atol=1e-3 * np.abs(store.rows()).max())
+    with pytest.raises(InputError, match="received objects: workers load them"):
+        hf.extract_shards(hf.load("model"), "d.jsonl", "x.zarr")
+    with pytest.raises(InputError, match="shards >= 1"):
+        hf.extract_shards("model", "d.jsonl", "x.zarr", shards=0)
+    with pytest.raises(InputError, match="expected a model at nowhere"):
+        hf.extract_shards("nowhere", "d.jsonl", "x.zarr")
 
 
 def test_a_missing_library_is_named(monkeypatch):

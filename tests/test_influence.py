@@ -290,7 +290,7 @@ def test_best_lists_of_many_scores(order):
 
 def test_a_curvature_is_kept_refused_and_refitted(tmp_path, pair):
     query, train = pair
-    with pytest.raises(CurvatureNotFoundError, match="run fit_fisher"):
+    with pytest.raises(CurvatureNotFoundError, match="run fit_curvature"):
         influence_scores(query, train)
     first = fit_fisher(train)
     again = fit_fisher(train)

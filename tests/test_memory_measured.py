@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import random_rows, whole_mask
 
-from ooc_influence import GradientStore, fit_fisher, reduce_store
+from ooc_influence import GradientStore, fit_fisher, fit_gram, reduce_store
 
 HERE = str(Path(__file__).parent)
 CHILD = f"import sys; sys.path.insert(0, {HERE!r})\n" + textwrap.dedent("""
@@ -37,6 +37,10 @@ CHILD = f"import sys; sys.path.insert(0, {HERE!r})\n" + textwrap.dedent("""
     with memory.PeakMemory(interval=0.0005) as watch:
         if stage == "fisher":
             ooc.fit_fisher(train, refit=True, **options)
+        elif stage == "gram":
+            ooc.fit_gram(train, refit=True, rows=(0, top), **options)
+        elif stage == "gram-top":
+            ooc.top_influential(query, train, top=top, curvature="gram", normalize="cosine", **options)
         elif stage == "self":
             ooc.self_influence(train, **options)
         elif stage in ("reduce", "rotate"):
@@ -98,6 +102,8 @@ def stores(tmp_path_factory):
     [
         ("fisher", "wide", 1, 0),
         ("fisher", "wide", 2, 0),
+        ("gram", "_by_gram", 1, 1500),
+        ("gram", "_by_gram", 2, 3000),  # on disk
         ("self", "wide", 1, 0),
         ("scores", "wide", 1, 0),
         ("scores", "narrow", 2, 0),
@@ -116,6 +122,17 @@ def stores(tmp_path_factory):
 def test_measured_is_within_projected(stores, stage, which, workers, top):
     found = measure(stage, *stores[which], workers, top)
     assert found["peak"] <= found["projected"], {name: f"{value / 2**20:.0f} MiB" for name, value in found.items()}
+
+
+@pytest.mark.slow
+def test_eigenvectors_on_disk_stay_there(tmp_path):
+    train = write(tmp_path / "train.zarr", 2200, 16_384)
+    fit_gram(train)
+    vectors = GradientStore.open(train).path / "curvature" / "gram" / "eigenvectors"
+    held = sum(file.stat().st_size for file in vectors.iterdir())
+    found = measure("gram-top", write(tmp_path / "query.zarr", 30, 16_384), train)
+    assert found["peak"] <= found["projected"]
+    assert found["projected"] < held + 2**28 - 2**26
 
 
 @pytest.mark.slow

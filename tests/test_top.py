@@ -16,7 +16,7 @@ from ooc_influence import GradientStore, fit_fisher, influence_scores, self_infl
 from ooc_influence.cli.main import main
 from ooc_influence.curvature import rows as rows_room
 from ooc_influence.curvature import tiled, top, unfinished, ways
-from ooc_influence.curvature.fisher import fisher_need
+from ooc_influence.curvature.need import fisher_need
 from ooc_influence.errors import InputError, MemoryBudgetError, OocInfluenceWarning, SingularFisherError, StoreBusyError
 from ooc_influence.linalg import subspace, triangle
 from ooc_influence.memory import WORKING, process_anonymous
@@ -124,6 +124,14 @@ def test_scores(tmp_path, train, way):
     assert_near(self_influence(train), oracle.self_influence(train.rows(), value, cut), 5e-4)
 
 
+def test_queries_outside_what_is_kept_are_told_to_take_more(tmp_path, train):
+    found = fit_fisher(train, rank=3)
+    query = write_store(tmp_path / "query.zarr", np.eye(K, dtype=np.float32)[:2])
+    assert (found.outside_share(query.rows()) > 0.9).any()
+    with pytest.warns(OocInfluenceWarning, match="not kept; fit with a larger rank"):
+        influence_scores(query, train, out=tmp_path / "scores.zarr")
+
+
 def test_workers_and_blocks_do_not_matter(tmp_path, train, way, monkeypatch):
     options = {"rank": 12, "weights": np.linspace(0.1, 2, N), "rows": (10, 480)}
     one = fit_fisher(train, **options)
@@ -167,6 +175,17 @@ def test_updates(tmp_path, train, way, weights, monkeypatch, caplog):
         assert found.attrs["taken"] > 0
 
 
+def test_another_rank_reads_rows_only_where_no_sum_is_kept(train, way, monkeypatch):
+    first = fit_fisher(train, rank=12)
+    read = []
+    plain = rows_room.read_blocks
+    monkeypatch.setattr(rows_room, "read_blocks", lambda *a, **o: (read.append(a[1:3]), plain(*a, **o))[1])
+    found = fit_fisher(train, rank=20)
+    assert bool(read) == (way == "rows")
+    assert (found.rows, len(found.eigenvalues)) == (N, 20)
+    assert_near(found.eigenvalues[:12], first.eigenvalues, 1e-5)
+
+
 def test_most_of_the_trace_dropped_is_a_fit_from_scratch(train, way, caplog):
     fit_fisher(train, rank=12)
     with GradientStore.open(train.path, "a") as store:
@@ -208,9 +227,8 @@ def test_the_seed_decides(train, monkeypatch):
     assert np.abs(one.eigenvalues - other.eigenvalues).max() > 1e-6
 
 
+@pytest.mark.parametrize("way", ["tiles", "rows"], indirect=True)
 def test_tiles_and_passes_are_gone_on_from(train, monkeypatch, way, caplog):
-    if way in ("whole", "sums"):
-        pytest.skip("sums are saved as those of a whole fit are")
     monkeypatch.setattr(unfinished, "INTERVAL", 0.0)
     monkeypatch.setattr(unfinished, "_SHARE", 0)
     expected = fit_fisher(train, rank=5, name="expected")
@@ -235,6 +253,11 @@ def test_tiles_and_passes_are_gone_on_from(train, monkeypatch, way, caplog):
     calls.clear()
     fit_fisher(train, rank=5, refit=True)
     assert resumed == len(calls) - 2 > 0
+    left[0] = 2
+    with pytest.raises(KeyboardInterrupt):
+        fit_fisher(train, rank=5, refit=True)
+    left[0] = 1000
+    assert_near(fit_fisher(train, rank=9, refit=True).eigenvalues[:5], expected.eigenvalues, 1e-6)  # another's basis
     assert not (train.path / "curvature" / ".default.partial").exists()
 
 
@@ -246,24 +269,21 @@ def test_two_processes_do_not_sum_the_same_tiles(train, monkeypatch):
 
 def test_what_fits_decides(tmp_path, monkeypatch):
     """Sizes at which each of the ways is the only one that fits, or the quickest."""
-    for room in (ways, __import__("ooc_influence.memory", fromlist=["memory"])):
-        monkeypatch.setattr(room, "process_anonymous", lambda: 0)
+    monkeypatch.setattr("ooc_influence.memory.process_anonymous", lambda: 0)
     train = write_store(tmp_path / "t.zarr", random_rows(300, 700))
     whole = fisher_need(700, 1, train.reading_bytes)
     room = whole.peak(whole.min_rows, 1, 0)
     assert fit_fisher(train, memory=room).kind == "whole"
     with pytest.raises(MemoryBudgetError, match=r"fisher for k=700 needs .* --rank 128 \(") as refused:
         fit_fisher(train, memory=room - 1, refit=True)
-    assert "reduce the store" in str(refused.value)
+    assert "extract with a smaller k" in str(refused.value)
     found = fit_fisher(train, memory=room - 1, rank=128)
     assert found.attrs["way"] != "whole"
     shapes = ways.Shapes(700, 300, 300, 2800, 1, train.reading_bytes, 0)
     needs = [ways.sums_need(shapes, 10), ways.tiles_need(shapes, 10, 700), ways.rows_need(shapes, 10)]
     least = min(need.peak(need.min_rows, 1, 0) for need in needs)
     assert fit_fisher(train, memory=least, rank=10, refit=True).attrs["way"] == "rows"
-    with pytest.raises(
-        MemoryBudgetError, match=r"fisher for k=700, rank=10 needs .* by rows .* by tiles .*: use --rank"
-    ):
+    with pytest.raises(MemoryBudgetError, match=r"fisher for k=700, rank=10 needs .*--rank 8 \([^)]* MiB\)"):
         fit_fisher(train, memory=least - 1, rank=10, refit=True)
 
 
@@ -319,7 +339,7 @@ def test_the_command(train, capsys):
     assert facts["effective_dimension_at_least"] < facts["effective_dimension"]
     with pytest.raises(SystemExit):
         main(["fisher", str(train.path), "--rank", "10", "--side", "gram"])
-    assert "expected --side fisher for --rank" in capsys.readouterr().err
+    assert "expected side='fisher' for rank" in capsys.readouterr().err
     assert "rank=10 left out=" in repr(fit_fisher(train, rank=10))
 
 

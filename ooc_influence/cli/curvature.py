@@ -29,7 +29,7 @@ def _parse_rows(_: click.Context, __: click.Parameter, value: str | None) -> sli
     type=click.Choice(["fisher", "gram", "auto"]),
     default="fisher",
     show_default=True,
-    help="gram: by the rows' products, for fewer rows than columns; auto: the cheaper one.",
+    help="gram: by the rows' products, for fewer rows than columns; auto: the cheaper one that fits.",
 )
 @click.option("--name", help="Name of the curvature in the store: by default 'default', or 'gram' for that side.")
 @click.option("--out", metavar="PATH", help="Save it there instead of in the store.")
@@ -42,28 +42,17 @@ def _parse_rows(_: click.Context, __: click.Parameter, value: str | None) -> sli
 @click.option("--blocks", type=click.Choice(["module", "diagonal"]),
               help="One matrix for each module; or the diagonal only, for a rotated store.")  # fmt: skip
 @click.option("--rank", type=int, metavar="R", help="Keep the top R eigenvectors only: any number of columns fits.")
+@click.option("--device", help="Multiply rows there, such as cuda. Default: NumPy's or SciPy's BLAS.")
 @options.workers
 @options.memory
 @options.cluster
 @options.cache
 @options.cache_size
 @options.as_json
-def fisher(
-    train: str, side: str, name: str | None, cache: str | None, cache_size: str, as_json: bool, **given: Any
-) -> None:
+def fisher(train: str, side: Any, cache: str | None, cache_size: str, as_json: bool, **given: Any) -> None:
     """Compute and factorise the Fisher matrix of TRAIN, and save it there."""
-    from ooc_influence import fit_fisher, fit_gram
-    from ooc_influence.curvature import choose_side
+    from ooc_influence import fit_curvature
 
     opened = options.open_train(train, cache, cache_size)
-    if side == "auto":
-        side = "fisher" if given["blocks"] or given["rank"] else choose_side(given["sample"] or opened.n, opened.k)
-    given |= {} if name is None else {"name": name}
-    if side == "fisher":
-        curvature = fit_fisher(opened, progress=options.show_progress(), **given)
-    else:
-        for option in ("blocks", "rank", "workers"):
-            if given.pop(option) is not None:
-                raise click.UsageError(f"expected --side fisher for --{option}; received --side gram")
-        curvature = fit_gram(opened, progress=options.show_progress(), **given)
+    curvature = fit_curvature(opened, side=side, progress=options.show_progress(), **given)
     options.print_result(as_json, curvature.facts(), lambda: repr(curvature))

@@ -68,6 +68,8 @@ def _going_on(arguments: list[str]) -> str:
     command = next((name for name in arguments if name in cli.commands), "")
     if command in ("extract", "init", "demo", "reduce"):
         return "what is committed stays; run the same command again, it goes on where it was"
+    if command == "fisher":
+        return "sums and passes saved so far stay; run the same command again, it goes on from there"
     if command == "score" or (command == "modules" and "--out" in " ".join(arguments)):
         return "finished chunks stay; run the same command again, it goes on with those that are missing"
     if command in ("top", "self-influence", "groups"):

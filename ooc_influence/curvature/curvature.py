@@ -6,6 +6,7 @@ no further cost, are opened from a path, and pickle as that path and the id of t
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -29,12 +30,13 @@ from ooc_influence.store import (
 )
 
 Matrix = npt.NDArray[np.float64]
+logger = logging.getLogger("ooc_influence")
 
 
 class Curvature(ABC):
     """The curvature of some rows of a store.
 
-    Use :func:`fit_fisher` or :func:`fit_gram` to make one and :meth:`open` to read one back.
+    Use :func:`fit_curvature`, :func:`fit_fisher` or :func:`fit_gram` to make one and :meth:`open` to read one back.
 
     Attributes
     ----------
@@ -84,7 +86,7 @@ class Curvature(ABC):
         place = parse_path(path)
         attributes = complete_attributes(place)
         if attributes is None:
-            raise CurvatureNotFoundError(f"expected a finished curvature at {place}; received none: run fit_fisher")
+            raise CurvatureNotFoundError(f"expected a finished curvature at {place}; received none: run fit_curvature")
         kind = attributes.get("kind", "whole")
         if attributes["format"] not in READABLE or kind not in Curvature.kinds:
             raise InputError(
@@ -167,6 +169,10 @@ class Curvature(ABC):
         """Return d(λ) = Σ e/(e + λ), the number of directions the damping leaves, at λ = ``value``."""
         return dimension(self.eigenvalues, value)
 
+    def least_dimension(self, value: float) -> float:
+        """Return what d(λ) is at least, where it is not known exactly."""
+        return self.effective_dimension(value)
+
     def lambdas(self, value: float) -> tuple[float, ...]:
         """Return all that a λ of :meth:`damping_value` holds: one number, or one for each block of F."""
         return (float(value),)
@@ -207,18 +213,18 @@ class Curvature(ABC):
         if self._attrs["mask_digest"] != train.columns_digest:
             raise MismatchError(
                 f"expected a curvature fitted under the mask (and basis) of {train.path}; received {self.path}, fitted "
-                "under another: run fit_fisher on this store"
+                "under another: run fit_curvature on this store"
             )
         model = train.attrs.get("model", {}).get("fingerprint")
         if self._attrs["model"] != model:
             raise MismatchError(
                 f"expected a curvature of the model that {train.path} was made with; received {self.path}, of another "
-                "model: run fit_fisher on a store of this model"
+                "model: run fit_curvature on a store of this model"
             )
         if self._attrs["store_id"] == train.identity and not self.change(train).nothing:
             raise StaleCurvatureError(
                 f"expected a curvature of the {train.n} rows of {train.path}; received {self.path}, fitted when it "
-                f"held {self._attrs['store_rows']} (or before rows were dropped): run fit_fisher again"
+                f"held {self._attrs['store_rows']} (or before rows were dropped): run fit_curvature again"
             )
 
     def change(self, train: GradientStore) -> Change:
@@ -226,6 +232,12 @@ class Curvature(ABC):
         if self._attrs["rows_digest"] == train.rows_digest():
             return Change()
         return Change(refit="rows changed") if self._attrs["format"] == 1 else self.row_record().change(train)
+
+    def equals(self, other: Curvature) -> bool:
+        """Return whether two whole curvatures of one store, by F or the Gram matrix, are the same F to rounding."""
+        facts = ("store_id", "rows_digest", "selection", "weights", "rows")
+        same = all(self._attrs.get(name) == other.attrs.get(name) for name in facts)
+        return same and {self.kind, other.kind} <= {"whole", "gram"}
 
     def row_record(self) -> RowRecord:
         """Return what it remembers of its rows (from format 2 on)."""
@@ -281,7 +293,9 @@ def resolve_curvature(train: GradientStore, curvature: Curvature | PathLike | No
     train : GradientStore
         The store it is for.
     curvature : Curvature, str, path or None
-        An object; a name in the store; a path of a curvature group; None for ``"default"`` or else ``"gram"``.
+        An object; a name in the store; a path of a curvature group; None for ``"default"`` or ``"gram"``, as
+        :func:`fit_curvature` names them: the one that is of the rows as they are. Where both are, and of the same rows
+        and weights, the one that takes less memory to score with; else ``"default"``.
 
     Raises
     ------
@@ -290,19 +304,48 @@ def resolve_curvature(train: GradientStore, curvature: Curvature | PathLike | No
     MismatchError, StaleCurvatureError
         See :meth:`Curvature.check`.
     """
+    if curvature is None:
+        return _usual_curvature(train)
     if isinstance(curvature, Curvature):
         found = curvature
     else:
-        text = "default" if curvature is None else str(curvature)
-        places = [parse_path(curvature)] if curvature is not None else [curvature_path(train, "gram")]
+        text = str(curvature)
+        places = [parse_path(curvature)]
         if "/" not in text:
             places.insert(0, curvature_path(train, text))
         path = next((place for place in places if complete_attributes(place) is not None), None)
         if path is None:
-            raise CurvatureNotFoundError(
-                f"expected a fitted curvature {text!r} in {train.path}; received none: run "
-                f"fit_fisher({str(train.path)!r}) or 'ooc-influence fisher {train.path}'"
-            )
+            raise _not_found(train, text)
         found = Curvature.open(path)
     found.check(train)
     return found
+
+
+def _usual_curvature(train: GradientStore) -> Curvature:
+    """Return the curvature that scores take where none is named."""
+    found, stale = [], None
+    for name in ("default", "gram"):
+        path = curvature_path(train, name)
+        if complete_attributes(path) is None:
+            continue
+        own = Curvature.open(path)
+        try:
+            own.check(train)
+        except StaleCurvatureError as error:
+            stale = stale or error
+        else:
+            found.append(own)
+    if not found:
+        raise stale or _not_found(train, "default")
+    if stale is not None:
+        logger.info("scoring with %s, since another curvature is stale: %s", found[0].path, stale)
+    if len(found) > 1 and found[1].equals(found[0]):
+        return min(found, key=lambda own: own.working_bytes(1, 1))
+    return found[0]
+
+
+def _not_found(train: GradientStore, name: str) -> CurvatureNotFoundError:
+    return CurvatureNotFoundError(
+        f"expected a fitted curvature {name!r} in {train.path}; received none: run "
+        f"fit_curvature({str(train.path)!r}) or 'ooc-influence fisher {train.path}'"
+    )

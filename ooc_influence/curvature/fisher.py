@@ -2,7 +2,8 @@
 
 Striped over rows (:mod:`.sums`), then factorised in float64 (:mod:`.spectral`). The undamped sum is kept: rows appended
 since are added to it, rows dropped since are subtracted, without reading the others. Memory: 12 k² bytes a worker and a
-block of rows; 24 k² for the factorisation; nothing that grows with n.
+block of rows; 24 k² for the factorisation; nothing that grows with n. Where that is too much, the top of the spectrum
+(:mod:`.top`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-import numpy as np
 import numpy.typing as npt
 
 from ooc_influence.curvature import unfinished
@@ -21,6 +21,7 @@ from ooc_influence.curvature.changes import Change
 from ooc_influence.curvature.curvature import Curvature
 from ooc_influence.curvature.diagonal import write_diagonal
 from ooc_influence.curvature.fitting import Fitting, squared_norm
+from ooc_influence.curvature.need import FitShapes, diagonal_need, fisher_need, module_ranges
 from ooc_influence.curvature.rows import ChosenRows, Range, choose_rows
 from ooc_influence.curvature.saved import write_curvature
 from ooc_influence.curvature.spectral import SummedCurvature, write_spectra
@@ -28,55 +29,16 @@ from ooc_influence.curvature.sums import Summing
 from ooc_influence.curvature.target import fit_target, fitted, reopen, warn_if_unfinished, what_changed
 from ooc_influence.curvature.top import fit_top
 from ooc_influence.curvature.unfinished import Unfinished
-from ooc_influence.curvature.ways import Shapes, TopWay, check_rank, offer_rank, plan_top
+from ooc_influence.curvature.ways import Shapes, TopWay, check_rank, plan_top
 from ooc_influence.errors import InputError
-from ooc_influence.linalg import DiagonalAccumulator, GramAccumulator, Weighting
-from ooc_influence.memory import Need, block_limit, plan_block_rows
+from ooc_influence.linalg import Weighting
+from ooc_influence.linalg.device import check_room, parse_device
+from ooc_influence.memory import plan_block_rows
 from ooc_influence.store import GradientStore, PathLike
 from ooc_influence.stripes import check_workers, slots_per_process
 
 logger = logging.getLogger("ooc_influence")
 Blocks = Literal["module", "diagonal"]
-
-
-def fisher_need(
-    k: int,
-    workers: int,
-    reading: int = 0,
-    *,
-    ranges: Sequence[Range] | None = None,
-    rows: int = 0,
-    update: bool = False,
-) -> Need:
-    """Return what :func:`fit_fisher` needs, in bytes.
-
-    Two phases share the memory: accumulation (each worker's sums and block), then, alone, the factorisation.
-
-    Parameters
-    ----------
-    k, workers : int
-        Columns; workers of this process.
-    reading : int
-        What a worker holds to read the store.
-    ranges : sequence of (first, last), optional
-        Blocks of columns; default one of all.
-    rows : int
-        Bytes kept for each row: numbers and weights.
-    update : bool
-        Whether rows are subtracted from a sum.
-    """
-    sides = [last - first for first, last in ranges or [(0, k)]]
-    squares = sum(side**2 for side in sides)
-    accumulators = workers * sum(GramAccumulator.nbytes(side) for side in sides)
-    factorising = 8 * squares + 16 * max(sides) ** 2
-    return Need(
-        stage=f"fisher for k={k}" + (f" in {len(sides)} blocks" if ranges and len(sides) > 1 else ""),
-        fixed=max(0, factorising - accumulators) + 8 * squares * ((workers > 1) + update) + rows,
-        per_worker=sum(GramAccumulator.nbytes(side) for side in sides) + reading,
-        per_row=4 * k,
-        max_rows=block_limit(k),
-        advice="extract with a smaller k, or reduce the store" + ("" if len(sides) > 1 else ", or fit blocks='module'"),
-    )
 
 
 def fit_fisher(
@@ -92,6 +54,7 @@ def fit_fisher(
     force_weights: bool = False,
     blocks: Blocks | None = None,
     rank: int | None = None,
+    device: str | None = None,
     workers: int | None = None,
     memory: int | str | None = None,
     progress: bool | None = None,
@@ -127,6 +90,8 @@ def fit_fisher(
         Find and keep the top ``rank`` eigenpairs only, by the quickest way that fits the budget
         (:mod:`ooc_influence.curvature.ways`): any number of columns fits. The rest of the trace counts as spread evenly
         over the other directions.
+    device : str, optional
+        Multiply rows there, such as ``"cuda"``, with copies beside; by default NumPy's or SciPy's BLAS.
     workers : int, optional
         Row stripes worked on at once; by default one with all cores, or the slots of the ambient Dask cluster.
     memory : int or str, optional
@@ -154,14 +119,16 @@ def fit_fisher(
     """
     train = store if isinstance(store, GradientStore) else GradientStore.open(store)
     warn_if_unfinished(train)
-    slots = check_workers(workers)
+    slots, device = check_workers(workers), parse_device(device)
+    if device is not None and blocks == "diagonal":
+        raise InputError(f"expected no device with blocks='diagonal'; received {device!r}: reading takes all the time")
     ranges = _parse_blocks(train, blocks, rank)
     target = fit_target(train, name, out)
     chosen = choose_rows(train, rows, sample, seed, weights, force_weights=force_weights)
     found = None if refit else fitted(target, train)
-    kind = "top" if rank is not None else blocks or "whole"
+    kind = "top" if rank is not None else "whole" if blocks == "module" and len(ranges) == 1 else blocks or "whole"
     change = None if found is None else what_changed(found, chosen, kind)
-    way = _choose_way(chosen, blocks, ranges, rank, found if change is not None else None, change, slots, memory)
+    way = _choose_way(chosen, kind, ranges, rank, found if change is not None else None, change, slots, memory, device)
     if found is not None and change is not None and change.nothing and found.attrs.get("rank") == rank:
         logger.info("%s is up to date", target)
         return found
@@ -169,12 +136,12 @@ def fit_fisher(
         "store": train.identity, "rows": train.rows_digest(), "selection": dict(chosen.selection),
         "weights": chosen.record(), "ranges": ranges, "kind": kind, "block_rows": way.block_rows,
         "since": None if change is None or found is None else found.attrs["fit"],
-        "way": way.name, "tile": way.tile, "seed": seed,
+        "way": way.name, "tile": way.tile,
     }  # fmt: skip
     with Unfinished(target, settings) as kept:
         folder = kept.path if kept.usable else None
         how = Summing(
-            train, ranges, way.block_rows, kind == "diagonal", sample is not None, folder, unfinished.INTERVAL
+            train, ranges, way.block_rows, kind == "diagonal", sample is not None, folder, unfinished.INTERVAL, device
         )
         fit = Fitting(target, chosen, how, slots, progress, kept, found if change is not None else None, change)
         if rank is None:
@@ -186,13 +153,14 @@ def fit_fisher(
 
 def _choose_way(
     chosen: ChosenRows,
-    blocks: Blocks | None,
+    kind: str,
     ranges: Sequence[Range],
     rank: int | None,
     old: Curvature | None,
     change: Change | None,
     slots: int,
     memory: int | str | None,
+    device: str | None,
 ) -> TopWay:
     """Return how to fit within the budget."""
     train, shared = chosen.store, slots_per_process(slots)
@@ -200,25 +168,28 @@ def _choose_way(
     need = fisher_need(
         train.k, shared, train.reading_bytes, ranges=ranges, rows=chosen.small_bytes, update=change is not None
     )
-    if blocks == "diagonal":
-        need = replace(
-            need, stage=f"diagonal of fisher for k={train.k}", fixed=chosen.small_bytes + 64 * train.k,
-            per_worker=DiagonalAccumulator.nbytes(train.k) + train.reading_bytes, advice="extract with a smaller k",
-        )  # fmt: skip
-        return TopWay(blocks, need, plan_block_rows(need, memory, shared), 0.0, 0.0, 0.0)
-    changed = chosen.count
+    if kind == "diagonal":
+        need = diagonal_need(train.k, train.reading_bytes, rows=chosen.small_bytes)
+        return TopWay(kind, need, plan_block_rows(need, memory, shared), 0.0, 0.0, 0.0)
+    row_bytes, changed = train.layout.encoding.row_bytes, chosen.count
+    sent = 0 if device is None else 4 * row_bytes  # two blocks in flight, and their copies where the device is the host
+    need = replace(need, per_row=need.per_row + sent)
     if isinstance(old, SummedCurvature) and old.keeps_sums and change is not None:
         added = 0 if change.added is None else change.added[1] - change.added[0]
         changed = added + len(change.removed)
-    shapes = Shapes(
-        train.k, chosen.count, changed, train.layout.encoding.row_bytes, shared, train.reading_bytes, chosen.small_bytes
-    )
+    shapes = Shapes(train.k, chosen.count, changed, row_bytes, shared, train.reading_bytes, chosen.small_bytes, sent)
+    priced = FitShapes.of(chosen)
     if rank is not None:
         check_rank(shapes, rank)
-        return plan_top(shapes, rank, need, memory, update=update)
-    if len(ranges) == 1:
-        need = replace(need, advice=need.advice + offer_rank(shapes, memory))
-    return TopWay("whole", need, plan_block_rows(need, memory, shared), 0.0, 0.0, 0.0)
+        way = plan_top(shapes, rank, need, memory, priced.rank_ways, update=update)
+    else:
+        need = replace(need, ways=priced.fisher_ways if len(ranges) == 1 else priced.block_ways)
+        way = TopWay("whole", need, plan_block_rows(need, memory, shared), 0.0, 0.0, 0.0)
+    if device is not None:
+        check_room(
+            device, shared * way.need.per_worker + way.block_rows * shared * (2 * row_bytes + 4 * train.k), need.stage
+        )
+    return way
 
 
 def _fit_square(fit: Fitting, kind: str) -> None:
@@ -230,7 +201,7 @@ def _fit_square(fit: Fitting, kind: str) -> None:
     attributes["kind"] = kind
     if how.fourth:
         norm = sum(squared_norm(square) for square in total.squares)
-        attributes["sampling_error"] = fit.sampling_error(total.live, total.fourth, norm)
+        attributes["sampling_error"] = fit.chosen.sampling_error(total.live, total.fourth, norm)
 
     def write(group: Any) -> Mapping[str, Any]:
         fit.write_record(group)
@@ -260,5 +231,4 @@ def _parse_blocks(train: GradientStore, blocks: str | None, rank: int | None) ->
             f"expected a store of kept entries for blocks='module'; received {train.path}, whose columns are reduced: "
             "fit the whole"
         )
-    ends = np.cumsum([len(module.rows) for module in train.mask.modules]).tolist()
-    return tuple((first, last) for first, last in zip([0, *ends[:-1]], ends, strict=True) if first < last)
+    return module_ranges(train)

@@ -148,15 +148,6 @@ class Fitting:
         for name, values in self.record.arrays().items():
             write_long(group, name, values)
 
-    def sampling_error(self, live: int, fourth: float, norm: float) -> float:
-        """Return the expected relative error of F from a sample: √((1 − s/N) (Σ‖x‖⁴/s − ‖F‖²) / (s − 1)) / ‖F‖.
-
-        ``fourth`` is Σ‖x‖⁴ and ``norm`` the squared Frobenius norm of the undamped sum.
-        """
-        s, norm, population = live, norm / live**2, int(self.chosen.selection["population"])
-        spread = max(0.0, fourth / s - norm) / (s - 1)
-        return float(np.sqrt((1 - s / population) * spread / norm)) if norm > 0 else 0.0
-
 
 def squared_norm(square: npt.NDArray[np.float64]) -> float:
     """Return the squared Frobenius norm of a symmetric matrix: its upper triangle is given, or its diagonal (d,)."""

@@ -2,41 +2,50 @@
 
 With K = U diag(m e) Uᵀ, F's eigenvectors are V = AᵀU diag(m e)^(-1/2), (k, r), and Woodbury's identity
 (F + λI)⁻¹ = (1/λ)[I − Aᵀ(AAᵀ + mλI)⁻¹A] becomes (1/λ)[I − V diag(e/(e + λ)) Vᵀ]: any λ, without the rows. The group
-holds ``eigenvalues`` (r,) and ``eigenvectors`` (k, r) in float64. Rows, K and V are held in memory while it is fitted.
+holds ``eigenvalues`` (r,), ``eigenvectors`` (k, r) and K itself, undamped, as ``gram`` (m, m), in float64. Eigenvectors
+beyond :data:`HELD_BYTES` stay on disk and are read slab by slab.
 """
 
 from __future__ import annotations
 
-import logging
-import time
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import zarr
 
-from ooc_influence.curvature.changes import RowRecord
 from ooc_influence.curvature.curvature import Curvature, Matrix, share_outside
 from ooc_influence.curvature.damping import spectrum_floor
-from ooc_influence.curvature.rows import ChosenRows, choose_rows
-from ooc_influence.curvature.saved import write_curvature, write_long
-from ooc_influence.curvature.target import fit_attributes, fit_target, fitted, reopen, what_changed
-from ooc_influence.curvature.unfinished import write_slabs
-from ooc_influence.errors import InputError, NonFiniteError
-from ooc_influence.linalg import Weighting, symmetric_eigen
-from ooc_influence.memory import Need, block_limit, plan_block_rows
-from ooc_influence.progress import Progress
-from ooc_influence.store import GradientStore, PathLike
+from ooc_influence.curvature.kernel import open_matrix
+from ooc_influence.curvature.need import slab_rows
+from ooc_influence.errors import CurvatureNotFoundError
+from ooc_influence.store import array_store, exists, open_group, read_part
 
-logger = logging.getLogger("ooc_influence")
-_FLOOR = 1e-10  # of the largest eigenvalue: below it K's are rounding
-_PANEL = 1024  # columns brought to float64 at a time
+HELD_BYTES = 256 * 2**20  # of eigenvectors: up to here they are kept in memory
+_ROWS = 1024  # rows whose self-influence is found at a time
 
 
 class GramCurvature(Curvature, kinds=("gram",)):
     """A curvature of fewer rows than columns: eigenvectors are kept where F has an eigenvalue at all."""
 
     _vectors: Matrix | None = None
+
+    @property
+    def gram(self) -> zarr.Array[Any]:
+        """K = A Aᵀ, (m, m) float64 on disk, undamped: row i is the i-th of the rows chosen, zero where dropped.
+
+        Raises
+        ------
+        CurvatureNotFoundError
+            If it was fitted before K was kept.
+        """
+        if not exists(self.path / "gram" / "zarr.json"):
+            raise CurvatureNotFoundError(f"expected the Gram matrix in {self.path}; received none: fit with refit=True")
+        found = open_matrix(self.path / "gram")
+        self.check_fit()
+        return found
 
     @property
     def eigenvectors(self) -> Matrix:
@@ -46,157 +55,86 @@ class GramCurvature(Curvature, kinds=("gram",)):
             self.check_fit()
         return self._vectors
 
+    def _slabs(self) -> Iterator[tuple[slice, Matrix]]:
+        """Yield V slab by slab of its rows: all of it at once where it is small."""
+        if self._vectors is not None or self._bytes <= HELD_BYTES:
+            yield slice(0, self.d), self.eigenvectors
+            return
+        array: Any = open_group(array_store(self.path, read_only=True, chunk_bytes={}), "r")["eigenvectors"]
+        for start in range(0, self.d, self._slab_rows):
+            rows = slice(start, min(self.d, start + self._slab_rows))
+            yield rows, read_part(array, rows)
+        self.check_fit()
+
+    @property
+    def _bytes(self) -> int:
+        return 8 * self.d * len(self.eigenvalues)
+
+    @property
+    def _slab_rows(self) -> int:
+        return slab_rows(self.d, len(self.eigenvalues))
+
     def fisher(self) -> Matrix:
         """Return F, (d, d), made of its spectrum."""
         return np.asarray((self.eigenvectors * self.eigenvalues) @ self.eigenvectors.T)
 
     def precondition(self, gradients: npt.NDArray[Any], values: Sequence[float]) -> Matrix:
         """See :meth:`Curvature.precondition`."""
-        whole = np.asarray(gradients, np.float64)
-        rotated = whole @ self.eigenvectors
-        result = np.empty((len(values), *whole.shape))
-        for out, value in zip(result, values, strict=True):
-            np.matmul(rotated * (self.eigenvalues / (self.eigenvalues + value)), self.eigenvectors.T, out=out)
-            np.subtract(whole, out, out=out)
-            out /= value
+        rotated = self._rotate(gradients)
+        result = np.empty((len(values), *gradients.shape))
+        for rows, vectors in self._slabs():
+            for out, value in zip(result, values, strict=True):
+                inside = (rotated * (self.eigenvalues / (self.eigenvalues + value))) @ vectors.T
+                np.subtract(gradients[:, rows], inside, out=out[:, rows])
+                out[:, rows] /= value
         return result
+
+    def _rotate(self, gradients: npt.NDArray[Any]) -> Matrix:
+        """Return Vᵀg of some rows, (b, r) float64: most of a norm may lie in the span, and the rest is a difference."""
+        rotated = np.zeros((len(gradients), len(self.eigenvalues)))
+        for rows, vectors in self._slabs():
+            rotated += np.asarray(gradients[:, rows], np.float64) @ vectors
+        return rotated
 
     def working_bytes(self, queries: int, values: int) -> int:
         """See :meth:`Curvature.working_bytes`."""
-        r = len(self.eigenvalues)
-        return 8 * self.d * r + 8 * queries * (self.d * (1 + values) + 2 * r)
+        return gram_working_bytes(self.d, len(self.eigenvalues), queries, values)
 
     def self_influence(self, gradients: npt.NDArray[np.float32], values: Sequence[float]) -> npt.NDArray[np.float32]:
         """See :meth:`Curvature.self_influence`."""
         result = np.empty((len(values), len(gradients)), np.float32)
-        for start in range(0, len(gradients), _PANEL):  # float64: most of a norm may lie in the span
-            part = gradients[start : start + _PANEL].astype(np.float64)
-            squares, total = np.square(part @ self.eigenvectors), np.square(part).sum(1)
+        for start in range(0, len(gradients), _ROWS):
+            part = gradients[start : start + _ROWS]
+            squares = np.square(self._rotate(part))
+            total = np.einsum("ij,ij->i", part, part, dtype=np.float64)
             for out, value in zip(result, values, strict=True):
-                out[start : start + _PANEL] = (
-                    total - squares @ (self.eigenvalues / (self.eigenvalues + value))
-                ) / value
+                found = (total - squares @ (self.eigenvalues / (self.eigenvalues + value))) / value
+                out[start : start + _ROWS] = np.maximum(found, 0)
         return result
 
     def self_working_bytes(self, values: int) -> int:
         """See :meth:`Curvature.self_working_bytes`."""
-        r = len(self.eigenvalues)
-        return 8 * self.d * r + 8 * _PANEL * (2 * self.d + 2 * r) + 8 * values * r
+        return gram_self_bytes(self.d, len(self.eigenvalues), values)
 
     def outside_share(self, gradients: npt.NDArray[Any]) -> Matrix:
         """See :meth:`Curvature.outside_share`."""
-        whole = np.asarray(gradients, np.float64)
         span = self.eigenvalues > spectrum_floor(self.eigenvalues, len(self.eigenvalues))
-        inside = np.square(whole @ self.eigenvectors[:, span]).sum(1)
-        return share_outside(inside, whole)
+        inside = np.square(self._rotate(gradients)[:, span]).sum(1)
+        return share_outside(inside, np.asarray(gradients, np.float64))
 
 
-def choose_side(rows: int, k: int) -> str:
-    """Return which side is cheaper: ``"gram"`` for fewer rows than columns, else ``"fisher"``."""
-    return "gram" if rows < k else "fisher"
+def gram_vectors_bytes(d: int, r: int) -> int:
+    """Return what is held of V, (d, r), at a time."""
+    whole = 8 * d * r
+    return whole if whole <= HELD_BYTES else 2 * 8 * r * slab_rows(d, r)
 
 
-def gram_need(rows: int, k: int, reading: int = 0, small: int = 0) -> Need:
-    """Return what :func:`fit_gram` needs, in bytes: the rows, their eigenvectors, K and its decomposition."""
-    return Need(
-        stage=f"gram for {rows} rows of k={k}",
-        fixed=4 * rows * k + 32 * rows * rows + 8 * rows * k + 8 * rows * _PANEL + small,
-        per_worker=reading,
-        per_row=4 * k,
-        max_rows=block_limit(k),
-        advice="fit_fisher (24 k² bytes), or fewer rows",
-    )
+def gram_working_bytes(d: int, r: int, queries: int, values: int) -> int:
+    """Return what preconditioning by ``r`` eigenvectors of ``d`` columns holds."""
+    return gram_vectors_bytes(d, r) + 8 * queries * (d * (2 + values) + 3 * r)
 
 
-def fit_gram(
-    store: GradientStore | PathLike,
-    *,
-    name: str = "gram",
-    out: PathLike | None = None,
-    refit: bool = False,
-    rows: Any = None,
-    sample: int | None = None,
-    seed: int = 0,
-    weights: Weighting | npt.ArrayLike | None = None,
-    force_weights: bool = False,
-    memory: int | str | None = None,
-    progress: bool | None = None,
-) -> Curvature:
-    """Compute the curvature of a store by its Gram matrix, and save it there as ``curvature/<name>``.
-
-    The same curvature as :func:`fit_fisher`'s, for less where there are fewer rows than columns. Once rows were
-    appended or dropped it is fitted anew.
-
-    Parameters
-    ----------
-    store, name, out, refit, rows, sample, seed, weights, force_weights, memory, progress
-        As for :func:`fit_fisher`.
-
-    Returns
-    -------
-    Curvature
-        Eigenvalues (r,), r at most the number of rows.
-
-    Raises
-    ------
-    InputError, MemoryBudgetError, StoreExistsError, StoreDamagedError
-        As for :func:`fit_fisher`.
-    """
-    train = store if isinstance(store, GradientStore) else GradientStore.open(store)
-    target = fit_target(train, name, out)
-    chosen = choose_rows(train, rows, sample, seed, weights, force_weights=force_weights)
-    found = None if refit else fitted(target, train)
-    change = None if found is None else what_changed(found, chosen, "gram")
-    if found is not None and change is not None and change.nothing:
-        logger.info("%s is up to date", target)
-        return found
-    need = gram_need(chosen.count, train.k, train.reading_bytes, chosen.small_bytes)
-    block_rows = plan_block_rows(need, memory)
-    began = time.monotonic()
-    record, digest = RowRecord.of(chosen), train.rows_digest()
-    with Progress("gram", chosen.count, progress) as bar:
-        factor, live, clipped = _read(chosen, block_rows, bar)
-    if not live:
-        raise InputError(f"expected a store with live rows; received {train.path} whose rows are all dropped")
-    gram = _gram(factor)
-    trace = float(np.trace(gram)) / live
-    if not np.isfinite(trace):
-        raise NonFiniteError("expected a finite Gram matrix; received NaN or Inf: scale the loss", [])
-    attributes = fit_attributes(chosen, digest, live, trace) | record.facts() | {"kind": "gram", "clipped": clipped}
-
-    def write(group: Any) -> Mapping[str, Any]:
-        for array, values in record.arrays().items():
-            write_long(group, array, values)
-        values, turn = symmetric_eigen(gram)
-        r = max(1, int((values > _FLOOR * values[0]).sum()))
-        scale = np.sqrt(np.where(values[:r] > 0, values[:r], np.inf))
-        vectors = np.empty((train.k, r))
-        for low in range(0, train.k, _PANEL):
-            panel = factor[:, low : low + _PANEL].astype(np.float64)
-            vectors[low : low + _PANEL] = (panel.T @ turn[:, :r]) / scale
-        write_long(group, "eigenvalues", values[:r] / live)
-        write_slabs(group, "eigenvectors", vectors)
-        return {"seconds": time.monotonic() - began}
-
-    write_curvature(target, attributes, write)
-    return reopen(target)
-
-
-def _read(chosen: ChosenRows, block_rows: int, bar: Progress) -> tuple[npt.NDArray[np.float32], int, int]:
-    """Return A, (m, k), with its live rows and those of a clipped loss."""
-    factor = np.empty((chosen.count, chosen.store.k), np.float32)
-    live = clipped = 0
-    for block in chosen.blocks(0, chosen.count, block_rows):
-        factor[block.start : block.stop] = block.rows
-        live, clipped = live + block.live, clipped + block.clipped
-        bar.advance(block.stop - block.start)
-    return factor, live, clipped
-
-
-def _gram(factor: npt.NDArray[np.float32]) -> Matrix:
-    """Return A Aᵀ in float64."""
-    total = np.zeros((len(factor), len(factor)))
-    for low in range(0, factor.shape[1], _PANEL):
-        panel = factor[:, low : low + _PANEL].astype(np.float64)
-        total += panel @ panel.T
-    return total
+def gram_self_bytes(d: int, r: int, values: int) -> int:
+    """Return what self-influence by ``r`` eigenvectors of ``d`` columns holds."""
+    width = d if 8 * d * r <= HELD_BYTES else slab_rows(d, r)
+    return gram_vectors_bytes(d, r) + 8 * _ROWS * (width + 3 * r + math.ceil(d / 2)) + 8 * values * r

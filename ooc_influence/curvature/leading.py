@@ -7,6 +7,7 @@ the undamped sum as tiles of a triangle (``sum-00000``).
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,11 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ooc_influence.curvature.curvature import Matrix, dimension, share_outside
-from ooc_influence.curvature.spectral import SummedCurvature
+from ooc_influence.curvature.spectral import SummedCurvature, self_rows
 from ooc_influence.errors import InputError
 from ooc_influence.store import CHUNK_TARGET, array_store, open_group, read_part
 
-_PANEL = 1024  # rows brought to float64 at a time by self-influence
+_PANEL = 256  # rows brought to float64 at a time by each thread of self-influence
+_LEAST_ROWS = 1024  # that all of them hold at a time, counted whatever their number
+_reading = threading.Lock()  # threads that find norms read V once
 VECTORS = "eigenvectors"
 
 
@@ -45,12 +48,13 @@ class TopCurvature(SummedCurvature, kinds=("top",)):
     @property
     def eigenvectors(self) -> Matrix:
         """V, (d, r), one eigenvector a column (read on first use, then held)."""
-        if self._vectors is None:
-            held = np.empty((self.d, len(self.eigenvalues)))
-            for rows, values in self._slabs():
-                held[rows] = values
-            self._vectors = held
-            self.check_fit()
+        with _reading:
+            if self._vectors is None:
+                held = np.empty((self.d, len(self.eigenvalues)))
+                for rows, values in self._slabs():
+                    held[rows] = values
+                self.check_fit()
+                self._vectors = held
         return self._vectors
 
     def _slabs(self) -> Iterator[tuple[slice, Matrix]]:
@@ -86,9 +90,9 @@ class TopCurvature(SummedCurvature, kinds=("top",)):
         return dimension(self.eigenvalues, value) + (tail / (tail / others + value) if others > 0 and tail > 0 else 0)
 
     def least_dimension(self, value: float) -> float:
-        """Return d(λ), at least: the eigenvalues that are not known give least where they are as large as can be."""
+        """See :class:`Curvature`: the eigenvalues that are not known give least where they are as large as can be."""
         tail = self.rest * (self.d - len(self.eigenvalues))
-        return dimension(self.eigenvalues, value) + (tail / (self.eigenvalues[-1] + value) if tail > 0 else 0)
+        return dimension(self.eigenvalues, value) + (tail / (float(self.eigenvalues[-1]) + value) if tail > 0 else 0)
 
     def _rotate(self, whole: Matrix) -> Matrix:
         """Return z = gradients @ V, (q, r)."""
@@ -158,7 +162,8 @@ def top_working_bytes(d: int, r: int, queries: int, values: int) -> int:
 
 def top_self_bytes(d: int, r: int, values: int) -> int:
     """Return what self-influence by the top r of a spectrum of ``d`` columns holds."""
-    return 8 * d * r + 8 * _PANEL * (2 * d + 2 * r + values + 2) + 8 * values * r + 3 * CHUNK_TARGET
+    rows = max(_LEAST_ROWS, self_rows(d))
+    return 8 * d * r + 8 * rows * (2 * d + 2 * r + values + 2) + 8 * values * r + 3 * CHUNK_TARGET
 
 
 def slab_rows(r: int) -> int:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from ooc_influence.errors import InputError
 from ooc_influence.linalg import Weighting, parse_weighting, row_weights
 from ooc_influence.linalg.weights import LOSS_FLOOR
-from ooc_influence.store import Block, GradientStore, parse_numbers, read_blocks
+from ooc_influence.store import Block, GradientStore, RawBlock, parse_numbers, read_blocks, read_raw_blocks
 from ooc_influence.stripes import Stripe
 
 Numbers = npt.NDArray[np.int64]
@@ -89,11 +89,30 @@ class ChosenRows:
             return self.store.small("dropped", self.first, self.first + self.count)
         return np.asarray(self.store.dropped[self.numbers])
 
+    def clipped(self, dropped: npt.NDArray[np.bool_]) -> int:
+        """Return how many of them, but the dropped ones (count,), have a loss below the floor of their weights."""
+        if self.weighting is None:
+            return 0
+        if self.numbers is None:
+            losses = self.store.small("loss", self.first, self.first + self.count)
+        else:
+            losses = np.asarray(self.store.loss[self.numbers])
+        return int(((losses < LOSS_FLOOR) & ~dropped).sum())
+
     def at(self, places: Numbers) -> ChosenRows:
         """Return the rows at some places."""
         numbers = places + self.first if self.numbers is None else self.numbers[places]
         weights = None if self.weights is None else self.weights[places]
         return replace(self, first=0, count=len(places), numbers=numbers, weights=weights)
+
+    def sampling_error(self, live: int, fourth: float, norm: float) -> float:
+        """Return the expected relative error of F from a sample: √((1 − s/N) (Σ‖x‖⁴/s − ‖F‖²) / (s − 1)) / ‖F‖.
+
+        ``fourth`` is Σ‖x‖⁴ and ``norm`` the squared Frobenius norm of the undamped sum of ``live`` rows.
+        """
+        s, norm = live, norm / live**2
+        spread = max(0.0, fourth / s - norm) / (s - 1)
+        return float(np.sqrt((1 - s / int(self.selection["population"])) * spread / norm)) if norm > 0 else 0.0
 
     def record(self) -> dict[str, Any]:
         """Return what is written in a curvature's attributes about their weights."""
@@ -108,35 +127,55 @@ class ChosenRows:
 
         ``columns`` are ranges of columns, given one after the other; by default all.
         """
-        base = self.first if self.numbers is None else 0
-        blocks = read_blocks(
-            self.store, base + start, base + stop, block_rows,
-            numbers=None if self.numbers is None else self.numbers[start:stop],
-            loss=self.weighting is not None, threads=threads, columns=columns,
-        )  # fmt: skip
-        for block in blocks:
-            if self.dropped_too:
-                block = replace(block, dropped=None)
-            places = slice(block.start - base, block.stop - base)
-            live = places.stop - places.start - (0 if block.dropped is None else int(block.dropped.sum()))
-            clipped = self._weigh(block, places)
-            if block.dropped is not None:
+        base, options = self._reading(start, stop)
+        for block in read_blocks(
+            self.store, base + start, base + stop, block_rows, columns=columns, threads=threads, **options
+        ):
+            found, factors = self._weighed(block, block.gradients, base)
+            if factors is not None:
+                np.multiply(block.gradients, factors[:, None], out=block.gradients)
+            if block.dropped is not None and not self.dropped_too:
                 block.gradients[block.dropped] = 0
-            yield WeighedBlock(places.start, places.stop, block.gradients, live, clipped)
+            yield found
 
-    def _weigh(self, block: Block, places: slice) -> int:
-        """Multiply a block's rows by √w; return how many live ones' losses were clipped."""
-        clipped = 0
+    def device_blocks(self, start: int, stop: int, block_rows: int, device: str) -> Iterator[WeighedBlock]:
+        """Yield what :meth:`blocks` does, as tensors on a device."""
+        import torch
+
+        from ooc_influence.linalg.torch_rows import DeviceRows
+
+        base, options = self._reading(start, stop)
+        sender = DeviceRows(self.store, torch.device(device), max(1, min(block_rows, stop - start)))
+        for block, rows in sender.read(read_raw_blocks(self.store, base + start, base + stop, block_rows, **options)):
+            found, factors = self._weighed(block, rows, base)
+            if factors is not None:
+                sender.multiply(rows, factors)
+            if block.dropped is not None and not self.dropped_too:
+                sender.clear(rows, block.dropped)
+            yield found
+
+    def _reading(self, start: int, stop: int) -> tuple[int, dict[str, Any]]:
+        """Return what to add to a place to get what the reader counts, and how to read."""
+        numbers = None if self.numbers is None else self.numbers[start:stop]
+        return self.first if numbers is None else 0, {"numbers": numbers, "loss": self.weighting is not None}
+
+    def _weighed(
+        self, block: Block | RawBlock, rows: Any, base: int
+    ) -> tuple[WeighedBlock, npt.NDArray[np.float32] | None]:
+        """Return a block of ``rows`` that are still to be multiplied by factors √w (b,), where there are any."""
+        places, clipped = slice(block.start - base, block.stop - base), 0
+        dropped = None if self.dropped_too else block.dropped
         if self.weights is not None:
             weights = self.weights[places]
         elif self.weighting is not None and block.loss is not None:
             weights = row_weights(block.loss, self.weighting)
             low = block.loss < LOSS_FLOOR
-            clipped = int((low if block.dropped is None else low & ~block.dropped).sum())
+            clipped = int((low if dropped is None else low & ~dropped).sum())
         else:
-            return 0
-        np.multiply(block.gradients, np.sqrt(weights)[:, None].astype(np.float32), out=block.gradients)
-        return clipped
+            weights = None
+        live = places.stop - places.start - (0 if dropped is None else int(dropped.sum()))
+        factors = None if weights is None else np.sqrt(weights).astype(np.float32)
+        return WeighedBlock(places.start, places.stop, rows, live, clipped), factors
 
 
 class WeighedBlock(NamedTuple):
@@ -144,7 +183,7 @@ class WeighedBlock(NamedTuple):
 
     start: int
     stop: int
-    rows: npt.NDArray[np.float32]
+    rows: Any
     live: int
     clipped: int
 

@@ -7,7 +7,7 @@ there if it runs again; what earlier runs saved is added at the end.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ooc_influence.curvature import unfinished
-from ooc_influence.curvature.rows import ChosenRows, Range, Share, cut_shares
+from ooc_influence.curvature.rows import ChosenRows, Range, Share, WeighedBlock, cut_shares
 from ooc_influence.curvature.unfinished import SavingClock, Unfinished, latest_results, read_facts, save_result
 from ooc_influence.linalg import DiagonalAccumulator, GramAccumulator, Team, TriangleTiles, choose_engine
+from ooc_influence.linalg.device import row_squares
 from ooc_influence.progress import Progress, tick
 from ooc_influence.store import GradientStore, StorePath, array_store, create_array, open_group
 from ooc_influence.stripes import run_stripes, task_threads
@@ -79,6 +80,8 @@ class Summing:
         Where to save partial results.
     interval : float
         Seconds between two savings.
+    device : str or None
+        Where to multiply; None for the BLAS.
     """
 
     store: GradientStore
@@ -88,6 +91,13 @@ class Summing:
     fourth: bool = False
     folder: StorePath | None = None
     interval: float = unfinished.INTERVAL
+    device: str | None = None
+
+    def read(self, chosen: ChosenRows, start: int, threads: int) -> Iterator[WeighedBlock]:
+        """Yield the blocks of some rows from place ``start`` on, where they are to be multiplied."""
+        if self.device is not None:
+            return chosen.device_blocks(start, chosen.count, self.block_rows, self.device)
+        return chosen.blocks(start, chosen.count, self.block_rows, threads=threads)
 
     @property
     def path(self) -> object:
@@ -178,18 +188,12 @@ def bfloat16_holds(rows: ChosenRows) -> bool:
     return plain and rows.weights is None and rows.weighting is None
 
 
-def _fourth_powers(rows: npt.NDArray[np.float32], diagonal: bool) -> float:
+def _fourth_powers(rows: Any, diagonal: bool) -> float:
     """Return Σ‖g gᵀ‖² over rows, of the diagonals of g gᵀ where only those are summed."""
     if not diagonal:
-        return float(np.square(np.einsum("ij,ij->i", rows, rows, dtype=np.float64)).sum())
+        return float(np.square(row_squares(rows)).sum())
     parts = (np.square(rows[start : start + _TILE]).astype(np.float64) for start in range(0, len(rows), _TILE))
     return float(sum(np.vdot(part, part) for part in parts))
-
-
-def _accumulator(columns: int, diagonal: bool, exact: bool, team: Team) -> GramAccumulator | DiagonalAccumulator:
-    if diagonal:
-        return DiagonalAccumulator(columns, team)
-    return GramAccumulator(columns, choose_engine(columns, bfloat16=exact, team=team), team)
 
 
 class _Running:
@@ -197,11 +201,23 @@ class _Running:
 
     def __init__(self, share: Share, how: Summing, team: Team) -> None:
         self._share, self._how, self._team = share, how, team
-        exact = all(bfloat16_holds(rows) for _, rows in share.parts)
-        self._squares = [_accumulator(last - first, how.diagonal, exact, team) for first, last in how.blocks]
+        self._squares = self._accumulators()
         self._counts = (0, 0, 0.0)
         self._folded = (0, self._counts)  # rows in the float64 sums, and the counts that go with them
         self.done = self._resume()
+
+    def _accumulators(self) -> list[Any]:
+        sides = [last - first for first, last in self._how.blocks]
+        if self._how.device is not None:
+            from ooc_influence.linalg.torch_rows import DeviceSum
+
+            return [DeviceSum(side, side, self._how.device) for side in sides]
+        if self._how.diagonal:
+            return [DiagonalAccumulator(side, self._team) for side in sides]
+        exact = all(bfloat16_holds(rows) for _, rows in self._share.parts)
+        return [
+            GramAccumulator(side, choose_engine(side, bfloat16=exact, team=self._team), self._team) for side in sides
+        ]
 
     def _resume(self) -> int:
         """Go on from what this very task saved before it was killed; return its places done."""
@@ -220,13 +236,17 @@ class _Running:
         self._folded = (rows, self._counts)
         return rows
 
-    def add(self, rows: npt.NDArray[np.float32], live: int, clipped: int) -> None:
+    def add(self, rows: Any, live: int, clipped: int) -> None:
         """Add weighed rows."""
         before = self._squares[0].folded
-        parts = zip(self._squares, self._how.blocks, strict=True)
-        self._team.run(piece for square, (first, last) in parts for piece in square.pieces(rows[:, first:last]))
-        for square in self._squares:
-            square.added(len(rows))
+        parts = list(zip(self._squares, self._how.blocks, strict=True))
+        if self._how.device is not None:
+            for square, (first, last) in parts:
+                square.add(rows[:, first:last])
+        else:
+            self._team.run(piece for square, (first, last) in parts for piece in square.pieces(rows[:, first:last]))
+            for square, _ in parts:
+                square.added(len(rows))
         fourth = 0.0
         if self._how.fourth:
             fourth = _fourth_powers(rows, self._how.diagonal)
@@ -271,7 +291,7 @@ def _sum_with(team: Team, share: Share, key: str, how: Summing) -> Sums:
         for _, chosen in share.parts:
             start, skip = min(skip, chosen.count), max(0, skip - chosen.count)
             tick(key, start)
-            for block in chosen.blocks(start, chosen.count, how.block_rows, threads=team.threads):
+            for block in how.read(chosen, start, team.threads):
                 running.add(block.rows, block.live, block.clipped)
                 if how.folder is not None and clock.due():
                     clock.run(running.save)

@@ -97,7 +97,7 @@ def what_changed(found: Curvature, chosen: ChosenRows, kind: str) -> Change | No
         and (found.attrs.get("weights") or {}) == chosen.part(0, count).record()
     )
     if not same:
-        logger.info("%s was fitted with other rows, weights or blocks: fitting anew", found.path)
+        logger.info("%s was fitted with other rows, weights, blocks or a rank: fitting anew", found.path)
         return None
     change = found.change(chosen.store)
     if change.refit:
@@ -120,7 +120,7 @@ def warn_of_dimension(found: Curvature) -> None:
     """Warn where the default damping leaves nearly as many directions as there are rows or columns."""
     if found.trace <= 0 or found.kind == "diagonal":  # which has full rank however few the rows
         return
-    dimension = found.effective_dimension(found.damping_value())
+    dimension = found.least_dimension(found.damping_value())
     if dimension > _NEAR_ROWS * found.rows:
         near, advice = f"the {found.rows} rows it was fitted on", "more rows, or more damping, would say more"
     elif dimension > _NEAR_COLUMNS * found.d:

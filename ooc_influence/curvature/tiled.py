@@ -20,6 +20,7 @@ from ooc_influence.curvature.sums import Summing, bfloat16_holds, sum_name
 from ooc_influence.curvature.unfinished import read_facts, save_result
 from ooc_influence.errors import StoreBusyError, StoreWriteError
 from ooc_influence.linalg import GramAccumulator, ProductAccumulator, Team, TriangleTiles, choose_engine
+from ooc_influence.linalg.device import row_squares
 from ooc_influence.progress import Progress, tick
 from ooc_influence.store import StorePath
 from ooc_influence.stripes import Stripe, run_stripes, task_threads
@@ -167,7 +168,7 @@ def _sum_with(team: Team, number: int, key: str, how: TileSum) -> None:
             product.add(block.rows[:, width:], block.rows[:, :width], sign)
         live, clipped = live + int(sign) * block.live, clipped + int(sign) * block.clipped
         tick(key, block.stop - block.start)
-    found = square.total() if square is not None else product.total() if product is not None else None
+    found = square.total() if square is not None else product.triangle() if product is not None else None
     assert found is not None
     try:
         TriangleTiles.open_to_write(how.group, _F, k).write_region(rows, columns, found)
@@ -211,5 +212,5 @@ def _sum_moments(share: Share, key: str, how: Summing, block_rows: int) -> npt.N
 
 def block_moments(block: Any) -> npt.NDArray[np.float64]:
     """Return what :func:`row_moments` does, of one block."""
-    squares = np.einsum("ij,ij->i", block.rows, block.rows, dtype=np.float64)
+    squares = row_squares(block.rows)
     return np.array([block.live, block.clipped, squares.sum(), np.square(squares).sum()])

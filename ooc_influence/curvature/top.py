@@ -95,7 +95,7 @@ def fit_top(fit: Fitting, way: TopWay, rank: int, seed: int) -> None:
             norm = found.norm
             if np.isnan(norm):
                 norm = (float(np.square(values).sum()) + (tail**2 / others if others else 0.0)) * found.live**2
-            facts["sampling_error"] = fit.sampling_error(found.live, found.fourth, norm)
+            facts["sampling_error"] = fit.chosen.sampling_error(found.live, found.fourth, norm)
         return facts | {"seconds": time.monotonic() - began}
 
     write_curvature(fit.target, attributes, write)
@@ -108,13 +108,13 @@ def _by_sums(fit: Fitting, rank: int, seed: int, *, exact: bool) -> Found:
     trace = total.trace()
     fit.check(total.live, trace)
     norm = squared_norm(square) if fit.how.fourth else float("nan")
+    mirror(square)
     top = None if exact else _iterate(fit, rank, seed, lambda basis: _multiply_square(square, basis, total.live))
 
     def write(group: Any) -> tuple[Matrix, dict[str, Any]]:
         TriangleTiles.create(group, _F, len(square)).write_upper(square)
         if top is not None:
             return _write_top(group, top)
-        mirror(square)
         np.divide(square, total.live, out=square)
         values, vectors = symmetric_eigen(square)
         step = slab_rows(rank)
@@ -126,8 +126,7 @@ def _by_sums(fit: Fitting, rank: int, seed: int, *, exact: bool) -> Found:
 
 
 def _multiply_square(square: Matrix, basis: Floats, live: int) -> Matrix:
-    """Return (F Q)ᵀ, (c, k), of an undamped sum of which the upper triangle is given; it is mirrored in place."""
-    mirror(square)
+    """Return (F Q)ᵀ, (c, k), of an undamped sum."""
     product: Matrix = basis.T.astype(np.float64) @ square
     product /= live
     return product
@@ -199,25 +198,51 @@ def _multiply_share(share: Share, key: str, how: Summing, basis: Floats, measure
 
 
 def _multiply_with(team: Team, share: Share, key: str, how: Summing, basis: Floats, measure: bool) -> Product:
-    k, columns = basis.shape
-    total, moments = ProductAccumulator(columns, k, team=team), np.zeros(4)
-    turned = np.empty((how.block_rows, columns), np.float32)
+    total, moments = _Products(team, how, basis), np.zeros(4)
     for _, chosen in share.parts:
-        for block in chosen.blocks(0, chosen.count, how.block_rows, threads=team.threads):
-            rows = block.rows
-            edges = [len(rows) * number // team.threads for number in range(team.threads + 1)]
-            team.run(partial(np.matmul, rows[low:high], basis, turned[low:high]) for low, high in pairwise(edges))
-            total.add(turned[: len(rows)], rows)
+        for block in how.read(chosen, 0, team.threads):
+            total.add(block.rows)
             if measure:
                 moments += block_moments(block)
             tick(key, block.stop - block.start)
-    return Product(total.total(), moments)
+    return Product(total.sum.triangle(), moments)
+
+
+class _Products:
+    """The sum of (X Q)ᵀ X over blocks, where they are."""
+
+    def __init__(self, team: Team, how: Summing, basis: Floats) -> None:
+        self._team, self._device = team, how.device
+        self.sum: Any
+        self._basis: Any = basis
+        if how.device is None:
+            self.sum = ProductAccumulator(basis.shape[1], len(basis), team=team)
+            self._turned = np.empty((how.block_rows, basis.shape[1]), np.float32)
+        else:
+            import torch
+
+            from ooc_influence.linalg.torch_rows import DeviceSum, send_array
+
+            self.sum = DeviceSum(basis.shape[1], len(basis), how.device)
+            self._basis = send_array(basis, torch.device(how.device))
+
+    def add(self, rows: Any) -> None:
+        """Add a block."""
+        if self._device is not None:
+            self.sum.add(rows @ self._basis, rows)
+            return
+        threads, turned = self._team.threads, self._turned[: len(rows)]
+        edges = [len(rows) * number // threads for number in range(threads + 1)]
+        parts = [slice(low, high) for low, high in pairwise(edges)]
+        self._team.run(partial(np.matmul, rows[part], self._basis, turned[part]) for part in parts)
+        self.sum.add(turned, rows)
 
 
 def _iterate(fit: Fitting, rank: int, seed: int, multiply: Callable[[Floats], Matrix]) -> Top:
     """Run the subspace iteration, from the pass that an earlier run saved."""
     k, done, held = fit.chosen.store.k, 0, 0.0
-    found = fit.kept.results(_BASIS).get(_BASIS)
+    name = f"{_BASIS}-{rank}-{seed}"
+    found = fit.kept.results(_BASIS).get(name)
     if found is None:
         basis = start_basis(k, iteration_columns(k, fit.chosen.count, rank), seed)
     else:
@@ -231,9 +256,7 @@ def _iterate(fit: Fitting, rank: int, seed: int, multiply: Callable[[Floats], Ma
         if fit.kept.usable and clock.due():
             facts = {"passes": passes, "held": held}
             clock.run(
-                lambda: save_result(
-                    fit.kept.path, _BASIS, passes, facts, lambda group: write_slabs(group, _BASIS, basis)
-                )
+                lambda: save_result(fit.kept.path, name, passes, facts, lambda group: write_slabs(group, _BASIS, basis))
             )
 
     top = find_top(multiply, basis, rank, PASSES, save, done, held)

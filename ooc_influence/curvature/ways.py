@@ -7,12 +7,13 @@ are multiplied once a pass. The last two fit any number of columns: they need me
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
-from ooc_influence.errors import InputError, MemoryBudgetError
+from ooc_influence.errors import InputError
 from ooc_influence.linalg import GramAccumulator, ProductAccumulator, iteration_bytes
 from ooc_influence.linalg.triangle import TILE, tile_side
-from ooc_influence.memory import PRODUCT_ROWS, Need, block_limit, budget_bytes, format_bytes, process_anonymous
+from ooc_influence.memory import PRODUCT_ROWS, Need, Room, Ways, block_limit, plan_block_rows
 
 EXTRA = 64  # columns beyond r in subspace iteration
 PASSES = 12  # of subspace iteration, at most
@@ -38,6 +39,8 @@ class Shapes(NamedTuple):
         Tasks that share the memory.
     reading, small : int
         Bytes a task holds to read the store, and bytes kept for each row.
+    sent : int
+        Bytes held of each row of a block to send it to a device; 0 where rows are multiplied by the BLAS.
     """
 
     k: int
@@ -47,6 +50,7 @@ class Shapes(NamedTuple):
     workers: int
     reading: int
     small: int
+    sent: int = 0
 
     def columns(self, rank: int) -> int:
         """Return the columns of the iteration."""
@@ -107,7 +111,8 @@ def sums_need(shapes: Shapes, rank: int, *, update: bool = False) -> Need:
     after = 8 * k * k + 8 * k * c + iteration_bytes(k, c)
     several = 8 * k * k * ((shapes.workers > 1) + update)
     fixed = max(0, after - held) + several + shapes.small
-    return Need(_stage(k, rank), fixed, GramAccumulator.nbytes(k) + shapes.reading, 4 * k, max_rows=block_limit(k))
+    return Need(_stage(k, rank), fixed, GramAccumulator.nbytes(k) + shapes.reading, 4 * k + shapes.sent,
+                max_rows=block_limit(k))  # fmt: skip
 
 
 def tiles_need(shapes: Shapes, rank: int, tile: int) -> Need:
@@ -126,7 +131,7 @@ def rows_need(shapes: Shapes, rank: int) -> Need:
     several = 8 * k * c if shapes.workers > 1 else 0
     fixed = max(4 * k * c + several, iteration_bytes(k, c) - shapes.workers * own) + shapes.small
     limit = block_limit(k, least=PRODUCT_ROWS)
-    return Need(_stage(k, rank), fixed, own + shapes.reading, 4 * (k + c), max_rows=limit)
+    return Need(_stage(k, rank), fixed, own + shapes.reading, 4 * (k + c) + shapes.sent, max_rows=limit)
 
 
 def _stage(k: int, rank: int) -> str:
@@ -170,17 +175,18 @@ def top_ways(shapes: Shapes, rank: int, square: Need, budget: int, held: int, *,
     if shapes.k <= _EXACT_SIDE or 4 * rank >= shapes.k:
         add("whole", square, fresh, summing, 9 * k**3)
     add("sums", sums_need(shapes, rank, update=update), fresh, summing, multiplying)
-    tile = _largest_tile(shapes, rank, budget, held)
-    panels = -(-shapes.k // tile)
-    from_disk = USUAL_PASSES * 4 * k * k
-    add(
-        "tiles",
-        tiles_need(shapes, rank, tile),
-        panels * fresh + from_disk,
-        summing * (1 + 1 / panels),
-        multiplying,
-        tile,
-    )
+    if not shapes.sent:  # panels of columns are not sent to a device
+        tile = _largest_tile(shapes, rank, budget, held)
+        panels = -(-shapes.k // tile)
+        from_disk = USUAL_PASSES * 4 * k * k
+        add(
+            "tiles",
+            tiles_need(shapes, rank, tile),
+            panels * fresh + from_disk,
+            summing * (1 + 1 / panels),
+            multiplying,
+            tile,
+        )
     passes = USUAL_PASSES * (1.0 if c < k else 1 / USUAL_PASSES)
     add("rows", rows_need(shapes, rank), passes * stored, passes * 4 * m * k * c, passes * 4 * k * c * c)
     return sorted(found, key=lambda way: (way.block_rows == 0, way.seconds))
@@ -195,52 +201,35 @@ def _largest_tile(shapes: Shapes, rank: int, budget: int, held: int) -> int:
     return tile
 
 
-def plan_top(shapes: Shapes, rank: int, square: Need, memory: int | str | None, *, update: bool = False) -> TopWay:
+def plan_top(
+    shapes: Shapes, rank: int, square: Need, memory: int | str | None, outs: Ways, *, update: bool = False
+) -> TopWay:
     """Return the quickest way that fits.
 
     Raises
     ------
     MemoryBudgetError
-        If none does; with what each would need.
+        If none does: with what the one that takes least needs, and the ways ``outs``.
     """
-    budget, held = budget_bytes(memory), process_anonymous()
-    ways = top_ways(shapes, rank, square, budget, held, update=update)
-    if ways[0].block_rows:
-        return ways[0]
-    peaks = {way.name: way.need.peak(way.need.min_rows, shapes.workers, held) for way in ways}
-    name, least = min(peaks.items(), key=lambda item: item[1])
-    outs = [f"--memory {format_bytes(least * 1.05).replace(' ', '')}"]
-    if shapes.workers > 1:
-        one = min(way.need.peak(way.need.min_rows, 1, held) for way in ways)
-        outs.insert(0, f"--workers 1 ({format_bytes(one)})")
-    smaller = largest_rank(shapes, budget, held)
-    if smaller:
-        outs.insert(0, f"--rank {smaller}")
-    others = ", ".join(f"by {other} {format_bytes(peak)}" for other, peak in peaks.items() if other != name)
-    raise MemoryBudgetError(
-        f"{_stage(shapes.k, rank)} needs {format_bytes(least)} by {name} with {shapes.workers} worker"
-        f"{'s' if shapes.workers > 1 else ''} ({others}), budget {format_bytes(budget)}: use {', or '.join(outs)}, or "
-        "extract with a smaller k, or reduce the store"
-    )
+    room = Room.of(memory)
+    found = top_ways(shapes, rank, square, room.budget, room.held, update=update)
+    if not found[0].block_rows:
+        need = min((way.need for way in found), key=lambda need: room.price(need, shapes.workers))
+        plan_block_rows(replace(need, ways=outs, advice="extract with a smaller k"), memory, shapes.workers, room.held)
+    return found[0]
 
 
-def offer_rank(shapes: Shapes, memory: int | str | None) -> str:
-    """Return what a refusal to fit all of F says about keeping the top of its spectrum."""
-    budget, held = budget_bytes(memory), process_anonymous()
-    rank = largest_rank(shapes, budget, held)
-    if not rank:
-        return ""
+def least_need(shapes: Shapes, rank: int) -> Need:
+    """Return what the way that takes least needs, of those that fit any number of columns."""
     needs = [rows_need(shapes, rank), tiles_need(shapes, rank, tile_side(shapes.k))]
-    least = min(need.peak(need.min_rows, shapes.workers, held) for need in needs)
-    return f", or keep its top {rank} eigenvectors with --rank {rank} ({format_bytes(least)})"
+    return min(needs, key=lambda need: need.peak(need.min_rows, shapes.workers, 0))
 
 
 def largest_rank(shapes: Shapes, budget: int, held: int) -> int:
     """Return the largest rank, a power of two, that fits the budget; 0 where none does."""
     rank = 1 << min(_LARGEST_RANK, shapes.k, shapes.m).bit_length() - 1
     while rank:
-        needs = [rows_need(shapes, rank), tiles_need(shapes, rank, tile_side(shapes.k))]
-        if any(fitting_rows(need, shapes.workers, budget, held) for need in needs):
+        if fitting_rows(least_need(shapes, rank), shapes.workers, budget, held):
             return rank
         rank //= 2
     return 0

@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 
 from ooc_influence.curvature import Curvature
-from ooc_influence.errors import InputError, MissingExtraError
 from ooc_influence.influence.aggregate import Codes, weighted_sums
 from ooc_influence.store import GradientStore, read_blocks
 from ooc_influence.stripes import task_threads
@@ -179,32 +178,6 @@ class HostEngine(Engine):
     def host(self, tile: Any) -> Floats:
         """See :class:`Engine`."""
         return np.asarray(tile)
-
-
-def parse_device(device: str | None) -> str | None:
-    """Return the name of a torch device that is there; None for NumPy.
-
-    Raises
-    ------
-    InputError
-        If torch knows no such device, or it is not there.
-    MissingExtraError
-        If torch is not installed.
-    """
-    if device is None:
-        return None
-    try:
-        import torch
-    except ImportError as error:
-        raise MissingExtraError(f"expected torch for device={device!r}; received none: pip install torch") from error
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"expected a device such as 'cpu' or 'cuda'; received {device!r} ({reason}): choose another"
-        ) from error
-    return str(device)
 
 
 def make_engine(device: str | None) -> Engine:

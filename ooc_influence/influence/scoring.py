@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -28,10 +29,12 @@ from ooc_influence.influence.checkpoints import (
     open_checkpoints,
     parse_marks,
 )
-from ooc_influence.influence.engine import Floats, parse_device
+from ooc_influence.influence.engine import Floats
 from ooc_influence.influence.queries import Queries
 from ooc_influence.influence.tiles import Columns, Costs, Work, pass_need, whole_rows
-from ooc_influence.memory import Need, plan_block_rows
+from ooc_influence.influence.ways import Form, form_ways
+from ooc_influence.linalg.device import parse_device
+from ooc_influence.memory import Need, Room, WayOut, plan_block_rows
 from ooc_influence.stripes import slots_per_process, worker_memory
 
 Normalize = Literal["cosine", "train"]
@@ -185,12 +188,11 @@ class Scoring:
             shares.append(_outside(own.curvature, *self.queries.read(own.query, start, stop)))
         return np.asarray(np.mean(shares, axis=0))
 
-    def norm_bytes(self) -> int:
-        """Return what a process holds to find the norms of train rows."""
-        found = [own.curvature for own in self.checkpoints if own.curvature is not None]
-        if self.device is None:
-            return sum(own.self_working_bytes(self.lambdas) for own in found)
-        return sum(own.working_bytes(own.d, 1) + (32 + 4 * self.lambdas) * own.d**2 for own in found)
+    def form_norm_bytes(self, form: Form) -> int:
+        """Return what a process holds to find the norms of train rows by a curvature of some form."""
+        if self.device is None or not form.curved:
+            return form.norms(self.lambdas)
+        return form.working(form.columns, 1) + (32 + 4 * self.lambdas) * form.columns**2
 
     def work(self, block_rows: int, columns: Columns | None = None, *, normalized: bool | None = None) -> Work:
         """Return what tasks need to multiply train rows; ``columns`` are those of each module, for each checkpoint."""
@@ -206,20 +208,35 @@ class Scoring:
 
     def need(self, stage: str, queries: int, costs: Costs) -> Need:
         """Return what a pass over the train rows for ``queries`` queries needs."""
+        forms = [Form.of(own.train.k, own.curvature) for own in self.checkpoints]
+        need = self._need(stage, queries, costs, self.lambdas, forms)
+        return replace(need, ways=partial(self._ways, stage, queries, costs))
+
+    def _ways(self, stage: str, queries: int, costs: Costs, room: Room) -> Iterator[WayOut]:
+        """Return other ways to the scores."""
+        forms = [Form.of(own.train.k, own.curvature) for own in self.checkpoints]
+        if self.lambdas > 1:
+            yield WayOut("one --damping at a time ({})", self._need(stage, queries, costs, 1, forms))
+        if len(forms) == 1:
+            yield from form_ways(
+                self.checkpoints[0], lambda form: self._need(stage, queries, costs, self.lambdas, [form]), room
+            )
+
+    def _need(self, stage: str, queries: int, costs: Costs, lambdas: int, forms: list[Form]) -> Need:
         stores = [own.train for own in self.checkpoints]
         preparing = max(
-            (0 if own.curvature is None else own.curvature.working_bytes(queries, self.lambdas))
-            + 8 * queries * own.train.k * (2 + self.lambdas)
+            form.working(queries, lambdas)
+            + 8 * queries * form.columns * (2 + lambdas)
             + (0 if own.query is None else self.queries.reading_bytes(own.query))
-            for own in self.checkpoints
+            for own, form in zip(self.checkpoints, forms, strict=True)
         )
-        norms = self.norm_bytes() if self.normalize else 0
+        norms = sum(self.form_norm_bytes(form) for form in forms) if self.normalize else 0
         seen = 0 if self.seen is None else self.seen.nbytes
         return pass_need(
             f"{stage} for k={self.columns}",
-            [store.k for store in stores],
-            self.lambdas * queries,
-            costs._replace(fixed=costs.fixed + seen + norms + preparing, row=costs.row + 16 * self.lambdas),
+            [form.columns for form in forms],
+            lambdas * queries,
+            costs._replace(fixed=costs.fixed + seen + norms + preparing, row=costs.row + 16 * lambdas),
             reading=sum(store.reading_bytes for store in stores),
             raw=[store.layout.encoding.row_bytes for store in stores] if self.device else [],
         )
@@ -267,10 +284,12 @@ class Scoring:
         """Warn where much of a query's gradient lies outside what the curvature has seen."""
         beyond = outside > OUTSIDE_WARNING
         if beyond.any():
+            advice = "no row of the fit speaks to that part; fit on more rows, or use a wider curvature"
+            if any(own.curvature is not None and own.curvature.kind == "top" for own in self.checkpoints):
+                advice = "that part counts by the mean of the eigenvalues that are not kept; fit with a larger rank"
             warnings.warn(
                 f"{beyond.sum()} of {self.q} queries have more than {OUTSIDE_WARNING:.0%} of their squared gradient "
-                f"outside the span of the training spectrum (up to {np.nanmax(outside):.0%}): no row of the fit speaks "
-                "to that part; fit on more rows, or use a wider curvature",
+                f"outside the span of the training spectrum (up to {np.nanmax(outside):.0%}): {advice}",
                 OocInfluenceWarning,
                 stacklevel=3,
             )

@@ -6,7 +6,9 @@ Rows the rest of the data does not support (wrong labels, outliers) have large v
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,8 @@ from ooc_influence.influence.engine import make_engine
 from ooc_influence.influence.parts import Part, Parts
 from ooc_influence.influence.scoring import Scoring
 from ooc_influence.influence.tiles import Work, absent_rows, row_blocks, seen_share
-from ooc_influence.memory import Need, block_limit, plan_block_rows
+from ooc_influence.influence.ways import Form, form_ways
+from ooc_influence.memory import Need, Room, WayOut, block_limit, plan_block_rows
 from ooc_influence.progress import Progress, tick
 from ooc_influence.store import PathLike
 from ooc_influence.stripes import Stripe, check_workers, slots_per_process, worker_memory
@@ -63,15 +66,8 @@ def self_influence(
     scoring = Scoring.open(None, train, curvature, damping, damping_mode, rows=rows, device=device)
     slots = check_workers(workers)
     stores = [own.train for own in scoring.checkpoints]
-    seen = 0 if scoring.seen is None else scoring.seen.nbytes
-    need = self_need(
-        [store.k for store in stores],
-        scoring.n,
-        scoring.lambdas,
-        norms=scoring.norm_bytes(),
-        fixed=seen,
-        reading=sum(store.reading_bytes for store in stores),
-    )
+    need = _need(scoring, scoring.lambdas, [Form.of(own.train.k, own.curvature) for own in scoring.checkpoints])
+    need = replace(need, ways=partial(_ways, scoring))
     block_rows = plan_block_rows(need, worker_memory(memory), slots_per_process(slots))
     work = scoring.work(block_rows, normalized=True)
     parts = Parts(resume, scoring.digest(kind="self-influence", block_rows=block_rows))
@@ -86,6 +82,26 @@ def self_influence(
     parts.remove()
     result: npt.NDArray[np.float32] = scoring.squeeze(found)
     return result
+
+
+def _need(scoring: Scoring, lambdas: int, forms: list[Form]) -> Need:
+    return self_need(
+        [form.columns for form in forms],
+        scoring.n,
+        lambdas,
+        norms=sum(scoring.form_norm_bytes(form) for form in forms),
+        fixed=0 if scoring.seen is None else scoring.seen.nbytes,
+        reading=sum(own.train.reading_bytes for own in scoring.checkpoints),
+    )
+
+
+def _ways(scoring: Scoring, room: Room) -> Iterator[WayOut]:
+    """Return other ways to the values."""
+    forms = [Form.of(own.train.k, own.curvature) for own in scoring.checkpoints]
+    if scoring.lambdas > 1:
+        yield WayOut("one --damping at a time ({})", _need(scoring, 1, forms))
+    if len(forms) == 1:
+        yield from form_ways(scoring.checkpoints[0], lambda form: _need(scoring, scoring.lambdas, [form]), room)
 
 
 def self_need(columns: Sequence[int], n: int, values: int, *, norms: int, fixed: int = 0, reading: int = 0) -> Need:

@@ -74,15 +74,8 @@ class ProductAccumulator(_Accumulator):
     ----------
     a, b : int
         Columns. Holds a b float32 and a b float64.
-    engine : Engine, optional
-        What multiplies; default the fastest at hand.
-    team : Team, optional
-        Who does the work; default the caller.
-
-    Attributes
-    ----------
-    folded : int
-        Rows in the float64 sum.
+    engine, team
+        As for :class:`GramAccumulator`.
     """
 
     def __init__(self, a: int, b: int, engine: Engine | None = None, team: Team | None = None) -> None:
@@ -98,8 +91,8 @@ class ProductAccumulator(_Accumulator):
         self._team.run(product_pieces(self._engine, self._single, left, right, sign, self._team.threads))
         self.added(len(left))
 
-    def total(self) -> Matrix:
-        """Return the sum, (a, b) float64; it goes on living."""
+    def triangle(self) -> Matrix:
+        """Return the sum, all of it, (a, b) float64; it goes on living."""
         return self._finished()
 
 

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ooc_influence.curvature import ways
-from ooc_influence.curvature.fisher import fisher_need
 from ooc_influence.curvature.leading import top_self_bytes, top_working_bytes
+from ooc_influence.curvature.need import FitShapes, fisher_need, gram_need
 from ooc_influence.curvature.spectral import self_bytes, working_bytes
 from ooc_influence.errors import MemoryBudgetError
 from ooc_influence.influence.scoring import LEFT_ROWS
@@ -20,6 +20,7 @@ from ooc_influence.influence.self_influence import self_need
 from ooc_influence.influence.tiles import Costs, pass_need
 from ooc_influence.influence.top import top_costs
 from ooc_influence.linalg import spectrum_ways
+from ooc_influence.linalg.triangle import tile_side
 from ooc_influence.memory import Need, budget_bytes, plan_block_rows
 from ooc_influence.planning.rates import Rates
 from ooc_influence.store import Storage, parse_representation
@@ -101,6 +102,11 @@ class Shapes:
     held: int
     rank: int | None = None
 
+    @property
+    def fit_shapes(self) -> FitShapes:
+        """Return what the ways to a curvature are priced by."""
+        return FitShapes(self.dims, self.rows, modules=((0, self.k),) if self.dims == self.k else ())
+
     def layout(self, columns: int) -> Layout:
         """Return the layout of a store with so many columns."""
         dtype = parse_representation(self.dtype)
@@ -160,7 +166,7 @@ def basis(shapes: Shapes, rates: Rates) -> Stage:
 def fisher(shapes: Shapes, rates: Rates) -> Stage:
     """Return the Fisher matrix and its factorisation."""
     n, d = shapes.rows, shapes.dims
-    peak, _, refusal = shapes.fit(fisher_need(d, shapes.workers))
+    peak, _, refusal = shapes.fit(replace(fisher_need(d, shapes.workers), ways=shapes.fit_shapes.fisher_ways))
     sums, factoring = float(n) * d * d, 9.0 * d**3
     read = shapes.store_bytes(n, d)
     seconds = _pass(shapes, rates, read, sums / rates.syrk) + factoring / rates.eigen
@@ -186,13 +192,14 @@ def top_fisher(shapes: Shapes, rates: Rates) -> Stage | None:
 def gram(shapes: Shapes, rates: Rates) -> Stage:
     """Return the Gram matrix of the rows: what the other side of Woodbury's identity costs."""
     n, d = shapes.rows, shapes.dims
-    need = Need(f"Gram side for n={n}", 28 * n * n, 0, 3 * 4 * d, advice="the Fisher side")
+    need = replace(gram_need(n, d, shapes.workers), ways=shapes.fit_shapes.gram_ways)
     peak, rows, refusal = shapes.fit(need)
-    sums, factoring = float(n) * n * d, 9.0 * n**3
-    blocks = max(1, -(-n // (rows or need.min_rows)))
-    read = shapes.store_bytes(n, d) * (blocks + 1) // 2
-    seconds = _pass(shapes, rates, read, sums / rates.gemm) + factoring / rates.eigen
-    return Stage("Gram side", 16 * n * n, peak, read, sums + factoring, seconds, refusal, "instead of fisher")
+    side = tile_side(n)
+    strips, blocks = -(-n // side), -(-side // (rows or need.min_rows))
+    products, factoring = float(n) * n * d * (1 + 1 / strips) + 2.0 * n * n * d, 9.0 * n**3  # K, then eigenvectors
+    read = shapes.store_bytes(n, d) * ((strips + 1) * (1 + blocks) // 2 + 1)
+    seconds = _pass(shapes, rates, read, products / rates.double) + factoring / rates.eigen
+    return Stage("Gram side", 8 * n * (n + d), peak, read, products + factoring, seconds, refusal, "instead of fisher")
 
 
 def scores(shapes: Shapes, rates: Rates) -> Stage:
