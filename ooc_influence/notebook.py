@@ -9,6 +9,8 @@ from typing import Any
 
 from ooc_influence.errors import MissingExtraError
 
+_EXTRAS = {"jinja2": "report", "matplotlib": "report", "PIL": "report", "pyarrow": "parquet"}
+
 
 def optional_library(name: str, purpose: str) -> Any:
     """Import a library that only some calls need.
@@ -21,9 +23,11 @@ def optional_library(name: str, purpose: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        package = {"PIL": "pillow"}.get(name, name.partition(".")[0])
+        package = name.partition(".")[0]
+        extra = _EXTRAS.get(package)
+        wanted = package if extra is None else f"'ooc_influence[{extra}]'"
         raise MissingExtraError(
-            f"expected the library {package!r} for {purpose}; received {error}: pip install {package}"
+            f"expected the library {package!r} for {purpose}; received {error}: pip install {wanted}"
         ) from error
 
 

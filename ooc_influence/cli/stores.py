@@ -94,8 +94,14 @@ def ids(store: str, ids: tuple[str, ...], as_json: bool) -> int:
 @click.argument("rows", nargs=-1)
 @click.option("--ids", "by_id", is_flag=True, help="ROWS are example ids, not row numbers.")
 @click.option("--file", "file", type=click.File(), help="Read further rows, one a line ('-': standard input).")
+@click.option("--from", "decisions", metavar="FILE", help="Drop what was ticked on a report's page of label errors: "
+              "its exported .csv or .jsonl. Rows to relabel stay.")  # fmt: skip
+@click.option("--relabelled", is_flag=True, help="With --from: drop rows to relabel too; their gradients are of the "
+              "old label.")  # fmt: skip
 @options.as_json
-def drop(store: str, rows: tuple[str, ...], by_id: bool, file: Any, as_json: bool) -> None:
+def drop(
+    store: str, rows: tuple[str, ...], by_id: bool, file: Any, decisions: str | None, relabelled: bool, as_json: bool
+) -> None:
     """Mark ROWS of STORE (numbers or ranges such as 10-20, both ends included) as removed.
 
     Their numbers stay; they are NaN in scores and absent from top lists and the next fit. 'compact' rewrites a store
@@ -103,10 +109,13 @@ def drop(store: str, rows: tuple[str, ...], by_id: bool, file: Any, as_json: boo
     """
     from ooc_influence import GradientStore
     from ooc_influence.errors import InputError
+    from ooc_influence.report import read_decisions
 
     named = [*rows, *(line.strip() for line in file or () if line.strip())]
-    if not named:
-        raise InputError("expected rows to drop; received none: give numbers, or ids with --ids")
+    if not named and decisions is None:
+        raise InputError("expected rows to drop; received none: give numbers, ids with --ids, or --from FILE")
+    if relabelled and decisions is None:
+        raise InputError("expected --from FILE with --relabelled; received none: it says what is to be relabelled")
     with GradientStore.open(store, "a") as opened:
         if by_id:
             wanted = _parse_ids(opened, named)
@@ -116,11 +125,15 @@ def drop(store: str, rows: tuple[str, ...], by_id: bool, file: Any, as_json: boo
                 raise InputError(f"expected ids of {store}; received {missing[:5]}, which no row has")
         else:
             numbers = [number for text in named for number in _parse_range(text)]
+        found = [] if decisions is None else read_decisions(decisions, opened)
+        kept = [own.row for own in found if own.action == "relabel" and not relabelled]
+        numbers += [own.row for own in found if own.action == "drop" or relabelled]
         opened.drop(numbers)
-        facts = {"store": store, "named": len(numbers), "dropped": int(opened.dropped.sum())}
-    options.print_result(
-        as_json, facts, lambda: f"{store}: {facts['dropped']} of {opened.n} rows are dropped; fit the curvature again"
-    )
+        facts = {"store": store, "named": len(numbers), "dropped": int(opened.dropped.sum()), "to_relabel": kept}
+    text = f"{store}: {facts['dropped']} of {opened.n} rows are dropped; fit the curvature again"
+    if kept:
+        text += f"\n{len(kept)} rows to relabel were left as they are (--relabelled drops them too)"
+    options.print_result(as_json, facts, lambda: text)
 
 
 def _parse_ids(store: Any, names: Any) -> list[Any]:

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ooc_influence.curvature import Curvature
+from ooc_influence.curvature.damping import spectrum_floor
 from ooc_influence.errors import InputError
 from ooc_influence.notebook import optional_library
 
@@ -49,14 +50,17 @@ def spectrum(curvature: Curvature, damping: float | None = None) -> Figure:
     MissingExtraError
         Without matplotlib.
     """
-    values = np.sort(curvature.eigenvalues[curvature.eigenvalues > 0])[::-1]
+    floor = spectrum_floor(curvature.eigenvalues, curvature.d)
+    values = np.sort(curvature.eigenvalues[curvature.eigenvalues > floor])[::-1]
     if not len(values):
         raise InputError(f"expected a curvature with positive eigenvalues; received {curvature!r}")
     chosen = curvature.damping_value(damping)
     figure, (left, right) = _figure(2)
     left.loglog(np.arange(1, len(values) + 1), values)
     left.axhline(chosen, color="C1", linestyle="--", label=f"λ = {chosen:.3g}")
-    left.set(xlabel="number", ylabel="eigenvalue", title=f"Spectrum of F, {len(values)} of {curvature.d} above zero")
+    left.set(
+        xlabel="number", ylabel="eigenvalue", title=f"Spectrum of F, {len(values)} of {curvature.d} above rounding"
+    )
     lambdas = [curvature.damping_value(level) for level in _LEVELS]
     right.semilogx(lambdas, [curvature.effective_dimension(value) for value in lambdas])
     dimension = curvature.effective_dimension(chosen)
