@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import click
 
 from ooc_influence.cli import options
 
+_LOADING = ("adapter", "tokenizer", "revision", "dtype", "device", "trust_remote_code")
 _FIELDS = ("text", "label", "source", "id", "image")
 
 examples = options.several(
@@ -58,6 +61,66 @@ def report(store: str, out: str, as_json: bool, **given: Any) -> None:
     written = write_report(out=out, **arguments(store, given))
     facts = {"report": str(written), "open": str(written / "index.html")}
     options.print_result(as_json, facts, lambda: f"open {facts['open']}")
+
+
+@click.command()
+@click.argument("store")
+@examples
+@click.option("--model", metavar="DIR|ID", help="Take new queries with this Hugging Face model, the one STORE was made "
+              "with.")  # fmt: skip
+@click.option("--recipe", metavar="FILE.py:FUNCTION", help="Take them with a recipe that has query=.")
+@click.option("--typed", type=click.Choice(["text", "prompt", "chat"]), default="text", show_default=True,
+              help="What is typed, with --model: running text, or a prompt and a completion (chat: through the "
+              "tokenizer's template).")  # fmt: skip
+@click.option("--adapter", metavar="DIR", help="A PEFT adapter to put on the model.")
+@click.option("--tokenizer", metavar="DIR|ID", help="Where the tokenizer is, if not with the model.")
+@click.option("--revision", help="Of the hub's repository.")
+@click.option("--model-dtype", "dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16", "8bit"]),
+              default="auto", show_default=True, help="Of the model's weights; auto: as saved.")  # fmt: skip
+@click.option("--device", help="Where the model runs, such as cuda. Default: the CPU.")
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; others than this machine's "
+              "own let the network in.")  # fmt: skip
+@click.option("--port", type=click.IntRange(0, 65535), default=0, help="Default: a free one.")
+@click.option("--no-token", is_flag=True, help="Let anybody ask who reaches the port.")
+@options.as_json
+def serve(store: str, host: str, port: int, no_token: bool, as_json: bool, **given: Any) -> None:
+    """Serve pages about STORE on this machine, and take new queries. Ctrl-C ends it.
+
+    A query typed or pasted is extracted as the rows of STORE were; its proponents come from STORE.
+    """
+    import signal
+
+    from ooc_influence.report.serve import live_report
+    from ooc_influence.report.serve import serve as run
+
+    loading = {name: given.pop(name) for name in _LOADING}
+    model = _model(given.pop("model"), given.pop("recipe"), given.pop("typed"), loading)
+
+    def started(url: str) -> None:
+        options.print_result(as_json, {"url": url}, lambda: f"open {url} (Ctrl-C ends it)")
+        sys.stdout.flush()
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with live_report(model=model, listen=(host, port), token=not no_token, **arguments(store, given)) as server:
+        run(server, started)
+    click.echo("stopped", err=True)
+
+
+def _model(name: str | None, recipe: str | None, typed: str, loading: dict[str, Any]) -> Any:
+    from ooc_influence.errors import InputError
+    from ooc_influence.report.asking import HuggingFaceModel, RecipeModel
+
+    if name is not None and recipe is not None:
+        raise InputError("expected --model or --recipe; received both")
+    if name is not None:
+        return HuggingFaceModel(name, typed, **loading)
+    if recipe is None:
+        return None
+    from ooc_influence.extract.recipe_file import load_recipe
+
+    with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints must not end up in our output
+        return RecipeModel(load_recipe(recipe), recipe)
 
 
 def arguments(store: str, given: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -22,6 +23,7 @@ from ooc_influence.report.records import Key, Spool, open_records
 from ooc_influence.store import GradientStore
 
 TEXT_LIMIT = 4000  # characters of an example in a page
+_AT_ONCE = 8192  # rows whose records are looked for
 _PIECE = re.compile(r"#\d+$")  # a document that has several rows
 _SOURCES = ("source", "document_source", "url")
 _SHOWN_ELSEWHERE = ("label", "source")
@@ -96,7 +98,8 @@ class Examples:
             first = next(iter(open_records(path, self._corpus.split)), dict)()
             field = "id" if "id" in first else None
         self._id_field = field
-        wanted = {key for keys in self._keys(rows) for key in keys}
+        every = field is None and len(rows) == self.store.n  # then numbers alone, 8 bytes a record
+        wanted: Collection[Key] = range(2**62) if every else {key for keys in self._keys(rows) for key in keys}
         spool = Spool.fill(path, wanted, field, self._corpus.split)
         if field is None and by_row and spool.count != self.store.n:
             spool.close()
@@ -104,16 +107,20 @@ class Examples:
                 f"expected a record for each of {self.store.n} rows of {self.store.path}; received {spool.count} in "
                 f"{path}: give the file the store was made from, or name the field with its ids (--id)"
             )
-        lacking = sum(all(key not in spool for key in keys) for keys in self._keys(rows))
+        lacking = self._lacking(spool, rows)
         if len(rows) and lacking == len(rows):
             spool.close()
             raise MismatchError(
                 f"expected records of the rows of {self.store.path} in {path}; received none of the {len(rows)} looked "
-                f"for, such as {next(iter(self._keys(rows)))[0]!r}: give the field with the ids (--id), or another file"
+                f"for, such as {self._keys(rows[:1])[0][0]!r}: give the field with the ids (--id), or another file"
             )
         if lacking:
             warnings.warn(f"{lacking} of {len(rows)} examples have no record in {path}", OocInfluenceWarning, 4)
         return spool
+
+    def _lacking(self, spool: Spool, rows: npt.NDArray[np.int64]) -> int:
+        parts = (rows[start : start + _AT_ONCE] for start in range(0, len(rows), _AT_ONCE))
+        return sum(all(key not in spool for key in keys) for part in parts for keys in self._keys(part))
 
     @property
     def _by_document(self) -> bool:

@@ -59,7 +59,7 @@ class PageFolder:
     def write_page(self, title: str, *, live: bool = False) -> None:
         """Write ``index.html`` and what it loads."""
         (self.path / "assets").mkdir()
-        for name in ("report.css", *SCRIPTS):
+        for name in ("report.css", "icon.svg", *SCRIPTS):
             (self.path / "assets" / name).write_bytes(asset(name))
         (self.path / "index.html").write_text(page(title, live=live), "utf-8")
 

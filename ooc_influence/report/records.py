@@ -6,6 +6,7 @@ folder saved by ``datasets``. Nothing needs to be seekable, so a ``.gz`` does as
 
 from __future__ import annotations
 
+import array
 import csv
 import gzip
 import io
@@ -126,18 +127,17 @@ class Spool:
     ----------
     count : int
         Records read.
-    by_id : bool
-        Whether keys are ids (text) or record numbers.
     """
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by the context
         self._places: dict[Key, int] = {}
-        self.count, self.by_id = 0, False
+        self._every = array.array("q")  # places by record number, where all are wanted
+        self.count = 0
 
     @classmethod
     def fill(cls, path: Path, wanted: Collection[Key], id_field: str | None, split: str | None = None) -> Self:
-        """Copy the records whose number, or whose ``id_field`` as text, is wanted.
+        """Copy the records whose number, or whose ``id_field`` as text, is wanted; a range from 0: all numbers.
 
         Raises
         ------
@@ -145,11 +145,13 @@ class Spool:
             As for :func:`open_records`; for records without that field, or an id that repeats.
         """
         spool = cls()
-        spool.by_id = id_field is not None
         try:
             for number, parse in enumerate(open_records(path, split)):
                 spool.count += 1
                 if id_field is None and number not in wanted:
+                    continue
+                if isinstance(wanted, range):
+                    spool._every.append(spool._write(parse()))
                     continue
                 record = parse()
                 key: Key = number
@@ -169,17 +171,18 @@ class Spool:
     def _add(self, key: Key, record: dict[str, Any], path: Path) -> None:
         if key in self._places:
             raise InputError(f"expected ids that do not repeat in {path}; received {key!r} twice")
-        self._places[key] = self._file.tell()
+        self._places[key] = self._write(record)
+
+    def _write(self, record: dict[str, Any]) -> int:
+        place = self._file.tell()
         self._file.write(json.dumps(record, default=str).encode() + b"\n")
+        return place
 
     def __contains__(self, key: Key) -> bool:
-        return key in self._places
-
-    def __len__(self) -> int:
-        return len(self._places)
+        return key in self._places or (isinstance(key, int) and 0 <= key < len(self._every))
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
-        self._file.seek(self._places[key])
+        self._file.seek(self._places[key] if key in self._places else self._every[int(key)])
         found: dict[str, Any] = json.loads(self._file.readline())
         return found
 

@@ -72,9 +72,9 @@ class Settings:
         """Return the arguments that all calls share."""
         return {"curvature": self.curvature, "damping": self.damping, **self.scoring}
 
-    def find_top(self, query: Any, train: GradientStore) -> TopInfluential:
+    def find_top(self, query: Any, train: GradientStore, **more: Any) -> TopInfluential:
         """Return top lists with these settings."""
-        return top_influential(query, train, top=self.top, normalize=self.normalize, **self.both())
+        return top_influential(query, train, top=self.top, normalize=self.normalize, **self.both(), **more)
 
 
 class Report:
@@ -204,19 +204,27 @@ def write_report(
     OocInfluenceError
         See :func:`top_influential`.
     """
+    check_free(Path(out).absolute())
+    report = open_report(store, queries, Settings(curvature, damping, top, normalize, scoring))
+    with PageFolder(Path(out)) as folder:
+        write_pages(report, folder, Corpus.of(data), Corpus.of(query_data), suspects, by, title)
+    return Path(out)
+
+
+def open_report(
+    store: GradientStore | PathLike, queries: GradientStore | PathLike | None, settings: Settings
+) -> Report:
+    """Return what pages are made from; see :func:`write_report`."""
+    damping = settings.damping
     if np.ndim(damping if damping is not None else 0.0) or isinstance(store, (list, tuple)):
         raise InputError("expected one store and one damping for a report; received several: write one for each")
     optional_library("jinja2", "pages")
-    check_free(Path(out).absolute())
     train, query = (
         given if given is None or isinstance(given, GradientStore) else GradientStore.open(given)
         for given in (store, queries)
     )
     assert train is not None
-    report = Report(train, query, Settings(curvature, damping, top, normalize, scoring))
-    with PageFolder(Path(out)) as folder:
-        write_pages(report, folder, Corpus.of(data), Corpus.of(query_data), suspects, by, title)
-    return Path(out)
+    return Report(train, query, settings)
 
 
 def write_pages(
@@ -228,9 +236,9 @@ def write_pages(
     by: Sequence[str] | None,
     title: str | None = None,
     *,
-    live: bool = False,
+    ask: dict[str, Any] | None = None,
 ) -> None:
-    """Write everything of a page into its folder."""
+    """Write everything of a page into its folder; ``ask`` is what a live one says of whom to ask."""
     train, query, found = report.train, report.query, report.top
     chosen = report.suspects(suspects)
     lists = [] if found is None else [getattr(found, side).rows.ravel() for side in ("proponents", "opponents")]
@@ -252,8 +260,8 @@ def write_pages(
             stacklevel=3,
         )
     name = title or Path(str(train.path)).name
-    folder.write_data("index", _index(report, chosen, sums, name) | {"live": live})
-    folder.write_page(name, live=live)
+    folder.write_data("index", _index(report, chosen, sums, name) | {"ask": ask})
+    folder.write_page(name, live=ask is not None)
 
 
 def _write_queries(

@@ -3,7 +3,8 @@
 
 (() => {
   const { el } = ooc;
-  let last = null;
+  const NAMES = { text: "Text of the new query", prompt: "Prompt", completion: "Completion (its loss alone counts)", label: "Label" };
+  let last = null, asked = {};
 
   async function call(address, options = {}) {
     const answer = await fetch(address, { credentials: "omit", cache: "no-store", ...options });
@@ -12,8 +13,10 @@
     return found;
   }
 
-  async function run(text, label, tell) {
-    let job = await call("api/query", { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify({ text, label }) });
+  const post = (address, values) => call(address, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(values) });
+
+  async function run(values, tell) {
+    let job = await post("api/query", values);
     while (job.state === "waiting" || job.state === "running") {
       tell(job);
       await new Promise((resolve) => { setTimeout(resolve, 250); });
@@ -24,11 +27,15 @@
   }
 
   ooc.ask = { name: "Ask", open(main) {
-    const text = el("textarea", { id: "question", rows: 6, spellcheck: "false", "aria-label": "Text of the new query", placeholder: ooc.index.ask.hint });
+    const { model, fields } = ooc.index.ask;
+    const inputs = Object.fromEntries(fields.map((name) => [name, name === "label"
+      ? el("input", { id: "ask-label", type: "text", list: "known-labels", autocomplete: "off" })
+      : el("textarea", { id: `ask-${name}`, rows: name === "completion" ? 4 : 6, spellcheck: "false" })]));
+    for (const [name, own] of Object.entries(asked)) if (inputs[name]) inputs[name].value = own;
     const bar = el("progress", { id: "progress", hidden: true, "aria-label": "Progress" });
     const told = el("p", { class: "quiet", "aria-live": "polite" });
     const button = el("button", { type: "submit", class: "main", text: "Find its proponents" });
-    const stop = el("button", { type: "button", text: "Stop", disabled: true, on: { click: () => call("api/stop", { method: "POST", headers: { "Content-Type": "application/json" }, body: "{}" }) } });
+    const stop = el("button", { type: "button", text: "Stop", disabled: true, on: { click: () => post("api/stop", {}) } });
     const result = el("div", { id: "answer" });
     const show = () => {
       if (last) result.replaceChildren(ooc.cards.detail(last.query, last.examples, el("h2", {}, el("span", { class: "quiet", text: "Query " }), "as typed")));
@@ -49,7 +56,8 @@
       result.replaceChildren();
       try {
         const began = performance.now();
-        const job = await run(text.value, null, tell);
+        asked = Object.fromEntries(Object.entries(inputs).map(([name, own]) => [name, own.value]));
+        const job = await run(asked, tell);
         last = job.result;
         told.textContent = `${((performance.now() - began) / 1000).toFixed(1)} seconds`;
         show();
@@ -59,10 +67,11 @@
       }
       button.disabled = false;
       stop.disabled = bar.hidden = true;
-    } } }, el("label", { class: "field wide" }, el("span", { text: "A new query" }), text), el("div", { class: "row" }, button, stop, bar), told);
+    } } }, fields.map((name) => el("label", { class: "field" }, el("span", { text: NAMES[name] }), inputs[name])), el("div", { class: "row" }, button, stop, bar), told);
     main.replaceChildren(el("div", { class: "page ask" }, el("h2", { text: "Ask" }),
-      el("p", { class: "lead", text: `Its gradient is taken by ${ooc.index.ask.model} and scored against the ${ooc.number(ooc.index.rows)} rows of the store.` }), form, result));
+      el("p", { class: "lead", text: `Its gradient is taken by ${model} and scored against the ${ooc.number(ooc.index.rows)} rows of the store.` }),
+      el("datalist", { id: "known-labels" }, ooc.index.labels.map((value) => el("option", { value }))), form, result));
     show();
-    text.focus();
+    inputs[fields[0]].focus();
   } };
 })();

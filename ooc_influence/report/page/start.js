@@ -5,7 +5,7 @@
   const main = document.getElementById("main");
   const { el } = ooc;
 
-  const names = () => [...(ooc.index.live ? ["ask"] : []), "queries", "labels", "spectrum", "distributions", "groups", "store"];
+  const names = () => [...(ooc.index.ask ? ["ask"] : []), "queries", "labels", "spectrum", "distributions", "groups", "store"];
 
   async function route() {
     if (location.hash && !location.hash.startsWith("#/")) return; // a place within the page
@@ -39,7 +39,7 @@
     main.replaceChildren(el("p", { class: "notice", role: "alert", text: error.message }));
     return;
   }
-  if (ooc.index.live) ooc.views.set("ask", ooc.ask);
+  if (ooc.index.ask) ooc.views.set("ask", ooc.ask);
   const { queries, rows, settings } = ooc.index;
   document.getElementById("subtitle").textContent = [`${rows.toLocaleString("en")} training rows`, queries ? `${queries.count.toLocaleString("en")} queries` : "",
     settings.lambda === null ? "plain dot products" : `λ = ${ooc.number(settings.lambda)}`].filter(Boolean).join(" · ");
