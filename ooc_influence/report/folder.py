@@ -73,10 +73,12 @@ class PageFolder:
             shutil.rmtree(self.path, ignore_errors=True)
             return
         self.path.chmod(0o777 & ~_umask())
+        earlier = self.path.with_suffix(".earlier")
         if self._target.exists():
             check_free(self._target)
-            shutil.rmtree(self._target)
+            self._target.rename(earlier)
         self.path.rename(self._target)
+        shutil.rmtree(earlier, ignore_errors=True)
 
 
 def check_free(target: Path) -> None:
