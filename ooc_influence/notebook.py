@@ -12,8 +12,8 @@ from ooc_influence.errors import MissingExtraError
 _EXTRAS = {"jinja2": "report", "matplotlib": "report", "PIL": "report", "pyarrow": "parquet"}
 
 
-def optional_library(name: str, purpose: str) -> Any:
-    """Import a library that only some calls need.
+def optional_library(name: str, purpose: str, extra: str | None = None) -> Any:
+    """Import a library that only some calls need; ``extra`` is the package's extra that brings it.
 
     Raises
     ------
@@ -24,7 +24,7 @@ def optional_library(name: str, purpose: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         package = name.partition(".")[0]
-        extra = _EXTRAS.get(package)
+        extra = extra or _EXTRAS.get(package)
         wanted = package if extra is None else f"'ooc_influence[{extra}]'"
         raise MissingExtraError(
             f"expected the library {package!r} for {purpose}; received {error}: pip install {wanted}"

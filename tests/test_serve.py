@@ -172,6 +172,26 @@ def test_only_the_page_may_ask(server):
     assert finish(server, json.loads(text))["state"] == "done"
 
 
+def test_a_page_without_a_model_or_a_token(train):
+    with live_report(train, token=False, suspects=5) as found:
+        thread = threading.Thread(target=found.serve_forever, args=(0.02,), daemon=True)
+        thread.start()
+        answer, text = ask(found, "GET", "/")
+        assert (answer.status, "connect-src &#39;none&#39;" in text) == (200, True)
+        assert ask(found, "GET", "/assets/icon.svg")[0].headers["Content-Type"] == "image/svg+xml"
+        assert ask(found, "GET", "/", Host="evil.example")[0].status == 421
+        body = {"body": json.dumps({"text": "a"}), "Content_Type": "application/json"}
+        assert ask(found, "POST", "/api/query", **body)[0].status == 404
+        with (
+            pytest.raises(InputError, match="expected a free port"),
+            live_report(train, listen=("127.0.0.1", found.server_port), suspects=5),
+        ):
+            pass
+        found.shutdown()
+        thread.join()
+    assert not found.folder.exists()
+
+
 def test_progress_is_watched_and_stops():
     seen, stop = [], False
 
