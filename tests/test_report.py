@@ -239,6 +239,19 @@ def test_dropped_rows_and_queries(pair, tmp_path):
     assert data_of(report, "list-0")[2][5] is None
 
 
+def test_many_groups_are_added_up(tmp_path):
+    train = make_store(tmp_path / "t.zarr", random_rows(120, 16), labels=[f"g{row // 2:02d}" for row in range(120)],
+                       sources=["s"] * 120)  # fmt: skip
+    query = make_store(tmp_path / "q.zarr", random_rows(250, 16, 1), like=train)
+    report = write_report(train, tmp_path / "r", query)
+    heat = data_of(report, "index")["groups"][0]
+    assert (len(heat["groups"]), heat["groups"][-1], heat["left_out"], len(heat["sums"])) == (40, "(others)", 50, 200)
+    sums = ooc.group_influence(query, train, "label")
+    assert sum(heat["counts"]) == 120
+    assert_allclose(np.sum(heat["sums"], 1), sums.sums[:200].sum(1), atol=1e-4 * np.abs(sums.sums).max())
+    assert len(data_of(report, "queries-0")["queries"][0]["groups"]["label"]) == 12
+
+
 def test_without_a_curvature(pair, tmp_path):
     query, train = pair
     report = write_report(train, tmp_path / "r", query, curvature=False, normalize="cosine")

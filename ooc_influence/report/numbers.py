@@ -87,9 +87,10 @@ def histogram(name: str, values: npt.NDArray[Any]) -> dict[str, Any]:
 
 
 def heat_map(by: str, groups: GroupInfluence, query: GradientStore) -> dict[str, Any]:
-    """Return sums by group as a table; queries are averaged by a column of theirs where that has the name.
+    """Return sums by group as a table.
 
-    Groups beyond the strongest are added up, and so are queries beyond the first, by name.
+    Its lines are means over the queries of each value of the same column, or else of their label or source; where they
+    have none of these, the first queries. Groups beyond the strongest are added up.
     """
     sums, counts, names = groups.sums, groups.counts, [str(name) for name in groups.names.tolist()]
     column = next((name for name in (by, "label", "source") if name in query.layout.columns), None)
@@ -97,17 +98,16 @@ def heat_map(by: str, groups: GroupInfluence, query: GradientStore) -> dict[str,
     if column is not None:
         values, codes = np.unique(query.column(column), return_inverse=True)
         live = ~np.isnan(sums).any(1)
-        lines = np.array(
-            [sums[live & (codes == code)].mean(0) for code in range(len(values)) if (live & (codes == code)).any()]
-        )
-        labels = [str(value) for code, value in enumerate(values.tolist()) if (live & (codes == code)).any()]
+        kept = np.unique(codes[live])
+        lines = np.array([sums[live & (codes == code)].mean(0) for code in kept]).reshape(len(kept), len(names))
+        labels = [str(value) for value in values[kept].tolist()]
     shown = lines[:_QUERIES]
     if len(names) > _GROUPS:
         strong = np.argsort(-np.nan_to_num(np.abs(shown)).sum(0), kind="stable")
-        kept, rest = np.sort(strong[: _GROUPS - 1]), strong[_GROUPS - 1 :]
-        shown = np.concatenate([shown[:, kept], shown[:, rest].sum(1, keepdims=True)], axis=1)
-        counts = np.concatenate([counts[kept], counts[rest].sum(keepdims=True)])
-        names = [names[place] for place in kept] + [_OTHERS]
+        first, rest = np.sort(strong[: _GROUPS - 1]), strong[_GROUPS - 1 :]
+        shown = np.concatenate([shown[:, first], shown[:, rest].sum(1, keepdims=True)], axis=1)
+        counts = np.concatenate([counts[first], counts[rest].sum(keepdims=True)])
+        names = [names[place] for place in first] + [_OTHERS]
     return {
         "by": by,
         "queries_by": column,
