@@ -12,21 +12,13 @@ import time
 import numpy as np
 import pytest
 from conftest import random_rows
-from pages import HOSTILE, Page, hostile_pair, make_store, start_browser
+from pages import HOSTILE, hostile_pair, make_store
 from test_cli import run  # noqa: F401 - a fixture
 
 import ooc_influence as ooc
 from ooc_influence.report import Corpus, write_report
 
 pytest.importorskip("jinja2")
-
-
-@pytest.fixture(scope="module")
-def page(tmp_path_factory):
-    downloads = tmp_path_factory.mktemp("downloads")
-    driver = start_browser(downloads)
-    yield Page(driver, downloads)
-    driver.quit()
 
 
 @pytest.fixture(scope="module")
@@ -261,17 +253,16 @@ def test_hostile_text_stays_text(page, hostile):
     page.go("groups")
     assert "<script>window.hacked = 1</script>" in page.texts(".heat thead th")
     page.go("labels")
-    for row in range(12):
-        page.fill("input[type=search]", train.ids()[row].split("\n")[0][:20])
-        page.wait("return document.getElementById(arguments[0])", f"suspect-{row}")
-        tick(page, row)
+    for button in (3, 2, 3):  # tick this page, go to the next, tick that
+        page.find(f".pager button:nth-of-type({button})").click()
     page.find("#export-csv").click()
     path = report.parent / "label-errors.csv"
     path.write_bytes(page.saved("label-errors.csv"))
     from ooc_influence.report import read_decisions
 
     found = read_decisions(path, train)
-    assert [own.row for own in found] == list(range(12))
+    assert [own.row for own in found] == list(range(60))
+    assert {own.action for own in found} == {"drop"}
     assert page.run("return window.hacked ?? null") is None
     assert page.run("return document.title") == f"{HOSTILE[1]} – influence"
     assert all(request.startswith(("file://", "blob:")) for request in page.requests())

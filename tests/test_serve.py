@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import pytest
 import torch
 from models import Mlp, batches, data, loss, make
-from pages import Page, start_browser
+from test_cli import run  # noqa: F401 - a fixture
 
 import ooc_influence as ooc
 from ooc_influence.errors import InputError
@@ -43,9 +43,6 @@ def read(text):
 def recipe():
     x, y = data(Mlp, 60)
     return Recipe(make(Mlp), loss, {"train": batches(x, y, 8)}, loss_kind="cross_entropy", query=read)
-
-def silent():
-    return Recipe(make(Mlp), loss, {"train": []})
 """
 
 
@@ -255,31 +252,24 @@ def test_a_recipe_without_query_is_refused():
         RecipeModel(ooc.Recipe(make(Mlp), loss, {}), "mine")
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_the_page_asks(server, train, tmp_path):
-    driver = start_browser(tmp_path)
-    try:
-        page = Page(driver, tmp_path)
-        page.open(server.url)
-        assert page.texts("#pages a")[0] == "Ask"
-        page.go("ask")
-        page.find("#ask-text").send_keys(typed(80))
-        page.find("button.main").click()
-        page.wait("return document.querySelectorAll('#answer .card').length === 8", seconds=60)
-        assert page.texts("#answer .card .text")[0].startswith("vector ")
-        page.fill("#ask-text", "<script>window.hacked = 1</script>")
-        page.find("button.main").click()
-        page.wait("return document.querySelector('#answer .notice')?.innerText.includes('can read')")
-        page.go("queries/3")
-        page.wait("return document.querySelector('.query h2')?.innerText === 'Query 3'")
-        page.go("labels")
-        assert page.run("return window.hacked ?? null") is None
-        own = f"http://127.0.0.1:{server.server_port}/{server.token}/"
-        assert all(address.startswith((own, "about:blank", "blob:")) for address in page.requests())
-        assert page.logs() == []
-    finally:
-        driver.quit()
+def test_the_page_asks(page, server):
+    page.open(server.url)
+    assert page.texts("#pages a")[0] == "Ask"
+    page.go("ask")
+    page.find("#ask-text").send_keys(typed(80))
+    page.find("button.main").click()
+    page.wait("return document.querySelectorAll('#answer .card').length === 8", seconds=60)
+    assert page.texts("#answer .card .text")[0].startswith("vector ")
+    page.fill("#ask-text", "<script>window.hacked = 1</script>")
+    page.find("button.main").click()
+    page.wait("return document.querySelector('#answer .notice')?.innerText.includes('can read')")
+    page.go("queries/3")
+    page.wait("return document.querySelector('.query h2')?.innerText === 'Query 3'")
+    page.go("labels")
+    assert page.run("return window.hacked ?? null") is None
+    own = f"http://127.0.0.1:{server.server_port}/{server.token}/"
+    assert all(address.startswith((own, "about:blank", "blob:")) for address in page.requests())
+    assert page.logs() == []
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -327,8 +317,9 @@ def test_ctrl_c_ends_it_cleanly(train, tmp_path):
     starter = "from ooc_influence.cli.main import main; main()"
     command = [sys.executable, "-c", starter, "serve", str(train), "--recipe", "my.py:recipe"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    for stop in (signal.SIGINT, signal.SIGTERM):
-        process = subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes)
+    stops = (signal.SIGINT, signal.SIGTERM)
+    processes = [subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes) for _ in stops]
+    for stop, process in zip(stops, processes, strict=True):
         url = re.search(r"open (\S+)", process.stdout.readline())[1]
         assert urlsplit(url).hostname == "127.0.0.1"
         connection = http.client.HTTPConnection("127.0.0.1", urlsplit(url).port, timeout=20)
@@ -341,6 +332,18 @@ def test_ctrl_c_ends_it_cleanly(train, tmp_path):
         assert process.returncode == 0, err
         assert err.strip().splitlines()[-1] == "stopped"
         assert "Traceback" not in err
-        assert list((tmp_path / "tmp").glob("ooc_influence-*")) == []
-    refused = subprocess.run([*command, "--recipe", "my.py:silent"], cwd=tmp_path, env=environment, **pipes)
-    assert (refused.returncode, "with query=" in refused.stderr) == (2, True)
+    assert list((tmp_path / "tmp").glob("ooc_influence-*")) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--recipe my_recipe.py:recipe", "with query="),
+        ("--recipe my_recipe.py:recipe --model m", "--model or --recipe; received both"),
+        ("--port 70000", "70000"),
+    ],
+)
+def test_a_mistake_is_one_line(run, train, line, message):  # noqa: F811
+    code, out, err = run(f"serve {train} {line}")
+    assert (code, out) == (2, "")
+    assert message in err
