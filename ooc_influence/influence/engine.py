@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
@@ -20,7 +21,10 @@ from ooc_influence.stripes import task_threads
 
 Floats = npt.NDArray[np.float32]
 _Result = TypeVar("_Result")
+_Part = TypeVar("_Part")
 _FEW = 256  # rows of the left factor up to which the product of the swapped factors, turned round, is quicker
+_PIECE = 1024  # rows of either factor multiplied at once: on a fixed grid, so that threads do not change roundings
+_SMALL_PIECE = 512  # train rows multiplied at once by few others
 _ROTATED_BYTES = 32 * 2**20  # of rotated rows that all threads hold while they find norms
 
 
@@ -109,7 +113,10 @@ class HostEngine(Engine):
 
     def _each(self, work: Callable[[slice], _Result], count: int, step: int) -> list[_Result]:
         """Do ``work`` on slices of ``count`` things, at most ``step`` of them each."""
-        parts = [slice(start, min(count, start + step)) for start in range(0, count, step)]
+        return self._run(work, _cut(count, step))
+
+    def _run(self, work: Callable[[_Part], _Result], parts: Sequence[_Part]) -> list[_Result]:
+        """Do ``work`` on every part."""
         if len(parts) == 1:
             return [work(parts[0])]
         return list(self._pool.map(work, parts))
@@ -134,13 +141,17 @@ class HostEngine(Engine):
     def multiply(self, left: Any, rows: Any, out: Any) -> None:
         """See :class:`Engine`."""
 
-        def work(part: slice) -> None:
-            if len(left) <= _FEW:
-                out[:, part] = np.matmul(rows[part], left.T).T
-            else:
-                np.matmul(left, rows[part].T, out=out[:, part])
+        def few(part: slice) -> None:
+            out[:, part] = np.matmul(rows[part], left.T).T
 
-        self._each(work, len(rows), self._share(len(rows)))
+        def many(place: tuple[slice, slice]) -> None:
+            queries, part = place
+            np.matmul(left[queries], rows[part].T, out=out[queries, part])
+
+        if len(left) <= _FEW:
+            self._run(few, _cut(len(rows), _SMALL_PIECE))
+        else:
+            self._run(many, list(product(_cut(len(left), _PIECE), _cut(len(rows), _PIECE))))
 
     def sums(self, rows: Any, codes: Codes, weights: Floats) -> tuple[Codes, Any]:
         """See :class:`Engine`."""
@@ -178,6 +189,11 @@ class HostEngine(Engine):
     def host(self, tile: Any) -> Floats:
         """See :class:`Engine`."""
         return np.asarray(tile)
+
+
+def _cut(count: int, step: int) -> list[slice]:
+    """Return slices of ``count`` things, at most ``step`` in each."""
+    return [slice(start, min(count, start + step)) for start in range(0, count, step)]
 
 
 def make_engine(device: str | None) -> Engine:
