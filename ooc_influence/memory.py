@@ -123,7 +123,7 @@ class Need:
 
 
 class WayOut(NamedTuple):
-    """Another way to a result: what to say, and what it needs. ``{}`` in the text becomes the price in bytes."""
+    """Another way to a result: what to say, and what it needs. The first ``{}`` becomes the price in bytes."""
 
     text: str
     need: Need
@@ -200,7 +200,7 @@ def _refusal(need: Need, room: Room, workers: int) -> str:
         ways.insert(0, f"--workers 1 ({format_bytes(room.price(need))})")
     for way in need.ways(room) if need.ways is not None else ():
         if room.fits(way.need):
-            ways.append(way.text.format(format_bytes(room.price(way.need))))
+            ways.append(way.text.replace("{}", format_bytes(room.price(way.need)), 1))
     if need.advice:
         ways.append(need.advice)
     return (

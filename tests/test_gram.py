@@ -160,17 +160,23 @@ def test_panels_of_eigenvectors(tmp_path, monkeypatch):
     assert_near(np.abs(cut.eigenvectors), np.abs(whole.eigenvectors), 1e-9)
 
 
-def test_an_interrupted_fit_goes_on(tmp_path, on_disk, monkeypatch):
-    train = write_store(tmp_path / "t.zarr", random_rows(170, 200))
+def stopping(monkeypatch, count):
+    """Interrupt what multiplies after so many tiles, whose numbers are returned."""
     original, made = kernel._multiply, []
 
-    def stop(tile, how):
-        if len(made) == 7:
+    def multiply(tile, how):
+        if len(made) == count:
             raise KeyboardInterrupt
         made.append(tile.number)
         return original(tile, how)
 
-    monkeypatch.setattr(kernel, "_multiply", stop)
+    monkeypatch.setattr(kernel, "_multiply", multiply)
+    return original, made
+
+
+def test_an_interrupted_fit_goes_on(tmp_path, on_disk, monkeypatch):
+    train = write_store(tmp_path / "t.zarr", random_rows(170, 200))
+    original, made = stopping(monkeypatch, 7)
     with pytest.raises(KeyboardInterrupt):
         fit_gram(train)
     with pytest.raises(KeyboardInterrupt):
@@ -193,15 +199,7 @@ def test_an_interrupted_fit_goes_on(tmp_path, on_disk, monkeypatch):
 
 def test_other_rows_do_not_go_on(tmp_path, on_disk, monkeypatch):
     train = write_store(tmp_path / "t.zarr", random_rows(100, 200))
-    original, made = kernel._multiply, []
-
-    def stop(tile, how):
-        if len(made) == 3:
-            raise KeyboardInterrupt
-        made.append(tile.number)
-        return original(tile, how)
-
-    monkeypatch.setattr(kernel, "_multiply", stop)
+    stopping(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
         fit_gram(train)
     monkeypatch.undo()
@@ -211,6 +209,15 @@ def test_other_rows_do_not_go_on(tmp_path, on_disk, monkeypatch):
     g = now.rows().astype(np.float64)
     g[3] = 0
     assert_near(fit_gram(now).gram[...], g @ g.T, 1e-9)
+
+
+def test_on_object_storage(tmp_path, on_disk):
+    train = write_store("memory://gram/t.zarr", random_rows(70, 100))
+    g = train.rows().astype(np.float64)
+    assert_near(gram_matrix(train, "memory://gram/k.zarr")[...], g @ g.T, 1e-9)
+    found = fit_curvature(train, workers=2)
+    assert_near(found.gram[...], g @ g.T, 1e-9)
+    assert_near(Curvature.open("memory://gram/t.zarr/curvature/gram").fisher(), g.T @ g / 70, 1e-9)
 
 
 def test_one_process_at_a_time_writes_tiles(tmp_path, on_disk, monkeypatch):

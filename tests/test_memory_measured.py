@@ -125,6 +125,7 @@ def test_measured_is_within_projected(stores, stage, which, workers, top):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*effective dimension")
 def test_eigenvectors_on_disk_stay_there(tmp_path):
     train = write(tmp_path / "train.zarr", 2200, 16_384)
     fit_gram(train)

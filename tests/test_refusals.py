@@ -202,8 +202,8 @@ def test_plain_dot_products_offer_no_curvature(fitted):
 
 def test_only_what_fits_is_offered():
     small, large = Need("small", 1, 0, 0), Need("large", 10**9, 0, 0)
-    need = Need("it", 10**10, 0, 0, ways=lambda room: [WayOut("this ({})", small), WayOut("that ({})", large)])
-    with pytest.raises(MemoryBudgetError, match=r"use --memory [^,]*, or this \(96 MiB\)$"):
+    need = Need("it", 10**10, 0, 0, ways=lambda room: [WayOut("this ({}: {x}{}", small), WayOut("that ({})", large)])
+    with pytest.raises(MemoryBudgetError, match=r"use --memory [^,]*, or this \(96 MiB: {x}{}$"):
         plan_block_rows(need, "100MiB", reserved=0)
     room = Room(Room(0, 0).price(Need("x", 700, 0, 0)), 0)
     assert [room.largest(lambda size: Need("x", size, 0, 0), most) for most in (2000, 300, 1)] == [512, 256, 1]

@@ -193,12 +193,12 @@ class FitShapes(NamedTuple):
 
     def gram_ways(self, room: Room) -> Iterator[WayOut]:
         """Return the ways out where K does not fit."""
-        yield from self.kernel_ways(room)
+        yield from self.sampled(room)
         yield WayOut("--side fisher ({})", fisher_need(self.k, 1, self.reading, rows=self.small))
         yield from self.ranked(room, "--side fisher --rank {}")
         yield from self.reduced(room)
 
-    def kernel_ways(self, room: Room) -> Iterator[WayOut]:
+    def sampled(self, room: Room) -> Iterator[WayOut]:
         """Return the largest sample of the rows whose K fits."""
         rows = room.largest(lambda size: gram_need(size, self.k, 1, self.reading), self.rows - 1)
         if rows > 1:
