@@ -63,6 +63,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name == "hf":
         return import_module("ooc_influence.hf")
+    if name == "plot":
+        return import_module("ooc_influence.report.plot")
     room = _ROOM_OF.get(name)
     if room is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

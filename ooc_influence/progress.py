@@ -2,7 +2,8 @@
 
 Block loops run inside Dask tasks, which cannot carry a progress bar. They call :func:`tick` with a key; a bar opened
 under that key in the same process shows it; on a Dask worker the tick travels as an event under the same name. A bar
-that closes early (an error, Ctrl-C) makes the next tick stop its task, and so does a task's being cancelled.
+that closes early (an error, Ctrl-C) makes the next tick stop its task, and so does a task's being cancelled. Whoever
+shows progress elsewhere than on a terminal watches: :func:`watched`.
 """
 
 from __future__ import annotations
@@ -11,9 +12,13 @@ import contextlib
 import sys
 import threading
 import uuid
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, Self
 
+Watcher = Callable[[str, int, int | None], None]  # what is done, rows done, rows in all
+_watcher: ContextVar[Watcher | None] = ContextVar("ooc_influence_watcher", default=None)
 _bars: dict[str, Progress] = {}
 _stopped: set[str] = set()
 _lock = threading.Lock()
@@ -37,6 +42,8 @@ class Progress:
     def __init__(self, label: str, total: int | None, show: bool | None, unit: str = "row") -> None:
         self.key = uuid.uuid4().hex
         self._bar: Any = None
+        self._label, self._total, self._done, self._watcher = label, total, 0, _watcher.get()
+        self._tell(0)
         if show:
             from tqdm import tqdm
 
@@ -48,12 +55,19 @@ class Progress:
         Raises
         ------
         InterruptedError
-            On a Dask worker, if the task was cancelled.
+            On a Dask worker, if the task was cancelled; or whatever a watcher raises.
         """
         check_cancelled()
+        self._tell(rows)
         if self._bar is not None:
             with _lock:
                 self._bar.update(rows)
+
+    def _tell(self, rows: int) -> None:
+        if self._watcher is not None:
+            with _lock:
+                self._done += rows
+            self._watcher(self._label, self._done, self._total)
 
     def note(self, **notes: str) -> None:
         """Show further facts behind the rate."""
@@ -78,6 +92,16 @@ class Progress:
             self.stop()
         if self._bar is not None:
             self._bar.close()
+
+
+@contextlib.contextmanager
+def watched(watcher: Watcher) -> Iterator[None]:
+    """Tell ``watcher`` of the progress of all that this thread starts meanwhile; what it raises stops the work."""
+    token = _watcher.set(watcher)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
 
 
 def tick(key: str, rows: int) -> None:

@@ -50,3 +50,14 @@ def pair(tmp_path):
     train = write_store(tmp_path / "train.zarr", random_rows(500, 40))
     query = write_store(tmp_path / "query.zarr", random_rows(7, 40, seed=1))
     return query, train
+
+
+@pytest.fixture(scope="session")
+def page(tmp_path_factory):
+    """The browser that all tests of pages share; they are skipped, with the reason, where there is none."""
+    from pages import Page, start_browser
+
+    downloads = tmp_path_factory.mktemp("downloads")
+    driver = start_browser(downloads)
+    yield Page(driver, downloads)
+    driver.quit()

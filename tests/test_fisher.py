@@ -85,34 +85,37 @@ def test_weights_by_loss(tmp_path, name):
     assert found.attrs["clipped"] == 1
 
 
-def test_sampling_error(train):
-    whole = oracle(train.rows())
-    found = [fit_fisher(train, sample=60, seed=seed, name=f"s{seed}") for seed in range(8)]
+@pytest.mark.parametrize("blocks", [None, "diagonal"])
+def test_sampling_error(train, blocks):
+    whole = oracle(train.rows()) * (np.eye(12) if blocks else 1)
+    found = [fit_fisher(train, sample=60, seed=seed, name=f"s{seed}", blocks=blocks) for seed in range(8)]
     errors = [np.linalg.norm(one.fisher() - whole) / np.linalg.norm(whole) for one in found]
     told = [one.facts()["sampling_error"] for one in found]
     assert_allclose(np.mean(told), np.sqrt(np.mean(np.square(errors))), rtol=0.35)
     assert found[0].rows == 60
-    everything = fit_fisher(train, sample=300, refit=True)
+    everything = fit_fisher(train, sample=300, refit=True, blocks=blocks)
     assert everything.attrs["sampling_error"] == 0
     assert_near(everything.fisher(), whole)
 
 
+@pytest.mark.parametrize("blocks", [None, "diagonal"])
 @pytest.mark.parametrize("weights", [None, "array"])
-def test_updates(train, weights, monkeypatch):
+def test_updates(train, weights, blocks, monkeypatch):
     given = None if weights is None else np.random.default_rng(0).uniform(0.5, 2, 340)
-    fit_fisher(train, weights=None if given is None else given[:300])
+    fit_fisher(train, weights=None if given is None else given[:300], blocks=blocks)
     with GradientStore.open(train.path, "a") as store:
         store.append(spread_rows(40, 12, seed=9), loss=np.zeros(40))
         store.drop([0, 17, 299, 310])
     now = GradientStore.open(train.path)
     read = count_rows(monkeypatch)
-    found = fit_fisher(now, weights=given)
+    found = fit_fisher(now, weights=given, blocks=blocks)
     assert sum(read) == 43  # new rows, and those dropped since
     live = np.setdiff1d(np.arange(340), [0, 17, 299, 310])
     assert found.rows == len(live)
     matrix = found.fisher()
-    assert_near(matrix, oracle(now.rows()[live], None if given is None else given[live]))
-    scratch = fit_fisher(now, weights=given, refit=True)
+    expected = oracle(now.rows()[live], None if given is None else given[live])
+    assert_near(matrix, expected * (np.eye(12) if blocks else 1))
+    scratch = fit_fisher(now, weights=given, blocks=blocks, refit=True)
     assert_near(matrix, scratch.fisher())
     assert_near(found.eigenvalues, scratch.eigenvalues)
 
@@ -187,22 +190,25 @@ def killed(*args, **options):
             os.kill(os.getpid(), signal.SIGKILL)
         yield block
 rows.read_blocks = killed
-ooc.fit_fisher(sys.argv[1], memory="3GiB", workers=1)
+ooc.fit_fisher(sys.argv[1], memory="3GiB", workers=1, blocks=sys.argv[3] or None)
 """
 
 
-def test_a_killed_fit_goes_on(tmp_path, monkeypatch):
+@pytest.mark.parametrize("blocks", [None, "diagonal"])
+def test_a_killed_fit_goes_on(tmp_path, monkeypatch, blocks):
     store = write_store(tmp_path / "t.zarr", spread_rows(40000, 6))
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(KILLED), str(store.path), "20000"], check=False, capture_output=True
+        [sys.executable, "-c", textwrap.dedent(KILLED), str(store.path), "20000", blocks or ""],
+        check=False,
+        capture_output=True,
     )
     assert done.returncode == -9, done.stderr.decode()
     assert (tmp_path / "t.zarr/curvature/.default.partial").is_dir()
     read = count_rows(monkeypatch)
-    found = fit_fisher(store, memory="3GiB", workers=1)
+    found = fit_fisher(store, memory="3GiB", workers=1, blocks=blocks)
     assert 0 < sum(read) < 35000
     assert found.rows == 40000
-    assert_near(found.fisher(), oracle(store.rows()))
+    assert_near(found.fisher(), oracle(store.rows()) * (np.eye(6) if blocks else 1))
     assert not (tmp_path / "t.zarr/curvature/.default.partial").exists()
 
 

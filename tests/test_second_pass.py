@@ -454,6 +454,10 @@ def test_scores_do_not_change_by_rotation(tmp_path, wide):
     value = curvature.damping_value()
     diagonal = (np.square(new.rows()) / (new.reduction.eigenvalues + value)).sum(1)  # no rotation of rows needed
     assert_allclose(self_influence(new), diagonal, rtol=1e-4)
+    fit_fisher(new, blocks="diagonal", refit=True)
+    assert_allclose(self_influence(new), diagonal, rtol=1e-4)
+    found = influence_scores(queries["new"], new).compute()
+    assert_allclose(found, scores["old"], atol=1e-4 * np.abs(scores["old"]).max())
 
 
 def test_rotating_to_fewer_and_once_more(tmp_path, wide):

@@ -39,7 +39,8 @@ def _parse_rows(_: click.Context, __: click.Parameter, value: str | None) -> sli
 @click.option("--seed", type=int, default=0, show_default=True, help="What the sample is drawn with.")
 @click.option("--weights", type=click.Choice(["ggn", "trak"]), help="Weigh rows by their losses.")
 @click.option("--force-weights", is_flag=True, help="Whatever the loss is.")
-@click.option("--blocks", type=click.Choice(["module"]), help="One matrix for each module.")
+@click.option("--blocks", type=click.Choice(["module", "diagonal"]),
+              help="One matrix for each module; or the diagonal only, for a rotated store.")  # fmt: skip
 @click.option("--rank", type=int, metavar="R", help="Keep the top R eigenvectors only: any number of columns fits.")
 @click.option("--device", help="Multiply rows there, such as cuda. Default: NumPy's or SciPy's BLAS.")
 @options.workers

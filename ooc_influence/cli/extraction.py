@@ -10,7 +10,6 @@ import click
 
 from ooc_influence.cli import options
 from ooc_influence.cli.allocator import keep_freed_memory
-from ooc_influence.cli.stores import describe, store_facts
 
 _FIELDS = ("text", "prompt", "completion", "messages", "label", "chat", "id", "keep")
 _PREPARING = (
@@ -125,6 +124,7 @@ def extract(shard: str | None, shards: int | None, on_nonfinite: str, as_json: b
     from ooc_influence import extract_gradients, extract_shards
     from ooc_influence.errors import InputError
     from ooc_influence.extract.recipe_file import choose_split, load_recipe
+    from ooc_influence.report import describe, store_facts
     from ooc_influence.stripes import ambient_client
 
     place = _parse_shard(shard)
@@ -180,6 +180,7 @@ def init(rows: int | None, as_json: bool, **given: Any) -> None:
     from ooc_influence.errors import InputError
     from ooc_influence.extract import row_types
     from ooc_influence.extract.recipe_file import choose_split, load_recipe
+    from ooc_influence.report import describe, store_facts
 
     keep_freed_memory()
     with contextlib.redirect_stdout(sys.stderr):

@@ -9,8 +9,6 @@ import click
 
 from ooc_influence.cli import options
 
-_LISTED = 20  # of what is wrong, or missing: more would scroll away
-
 
 @click.command()
 @click.argument("store")
@@ -18,10 +16,10 @@ _LISTED = 20  # of what is wrong, or missing: more would scroll away
 def info(store: str, as_json: bool) -> None:
     """Show what is in a store, and how far its writers are."""
     from ooc_influence import GradientStore
-    from ooc_influence.report import table
+    from ooc_influence.report import curvature_states, layer_facts, store_facts, table
 
     opened = GradientStore.open(store)
-    facts = store_facts(opened) | {"layers": _layers(opened), "curvature": _curvatures(opened)}
+    facts = store_facts(opened) | {"layers": layer_facts(opened), "curvature": curvature_states(opened)}
 
     def text() -> str:
         lines = [(name, value) for name, value in _flat(facts) if not name.startswith(("layers", "writers"))]
@@ -96,8 +94,14 @@ def ids(store: str, ids: tuple[str, ...], as_json: bool) -> int:
 @click.argument("rows", nargs=-1)
 @click.option("--ids", "by_id", is_flag=True, help="ROWS are example ids, not row numbers.")
 @click.option("--file", "file", type=click.File(), help="Read further rows, one a line ('-': standard input).")
+@click.option("--from", "decisions", metavar="FILE", help="Drop what was ticked on a report's page of label errors: "
+              "its exported .csv or .jsonl. Rows to relabel stay.")  # fmt: skip
+@click.option("--relabelled", is_flag=True, help="With --from: drop rows to relabel too; their gradients are of the "
+              "old label.")  # fmt: skip
 @options.as_json
-def drop(store: str, rows: tuple[str, ...], by_id: bool, file: Any, as_json: bool) -> None:
+def drop(
+    store: str, rows: tuple[str, ...], by_id: bool, file: Any, decisions: str | None, relabelled: bool, as_json: bool
+) -> None:
     """Mark ROWS of STORE (numbers or ranges such as 10-20, both ends included) as removed.
 
     Their numbers stay; they are NaN in scores and absent from top lists and the next fit. 'compact' rewrites a store
@@ -105,10 +109,13 @@ def drop(store: str, rows: tuple[str, ...], by_id: bool, file: Any, as_json: boo
     """
     from ooc_influence import GradientStore
     from ooc_influence.errors import InputError
+    from ooc_influence.report import read_decisions
 
     named = [*rows, *(line.strip() for line in file or () if line.strip())]
-    if not named:
-        raise InputError("expected rows to drop; received none: give numbers, or ids with --ids")
+    if not named and decisions is None:
+        raise InputError("expected rows to drop; received none: give numbers, ids with --ids, or --from FILE")
+    if relabelled and decisions is None:
+        raise InputError("expected --from FILE with --relabelled; received none: it says what is to be relabelled")
     with GradientStore.open(store, "a") as opened:
         if by_id:
             wanted = _parse_ids(opened, named)
@@ -118,11 +125,15 @@ def drop(store: str, rows: tuple[str, ...], by_id: bool, file: Any, as_json: boo
                 raise InputError(f"expected ids of {store}; received {missing[:5]}, which no row has")
         else:
             numbers = [number for text in named for number in _parse_range(text)]
+        found = [] if decisions is None else read_decisions(decisions, opened)
+        kept = [own.row for own in found if own.action == "relabel" and not relabelled]
+        numbers += [own.row for own in found if own.action == "drop" or relabelled]
         opened.drop(numbers)
-        facts = {"store": store, "named": len(numbers), "dropped": int(opened.dropped.sum())}
-    options.print_result(
-        as_json, facts, lambda: f"{store}: {facts['dropped']} of {opened.n} rows are dropped; fit the curvature again"
-    )
+        facts = {"store": store, "named": len(numbers), "dropped": int(opened.dropped.sum()), "to_relabel": kept}
+    text = f"{store}: {facts['dropped']} of {opened.n} rows are dropped; fit the curvature again"
+    if kept:
+        text += f"\n{len(kept)} rows to relabel were left as they are (--relabelled drops them too)"
+    options.print_result(as_json, facts, lambda: text)
 
 
 def _parse_ids(store: Any, names: Any) -> list[Any]:
@@ -152,6 +163,7 @@ def _parse_range(text: str) -> range:
 def compact(store: str, out: str, as_json: bool) -> None:
     """Write STORE without its dropped rows to OUT. Row numbers change; STORE stays as it is."""
     from ooc_influence import compact_store
+    from ooc_influence.report import store_facts
 
     result = compact_store(store, out, progress=options.show_progress())
     options.print_result(as_json, store_facts(result), lambda: repr(result))
@@ -165,6 +177,7 @@ def compact(store: str, out: str, as_json: bool) -> None:
 def merge(sources: tuple[str, ...], out: str, move: bool, as_json: bool) -> None:
     """Concatenate SOURCES, stores of one mask and model, into a new store."""
     from ooc_influence import merge_stores
+    from ooc_influence.report import store_facts
 
     result = merge_stores(sources, out, move=move, progress=options.show_progress())
     options.print_result(as_json, store_facts(result), lambda: repr(result))
@@ -208,121 +221,11 @@ def reduce(wide: str, codec: str | None, cache: str | None, cache_size: str, as_
     A run that was stopped goes on where it was when the same command runs again, with the same basis.
     """
     from ooc_influence import Storage, reduce_store
+    from ooc_influence.report import describe, store_facts
 
     opened = options.open_train(wide, cache, cache_size)
     result = reduce_store(opened, storage=Storage(codec=codec), progress=options.show_progress(), **given)
     options.print_result(as_json, store_facts(result), lambda: describe(result))
-
-
-def describe(store: Any) -> str:
-    """Return a store in a line, and what its reduction leaves out."""
-    facts, lines = store.attrs.get("reduction") or {}, [repr(store)]
-    if "left_out" in facts:
-        left_out = f"{facts['left_out']:.2%} of the trace of the {facts['pilot_rows']} rows the basis is made from"
-        lines.append(f"{facts['columns']} of {facts['rows']} directions leave out {left_out}")
-    if "measured" in store.attrs:
-        measured = store.attrs["measured"]
-        lines.append(f"and {measured['left_out']:.2%} of that of the {measured['rows']} rows written")
-    return "\n".join(lines)
-
-
-def store_facts(store: Any) -> dict[str, Any]:
-    """Return what ``info`` tells about a store, without its layers and curvatures."""
-    from ooc_influence.memory import format_bytes
-    from ooc_influence.store import tree_bytes
-
-    size = tree_bytes(store.path)
-    attrs, layout = store.attrs, store.layout
-    return {
-        "store": str(store.path),
-        "rows": store.n,
-        "committed": store.committed,
-        "planned": layout.planned_rows,
-        "missing": _missing(store),
-        "dropped": int(store.dropped.sum()) if store.has_dropped else 0,
-        "k": store.k,
-        "p": attrs["p"],
-        "dtype": layout.dtype,
-        "codec": layout.codec,
-        "column_scale": layout.column_scale,
-        "reduction": attrs.get("reduction"),
-        "measured": attrs.get("measured"),
-        "batching": attrs.get("batching"),
-        "chunk_rows": layout.chunk_rows,
-        "chunks": len(store.records),
-        "bytes": size,
-        "size": format_bytes(size),
-        "compressor": attrs.get("compressor"),
-        "covered": attrs.get("covered"),
-        "mask_digest": store.mask_digest,
-        "rows_digest": store.rows_digest(),
-        "model": attrs.get("model"),
-        "loss_kind": attrs.get("loss_kind"),
-        "ids": layout.ids,
-        "columns": layout.columns,
-        "made_from": attrs.get("made_from"),
-        "created": attrs["created"],
-        "format": attrs["format"],
-        "version": attrs["version"],
-        "writers": _writers(store),
-    }
-
-
-def _missing(store: Any) -> list[list[int]]:
-    """Return the first row ranges that are planned, or lie before committed rows, and are not committed."""
-    from ooc_influence.store.writer import missing_spans
-
-    spans = missing_spans(store.records, store.layout, 0, store.layout.planned_rows)
-    return [[start, stop] for start, stop in spans if stop is not None][:_LISTED]
-
-
-def _writers(store: Any) -> list[dict[str, Any]]:
-    """Return who writes, or wrote and was not finished, and how far each is."""
-    from ooc_influence.store.claim import claimed_rows, read_claims
-    from ooc_influence.store.commits import rows_in
-
-    found = []
-    for name, (_, owner) in sorted(read_claims(store.path).items()):
-        rows = claimed_rows(name)
-        if rows is None or (owner.released and rows[1] is None):
-            continue
-        start, stop = rows
-        size = store.layout.chunk_rows
-        held = rows_in(store.records)[start // size : None if stop is None else -(-stop // size)]
-        state = "finished" if owner.released else ("alive" if owner.alive() else "dead")
-        if owner.released and stop is not None and held.sum() < stop - start:
-            state = "stopped"
-        found.append(
-            {"rows": f"{start}-{'end' if stop is None else stop}", "committed": int(held.sum()), "state": state,
-             "host": owner.record.get("host"), "pid": owner.record.get("pid")}
-        )  # fmt: skip
-    return found
-
-
-def _layers(store: Any) -> list[dict[str, Any]]:
-    """Return the tapped layers, and how many entries of each are kept."""
-    return [
-        {"layer": module.layer.name or "(the model)", "kind": module.layer.kind,
-         "shape": "x".join(map(str, module.layer.shape)), "kept": len(module.rows), "entries": module.layer.entries}
-        for module in store.mask.modules
-    ]  # fmt: skip
-
-
-def _curvatures(store: Any) -> dict[str, str]:
-    from ooc_influence.curvature import Curvature
-    from ooc_influence.errors import OocInfluenceError
-    from ooc_influence.store import names
-
-    found = {}
-    for name in names(store.path / "curvature"):
-        if name.startswith(".") or name == "zarr.json":
-            continue
-        try:
-            Curvature.open(store.path / "curvature" / name).check(store)
-            found[name] = "up to date"
-        except OocInfluenceError as error:
-            found[name] = str(error)
-    return found
 
 
 def _flat(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

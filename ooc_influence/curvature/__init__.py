@@ -2,6 +2,7 @@
 
 from ooc_influence.curvature.curvature import Curvature, resolve_curvature
 from ooc_influence.curvature.damping import DampingMode
+from ooc_influence.curvature.diagonal import DiagonalCurvature
 from ooc_influence.curvature.fisher import fit_fisher
 from ooc_influence.curvature.gram import GramCurvature
 from ooc_influence.curvature.gram_fit import fit_gram, gram_matrix
@@ -10,6 +11,6 @@ from ooc_influence.curvature.side import choose_side, fit_curvature
 from ooc_influence.curvature.spectral import SpectralCurvature
 
 __all__ = [
-    "Curvature", "DampingMode", "GramCurvature", "SpectralCurvature", "TopCurvature", "choose_side", "fit_curvature",
-    "fit_fisher", "fit_gram", "gram_matrix", "resolve_curvature",
+    "Curvature", "DampingMode", "DiagonalCurvature", "GramCurvature", "SpectralCurvature", "TopCurvature",
+    "choose_side", "fit_curvature", "fit_fisher", "fit_gram", "gram_matrix", "resolve_curvature",
 ]  # fmt: skip

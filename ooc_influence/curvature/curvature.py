@@ -18,6 +18,7 @@ from ooc_influence.curvature.changes import Change, RowRecord
 from ooc_influence.curvature.damping import DampingMode, damping_value
 from ooc_influence.curvature.saved import READABLE, complete_attributes, curvature_path
 from ooc_influence.errors import CurvatureNotFoundError, InputError, MismatchError, StaleCurvatureError
+from ooc_influence.notebook import html_table, optional_library
 from ooc_influence.store import (
     GradientStore,
     PathLike,
@@ -132,7 +133,7 @@ class Curvature(ABC):
 
     @property
     def kind(self) -> str:
-        """``whole``, ``module``, ``top`` or ``gram``."""
+        """``whole``, ``module``, ``diagonal``, ``top`` or ``gram``."""
         return str(self._attrs.get("kind", "whole"))
 
     @property
@@ -271,6 +272,22 @@ class Curvature(ABC):
             f"<Curvature{kind} {str(self.path)!r} d={self.d} rows={self.rows}{weights} trace={self.trace:.4g} "
             f"d(λ={facts['default_damping']:.3g})={facts['effective_dimension']:.1f}{extra}>"
         )
+
+    def _repr_html_(self) -> str:
+        lines = [(name.replace("_", " "), value) for name, value in self.facts().items() if name != "curvature"]
+        return html_table(f"Curvature {self.path}", None, lines)
+
+    def to_pandas(self) -> Any:
+        """Return the spectrum as a DataFrame: eigenvalue, and the share of the trace up to it.
+
+        Raises
+        ------
+        MissingExtraError
+            Without pandas.
+        """
+        pandas = optional_library("pandas", "tables")
+        shares = np.cumsum(self.eigenvalues) / self.trace if self.trace else np.zeros(len(self.eigenvalues))
+        return pandas.DataFrame({"eigenvalue": self.eigenvalues, "share_of_trace": shares})
 
 
 def share_outside(inside: Matrix, gradients: Matrix) -> Matrix:

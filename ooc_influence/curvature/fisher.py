@@ -19,8 +19,9 @@ import numpy.typing as npt
 from ooc_influence.curvature import unfinished
 from ooc_influence.curvature.changes import Change
 from ooc_influence.curvature.curvature import Curvature
+from ooc_influence.curvature.diagonal import write_diagonal
 from ooc_influence.curvature.fitting import Fitting, squared_norm
-from ooc_influence.curvature.need import FitShapes, fisher_need, module_ranges
+from ooc_influence.curvature.need import FitShapes, diagonal_need, fisher_need, module_ranges
 from ooc_influence.curvature.rows import ChosenRows, Range, choose_rows
 from ooc_influence.curvature.saved import write_curvature
 from ooc_influence.curvature.spectral import SummedCurvature, write_spectra
@@ -37,7 +38,7 @@ from ooc_influence.store import GradientStore, PathLike
 from ooc_influence.stripes import check_workers, slots_per_process
 
 logger = logging.getLogger("ooc_influence")
-Blocks = Literal["module"]
+Blocks = Literal["module", "diagonal"]
 
 
 def fit_fisher(
@@ -82,8 +83,9 @@ def fit_fisher(
         w; by default 1. The named ones follow from the rows' losses (:mod:`ooc_influence.linalg.weights`).
     force_weights : bool
         Take named weights although the store does not say that its losses are one-label cross-entropy.
-    blocks : "module", optional
-        One Fisher matrix for each module's columns, with a spectrum and a λ of its own, in place of the whole.
+    blocks : {"module", "diagonal"}, optional
+        In place of the whole, one Fisher matrix for each module's columns, with a spectrum and a λ of its own; or the
+        diagonal only, which is all there is to F in a rotated store (:mod:`ooc_influence.curvature.diagonal`).
     rank : int, optional
         Find and keep the top ``rank`` eigenpairs only, by the quickest way that fits the budget
         (:mod:`ooc_influence.curvature.ways`): any number of columns fits. The rest of the trace counts as spread evenly
@@ -118,28 +120,32 @@ def fit_fisher(
     train = store if isinstance(store, GradientStore) else GradientStore.open(store)
     warn_if_unfinished(train)
     slots, device = check_workers(workers), parse_device(device)
+    if device is not None and blocks == "diagonal":
+        raise InputError(f"expected no device with blocks='diagonal'; received {device!r}: reading takes all the time")
     ranges = _parse_blocks(train, blocks, rank)
     target = fit_target(train, name, out)
     chosen = choose_rows(train, rows, sample, seed, weights, force_weights=force_weights)
     found = None if refit else fitted(target, train)
-    kind = "top" if rank is not None else "module" if blocks else "whole"
+    kind = "top" if rank is not None else "whole" if blocks == "module" and len(ranges) == 1 else blocks or "whole"
     change = None if found is None else what_changed(found, chosen, kind)
-    way = _choose_way(chosen, ranges, rank, found if change is not None else None, change, slots, memory, device)
+    way = _choose_way(chosen, kind, ranges, rank, found if change is not None else None, change, slots, memory, device)
     if found is not None and change is not None and change.nothing and found.attrs.get("rank") == rank:
         logger.info("%s is up to date", target)
         return found
     settings = {
         "store": train.identity, "rows": train.rows_digest(), "selection": dict(chosen.selection),
-        "weights": chosen.record(), "ranges": ranges, "block_rows": way.block_rows,
+        "weights": chosen.record(), "ranges": ranges, "kind": kind, "block_rows": way.block_rows,
         "since": None if change is None or found is None else found.attrs["fit"],
         "way": way.name, "tile": way.tile,
     }  # fmt: skip
     with Unfinished(target, settings) as kept:
         folder = kept.path if kept.usable else None
-        how = Summing(train, ranges, way.block_rows, sample is not None, folder, unfinished.INTERVAL, device)
+        how = Summing(
+            train, ranges, way.block_rows, kind == "diagonal", sample is not None, folder, unfinished.INTERVAL, device
+        )
         fit = Fitting(target, chosen, how, slots, progress, kept, found if change is not None else None, change)
         if rank is None:
-            _fit_square(fit)
+            _fit_square(fit, kind)
         else:
             fit_top(fit, way, rank, seed)
     return reopen(target)
@@ -147,6 +153,7 @@ def fit_fisher(
 
 def _choose_way(
     chosen: ChosenRows,
+    kind: str,
     ranges: Sequence[Range],
     rank: int | None,
     old: Curvature | None,
@@ -161,6 +168,9 @@ def _choose_way(
     need = fisher_need(
         train.k, shared, train.reading_bytes, ranges=ranges, rows=chosen.small_bytes, update=change is not None
     )
+    if kind == "diagonal":
+        need = diagonal_need(train.k, train.reading_bytes, rows=chosen.small_bytes)
+        return TopWay(kind, need, plan_block_rows(need, memory, shared), 0.0, 0.0, 0.0)
     row_bytes, changed = train.layout.encoding.row_bytes, chosen.count
     sent = 0 if device is None else 4 * row_bytes  # two blocks in flight, and their copies where the device is the host
     need = replace(need, per_row=need.per_row + sent)
@@ -182,20 +192,23 @@ def _choose_way(
     return way
 
 
-def _fit_square(fit: Fitting) -> None:
+def _fit_square(fit: Fitting, kind: str) -> None:
     """Sum, factorise and write."""
     began = time.monotonic()
     total, taken = fit.sums()
     how = fit.how
     attributes = fit.attributes(total.live, total.clipped, total.trace(), taken)
-    attributes["kind"] = "whole" if how.blocks == ((0, how.store.k),) else "module"
+    attributes["kind"] = kind
     if how.fourth:
         norm = sum(squared_norm(square) for square in total.squares)
         attributes["sampling_error"] = fit.chosen.sampling_error(total.live, total.fourth, norm)
 
     def write(group: Any) -> Mapping[str, Any]:
         fit.write_record(group)
-        write_spectra(group, attributes["kind"], total)
+        if kind == "diagonal":
+            write_diagonal(group, total)
+        else:
+            write_spectra(group, kind, total)
         return {"seconds": time.monotonic() - began}
 
     write_curvature(fit.target, attributes, write)
@@ -209,8 +222,10 @@ def _parse_blocks(train: GradientStore, blocks: str | None, rank: int | None) ->
             f"expected blocks or rank; received both, blocks={blocks!r} and rank={rank}: a rank is of the whole Fisher "
             "matrix, and blocks are factorised whole"
         )
+    if blocks == "diagonal":
+        return ((0, train.k),)
     if blocks != "module":
-        raise InputError(f"expected blocks='module' or none; received {blocks!r}")
+        raise InputError(f"expected blocks 'module', 'diagonal' or none; received {blocks!r}")
     if train.reduction is not None:
         raise InputError(
             f"expected a store of kept entries for blocks='module'; received {train.path}, whose columns are reduced: "

@@ -98,7 +98,7 @@ class Fitting:
         removed, taken = None, float(base.attrs.get("taken", 0.0))
         added = None if self.change is None else self.change.added
         if self.gone is not None:
-            plain = Summing(self.how.store, self.how.blocks, self.how.block_rows)
+            plain = replace(self.how, fourth=False, folder=None)
             with Progress("fisher: dropped rows", self.gone.count, self.progress) as bar:
                 removed = sum_rows(self.gone, plain, self.slots, bar, [(0, self.gone.count)])
             now = self.taken(removed.trace())
@@ -150,6 +150,8 @@ class Fitting:
 
 
 def squared_norm(square: npt.NDArray[np.float64]) -> float:
-    """Return the squared Frobenius norm of a symmetric matrix of which the upper triangle is given."""
+    """Return the squared Frobenius norm of a symmetric matrix: its upper triangle is given, or its diagonal (d,)."""
+    if square.ndim == 1:
+        return float(np.vdot(square, square))
     upper = np.triu(square)
     return 2 * float(np.vdot(upper, upper)) - float(np.square(np.diagonal(square)).sum())

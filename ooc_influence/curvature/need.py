@@ -14,7 +14,7 @@ import numpy as np
 
 from ooc_influence.curvature.rows import ChosenRows, Range
 from ooc_influence.curvature.ways import Shapes, largest_rank, least_need
-from ooc_influence.linalg import GramAccumulator, spectrum_ways
+from ooc_influence.linalg import DiagonalAccumulator, GramAccumulator, spectrum_ways
 from ooc_influence.linalg.triangle import tile_side
 from ooc_influence.memory import PRODUCT_ROWS, Need, Room, WayOut, block_limit
 from ooc_influence.store import CHUNK_TARGET, GradientStore
@@ -60,6 +60,18 @@ def fisher_need(
         stage=f"fisher for k={k}" + (f" in {len(sides)} blocks" if ranges and len(sides) > 1 else ""),
         fixed=max(0, factorising - accumulators) + 8 * squares * ((workers > 1) + update) + rows,
         per_worker=sum(GramAccumulator.nbytes(side) for side in sides) + reading,
+        per_row=4 * k,
+        max_rows=block_limit(k),
+        advice="extract with a smaller k",
+    )
+
+
+def diagonal_need(k: int, reading: int = 0, *, rows: int = 0) -> Need:
+    """Return what fitting the diagonal of F needs; see :func:`fisher_need`."""
+    return Need(
+        stage=f"diagonal of fisher for k={k}",
+        fixed=64 * k + rows,  # the sums of all tasks as they meet, and the spectrum
+        per_worker=DiagonalAccumulator.nbytes(k) + reading,
         per_row=4 * k,
         max_rows=block_limit(k),
         advice="extract with a smaller k",

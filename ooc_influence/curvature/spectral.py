@@ -17,8 +17,8 @@ import numpy.typing as npt
 from ooc_influence.curvature.curvature import Curvature, Matrix, dimension, share_outside
 from ooc_influence.curvature.damping import DampingMode, damping_value, spectrum_floor
 from ooc_influence.curvature.rows import Range
-from ooc_influence.curvature.sums import Sums, sum_name
-from ooc_influence.linalg import TriangleTiles, symmetric_eigen
+from ooc_influence.curvature.sums import Sums, add_written_sum, empty_sums, write_sum
+from ooc_influence.linalg import symmetric_eigen
 from ooc_influence.linalg.accumulate import mirror
 from ooc_influence.store import CHUNK_TARGET, array_store, create_array, open_group, square_chunks
 
@@ -69,14 +69,14 @@ class SummedCurvature(Curvature):
 
     def sums(self) -> Sums:
         """Return the undamped sums that F is made of, read from disk."""
-        total = Sums([np.zeros((last - first, last - first)) for first, last in self.blocks])
+        total = empty_sums(self.blocks, self.kind == "diagonal")
         self.add_sums_to(total)
         return total
 
     def add_sums_to(self, total: Sums) -> None:
         """Add :meth:`sums` to others, in place."""
         for number, square in enumerate(total.squares):
-            TriangleTiles.open(self.path, sum_name(number), len(square)).add_to_upper(square)
+            add_written_sum(self.path, number, square)
         total.live += self.rows
         total.clipped += int(self._attrs["clipped"])
         self.check_fit()
@@ -237,7 +237,7 @@ def write_spectra(group: Any, kind: str, total: Sums) -> None:
     for number in range(len(total.squares)):
         square = total.squares[number]
         total.squares[number] = np.empty((0, 0))
-        TriangleTiles.create(group, sum_name(number), len(square)).write_upper(square)
+        write_sum(group, number, square)
         mirror(square)
         square /= total.live
         values, vectors = symmetric_eigen(square)

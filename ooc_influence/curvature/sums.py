@@ -17,14 +17,15 @@ import numpy.typing as npt
 from ooc_influence.curvature import unfinished
 from ooc_influence.curvature.rows import ChosenRows, Range, Share, WeighedBlock, cut_shares
 from ooc_influence.curvature.unfinished import SavingClock, Unfinished, latest_results, read_facts, save_result
-from ooc_influence.linalg import GramAccumulator, Team, TriangleTiles, choose_engine
+from ooc_influence.linalg import DiagonalAccumulator, GramAccumulator, Team, TriangleTiles, choose_engine
 from ooc_influence.linalg.device import row_squares
 from ooc_influence.progress import Progress, tick
-from ooc_influence.store import GradientStore, StorePath
+from ooc_influence.store import GradientStore, StorePath, array_store, create_array, open_group
 from ooc_influence.stripes import run_stripes, task_threads
 
 Matrix = npt.NDArray[np.float64]
 _KIND = "rows"  # of partial results
+_TILE = 64  # rows squared at a time
 
 
 @dataclass
@@ -33,14 +34,14 @@ class Sums:
 
     Attributes
     ----------
-    squares : list of (d, d) float64
-        Σ w g gᵀ of each block of columns: upper triangles; below them, nothing that counts.
+    squares : list of (d, d) float64, or one (d,)
+        Σ w g gᵀ of each block of columns: upper triangles; below them, nothing that counts. Or the diagonal of all.
     live : int
         Rows that are not dropped.
     clipped : int
         Those of them whose weight's loss was raised to its floor.
     fourth : float
-        Σ w² ‖g‖⁴, where it was asked for: what the error of a sample is estimated from.
+        Σ w² ‖g gᵀ‖², where it was asked for: what the error of a sample is estimated from.
     """
 
     squares: list[Matrix]
@@ -56,7 +57,7 @@ class Sums:
 
     def trace(self) -> float:
         """Return the sum of all diagonals."""
-        return float(sum(np.trace(square) for square in self.squares))
+        return float(sum(square.sum() if square.ndim == 1 else np.trace(square) for square in self.squares))
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ class Summing:
         Ranges of columns, each with a square of its own.
     block_rows : int
         Rows read at a time.
+    diagonal : bool
+        Sum the diagonal only.
     fourth : bool
         Sum fourth powers too.
     folder : StorePath or None
@@ -84,6 +87,7 @@ class Summing:
     store: GradientStore
     blocks: tuple[Range, ...]
     block_rows: int
+    diagonal: bool = False
     fourth: bool = False
     folder: StorePath | None = None
     interval: float = unfinished.INTERVAL
@@ -100,6 +104,15 @@ class Summing:
         """What workers must be able to see."""
         return self.store.path
 
+    def nothing(self) -> Sums:
+        """Return the sums over no rows."""
+        return empty_sums(self.blocks, self.diagonal)
+
+
+def empty_sums(blocks: Sequence[Range], diagonal: bool) -> Sums:
+    """Return sums over no rows of some blocks of columns."""
+    return Sums([np.zeros(last - first if diagonal else (last - first, last - first)) for first, last in blocks])
+
 
 def sum_rows(
     chosen: ChosenRows, how: Summing, slots: int, bar: Progress, ranges: Sequence[Range], kept: Unfinished | None = None
@@ -113,7 +126,7 @@ def sum_rows(
     if shares:
         total: Sums = run_stripes(_sum_share, shares, bar, how, slots=slots, reduce=Sums.plus, own_threads=True)
     else:
-        total = _nothing(how)
+        total = how.nothing()
     for path, facts in done.items():
         _add_saved(total, path, facts)
     return total
@@ -134,18 +147,14 @@ def save_sums(folder: StorePath, total: Sums, ranges: Sequence[Range]) -> None:
 
     def write(group: Any) -> None:
         for number, square in enumerate(total.squares):
-            TriangleTiles.create(group, sum_name(number), len(square)).write_upper(square)
+            write_sum(group, number, square)
 
     save_result(folder, f"{_KIND}-{ranges[0][0]}", sum(b - a for a, b in ranges), facts, write)
 
 
-def _nothing(how: Summing) -> Sums:
-    return Sums([np.zeros((last - first, last - first)) for first, last in how.blocks])
-
-
 def _add_saved(total: Sums, path: StorePath, facts: dict[str, Any]) -> None:
     for number, square in enumerate(total.squares):
-        TriangleTiles.open(path, sum_name(number), len(square)).add_to_upper(square)
+        add_written_sum(path, number, square)
     total.live += facts["live"]
     total.clipped += facts["clipped"]
     total.fourth += facts["fourth"]
@@ -156,10 +165,35 @@ def sum_name(number: int) -> str:
     return f"sum-{number:05d}"
 
 
+def write_sum(group: Any, number: int, square: Matrix) -> None:
+    """Write the sum of a block of columns into a group: its upper triangle, or its diagonal (d,)."""
+    if square.ndim == 1:
+        create_array(group, sum_name(number), square.shape, square.shape, "float64", check=True)[...] = square
+    else:
+        TriangleTiles.create(group, sum_name(number), len(square)).write_upper(square)
+
+
+def add_written_sum(path: StorePath, number: int, square: Matrix) -> None:
+    """Add to the sum of a block of columns what :func:`write_sum` wrote."""
+    if square.ndim == 1:
+        found: Any = open_group(array_store(path, read_only=True), "r")[sum_name(number)]
+        square += found[...]
+    else:
+        TriangleTiles.open(path, sum_name(number), len(square)).add_to_upper(square)
+
+
 def bfloat16_holds(rows: ChosenRows) -> bool:
     """Return whether bfloat16 holds every number of some rows, weights included."""
     plain = rows.store.layout.dtype == "bfloat16" and rows.store.column_scale is None
     return plain and rows.weights is None and rows.weighting is None
+
+
+def _fourth_powers(rows: Any, diagonal: bool) -> float:
+    """Return Σ‖g gᵀ‖² over rows, of the diagonals of g gᵀ where only those are summed."""
+    if not diagonal:
+        return float(np.square(row_squares(rows)).sum())
+    parts = (np.square(rows[start : start + _TILE]).astype(np.float64) for start in range(0, len(rows), _TILE))
+    return float(sum(np.vdot(part, part) for part in parts))
 
 
 class _Running:
@@ -178,6 +212,8 @@ class _Running:
             from ooc_influence.linalg.torch_rows import DeviceSum
 
             return [DeviceSum(side, side, self._how.device) for side in sides]
+        if self._how.diagonal:
+            return [DiagonalAccumulator(side, self._team) for side in sides]
         exact = all(bfloat16_holds(rows) for _, rows in self._share.parts)
         return [
             GramAccumulator(side, choose_engine(side, bfloat16=exact, team=self._team), self._team) for side in sides
@@ -191,7 +227,7 @@ class _Running:
         path = latest_results(self._how.folder, name).get(name)
         if path is None:
             return 0
-        facts, total = read_facts(path), _nothing(self._how)
+        facts, total = read_facts(path), self._how.nothing()
         _add_saved(total, path, facts)
         rows = int(sum(b - a for a, b in facts["ranges"]))
         for square, values in zip(self._squares, total.squares, strict=True):
@@ -213,7 +249,7 @@ class _Running:
                 square.added(len(rows))
         fourth = 0.0
         if self._how.fourth:
-            fourth = float(np.square(row_squares(rows)).sum())
+            fourth = _fourth_powers(rows, self._how.diagonal)
         self._counts = (self._counts[0] + live, self._counts[1] + clipped, self._counts[2] + fourth)
         if self._squares[0].folded != before:
             self._folded = (self._squares[0].folded, self._counts)

@@ -118,7 +118,7 @@ def reopen(path: StorePath) -> Curvature:
 
 def warn_of_dimension(found: Curvature) -> None:
     """Warn where the default damping leaves nearly as many directions as there are rows or columns."""
-    if found.trace <= 0:
+    if found.trace <= 0 or found.kind == "diagonal":  # which has full rank however few the rows
         return
     dimension = found.least_dimension(found.damping_value())
     if dimension > _NEAR_ROWS * found.rows:

@@ -41,12 +41,15 @@ class Recipe:
         The data, by name (``"train"``, ``"test"``).
     loss_kind : str, optional
         As for :func:`extract_gradients`.
+    query : callable (str) -> batch, optional
+        Makes a batch of what somebody types or pastes as a new query (``serve``), one sample or several.
     """
 
     model: Any
     per_sample_loss: Any
     splits: Mapping[str, Split | Batches]
     loss_kind: str | None = None
+    query: Any = None
 
     def split(self, name: str) -> Split:
         """Return a split by name.

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ooc_influence.errors import InputError, MissingExtraError
+from ooc_influence.errors import InputError
+from ooc_influence.notebook import optional_library
 
 _BUILDERS = {
     ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text",
@@ -26,14 +27,7 @@ def need(name: str) -> Any:
     MissingExtraError
         If it is not installed.
     """
-    import importlib
-
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise MissingExtraError(
-            f"expected the library {name!r} for Hugging Face models; received {error}: pip install 'ooc_influence[hf]'"
-        ) from error
+    return optional_library(name, "Hugging Face models", "hf")
 
 
 def open_documents(data: str | os.PathLike[str] | Any, split: str | None = None) -> Any:

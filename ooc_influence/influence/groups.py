@@ -21,9 +21,12 @@ from ooc_influence.influence.engine import Floats, make_engine
 from ooc_influence.influence.parts import Part, Parts
 from ooc_influence.influence.scoring import Normalize, Scoring
 from ooc_influence.influence.tiles import Costs, Work, absent_rows, row_blocks, row_weights
+from ooc_influence.notebook import html_table, optional_library
 from ooc_influence.progress import Progress, tick
 from ooc_influence.store import PathLike
 from ooc_influence.stripes import Stripe, check_workers
+
+_SHOWN = 20  # queries and groups in a notebook's table
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +67,45 @@ class GroupInfluence:
             "outside_share": [None if np.isnan(share) else share for share in self.outside_share.tolist()],
             "sums": np.where(np.isnan(self.sums), np.array(None), self.sums).tolist(),
         }
+
+    def to_pandas(self) -> Any:
+        """Return a DataFrame with a line a query and group: query, query_id, group, rows, sum, mean, and damping.
+
+        Raises
+        ------
+        MissingExtraError
+            Without pandas.
+        """
+        pandas = optional_library("pandas", "tables")
+        q, size = self.sums.shape[-2:]
+        several = self.sums.ndim == 3
+        levels = [(self.damping, self.sums, self.means)]
+        if several:
+            levels = list(zip(self.damping, self.sums, self.means, strict=True))
+        frames = [
+            pandas.DataFrame(
+                {
+                    "query": np.repeat(np.arange(q), size), "query_id": np.repeat(self.query_ids, size),
+                    "group": np.tile(self.names, q), "rows": np.tile(self.counts, q), "sum": sums.ravel(),
+                    "mean": means.ravel(), "damping": str(damping) if np.ndim(damping) else damping,
+                }
+            )
+            for damping, sums, means in levels
+        ]  # fmt: skip
+        return pandas.concat(frames, ignore_index=True)
+
+    def __repr__(self) -> str:
+        q, size = self.sums.shape[-2:]
+        return f"<GroupInfluence {q} queries, {size} groups of {int(self.counts.sum())} rows, damping={self.damping}>"
+
+    def _repr_html_(self) -> str:
+        sums = self.sums[0] if self.sums.ndim == 3 else self.sums
+        shown = np.argsort(-np.nan_to_num(np.abs(sums)).sum(0), kind="stable")[:_SHOWN]
+        lines = [
+            (name, *(float(value) for value in line[shown]))
+            for name, line in zip(self.query_ids[:_SHOWN].tolist(), sums, strict=False)
+        ]
+        return html_table(repr(self), ("query", *map(str, self.names[shown].tolist())), lines)
 
 
 def group_influence(

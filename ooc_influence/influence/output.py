@@ -97,7 +97,13 @@ class Output:
         chunks = (max(1, min(block[0], 1 << (CHUNK_TARGET // (4 * width)).bit_length() - 1)), width)
         with NewFolder(path) as folder:
             array = create_array(
-                folder.arrays, None, shape, (1,) * (len(shape) - 2) + chunks, "float32", fill=float("nan")
+                folder.arrays,
+                None,
+                shape,
+                (1,) * (len(shape) - 2) + chunks,
+                "float32",
+                fill=float("nan"),
+                dims=facts["dims"],
             )
             array.attrs.update({**facts, "version": __version__, "complete": False, _ATTRIBUTES: {"digest": digest}})
             if not folder.publish():

@@ -9,6 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ooc_influence.notebook import html_table, optional_library
+
+_SHOWN = 20  # queries in a notebook's table
+
 
 @dataclass(frozen=True, eq=False)
 class Ranking:
@@ -94,3 +98,47 @@ class TopInfluential:
                 {"query": number, "id": name, "outside_share": None if np.isnan(outside) else outside, **lists}
             )
         return {"damping": self.damping, "queries": queries}
+
+    def to_pandas(self) -> Any:
+        """Return a DataFrame with a line an entry of a list: query, query_id, side, rank, row, id, score, and damping.
+
+        Raises
+        ------
+        MissingExtraError
+            Without pandas.
+        """
+        pandas = optional_library("pandas", "tables")
+        if self.dampings is not None:
+            parts = [self.at(number) for number in range(self.dampings)]
+            return pandas.concat([part.to_pandas() for part in parts], ignore_index=True)
+        frames = []
+        for side in ("proponents", "opponents"):
+            ranking: Ranking = getattr(self, side)
+            q, top = ranking.rows.shape
+            query, rank = np.repeat(np.arange(q), top), np.tile(np.arange(1, top + 1), q)
+            lists = (ranking.rows.ravel(), ranking.ids.ravel(), ranking.scores.ravel())
+            columns = dict(zip(("row", "id", "score"), lists, strict=True))
+            frames.append(pandas.DataFrame({"query": query, "side": side, "rank": rank, **columns}))
+        frame = pandas.concat(frames).sort_values(["query", "side", "rank"], ascending=[True, False, True])
+        frame.insert(1, "query_id", np.asarray(self.query_ids)[frame["query"]])
+        frame["damping"] = str(self.damping) if np.ndim(self.damping) else self.damping
+        return frame[frame["row"] >= 0].reset_index(drop=True)
+
+    def __repr__(self) -> str:
+        levels = "" if self.dampings is None else f"{self.dampings} dampings, "
+        q, top = self.proponents.rows.shape[-2:]
+        return f"<TopInfluential {levels}{q} queries, {top} proponents and opponents each, damping={self.damping}>"
+
+    def _repr_html_(self) -> str:
+        found = self if self.dampings is None else self.at(0)
+        lines = []
+        for number, name in enumerate(found.query_ids[:_SHOWN].tolist()):
+            sides = [
+                ", ".join(
+                    f"{own} ({score:+.3g})" for own, score in zip(side.ids[number], side.scores[number], strict=True)
+                )
+                for side in (found.proponents, found.opponents)
+            ]
+            lines.append((name, *sides))
+        more = len(found.query_ids) - len(lines)
+        return html_table(repr(self) + (f", {more} more" if more else ""), ("query", "proponents", "opponents"), lines)

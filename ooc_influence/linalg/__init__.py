@@ -1,6 +1,6 @@
 """BLAS, eigendecompositions, spectra, row weights: what compress, curvature and influence stand on."""
 
-from ooc_influence.linalg.accumulate import GramAccumulator, ProductAccumulator
+from ooc_influence.linalg.accumulate import DiagonalAccumulator, GramAccumulator, ProductAccumulator
 from ooc_influence.linalg.eigen import symmetric_eigen
 from ooc_influence.linalg.engines import Team, choose_engine
 from ooc_influence.linalg.rows import Rows, WeightedRows
@@ -10,8 +10,8 @@ from ooc_influence.linalg.triangle import TriangleTiles, list_tiles, tile_side
 from ooc_influence.linalg.weights import ONE_LABEL, Weighting, clipped_rows, parse_weighting, row_weights
 
 __all__ = [
-    "ONE_LABEL", "GramAccumulator", "ProductAccumulator", "Rows", "Spectrum", "Team", "Top", "TriangleTiles", "Way",
-    "WeightedRows", "Weighting", "choose_engine", "clipped_rows", "find_top", "iteration_bytes", "list_tiles",
-    "orthonormal_slabs", "parse_weighting", "row_weights", "spectrum_ways", "start_basis", "symmetric_eigen",
-    "tile_side", "top_spectrum",
+    "ONE_LABEL", "DiagonalAccumulator", "GramAccumulator", "ProductAccumulator", "Rows", "Spectrum", "Team", "Top",
+    "TriangleTiles", "Way", "WeightedRows", "Weighting", "choose_engine", "clipped_rows", "find_top",
+    "iteration_bytes", "list_tiles", "orthonormal_slabs", "parse_weighting", "row_weights", "spectrum_ways",
+    "start_basis", "symmetric_eigen", "tile_side", "top_spectrum",
 ]  # fmt: skip

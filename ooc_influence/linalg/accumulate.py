@@ -146,6 +146,65 @@ class GramAccumulator(_Accumulator):
         return found
 
 
+class DiagonalAccumulator:
+    """The diagonal of Σ XᵀX over blocks X (m, k), in float64; what a :class:`GramAccumulator` does, for k numbers.
+
+    Parameters
+    ----------
+    k : int
+        Columns.
+    team : Team, optional
+        Who does the work; default the caller.
+
+    Attributes
+    ----------
+    folded : int
+        Rows in the sum.
+    """
+
+    def __init__(self, k: int, team: Team | None = None) -> None:
+        self._team = team or Team()
+        self._pending, self._sum = np.zeros(k), np.zeros(k)
+        self.folded = 0
+        self._whole = True
+
+    @staticmethod
+    def nbytes(k: int) -> int:
+        """Return the bytes an accumulator of ``k`` columns holds."""
+        return 16 * k
+
+    def pieces(self, block: Floats, sign: float = 1.0) -> list[Callable[[], None]]:
+        """See :meth:`GramAccumulator.pieces`."""
+
+        def piece(columns: slice) -> None:
+            for start in range(0, len(block), _FOLD_TILE):
+                tile = block[start : start + _FOLD_TILE, columns]
+                self._pending[columns] += sign * np.einsum("ij,ij->j", tile, tile)
+
+        size = -(-len(self._sum) // self._team.threads)
+        return [partial(piece, slice(start, start + size)) for start in range(0, len(self._sum), size)]
+
+    def added(self, rows: int) -> None:
+        """See :meth:`GramAccumulator.added`."""
+        self._whole = False
+        self._sum += self._pending
+        self._pending[...] = 0
+        self.folded += rows
+        self._whole = True
+
+    def restore(self, total: Matrix, rows: int) -> None:
+        """Go on from a sum over ``rows`` rows, which is taken over."""
+        self._sum, self.folded = total, rows
+
+    def peek(self) -> Matrix | None:
+        """Return the sum; None while it is being changed."""
+        return self._sum if self._whole else None
+
+    def triangle(self) -> Matrix:
+        """Return the sum, (k,) float64."""
+        return self._sum
+
+
 def mirror(matrix: Matrix) -> None:
     """Copy the upper triangle of a square matrix to its lower one, in place."""
     for start in range(0, len(matrix), _FOLD_TILE):

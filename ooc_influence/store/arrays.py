@@ -7,7 +7,7 @@ codec, for small arrays that no commit record covers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,10 +51,12 @@ def create_array(
     fill: Any = None,
     check: bool = False,
     codec: str | None = None,
+    dims: Sequence[str] | None = None,
 ) -> Any:
     """Create array ``name`` in a Zarr group, or, without a name, as the root of a store.
 
-    Strings (``dtype=str``) keep Zarr's own default codecs.
+    Strings (``dtype=str``) keep Zarr's own default codecs. ``dims`` are what xarray calls the axes; where none are
+    given, it makes names of the array's own.
     """
     options: dict[str, Any] = {}
     if dtype is not str:
@@ -72,6 +74,7 @@ def create_array(
         dtype=dtype,
         chunk_key_encoding={"name": "default", "separator": "."},
         config={"write_empty_chunks": True},
+        dimension_names=dims or [f"{name or 'axis'}_{axis}" for axis in range(len(shape))],
         **options,
     )
 

@@ -27,12 +27,13 @@ from ooc_influence.store.place import PathLike, array_store, parse_path
 from ooc_influence.store.ranges import check_range, clear_range, make_claim
 from ooc_influence.store.reduction import Reduction, columns_digest
 from ooc_influence.store.rows import parse_rows
+from ooc_influence.store.tables import TabularView
 from ooc_influence.store.verify import Damage, verify_store
-from ooc_influence.store.view import Pin, StoreView
+from ooc_influence.store.view import Pin
 from ooc_influence.store.writer import RangeWriter
 
 
-class GradientStore(StoreView):
+class GradientStore(TabularView):
     """Per-sample gradients on disk or object storage, (n, k), with what belongs to each row.
 
     Use :meth:`open` or :meth:`create`; a context manager closes it (and commits what was appended).

@@ -206,18 +206,18 @@ class Layout:
         rows = self.planned_rows or 0
         create_array(
             group, "gradients", (rows, self.encoding.columns), (self.chunk_rows, self.encoding.columns),
-            self.encoding.dtype, fill=self.encoding.fill, codec=self.codec,
+            self.encoding.dtype, fill=self.encoding.fill, codec=self.codec, dims=("row", "stored"),
         )  # fmt: skip
         if self.columns:
             group.create_group("columns")
         for name, dtype in self.row_arrays.items():
             fill = float("nan") if dtype.startswith("float") else None
             kind: Any = str if dtype == "str" else dtype
-            create_array(group, name, (rows,), (self.group_rows,), kind, fill=fill)
-        create_array(group, "dropped", (rows,), (self.group_rows,), bool, check=True)
+            create_array(group, name, (rows,), (self.group_rows,), kind, fill=fill, dims=("row",))
+        create_array(group, "dropped", (rows,), (self.group_rows,), bool, check=True, dims=("row",))
         group.create_group(MARKS, attributes={"dropped": []})
         chunks = -(-rows // self.chunk_rows)
-        create_array(group, "commits", (chunks,), (self.group_chunks,), "uint64", check=True)[...] = 0
+        create_array(group, "commits", (chunks,), (self.group_chunks,), "uint64", check=True, dims=("chunk",))[...] = 0
 
     def __post_init__(self) -> None:
         if self.planned_rows is not None and self.planned_rows < 1:

@@ -24,7 +24,6 @@ from ooc_influence.store.reader import ChunkStream, read_into
 from ooc_influence.store.reduction import Reduction, columns_digest, load_reduction
 
 if TYPE_CHECKING:
-    import dask.array as da
     import torch
 
 Pin = tuple[str, int, int]
@@ -306,10 +305,13 @@ class StoreView:
         """Return a per-row array by its path (``"loss"``, ``"columns/label"``, ...), (stop - start,)."""
         stop = self._rows if stop is None else stop
         self._check_range(start, stop)
+        self._check_name(name)
+        return self.read(name, slice(start, stop))
+
+    def _check_name(self, name: str) -> None:
         if name != "dropped" and name not in self.layout.row_arrays:
             known = ", ".join((*self.layout.row_arrays, "dropped"))
             raise InputError(f"expected one of {known}; received {name!r}")
-        return self.read(name, slice(start, stop))
 
     def read(self, name: str, *selection: slice) -> npt.NDArray[Any]:
         """Return part of an array of the store, mapped where it lies in one chunk that can be; nothing is checked."""
@@ -334,16 +336,23 @@ class StoreView:
         """Return ``columns/<name>``, (n,)."""
         return self.small(f"columns/{name}")
 
+    def values(self, name: str, rows: Any) -> npt.NDArray[Any]:
+        """Return a per-row array (as for :meth:`small`) at row numbers, an integer array of any shape."""
+        numbers = np.asarray(rows, np.int64)
+        self._check_name(name)
+        if numbers.size == 0:
+            return np.empty(numbers.shape, object)
+        self._check_range(int(numbers.min()), int(numbers.max()) + 1)
+        distinct, places = np.unique(numbers, return_inverse=True)
+        found: npt.NDArray[Any] = np.asarray(self._array(name).get_orthogonal_selection((distinct,)))
+        return found[places].reshape(numbers.shape)
+
     def ids(self, rows: Any = None) -> npt.NDArray[Any]:
         """Return the ids of ``rows`` (any integer array; default all). Without stored ids, row numbers are the ids."""
         if rows is None:
             return self.small("example_id") if self.layout.ids else np.arange(self._rows)
         numbers: npt.NDArray[Any] = np.asarray(rows)
-        if not self.layout.ids or numbers.size == 0:
-            return numbers
-        distinct, places = np.unique(numbers, return_inverse=True)
-        found: npt.NDArray[Any] = np.asarray(self._array("example_id").get_orthogonal_selection((distinct,)))
-        return found[places].reshape(numbers.shape)
+        return self.values("example_id", numbers) if self.layout.ids and numbers.size else numbers
 
     def rows(self, start: int = 0, stop: int | None = None, *, raw: bool = False) -> npt.NDArray[Any]:
         """Return rows ``start`` to ``stop``.
@@ -379,13 +388,3 @@ class StoreView:
 
     def __dask_tokenize__(self) -> tuple[str, str]:
         return self.identity, self.rows_digest()
-
-    def to_dask(self) -> da.Array:
-        """Return the rows as a lazy (n, k) float32 Dask array, chunks as on disk; tasks carry the path only."""
-        import dask.array as da
-
-        chunks = (self.layout.chunk_rows, self.k)
-        rows: da.Array = da.from_array(
-            self, chunks=chunks, asarray=False, fancy=False, name=f"gradients-{self.rows_digest()}"
-        )
-        return rows

@@ -1,0 +1,175 @@
+"""New queries for a live page: what is typed becomes a row by the model, and the row's proponents come from the store.
+
+The row is extracted as every other, with the train store's mask and basis, into a store that is thrown away.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ooc_influence.errors import InputError
+from ooc_influence.notebook import optional_library
+from ooc_influence.report.examples import TEXT_LIMIT, Corpus, Examples
+from ooc_influence.report.images import ImageFolder
+from ooc_influence.report.write import Report
+from ooc_influence.store import GradientStore
+
+FORMS = {"text": ("text",), "prompt": ("prompt", "completion"), "chat": ("prompt", "completion")}
+
+
+class Model(ABC):
+    """What makes gradients of a typed query.
+
+    Attributes
+    ----------
+    name : str
+        What a page calls it.
+    fields : tuple of str
+        What is asked for: ``text``, or ``prompt`` and ``completion``; ``label``.
+    """
+
+    name: str
+    fields: tuple[str, ...]
+
+    def facts(self) -> dict[str, Any]:
+        """Return what a page says of it."""
+        return {"model": self.name, "fields": list(self.fields)}
+
+    @abstractmethod
+    def extract(self, values: Mapping[str, str], train: GradientStore, out: Path) -> GradientStore:
+        """Write the rows of a query, made as those of ``train``, and return their store.
+
+        Raises
+        ------
+        OocInfluenceError
+            For what the model cannot take.
+        """
+
+
+class RecipeModel(Model):
+    """The model of a recipe whose ``query`` makes a batch of a text.
+
+    Raises
+    ------
+    InputError
+        For a recipe without ``query``.
+    """
+
+    def __init__(self, recipe: Any, name: str) -> None:
+        if not callable(recipe.query):
+            raise InputError(
+                f"expected the recipe {name} with query=, a function that makes a batch of a typed text; received none"
+            )
+        self._recipe, self.name, self.fields = recipe, f"the recipe {name}", ("text",)
+
+    def extract(self, values: Mapping[str, str], train: GradientStore, out: Path) -> GradientStore:
+        """See :meth:`Model.extract`."""
+        from ooc_influence.extract import extract_gradients
+
+        recipe = self._recipe
+        try:
+            batch = recipe.query(values["text"])
+        except Exception as error:  # of the user's code, for a text that somebody typed
+            raise InputError(f"expected a query that {self.name} can read; received {error}") from error
+        return extract_gradients(
+            recipe.model, recipe.per_sample_loss, [batch], out, like=train, loss_kind=recipe.loss_kind
+        )
+
+
+class HuggingFaceModel(Model):
+    """A Hugging Face model.
+
+    Parameters
+    ----------
+    model : str or path
+        As for :func:`ooc_influence.hf.extract`.
+    form : {"text", "prompt", "chat"}
+        What is typed: running text, or a prompt and a completion, whose loss alone counts; ``chat`` puts the two
+        through the tokenizer's chat template.
+    **loading
+        As for :func:`ooc_influence.hf.load`.
+    """
+
+    def __init__(self, model: str | Path, form: str = "text", **loading: Any) -> None:
+        from ooc_influence.hf import load
+
+        optional_library("datasets", "typed queries")
+        self._loaded, self._form, self.name = load(model, **loading), form, str(model)
+        self.fields = FORMS[form] + (("label",) if self._loaded.task == "classification" else ())
+
+    def extract(self, values: Mapping[str, str], train: GradientStore, out: Path) -> GradientStore:
+        """See :meth:`Model.extract`."""
+        from ooc_influence.hf import extract
+
+        record: dict[str, Any] = {name: values[name] for name in self.fields}
+        if record.get("label", "").isdigit():
+            record["label"] = int(record["label"])
+        documents = optional_library("datasets", "typed queries").Dataset.from_list([record])
+        named: dict[str, Any] = {name: name for name in self.fields}
+        kind = str(train.attrs.get("loss_kind"))
+        return extract(
+            self._loaded, documents, out, like=train, chat=self._form == "chat",
+            reduction="sum" if kind.endswith("_sum") else "mean", **named,
+        )  # fmt: skip
+
+
+class Asker:
+    """Answers typed queries from a store. A context that holds a temporary file.
+
+    Parameters
+    ----------
+    report : Report
+        The train store and how it is scored.
+    model : Model
+        Makes gradients.
+    data : Corpus
+        Where the texts or images of train rows are.
+    pictures : ImageFolder
+        Where images are written.
+    """
+
+    def __init__(self, report: Report, model: Model, data: Corpus, pictures: ImageFolder) -> None:
+        quiet = report.settings.scoring | {"progress": None}
+        self._report, self._model, self._settings = report, model, replace(report.settings, scoring=quiet)
+        self._shown = Examples(report.train, data, np.arange(report.train.n), pictures)
+
+    def answer(self, values: Mapping[str, str]) -> dict[str, Any]:
+        """Return a query and the examples of its lists, as a page takes them.
+
+        Raises
+        ------
+        InputError
+            For a query that is empty, or that the model cannot take.
+        OocInfluenceError
+            See :func:`ooc_influence.top_influential`.
+        """
+        fields = self._model.fields
+        if not all(isinstance(values.get(name), str) and values[name].strip() for name in fields):
+            raise InputError(f"expected {' and '.join(fields)} of the new query; received an empty one")
+        report = self._report
+        with tempfile.TemporaryDirectory(prefix="ooc_influence-") as folder:
+            store = self._model.extract(values, report.train, Path(folder) / "query.zarr")
+            found = self._settings.find_top(store, report.train, average_queries=store.n > 1)
+            loss, norm = float(store.loss.mean()), float(store.grad_norm.mean())
+        entry = report.entry(found, 0)
+        text = "\n\n".join(values[name] for name in fields if name != "label")
+        query = {
+            "row": 0, "id": "typed", "loss": loss, "norm": norm, "dropped": False, "text": text[:TEXT_LIMIT],
+            "cut": max(0, len(text) - TEXT_LIMIT), "label": values.get("label"), "source": None,
+            "more": {"rows": store.n} if store.n > 1 else {}, "groups": {}, **entry,
+        }  # fmt: skip
+        rows = [row for side in ("proponents", "opponents") for row, _ in entry[side]]
+        return {"query": query, "examples": report.examples(self._shown, rows)}
+
+    def __enter__(self) -> Asker:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._shown.__exit__(*error)

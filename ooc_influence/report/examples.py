@@ -1,0 +1,212 @@
+"""Examples as a page shows them: what a store knows of a row, joined with its text or image from the corpus.
+
+A row is matched to a record by the id it was stored under, by its document's number (``extract --model``), or by its
+own number. Text is data: it is only ever written as JSON strings.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from ooc_influence.errors import InputError, MismatchError, OocInfluenceWarning
+from ooc_influence.report.images import ImageFolder, open_images
+from ooc_influence.report.records import Key, Spool, open_records
+from ooc_influence.store import GradientStore
+
+TEXT_LIMIT = 4000  # characters of an example in a page
+_AT_ONCE = 8192  # rows whose records are looked for
+_PIECE = re.compile(r"#\d+$")  # a document that has several rows
+_SOURCES = ("source", "document_source", "url")
+_SHOWN_ELSEWHERE = ("label", "source")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Where the examples of a store are, and which of their fields are what.
+
+    Attributes
+    ----------
+    path : str or Path, optional
+        JSON lines, CSV, TSV, Parquet or a folder saved by ``datasets``; see :mod:`.records`.
+    text : str, optional
+        The field with the text. Default: ``text``, or ``prompt`` and ``completion``, or ``messages``, or the whole
+        record.
+    label, source : str, optional
+        Fields with these; default the store's columns of that name, then the records' fields.
+    id : str, optional
+        The field with the ids that the store has.
+    image : str, optional
+        A field with the path of an image, below the folder of ``path``.
+    images : array, or path of a ``.npy`` file, optional
+        Images by row, (n, h, w) or (n, h, w, c): whole numbers up to 255, or floats.
+    split : str, optional
+        Which split of a folder.
+    """
+
+    path: str | Path | None = None
+    text: str | None = None
+    label: str | None = None
+    source: str | None = None
+    id: str | None = None
+    image: str | None = None
+    images: Any = None
+    split: str | None = None
+
+    @classmethod
+    def of(cls, data: Corpus | str | Path | None) -> Corpus:
+        """Return a corpus for what a caller gave: one, the path of a file, or nothing."""
+        return data if isinstance(data, Corpus) else cls(data)
+
+
+class Examples:
+    """Rows of a store as JSON-ready values. A context that holds a temporary file.
+
+    Parameters
+    ----------
+    store : GradientStore
+        What the rows are in.
+    corpus : Corpus
+        Where their text and images are.
+    rows : (m,) int64
+        All rows that will be asked for.
+    pictures : ImageFolder
+        Where images are written.
+    """
+
+    def __init__(
+        self, store: GradientStore, corpus: Corpus, rows: npt.NDArray[np.int64], pictures: ImageFolder
+    ) -> None:
+        self.store, self._corpus, self._pictures = store, corpus, pictures
+        self._images = open_images(corpus.images, store.n)
+        self._spool: Spool | None = None
+        if corpus.path is not None:
+            self._spool = self._read(Path(corpus.path), rows)
+
+    def _read(self, path: Path, rows: npt.NDArray[np.int64]) -> Spool:
+        field = self._corpus.id
+        by_row = not self._by_document and field is None
+        if by_row and self.store.layout.ids is not None:
+            first = next(iter(open_records(path, self._corpus.split)), dict)()
+            field = "id" if "id" in first else None
+        self._id_field = field
+        every = field is None and len(rows) == self.store.n  # then numbers alone, 8 bytes a record
+        wanted: Collection[Key] = range(2**62) if every else {key for keys in self._keys(rows) for key in keys}
+        spool = Spool.fill(path, wanted, field, self._corpus.split)
+        if field is None and by_row and spool.count != self.store.n:
+            spool.close()
+            raise MismatchError(
+                f"expected a record for each of {self.store.n} rows of {self.store.path}; received {spool.count} in "
+                f"{path}: give the file the store was made from, or name the field with its ids (--id)"
+            )
+        lacking = self._lacking(spool, rows)
+        if len(rows) and lacking == len(rows):
+            spool.close()
+            raise MismatchError(
+                f"expected records of the rows of {self.store.path} in {path}; received none of the {len(rows)} looked "
+                f"for, such as {self._keys(rows[:1])[0][0]!r}: give the field with the ids (--id), or another file"
+            )
+        if lacking:
+            warnings.warn(f"{lacking} of {len(rows)} examples have no record in {path}", OocInfluenceWarning, 4)
+        return spool
+
+    def _lacking(self, spool: Spool, rows: npt.NDArray[np.int64]) -> int:
+        parts = (rows[start : start + _AT_ONCE] for start in range(0, len(rows), _AT_ONCE))
+        return sum(all(key not in spool for key in keys) for part in parts for keys in self._keys(part))
+
+    @property
+    def _by_document(self) -> bool:
+        return self._corpus.id is None and self.store.layout.columns.get("document") == "int64"
+
+    def _keys(self, rows: npt.NDArray[np.int64]) -> list[list[Key]]:
+        """Return for each row the keys of its record, the likeliest first."""
+        if self._id_field is not None:
+            names = [str(name) for name in self.store.ids(rows).tolist()]
+            return [list(dict.fromkeys([name, _PIECE.sub("", name)])) for name in names]
+        numbers = self.store.values("columns/document", rows) if self._by_document else rows
+        return [[number] for number in numbers.tolist()]
+
+    def describe(self, rows: npt.NDArray[np.int64]) -> list[dict[str, Any]]:
+        """Return what a page shows of each of some rows."""
+        if not len(rows):
+            return []
+        store = self.store
+        columns = {name: store.values(f"columns/{name}", rows).tolist() for name in store.layout.columns}
+        losses, norms = (store.values(name, rows).tolist() for name in ("loss", "grad_norm"))
+        dropped = store.values("dropped", rows).tolist() if store.has_dropped else [False] * len(rows)
+        keys = self._keys(rows) if self._spool is not None else [[] for _ in rows]
+        found = []
+        for at, (row, name) in enumerate(zip(rows.tolist(), store.ids(rows).tolist(), strict=True)):
+            own = {column: values[at] for column, values in columns.items()}
+            key = next((key for key in keys[at] if self._spool is not None and key in self._spool), None)
+            record = {} if key is None or self._spool is None else self._spool[key]
+            entry = {"row": row, "id": str(name), "loss": losses[at], "norm": norms[at], "dropped": dropped[at]}
+            found.append(entry | self._details(row, own, record))
+        return found
+
+    def _details(self, row: int, own: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+        corpus = self._corpus
+        text = text_of(record, corpus.text) if record else None
+        found: dict[str, Any] = {
+            "text": text if text is None else text[:TEXT_LIMIT],
+            "cut": max(0, len(text or "") - TEXT_LIMIT),
+            "label": _first(own, record, corpus.label, ("label",)),
+            "source": _first(own, record, corpus.source, _SOURCES),
+            "more": {name: value for name, value in own.items() if name not in _SHOWN_ELSEWHERE},
+        }
+        if self._images is not None:
+            found["image"] = self._pictures.write(row, self._images[row])
+        elif corpus.image is not None and corpus.path is not None and record:
+            place = record.get(corpus.image)
+            found["image"] = self._pictures.copy(row, Path(corpus.path).parent, place) if place else None
+        return found
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._spool is not None:
+            self._spool.close()
+
+
+def _first(own: dict[str, Any], record: dict[str, Any], field: str | None, names: tuple[str, ...]) -> str | None:
+    """Return the value of a field of the record, or the first found in the store's columns or the record, as text."""
+    if field is not None:
+        if record and field not in record and field not in own:
+            raise InputError(f"expected a field {field!r}; received records with {', '.join(record)}")
+        names = (field,)
+    for values in (own, record):
+        for name in names:
+            if values.get(name) is not None:
+                return str(values[name])
+    return None
+
+
+def text_of(record: dict[str, Any], field: str | None) -> str:
+    """Return the text of a record.
+
+    Raises
+    ------
+    InputError
+        If it has no such field.
+    """
+    if field is not None:
+        if field not in record:
+            raise InputError(f"expected a field {field!r} (--text); received records with {', '.join(record)}")
+        return str(record[field])
+    if "text" in record:
+        return str(record["text"])
+    if "prompt" in record and "completion" in record:
+        return f"{record['prompt']}\n\n{record['completion']}"
+    messages = record.get("messages")
+    if isinstance(messages, list) and all(isinstance(turn, dict) for turn in messages):
+        return "\n\n".join(f"{turn.get('role')}: {turn.get('content')}" for turn in messages)
+    return json.dumps(record, ensure_ascii=False, indent=1)

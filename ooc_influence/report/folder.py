@@ -1,0 +1,138 @@
+"""The folder of a page: its own files, and data as scripts that hand JSON to a function.
+
+A page opened from disk may not fetch, but it may load scripts from beside it. What is data stays data: JSON in ASCII
+with ``<`` escaped, so that no text can end the script or start another (nor can U+2028, a line end to some parsers).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import tempfile
+from importlib.resources import files
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from ooc_influence._version import __version__
+from ooc_influence.errors import StoreExistsError
+from ooc_influence.notebook import optional_library
+
+MARK = "ooc-influence-report"  # begins index.html's second line: what may be replaced
+SCRIPTS = ("core.js", "draw.js", "cards.js", "queries.js", "labels.js", "overview.js", "ask.js", "start.js")
+_DIGITS = 6  # of a number in a page
+
+
+class PageFolder:
+    """A folder being written beside its place, put there whole when the context ends without an error.
+
+    Parameters
+    ----------
+    target : Path
+        Where the page goes: nothing may be there but an empty folder, or an earlier page, which is replaced.
+
+    Attributes
+    ----------
+    path : Path
+        Where it is written meanwhile.
+
+    Raises
+    ------
+    StoreExistsError
+        If something else is there.
+    """
+
+    def __init__(self, target: Path) -> None:
+        self._target = target.absolute()
+        check_free(self._target)
+        self._target.parent.mkdir(parents=True, exist_ok=True)
+        self.path = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=self._target.parent))
+        (self.path / "data").mkdir()
+
+    def write_data(self, name: str, value: Any) -> None:
+        """Write JSON-ready values as ``data/<name>.js``."""
+        text = f"ooc.receive({json.dumps(name)}, {to_script(value)});\n"
+        (self.path / "data" / f"{name}.js").write_text(text, "ascii")
+
+    def write_page(self, title: str, *, live: bool = False) -> None:
+        """Write ``index.html`` and what it loads."""
+        (self.path / "assets").mkdir()
+        for name in ("report.css", "icon.svg", *SCRIPTS):
+            (self.path / "assets" / name).write_bytes(asset(name))
+        (self.path / "index.html").write_text(page(title, live=live), "utf-8")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            shutil.rmtree(self.path, ignore_errors=True)
+            return
+        self.path.chmod(0o777 & ~_umask())
+        earlier = self.path.with_suffix(".earlier")
+        if self._target.exists():
+            check_free(self._target)
+            self._target.rename(earlier)
+        self.path.rename(self._target)
+        shutil.rmtree(earlier, ignore_errors=True)
+
+
+def check_free(target: Path) -> None:
+    """Check that a page may be written at a place.
+
+    Raises
+    ------
+    StoreExistsError
+        If something is there that is no earlier page.
+    """
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    index = target / "index.html"
+    if not target.is_dir() or not index.is_file() or MARK not in index.read_text("utf-8", "replace")[:200]:
+        raise StoreExistsError(f"expected nothing or an earlier report at {target}; received something else")
+
+
+def to_script(value: Any) -> str:
+    """Return values as JSON that may stand in a script: ASCII, no ``<``, numbers of six digits, NaN as null."""
+    return json.dumps(tidy(value), allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def tidy(value: Any) -> Any:
+    """Return values with floats rounded to six digits, and null for those that are not finite."""
+    if isinstance(value, float):
+        return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): tidy(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [tidy(item) for item in value]
+    return value
+
+
+def asset(name: str) -> bytes:
+    """Return a file that the page loads."""
+    return files("ooc_influence.report").joinpath("page", name).read_bytes()
+
+
+def page(title: str, *, live: bool) -> str:
+    """Return ``index.html``, escaped by its template.
+
+    Raises
+    ------
+    MissingExtraError
+        Without Jinja2.
+    """
+    jinja2 = optional_library("jinja2", "pages")
+    source = files("ooc_influence.report").joinpath("page", "index.html.j2").read_text("utf-8")
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(source)
+    text: str = template.render(title=title, scripts=SCRIPTS, version=__version__, mark=MARK, live=live)
+    return text
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,77 @@
+// A live page only (ooc-influence serve): a new query, its progress, its proponents.
+"use strict";
+
+(() => {
+  const { el } = ooc;
+  const NAMES = { text: "Text of the new query", prompt: "Prompt", completion: "Completion (its loss alone counts)", label: "Label" };
+  let last = null, asked = {};
+
+  async function call(address, options = {}) {
+    const answer = await fetch(address, { credentials: "omit", cache: "no-store", ...options });
+    const found = await answer.json();
+    if (!answer.ok) throw new Error(found.error || `the server answered ${answer.status}`);
+    return found;
+  }
+
+  const post = (address, values) => call(address, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(values) });
+
+  async function run(values, tell) {
+    let job = await post("api/query", values);
+    while (job.state === "waiting" || job.state === "running") {
+      tell(job);
+      await new Promise((resolve) => { setTimeout(resolve, 250); });
+      job = await call(`api/jobs/${job.job}`);
+    }
+    if (job.state !== "done") throw new Error(job.error || "stopped");
+    return job;
+  }
+
+  ooc.ask = { name: "Ask", open(main) {
+    const { model, fields } = ooc.index.ask;
+    const inputs = Object.fromEntries(fields.map((name) => [name, name === "label"
+      ? el("input", { id: "ask-label", type: "text", list: "known-labels", autocomplete: "off" })
+      : el("textarea", { id: `ask-${name}`, rows: name === "completion" ? 4 : 6, spellcheck: "false" })]));
+    for (const [name, own] of Object.entries(asked)) if (inputs[name]) inputs[name].value = own;
+    const bar = el("progress", { id: "progress", hidden: true, "aria-label": "Progress" });
+    const told = el("p", { class: "quiet", "aria-live": "polite" });
+    const button = el("button", { type: "submit", class: "main", text: "Find its proponents" });
+    const stop = el("button", { type: "button", text: "Stop", disabled: true, on: { click: () => post("api/stop", {}) } });
+    const result = el("div", { id: "answer" });
+    const show = () => {
+      if (last) result.replaceChildren(ooc.cards.detail(last.query, last.examples, el("h2", {}, el("span", { class: "quiet", text: "Query " }), "as typed")));
+    };
+    const tell = (job) => {
+      const of = job.total ? ` ${job.done.toLocaleString("en")} of ${job.total.toLocaleString("en")} rows` : "";
+      told.textContent = job.state === "waiting" ? "waiting for the query before" : `${job.stage}${of}`;
+      if (job.total) {
+        bar.max = job.total;
+        bar.value = job.done;
+      } else bar.removeAttribute("value");
+    };
+    const form = el("form", { on: { submit: async (event) => {
+      event.preventDefault();
+      if (button.disabled) return;
+      button.disabled = true;
+      stop.disabled = bar.hidden = false;
+      result.replaceChildren();
+      try {
+        const began = performance.now();
+        asked = Object.fromEntries(Object.entries(inputs).map(([name, own]) => [name, own.value]));
+        const job = await run(asked, tell);
+        last = job.result;
+        told.textContent = `${((performance.now() - began) / 1000).toFixed(1)} seconds`;
+        show();
+      } catch (error) {
+        told.textContent = "";
+        result.replaceChildren(el("p", { class: "notice", role: "alert", text: error.message }));
+      }
+      button.disabled = false;
+      stop.disabled = bar.hidden = true;
+    } } }, fields.map((name) => el("label", { class: "field" }, el("span", { text: NAMES[name] }), inputs[name])), el("div", { class: "row" }, button, stop, bar), told);
+    main.replaceChildren(el("div", { class: "page ask" }, el("h2", { text: "Ask" }),
+      el("p", { class: "lead", text: `Its gradient is taken by ${model} and scored against the ${ooc.number(ooc.index.rows)} rows of the store.` }),
+      el("datalist", { id: "known-labels" }, ooc.index.labels.map((value) => el("option", { value }))), form, result));
+    show();
+    inputs[fields[0]].focus();
+  } };
+})();

@@ -1,0 +1,110 @@
+// Plots as SVG, each with its numbers as a table for those who do not see it.
+"use strict";
+
+ooc.draw = (() => {
+  const { el, svg, number } = ooc;
+  const W = 560, H = 300, LEFT = 62, RIGHT = 16, TOP = 14, BOTTOM = 42;
+
+  function scale(low, high, from, to, log) {
+    const map = log ? Math.log10 : (value) => value;
+    const a = map(low), b = map(high) === a ? a + 1 : map(high);
+    return (value) => from + ((map(value) - a) / (b - a)) * (to - from);
+  }
+
+  function ticks(low, high, log) {
+    if (log) {
+      const first = Math.ceil(Math.log10(low) - 1e-9), last = Math.floor(Math.log10(high) + 1e-9);
+      const step = Math.max(1, Math.ceil((last - first + 1) / 6));
+      const found = [];
+      for (let power = first; power <= last; power += step) found.push(10 ** power);
+      return found.length > 1 ? found : [low, high];
+    }
+    const rough = (high - low || 1) / 5, power = 10 ** Math.floor(Math.log10(rough));
+    const step = [1, 2, 5, 10].map((part) => part * power).find((part) => part >= rough);
+    const found = [];
+    for (let value = Math.ceil(low / step) * step; value <= high + step * 1e-6; value += step) found.push(value);
+    return found;
+  }
+
+  const power = (value) => (value >= 1e5 || value < 1e-3 ? value.toExponential(0).replace("-", "−").replace("e+", "e") : String(Number(value.toPrecision(2))));
+  const tick = (value, log) => (log ? power(value) : value === 0 ? "0" : number(value, 2));
+
+  function frame(title, x, y) {
+    const at = scale(x.low, x.high, LEFT, W - RIGHT, x.log);
+    const up = scale(y.low, y.high, H - BOTTOM, TOP, y.log);
+    const node = svg("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": title, class: "plot" });
+    for (const value of ticks(y.low, y.high, y.log)) {
+      node.append(svg("line", { x1: LEFT, x2: W - RIGHT, y1: up(value), y2: up(value), class: "grid" }),
+        svg("text", { x: LEFT - 8, y: up(value) + 4, "text-anchor": "end", text: tick(value, y.log) }));
+    }
+    for (const value of ticks(x.low, x.high, x.log)) {
+      node.append(svg("line", { x1: at(value), x2: at(value), y1: H - BOTTOM, y2: H - BOTTOM + 4, class: "axis" }),
+        svg("text", { x: at(value), y: H - BOTTOM + 18, "text-anchor": "middle", text: tick(value, x.log) }));
+    }
+    node.append(svg("line", { x1: LEFT, x2: W - RIGHT, y1: H - BOTTOM, y2: H - BOTTOM, class: "axis" }),
+      svg("text", { x: (LEFT + W - RIGHT) / 2, y: H - 6, "text-anchor": "middle", class: "name", text: x.name }));
+    return { node, at, up };
+  }
+
+  function line(title, points, x, y, marks = []) {
+    const xs = points.map((point) => point[0]), ys = points.map((point) => point[1]);
+    const bounds = (own, values) => ({ low: Math.min(...values), high: Math.max(...values), ...own });
+    const { node, at, up } = frame(title, bounds(x, xs), bounds(y, ys));
+    const path = points.map((point, place) => `${place ? "L" : "M"}${at(point[0]).toFixed(1)} ${up(point[1]).toFixed(1)}`);
+    node.append(svg("path", { d: path.join(""), class: "line" }));
+    const drawn = [];
+    for (const mark of marks) drawn.push(place(node, at, up, mark));
+    return { node, at, up, marks: drawn };
+  }
+
+  // A mark at x (a vertical line), y (a horizontal one) or both (a point), with its name beside it.
+  function place(node, at, up, mark) {
+    const group = svg("g", { class: `mark ${mark.class || ""}` });
+    const label = svg("text", { class: "label" });
+    group.append(label);
+    node.append(group);
+    const shape = svg(mark.x !== undefined && mark.y !== undefined ? "circle" : "line", { r: 5 });
+    group.prepend(shape);
+    const move = (x, y, text) => {
+      label.textContent = text;
+      if (shape.tagName === "circle") {
+        shape.setAttribute("cx", at(x));
+        shape.setAttribute("cy", up(y));
+        const right = at(x) > W - 130; // curves fall: above and to the right of a point there is room
+        fillIn(label, { x: at(x) + (right ? -10 : 10), y: up(y) - 8, "text-anchor": right ? "end" : "start" });
+      } else {
+        const high = Math.min(H - BOTTOM, Math.max(TOP, up(y)));
+        fillIn(shape, { x1: LEFT, x2: W - RIGHT, y1: high, y2: high });
+        fillIn(label, { x: LEFT + 8, y: high > H - BOTTOM - 4 ? high - 6 : high + 15, "text-anchor": "start" });
+      }
+    };
+    move(mark.x, mark.y, mark.text);
+    return move;
+  }
+
+  function fillIn(node, values) {
+    for (const [name, value] of Object.entries(values)) node.setAttribute(name, value);
+  }
+
+  function bars(title, histogram) {
+    const { edges, counts, log } = histogram;
+    const x = { low: edges[0], high: edges[edges.length - 1], log, name: histogram.name };
+    const { node, at, up } = frame(title, x, { low: 0, high: Math.max(1, ...counts), log: false });
+    counts.forEach((count, number_) => {
+      const left = at(edges[number_]), right = at(edges[number_ + 1]);
+      node.append(svg("rect", { x: left + 0.5, width: Math.max(0.5, right - left - 1), y: up(count), class: "bar",
+        height: H - BOTTOM - up(count) },
+      svg("title", { text: `${number(edges[number_])} to ${number(edges[number_ + 1])}: ${count} rows` })));
+    });
+    return node;
+  }
+
+  function numbers(caption, header, rows) {
+    return el("details", { class: "numbers" }, el("summary", { text: "Show the numbers" }),
+      el("div", { class: "scroll" }, el("table", {}, el("caption", { text: caption }),
+        el("thead", {}, el("tr", {}, header.map((text) => el("th", { scope: "col", text })))),
+        el("tbody", {}, rows.map((row) => el("tr", {}, row.map((value) => el("td", { text: number(value) }))))))));
+  }
+
+  return { line, bars, numbers };
+})();

@@ -1,0 +1,126 @@
+// The spectrum with d(λ), histograms, group sums as a heat map, what is in the store.
+"use strict";
+
+(() => {
+  const { el, number, signed } = ooc;
+
+  const page = (title, ...children) => el("div", { class: "page" }, el("h2", { text: title }), children);
+  const figure = (title, plot, ...more) => el("figure", {}, el("figcaption", { text: title }), plot, more);
+  const terms = (pairs) => el("dl", { class: "terms" }, pairs.filter((pair) => pair[1] !== null && pair[1] !== undefined && pair[1] !== "")
+    .map(([name, value]) => el("div", {}, el("dt", { text: name }), el("dd", { text: value }))));
+
+  ooc.views.set("spectrum", { name: "Spectrum", open(main) {
+    const own = ooc.index.spectrum;
+    if (!own || !own.eigenvalues.length) {
+      main.replaceChildren(page("Spectrum", el("p", { class: "quiet", text: "These scores are plain dot products of gradients: there is no curvature." })));
+      return;
+    }
+    const points = own.numbers.map((place, at) => [place, own.eigenvalues[at]]);
+    const values = ooc.draw.line("Eigenvalues of F by number, both on logarithmic axes", points, { log: true, name: "number of the eigenvalue" },
+      { log: true }, [{ y: own.lambda, text: `λ = ${number(own.lambda)}` }]);
+    const curve = own.curve.map(([, value, dimension]) => [value, dimension]);
+    const dimensions = ooc.draw.line("Effective dimension by damping", curve, { log: true, name: "λ" }, { low: 0 },
+      [{ x: own.lambda, y: own.dimension, text: `d(λ) = ${number(own.dimension)}`, class: "used" }, { x: own.lambda, y: own.dimension, text: "", class: "tried" }]);
+    const output = el("output", { id: "dimension" });
+    const slider = el("input", { type: "range", min: 0, max: own.curve.length - 1, step: 1, "aria-label": "Damping to try" });
+    const turn = () => {
+      const [factor, value, dimension] = own.curve[slider.value];
+      const text = `damping ${number(factor)}: λ = ${number(value)}, d(λ) = ${number(dimension)}`;
+      output.textContent = text;
+      slider.setAttribute("aria-valuetext", text);
+      dimensions.marks[1](value, dimension, "");
+      values.marks[0](undefined, value, `λ = ${number(value)}`);
+    };
+    slider.addEventListener("input", turn);
+    const nearest = own.curve.reduce((best, point, at) =>
+      (Math.abs(Math.log(point[1] / own.lambda)) < Math.abs(Math.log(own.curve[best][1] / own.lambda)) ? at : best), 0);
+    slider.value = nearest;
+    main.replaceChildren(page("Spectrum",
+      el("p", { class: "lead", text: `The curvature F of ${number(own.facts.rows)} rows, ${number(own.d)} numbers each: ${number(own.positive)} eigenvalues above rounding. `
+        + `The scores were computed with λ = ${number(own.lambda)}, which leaves d(λ) = Σ e/(e + λ) = ${number(own.dimension)} directions.` }),
+      el("div", { class: "figures" },
+        figure("Eigenvalues", values.node, ooc.draw.numbers("Eigenvalues", ["number", "eigenvalue"], points)),
+        figure("Effective dimension d(λ)", dimensions.node,
+          el("label", { class: "field slider" }, el("span", { text: "Try another damping" }), slider), output,
+          ooc.draw.numbers("Effective dimension", ["damping", "λ", "d(λ)"], own.curve))),
+      terms([["trace", number(own.trace)], ["mean eigenvalue", number(own.mean)], ["largest", number(own.facts.largest_eigenvalue)],
+        ["kind", own.facts.kind], ["row weights", own.facts.weights ? own.facts.weights.name : "none"], ["kept at", own.facts.curvature]])));
+    output.textContent = `as used: λ = ${number(own.lambda)}, d(λ) = ${number(own.dimension)}`;
+  } });
+
+  ooc.views.set("distributions", { name: "Distributions", open(main) {
+    main.replaceChildren(page("Distributions",
+      el("p", { class: "lead", text: "Of all rows of the store. Long right tails of self-influence are where label errors and outliers are." }),
+      el("div", { class: "figures" }, ooc.index.histograms.map((own) => {
+        const title = own.name[0].toUpperCase() + own.name.slice(1);
+        const q = own.quantiles;
+        const summary = q.length ? `median ${number(q[2])}, 5 % below ${number(q[1])}, 5 % above ${number(q[3])}, largest ${number(q[4])}` : "no values";
+        const left = [own.zeros ? `${number(own.zeros)} are zero` : "", own.missing ? `${number(own.missing)} dropped or missing` : ""].filter(Boolean);
+        return figure(title, ooc.draw.bars(`Histogram of ${own.name}: ${summary}`, own),
+          el("p", { class: "quiet", text: [summary, ...left].join("; ") + (own.log ? "; logarithmic axis" : "") }),
+          ooc.draw.numbers(title, ["from", "to", "rows"], own.counts.map((count, at) => [own.edges[at], own.edges[at + 1], count])));
+      }))));
+  } });
+
+  const shown = { by: 0, what: "sum" };
+
+  function heat(own) {
+    const value = (line, at) => (line[at] === null ? null : shown.what === "sum" ? line[at] : line[at] / Math.max(1, own.counts[at]));
+    const largest = Math.max(0, ...own.sums.flatMap((line) => line.map((_, at) => Math.abs(value(line, at) ?? 0))));
+    const cells = (line) => line.map((_, at) => {
+      const found = value(line, at);
+      const share = largest > 0 ? Math.min(1, Math.abs(found ?? 0) / largest) : 0;
+      return el("td", { class: found === null ? null : found >= 0 ? "pro" : "con", vars: { share: share.toFixed(3) }, text: found === null ? "–" : signed(found) });
+    });
+    const side = own.queries_by ? `the queries of each ${own.queries_by}` : "each query";
+    return [ooc.cards.legend(largest), el("div", { class: "scroll" }, el("table", { class: "heat" },
+      el("caption", { text: `${shown.what === "sum" ? "Sum" : "Mean"} of scores of training rows by ${own.by}, ${own.queries_by ? "mean over" : "for"} ${side}` }),
+      el("thead", {}, el("tr", {}, el("th", { scope: "col", text: "query ╲ training" }),
+        own.groups.map((name, at) => el("th", { scope: "col", title: `${number(own.counts[at])} rows`, text: name })))),
+      el("tbody", {}, own.sums.map((line, at) => el("tr", {}, el("th", { scope: "row", text: own.queries[at] }), cells(line)))))),
+    own.left_out ? el("p", { class: "quiet", text: `${number(own.left_out)} further lines are in the pages of the queries.` }) : null];
+  }
+
+  ooc.views.set("groups", { name: "Groups", open(main) {
+    const { groups } = ooc.index;
+    if (!groups.length) {
+      main.replaceChildren(page("Groups", el("p", { class: "quiet", text: ooc.index.queries
+        ? "The store has no column label or source of few values: name columns with --by." : "This report was written without queries (--queries)." })));
+      return;
+    }
+    const area = el("div");
+    const draw = () => area.replaceChildren(...heat(groups[shown.by]).filter(Boolean));
+    main.replaceChildren(page("Groups", el("p", { class: "lead", text: "Which groups of training rows the queries rest on: positive sums lowered their loss." }),
+      el("div", { class: "tools" },
+        ooc.choice("Training rows by", groups.map((own, at) => [String(at), own.by]), String(shown.by), (value) => { shown.by = Number(value); draw(); }),
+        ooc.choice("Values", [["sum", "sum"], ["mean", "mean a row"]], shown.what, (value) => { shown.what = value; draw(); })), area));
+    draw();
+  } });
+
+  function plain(value) {
+    if (value === null || value === undefined) return null;
+    if (typeof value === "number") return number(value, 4);
+    if (typeof value === "object") return JSON.stringify(value).replaceAll('"', "").replace(/^[{[]|[}\]]$/g, "").replaceAll(",", ", ").replaceAll(":", ": ");
+    return String(value);
+  }
+
+  ooc.views.set("store", { name: "Store", open(main) {
+    const { facts, layers, curvatures, settings, queries, version, written } = ooc.index;
+    const skip = new Set(["store", "writers", "created", "missing", "bytes"]);
+    const lines = Object.entries(facts).filter(([name]) => !skip.has(name)).map(([name, value]) => [name.replaceAll("_", " "), plain(value)]);
+    const table = (caption, header, rows) => el("div", { class: "scroll" }, el("table", {}, el("caption", { text: caption }),
+      el("thead", {}, el("tr", {}, header.map((text) => el("th", { scope: "col", text })))),
+      el("tbody", {}, rows.map((row) => el("tr", {}, row.map((value) => el("td", { text: plain(value) })))))));
+    main.replaceChildren(page("Store",
+      el("section", {}, el("h3", { text: "What is in it" }), terms([["path", facts.store], ...lines])),
+      el("section", {}, el("h3", { text: "How it was made" }), terms(Object.entries(facts.created || {}).map(([name, value]) => [name, plain(value)]))),
+      el("section", {}, el("h3", { text: "Layers" }), layers.length
+        ? table("Layers whose gradients are sampled", Object.keys(layers[0]), layers.map((row) => Object.values(row))) : null),
+      el("section", {}, el("h3", { text: "Curvatures" }), terms(Object.entries(curvatures))),
+      el("section", {}, el("h3", { text: "This report" }), terms([["queries", queries ? `${number(queries.count)} rows of ${queries.store}` : "none"],
+        ["curvature", settings.curvature || "none: plain dot products"], ["λ", settings.lambda === null ? null : number(settings.lambda, 5)],
+        ["normalised", settings.normalize], ["proponents and opponents", String(settings.top)],
+        ["median share of a query outside the training spectrum", ooc.index.outside === null ? null : `${(100 * ooc.index.outside).toFixed(1)} %`],
+        ["written", `${written} by ooc-influence ${version}`]]))));
+  } });
+})();

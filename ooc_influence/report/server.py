@@ -1,0 +1,163 @@
+"""A page served to this machine's browser: ``http.server``, since a page of one reader needs no more.
+
+Every address begins with a token that only the reader of the terminal has seen; the Host header must name this server,
+so that no other site can reach it by a name of its own (DNS rebinding); nothing is said to other origins; a query must
+come from the page itself.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import secrets
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from ooc_influence.errors import InputError
+from ooc_influence.report.folder import to_script
+from ooc_influence.report.jobs import Jobs
+
+LARGEST = 2**20  # bytes of a query
+_LOOPBACK = ("127.0.0.1", "localhost")
+_KINDS = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".png": "image/png",
+          ".svg": "image/svg+xml"}  # fmt: skip
+_HEADERS = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "frame-ancestors 'none'",  # the page's own policy says the rest
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+class PageServer(ThreadingHTTPServer):
+    """Serves a page's folder, and answers its queries.
+
+    Parameters
+    ----------
+    folder : Path
+        The page.
+    jobs : Jobs or None
+        What runs queries.
+    host, port : str, int
+        Where to listen; port 0 takes a free one.
+    token : bool
+        Whether addresses begin with a token.
+
+    Attributes
+    ----------
+    url : str
+        What to open.
+
+    Raises
+    ------
+    InputError
+        If one cannot listen there.
+    """
+
+    daemon_threads = True
+
+    def __init__(
+        self, folder: Path, jobs: Jobs | None, *, host: str = "127.0.0.1", port: int = 0, token: bool = True
+    ) -> None:
+        self.folder, self.jobs = folder.resolve(), jobs
+        self.token = secrets.token_urlsafe(24) if token else ""
+        try:
+            super().__init__((host, port), _Handler)
+        except OSError as error:
+            raise InputError(f"expected a free port to listen on; received {host}:{port}: {error}") from error
+        named = f"{host}:{self.server_port}"
+        self.hosts = {f"{name}:{self.server_port}" for name in _LOOPBACK} if host in _LOOPBACK else None
+        self.url = f"http://{named}/{self.token}/" if token else f"http://{named}/"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: PageServer
+    server_version, sys_version = "ooc-influence", ""
+    timeout = 30
+
+    def do_GET(self) -> None:
+        path = self._path()
+        if path is None:
+            return
+        if path.startswith("api/jobs/"):
+            state = None if self.server.jobs is None else self.server.jobs.state(path.removeprefix("api/jobs/"))
+            if state is None:
+                self._json(HTTPStatus.NOT_FOUND, {"error": "this query is not known any more"})
+            else:
+                self._json(HTTPStatus.OK, state)
+            return
+        file = (self.server.folder / (path or "index.html")).resolve()
+        kind = _KINDS.get(file.suffix)
+        if kind is None or not file.is_relative_to(self.server.folder) or not file.is_file():
+            self._refuse(HTTPStatus.NOT_FOUND)
+            return
+        self._send(HTTPStatus.OK, f"{kind}; charset=utf-8" if kind.startswith("text") else kind, file.read_bytes())
+
+    def do_POST(self) -> None:
+        path = self._path()
+        if path is None:
+            return
+        origin, site = self.headers.get("Origin"), self.headers.get("Sec-Fetch-Site", "same-origin")
+        if origin not in (None, f"http://{self.headers.get('Host')}") or site not in ("same-origin", "none"):
+            self._refuse(HTTPStatus.FORBIDDEN)
+            return
+        length = self.headers.get("Content-Length", "")
+        if self.headers.get_content_type() != "application/json" or not length.isdigit():
+            self._refuse(HTTPStatus.UNSUPPORTED_MEDIA_TYPE)
+            return
+        if int(length) > LARGEST:
+            self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
+            return
+        try:
+            values = json.loads(self.rfile.read(int(length)))
+        except ValueError:
+            values = None
+        if self.server.jobs is None or path not in ("api/query", "api/stop"):
+            self._refuse(HTTPStatus.NOT_FOUND)
+        elif not isinstance(values, dict):
+            self._json(HTTPStatus.BAD_REQUEST, {"error": "expected a JSON object"})
+        elif path == "api/stop":
+            self.server.jobs.stop()
+            self._json(HTTPStatus.OK, {})
+        else:
+            try:
+                self._json(HTTPStatus.ACCEPTED, self.server.jobs.submit(values))
+            except InputError as error:
+                self._json(HTTPStatus.TOO_MANY_REQUESTS, {"error": str(error)})
+
+    def _path(self) -> str | None:
+        """Return what is asked for, behind the token; None, and refused, where the caller may not ask."""
+        hosts = self.server.hosts
+        if hosts is not None and self.headers.get("Host") not in hosts:
+            self._refuse(HTTPStatus.MISDIRECTED_REQUEST)
+            return None
+        path = self.path.partition("?")[0].removeprefix("/")
+        if not self.server.token:
+            return path
+        given, slash, rest = path.partition("/")
+        right = hmac.compare_digest(given.encode("utf-8", "replace"), self.server.token.encode())
+        if not (right and slash):
+            self._refuse(HTTPStatus.NOT_FOUND)
+            return None
+        return rest
+
+    def _refuse(self, status: HTTPStatus) -> None:
+        self.close_connection = True
+        self._send(status, "text/plain; charset=utf-8", f"{status.phrase}\n".encode())
+
+    def _json(self, status: HTTPStatus, values: dict[str, Any]) -> None:
+        self._send(status, "application/json", to_script(values).encode())
+
+    def _send(self, status: HTTPStatus, kind: str, body: bytes) -> None:
+        self.send_response(status)
+        for name, value in (_HEADERS | {"Content-Type": kind, "Content-Length": str(len(body))}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *values: Any) -> None:  # noqa: A002 - the base class's name
+        """Say nothing: addresses hold the token."""

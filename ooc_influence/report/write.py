@@ -1,0 +1,358 @@
+"""A report: one folder of pages that opens from disk, written from stores alone, never with the model.
+
+Top lists, self-influence and group sums are the public calls'. Queries are written a file for every
+:data:`QUERIES_A_FILE`, each with the examples its lists name, so a page loads what it shows and memory holds one file.
+"""
+
+from __future__ import annotations
+
+import datetime
+import warnings
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ooc_influence._version import __version__
+from ooc_influence.curvature import Curvature, resolve_curvature
+from ooc_influence.errors import InputError, OocInfluenceWarning
+from ooc_influence.influence import TopInfluential, group_influence, self_influence, top_influential
+from ooc_influence.influence.groups import GroupInfluence
+from ooc_influence.notebook import optional_library
+from ooc_influence.progress import Progress
+from ooc_influence.report.examples import Corpus, Examples
+from ooc_influence.report.facts import curvature_states, layer_facts, store_facts
+from ooc_influence.report.folder import PageFolder, check_free
+from ooc_influence.report.images import ImageFolder
+from ooc_influence.report.numbers import heat_map, histogram, spectrum_points
+from ooc_influence.store import GradientStore, PathLike
+
+QUERIES_A_FILE = 20
+LISTED_A_FILE = 5000  # lines of the list of queries
+SUSPECTS_A_FILE = 500
+_SNIPPET = 160  # characters of a query in the list
+_FEW = 200  # values of a column that is grouped by unasked
+_GROUPED = ("label", "source")
+_STRONGEST = 12  # groups shown with a query
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What scores are computed with.
+
+    Attributes
+    ----------
+    curvature, damping
+        As for :func:`top_influential`.
+    top : int
+        Proponents and opponents of a query.
+    normalize : str, optional
+        Of top lists and group sums.
+    scoring : dict
+        ``damping_mode``, ``device``, ``workers``, ``memory``, ``progress``: of every call.
+    """
+
+    curvature: Any
+    damping: float | None
+    top: int
+    normalize: Any
+    scoring: dict[str, Any]
+
+    @property
+    def mode(self) -> Any:
+        """``relative`` or ``absolute``."""
+        return self.scoring.get("damping_mode", "relative")
+
+    def both(self) -> dict[str, Any]:
+        """Return the arguments that all calls share."""
+        return {"curvature": self.curvature, "damping": self.damping, **self.scoring}
+
+    def find_top(self, query: Any, train: GradientStore, **more: Any) -> TopInfluential:
+        """Return top lists with these settings."""
+        return top_influential(query, train, top=self.top, normalize=self.normalize, **self.both(), **more)
+
+
+class Report:
+    """What a page of one train store is made from, computed when it is asked for.
+
+    Parameters
+    ----------
+    train : GradientStore
+        The store.
+    query : GradientStore, optional
+        Queries.
+    settings : Settings
+        What scores are computed with.
+    """
+
+    def __init__(self, train: GradientStore, query: GradientStore | None, settings: Settings) -> None:
+        self.train, self.query, self.settings = train, query, settings
+        self.curvature: Curvature | None = None
+        if settings.curvature is not False:
+            self.curvature = resolve_curvature(train, settings.curvature)
+
+    @cached_property
+    def self_influence(self) -> npt.NDArray[np.float32]:
+        """(n,), see :func:`ooc_influence.self_influence`."""
+        return self_influence(self.train, **self.settings.both())
+
+    @cached_property
+    def top(self) -> TopInfluential | None:
+        """Lists of the queries."""
+        return None if self.query is None else self.settings.find_top(self.query, self.train)
+
+    def groups(self, by: str) -> GroupInfluence:
+        """Return the queries' sums over the groups of a column."""
+        assert self.query is not None
+        return group_influence(self.query, self.train, by, normalize=self.settings.normalize, **self.settings.both())
+
+    def grouped_by(self, asked: Sequence[str] | None) -> list[str]:
+        """Return the columns to sum by: those asked for, or label and source where they have few values."""
+        if self.query is None:
+            return []
+        if asked is not None:
+            return list(asked)
+        columns = [name for name in _GROUPED if name in self.train.layout.columns]
+        return [name for name in columns if len(np.unique(self.train.column(name))) <= _FEW]
+
+    def suspects(self, count: int) -> npt.NDArray[np.int64]:
+        """Return the rows of largest self-influence and of largest loss, ``count`` of each, without dropped ones."""
+        live = np.isfinite(self.self_influence)
+        rows = []
+        for values in (self.self_influence, self.train.loss):
+            order = np.argsort(np.where(live, -values, np.inf), kind="stable")[: min(count, int(live.sum()))]
+            rows.append(order)
+        return np.unique(np.concatenate(rows)).astype(np.int64)
+
+    def entry(self, found: TopInfluential, number: int) -> dict[str, Any]:
+        """Return a query's lists as a page takes them: [row, score] each."""
+        lists = {}
+        for side in ("proponents", "opponents"):
+            ranking = getattr(found, side)
+            pairs = zip(ranking.rows[number].tolist(), ranking.scores[number].tolist(), strict=True)
+            lists[side] = [[row, score] for row, score in pairs if row >= 0]
+        return {"number": number, "outside": float(found.outside_share[number]), **lists}
+
+    def examples(self, shown: Examples, rows: Any) -> dict[int, dict[str, Any]]:
+        """Return train examples by row, with their self-influence."""
+        distinct = np.unique(np.asarray(rows, np.int64))
+        entries = shown.describe(distinct)
+        return {entry["row"]: entry | {"self": float(self.self_influence[entry["row"]])} for entry in entries}
+
+
+def write_report(
+    store: GradientStore | PathLike,
+    out: str | Path,
+    queries: GradientStore | PathLike | None = None,
+    *,
+    data: Corpus | str | Path | None = None,
+    query_data: Corpus | str | Path | None = None,
+    curvature: Curvature | PathLike | bool | None = None,
+    damping: float | None = None,
+    top: int = 10,
+    suspects: int = 500,
+    by: Sequence[str] | None = None,
+    title: str | None = None,
+    normalize: str | None = None,
+    **scoring: Any,
+) -> Path:
+    """Write a folder of pages about a store and its influence on queries; ``index.html`` opens from disk.
+
+    Parameters
+    ----------
+    store : GradientStore or path
+        Train rows, with a curvature.
+    out : path
+        The folder to write; an earlier report there is replaced, anything else is refused.
+    queries : GradientStore or path, optional
+        Whose proponents and opponents to show.
+    data, query_data : Corpus or path, optional
+        Where the texts or images of train rows and of queries are; without, ids alone are shown.
+    curvature, damping, normalize
+        As for :func:`top_influential`; one damping.
+    top : int
+        Proponents and opponents of each query.
+    suspects : int
+        Rows on the page of label errors: so many of largest self-influence, and of largest loss.
+    by : sequence of str, optional
+        Columns of the store to sum scores by. Default: label and source, where they have few values.
+    title : str, optional
+        Of the pages.
+    **scoring
+        ``damping_mode``, ``device``, ``workers``, ``memory``, ``progress`` as for :func:`top_influential`.
+
+    Returns
+    -------
+    Path
+        The folder.
+
+    Raises
+    ------
+    InputError
+        For several dampings, or examples that cannot be read.
+    MismatchError
+        If records do not belong to the rows.
+    StoreExistsError
+        If something else is at ``out``.
+    MissingExtraError
+        Without the extra ``report``.
+    OocInfluenceError
+        See :func:`top_influential`.
+    """
+    check_free(Path(out).absolute())
+    report = open_report(store, queries, Settings(curvature, damping, top, normalize, scoring))
+    with PageFolder(Path(out)) as folder:
+        write_pages(report, folder, Corpus.of(data), Corpus.of(query_data), suspects, by, title)
+    return Path(out)
+
+
+def open_report(
+    store: GradientStore | PathLike, queries: GradientStore | PathLike | None, settings: Settings
+) -> Report:
+    """Return what pages are made from; see :func:`write_report`."""
+    damping = settings.damping
+    if np.ndim(damping if damping is not None else 0.0) or isinstance(store, (list, tuple)):
+        raise InputError("expected one store and one damping for a report; received several: write one for each")
+    optional_library("jinja2", "pages")
+    train, query = (
+        given if given is None or isinstance(given, GradientStore) else GradientStore.open(given)
+        for given in (store, queries)
+    )
+    assert train is not None
+    return Report(train, query, settings)
+
+
+def write_pages(
+    report: Report,
+    folder: PageFolder,
+    data: Corpus,
+    query_data: Corpus,
+    suspects: int,
+    by: Sequence[str] | None,
+    title: str | None = None,
+    *,
+    ask: dict[str, Any] | None = None,
+) -> None:
+    """Write everything of a page into its folder; ``ask`` is what a live one says of whom to ask."""
+    train, query, found = report.train, report.query, report.top
+    chosen = report.suspects(suspects)
+    lists = [] if found is None else [getattr(found, side).rows.ravel() for side in ("proponents", "opponents")]
+    needed = np.unique(np.concatenate([chosen, *lists]))
+    sums = {name: report.groups(name) for name in report.grouped_by(by)}
+    albums = [ImageFolder(folder.path, "train"), ImageFolder(folder.path, "queries")]
+    with ExitStack() as stack:
+        shown = stack.enter_context(Examples(train, data, needed[needed >= 0], albums[0]))
+        if query is not None and found is not None:
+            rows = np.arange(query.n)
+            asked = stack.enter_context(Examples(query, query_data, rows, albums[1]))
+            _write_queries(report, folder, found, shown, asked, sums)
+        _write_suspects(report, folder, shown, chosen)
+        unreadable = sum(pictures.unreadable for pictures in albums)
+    if unreadable:
+        warnings.warn(
+            f"{unreadable} images could not be read, or are not below the folder of the data: they are not shown",
+            OocInfluenceWarning,
+            stacklevel=3,
+        )
+    name = title or Path(str(train.path)).name
+    folder.write_data("index", _index(report, chosen, sums, name) | {"ask": ask})
+    folder.write_page(name, live=ask is not None)
+
+
+def _write_queries(
+    report: Report, folder: PageFolder, found: TopInfluential, shown: Examples, asked: Examples,
+    sums: dict[str, GroupInfluence],
+) -> None:  # fmt: skip
+    query = report.query
+    assert query is not None
+    listing: list[list[Any]] = []
+    with Progress("pages", query.n, report.settings.scoring.get("progress"), unit="query") as bar:
+        for first in range(0, query.n, QUERIES_A_FILE):
+            numbers = range(first, min(query.n, first + QUERIES_A_FILE))
+            entries = []
+            for number, example in zip(numbers, asked.describe(np.array(numbers)), strict=True):
+                entry = example | report.entry(found, number)
+                entry["groups"] = {name: _strongest(own, number) for name, own in sums.items()}
+                entries.append(entry)
+                listing.append(_line(entry))
+            rows = [row for entry in entries for side in ("proponents", "opponents") for row, _ in entry[side]]
+            folder.write_data(
+                f"queries-{first // QUERIES_A_FILE}",
+                {"queries": entries, "examples": report.examples(shown, rows)},
+            )
+            if len(listing) >= LISTED_A_FILE or numbers[-1] == query.n - 1:
+                folder.write_data(f"list-{numbers[-1] // LISTED_A_FILE}", listing)
+                listing = []
+            bar.advance(len(numbers))
+
+
+def _strongest(groups: GroupInfluence, number: int) -> list[list[Any]]:
+    """Return the groups that weigh most in a query's scores: name, sum, rows."""
+    sums = groups.sums[number]
+    order = np.argsort(-np.nan_to_num(np.abs(sums)), kind="stable")[:_STRONGEST]
+    return [[str(groups.names[place]), float(sums[place]), int(groups.counts[place])] for place in order]
+
+
+def _line(entry: dict[str, Any]) -> list[Any]:
+    """Return a query as a line of the list: id, text, label, source, loss, best and worst score, image."""
+    text = " ".join((entry["text"] or "")[: 2 * _SNIPPET].split())[:_SNIPPET]
+    best, worst = (entry[side][0][1] if entry[side] else None for side in ("proponents", "opponents"))
+    return [entry["id"], text, entry["label"], entry["source"], entry["loss"], best, worst, entry.get("image")]
+
+
+def _write_suspects(report: Report, folder: PageFolder, shown: Examples, rows: npt.NDArray[np.int64]) -> None:
+    for first in range(0, max(1, len(rows)), SUSPECTS_A_FILE):
+        part = rows[first : first + SUSPECTS_A_FILE]
+        folder.write_data(f"suspects-{first // SUSPECTS_A_FILE}", list(report.examples(shown, part).values()))
+
+
+def _index(
+    report: Report, suspects: npt.NDArray[np.int64], sums: dict[str, GroupInfluence], title: str
+) -> dict[str, Any]:
+    train, query, settings, found = report.train, report.query, report.settings, report.top
+    chosen: Any = None
+    spectrum = None
+    if report.curvature is not None:
+        chosen = report.curvature.damping_value(settings.damping, settings.mode)
+        factor = report.curvature.damping if settings.damping is None else settings.damping
+        spectrum = spectrum_points(report.curvature, chosen, factor if settings.mode == "relative" else None)
+    labels = np.unique(train.column("label")).tolist() if "label" in train.layout.columns else []
+    return {
+        "title": title,
+        "store": str(train.path),
+        "identity": train.identity,
+        "rows": train.n,
+        "version": __version__,
+        "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "queries": None if query is None else {"store": str(query.path), "count": query.n},
+        "sizes": {"queries": QUERIES_A_FILE, "list": LISTED_A_FILE, "suspects": SUSPECTS_A_FILE},
+        "settings": {
+            "lambda": None if chosen is None else float(chosen),
+            "damping": settings.damping,
+            "normalize": settings.normalize,
+            "curvature": None if report.curvature is None else str(report.curvature.path),
+            "top": settings.top,
+        },
+        "suspects": len(suspects),
+        "labels": [str(label) for label in labels[:_FEW]],
+        "outside": None if found is None else _median(found.outside_share),
+        "spectrum": spectrum,
+        "histograms": [
+            histogram("self-influence", report.self_influence),
+            histogram("loss", train.loss),
+            histogram("gradient norm", train.grad_norm),
+        ],
+        "groups": [heat_map(by, own, query) for by, own in sums.items() if query is not None],
+        "facts": store_facts(train),
+        "layers": layer_facts(train),
+        "curvatures": curvature_states(train),
+    }
+
+
+def _median(values: npt.NDArray[np.float64]) -> float | None:
+    return float(np.nanmedian(values)) if np.isfinite(values).any() else None

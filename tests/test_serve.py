@@ -1,0 +1,349 @@
+"""A live report: queries get the library's answer, only the token's holder may ask, Ctrl-C leaves nothing behind."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+import torch
+from models import Mlp, batches, data, loss, make
+from test_cli import run  # noqa: F401 - a fixture
+
+import ooc_influence as ooc
+from ooc_influence.errors import InputError
+from ooc_influence.progress import Progress, watched
+from ooc_influence.report import Corpus
+from ooc_influence.report.asking import RecipeModel
+from ooc_influence.report.jobs import Jobs
+from ooc_influence.report.serve import live_report
+from ooc_influence.report.server import LARGEST
+
+pytest.importorskip("jinja2")
+pytestmark = pytest.mark.filterwarnings("ignore::ooc_influence.OocInfluenceWarning")
+
+RECIPE = """
+import torch
+from models import Mlp, batches, data, loss, make
+from ooc_influence import Recipe
+
+def read(text):
+    values = [float(part) for part in text.split()]
+    return torch.tensor([values[:-1]]), torch.tensor([int(values[-1])])
+
+def recipe():
+    x, y = data(Mlp, 60)
+    return Recipe(make(Mlp), loss, {"train": batches(x, y, 8)}, loss_kind="cross_entropy", query=read)
+"""
+
+
+def read(text):
+    values = [float(part) for part in text.split()]
+    return torch.tensor([values[:-1]]), torch.tensor([int(values[-1])])
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("serve")
+    x, y = data(Mlp, 60)
+    path = folder / "train.zarr"
+    ooc.extract_gradients(make(Mlp), loss, batches(x, y, 8), path, compressor=ooc.Dropout(k=200),
+                          loss_kind="cross_entropy")  # fmt: skip
+    ooc.fit_fisher(path)
+    (folder / "train.jsonl").write_text("".join(json.dumps({"text": f"vector {row}"}) + "\n" for row in range(60)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(train):
+    recipe = ooc.Recipe(make(Mlp), loss, {}, loss_kind="cross_entropy", query=read)
+    model = RecipeModel(recipe, "vectors")
+    with live_report(train, train, model=model, data=train.parent / "train.jsonl", top=4, title="Live") as found:
+        thread = threading.Thread(target=found.serve_forever, args=(0.02,), daemon=True)
+        thread.start()
+        yield found
+        found.shutdown()
+        thread.join()
+
+
+def ask(server, method, path, body=None, **headers):
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)
+    given = {name.replace("_", "-"): value for name, value in headers.items() if value is not None}
+    connection.request(method, path, body, given)
+    answer = connection.getresponse()
+    text = answer.read().decode("utf-8", "replace")
+    connection.close()
+    return answer, text
+
+
+def typed(row):
+    x, y = data(Mlp, 100)
+    return " ".join(str(float(value)) for value in x[row]) + f" {int(y[row])}"
+
+
+def finish(server, job):
+    end = time.monotonic() + 60
+    while job["state"] in ("waiting", "running") and time.monotonic() < end:
+        time.sleep(0.02)
+        job = json.loads(ask(server, "GET", f"/{server.token}/api/jobs/{job['job']}")[1])
+    return job
+
+
+def submit(server, values):
+    body = json.dumps(values)
+    return json.loads(ask(server, "POST", f"/{server.token}/api/query", body, Content_Type="application/json")[1])
+
+
+def test_an_answer_is_the_librarys(server, train, tmp_path):
+    x, y = data(Mlp, 100)
+    ooc.extract_gradients(make(Mlp), loss, [(x[70:71], y[70:71])], tmp_path / "q.zarr", like=train)
+    expected = ooc.top_influential(tmp_path / "q.zarr", train, top=4)
+    job = finish(server, submit(server, {"text": typed(70)}))
+    assert job["state"] == "done", job
+    for side in ("proponents", "opponents"):
+        rows, scores = zip(*job["result"]["query"][side], strict=True)
+        ranking = getattr(expected, side)
+        assert list(rows) == ranking.rows[0].tolist()
+        assert scores == pytest.approx(ranking.scores[0].tolist(), rel=1e-4)
+        assert all(job["result"]["examples"][str(row)]["text"] == f"vector {row}" for row in rows)
+    assert job["result"]["query"]["text"] == typed(70)
+
+
+def test_bad_queries_are_said_in_one_line(server):
+    for values, message in (
+        ({"text": ""}, "received an empty one"), ({}, "received an empty one"), ({"text": 3}, "received an empty one"),
+        ({"text": "abc"}, "that the recipe vectors can read"), ({"text": "1 2 3"}, "unexpected"),
+    ):  # fmt: skip
+        job = finish(server, submit(server, values))
+        assert job["state"] == "failed"
+        assert message in job["error"]
+        assert "\n" not in job["error"] or "unexpected" in job["error"]
+    assert finish(server, submit(server, {"text": typed(3)}))["state"] == "done"
+
+
+def test_only_the_token_opens(server):
+    own = f"/{server.token}"
+    answer, text = ask(server, "GET", f"{own}/")
+    assert (answer.status, "ooc-influence-report" in text) == (200, True)
+    assert "connect-src &#39;self&#39;" in text
+    assert answer.headers["Referrer-Policy"] == "no-referrer"
+    assert answer.headers["Cross-Origin-Resource-Policy"] == "same-origin"
+    assert "Access-Control-Allow-Origin" not in answer.headers
+    port = server.server_port
+    refused = [
+        ("GET", "/", {}, 404), ("GET", f"{own[:-1]}/", {}, 404), ("GET", "/x" + own, {}, 404), ("GET", own, {}, 404),
+        ("GET", "/index.html", {}, 404), ("GET", f"{own}/", {"Host": "evil.example"}, 421),
+        ("GET", f"{own}/", {"Host": f"evil.example:{port}"}, 421), ("GET", f"{own}/../../etc/passwd", {}, 404),
+        ("GET", f"{own}/%2e%2e/secret", {}, 404), ("GET", f"{own}//etc/passwd", {}, 404),
+        ("GET", f"{own}/api/jobs/unknown", {}, 404), ("PUT", f"{own}/", {}, 501), ("OPTIONS", f"{own}/", {}, 501),
+    ]  # fmt: skip
+    for method, path, headers, status in refused:
+        assert ask(server, method, path, **headers)[0].status == status, (method, path, headers)
+    assert ask(server, "GET", f"{own}/", Host=f"localhost:{port}")[0].status == 200
+
+
+def test_only_the_page_may_ask(server):
+    path, body = f"/{server.token}/api/query", json.dumps({"text": typed(1)})
+    good = {"Content_Type": "application/json"}
+    refused = [
+        (good | {"Origin": "http://evil.example"}, body, 403), (good | {"Origin": "null"}, body, 403),
+        (good | {"Sec_Fetch_Site": "cross-site"}, body, 403), ({"Content_Type": "text/plain"}, body, 415),
+        (good | {"Content_Length": str(LARGEST + 1)}, "", 413), (good, "[1]", 400), (good, "{", 400),
+    ]  # fmt: skip
+    for headers, text, status in refused:
+        assert ask(server, "POST", path, text, **headers)[0].status == status, headers
+    assert ask(server, "POST", "/wrong/api/query", body, **good)[0].status == 404
+    assert ask(server, "POST", f"/{server.token}/api/other", body, **good)[0].status == 404
+    origin = f"http://127.0.0.1:{server.server_port}"
+    answer, text = ask(server, "POST", path, body, **good, Origin=origin, Host=origin.removeprefix("http://"))
+    assert answer.status == 202
+    assert finish(server, json.loads(text))["state"] == "done"
+
+
+def test_a_page_without_a_model_or_a_token(train):
+    with live_report(train, token=False, suspects=5) as found:
+        thread = threading.Thread(target=found.serve_forever, args=(0.02,), daemon=True)
+        thread.start()
+        answer, text = ask(found, "GET", "/")
+        assert (answer.status, "connect-src &#39;none&#39;" in text) == (200, True)
+        assert ask(found, "GET", "/assets/icon.svg")[0].headers["Content-Type"] == "image/svg+xml"
+        assert ask(found, "GET", "/", Host="evil.example")[0].status == 421
+        body = {"body": json.dumps({"text": "a"}), "Content_Type": "application/json"}
+        assert ask(found, "POST", "/api/query", **body)[0].status == 404
+        with (
+            pytest.raises(InputError, match="expected a free port"),
+            live_report(train, listen=("127.0.0.1", found.server_port), suspects=5),
+        ):
+            pass
+        found.shutdown()
+        thread.join()
+    assert not found.folder.exists()
+
+
+def test_progress_is_watched_and_stops():
+    seen, stop = [], False
+
+    def watcher(*values):
+        seen.append(values)
+        if stop:
+            raise InterruptedError("stopped")
+
+    with watched(watcher), Progress("work", 10, None) as bar:
+        bar.advance(3)
+        bar.advance(4)
+        stop = True
+        with pytest.raises(InterruptedError):
+            bar.advance(1)
+    assert seen == [("work", 0, 10), ("work", 3, 10), ("work", 7, 10), ("work", 8, 10)]
+    with Progress("unwatched", 10, None) as bar:
+        bar.advance(1)
+    assert len(seen) == 4
+
+
+def test_jobs_run_in_order_stop_and_end():
+    release, began = threading.Event(), threading.Event()
+
+    def answer(values):
+        if values["text"] == "slow":
+            with Progress("scores", 100, None) as bar:
+                bar.advance(40)
+                began.set()
+                release.wait(20)
+                bar.advance(1)
+        return {"said": values["text"]}
+
+    jobs = Jobs(answer)
+    slow, quick = jobs.submit({"text": "slow"}), jobs.submit({"text": "quick"})
+    assert began.wait(20)
+    state = jobs.state(slow["job"])
+    assert (state["state"], state["stage"], state["done"], state["total"]) == ("running", "scores", 40, 100)
+    assert jobs.state(quick["job"])["state"] == "waiting"
+    jobs.stop()
+    release.set()
+    end = time.monotonic() + 20
+    while jobs.state(quick["job"])["state"] != "done" and time.monotonic() < end:
+        time.sleep(0.01)
+    assert jobs.state(slow["job"])["state"] == "stopped"
+    assert jobs.state(quick["job"])["result"] == {"said": "quick"}
+    release.clear()
+    began.clear()
+    jobs.submit({"text": "slow"})
+    assert began.wait(20)
+    for number in range(8):
+        jobs.submit({"text": str(number)})
+    with pytest.raises(InputError, match="fewer than 8 queries waiting"):
+        jobs.submit({"text": "one more"})
+    threading.Timer(0.1, release.set).start()
+    jobs.close()
+    assert not any(thread.name == "ooc_influence-jobs" and thread is jobs._thread for thread in threading.enumerate())
+
+
+def test_a_recipe_without_query_is_refused():
+    with pytest.raises(InputError, match="with query="):
+        RecipeModel(ooc.Recipe(make(Mlp), loss, {}), "mine")
+
+
+def test_the_page_asks(page, server):
+    page.open(server.url)
+    assert page.texts("#pages a")[0] == "Ask"
+    page.go("ask")
+    page.find("#ask-text").send_keys(typed(80))
+    page.find("button.main").click()
+    page.wait("return document.querySelectorAll('#answer .card').length === 8", seconds=60)
+    assert page.texts("#answer .card .text")[0].startswith("vector ")
+    page.fill("#ask-text", "<script>window.hacked = 1</script>")
+    page.find("button.main").click()
+    page.wait("return document.querySelector('#answer .notice')?.innerText.includes('can read')")
+    page.go("queries/3")
+    page.wait("return document.querySelector('.query h2')?.innerText === 'Query 3'")
+    page.go("labels")
+    assert page.run("return window.hacked ?? null") is None
+    own = f"http://127.0.0.1:{server.server_port}/{server.token}/"
+    assert all(address.startswith((own, "about:blank", "blob:")) for address in page.requests())
+    assert page.logs() == []
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore:gradients cover")
+def test_a_hugging_face_model_is_asked(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    datasets = pytest.importorskip("datasets")
+    from test_hf import make_model
+
+    from ooc_influence import hf
+    from ooc_influence.report.asking import HuggingFaceModel
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    make_model(tmp_path / "model")
+    texts = [" ".join(f"w{(row * 7 + place) % 40}" for place in range(10)) for row in range(30)]
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    small = ooc.Dropout(k=300)
+    train = hf.extract(tmp_path / "model", tmp_path / "corpus.jsonl", tmp_path / "t.zarr", compressor=small)
+    ooc.fit_fisher(train)
+    model = HuggingFaceModel(tmp_path / "model")
+    assert model.fields == ("text",)
+    with live_report(train, model=model, data=Corpus(tmp_path / "corpus.jsonl"), top=3) as server:
+        found = server.jobs.submit({"text": texts[11]})
+        end = time.monotonic() + 60
+        while server.jobs.state(found["job"])["state"] in ("waiting", "running") and time.monotonic() < end:
+            time.sleep(0.02)
+        job = server.jobs.state(found["job"])
+        assert job["state"] == "done", job
+        best = job["result"]["query"]["proponents"][0][0]
+        assert (best, job["result"]["examples"][best]["text"]) == (11, texts[11])
+        assert job["result"]["query"]["loss"] == pytest.approx(float(train.loss[11]), rel=1e-4)
+        long = server.jobs.submit({"text": " ".join(texts[:4])})  # longer than the context: the mean of its pieces
+        while server.jobs.state(long["job"])["state"] in ("waiting", "running") and time.monotonic() < end:
+            time.sleep(0.02)
+        assert server.jobs.state(long["job"])["result"]["query"]["more"] == {"rows": 3}
+
+
+def test_ctrl_c_ends_it_cleanly(train, tmp_path):
+    (tmp_path / "my.py").write_text(RECIPE)
+    here = Path(__file__).parent
+    paths = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": paths, "TMPDIR": str(tmp_path / "tmp")}
+    (tmp_path / "tmp").mkdir()
+    starter = "from ooc_influence.cli.main import main; main()"
+    command = [sys.executable, "-c", starter, "serve", str(train), "--recipe", "my.py:recipe"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    stops = (signal.SIGINT, signal.SIGTERM)
+    processes = [subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes) for _ in stops]
+    for stop, process in zip(stops, processes, strict=True):
+        url = re.search(r"open (\S+)", process.stdout.readline())[1]
+        assert urlsplit(url).hostname == "127.0.0.1"
+        connection = http.client.HTTPConnection("127.0.0.1", urlsplit(url).port, timeout=20)
+        body = json.dumps({"text": typed(70)})
+        connection.request("POST", urlsplit(url).path + "api/query", body, {"Content-Type": "application/json"})
+        assert connection.getresponse().status == 202
+        connection.close()
+        process.send_signal(stop)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 0, err
+        assert err.strip().splitlines()[-1] == "stopped"
+        assert "Traceback" not in err
+    assert list((tmp_path / "tmp").glob("ooc_influence-*")) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--recipe my_recipe.py:recipe", "with query="),
+        ("--recipe my_recipe.py:recipe --model m", "--model or --recipe; received both"),
+        ("--port 70000", "70000"),
+    ],
+)
+def test_a_mistake_is_one_line(run, train, line, message):  # noqa: F811
+    code, out, err = run(f"serve {train} {line}")
+    assert (code, out) == (2, "")
+    assert message in err
