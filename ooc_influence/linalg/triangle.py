@@ -109,9 +109,10 @@ class TriangleTiles:
         return found
 
     def write_region(self, rows: slice, columns: slice, values: Matrix) -> None:
-        """Write what :meth:`inside` lists out of ``values`` (rows, columns)."""
+        """Write what :meth:`inside` lists out of ``values`` (rows, columns); it is on the disk when this returns."""
         for tile in self.inside(rows, columns):
             self.write(tile, values[_moved(tile.rows, rows.start), _moved(tile.columns, columns.start)])
+        self._array.store.sync_folders()
 
     def copy_from(self, other: TriangleTiles) -> None:
         """Write the tiles of a matrix of the same side."""
