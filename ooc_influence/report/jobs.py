@@ -93,7 +93,7 @@ class Jobs:
             self._set(name, state="running", stage="gradients")
 
             def watch(label: str, done: int, total: int | None, name: str = name) -> None:
-                if self._stop.is_set():
+                if self._stop.is_set() or self._closed:
                     raise InterruptedError("stopped")
                 self._set(name, stage=label, done=done, total=total)
 
