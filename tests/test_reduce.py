@@ -230,6 +230,15 @@ def test_a_basis_of_some_rows_only(tmp_path):
         fit_eigenbasis(store, 5, memory="1MiB")
 
 
+def test_a_budget_for_the_basis_at_extraction(tmp_path):
+    with pytest.raises(MemoryBudgetError, match="--memory"):
+        extract(tmp_path / "s.zarr", memory="1MiB")
+    with pytest.raises(InputError, match="a memory size such as"):
+        extract(tmp_path / "t.zarr", memory="much")
+    store = extract(tmp_path / "s.zarr", memory=roomy())  # goes on from the pilot's rows
+    assert_array_equal(store.rows(), extract(tmp_path / "u.zarr").rows())
+
+
 def test_gaussian_projection(tmp_path):
     p = sum(x.numel() for x in make(Mlp).parameters())
     full = extract(tmp_path / "full.zarr", compressor=Dropout(k=p))

@@ -80,6 +80,7 @@ def _common(given: dict[str, Any], *, divided: bool = False) -> dict[str, Any]:
         "modules": list(given["modules"]) or None,
         "dtype": given["dtype"],
         "device": given["device"],
+        "memory": given["memory"],
         "progress": options.show_progress(),
         "storage": Storage(codec=given["codec"]),
         "fallback": given["fallback"],
@@ -92,7 +93,7 @@ def _hugging_face(given: dict[str, Any], common: dict[str, Any], more: dict[str,
     """Run an extraction, all shards of one, or make the store for one, for ``--model`` and ``--data``."""
     from ooc_influence import hf
 
-    further = {name: common.pop(name) for name in ("storage", "fallback", "check_model", "metric")}
+    further = {name: common.pop(name) for name in ("storage", "fallback", "check_model", "metric", "memory")}
     named = {name: given[name] for name in (*_FIELDS, *_PREPARING) if given[name] not in (None, (), False)}
     run: Any = hf.extract_shards if "shards" in how else hf.extract
     return run(

@@ -100,6 +100,7 @@ building = several(
     click.option("--other-model", is_flag=True,
                  help="Go on although the model is not the one the store was made with; this is recorded."),
     click.option("--device", help="Where to run, such as cuda. Default: where the model is."),
+    click.option("--memory", metavar="SIZE", help="Budget of making an eigenbasis. Default: half of what is free."),
 )  # fmt: skip
 
 documents = several(

@@ -39,6 +39,7 @@ def init_store(
     pilot: Batches | BudgetBatches | None = None,
     metric: AdamMetric | None = None,
     device: torch.device | str | None = None,
+    memory: int | str | None = None,
     progress: bool | None = None,
 ) -> GradientStore:
     """Make an empty store of ``rows`` rows for ``extract_gradients(..., shard=(i, N))`` to fill.
@@ -57,7 +58,7 @@ def init_store(
         Type of the rows' ids, where they will have some.
     columns : mapping of str to {"bool", "int64", "float64", "str"}, optional
         Types of further per-row values, by name.
-    per_sample_loss, pilot, metric, device, progress
+    per_sample_loss, pilot, metric, device, memory, progress
         As for :func:`extract_gradients`: for the pilot of importance sampling or an eigenbasis. ``pilot`` may be the
         whole data; some of it is taken.
 
@@ -86,7 +87,8 @@ def init_store(
     settings = Settings(compressor, like, modules, fallback, dtype, loss_kind, storage, check_model, metric)
     run = None
     if per_sample_loss is not None and pilot is not None:
-        run = PilotRun(PilotData(model, per_sample_loss, pilot, parse_device(model, device), progress), store)
+        data = PilotData(model, per_sample_loss, pilot, parse_device(model, device), progress, memory)
+        run = PilotRun(data, store)
     plan = make_plan(model, settings, store, run)
     found = open_existing(store, plan)
     if found is None:

@@ -63,6 +63,7 @@ def extract_gradients(
     metric: AdamMetric | None = None,
     on_nonfinite: OnNonFinite = "raise",
     check_model: bool = True,
+    memory: int | str | None = None,
     progress: bool | None = None,
 ) -> GradientStore:
     """Extract compressed per-sample gradients of a model into a store on disk, or go on where a run stopped.
@@ -116,6 +117,10 @@ def extract_gradients(
         What to do with a sample whose loss or gradient has NaN or Inf: stop and name it, or record it as a dropped row.
     check_model : bool
         Refuse another model than the one ``store`` or ``like`` was made with; False warns and records it instead.
+    memory : int or str, optional
+        Budget for the process while it makes an eigenbasis of the pilot's rows, such as ``"4GiB"``; by default half of
+        what is free. Batches have a budget of their own (:class:`BudgetBatches`); rows on their way to the disk are a
+        few chunks.
     progress : bool, optional
         Show a progress line; silent by default.
 
@@ -139,14 +144,14 @@ def extract_gradients(
     StoreWriteError
         If the disk refuses; a later run goes on from the last commit.
     MemoryBudgetError
-        If an eigenbasis does not fit the memory that is free.
+        If an eigenbasis does not fit the budget.
     """
     batching = batching or Batching()
     device = parse_device(model, device)
     settings = Settings(compressor, like, modules, fallback, dtype, loss_kind, storage, check_model, metric)
     place = Shard.parse(shard)
     warn_if_training(model)
-    data = PilotData(model, per_sample_loss, batches if pilot is None else pilot, device, progress)
+    data = PilotData(model, per_sample_loss, batches if pilot is None else pilot, device, progress, memory)
     plan = make_plan(model, settings, store, None if place else PilotRun(data, store))
     total = len(batches) if isinstance(batches, BudgetBatches) else count_rows(batches)
     metadata = RowMetadata.of(ids, columns)
@@ -240,7 +245,9 @@ class PilotRun:
             remove_tree(place)
             self._fill(pilot, place, basis.pilot_rows)
         rows = GradientStore.open(place)
-        reduction = fit_eigenbasis(rows, basis.r, weights=basis.weights, progress=self._data.progress)
+        reduction = fit_eigenbasis(
+            rows, basis.r, weights=basis.weights, memory=self._data.memory, progress=self._data.progress
+        )
         return replace(plan, reduction=reduction, attributes=plan.attributes | {"compressor": compressor.to_dict()})
 
     def _fill(self, plan: Plan, place: StorePath, rows: int) -> None:

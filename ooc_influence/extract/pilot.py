@@ -21,6 +21,7 @@ from ooc_influence.extract.batching import Batches, batch_size, count_rows, to_d
 from ooc_influence.extract.budget import BudgetBatches
 from ooc_influence.extract.layers import Use
 from ooc_influence.extract.taps import PerSampleLoss, tapped
+from ooc_influence.memory import parse_bytes
 from ooc_influence.progress import Progress
 from ooc_influence.store import LayerShape, StorePath
 
@@ -43,6 +44,8 @@ class PilotData:
         Where to run.
     progress : bool or None
         Show a progress line.
+    memory : int, str or None
+        Budget for what is made of the pilot's rows.
     """
 
     model: torch.nn.Module
@@ -50,6 +53,11 @@ class PilotData:
     batches: Batches | BudgetBatches
     device: torch.device
     progress: bool | None
+    memory: int | str | None = None
+
+    def __post_init__(self) -> None:
+        if self.memory is not None:
+            parse_bytes(self.memory)  # a mistake is told before the model runs
 
     def take(self, samples: int) -> Iterator[Any]:
         """Yield batches with at least ``samples`` samples, spread over the data where they can be addressed."""

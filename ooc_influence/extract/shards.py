@@ -27,7 +27,9 @@ from ooc_influence.stripes import ambient_client, check_workers
 RESOURCE = "shard"
 _PATIENCE = 180.0  # seconds to wait for a dead writer's claim to run out
 _POLL = 2.0  # seconds between looks at how far the shards are
-_INIT_OPTIONS = ("compressor", "like", "modules", "fallback", "dtype", "storage", "check_model", "metric", "device")
+_INIT_OPTIONS = (
+    "compressor", "like", "modules", "fallback", "dtype", "storage", "check_model", "metric", "device", "memory",
+)  # fmt: skip
 _busy = threading.Lock()
 
 
@@ -61,7 +63,7 @@ def extract_shards(
         Show a progress line; silent by default.
     **options
         ``compressor``, ``like``, ``modules``, ``fallback``, ``dtype``, ``device``, ``storage``, ``metric`` (a path),
-        ``on_nonfinite``, ``batching`` and ``check_model`` of :func:`extract_gradients`.
+        ``memory``, ``on_nonfinite``, ``batching`` and ``check_model`` of :func:`extract_gradients`.
 
     Returns
     -------
