@@ -7,6 +7,8 @@ import json
 import os
 import re
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -189,6 +191,17 @@ def test_a_page_without_a_model_or_a_token(train):
     assert not found.folder.exists()
 
 
+def test_a_reader_who_leaves_is_no_error(server, capfd):
+    for _ in range(20):
+        with socket.create_connection(("127.0.0.1", server.server_port)) as connection:
+            request = f"GET /{server.token}/data/index.js HTTP/1.0\r\nHost: 127.0.0.1:{server.server_port}\r\n\r\n"
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close by a reset
+            connection.sendall(request.encode())
+    assert ask(server, "GET", f"/{server.token}/")[0].status == 200
+    time.sleep(0.1)
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_progress_is_watched_and_stops():
     seen, stop = [], False
 
@@ -331,7 +344,7 @@ def test_ctrl_c_ends_it_cleanly(train, tmp_path):
         _, err = process.communicate(timeout=60)
         assert process.returncode == 0, err
         assert err.strip().splitlines()[-1] == "stopped"
-        assert "Traceback" not in err
+        assert "Traceback" not in err, err
     assert list((tmp_path / "tmp").glob("ooc_influence-*")) == []
 
 

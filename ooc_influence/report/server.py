@@ -10,6 +10,7 @@ from __future__ import annotations
 import hmac
 import json
 import secrets
+import sys
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -72,6 +73,11 @@ class PageServer(ThreadingHTTPServer):
         named = f"{host}:{self.server_port}"
         self.hosts = {f"{name}:{self.server_port}" for name in _LOOPBACK} if host in _LOOPBACK else None
         self.url = f"http://{named}/{self.token}/" if token else f"http://{named}/"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of a reader who left before the answer was there."""
+        if not isinstance(sys.exception(), (ConnectionError, TimeoutError)):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
