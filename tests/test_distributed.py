@@ -15,7 +15,7 @@ from pathlib import Path
 import dask
 import numpy as np
 import pytest
-from conftest import random_rows, write_store
+from conftest import random_rows, roomy, write_store
 from numpy.testing import assert_allclose, assert_array_equal
 from test_cli import run  # noqa: F401 - a fixture
 from test_top import force
@@ -433,7 +433,7 @@ def test_commands_on_processes_started_by_hand(tmp_path, by_hand, long_pair, run
         f"score test.zarr train.zarr --out scores.zarr {scheduler}",
         f"verify train.zarr {scheduler}",
         f"groups test.zarr train.zarr --by label --damping 0.1 --damping 1 {scheduler}",
-        f"top {query.path} {train.path} --top 3 --memory 1GiB {scheduler}",
+        f"top {query.path} {train.path} --top 3 --memory {roomy()} {scheduler}",
     ]
     found = []
     for line in lines:
