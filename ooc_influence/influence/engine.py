@@ -8,7 +8,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import product
 from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
@@ -17,14 +16,13 @@ import numpy.typing as npt
 from ooc_influence.curvature import Curvature
 from ooc_influence.influence.aggregate import Codes, weighted_sums
 from ooc_influence.store import GradientStore, read_blocks
-from ooc_influence.stripes import task_threads
+from ooc_influence.stripes import cores, task_threads
 
 Floats = npt.NDArray[np.float32]
 _Result = TypeVar("_Result")
-_Part = TypeVar("_Part")
 _FEW = 256  # rows of the left factor up to which the product of the swapped factors, turned round, is quicker
-_PIECE = 1024  # rows of either factor multiplied at once: on a fixed grid, so that threads do not change roundings
-_SMALL_PIECE = 512  # train rows multiplied at once by few others
+_PIECE = 512  # train rows multiplied at once, at least: fewer are slow
+_ROWS_AT_ONCE = 4096  # rows that all cores together multiply at once
 _ROTATED_BYTES = 32 * 2**20  # of rotated rows that all threads hold while they find norms
 
 
@@ -113,10 +111,7 @@ class HostEngine(Engine):
 
     def _each(self, work: Callable[[slice], _Result], count: int, step: int) -> list[_Result]:
         """Do ``work`` on slices of ``count`` things, at most ``step`` of them each."""
-        return self._run(work, _cut(count, step))
-
-    def _run(self, work: Callable[[_Part], _Result], parts: Sequence[_Part]) -> list[_Result]:
-        """Do ``work`` on every part."""
+        parts = [slice(start, min(count, start + step)) for start in range(0, count, step)]
         if len(parts) == 1:
             return [work(parts[0])]
         return list(self._pool.map(work, parts))
@@ -141,17 +136,14 @@ class HostEngine(Engine):
     def multiply(self, left: Any, rows: Any, out: Any) -> None:
         """See :class:`Engine`."""
 
-        def few(part: slice) -> None:
-            out[:, part] = np.matmul(rows[part], left.T).T
+        def work(part: slice) -> None:
+            if len(left) <= _FEW:
+                out[:, part] = np.matmul(rows[part], left.T).T
+            else:
+                np.matmul(left, rows[part].T, out=out[:, part])
 
-        def many(place: tuple[slice, slice]) -> None:
-            queries, part = place
-            np.matmul(left[queries], rows[part].T, out=out[queries, part])
-
-        if len(left) <= _FEW:
-            self._run(few, _cut(len(rows), _SMALL_PIECE))
-        else:
-            self._run(many, list(product(_cut(len(left), _PIECE), _cut(len(rows), _PIECE))))
+        # by the machine's cores, whatever the threads: they must not change roundings
+        self._each(work, len(rows), max(_PIECE, _ROWS_AT_ONCE // cores()))
 
     def sums(self, rows: Any, codes: Codes, weights: Floats) -> tuple[Codes, Any]:
         """See :class:`Engine`."""
@@ -189,11 +181,6 @@ class HostEngine(Engine):
     def host(self, tile: Any) -> Floats:
         """See :class:`Engine`."""
         return np.asarray(tile)
-
-
-def _cut(count: int, step: int) -> list[slice]:
-    """Return slices of ``count`` things, at most ``step`` in each."""
-    return [slice(start, min(count, start + step)) for start in range(0, count, step)]
 
 
 def make_engine(device: str | None) -> Engine:
