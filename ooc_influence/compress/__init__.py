@@ -2,7 +2,7 @@
 
 from ooc_influence.compress.dropout import Dropout
 from ooc_influence.compress.eigenbasis import Eigenbasis, fit_eigenbasis
-from ooc_influence.compress.gaussian import Gaussian
+from ooc_influence.compress.gaussian import Gaussian, Rademacher
 from ooc_influence.compress.reduce import reduce_store
 from ooc_influence.compress.share import Share, basis_weights
 from ooc_influence.store import PilotMoments
@@ -18,6 +18,7 @@ __all__ = [
     "Eigenbasis",
     "Gaussian",
     "PilotMoments",
+    "Rademacher",
     "Share",
     "basis_weights",
     "fit_eigenbasis",

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self
 
 from ooc_influence.compress.dropout import Dropout
 from ooc_influence.errors import InputError
-from ooc_influence.store import GaussianReduction, LayerShape, Mask, PilotMoments
+from ooc_influence.store import GaussianReduction, LayerShape, Mask, PilotMoments, RademacherReduction
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Gaussian:
     k: int = 4096
     seed: int = 0
 
+    name: ClassVar[str] = "gaussian"
     pilot_samples: ClassVar[int] = 0
     reduce: ClassVar[None] = None
 
@@ -43,7 +44,7 @@ class Gaussian:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON-ready values, with the compressor's name under ``"name"``."""
-        return {"name": "gaussian", "k": self.k, "seed": self.seed}
+        return {"name": self.name, "k": self.k, "seed": self.seed}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -54,8 +55,8 @@ class Gaussian:
         InputError
             If it described another one.
         """
-        if values.get("name") != "gaussian" or set(values) != {"name", "k", "seed"}:
-            raise InputError(f"expected the settings of a Gaussian projection; received {values!r}")
+        if values.get("name") != cls.name or set(values) != {"name", "k", "seed"}:
+            raise InputError(f"expected the settings of a {cls.name} projection; received {values!r}")
         return cls(values["k"], values["seed"])
 
     def draw(self, layers: Sequence[LayerShape], moments: Sequence[PilotMoments] = ()) -> Mask:
@@ -68,3 +69,17 @@ class Gaussian:
     def generated(self, mask: Mask) -> GaussianReduction:
         """Return the projection of rows under ``mask``."""
         return GaussianReduction(mask.k, self.k, self.seed)
+
+
+@dataclass(frozen=True)
+class Rademacher(Gaussian):
+    """Project full gradients with a matrix of independent signs over √k (Achlioptas 2003); see :class:`Gaussian`.
+
+    The cost is that of the Gaussian projection, but for drawing the matrix: one random bit an entry.
+    """
+
+    name: ClassVar[str] = "rademacher"
+
+    def generated(self, mask: Mask) -> GaussianReduction:
+        """Return the projection of rows under ``mask``."""
+        return RademacherReduction(mask.k, self.k, self.seed)

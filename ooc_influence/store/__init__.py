@@ -35,6 +35,7 @@ from ooc_influence.store.ranges import make_claim
 from ooc_influence.store.reader import Block, RawBlock, read_blocks, read_into, read_raw_blocks
 from ooc_influence.store.reduction import (
     GaussianReduction,
+    RademacherReduction,
     Reduction,
     StoredReduction,
     columns_digest,
@@ -48,7 +49,8 @@ from ooc_influence.store.writer import RangeWriter, missing_spans, writing_bytes
 
 __all__ = [
     "CHUNK_TARGET", "Block", "ChunkCache", "Damage", "GaussianReduction", "GradientStore", "LayerShape", "Mask",
-    "ModuleMask", "NewFolder", "PathLike", "PilotMoments", "RangeWriter", "RawBlock", "Reduction", "Representation",
+    "ModuleMask", "NewFolder", "PathLike", "PilotMoments", "RademacherReduction",
+    "RangeWriter", "RawBlock", "Reduction", "Representation",
     "Storage", "StorePath", "StoredReduction", "array_store", "check_finite", "column_dtype", "columns_digest",
     "compact_store", "copy_marks", "create_array", "create_like", "exists", "is_file", "is_local", "kept_at",
     "make_claim", "merge_stores", "missing_spans", "names", "open_group", "parse_numbers", "parse_path",

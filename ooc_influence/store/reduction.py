@@ -151,6 +151,8 @@ class GaussianReduction(Reduction):
     E[M Mᵀ] = I, so dot products are kept without bias (Johnson and Lindenstrauss 1984; TRAK, arXiv 2303.14186).
     """
 
+    name = "gaussian"
+
     def __init__(self, rows: int, columns: int, seed: int) -> None:
         self.rows, self.columns, self.seed = rows, columns, seed
 
@@ -160,13 +162,13 @@ class GaussianReduction(Reduction):
     @property
     def facts(self) -> dict[str, Any]:
         """See :class:`Reduction`."""
-        own = {"name": "gaussian", "rows": self.rows, "columns": self.columns, "seed": self.seed}
+        own = {"name": self.name, "rows": self.rows, "columns": self.columns, "seed": self.seed}
         return own | {"digest": self.digest}
 
     @property
     def digest(self) -> str:
         """SHA-256 of the sizes and the seed."""
-        return hashlib.sha256(repr(("gaussian", self.rows, self.columns, self.seed)).encode()).hexdigest()
+        return hashlib.sha256(repr((self.name, self.rows, self.columns, self.seed)).encode()).hexdigest()
 
     def blocks(self, step: int) -> Iterator[tuple[int, FloatRows]]:
         """See :class:`Reduction`; ``step`` is rounded to whole blocks of the generator."""
@@ -176,6 +178,21 @@ class GaussianReduction(Reduction):
             drawn = generator.standard_normal((rows, self.columns), np.float32)
             drawn *= np.float32(self.columns**-0.5)
             yield first, drawn
+
+
+class RademacherReduction(GaussianReduction):
+    """The same with entries ±1/√columns (Achlioptas 2003), 64 signs from each word of the generator."""
+
+    name = "rademacher"
+
+    def blocks(self, step: int) -> Iterator[tuple[int, FloatRows]]:
+        """See :class:`GaussianReduction`."""
+        for first in range(0, self.rows, _BLOCK_ROWS):
+            count = min(_BLOCK_ROWS, self.rows - first) * self.columns
+            words = np.random.Philox(key=[self.seed, first]).random_raw(-(-count // 64))
+            bits = np.unpackbits(words.astype("<u8").view(np.uint8), count=count, bitorder="little")
+            signs = (bits.astype(np.float32) * 2 - 1) * np.float32(self.columns**-0.5)
+            yield first, signs.reshape(-1, self.columns)
 
 
 def load_reduction(group: Any, facts: Mapping[str, Any]) -> Reduction:
@@ -188,10 +205,13 @@ def load_reduction(group: Any, facts: Mapping[str, Any]) -> Reduction:
     StoreDamagedError
         If it is not the one that was recorded.
     """
-    if facts["name"] == "gaussian":
-        return GaussianReduction(int(facts["rows"]), int(facts["columns"]), int(facts["seed"]))
+    for kind in (GaussianReduction, RademacherReduction):
+        if facts["name"] == kind.name:
+            return kind(int(facts["rows"]), int(facts["columns"]), int(facts["seed"]))
     if facts["name"] != "eigenbasis":
-        raise StoreFormatError(f"expected a reduction 'eigenbasis' or 'gaussian'; received {facts['name']!r}: upgrade")
+        raise StoreFormatError(
+            f"expected a reduction 'eigenbasis', 'gaussian' or 'rademacher'; received {facts['name']!r}: upgrade"
+        )
     path = facts.get("path")
     if path is not None:
         group = open_group(array_store(parse_path(path), read_only=True), "r")
