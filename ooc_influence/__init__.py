@@ -53,10 +53,10 @@ _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 __all__ = [
     "AdamMetric", "Batching", "BudgetBatches", "ChunkCache", "Curvature", "Dropout", "Eigenbasis", "Gaussian",
     "GradientStore", "OocInfluenceError", "OocInfluenceWarning", "Rademacher", "Recipe", "Split", "Storage",
-    "TopInfluential", "__version__", "compact_store", "cross_entropy", "extract_gradients", "extract_shards", "fit_curvature",
-    "fit_fisher", "fit_gram", "gram_matrix", "group_influence", "influence_scores", "init_store", "merge_stores",
-    "module_influence", "plan", "reduce_store", "self_influence", "token_cross_entropy", "top_influential",
-    "upgrade_store",
+    "TopInfluential", "__version__", "compact_store", "cross_entropy", "extract_gradients", "extract_shards",
+    "fit_curvature", "fit_fisher", "fit_gram", "gram_matrix", "group_influence", "influence_scores", "init_store",
+    "merge_stores", "module_influence", "plan", "reduce_store", "self_influence", "token_cross_entropy",
+    "top_influential", "upgrade_store",
 ]  # fmt: skip
 
 
