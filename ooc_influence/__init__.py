@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, Any
 from ooc_influence._version import __version__
 
 if TYPE_CHECKING:
-    from ooc_influence.compress import Dropout, Eigenbasis, Gaussian, Rademacher, reduce_store
+    from ooc_influence.compress import (
+        Dropout,
+        Eigenbasis,
+        Gaussian,
+        Grass,
+        Identity,
+        Pca,
+        Rademacher,
+        Sjlt,
+        reduce_store,
+    )
     from ooc_influence.curvature import Curvature, fit_curvature, fit_fisher, fit_gram, gram_matrix
     from ooc_influence.errors import OocInfluenceError, OocInfluenceWarning
     from ooc_influence.extract import (
@@ -34,7 +44,9 @@ if TYPE_CHECKING:
 
 # Loaded on first use: opening a store and scoring never import torch.
 _ROOMS = {
-    "compress": ["Dropout", "Eigenbasis", "Gaussian", "Rademacher", "reduce_store"],
+    "compress": [
+        "Dropout", "Eigenbasis", "Gaussian", "Grass", "Identity", "Pca", "Rademacher", "Sjlt", "reduce_store",
+    ],
     "curvature": ["Curvature", "fit_curvature", "fit_fisher", "fit_gram", "gram_matrix"],
     "errors": ["OocInfluenceError", "OocInfluenceWarning"],
     "extract": [
@@ -52,11 +64,11 @@ _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 
 __all__ = [
     "AdamMetric", "Batching", "BudgetBatches", "ChunkCache", "Curvature", "Dropout", "Eigenbasis", "Gaussian",
-    "GradientStore", "OocInfluenceError", "OocInfluenceWarning", "Rademacher", "Recipe", "Split", "Storage",
-    "TopInfluential", "__version__", "compact_store", "cross_entropy", "extract_gradients", "extract_shards",
-    "fit_curvature", "fit_fisher", "fit_gram", "gram_matrix", "group_influence", "influence_scores", "init_store",
-    "merge_stores", "module_influence", "plan", "reduce_store", "self_influence", "token_cross_entropy",
-    "top_influential", "upgrade_store",
+    "GradientStore", "Grass", "Identity", "OocInfluenceError", "OocInfluenceWarning", "Pca", "Rademacher", "Recipe",
+    "Sjlt", "Split", "Storage", "TopInfluential", "__version__", "compact_store", "cross_entropy",
+    "extract_gradients", "extract_shards", "fit_curvature", "fit_fisher", "fit_gram", "gram_matrix",
+    "group_influence", "influence_scores", "init_store", "merge_stores", "module_influence", "plan", "reduce_store",
+    "self_influence", "token_cross_entropy", "top_influential", "upgrade_store",
 ]  # fmt: skip
 
 

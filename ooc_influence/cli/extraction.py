@@ -16,7 +16,15 @@ _PREPARING = (
     "max_length", "tokens", "batch_size", "reduction", "task", "model_dtype", "adapter", "tokenizer", "revision",
     "trust_remote_code", "allow_pickle", "output", "documents", "weights", "sign_seed",
 )  # fmt: skip
-_MASK = ("k", "sampling", "dims", "pilot", "basis_weights", "seed")
+_MASK = ("compressor", "k", "sampling", "dims", "pilot", "basis_weights", "nonzeros", "seed")
+_RIVALS = {  # the options that each takes, by the names of its arguments
+    "gaussian": {"k": "k", "seed": "seed"},
+    "rademacher": {"k": "k", "seed": "seed"},
+    "sjlt": {"k": "k", "seed": "seed", "nonzeros": "nonzeros"},
+    "grass": {"kept": "k", "k": "dims", "seed": "seed", "nonzeros": "nonzeros"},
+    "pca": {"r": "dims", "pilot": "pilot", "weights": "basis_weights"},
+    "identity": {},
+}
 
 
 def _asked(names: tuple[str, ...]) -> list[str]:
@@ -34,12 +42,16 @@ def _compressor(given: dict[str, Any]) -> Any:
     if given["like"] is not None:
         if asked or given["modules"] or given["fallback"]:
             raise InputError(
-                "expected --like without --k, --sampling, --dims, --seed and --modules; received both: --like fixes "
-                "the mask"
+                "expected --like without --compressor, --k, --sampling, --dims, --seed and --modules; received both: "
+                "--like fixes the mask"
             )
         return None
     if given["model"] is not None and not asked:
         return None
+    if given["compressor"] != "dropout":
+        return _rival(given["compressor"], given, asked)
+    if given["nonzeros"] is not None:
+        raise InputError("expected --nonzeros with --compressor sjlt or grass; received it with dropout")
     wide = given["model"] is not None
     from ooc_influence.compress import DEFAULT_REDUCED, DEFAULT_WIDE
 
@@ -52,6 +64,22 @@ def _compressor(given: dict[str, Any]) -> Any:
         seed=given["seed"],
         reduce=Eigenbasis(dims, given["pilot"], given["basis_weights"]) if dims else None,
     )
+
+
+def _rival(name: str, given: dict[str, Any], asked: list[str]) -> Any:
+    """Return a compressor that dropout is compared with."""
+    import ooc_influence
+    from ooc_influence.errors import InputError
+
+    taken = _RIVALS[name]
+    foreign = [option for option in asked if option not in ("compressor", *taken.values())]
+    if foreign:
+        known = ", ".join(f"--{option.replace('_', '-')}" for option in taken.values()) or "no further options"
+        raise InputError(
+            f"expected {known} with --compressor {name}; received --{foreign[0].replace('_', '-')}: leave it out"
+        )
+    settings = {argument: given[option] for argument, option in taken.items() if given[option] is not None}
+    return getattr(ooc_influence, name.capitalize())(**settings)
 
 
 def _common(given: dict[str, Any], *, divided: bool = False) -> dict[str, Any]:

@@ -2,12 +2,12 @@
 
 from ooc_influence.compress.dropout import Dropout
 from ooc_influence.compress.eigenbasis import Eigenbasis, fit_eigenbasis
-from ooc_influence.compress.gaussian import Gaussian, Rademacher
+from ooc_influence.compress.projection import Gaussian, Grass, Identity, Pca, Projection, Rademacher, Sjlt, Whole
 from ooc_influence.compress.reduce import reduce_store
 from ooc_influence.compress.share import Share, basis_weights
 from ooc_influence.store import PilotMoments
 
-Compressor = Dropout | Gaussian
+Compressor = Dropout | Whole
 DEFAULT_WIDE, DEFAULT_REDUCED = 65536, 4096  # entries kept and numbers stored, for language models
 
 __all__ = [
@@ -17,9 +17,15 @@ __all__ = [
     "Dropout",
     "Eigenbasis",
     "Gaussian",
+    "Grass",
+    "Identity",
+    "Pca",
     "PilotMoments",
+    "Projection",
     "Rademacher",
     "Share",
+    "Sjlt",
+    "Whole",
     "basis_weights",
     "fit_eigenbasis",
     "reduce_store",

@@ -17,7 +17,7 @@ At k = p the mask is the identity with weight 1. Time and memory are O(k) and th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -31,6 +31,21 @@ from ooc_influence.store import LayerShape, Mask, ModuleMask, PilotMoments
 
 SAMPLINGS = ("uniform", "importance", "grid")
 PILOT_SAMPLES = 256  # for importance sampling; more change the probabilities by a few per cent
+
+
+def parse_whole_numbers(settings: Any, least: Mapping[str, int]) -> None:
+    """Check attributes of a frozen dataclass against their least values, and make them plain integers.
+
+    Raises
+    ------
+    InputError
+        If one is no whole number, or below its least value.
+    """
+    for name, bound in least.items():
+        value = getattr(settings, name)
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < bound:
+            raise InputError(f"expected a whole number {name} >= {bound}; received {value!r}")
+        object.__setattr__(settings, name, int(value))
 
 
 @dataclass(frozen=True)
@@ -64,11 +79,7 @@ class Dropout:
     reduce: Eigenbasis | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("k", 1), ("seed", 0), ("pilot", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-                raise InputError(f"expected a whole number {name} >= {least}; received {value!r}")
-            object.__setattr__(self, name, int(value))
+        parse_whole_numbers(self, {"k": 1, "seed": 0, "pilot": 1})
         if self.reduce is not None and self.reduce.r > self.k:
             raise InputError(f"expected reduce to at most k = {self.k} numbers; received r = {self.reduce.r}")
         if self.sampling not in SAMPLINGS:

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import torch
 
-from ooc_influence.compress import Compressor, Dropout, fit_eigenbasis
+from ooc_influence.compress import Compressor, Dropout, Identity, fit_eigenbasis
 from ooc_influence.errors import InputError, MismatchError, StoreNotFoundError
 from ooc_influence.extract.batching import Batches, Batching, Shard, count_rows
 from ooc_influence.extract.budget import BudgetBatches
@@ -81,7 +81,7 @@ def extract_gradients(
     store : path
         The store to write: a folder, or an fsspec URL. A store of the same run is continued: its finished rows are not
         computed again.
-    compressor : Dropout, Gaussian or Rademacher, optional
+    compressor : Dropout, Gaussian, Rademacher, Sjlt, Grass, Pca or Identity, optional
         What to keep of each gradient; default ``Dropout()``.
     like : GradientStore or path, optional
         A train store whose mask to use instead: makes a query store. The model must be the same.
@@ -208,7 +208,7 @@ class PilotRun:
     def __init__(self, data: PilotData, store: PathLike) -> None:
         self._data, self._path = data, parse_path(store)
 
-    def __call__(self, plan: Plan, compressor: Dropout, layers: list[LayerShape], metric: AdamMetric | None) -> Plan:
+    def __call__(self, plan: Plan, compressor: Compressor, layers: list[LayerShape], metric: AdamMetric | None) -> Plan:
         """Return the plan with its mask and reduction.
 
         Raises
@@ -222,7 +222,7 @@ class PilotRun:
                 f"expected at least r = {basis.r} samples to make an eigenbasis from; received {known}: use a smaller "
                 "r (--dims), or no reduction"
             )
-        wide = replace(compressor, reduce=None)
+        wide = replace(compressor, reduce=None) if isinstance(compressor, Dropout) else Identity()
         plan = replace(plan, attributes=plan.attributes | {"compressor": wide.to_dict()})
         place = pilot_path(self._path)
         try:  # of a run that was killed

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ooc_influence.compress import Compressor, Dropout, Gaussian
+from ooc_influence.compress import Compressor, Dropout, Whole
 from ooc_influence.errors import InputError, MismatchError, OocInfluenceWarning, StoreNotFoundError
 from ooc_influence.extract.layers import ModuleSelection, find_uses, model_fingerprint, select_layers
 from ooc_influence.extract.metric import AdamMetric
@@ -113,7 +113,7 @@ def parse_device(model: torch.nn.Module, device: torch.device | str | None) -> t
     return chosen
 
 
-Pilot = Callable[[Plan, Dropout, list[LayerShape], AdamMetric | None], Plan]
+Pilot = Callable[[Plan, Compressor, list[LayerShape], AdamMetric | None], Plan]
 
 
 @dataclass(frozen=True)
@@ -173,11 +173,10 @@ def make_plan(model: torch.nn.Module, settings: Settings, path: PathLike, pilot:
     earlier = _earlier(path, layers, attributes)
     if earlier is not None:
         return _same_metric(replace(plan, mask=earlier.mask, reduction=earlier.reduction), earlier, settings)
-    if isinstance(chosen, Gaussian):
-        mask = chosen.draw(layers)
-        return replace(plan, mask=mask, reduction=chosen.generated(mask))
     if not chosen.pilot_samples and chosen.reduce is None:
-        return with_metric(replace(plan, mask=chosen.draw(layers)), settings.metric, model)
+        mask = chosen.draw(layers)
+        reduction = chosen.generated(mask) if isinstance(chosen, Whole) else None
+        return with_metric(replace(plan, mask=mask, reduction=reduction), settings.metric, model)
     if pilot is None:
         raise InputError(
             f"expected data for the pilot that {chosen!r} needs; received none: give per_sample_loss= and pilot= to "

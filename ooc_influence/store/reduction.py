@@ -1,8 +1,8 @@
 """The reduction: a linear map from masked rows (k' entries) to stored rows (r numbers), row @ M with M (k', r).
 
 Two kinds. A *stored* one keeps M as an array of the store: the top eigenvectors of the masked rows' Fisher matrix. A
-*generated* one is drawn from a seed, block by block: a Gaussian projection. Rows of two stores are comparable if mask
-and reduction are equal, which their digests tell.
+*generated* one is drawn from a seed, block by block: a random projection, dense or sparse. Rows of two stores are
+comparable if mask and reduction are equal, which their digests tell.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -145,13 +145,13 @@ class StoredReduction(Reduction):
         return found
 
 
-class GaussianReduction(Reduction):
-    """A dense Gaussian projection: entries of M are independent N(0, 1/columns), drawn from a seed.
+class GeneratedReduction(Reduction):
+    """A map drawn from a seed, in blocks of 1024 rows, each a function of the seed and of its first row.
 
-    E[M Mᵀ] = I, so dot products are kept without bias (Johnson and Lindenstrauss 1984; TRAK, arXiv 2303.14186).
+    E[M Mᵀ] = I: dot products are kept without bias.
     """
 
-    name = "gaussian"
+    name: ClassVar[str]
 
     def __init__(self, rows: int, columns: int, seed: int) -> None:
         self.rows, self.columns, self.seed = rows, columns, seed
@@ -160,39 +160,97 @@ class GaussianReduction(Reduction):
         """See :class:`Reduction`; there is nothing to write."""
 
     @property
+    def settings(self) -> dict[str, int]:
+        """What it is made of, beside its kind."""
+        return {"rows": self.rows, "columns": self.columns, "seed": self.seed}
+
+    @property
     def facts(self) -> dict[str, Any]:
         """See :class:`Reduction`."""
-        own = {"name": self.name, "rows": self.rows, "columns": self.columns, "seed": self.seed}
-        return own | {"digest": self.digest}
+        return {"name": self.name, **self.settings, "digest": self.digest}
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the sizes and the seed."""
-        return hashlib.sha256(repr((self.name, self.rows, self.columns, self.seed)).encode()).hexdigest()
+        """SHA-256 of kind and settings."""
+        return hashlib.sha256(repr((self.name, *self.settings.values())).encode()).hexdigest()
 
     def blocks(self, step: int) -> Iterator[tuple[int, FloatRows]]:
         """See :class:`Reduction`; ``step`` is rounded to whole blocks of the generator."""
         for first in range(0, self.rows, _BLOCK_ROWS):
-            rows = min(_BLOCK_ROWS, self.rows - first)
-            generator = np.random.Generator(np.random.Philox(key=[self.seed, first]))
-            drawn = generator.standard_normal((rows, self.columns), np.float32)
-            drawn *= np.float32(self.columns**-0.5)
-            yield first, drawn
+            yield first, self.block(first)
+
+    def block_rows(self, first: int) -> int:
+        """Return how many rows the block from row ``first`` on has."""
+        return min(_BLOCK_ROWS, self.rows - first)
+
+    @abstractmethod
+    def block(self, first: int) -> FloatRows:
+        """Return the block of M from row ``first`` on, a multiple of 1024."""
 
 
-class RademacherReduction(GaussianReduction):
-    """The same with entries ±1/√columns (Achlioptas 2003), 64 signs from each word of the generator."""
+class GaussianReduction(GeneratedReduction):
+    """Entries are independent N(0, 1/columns) (Johnson and Lindenstrauss 1984; TRAK, arXiv 2303.14186)."""
+
+    name = "gaussian"
+
+    def block(self, first: int) -> FloatRows:
+        """See :class:`GeneratedReduction`."""
+        generator = np.random.Generator(np.random.Philox(key=[self.seed, first]))
+        drawn = generator.standard_normal((self.block_rows(first), self.columns), np.float32)
+        drawn *= np.float32(self.columns**-0.5)
+        return drawn
+
+
+class RademacherReduction(GeneratedReduction):
+    """Entries are ±1/√columns (Achlioptas 2003), 64 signs from each word of the generator."""
 
     name = "rademacher"
 
-    def blocks(self, step: int) -> Iterator[tuple[int, FloatRows]]:
-        """See :class:`GaussianReduction`."""
-        for first in range(0, self.rows, _BLOCK_ROWS):
-            count = min(_BLOCK_ROWS, self.rows - first) * self.columns
-            words = np.random.Philox(key=[self.seed, first]).random_raw(-(-count // 64))
-            bits = np.unpackbits(words.astype("<u8").view(np.uint8), count=count, bitorder="little")
-            signs = (bits.astype(np.float32) * 2 - 1) * np.float32(self.columns**-0.5)
-            yield first, signs.reshape(-1, self.columns)
+    def block(self, first: int) -> FloatRows:
+        """See :class:`GeneratedReduction`."""
+        count = self.block_rows(first) * self.columns
+        words = np.random.Philox(key=[self.seed, first]).random_raw(-(-count // 64))
+        bits = np.unpackbits(words.astype("<u8").view(np.uint8), count=count, bitorder="little")
+        signs = (bits.astype(np.float32) * 2 - 1) * np.float32(self.columns**-0.5)
+        return signs.reshape(-1, self.columns)
+
+
+class SjltReduction(GeneratedReduction):
+    """Each row has ``nonzeros`` entries ±1/√nonzeros, one in each of as many ranges of columns.
+
+    CountSketch for one (Charikar, Chen and Farach-Colton 2002); else Kane and Nelson's block construction (2014). Each
+    entry takes a word of the generator: its lowest bit is the sign, its upper half, times the range's width, the place.
+    """
+
+    name = "sjlt"
+
+    def __init__(self, rows: int, columns: int, seed: int, nonzeros: int = 1) -> None:
+        super().__init__(rows, columns, seed)
+        self.nonzeros = nonzeros
+
+    @property
+    def settings(self) -> dict[str, int]:
+        """See :class:`GeneratedReduction`."""
+        return {**super().settings, "nonzeros": self.nonzeros}
+
+    def entries(self, first: int) -> tuple[npt.NDArray[np.int64], FloatRows]:
+        """Return the columns (b, nonzeros) and values of the entries of the block from row ``first`` on."""
+        shape = (self.block_rows(first), self.nonzeros)
+        words = np.random.Philox(key=[self.seed, first]).random_raw(shape)
+        edges = np.arange(self.nonzeros + 1, dtype=np.uint64) * np.uint64(self.columns) // np.uint64(self.nonzeros)
+        places = edges[:-1] + ((words >> np.uint64(32)) * np.diff(edges) >> np.uint64(32))
+        signs = ((words & np.uint64(1)).astype(np.float32) * 2 - 1) * np.float32(self.nonzeros**-0.5)
+        return places.astype(np.int64), signs
+
+    def block(self, first: int) -> FloatRows:
+        """See :class:`GeneratedReduction`."""
+        places, signs = self.entries(first)
+        found = np.zeros((len(places), self.columns), np.float32)
+        np.put_along_axis(found, places, signs, axis=1)
+        return found
+
+
+_GENERATED = {kind.name: kind for kind in (GaussianReduction, RademacherReduction, SjltReduction)}
 
 
 def load_reduction(group: Any, facts: Mapping[str, Any]) -> Reduction:
@@ -205,12 +263,12 @@ def load_reduction(group: Any, facts: Mapping[str, Any]) -> Reduction:
     StoreDamagedError
         If it is not the one that was recorded.
     """
-    for kind in (GaussianReduction, RademacherReduction):
-        if facts["name"] == kind.name:
-            return kind(int(facts["rows"]), int(facts["columns"]), int(facts["seed"]))
+    generated = _GENERATED.get(facts["name"])
+    if generated is not None:
+        return generated(**{name: int(value) for name, value in facts.items() if name not in ("name", "digest")})
     if facts["name"] != "eigenbasis":
         raise StoreFormatError(
-            f"expected a reduction 'eigenbasis', 'gaussian' or 'rademacher'; received {facts['name']!r}: upgrade"
+            f"expected a reduction eigenbasis, {', '.join(_GENERATED)}; received {facts['name']!r}: upgrade"
         )
     path = facts.get("path")
     if path is not None:

@@ -1,0 +1,238 @@
+"""Compressors that dropout is compared with: a mask, mostly of every entry, then a linear map drawn from a seed.
+
+A row of p gradient entries becomes row @ M with E[M Mᵀ] = I, so dot products are kept without bias. M is generated in
+blocks of 1024 entries, each a function of the seed and of its first entry; it is never stored, and held in memory
+where it takes less than a gigabyte. Full rows are put together in memory first: 4 p bytes a sample, and 12 p for the
+mask, which is refused where it does not fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Self
+
+from ooc_influence.compress.dropout import Dropout, parse_whole_numbers
+from ooc_influence.compress.eigenbasis import Eigenbasis
+from ooc_influence.errors import InputError, MemoryBudgetError
+from ooc_influence.memory import Need, Room, format_bytes
+from ooc_influence.store import (
+    GaussianReduction,
+    GeneratedReduction,
+    LayerShape,
+    Mask,
+    PilotMoments,
+    RademacherReduction,
+    SjltReduction,
+)
+
+_MASK_BYTES, _ROW_BYTES = 12, 4  # of an entry: in the mask; in a row
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What compressors have in common that look at every entry."""
+
+    name: ClassVar[str]
+    pilot_samples: ClassVar[int] = 0
+
+    @property
+    def reduce(self) -> Eigenbasis | None:
+        """The eigenbasis that rows are reduced to, from a pilot."""
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as JSON-ready values, with the compressor's name under ``"name"``."""
+        return {"name": self.name, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Return the compressor that :meth:`to_dict` described.
+
+        Raises
+        ------
+        InputError
+            If it described another one.
+        """
+        settings = dict(values)
+        try:
+            if settings.pop("name", None) == cls.name:
+                return cls(**settings)
+        except TypeError:
+            pass
+        raise InputError(f"expected the settings of {cls.__name__}; received {values!r}")
+
+    def draw(self, layers: Sequence[LayerShape], moments: Sequence[PilotMoments] = ()) -> Mask:
+        """Return the mask that keeps every entry.
+
+        Raises
+        ------
+        InputError
+            For more numbers than there are entries.
+        MemoryBudgetError
+            If mask and rows do not fit half of the memory that is free.
+        """
+        p = sum(layer.entries for layer in layers)
+        need = Need(f"{self.name} of all p = {p} entries", _MASK_BYTES * p, 0, _ROW_BYTES * p, min_rows=2)
+        room = Room.of(None)
+        if not room.fits(need):
+            raise MemoryBudgetError(
+                f"{need.stage} needs {format_bytes(room.price(need))} for the mask and two rows, budget "
+                f"{format_bytes(room.budget)}: use Dropout, or Grass, which keep some entries only, or fewer --modules"
+            )
+        return Dropout(k=p).draw(layers)
+
+    def generated(self, mask: Mask) -> GeneratedReduction | None:
+        """Return the map of rows under ``mask``; None where there is none, or it is made from a pilot."""
+        return None
+
+
+@dataclass(frozen=True)
+class Identity(Whole):
+    """Keep every entry of the gradient: exact, p numbers a row."""
+
+    name: ClassVar[str] = "identity"
+
+
+@dataclass(frozen=True)
+class Pca(Whole):
+    """Reduce full gradients to their top ``r`` principal directions, those of the Fisher matrix of a pilot's rows.
+
+    For models small enough: the pilot's rows are p numbers each, on disk, and the basis takes 4 p r bytes. It is
+    :class:`Eigenbasis` without a mask before it: what dropout followed by an eigenbasis comes close to.
+
+    Parameters
+    ----------
+    r, pilot, weights
+        As for :class:`Eigenbasis`.
+    """
+
+    r: int = 1024
+    pilot: int | None = None
+    weights: str | None = None
+
+    name: ClassVar[str] = "pca"
+
+    def __post_init__(self) -> None:
+        self.reduce  # noqa: B018 - it checks the settings
+
+    @property
+    def reduce(self) -> Eigenbasis:
+        """See :class:`Whole`."""
+        return Eigenbasis(self.r, self.pilot, self.weights)
+
+
+@dataclass(frozen=True)
+class Projection(Whole):
+    """A projection of full gradients to ``k`` numbers."""
+
+    k: int = 4096
+    seed: int = 0
+
+    _map: ClassVar[type[GeneratedReduction]]
+
+    def __post_init__(self) -> None:
+        parse_whole_numbers(self, {"k": 1, "seed": 0})
+
+    def draw(self, layers: Sequence[LayerShape], moments: Sequence[PilotMoments] = ()) -> Mask:
+        """See :meth:`Whole.draw`."""
+        p = sum(layer.entries for layer in layers)
+        if self.k > p:
+            raise InputError(f"expected k <= p = {p}; received k = {self.k}: use Identity() to keep all entries")
+        return super().draw(layers, moments)
+
+    def generated(self, mask: Mask) -> GeneratedReduction:
+        """Return the projection of rows under ``mask``."""
+        return self._map(mask.k, self.k, self.seed)
+
+
+@dataclass(frozen=True)
+class Gaussian(Projection):
+    """Project with a dense matrix of independent N(0, 1/k): O(p k) a sample.
+
+    Johnson and Lindenstrauss (1984); for influence TRAK, arXiv 2303.14186.
+
+    Parameters
+    ----------
+    k : int
+        Numbers stored a row.
+    seed : int
+        Seed of the matrix.
+
+    Raises
+    ------
+    InputError
+        For a k below 1 or a negative seed.
+    """
+
+    name: ClassVar[str] = "gaussian"
+    _map = GaussianReduction
+
+
+@dataclass(frozen=True)
+class Rademacher(Projection):
+    """Project with a dense matrix of independent signs over √k (Achlioptas 2003): see :class:`Gaussian`.
+
+    The cost is that of the Gaussian projection, but for drawing the matrix: one random bit an entry.
+    """
+
+    name: ClassVar[str] = "rademacher"
+    _map = RademacherReduction
+
+
+@dataclass(frozen=True)
+class Sjlt(Projection):
+    """Project with a sparse matrix of ``nonzeros`` signs a row, over their root: O(p · nonzeros) a sample, whatever k.
+
+    One non-zero is CountSketch (Charikar, Chen and Farach-Colton 2002); more, one in each of as many ranges of the
+    stored numbers, are the sparse Johnson-Lindenstrauss transform's block construction (Kane and Nelson 2014).
+
+    Parameters
+    ----------
+    k, seed
+        As for :class:`Gaussian`.
+    nonzeros : int
+        Of each entry; at most k.
+    """
+
+    nonzeros: int = 1
+
+    name: ClassVar[str] = "sjlt"
+    _map = SjltReduction
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parse_whole_numbers(self, {"nonzeros": 1})
+        if self.nonzeros > self.k:
+            raise InputError(f"expected nonzeros <= k = {self.k}; received {self.nonzeros}")
+
+    def generated(self, mask: Mask) -> SjltReduction:
+        """Return the projection of rows under ``mask``."""
+        return SjltReduction(mask.k, self.k, self.seed, self.nonzeros)
+
+
+@dataclass(frozen=True)
+class Grass(Sjlt):
+    """Keep ``kept`` entries drawn uniformly, then project them sparsely to ``k`` numbers (GraSS, arXiv 2505.18976).
+
+    O(kept · nonzeros) a sample beside what dropout costs; the full gradient is never built.
+
+    Parameters
+    ----------
+    k, seed, nonzeros
+        As for :class:`Sjlt`.
+    kept : int
+        Entries kept before the projection; at least k.
+    """
+
+    kept: int = 65536
+
+    name: ClassVar[str] = "grass"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parse_whole_numbers(self, {"kept": self.k})
+
+    def draw(self, layers: Sequence[LayerShape], moments: Sequence[PilotMoments] = ()) -> Mask:
+        """Return the mask of the kept entries."""
+        return Dropout(k=self.kept, seed=self.seed).draw(layers)
