@@ -45,7 +45,8 @@ if TYPE_CHECKING:
 # Loaded on first use: opening a store and scoring never import torch.
 _ROOMS = {
     "compress": [
-        "Dropout", "Eigenbasis", "Gaussian", "Grass", "Identity", "Pca", "Rademacher", "Sjlt", "reduce_store",
+        "Dropout", "Eigenbasis", "Gaussian", "Grass", "Identity", "LoGra", "Pca", "Rademacher", "Sjlt",
+        "reduce_store",
     ],
     "curvature": ["Curvature", "fit_curvature", "fit_fisher", "fit_gram", "gram_matrix"],
     "errors": ["OocInfluenceError", "OocInfluenceWarning"],
@@ -64,8 +65,8 @@ _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 
 __all__ = [
     "AdamMetric", "Batching", "BudgetBatches", "ChunkCache", "Curvature", "Dropout", "Eigenbasis", "Gaussian",
-    "GradientStore", "Grass", "Identity", "OocInfluenceError", "OocInfluenceWarning", "Pca", "Rademacher", "Recipe",
-    "Sjlt", "Split", "Storage", "TopInfluential", "__version__", "compact_store", "cross_entropy",
+    "GradientStore", "Grass", "Identity", "LoGra", "OocInfluenceError", "OocInfluenceWarning", "Pca", "Rademacher",
+    "Recipe", "Sjlt", "Split", "Storage", "TopInfluential", "__version__", "compact_store", "cross_entropy",
     "extract_gradients", "extract_shards", "fit_curvature", "fit_fisher", "fit_gram", "gram_matrix",
     "group_influence", "influence_scores", "init_store", "merge_stores", "module_influence", "plan", "reduce_store",
     "self_influence", "token_cross_entropy", "top_influential", "upgrade_store",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from models import Mlp, batches, data, loss, make
+from models import Encoder, Mlp, Twice, batches, data, loss, make
 from numpy.testing import assert_allclose, assert_array_equal
 from test_cli import run  # noqa: F401 - a fixture
 
@@ -15,6 +15,7 @@ from ooc_influence import (
     GradientStore,
     Grass,
     Identity,
+    LoGra,
     Pca,
     Rademacher,
     Sjlt,
@@ -26,14 +27,14 @@ from ooc_influence import (
 )
 from ooc_influence import memory as memory_room
 from ooc_influence.errors import InputError, MemoryBudgetError, MismatchError
-from ooc_influence.store import GaussianReduction, RademacherReduction, SjltReduction
+from ooc_influence.store import GaussianReduction, LayerShape, LograReduction, RademacherReduction, SjltReduction
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*effective dimension")  # of so few rows
 N = 40
 P = sum(values.numel() for values in make(Mlp).parameters())
 RIVALS = [
     Gaussian(50, 3), Rademacher(50, 3), Sjlt(50, 3), Sjlt(50, 3, nonzeros=4), Grass(30, 3, kept=200),
-    Grass(30, 3, nonzeros=3, kept=200), Identity(), Pca(20, pilot=N),
+    Grass(30, 3, nonzeros=3, kept=200), Identity(), Pca(20, pilot=N), LoGra(4, 6, 3), LoGra(5, 100),
 ]  # fmt: skip
 
 
@@ -60,7 +61,24 @@ def matrix(store):
     kept[np.concatenate(places), np.arange(store.mask.k)] = np.concatenate([m.weight for m in store.mask.modules])
     if store.reduction is None:
         return kept
+    if isinstance(store.reduction, LograReduction):
+        return logra_matrix(store)
     return kept @ np.concatenate([block for _, block in store.reduction.blocks(100)])
+
+
+def logra_matrix(store):
+    """Layer by layer, P_out ⊗ P_in on the layer's flattened gradient."""
+    found = np.zeros((sum(module.layer.entries for module in store.mask.modules), store.mask.k))
+    first = column = 0
+    for number, module in enumerate(store.mask.modules):
+        if not len(module.rows):
+            first += module.layer.entries
+            continue
+        sides = (int(module.rows.max()) + 1, int(module.cols.max()) + 1)
+        part = np.kron(*(factor.astype(np.float64) for factor in store.reduction.factors(number, module.layer, sides)))
+        found[first : first + len(part), column : column + part.shape[1]] = part
+        first, column = first + len(part), column + part.shape[1]
+    return found
 
 
 @pytest.mark.parametrize("compressor", RIVALS, ids=repr)
@@ -110,6 +128,42 @@ def test_dot_products_are_kept_without_bias(kind):
         reduced = rows @ np.concatenate([block for _, block in drawn.blocks(1)])
         found.append(reduced[0] @ reduced[1])
     assert abs(np.mean(found) - rows[0] @ rows[1]) < 4 * np.std(found) / np.sqrt(len(found))
+
+
+def test_logra_keeps_dot_products_without_bias():
+    layer = LayerShape("a", "linear", (9, 14), True)
+    G, H = np.random.default_rng(0).standard_normal((2, 9, 14)) + 0.3
+    found = []
+    for seed in range(600):
+        left, right = LograReduction(20, 20, seed).factors(1, layer, (4, 5))
+        found.append(((left.T @ G @ right) * (left.T @ H @ right)).sum())
+    assert abs(np.mean(found) - (G * H).sum()) < 4 * np.std(found) / np.sqrt(len(found))
+
+
+@pytest.mark.filterwarnings("ignore:LoGra leaves out")
+@pytest.mark.filterwarnings("ignore:gradients cover")
+@pytest.mark.parametrize(
+    ("kind", "modules"), [(Encoder, ["encoder.linear1", "encoder.linear2", "last"]), (Twice, None)]
+)
+def test_logra_of_tokens_and_of_layers_called_twice(tmp_path, kind, modules):
+    stores = []
+    names = dict(make(kind).named_parameters())
+    p = sum(v.numel() for name, v in names.items() if modules is None or name.rsplit(".", 1)[0] in modules)
+    for name, compressor in (("full", Dropout(k=p)), ("logra", LoGra(3, 4, 1))):
+        stores.append(extract_gradients(make(kind), loss, batches(*data(kind, 12), 5), tmp_path / name,
+                                        compressor=compressor, modules=modules, dtype="float32"))  # fmt: skip
+    expected = stores[0].rows().astype(np.float64) @ logra_matrix(stores[1])
+    assert_allclose(stores[1].rows(), expected, atol=1e-5 * np.abs(expected).max())
+    assert stores[1].k < p
+
+
+def test_logra_names_what_it_leaves_out(tmp_path):
+    linear, other = LayerShape("a", "linear", (4, 5), True), LayerShape("n", "layer_norm", (5, 2), True)
+    with pytest.warns(ooc.OocInfluenceWarning, match=r"leaves out 1 layers that are not linear, 33.3% .*: n"):
+        mask = LoGra(2, 3).draw([linear, other])
+    assert [len(module.rows) for module in mask.modules] == [6, 0]
+    with pytest.raises(InputError, match="linear layers for LoGra"):
+        LoGra().draw([other])
 
 
 @pytest.mark.parametrize("nonzeros", [1, 3, 7])
@@ -172,6 +226,7 @@ def test_the_command(tmp_path, run, monkeypatch):  # noqa: F811
             "grass --k 100 --dims 20 --seed 1": Grass(20, 1, 1, 100),
             "pca --dims 10 --pilot 30": Pca(10, 30),
             "identity": Identity(),
+            "logra --rank-out 3 --rank-in 5": LoGra(3, 5),
         }.items()
     ):
         code, _, err = run(line.format(number, text))
@@ -180,6 +235,7 @@ def test_the_command(tmp_path, run, monkeypatch):  # noqa: F811
     for text, message in {
         "identity --k 5": "expected no further options with --compressor identity; received --k",
         "gaussian --sampling importance": "expected --k, --seed with --compressor gaussian; received --sampling",
+        "dropout --rank-in 2": "--rank-in with --compressor logra",
         "dropout --nonzeros 2": "--nonzeros with --compressor sjlt or grass",
     }.items():
         code, _, err = run(line.format("bad", text))

@@ -16,12 +16,13 @@ _PREPARING = (
     "max_length", "tokens", "batch_size", "reduction", "task", "model_dtype", "adapter", "tokenizer", "revision",
     "trust_remote_code", "allow_pickle", "output", "documents", "weights", "sign_seed",
 )  # fmt: skip
-_MASK = ("compressor", "k", "sampling", "dims", "pilot", "basis_weights", "nonzeros", "seed")
+_MASK = ("compressor", "k", "sampling", "dims", "pilot", "basis_weights", "nonzeros", "rank_out", "rank_in", "seed")
 _RIVALS = {  # the options that each takes, by the names of its arguments
     "gaussian": {"k": "k", "seed": "seed"},
     "rademacher": {"k": "k", "seed": "seed"},
     "sjlt": {"k": "k", "seed": "seed", "nonzeros": "nonzeros"},
     "grass": {"kept": "k", "k": "dims", "seed": "seed", "nonzeros": "nonzeros"},
+    "logra": {"rank_out": "rank_out", "rank_in": "rank_in", "seed": "seed"},
     "pca": {"r": "dims", "pilot": "pilot", "weights": "basis_weights"},
     "identity": {},
 }
@@ -50,8 +51,10 @@ def _compressor(given: dict[str, Any]) -> Any:
         return None
     if given["compressor"] != "dropout":
         return _rival(given["compressor"], given, asked)
-    if given["nonzeros"] is not None:
-        raise InputError("expected --nonzeros with --compressor sjlt or grass; received it with dropout")
+    for option, owner in (("nonzeros", "sjlt or grass"), ("rank_out", "logra"), ("rank_in", "logra")):
+        if given[option] is not None:
+            named = option.replace("_", "-")
+            raise InputError(f"expected --{named} with --compressor {owner}; received it with dropout")
     wide = given["model"] is not None
     from ooc_influence.compress import DEFAULT_REDUCED, DEFAULT_WIDE
 
@@ -79,7 +82,7 @@ def _rival(name: str, given: dict[str, Any], asked: list[str]) -> Any:
             f"expected {known} with --compressor {name}; received --{foreign[0].replace('_', '-')}: leave it out"
         )
     settings = {argument: given[option] for argument, option in taken.items() if given[option] is not None}
-    return getattr(ooc_influence, name.capitalize())(**settings)
+    return getattr(ooc_influence, "LoGra" if name == "logra" else name.capitalize())(**settings)
 
 
 def _common(given: dict[str, Any], *, divided: bool = False) -> dict[str, Any]:

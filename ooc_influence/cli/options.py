@@ -83,7 +83,7 @@ building = several(
     click.option("--store", required=True, metavar="PATH|URL", help="The store to write, or to go on with."),
     click.option("--like", metavar="TRAIN", help="Make a query store with the mask and basis of this train store."),
     click.option("--compressor", default="dropout", show_default=True,
-                 type=click.Choice(["dropout", "gaussian", "rademacher", "sjlt", "grass", "pca", "identity"]),
+                 type=click.Choice(["dropout", "gaussian", "rademacher", "sjlt", "grass", "logra", "pca", "identity"]),
                  help="How gradients are compressed (docs/compressors.md)."),
     click.option("--k", type=int, help="Gradient entries kept of each sample, or numbers that a projection of all "
                  "makes. Default: 4096; with --model 65536."),
@@ -93,6 +93,8 @@ building = several(
                  "0: do not. Default: 0; with --model 4096."),
     click.option("--pilot", type=int, metavar="N", help="Rows that eigenbasis is made from. Default: 4 R."),
     click.option("--basis-weights", type=click.Choice(["ggn", "trak"]), help="Row weights of that eigenbasis."),
+    click.option("--rank-out", type=int, metavar="N", help="Rows kept of a layer by logra. Default: 16."),
+    click.option("--rank-in", type=int, metavar="N", help="Columns kept of a layer by logra. Default: 16."),
     click.option("--nonzeros", type=int, metavar="N", help="Of each entry in sjlt and grass. Default: 1."),
     click.option("--seed", type=int, default=0, show_default=True, help="Seed of the mask or projection."),
     click.option("--dtype", type=click.Choice(["float16", "bfloat16", "float32", "int8", "int4"]), default="float16",

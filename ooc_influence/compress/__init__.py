@@ -2,6 +2,7 @@
 
 from ooc_influence.compress.dropout import Dropout
 from ooc_influence.compress.eigenbasis import Eigenbasis, fit_eigenbasis
+from ooc_influence.compress.logra import LoGra
 from ooc_influence.compress.projection import Gaussian, Grass, Identity, Pca, Projection, Rademacher, Sjlt, Whole
 from ooc_influence.compress.reduce import reduce_store
 from ooc_influence.compress.share import Share, basis_weights
@@ -19,6 +20,7 @@ __all__ = [
     "Gaussian",
     "Grass",
     "Identity",
+    "LoGra",
     "Pca",
     "PilotMoments",
     "Projection",

@@ -81,7 +81,7 @@ def extract_gradients(
     store : path
         The store to write: a folder, or an fsspec URL. A store of the same run is continued: its finished rows are not
         computed again.
-    compressor : Dropout, Gaussian, Rademacher, Sjlt, Grass, Pca or Identity, optional
+    compressor : Dropout, Gaussian, Rademacher, Sjlt, Grass, LoGra, Pca or Identity, optional
         What to keep of each gradient; default ``Dropout()``.
     like : GradientStore or path, optional
         A train store whose mask to use instead: makes a query store. The model must be the same.

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ooc_influence.compress import Compressor, Dropout, Whole
+from ooc_influence.compress import Compressor, Dropout, LoGra, Whole
 from ooc_influence.errors import InputError, MismatchError, OocInfluenceWarning, StoreNotFoundError
 from ooc_influence.extract.layers import ModuleSelection, find_uses, model_fingerprint, select_layers
 from ooc_influence.extract.metric import AdamMetric
@@ -174,6 +174,8 @@ def make_plan(model: torch.nn.Module, settings: Settings, path: PathLike, pilot:
     if earlier is not None:
         return _same_metric(replace(plan, mask=earlier.mask, reduction=earlier.reduction), earlier, settings)
     if not chosen.pilot_samples and chosen.reduce is None:
+        if settings.metric is not None and isinstance(chosen, LoGra):
+            raise InputError("expected no metric with LoGra; received one: it weighs entries, which LoGra never sees")
         mask = chosen.draw(layers)
         reduction = chosen.generated(mask) if isinstance(chosen, Whole) else None
         return with_metric(replace(plan, mask=mask, reduction=reduction), settings.metric, model)

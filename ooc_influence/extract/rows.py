@@ -10,17 +10,19 @@ import torch
 from scipy.sparse import csr_matrix
 from torch import Tensor
 
+from ooc_influence.errors import UnsupportedModelError
 from ooc_influence.extract.entries import Entries
+from ooc_influence.extract.entries.logra import LograEntries
 from ooc_influence.extract.layers import Use
 from ooc_influence.extract.taps import PerSampleLoss, Taps
-from ooc_influence.store import Mask, ModuleMask, Reduction, SjltReduction, StoredReduction
+from ooc_influence.store import LograReduction, Mask, ModuleMask, Reduction, SjltReduction, StoredReduction
 
 _HELD_BYTES = 2**30  # of a generated map
 _SPARSE_ROWS, _SPARSE_ENTRY = 2**20, 16  # of a sparse map: rows at a time, bytes of an entry
 
 
 class RowGatherer:
-    """Computes the kept entries of every sample of a batch.
+    """Computes the kept entries of every sample of a batch, or the projected numbers of its layers.
 
     Parameters
     ----------
@@ -34,9 +36,10 @@ class RowGatherer:
 
     def __init__(self, mask: Mask, device: torch.device, reduction: Reduction | None = None) -> None:
         self._mask, self._device = mask, device
-        self._reduce = None if reduction is None else make_reducer(reduction, device)
+        self._logra = reduction if isinstance(reduction, LograReduction) else None
+        self._reduce = None if reduction is None or self._logra else make_reducer(reduction, device)
         self._starts = np.cumsum([0, *(len(module.rows) for module in mask.modules)]).tolist()
-        self._entries: dict[tuple[str, torch.device], tuple[Entries, slice | Tensor]] = {}
+        self._entries: dict[tuple[str, torch.device], tuple[Entries | LograEntries, slice | Tensor]] = {}
 
     def __call__(self, taps: Taps, per_sample_loss: PerSampleLoss, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Return losses (b,), compressed gradients (b, k) float32 and masked norms (b,) of a batch, on the device.
@@ -71,9 +74,16 @@ class RowGatherer:
         else:
             rows.index_add_(1, columns, found)
 
-    def _prepare(self, use: Use, device: torch.device) -> tuple[Entries, slice | Tensor]:
+    def _prepare(self, use: Use, device: torch.device) -> tuple[Entries | LograEntries, slice | Tensor]:
         """Return a module's gatherer on a device, and the columns it adds to: of a tied one, the weight's only."""
         kept, first = self._mask.modules[use.layer], self._starts[use.layer]
+        if self._logra is not None:
+            if use.shape != kept.layer:
+                raise UnsupportedModelError(
+                    f"expected the weight of {kept.layer.name} in one layer for LoGra; received it in {use.shape.name} "
+                    "too: use another compressor, or --modules without it"
+                )
+            return LograEntries(kept, use.layer, self._logra, device), slice(first, first + len(kept.rows))
         if use.shape.name == kept.layer.name:
             return use.kind(kept, use.module, device), slice(first, first + len(kept.rows))
         width = kept.layer.shape[1] - kept.layer.bias

@@ -151,7 +151,7 @@ def extract(
         The store to write, or to go on with.
     text, prompt, completion, messages, label, id, keep, chat
         Which fields are what: :class:`Fields`. Default: the field ``text``.
-    compressor : Dropout, Gaussian, Rademacher, Sjlt, Grass, Pca or Identity, optional
+    compressor : Dropout, Gaussian, Rademacher, Sjlt, Grass, LoGra, Pca or Identity, optional
         Default: importance dropout of 65536 entries, reduced to 4096 numbers (fewer for small models or data).
     like : GradientStore or path, optional
         Make a query store of this train store.

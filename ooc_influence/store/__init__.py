@@ -36,6 +36,7 @@ from ooc_influence.store.reader import Block, RawBlock, read_blocks, read_into, 
 from ooc_influence.store.reduction import (
     GaussianReduction,
     GeneratedReduction,
+    LograReduction,
     RademacherReduction,
     Reduction,
     SjltReduction,
@@ -51,11 +52,11 @@ from ooc_influence.store.writer import RangeWriter, missing_spans, writing_bytes
 
 __all__ = [
     "CHUNK_TARGET", "Block", "ChunkCache", "Damage", "GaussianReduction", "GeneratedReduction", "GradientStore",
-    "LayerShape", "Mask", "ModuleMask", "NewFolder", "PathLike", "PilotMoments", "RademacherReduction", "RangeWriter",
-    "RawBlock", "Reduction", "Representation", "SjltReduction", "Storage", "StorePath", "StoredReduction",
-    "array_store", "check_finite", "column_dtype", "columns_digest", "compact_store", "copy_marks", "create_array",
-    "create_like", "exists", "is_file", "is_local", "kept_at", "make_claim", "merge_stores", "missing_spans", "names",
-    "open_group", "parse_numbers", "parse_path", "parse_representation", "read_array", "read_blocks", "read_bytes",
-    "read_into", "read_part", "read_raw_blocks", "remove_partial_files", "remove_tree", "square_chunks", "tree_bytes",
-    "upgrade_store", "writable_array", "write_bytes", "writing_bytes",
+    "LayerShape", "LograReduction", "Mask", "ModuleMask", "NewFolder", "PathLike", "PilotMoments",
+    "RademacherReduction", "RangeWriter", "RawBlock", "Reduction", "Representation", "SjltReduction", "Storage",
+    "StorePath", "StoredReduction", "array_store", "check_finite", "column_dtype", "columns_digest", "compact_store",
+    "copy_marks", "create_array", "create_like", "exists", "is_file", "is_local", "kept_at", "make_claim",
+    "merge_stores", "missing_spans", "names", "open_group", "parse_numbers", "parse_path", "parse_representation",
+    "read_array", "read_blocks", "read_bytes", "read_into", "read_part", "read_raw_blocks", "remove_partial_files",
+    "remove_tree", "square_chunks", "tree_bytes", "upgrade_store", "writable_array", "write_bytes", "writing_bytes",
 ]  # fmt: skip

@@ -21,6 +21,7 @@ from ooc_influence.store.arrays import CHUNK_TARGET, create_array, open_group, r
 from ooc_influence.store.place import array_store, parse_path
 
 if TYPE_CHECKING:
+    from ooc_influence.store.mask import LayerShape
     from ooc_influence.store.view import StoreView
 
 FloatRows = npt.NDArray[np.float32]
@@ -250,7 +251,33 @@ class SjltReduction(GeneratedReduction):
         return found
 
 
-_GENERATED = {kind.name: kind for kind in (GaussianReduction, RademacherReduction, SjltReduction)}
+class LograReduction(GeneratedReduction):
+    """Projections of each linear layer from both sides, before its gradient is built (LoGra, arXiv 2405.13954).
+
+    The mask then says not which entries are kept, but how many projected rows and columns of each layer. There is no
+    map of kept entries: ``block`` is the identity.
+    """
+
+    name = "logra"
+
+    def factors(self, number: int, layer: LayerShape, ranks: tuple[int, int]) -> tuple[FloatRows, FloatRows]:
+        """Return P_out (out, out') and P_in (in, in') of layer ``number``; the identity for a side kept whole."""
+        found = []
+        for side, (size, rank) in enumerate(zip(layer.shape, ranks, strict=True)):
+            if rank == size:
+                found.append(np.eye(size, dtype=np.float32))
+                continue
+            generator = np.random.Generator(np.random.Philox(key=[self.seed, 2 * number + side]))
+            drawn = generator.standard_normal((size, rank), np.float32)
+            found.append(drawn * np.float32(max(1, rank) ** -0.5))
+        return found[0], found[1]
+
+    def block(self, first: int) -> FloatRows:
+        """See :class:`GeneratedReduction`."""
+        return np.eye(self.block_rows(first), self.columns, first, dtype=np.float32)
+
+
+_GENERATED = {kind.name: kind for kind in (GaussianReduction, LograReduction, RademacherReduction, SjltReduction)}
 
 
 def load_reduction(group: Any, facts: Mapping[str, Any]) -> Reduction:
