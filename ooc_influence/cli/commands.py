@@ -6,7 +6,7 @@ import json
 
 import click
 
-from ooc_influence.cli import cluster, curvature, extraction, options, planning, reporting, scoring, stores
+from ooc_influence.cli import checking, cluster, curvature, extraction, options, planning, reporting, scoring, stores
 
 
 @click.command()
@@ -26,7 +26,7 @@ def demo(out: str, rows: int | None, k: int, memory: str, as_json: bool) -> None
 
 ALL = (
     demo, extraction.init, extraction.extract, curvature.fisher, scoring.score, scoring.top,
-    scoring.self_influence_command, scoring.groups, scoring.modules, reporting.report, reporting.serve,
+    scoring.self_influence_command, scoring.groups, scoring.modules, reporting.report, reporting.serve, checking.check,
     planning.plan, cluster.cluster_script,
     stores.info, stores.verify, stores.ids, stores.drop, stores.compact, stores.merge, stores.reduce, stores.upgrade,
 )  # fmt: skip

@@ -91,20 +91,10 @@ def _common(given: dict[str, Any], *, divided: bool = False) -> dict[str, Any]:
     Where shards are ``divided`` among tasks, these load what is given by its path.
     """
     from ooc_influence import AdamMetric, Storage
-    from ooc_influence.errors import InputError
     from ooc_influence.store import parse_path
 
     parse_path(given["store"])
-    if (given["recipe_name"] is None) == (given["model"] is None):
-        raise InputError("expected either --recipe, or --model with --data; received both or neither")
-    if (given["model"] is None) != (given["data"] is None):
-        raise InputError("expected --model and --data together; received one of them")
-    if given["recipe_name"] is not None:
-        misplaced = _asked(_FIELDS + _PREPARING)
-        if misplaced:
-            raise InputError(
-                f"expected --{misplaced[0].replace('_', '-')} with --model; received it with --recipe, which says it"
-            )
+    check_source(given)
     return {
         "compressor": _compressor(given),
         "like": given["like"],
@@ -118,6 +108,28 @@ def _common(given: dict[str, Any], *, divided: bool = False) -> dict[str, Any]:
         "metric": given["adam"] if given["adam"] is None or divided else AdamMetric(given["adam"]),
         "check_model": not given["other_model"],
     }
+
+
+def check_source(given: dict[str, Any]) -> None:
+    """Check that a recipe, or a model with data, is named, and only what goes with it.
+
+    Raises
+    ------
+    InputError
+        If not.
+    """
+    from ooc_influence.errors import InputError
+
+    if (given["recipe_name"] is None) == (given["model"] is None):
+        raise InputError("expected either --recipe, or --model with --data; received both or neither")
+    if (given["model"] is None) != (given["data"] is None):
+        raise InputError("expected --model and --data together; received one of them")
+    if given["recipe_name"] is not None:
+        misplaced = _asked(_FIELDS + _PREPARING)
+        if misplaced:
+            raise InputError(
+                f"expected --{misplaced[0].replace('_', '-')} with --model; received it with --recipe, which says it"
+            )
 
 
 def _hugging_face(given: dict[str, Any], common: dict[str, Any], more: dict[str, Any], **how: Any) -> Any:

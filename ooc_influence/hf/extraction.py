@@ -116,6 +116,37 @@ def prepare(
     return Job(found.model, loss, batches, samples, kind)
 
 
+def open_job(
+    model: str | Path | Loaded,
+    data: Any,
+    *,
+    text: str | None = None,
+    prompt: str | None = None,
+    completion: str | None = None,
+    messages: str | None = None,
+    label: str | None = None,
+    id: str | None = None,  # noqa: A002 - the field's name is what users call it
+    keep: Sequence[str] = (),
+    chat: bool = False,
+    device: torch.device | str | None = None,
+    **preparing: Any,
+) -> Job:
+    """Return model, loss and batches of documents; the arguments are those of :func:`extract`.
+
+    Raises
+    ------
+    InputError
+        See :func:`extract`.
+    """
+    if all(field is None for field in (text, prompt, completion, messages)):
+        text = "text"
+    if "model_dtype" in preparing:
+        preparing["dtype"] = preparing.pop("model_dtype")
+    if device is not None and not isinstance(model, Loaded):
+        preparing["device"] = str(device)
+    return prepare(model, data, Fields(text, prompt, completion, messages, label, id, tuple(keep), chat), **preparing)
+
+
 def extract(
     model: str | Path | Loaded,
     data: Any,
@@ -181,16 +212,12 @@ def extract(
     OocInfluenceError
         See :func:`extract_gradients`.
     """
-    if all(field is None for field in (text, prompt, completion, messages)):
-        text = "text"
-    fields = Fields(text, prompt, completion, messages, label, id, tuple(keep), chat)
-    if "model_dtype" in preparing:
-        preparing["dtype"] = preparing.pop("model_dtype")
     if preparing.get("output") == "curvature" and like is None:
         raise InputError("expected like=, a train store, for output='curvature'; received none: it fixes the mask")
-    if device is not None and not isinstance(model, Loaded):
-        preparing["device"] = str(device)
-    job = prepare(model, data, fields, progress=progress, **preparing)
+    job = open_job(
+        model, data, text=text, prompt=prompt, completion=completion, messages=messages, label=label, id=id, keep=keep,
+        chat=chat, device=device, progress=progress, **preparing,
+    )  # fmt: skip
     if compressor is None and like is None:
         compressor = default_compressor(job.model, modules, len(job.samples))
     arguments = {

@@ -1,0 +1,269 @@
+"""How well a store's compressed scores agree with uncompressed ones, on a few hundred samples of the user's own model.
+
+Gradients of the same samples are taken twice: as the store has them, and whole. Whole ones are never held together: a
+group of layers at a time, only their products K = Σ_layers G Gᵀ (n, n) are kept. Seven of eight samples make F, the
+others are queries. On both sides scores come from K alone, with m the rows of F (Woodbury's identity):
+
+    G_q (F + λI)⁻¹ G_tᵀ = m K_qt (K_tt + mλI)⁻¹ ,    self-influence = m diag(K_tt (K_tt + mλI)⁻¹) ,
+
+at the same λ = damping · tr(F)/k of the stored rows, since stored products estimate whole ones. F of so few rows is not
+that of the corpus: what is compared is the compression, everything else being equal.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy.stats import rankdata
+
+from ooc_influence.compress import Identity
+from ooc_influence.curvature.damping import DEFAULT_DAMPING
+from ooc_influence.errors import InputError, MemoryBudgetError
+from ooc_influence.extract import extract_gradients
+from ooc_influence.extract.pilot import PilotData
+from ooc_influence.extract.plan import parse_device
+from ooc_influence.extract.taps import PerSampleLoss
+from ooc_influence.memory import Room, format_bytes
+from ooc_influence.store import GradientStore, LayerShape, PathLike
+
+Matrix = npt.NDArray[np.float64]
+SWEEP = (0.01, DEFAULT_DAMPING, 1.0, 10.0)
+_TOP = 10
+_ENTRY_BYTES = 40  # of a group's entries while its rows are taken: mask, indices, a batch of rows, its copy
+_GOOD, _FAIR, _GAIN = 0.9, 0.7, 0.05  # of a rank correlation; a difference worth telling
+_LEAST_ROWS = 32
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Agreement at one damping.
+
+    Attributes
+    ----------
+    damping : float
+        Relative: λ = damping · tr(F)/k.
+    scores : float
+        Spearman's rank correlation of stored and whole scores over train rows, mean over queries.
+    top : float
+        Share of the ten strongest proponents that both have, mean over queries.
+    self_influence : float
+        Spearman's rank correlation of self-influence.
+    """
+
+    damping: float
+    scores: float
+    top: float
+    self_influence: float
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """What :func:`check` found.
+
+    Attributes
+    ----------
+    rows, queries : int
+        Samples that F was made of, and others that were scored against them.
+    p, k : int
+        Entries of a whole gradient; numbers stored.
+    agreement : tuple of Agreement
+        At each damping.
+    advice : tuple of str
+        In words.
+    """
+
+    rows: int
+    queries: int
+    p: int
+    k: int
+    agreement: tuple[Agreement, ...]
+    advice: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.queries} queries against {self.rows} rows; {self.k} numbers stored of {self.p} entries, "
+            "F of these rows on both sides",
+            "damping    scores    top 10    self-influence   (rank correlation, overlap, rank correlation)",
+        ]
+        for each in self.agreement:
+            mark = "  default" if each.damping == DEFAULT_DAMPING else ""
+            lines.append(
+                f"{each.damping:7g}   {each.scores:7.3f}   {each.top:7.3f}   {each.self_influence:15.3f}{mark}"
+            )
+        return "\n".join([*lines, *self.advice])
+
+
+def check(
+    store: GradientStore | PathLike,
+    model: torch.nn.Module,
+    per_sample_loss: PerSampleLoss,
+    batches: Any,
+    *,
+    rows: int = 256,
+    dampings: Sequence[float] = SWEEP,
+    device: torch.device | str | None = None,
+    memory: int | str | None = None,
+    folder: str | Path | None = None,
+    progress: bool | None = None,
+) -> CheckResult:
+    """Compare a store's scores with uncompressed ones on a few samples.
+
+    Parameters
+    ----------
+    store : GradientStore or path
+        The store: its mask, its basis, its representation.
+    model, per_sample_loss, batches
+        As it was extracted with (:func:`extract_gradients`); some of the samples are taken, spread over the data where
+        batches can be addressed.
+    rows : int
+        Samples, at least 32; one in eight becomes a query.
+    dampings : sequence of float
+        Relative dampings to compare at; the default is always among them.
+    device : torch.device or str, optional
+        Where to run; by default where the model is.
+    memory : int or str, optional
+        Budget for the process; by default half of what is free. Whole gradients are taken by groups of layers that fit.
+    folder : path, optional
+        Where temporary rows are written; by default the system's place for that.
+    progress : bool, optional
+        Show progress lines.
+
+    Raises
+    ------
+    InputError
+        For too few rows, or a damping that is not positive.
+    MemoryBudgetError
+        If the gradients of one layer do not fit.
+    OocInfluenceError
+        See :func:`extract_gradients`.
+    """
+    train = store if isinstance(store, GradientStore) else GradientStore.open(store)
+    if isinstance(rows, bool) or rows < _LEAST_ROWS:
+        raise InputError(f"expected at least {_LEAST_ROWS} rows to compare on; received {rows!r}")
+    if any(not damping > 0 for damping in dampings):
+        raise InputError(f"expected dampings > 0; received {list(dampings)}")
+    layers = [module.layer for module in train.mask.modules]
+    room = Room.of(memory)
+    groups = list(_groups(layers, rows, room.budget - room.held))
+    data = PilotData(model, per_sample_loss, batches, parse_device(model, device), progress, memory)
+    taken = data.part(rows)
+    with tempfile.TemporaryDirectory(prefix=".ooc_influence-check-", dir=folder) as name, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "gradients cover")  # of a group, which is meant to be a part
+        place = Path(name)
+        options: dict[str, Any] = {"device": data.device, "progress": progress}
+        own = extract_gradients(
+            model, per_sample_loss, taken, place / "stored", like=train, dtype=train.layout.dtype, **options
+        )
+        if own.n < _LEAST_ROWS:
+            raise InputError(f"expected at least {_LEAST_ROWS} samples to compare on; received data with {own.n}")
+        stored, whole = _products(own), np.zeros((own.n, own.n))
+        for number, group in enumerate(groups):
+            chosen = _named({layer.name for layer in group})
+            fallback = any(layer.kind == "func" for layer in group)
+            whole += _products(
+                extract_gradients(
+                    model, per_sample_loss, taken, place / f"whole-{number}", compressor=Identity(), dtype="float32",
+                    modules=chosen, fallback=fallback, **options,
+                )
+            )  # fmt: skip
+    found = compare(stored, whole, train.k, sorted({*dampings, DEFAULT_DAMPING}))
+    queries = len(range(0, own.n, 8))
+    p = sum(layer.entries for layer in layers)
+    return CheckResult(own.n - queries, queries, p, train.k, found, tuple(_advice(train, found)))
+
+
+def compare(stored: Matrix, whole: Matrix, k: int, dampings: Sequence[float]) -> tuple[Agreement, ...]:
+    """Return how products of stored rows (n, n) agree with those of whole ones; every eighth row is a query."""
+    number = np.arange(len(stored))
+    queries, rows = number[::8], np.delete(number, number[::8])
+    m, found = len(rows), []
+    for damping in dampings:
+        value = damping * float(np.trace(stored[np.ix_(rows, rows)])) / m / k
+        scores, selves = zip(*(_scores(K, queries, rows, value) for K in (stored, whole)), strict=True)
+        correlations = [_spearman(left, right) for left, right in zip(*scores, strict=True)]
+        best = [np.argsort(-each, axis=1, kind="stable")[:, :_TOP] for each in scores]
+        overlap = [len(np.intersect1d(left, right)) / best[0].shape[1] for left, right in zip(*best, strict=True)]
+        found.append(
+            Agreement(damping, float(np.mean(correlations)), float(np.mean(overlap)), _spearman(selves[0], selves[1]))
+        )
+    return tuple(found)
+
+
+def _scores(K: Matrix, queries: Any, rows: Any, value: float) -> tuple[Matrix, Matrix]:
+    m = len(rows)
+    inner = K[np.ix_(rows, rows)]
+    factor = np.linalg.solve(inner + m * value * np.eye(m), np.concatenate([inner, K[np.ix_(rows, queries)]], axis=1))
+    return m * factor[:, m:].T, m * np.diagonal(factor[:, :m])
+
+
+def _spearman(left: Matrix, right: Matrix) -> float:
+    ranks = [rankdata(values) for values in (left, right)]
+    if any(np.ptp(values) == 0 for values in ranks):
+        return float(np.array_equal(*ranks))
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def _named(names: set[str]) -> Callable[[str, torch.nn.Module], bool]:
+    return lambda name, _: name in names
+
+
+def _groups(layers: Sequence[LayerShape], rows: int, free: int) -> Iterator[list[LayerShape]]:
+    """Cut layers into groups whose gradients fit: entries of the mask, and all rows to multiply."""
+    each = _ENTRY_BYTES + 8 * rows
+    group: list[LayerShape] = []
+    for layer in layers:
+        if each * layer.entries > free:
+            raise MemoryBudgetError(
+                f"whole gradients of {layer.name} need {format_bytes(each * layer.entries)} for {rows} rows, budget "
+                f"{format_bytes(max(0, free))} beside what the process holds: use fewer --rows, or more --memory"
+            )
+        if group and each * (layer.entries + sum(other.entries for other in group)) > free:
+            yield group
+            group = []
+        group.append(layer)
+    if group:
+        yield group
+
+
+def _products(store: GradientStore) -> Matrix:
+    rows = store.rows()
+    found = np.zeros((len(rows), len(rows)))
+    step = max(1, 2**24 // max(1, len(rows)))
+    for start in range(0, rows.shape[1], step):
+        part = rows[:, start : start + step].astype(np.float64)
+        found += part @ part.T
+    return found
+
+
+def _advice(store: GradientStore, found: Sequence[Agreement]) -> Iterator[str]:
+    default = next(each for each in found if each.damping == DEFAULT_DAMPING)
+    best = max(found, key=lambda each: each.scores)
+    worst = min(default.scores, default.self_influence)
+    level = "close to" if worst >= _GOOD else "roughly like" if worst >= _FAIR else "far from"
+    yield f"At the default damping stored scores rank {level} uncompressed ones."
+    if best.scores > default.scores + _GAIN:
+        yield (
+            f"A damping of {best.damping:g} feels the compression less ({best.scores:.3f} against "
+            f"{default.scores:.3f}); whether it attributes better is another question."
+        )
+    if worst >= _GOOD:
+        return
+    settings = store.attrs.get("compressor") or {}
+    if settings.get("sampling", "importance") != "importance":
+        yield "Importance sampling (--sampling importance) keeps more of the same number of entries."
+    left_out = float((store.attrs.get("reduction") or {}).get("left_out", 0.0))
+    if left_out > 1 - _GOOD:
+        yield f"The reduction leaves out {left_out:.0%} of the gradients' energy: more --dims, or a larger --pilot."
+    yield "More entries (--k) bring stored products closer to whole ones: their variance falls as 1/k."
