@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import zarr
 
+import ooc_influence
 from ooc_influence import GradientStore, influence_scores
 from ooc_influence.cli.main import main
 
@@ -236,6 +237,13 @@ def test_help_loads_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True)
     assert "--recipe" in done.stdout
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_no_warning_on_import_and_one_version():
+    code = "import ooc_influence, ooc_influence.cli.main, torch, ooc_influence.extract, ooc_influence.evaluate"
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+    citation = (Path(__file__).parent.parent / "CITATION.cff").read_text()
+    assert f"version: {ooc_influence.__version__}\n" in citation
 
 
 def test_version(run):

@@ -3,7 +3,7 @@
 Models: stacks of linear layers on 8 x 64 token vectors (p = 0.2 to 3 million), and the 27 M-parameter decoder of
 tools/bench/extraction.py (8 x 128 tokens). "step" is a forward and a backward pass with weight gradients. A method's
 batch is what extraction does: forward, backward with respect to activations, gather, project; measured before and after
-as many steps, medians of all; "over a step" is their ratio and "extra MiB" the largest anonymous memory over that before the batch.
+as many steps, medians of all. "over a step" is their ratio, "extra MiB" the largest anonymous memory over that before.
 Dense projections whose matrix takes more than a gigabyte are generated anew for every batch: on the decoder they are
 measured at k = 256 only, once. LoGra stores about k numbers: √(k / layers) a side.
 
