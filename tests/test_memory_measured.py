@@ -103,7 +103,7 @@ def stores(tmp_path_factory):
         ("fisher", "wide", 1, 0),
         ("fisher", "wide", 2, 0),
         ("gram", "_by_gram", 1, 1500),
-        ("gram", "_by_gram", 2, 3000),  # on disk
+        pytest.param("gram", "_by_gram", 2, 3000, marks=pytest.mark.slow),  # on disk
         ("self", "wide", 1, 0),
         ("scores", "wide", 1, 0),
         ("scores", "narrow", 2, 0),
