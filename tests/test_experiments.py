@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 ROOM = Path(__file__).parent.parent / "tools" / "experiments"
-QUICK = {"mislabel": ["--seeds", "1"], "compression_cost": []}
+QUICK = {"mislabel": ["--seeds", "1"], "compression_cost": [], "errors": [], "weightings": []}
+SLOW = {"compression_cost", "weightings"}
+SHARED = {"common", "tasks"}
 
 
 def start(name, *arguments):
@@ -19,10 +21,12 @@ def start(name, *arguments):
 
 
 def test_every_experiment_is_listed():
-    assert {path.stem for path in ROOM.glob("*.py")} - {"common"} == set(QUICK)
+    assert {path.stem for path in ROOM.glob("*.py")} - SHARED == set(QUICK)
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in QUICK]
+)
 def test_it_runs_and_goes_on(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     missing = start(name, *QUICK[name], "--status").stdout.splitlines()

@@ -6,6 +6,7 @@ from ooc_influence.compress.logra import LoGra
 from ooc_influence.compress.projection import Gaussian, Grass, Identity, Pca, Projection, Rademacher, Sjlt, Whole
 from ooc_influence.compress.reduce import reduce_store
 from ooc_influence.compress.share import Share, basis_weights
+from ooc_influence.compress.variance import variance_factors
 from ooc_influence.store import PilotMoments
 
 Compressor = Dropout | Whole
@@ -31,4 +32,5 @@ __all__ = [
     "basis_weights",
     "fit_eigenbasis",
     "reduce_store",
+    "variance_factors",
 ]

@@ -146,16 +146,21 @@ class Dropout:
             return Mask(tuple(_module_mask(layer, rows, cols, weight) for layer, rows, cols in _cut(layers, kept)))
         if not moments:
             raise InputError("expected pilot moments for importance sampling; received none")
-        modules = _draw_importance(EntryDistribution(layers, moments), layers, self.k, generator)
-        return Mask(modules, tuple(moments))
+        distribution = EntryDistribution(layers, moments)
+        draws = self.draws(distribution)
+        kept = np.unique(distribution.draw(draws, generator.spawn(2)[1]))
+        return Mask(_weigh(distribution, draws, layers, kept), tuple(moments))
+
+    def draws(self, distribution: EntryDistribution) -> int:
+        """Return how many draws importance sampling makes, from a generator of their own."""
+        trial = np.random.Generator(np.random.PCG64(self.seed)).spawn(2)[0]
+        return distribution.draws_for(self.k, trial)
 
 
-def _draw_importance(
-    distribution: EntryDistribution, layers: Sequence[LayerShape], k: int, generator: np.random.Generator
+def _weigh(
+    distribution: EntryDistribution, draws: int, layers: Sequence[LayerShape], kept: npt.NDArray[np.int64]
 ) -> tuple[ModuleMask, ...]:
-    trial, real = generator.spawn(2)
-    draws = distribution.draws_for(k, trial)
-    kept = np.unique(distribution.draw(draws, real))
+    """Return the kept entries of each layer, weighted by 1/√π."""
     modules = []
     for number, (layer, rows, cols) in enumerate(_cut(layers, kept)):
         share = inclusion(distribution.probability(number, rows, cols), draws)

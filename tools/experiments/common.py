@@ -10,8 +10,12 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import multiprocessing
+import os
 import platform
+import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +44,39 @@ class Runs:
     def missing(self) -> list[str]:
         return [name for name, settings, _ in self._jobs if not self._path(name, settings).exists()]
 
-    def finish(self) -> list[Result]:
-        """Do what is missing; return all results, each with its run's name."""
-        found = []
-        for name, settings, call in self._jobs:
-            path = self._path(name, settings)
-            if not path.exists():
-                partial = path.with_suffix(".partial")
-                partial.write_text(json.dumps({"run": name, **call()}))
-                partial.replace(path)
-            found.append(json.loads(path.read_text()))
-        return found
+    def finish(self, workers: int = 1) -> list[Result]:
+        """Do what is missing, in processes with a core each if there are several; return all results, with their names.
+
+        What is sent to processes must be a function of a module, with :func:`functools.partial` for its arguments.
+        """
+        todo = [(name, self._path(name, settings), call) for name, settings, call in self._jobs]
+        todo = [job for job in todo if not job[1].exists()]
+        if workers == 1:
+            for job in todo:
+                _run(*job)
+        elif todo:
+            context = multiprocessing.get_context("spawn")
+            turns = context.Value("i", 0)
+            with ProcessPoolExecutor(workers, context, _take_a_core, (turns,)) as pool:
+                for done in as_completed([pool.submit(_run, *job) for job in todo]):
+                    print(f"{done.result()}: done", file=sys.stderr)
+        return [json.loads(self._path(name, settings).read_text()) for name, settings, _ in self._jobs]
+
+
+def _run(name: str, path: Path, call: Callable[[], Result]) -> str:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({"run": name, **call()}))
+    partial.replace(path)
+    return name
+
+
+def _take_a_core(turns: Any) -> None:
+    with turns.get_lock():
+        turn, turns.value = turns.value, turns.value + 1
+    if hasattr(os, "sched_setaffinity"):
+        held = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {held[turn % len(held)]})
+    torch.set_num_threads(1)
 
 
 def arguments(description: str | None, folder: str) -> argparse.ArgumentParser:

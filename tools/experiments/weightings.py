@@ -1,0 +1,186 @@
+"""Which curvature: rows as they are, weighted, with labels sampled from the model, token rows with random signs.
+
+Truth: models trained on random halves of a task's train rows (tasks.py), measured by minus their loss on its test rows.
+Explained: models trained on all rows, and models trained on random halves of their own, each with curvature from, and
+credit to, its own rows only. Gradients: importance dropout, then the eigenbasis of the curvature's own rows. LDS of
+single models (mean over models) and of scores summed over all of them, for a grid of relative dampings, and for
+dampings from the spectrum alone: λ with d(λ) = share · min(m, r).
+
+    none      F = (1/m) Σ g gᵀ                        ggn       w = 1/expm1(ℓ)      trak      w = 1/(1 − p)²
+    sampled   g of a label drawn from the model       signs     Σ_t s_t/√T ∇ℓ_t     signs ggn  Σ_t s_t √(w_t/T) ∇ℓ_t
+
+Run: python tools/experiments/weightings.py --data DIR [--folder weightings-output] [--only digits] [--quick].
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from common import Result, Runs, arguments, report
+from scipy.optimize import brentq
+from tasks import Mnist, Rows, Task, batches, make_task, sampled, signed
+
+import ooc_influence as ooc
+from ooc_influence.evaluate import lds, random_subsets, retrain
+from ooc_influence.evaluate.retrain import seeded
+
+GRID = [10 ** (power / 2) for power in range(-8, 5)]  # relative: 0.0001 to 100
+SHARES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7)  # of min(m, r): d(λ)
+CHOICES = [*(f"{value:.3g}" for value in GRID), *(f"d = {share}" for share in SHARES)]
+COLUMNS = ("task", "trained on", "models", "curvature", "best LDS", "best damping", "default 0.1", *CHOICES[13:])
+LABELS, TOKENS = ("none", "ggn", "trak", "sampled"), ("none", "sampled", "signs", "signs ggn")
+
+
+class Sizes(NamedTuple):
+    """How much is done for a task."""
+
+    truth: int  # models of the ground truth
+    models: int  # explained, of each kind
+    kept: int  # entries before the eigenbasis
+    stored: int
+
+
+def sizes(name: str, quick: bool) -> Sizes:
+    if quick:
+        return Sizes(6, 2, 512, 32)
+    return {"MNIST": Sizes(100, 10, 32768, 1024), "digits": Sizes(64, 10, 6570, 512)}.get(
+        name, Sizes(64, 10, 16384, 512)
+    )
+
+
+def truth(task: Task, folder: Path, models: int, workers: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return subsets (m, n) and outcomes (m, q)."""
+    subsets = random_subsets(task.train_rows, models)
+    where = folder / f"truth-{task.name.replace(' ', '-')}"
+    if isinstance(task, Mnist):  # the models that quality.py trains
+        return subsets, task.truth(models).runs(where, workers).outcomes
+    held = retrain(task.fit, task.measure, subsets, where, settings=task.settings, workers=workers, progress=True)
+    return subsets, held.outcomes
+
+
+def stores(task: Task, model: Any, train: Rows, size: Sizes, folder: Path, way: str, seed: int) -> tuple[Any, ...]:
+    """Return train rows, query rows and curvature in the eigenbasis of the curvature's own rows."""
+    kind = {} if task.tokens else {"loss_kind": "cross_entropy"}
+    wide, place = folder / "wide", folder / way.replace(" ", "-")
+    if not wide.exists():
+        p = sum(values.numel() for values in model.parameters())
+        mask = ooc.Dropout(k=min(size.kept, p), sampling="importance", seed=seed)
+        ooc.extract_gradients(model, task.loss, batches(train), wide, compressor=mask, **kind)
+        ooc.extract_gradients(model, task.loss, batches(task.test), folder / "queries", like=wide, **kind)
+    weights = way if way in ("ggn", "trak") else None
+    own = wide
+    if way not in ("none", "ggn", "trak"):
+        other = sampled(task, model, train) if way == "sampled" else signed(task, model, train, ggn="ggn" in way)
+        own = ooc.extract_gradients(model, task.loss, batches(other), folder / f"own {way}", like=wide, **kind).path
+    basis = ooc.reduce_store(own, place, min(size.stored, len(train[1])), weights=weights)
+    curvature = ooc.fit_fisher(basis, weights=weights)
+    rows = basis if own == wide else ooc.reduce_store(wide, folder / f"{place.name}-rows", like=basis)
+    return rows, ooc.reduce_store(folder / "queries", folder / f"{place.name}-queries", like=basis), curvature
+
+
+def dampings(curvature: Any) -> list[float]:
+    """Return λ of every choice."""
+    unit, spectrum = curvature.trace / curvature.d, np.maximum(curvature.eigenvalues, 0)
+    found = [value * unit for value in GRID]
+    most = min(curvature.rows, curvature.d)
+    for share in SHARES:
+        gap = lambda power, share=share: (spectrum / (spectrum + 10**power * unit)).sum() - share * most  # noqa: E731
+        found.append(10 ** brentq(gap, -12, 12) * unit)
+    return found
+
+
+def explain(task: Task, kind: str, number: int, way: str, size: Sizes, folder: Path) -> Result:
+    """Write the summed scores of one model, (L, m, q)."""
+    subsets = random_subsets(task.train_rows, size.truth)
+    rows = np.arange(task.train_rows)
+    if kind == "half":
+        rows = np.flatnonzero(random_subsets(task.train_rows, number + 1, seed=1)[number])
+    with seeded(2**20 + number + 1000 * (kind == "half")):
+        model = task.fit(rows)
+    train = tuple(part[rows] for part in task.train)
+    with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
+        warnings.simplefilter("ignore", ooc.OocInfluenceWarning)
+        ways = (way,) if way else (TOKENS if task.tokens else LABELS)
+        found, values = {}, {}
+        for each in ways:
+            held, queries, curvature = stores(task, model, train, size, Path(name), each, number)
+            lambdas = dampings(curvature)
+            scores = ooc.influence_scores(queries, held, curvature, lambdas, "absolute").compute()
+            found[each] = np.einsum("lqn,mn->lmq", scores, subsets[:, rows].astype(np.float32), optimize=True)
+            values[each] = [value * curvature.d / curvature.trace for value in lambdas]
+    np.savez(place_of(folder, task, kind, number), **found)
+    return {"relative": values}
+
+
+def place_of(folder: Path, task: Task, kind: str, number: int) -> Path:
+    return folder / f"sums-{task.name.replace(' ', '-')}-{kind}-{number}.npz"
+
+
+def correlation(sums: np.ndarray, outcomes: np.ndarray) -> float:
+    """Return the LDS of summed scores (m, q)."""
+    m = len(sums)
+    return lds(sums.T, np.eye(m, dtype=bool), outcomes).mean
+
+
+def lines(task: Task, size: Sizes, folder: Path, outcomes: np.ndarray, results: list[Result]) -> Iterator[Result]:
+    for kind in ("all", "half"):
+        held = [dict(np.load(place_of(folder, task, kind, number))) for number in range(size.models)]
+        for way in held[0]:
+            single = np.mean([[correlation(sums, outcomes) for sums in one[way]] for one in held], axis=0)
+            whole = [correlation(sums, outcomes) for sums in sum(one[way] for one in held)]
+            for models, values in ((1, single), (size.models, np.array(whole))):
+                best = int(values[: len(GRID)].argmax())
+                cells = [task.name, kind, models, way, float(values[best]), CHOICES[best], float(values[6])]
+                yield dict(zip(COLUMNS, [*cells, *map(float, values[len(GRID) :])], strict=True)) | {
+                    "grid": dict(zip(CHOICES, map(float, values), strict=True))
+                }
+
+
+def main() -> None:
+    parser = arguments(__doc__, "weightings-output")
+    parser.add_argument("--data", type=Path, help="a folder with mnist/, agnews/, shakespeare/; default: the digits")
+    parser.add_argument("--only", default="", help="some of digits, MNIST, AG News, Shakespeare")
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args()
+    names = [name for name in options.only.split(",") if name] or (
+        ["digits"] if not options.data else ["digits", "MNIST", "AG News", "Shakespeare"]
+    )
+    runs, found, kept = Runs(options.folder), [], []
+    for name in names:
+        task, size = make_task(name, options.data, options.quick), sizes(name, options.quick)
+        kept.append((task, size))
+        for kind in ("all", "half"):
+            for number in range(size.models):
+                settings = {**task.settings, **size._asdict(), "kind": kind}
+                call = partial(explain, task, kind, number, "", size, options.folder)
+                runs.add(f"{name} / {kind} / {number}", settings, call)
+    if options.status:
+        print("\n".join(runs.missing()) or "nothing is missing")
+        return
+    print(f"{len(runs.missing())} runs to do", file=sys.stderr)
+    truths = [truth(task, options.folder, size.truth, options.workers)[1] for task, size in kept]
+    results = runs.finish(1 if options.quick else options.workers)
+    for (task, size), outcomes in zip(kept, truths, strict=True):
+        found += lines(task, size, options.folder, outcomes, results)
+
+    def plot(axes: Any) -> None:
+        for each in found:
+            style = "-" if each["models"] == 1 else "--"
+            label = f"{each['task']}, {each['trained on']}, {each['models']}: {each['curvature']}"
+            axes.semilogx(GRID, list(each["grid"].values())[: len(GRID)], style, label=label)
+        axes.set(xlabel="relative damping", ylabel="LDS")
+        if len(found) <= 16:
+            axes.legend(fontsize=5)
+
+    report("weightings", options.folder, found, COLUMNS, plot)
+
+
+if __name__ == "__main__":
+    main()
