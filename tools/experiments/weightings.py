@@ -1,11 +1,10 @@
 """Which curvature: rows as they are, weighted, with labels sampled from the model, token rows with random signs.
 
-Truth: models trained on random halves of a task's train rows (tasks.py), measured by minus their loss on its test rows.
-Explained: models trained on all rows, and models trained on random halves of their own, each with curvature from, and
-credit to, its own rows only. Gradients: importance dropout, then the eigenbasis of the curvature's own rows (2500 of
-them at most). LDS of
-single models (mean over models) and of scores summed over all of them, for a grid of relative dampings, and for
-dampings from the spectrum alone: λ with d(λ) = share · min(m, r).
+Truth: models trained on random halves of a task's train rows (tasks.py), measured by minus their loss on its test
+rows. Explained: models trained on all rows, and models trained on random halves of their own, each with curvature
+from, and credit to, its own rows only. Gradients: importance dropout, then the eigenbasis of the curvature's own rows
+(2500 of them at most). LDS of single models (mean over models) and of scores summed over all of them, for a grid of
+relative dampings, and for dampings from the spectrum alone: λ with d(λ) = share · min(m, r).
 
     none      F = (1/m) Σ g gᵀ                        ggn       w = 1/expm1(ℓ)      trak      w = 1/(1 − p)²
     sampled   g of a label drawn from the model       signs     Σ_t s_t/√T ∇ℓ_t     signs ggn  Σ_t s_t √(w_t/T) ∇ℓ_t
