@@ -117,8 +117,9 @@ def compress(case: Case, method: str, k: int, seed: int) -> tuple[Callable[[Any]
         return lambda rows: keep(rows, mask), lambda value: exact.dropout_bounds(factors, value)
     rows, queries = keep(exact.gradients, mask), keep(exact.queries, mask)
     values, vectors = np.linalg.eigh(rows @ rows.T)
-    top = np.argsort(-values)[: min(k, exact.n)]
-    basis = rows.T @ (vectors[:, top] / np.sqrt(np.maximum(values[top], np.finfo(float).tiny)))
+    held = int((values > 1e-12 * values.max()).sum())  # directions in which there is nothing have no basis
+    top = np.argsort(-values)[: min(k, held)]
+    basis = rows.T @ (vectors[:, top] / np.sqrt(values[top]))
 
     def bounds(value: float) -> CompressionErrors:
         return reduction_bounds(rows, queries, exact.dropout_bounds(factors, value), exact, k, value)

@@ -3,8 +3,8 @@
 Truth: models trained on random halves of a task's train rows (tasks.py), measured by minus their loss on its test
 rows. Explained: models trained on all rows, and models trained on random halves of their own, each with curvature
 from, and credit to, its own rows only. Gradients: importance dropout, then the eigenbasis of the curvature's own rows
-(2500 of them at most). LDS of single models (mean over models) and of scores summed over all of them, for a grid of
-relative dampings, and for dampings from the spectrum alone: λ with d(λ) = share · min(m, r).
+(at most 2500 of them for MNIST, else 1500). LDS of single models (mean over models) and of scores summed over all of
+them, for a grid of relative dampings, and for dampings from the spectrum alone: λ with d(λ) = share · min(m, r).
 
     none      F = (1/m) Σ g gᵀ                        ggn       w = 1/expm1(ℓ)      trak      w = 1/(1 − p)²
     sampled   g of a label drawn from the model       signs     Σ_t s_t/√T ∇ℓ_t     signs ggn  Σ_t s_t √(w_t/T) ∇ℓ_t
@@ -35,7 +35,7 @@ GRID = [10 ** (power / 2) for power in range(-8, 5)]  # relative: 0.0001 to 100
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7)  # of min(m, r): d(λ)
 CHOICES = [*(f"{value:.3g}" for value in GRID), *(f"d = {share}" for share in SHARES)]
 COLUMNS = ("task", "trained on", "models", "curvature", "best LDS", "best damping", "default 0.1", *CHOICES[13:])
-BASIS_ROWS = 2500  # that an eigenbasis is made from
+BASIS_ROWS = {"MNIST": 2500}  # that an eigenbasis is made from, at most; else 1500
 LABELS, TOKENS = ("none", "ggn", "trak", "sampled"), ("none", "sampled", "signs", "signs ggn")
 
 
@@ -80,7 +80,7 @@ def stores(task: Task, model: Any, train: Rows, size: Sizes, folder: Path, way: 
     if way not in ("none", "ggn", "trak"):
         other = sampled(task, model, train) if way == "sampled" else signed(task, model, train, ggn="ggn" in way)
         own = ooc.extract_gradients(model, task.loss, batches(other), folder / f"own {way}", like=wide, **kind).path
-    basis_rows = min(BASIS_ROWS, len(train[1]))
+    basis_rows = min(BASIS_ROWS.get(task.name, 1500), len(train[1]))
     basis = ooc.reduce_store(own, place, min(size.stored, basis_rows), rows=basis_rows, weights=weights)
     curvature = ooc.fit_fisher(basis, weights=weights)
     rows = basis if own == wide else ooc.reduce_store(wide, folder / f"{place.name}-rows", like=basis)
