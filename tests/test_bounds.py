@@ -111,7 +111,7 @@ def test_which_gradients_dropout_suits():
         uniform = exact.dropout_bounds(variance_factors(Dropout(k=K), LAYERS), VALUE).fisher
         gaussian = exact.projection_bounds(K, VALUE).fisher
         assert (uniform < gaussian) is better
-        assert bool(exact.spread() < 1 + 1 / rank) is better
+        assert bool(exact.concentration() < 1 + 1 / rank) is better
     ideal = exact.energies / exact.energies.sum()  # drawn in proportion to the energy, K times
     drawn = K * ideal * (1 - ideal) ** (K - 1) / np.square(-np.expm1(K * np.log1p(-ideal)))
     assert exact.dropout_bounds(drawn, VALUE).fisher < gaussian

@@ -132,7 +132,7 @@ class ExactInfluence:
         kernel = float(np.sqrt(fisher) / (self.n * np.linalg.norm(self.kernel)))
         return CompressionErrors(kernel, root / (2 * np.sqrt(self.n * value)) / v, root / exact)
 
-    def spread(self) -> float:
+    def concentration(self) -> float:
         """Return p Σ‖x_e‖⁴/(Σ‖x_e‖²)²: 1 where all coordinates have the same energy, p where one has all of it.
 
         The bound for uniform dropout is below the Gaussian one where this is below 1 + 1/e, with e = tr(F)²/‖F‖_F² the

@@ -125,7 +125,10 @@ def _init_recipe(name: str, split: str | None, store: StorePath, rows: int | Non
     known, ids, columns = row_types(data.batches, data.ids, data.columns)
     wanted = known if rows is None else rows
     if wanted is None:
-        raise InputError("expected rows= (--rows), since the split does not tell its length; received none")
+        raise InputError(
+            "expected the rows of the whole store, which the split does not tell; received none: make the store with "
+            "ooc-influence init --rows N first, or give rows="
+        )
     init_store(
         recipe.model, store, wanted, ids=ids, columns=columns, loss_kind=recipe.loss_kind,
         per_sample_loss=recipe.per_sample_loss, pilot=data.batches, **loaded(options),

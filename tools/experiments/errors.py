@@ -138,7 +138,7 @@ def measure(name: str, method: str, k: int, seed: int, data: Path | None, quick:
         limit = bounds(damping * unit)
         values = [errors.fisher, limit.fisher, errors.ihvp, limit.ihvp, errors.scores, limit.scores, errors.rank]
         found[str(damping)] = [float(np.mean(value)) for value in values]
-    shape = {"spread": case.exact.spread(), "rank": case.exact.trace**2 / float(np.square(case.exact.kernel).sum())}
+    shape = {"concentration": case.exact.concentration(), "rank": case.exact.trace**2 / float(np.square(case.exact.kernel).sum())}
     return {"errors": found, **shape}
 
 
@@ -175,7 +175,7 @@ def main() -> None:
     found = lines(results)
     for name in dict.fromkeys(result["run"].split(" / ")[0] for result in results):
         one = next(result for result in results if result["run"].startswith(f"{name} / "))
-        print(f"{name}: spread over coordinates {one['spread']:.1f}, effective rank {one['rank']:.1f}", file=sys.stderr)
+        print(f"{name}: concentration {one['concentration']:.1f}, effective rank {one['rank']:.1f}", file=sys.stderr)
 
     def plot(axes: Any) -> None:
         for name, style in (("digits", "-"), ("digits, turned", "--"), ("MNIST", ":")):

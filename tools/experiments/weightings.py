@@ -51,9 +51,8 @@ class Sizes(NamedTuple):
 def sizes(name: str, quick: bool) -> Sizes:
     if quick:
         return Sizes(6, 2, 512, 32)
-    return {"MNIST": Sizes(100, 10, 32768, 1024), "digits": Sizes(64, 10, 6570, 512)}.get(
-        name, Sizes(64, 10, 16384, 512)
-    )
+    known = {"MNIST": Sizes(100, 10, 32768, 1024), "digits": Sizes(64, 10, 6570, 512)}
+    return known.get(name, Sizes(64, 5, 16384, 512))
 
 
 def truth(task: Task, folder: Path, models: int, workers: int) -> tuple[np.ndarray, np.ndarray]:
@@ -158,7 +157,7 @@ def main() -> None:
     for name in names:
         task, size = make_task(name, options.data, options.quick), sizes(name, options.quick)
         kept.append((task, size))
-        for kind in ("all", "half"):
+        for kind in ("half", "all"):
             for number in range(size.models):
                 settings = {**task.settings, **size._asdict(), "kind": kind}
                 call = partial(explain, task, kind, number, "", size, options.folder)
