@@ -138,7 +138,8 @@ def measure(name: str, method: str, k: int, seed: int, data: Path | None, quick:
         limit = bounds(damping * unit)
         values = [errors.fisher, limit.fisher, errors.ihvp, limit.ihvp, errors.scores, limit.scores, errors.rank]
         found[str(damping)] = [float(np.mean(value)) for value in values]
-    shape = {"concentration": case.exact.concentration(), "rank": case.exact.trace**2 / float(np.square(case.exact.kernel).sum())}
+    rank = case.exact.trace**2 / float(np.square(case.exact.kernel).sum())
+    shape = {"concentration": case.exact.concentration(), "rank": rank}
     return {"errors": found, **shape}
 
 
