@@ -186,7 +186,10 @@ def main() -> None:
                     places = [int(one["k"]) for one in own]
                     axes.loglog(places, [one["scores"] for one in own], style, color=colour, label=f"{name}: {method}")
                     axes.loglog(places, [one["scores bound"] for one in own], "x", color=colour)
-        axes.set(xlabel="k", ylabel="relative error of scores (x: bound), damping 1")
+        axes.set(xlabel="k", ylabel="relative error of scores (x: bound), damping 1", ylim=(3e-3, None))
+        axes.set_xticks(sorted({int(one["k"]) for one in found}), minor=False)
+        axes.xaxis.set_major_formatter("{x:.0f}")
+        axes.xaxis.set_minor_formatter("")
         axes.legend(fontsize=6)
 
     report("errors", options.folder, found, COLUMNS, plot)
