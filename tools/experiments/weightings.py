@@ -144,6 +144,17 @@ def lines(task: Task, size: Sizes, folder: Path, outcomes: np.ndarray, results: 
                 }
 
 
+def rules(found: list[Result]) -> str:
+    """Return a table of how far fixed choices of λ fall below the best one, by curvature: the mean, and the worst."""
+    names = [*CHOICES[5:9], *CHOICES[len(GRID) + 2 :]]
+    lines = ["| curvature | " + " | ".join(names) + " |", "|" + "---|" * (len(names) + 1)]
+    for way in dict.fromkeys(one["curvature"] for one in found):
+        own = [one["grid"] for one in found if one["curvature"] == way]
+        gaps = [[1 - grid[name] / max(grid.values()) for grid in own] for name in names]
+        lines.append(f"| {way} | " + " | ".join(f"{np.mean(gap):.0%}, {max(gap):.0%}" for gap in gaps) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = arguments(__doc__, "weightings-output")
     parser.add_argument("--data", type=Path, help="a folder with mnist/, agnews/, shakespeare/; default: the digits")
@@ -180,6 +191,8 @@ def main() -> None:
         if len(found) <= 16:
             axes.legend(fontsize=5)
 
+    (options.folder / "rules.md").write_text(rules(found) + "\n")
+    print(rules(found), file=sys.stderr)
     report("weightings", options.folder, found, COLUMNS, plot)
 
 
