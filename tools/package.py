@@ -33,8 +33,20 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PINS = ROOT / "tools" / "constraints.txt"
 KINDS = ("installed", "pinned", "lowest", "newest")
-SMOKE = ("architecture", "cli", "linalg")
-CORE = ("architecture", "store", "extract", "compress", "fisher", "influence", "top", "cli", "distributed", "remote")
+SMOKE = ("smoke", "linalg")
+CORE = (
+    "smoke",
+    "architecture",
+    "store",
+    "extract",
+    "compress",
+    "fisher",
+    "influence",
+    "top",
+    "cli",
+    "distributed",
+    "remote",
+)
 TEST_TOOLS = ("pytest", "hypothesis", "moto[server]", "pandas", "xarray", "selenium")
 UNREACHED = re.compile(r"failed to (fetch|connect)|error sending request|client error|dns error", re.I)
 
