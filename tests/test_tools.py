@@ -33,7 +33,7 @@ SMALL = {
     "memory": ["--rows", "600", "--k", "64"],
     "quality": ["--quick", "--data", ".", "--folder", "out", "--workers", "1"],
     "representations": ["--mib", "1", "--k", "100", "--repeats", "1"],
-    "store": ["--mib", "32", "--chunks", "300", "--repeats", "1"],
+    "store": ["--mib", "32", "--chunks", "100", "--repeats", "1"],
 }
 NEEDS_INDEX = {"first_contact"}  # it installs
 
