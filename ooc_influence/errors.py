@@ -7,10 +7,21 @@ builtin a caller would reach for (``ValueError``, ``FileNotFoundError``, ...), s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 
 class OocInfluenceError(Exception):
-    """Base of every error this package raises for a reason the user can act on."""
+    """Base of every error this package raises for a reason the user can act on.
+
+    Line breaks of the message, which other libraries' errors bring along, become spaces.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(" ".join(line.strip() for line in str(message).splitlines() if line.strip()))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Make it anew in another process: copying a MemoryError without its constructor, as Dask does, fails."""
+        return type(self), (str(self),), self.__dict__
 
 
 class OocInfluenceWarning(UserWarning):
@@ -93,3 +104,6 @@ class NonFiniteError(OocInfluenceError, ArithmeticError):
     def __init__(self, message: str, rows: Sequence[int]) -> None:
         super().__init__(message)
         self.rows = list(rows)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.rows), self.__dict__

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import os
 
 import numpy as np
@@ -17,11 +18,16 @@ def whole_mask(k: int) -> Mask:
     return Mask((ModuleMask(layer, np.zeros_like(entries), entries, np.ones(k, np.float32)),))
 
 
+@functools.lru_cache(maxsize=8)
+def _basis(k: int) -> np.ndarray:
+    """A random basis; made once for each k, since that takes longer than most tests that use it."""
+    return np.linalg.qr(np.random.default_rng(99).normal(size=(k, k)))[0]
+
+
 def random_rows(n: int, k: int, seed: int = 0) -> np.ndarray:
     """Rows with a decaying spectrum in a random basis, float32."""
     generator = np.random.default_rng(seed)
-    basis = np.linalg.qr(np.random.default_rng(99).normal(size=(k, k)))[0]
-    return ((generator.normal(size=(n, k)) / np.sqrt(1 + np.arange(k))) @ basis).astype(np.float32)
+    return ((generator.normal(size=(n, k)) / np.sqrt(1 + np.arange(k))) @ _basis(k)).astype(np.float32)
 
 
 def write_store(path, rows, *, dtype="float32", chunk_rows=64, group_chunks=3, **options) -> GradientStore:

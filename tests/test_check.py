@@ -85,7 +85,7 @@ def test_refusals(tmp_path):
         check(store, *parts(n=20), rows=64)
     with pytest.raises(InputError, match="dampings > 0"):
         check(store, *parts(), dampings=(0.0,))
-    with pytest.raises(MemoryBudgetError, match=r"whole gradients of first need .* fewer --rows"):
+    with pytest.raises(MemoryBudgetError, match=r"layer first needs .* for whole gradients .* fewer --rows"):
         check(store, *parts(), memory="1MiB")
 
 

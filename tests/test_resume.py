@@ -119,23 +119,29 @@ CHILD = f"import sys; sys.path.insert(0, {HERE!r})\n" + textwrap.dedent("""
 """)
 
 
+def chunks_in(path):
+    return len(list(path.glob("c.*")))
+
+
 def test_killed_until_it_is_whole(tmp_path, stores):
     generator = random.Random(7)
     query, train = (str(store.path) for store in stores)
     command = [sys.executable, "-c", CHILD, query, train, str(tmp_path / "s"), "0.06"]
     kills, last = 0, 0
-    for _ in range(40):
+    while True:  # every run writes at least a chunk, so this ends
         process = subprocess.Popen(command, stdout=subprocess.PIPE)
         assert process.stdout.readline() == b"begun\n"
-        time.sleep(generator.uniform(0.15, 0.5))
+        enough = last + generator.randint(2, 6)
+        while process.poll() is None and chunks_in(tmp_path / "s") < enough:
+            time.sleep(0.005)
+        time.sleep(generator.uniform(0, 0.1))  # for the kill to come anywhere in the work on the next ones
         done = process.poll() is not None
         process.kill()
         process.stdout.close()
         assert process.wait() in ((0,) if done else (0, -signal.SIGKILL))
         kills += process.returncode != 0
-        chunks = len(list((tmp_path / "s").glob("c.*")))
-        assert chunks >= last  # what is written stays
-        last = chunks
+        assert chunks_in(tmp_path / "s") >= last  # what is written stays
+        last = chunks_in(tmp_path / "s")
         if process.returncode == 0:
             break
     assert kills >= 2

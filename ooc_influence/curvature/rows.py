@@ -289,7 +289,9 @@ def _parse_weights(weights: Any, n: int) -> Weights:
     if given.shape != (n,):
         raise InputError(f"expected a weight for each of the {n} rows; received shape {given.shape}")
     if not (np.isfinite(given).all() and (given >= 0).all() and given.any()):
-        raise InputError("expected weights that are finite, not negative and not all zero; received others")
+        wrong = given[~(np.isfinite(given) & (given >= 0))]
+        received = f"{len(wrong)} others, such as {wrong[0]}" if len(wrong) else "zeros only"
+        raise InputError(f"expected weights that are finite, not negative and not all zero; received {received}")
     return given
 
 

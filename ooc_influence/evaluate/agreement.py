@@ -226,8 +226,9 @@ def _groups(layers: Sequence[LayerShape], rows: int, free: int) -> Iterator[list
     for layer in layers:
         if each * layer.entries > free:
             raise MemoryBudgetError(
-                f"whole gradients of {layer.name} need {format_bytes(each * layer.entries)} for {rows} rows, budget "
-                f"{format_bytes(max(0, free))} beside what the process holds: use fewer --rows, or more --memory"
+                f"check of layer {layer.name} needs {format_bytes(each * layer.entries)} for whole gradients of {rows} "
+                f"rows, budget {format_bytes(max(0, free))} beside what the process holds: use fewer --rows, or more "
+                "--memory"
             )
         if group and each * (layer.entries + sum(other.entries for other in group)) > free:
             yield group

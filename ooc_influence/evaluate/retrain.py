@@ -198,13 +198,14 @@ class _Task:
                 outcome = np.asarray(self.measure(self.train(np.flatnonzero(rows))), np.float64)
         except Exception as error:
             raise RunFailedError(
-                f"expected run {run} to train and measure; received {type(error).__name__}: {error} (finished runs "
-                f"are kept in {self.folder.path})"
+                f"expected run {run} to train and measure; received {type(error).__name__}: {error}: mend "
+                f"that and call again; finished runs are kept in {self.folder.path}"
             ) from error
         if outcome.ndim != 1 or not len(outcome) or not np.isfinite(outcome).all():
             raise RunFailedError(
                 f"expected run {run} to measure (q,) finite numbers; received {outcome.shape} with "
-                f"{int((~np.isfinite(outcome)).sum())} that are not (finished runs are kept in {self.folder.path})"
+                f"{int((~np.isfinite(outcome)).sum())} that are not: return one number a "
+                f"query; finished runs are kept in {self.folder.path}"
             )
         self.folder.write(run, run_digest(rows, seed), outcome, time.perf_counter() - start)
 

@@ -100,7 +100,9 @@ class RunFolder:
         except (FileExistsError, NotADirectoryError) as error:
             raise InputError(f"expected a folder for runs at {self.path}; received a file: choose another") from error
         except OSError as error:
-            raise StoreWriteError(f"expected to write runs to {self.path}; received: {error}") from error
+            raise StoreWriteError(
+                f"expected to write runs to {self.path}; received: {error}: choose another folder, or make room"
+            ) from error
         self._check(held, json.loads(text))
 
     def _check(self, held: str, asked: dict[str, Any]) -> None:

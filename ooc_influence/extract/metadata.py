@@ -96,7 +96,7 @@ class RowMetadata:
             try:
                 found[name] = column_dtype(values)
             except InputError as error:
-                raise InputError(f"{name}: {error}") from error
+                raise InputError(f"{error} (in {name})") from error
         if found.get("example_id", "str") not in ("str", "int64"):
             raise InputError(f"expected ids that are whole numbers or strings; received {found['example_id']}")
         return found

@@ -61,7 +61,9 @@ class AdamMetric:
         elif isinstance(source, (str, os.PathLike)):
             state = _load(Path(source))
         if not isinstance(state, Mapping) or "state" not in state or "param_groups" not in state:
-            raise InputError("expected an optimiser, its state_dict, or a file of one; received something else")
+            raise InputError(
+                f"expected an optimiser, its state_dict, or a file of one; received {type(state).__name__}"
+            )
         if not any("exp_avg_sq" in found for found in state["state"].values()):
             raise InputError(
                 "expected the state of Adam or AdamW (exp_avg_sq); received another optimiser's, or one that made no "

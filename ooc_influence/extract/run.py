@@ -86,7 +86,7 @@ class Run:
             raise InputError("expected batches with samples; received none: the data set is empty")
         if target.stop is not None and target.next_row < target.stop:
             raise InputError(
-                f"expected samples for rows up to {target.stop}; received {row}: batches must cover the whole data set"
+                f"expected samples for rows up to {target.stop}; received {row}: give batches of the whole data set"
             )
 
     def _warn_silent(self) -> None:
@@ -175,7 +175,7 @@ class BatchRun(Run):
         if self._sizes_hold and size != count:
             raise InputError(
                 f"expected one loss for each of the batch's {size} samples; received {count}: "
-                "the first tensor of a batch must have one entry a sample on axis 0"
+                "the first tensor of a batch needs one entry a sample on axis 0"
             )
 
 

@@ -333,5 +333,7 @@ def parameter_sequence(model: nn.Module) -> Sequence[nn.Parameter]:
     """
     parameters = list(model.parameters())
     if not parameters:
-        raise UnsupportedModelError("expected a model with parameters; received one without")
+        raise UnsupportedModelError(
+            "expected a model with parameters; received one without: there is nothing to attribute"
+        )
     return parameters

@@ -229,9 +229,10 @@ class Samples:
             return [self._pair(str(prompt), str(completion)) for prompt, completion in pairs]
         assert fields.text is not None
         texts = documents[fields.text]
-        odd = next((number for number, text in zip(numbers, texts, strict=True) if not isinstance(text, str)), None)
-        if odd is not None:
-            raise InputError(f"expected text in field {fields.text!r} of document {odd}; received something else")
+        for number, text in zip(numbers, texts, strict=True):
+            if not isinstance(text, str):
+                kind = type(text).__name__
+                raise InputError(f"expected text in field {fields.text!r} of document {number}; received {kind}")
         ids = self._tokenizer(texts, add_special_tokens=True, truncation=False, verbose=False)["input_ids"]
         return [(list(found), 1) for found in ids]
 

@@ -108,5 +108,8 @@ def module_columns(stores: Sequence[GradientStore]) -> tuple[list[str], Columns]
             }
         )
     if any(list(own) != list(found[0]) for own in found):
-        raise MismatchError("expected the same modules in every checkpoint's store; received stores that differ")
+        raise MismatchError(
+            "expected the same modules in every checkpoint's store; received stores that differ: extract them with the "
+            "same modules="
+        )
     return list(found[0]), tuple(tuple(own.values()) for own in found)

@@ -34,10 +34,10 @@ def _blas(name: str, arguments: int) -> Any:
 def _stride(matrix: Floats) -> Any:
     """Return how many numbers lie between two rows, as BLAS wants it; rows themselves have to lie together."""
     if matrix.dtype != np.float32 or matrix.ndim != 2 or (matrix.shape[1] > 1 and matrix.strides[1] != 4):
-        raise TypeError("expected float32 rows, each in one piece")
+        raise TypeError(f"expected float32 rows, each in one piece; received {matrix.dtype}, strides {matrix.strides}")
     step = matrix.strides[0] // 4 if len(matrix) > 1 else matrix.shape[1]
     if step < matrix.shape[1] or step > _LARGEST:
-        raise TypeError("expected rows that follow each other in memory")
+        raise TypeError(f"expected rows that follow each other in memory; received strides {matrix.strides}")
     return ctypes.byref(ctypes.c_int(max(1, step)))
 
 

@@ -53,7 +53,10 @@ def read_decisions(path: str | Path, store: GradientStore) -> list[Decision]:
     found = [_decision(parse(), number, place) for number, parse in enumerate(open_records(place))]
     rows = np.array([own.row for own in found], np.int64)
     if len(rows) and not 0 <= rows.min() <= rows.max() < store.n:
-        raise MismatchError(f"expected rows below {store.n} of {store.path} in {place}; received {int(rows.max())}")
+        raise MismatchError(
+            f"expected rows from 0 to {store.n - 1} of {store.path} in {place}; received {int(rows.min())} to "
+            f"{int(rows.max())}: the report was of another store"
+        )
     for own, name in zip(found, store.ids(rows).tolist(), strict=True):
         if own.id != str(name):
             raise MismatchError(

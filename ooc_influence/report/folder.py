@@ -93,7 +93,9 @@ def check_free(target: Path) -> None:
         return
     index = target / "index.html"
     if not target.is_dir() or not index.is_file() or MARK not in index.read_text("utf-8", "replace")[:200]:
-        raise StoreExistsError(f"expected nothing or an earlier report at {target}; received something else")
+        raise StoreExistsError(
+            f"expected nothing or an earlier report at {target}; received something else: choose another folder"
+        )
 
 
 def to_script(value: Any) -> str:

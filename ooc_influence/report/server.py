@@ -125,7 +125,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.server.jobs is None or path not in ("api/query", "api/stop"):
             self._refuse(HTTPStatus.NOT_FOUND)
         elif not isinstance(values, dict):
-            self._json(HTTPStatus.BAD_REQUEST, {"error": "expected a JSON object"})
+            self._json(HTTPStatus.BAD_REQUEST, {"error": f"expected a JSON object; received {type(values).__name__}"})
         elif path == "api/stop":
             self.server.jobs.stop()
             self._json(HTTPStatus.OK, {})

@@ -43,7 +43,9 @@ def make_claim(path: StorePath, start: int = 0, stop: int | None = None, *, name
     except StoreBusyError:
         raise
     except OSError as error:
-        raise StoreWriteError(f"expected to write to {path}; received: {error}: it has to be writable") from error
+        raise StoreWriteError(
+            f"expected to write to {path}; received: {error}: make it writable, or choose another path"
+        ) from error
 
 
 def clear_range(path: StorePath, layout: Layout, start: int, stop: int | None) -> None:

@@ -295,7 +295,8 @@ def load_reduction(group: Any, facts: Mapping[str, Any]) -> Reduction:
         return generated(**{name: int(value) for name, value in facts.items() if name not in ("name", "digest")})
     if facts["name"] != "eigenbasis":
         raise StoreFormatError(
-            f"expected a reduction eigenbasis, {', '.join(_GENERATED)}; received {facts['name']!r}: upgrade"
+            f"expected a reduction eigenbasis, {', '.join(_GENERATED)}; received {facts['name']!r}: upgrade "
+            "ooc_influence"
         )
     path = facts.get("path")
     if path is not None:

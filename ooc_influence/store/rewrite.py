@@ -115,7 +115,8 @@ def _check_alike(first: GradientStore, other: GradientStore) -> None:
     for (what, expected), received in zip(facts(first).items(), facts(other).values(), strict=True):
         if expected != received:
             raise MismatchError(
-                f"expected stores of one {what} to merge; received {first.path} and {other.path}, where it differs"
+                f"expected stores of one {what} to merge; received {first.path} and {other.path}, where it differs: "
+                "extract one of them again, with like= (--like) the other"
             )
 
 
