@@ -28,10 +28,10 @@ from test_hf import documents, make_model
 make_model("my-model")
 with open("corpus.jsonl", "w") as corpus, open("questions.jsonl", "w") as questions:
     for number, document in enumerate(documents(40)):
-        words = document["text"]
-        print(json.dumps({{"name": f"doc{{number}}", "text": words, "source": document["source"]}}), file=corpus)
+        words = document["text"].split()
+        print(json.dumps({{"name": f"doc{{number}}", "text": document["text"], "source": document["source"]}}), file=corpus)
         if number < 3:
-            print(json.dumps({{"question": words, "answer": words[::-1] + " w1"}}), file=questions)
+            print(json.dumps({{"question": "w1 " + " ".join(words[:5]), "answer": "w2 " + " ".join(words[5:9])}}), file=questions)
 """
 
 
