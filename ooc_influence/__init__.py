@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         Gaussian,
         Grass,
         Identity,
+        LoGra,
         Pca,
         Rademacher,
         Sjlt,
