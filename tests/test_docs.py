@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -29,9 +26,11 @@ make_model("my-model")
 with open("corpus.jsonl", "w") as corpus, open("questions.jsonl", "w") as questions:
     for number, document in enumerate(documents(40)):
         words = document["text"].split()
-        print(json.dumps({{"name": f"doc{{number}}", "text": document["text"], "source": document["source"]}}), file=corpus)
+        line = {{"name": f"doc{{number}}", "text": document["text"], "source": document["source"]}}
+        print(json.dumps(line), file=corpus)
         if number < 3:
-            print(json.dumps({{"question": "w1 " + " ".join(words[:5]), "answer": "w2 " + " ".join(words[5:9])}}), file=questions)
+            line = {{"question": "w1 " + " ".join(words[:5]), "answer": "w2 " + " ".join(words[5:9])}}
+            print(json.dumps(line), file=questions)
 """
 
 
@@ -52,7 +51,9 @@ def warm():
 def kit(warm, tmp_path_factory):
     """What pages may begin with, made once, by name."""
     folder = tmp_path_factory.mktemp("kit")
-    (folder / "my.py").write_text("from ooc_influence.cli.demo.digits import recipe  # the demo's: your own goes here\n")
+    (folder / "my.py").write_text(
+        "from ooc_influence.cli.demo.digits import recipe  # the demo's: your own goes here\n"
+    )
     (folder / "documents.py").write_text(DOCUMENTS.format(tests=str(ROOT / "tests")))
     extract = "ooc-influence extract --recipe my.py:recipe --split"
     check(warm.run(["bash", "-ec", f"""
@@ -125,7 +126,7 @@ def test_a_failing_block_fails(warm, tmp_path):
     for text in ("ooc-influence info nothing.zarr\ntrue\n", "import nothing\n"):
         (tmp_path / "script").write_text(text)
         command = ["bash", "-e"] if text.startswith("ooc") else [str(warm.folder / "python")]
-        with pytest.raises(AssertionError, match="exit code [12]"):
+        with pytest.raises(AssertionError, match=r"exit code [12]"):
             check(warm.run([*command, "script"], tmp_path))
 
 

@@ -28,7 +28,7 @@ with socket.socket(socket.AF_UNIX) as server:
     code = server.recv(1)
 sys.exit(code[0] if code else 70)
 """
-QUIET = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "HF_HUB_OFFLINE")}
+QUIET = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "HF_HUB_OFFLINE"), "1")
 
 
 class Warm:
@@ -109,8 +109,8 @@ def _import_all() -> None:
         warnings.simplefilter("ignore")
         for name in (
             "torch.utils.data", "sklearn.datasets", "zarr", "dask.array", "scipy.linalg", "scipy.stats", "transformers",
-            "datasets", "matplotlib.figure", "s3fs", "xarray", "pandas", "jinja2", "PIL.Image", "ooc_influence.cli.main",
-            "ooc_influence.cli.extraction", "ooc_influence.cli.scoring", "ooc_influence.hf", "ooc_influence.evaluate",
+            "datasets", "matplotlib.figure", "s3fs", "xarray", "pandas", "jinja2", "PIL.Image",
+            "ooc_influence.cli.main", "ooc_influence.cli.extraction", "ooc_influence.cli.scoring", "ooc_influence.hf", "ooc_influence.evaluate",
             "ooc_influence.report", "ooc_influence.cli.demo.digits",
         ):  # fmt: skip
             with contextlib.suppress(ImportError):  # an extra that is not installed
