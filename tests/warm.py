@@ -110,7 +110,8 @@ def _import_all() -> None:
         for name in (
             "torch.utils.data", "sklearn.datasets", "zarr", "dask.array", "scipy.linalg", "scipy.stats", "transformers",
             "datasets", "matplotlib.figure", "s3fs", "xarray", "pandas", "jinja2", "PIL.Image",
-            "ooc_influence.cli.main", "ooc_influence.cli.extraction", "ooc_influence.cli.scoring", "ooc_influence.hf", "ooc_influence.evaluate",
+            "ooc_influence.cli.main", "ooc_influence.cli.extraction", "ooc_influence.cli.scoring", "ooc_influence.hf",
+            "ooc_influence.evaluate",
             "ooc_influence.report", "ooc_influence.cli.demo.digits",
         ):  # fmt: skip
             with contextlib.suppress(ImportError):  # an extra that is not installed
