@@ -383,6 +383,8 @@ def test_a_cluster_without_workers_is_refused(long_pair, monkeypatch, run):  # n
         code, _, err = run(f"self-influence {train} --scheduler {cluster.scheduler_address}")
         assert code == 2
         assert "received none in 0 s: start some with 'dask worker" in err
+    Client = distributed.Client  # where nobody answers, ten seconds show no more than one
+    monkeypatch.setattr(distributed, "Client", lambda place, **how: Client(place, **how | {"timeout": 1}))
     for options, message in (
         ("--scheduler tcp://127.0.0.1:9", "expected a Dask scheduler at tcp://127.0.0.1:9"),
         ("--scheduler gopher", "expected a Dask scheduler at gopher"),

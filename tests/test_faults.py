@@ -30,8 +30,8 @@ from ooc_influence.errors import (
 )
 from ooc_influence.store.local import LocalArrayStore
 
-ROWS = random_rows(16, 4)
-CUTS = (2, 7, 8, 16)  # where the run flushes or closes: inside a chunk, inside a group, behind one
+ROWS = random_rows(13, 4)
+CUTS = (2, 7, 13)  # where the run flushes or closes: inside a chunk, inside a group, behind one
 STORAGE = Storage(chunk_rows=3, group_chunks=2)
 
 
@@ -68,7 +68,7 @@ def fill(path):
             if store.n < stop:
                 part = slice(store.n, stop)
                 labels = [f"r{row}" for row in range(part.start, stop)]
-                store.append(ROWS[part], loss=np.arange(16)[part], columns={"name": labels})
+                store.append(ROWS[part], loss=np.arange(len(ROWS))[part], columns={"name": labels})
                 store.flush() if number % 2 else store.close()
         store.writer()  # with nothing left to append, closing still cuts the arrays that a crash left long
     finally:
@@ -142,7 +142,7 @@ def test_a_planned_store_keeps_all_ranges(tmp_path):
         assert (store.n, store.committed) == (12, 36)
         store.drop([3])
         with pytest.raises(InputError, match="whole groups of 6 of 48 rows"):
-            store.append(ROWS, loss=np.zeros(16))
+            store.append(ROWS, loss=np.zeros(len(ROWS)))
     assert GradientStore.open(path).committed == 36
     assert GradientStore.open(path).verify() == []
     (path / "gradients" / "c.13.0").unlink()

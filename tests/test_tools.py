@@ -36,6 +36,7 @@ SMALL = {
     "store": ["--mib", "32", "--chunks", "100", "--repeats", "1"],
 }
 NEEDS_INDEX = {"first_contact"}  # it installs
+SLOW = {"quality"}  # trains and scores by a dozen methods; tests/test_lds.py has what it measures with
 
 
 def write_images(folder: Path, n: int = 360) -> None:
@@ -54,7 +55,9 @@ def test_every_benchmark_is_listed():
     assert {path.stem for path in BENCH.glob("*.py") if "__main__" in path.read_text()} == set(SMALL) | NEEDS_INDEX
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in SMALL]
+)
 def test_it_runs(name, tmp_path):
     if name == "quality":
         write_images(tmp_path / "mnist")

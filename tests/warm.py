@@ -123,9 +123,11 @@ def _import_all() -> None:
 def _child(caller: socket.socket) -> None:
     """Be the process that was asked for."""
     import atexit
+    import threading
     import traceback
 
     request, streams, _, _ = socket.recv_fds(caller, 2**20, 3)
+    threading.Thread(target=_end_with, args=(caller,), daemon=True).start()
     name, arguments, folder, environment = json.loads(request)
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
@@ -146,6 +148,12 @@ def _child(caller: socket.socket) -> None:
     sys.stderr.flush()
     caller.sendall(bytes([code if isinstance(code, int) else 0 if code is None else 1]))
     os._exit(0)
+
+
+def _end_with(caller: socket.socket) -> None:
+    """Die as the program that asked did: a page that kills it means this process."""
+    caller.recv(1)  # nothing is ever sent
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _run(name: str, arguments: list[str], folder: str) -> None:

@@ -79,7 +79,7 @@ class Size:
         return sum((before + 1) * after for before, after in pairwise(widths))
 
 
-QUICK = Size(train=312, test=31, models=8, epochs=10, seeds=1, hidden=(32, 16), scale=16)
+QUICK = Size(train=312, test=31, models=16, epochs=30, seeds=1, hidden=(32, 16), scale=16)
 
 
 @functools.cache
