@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -133,6 +134,7 @@ def _child(caller: socket.socket) -> None:
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    threading.Thread(target=_end_with, args=(caller,), daemon=True).start()
     code: object = 0
     try:
         _run(name, arguments, folder)
@@ -144,8 +146,15 @@ def _child(caller: socket.socket) -> None:
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    caller.sendall(bytes([code if isinstance(code, int) else 0 if code is None else 1]))
+    with contextlib.suppress(BrokenPipeError):
+        caller.sendall(bytes([code if isinstance(code, int) else 0 if code is None else 1]))
     os._exit(0)
+
+
+def _end_with(caller: socket.socket) -> None:
+    """End when the caller does: a signal to it reaches what it asked for."""
+    caller.recv(1)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _run(name: str, arguments: list[str], folder: str) -> None:
