@@ -64,6 +64,9 @@ scoring = several(
 pairing = several(
     click.option("--also", nargs=2, multiple=True, metavar="QUERY TRAIN",
                  help="Another checkpoint's stores of the same rows; scores are averaged. May be repeated."),
+    click.option("--combine", type=click.Choice(["mean", "query-margins", "margins"]), default="mean",
+                 show_default=True, help="How checkpoints are averaged: scores; with every model the same say on a "
+                 "query; margins as TRAK does."),
     click.option("--normalize", type=click.Choice(["cosine", "train"]),
                  help="cosine: scores in [-1, 1]; train: divide by the train row's norm (RelatIF)."),
     click.option("--average-queries", is_flag=True, help="One query: the mean of all."),

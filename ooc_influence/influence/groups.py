@@ -20,7 +20,7 @@ from ooc_influence.influence.checkpoints import AnyCurvature, Dampings, Marks, S
 from ooc_influence.influence.engine import Floats, make_engine
 from ooc_influence.influence.parts import Part, Parts
 from ooc_influence.influence.scoring import Normalize, Scoring
-from ooc_influence.influence.tiles import Costs, Work, absent_rows, row_blocks, row_weights
+from ooc_influence.influence.tiles import Costs, Work, absent_rows, row_blocks, row_shares, row_weights
 from ooc_influence.notebook import html_table, optional_library
 from ooc_influence.progress import Progress, tick
 from ooc_influence.store import PathLike
@@ -119,6 +119,7 @@ def group_influence(
     normalize: Normalize | None = None,
     average_queries: bool | str = False,
     rows: Any = None,
+    combine: str = "mean",
     device: str | None = None,
     resume: PathLike | None = None,
     workers: int | None = None,
@@ -134,7 +135,7 @@ def group_influence(
     by : str or (n,)
         A column of the train store (``"label"``), ``"id"`` for its ids, or a value for each row. Memory holds a group's
         number for every row, and q · G sums.
-    curvature, damping, damping_mode, normalize, average_queries, rows, device, workers, memory, progress
+    curvature, damping, damping_mode, normalize, average_queries, rows, combine, device, workers, memory, progress
         As for :func:`influence_scores`.
     resume : path, optional
         As for :func:`top_influential`.
@@ -155,7 +156,7 @@ def group_influence(
     """
     scoring = Scoring.open(
         query, train, curvature, damping, damping_mode, normalize=normalize, average_queries=average_queries, rows=rows,
-        device=device,
+        device=device, combine=combine,
     )  # fmt: skip
     groups = parse_groups(by, scoring.checkpoints[0].train)
     size, slots = len(groups.names), check_workers(workers)
@@ -211,8 +212,9 @@ def _stripe(stripe: Stripe, key: str, work: Work, size: int, codes: Codes, seen:
             live = np.ones(stop - start, bool) if absent is None else ~absent
             own = codes[start:stop]
             counts += np.bincount(own[live], minlength=size)
+            shares = row_shares(work, seen, start, stop)
             for number, (left, block) in enumerate(zip(queries, blocks, strict=True)):
-                weights = row_weights(engine, work, seen, number, block)
+                weights = row_weights(engine, work, shares, number, block)
                 rows = live[None].astype(np.float32) if weights is None else np.where(live, weights, np.float32(0))
                 added = [engine.sums(block.values, own, weight) for weight in rows]  # one for all λs, or each its own
                 for place in range(work.lambdas):

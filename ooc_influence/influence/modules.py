@@ -35,6 +35,7 @@ def module_influence(
     normalize: Normalize | None = None,
     average_queries: bool | str = False,
     rows: Any = None,
+    combine: str = "mean",
     device: str | None = None,
     workers: int | None = None,
     memory: int | str | None = None,
@@ -50,7 +51,7 @@ def module_influence(
         Return so many proponents and opponents of each query by each module.
     out : path, optional
         Write all scores there instead; goes on where an interrupted call was, as for :func:`influence_scores`.
-    curvature, damping, damping_mode, normalize, average_queries, rows, device, workers, memory, progress
+    curvature, damping, damping_mode, normalize, average_queries, rows, combine, device, workers, memory, progress
         As for :func:`influence_scores`; norms are those of whole rows, so the parts still add up to the score.
 
     Returns
@@ -70,7 +71,7 @@ def module_influence(
         raise InputError("expected either top= or out=; received both or neither")
     scoring = Scoring.open(
         query, train, curvature, damping, damping_mode, normalize=normalize, average_queries=average_queries, rows=rows,
-        device=device,
+        device=device, combine=combine,
     )  # fmt: skip
     names, columns = module_columns([own.train for own in scoring.checkpoints])
     if out is not None:

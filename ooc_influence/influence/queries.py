@@ -6,6 +6,7 @@ one left-hand row instead of many, read in bounded memory.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from ooc_influence.influence.aggregate import Grouping, parse_groups, weighted_s
 from ooc_influence.memory import block_limit
 from ooc_influence.store import GradientStore, read_blocks
 
+Factors = Callable[[int, int], npt.NDArray[np.float64]]
 _BLOCK_ROWS = 1024  # rows read at a time where they are averaged
 
 
@@ -67,18 +69,25 @@ class Queries:
             return store.reading_bytes
         return store.reading_bytes + 2 * 4 * store.k * min(_BLOCK_ROWS, block_limit(store.k), store.n)
 
-    def read(self, store: GradientStore, start: int, stop: int) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
-        """Return gradients ``start`` to ``stop``, (stop - start, k), and which of them are of dropped rows only."""
+    def read(
+        self, store: GradientStore, start: int, stop: int, factors: Factors | None = None
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
+        """Return gradients ``start`` to ``stop``, (stop - start, k), and which of them are of dropped rows only.
+
+        ``factors`` gives what rows of the store are multiplied by, before they are averaged.
+        """
         if self.groups is None:
             dropped = store.small("dropped", start, stop) if store.has_dropped else np.zeros(stop - start, bool)
-            return store.rows(start, stop), dropped
+            rows = store.rows(start, stop)
+            return rows if factors is None else rows * factors(start, stop)[:, None], dropped
         sums, counts = np.zeros((stop - start, store.k)), np.zeros(stop - start)
         for block in read_blocks(store, 0, store.n, min(_BLOCK_ROWS, block_limit(store.k))):
             codes = self.groups.codes[block.start : block.stop] - start
             inside = (codes >= 0) & (codes < stop - start)
             if block.dropped is not None:
                 inside &= ~block.dropped
-            found, part = weighted_sums(block.gradients, codes, inside.astype(np.float32))
+            weights = np.where(inside, 1 if factors is None else factors(block.start, block.stop), 0)
+            found, part = weighted_sums(block.gradients, codes, weights.astype(np.float32))
             sums[found] += part
             counts += np.bincount(codes[inside], minlength=stop - start)
         return sums / np.maximum(counts, 1)[:, None], counts == 0

@@ -39,6 +39,7 @@ def influence_scores(
     normalize: Normalize | None = None,
     average_queries: bool | str = False,
     rows: Any = None,
+    combine: str = "mean",
     device: str | None = None,
     workers: int | None = None,
     memory: int | str | None = None,
@@ -73,6 +74,9 @@ def influence_scores(
     rows : (m,) int or (n,) bool, or a list with one of these or None for each checkpoint
         The train rows a checkpoint was trained on. A row's score is the mean over the checkpoints that saw it; NaN
         where none did.
+    combine : {"mean", "query-margins", "margins"}
+        How several checkpoints are combined: by the mean of their scores; or, for one-label cross-entropy, by margins
+        of the queries, or of queries and rows as TRAK does (:mod:`ooc_influence.influence.margins`).
     device : str, optional
         Multiply blocks there with torch, such as ``"cuda"``; default NumPy's BLAS.
     workers : int, optional
@@ -105,7 +109,7 @@ def influence_scores(
     """
     scoring = Scoring.open(
         query, train, curvature, damping, damping_mode, normalize=normalize, average_queries=average_queries, rows=rows,
-        device=device,
+        device=device, combine=combine,
     )  # fmt: skip
     if out is None:
         return _lazy_scores(scoring, memory)
@@ -205,6 +209,7 @@ def _facts(scoring: Scoring, leading: int) -> dict[str, Any]:
         **(paths if several else {name: values[0] for name, values in paths.items()}),
         "damping": None if first.curvature is None else scoring.damping,
         "normalize": scoring.normalize,
+        "combine": scoring.combine if several else None,
         "averaged": None if scoring.queries.groups is None else scoring.queries.names.tolist(),
     }
 

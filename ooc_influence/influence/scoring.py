@@ -30,7 +30,8 @@ from ooc_influence.influence.checkpoints import (
     parse_marks,
 )
 from ooc_influence.influence.engine import Floats
-from ooc_influence.influence.queries import Queries
+from ooc_influence.influence.margins import Combine, margin_factors, parse_combine
+from ooc_influence.influence.queries import Factors, Queries
 from ooc_influence.influence.tiles import Columns, Costs, Work, pass_need, whole_rows
 from ooc_influence.influence.ways import Form, form_ways
 from ooc_influence.linalg.device import parse_device
@@ -83,6 +84,8 @@ class Scoring:
         Where blocks are multiplied; None for NumPy.
     several : bool
         Whether dampings came as a list: results have an axis of λ.
+    combine : {"mean", "query-margins", "margins"}
+        How checkpoints are combined.
     """
 
     checkpoints: tuple[Checkpoint, ...]
@@ -91,6 +94,7 @@ class Scoring:
     normalize: Normalize | None
     device: str | None
     several: bool
+    combine: Combine = "mean"
 
     @classmethod
     def open(
@@ -105,6 +109,7 @@ class Scoring:
         average_queries: bool | str = False,
         rows: Any = None,
         device: str | None = None,
+        combine: str = "mean",
     ) -> Scoring:
         """Open and check everything; see :func:`influence_scores`. Without a query store, rows speak for themselves."""
         if normalize not in (None, "cosine", "train"):
@@ -114,7 +119,8 @@ class Scoring:
         queries = Queries.none() if first.query is None else Queries.of(first.query, average_queries)
         seen = parse_marks(rows, isinstance(train, (list, tuple)), len(checkpoints), first.train.n)
         several = damping is not None and np.ndim(damping) == 1
-        return cls(checkpoints, queries, seen, normalize, parse_device(device), several)
+        known = parse_combine(combine, checkpoints, normalize)
+        return cls(checkpoints, queries, seen, normalize, parse_device(device), several, known)
 
     @property
     def q(self) -> int:
@@ -155,6 +161,7 @@ class Scoring:
             "average": None if codes is None else hashlib.sha256(codes).hexdigest(),
             "seen": seen,
             "normalize": self.normalize,
+            **({} if self.combine == "mean" else {"combine": self.combine}),
             **more,
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -162,9 +169,9 @@ class Scoring:
     def left(self, start: int, stop: int) -> Left:
         """Return queries ``start`` to ``stop``, preconditioned."""
         arrays, shares, dropped = [], [], np.zeros(stop - start, bool)
-        for own in self.checkpoints:
+        for number, own in enumerate(self.checkpoints):
             assert own.query is not None
-            rows, gone = self.queries.read(own.query, start, stop)
+            rows, gone = self.queries.read(own.query, start, stop, self._query_factors(number))
             if own.curvature is None:
                 product = np.asarray(rows, np.float64)[None].copy()
             else:
@@ -179,6 +186,13 @@ class Scoring:
             dropped |= gone
             arrays.append(product.reshape(-1, product.shape[-1]).astype(np.float32))
         return Left(start, stop, arrays, np.mean(shares, axis=0), dropped)
+
+    def _query_factors(self, number: int) -> Factors | None:
+        """Return what gives factors of a checkpoint's query rows, where it has any."""
+        if self.combine == "mean":
+            return None
+        stores = [own.query for own in self.checkpoints if own.query is not None]
+        return lambda start, stop: margin_factors(stores, start, stop)[number]
 
     def outside(self, start: int, stop: int) -> npt.NDArray[np.float64]:
         """Return the share of queries ``start`` to ``stop`` outside the span, (q,): see :attr:`Left.outside`."""
@@ -204,6 +218,7 @@ class Scoring:
             columns or whole_rows(len(self.checkpoints)),
             block_rows,
             self.device,
+            self.combine == "margins",
         )
 
     def need(self, stage: str, queries: int, costs: Costs) -> Need:
@@ -232,11 +247,12 @@ class Scoring:
         )
         norms = sum(self.form_norm_bytes(form) for form in forms) if self.normalize else 0
         seen = 0 if self.seen is None else self.seen.nbytes
+        shares = 24 * len(forms) if self.combine == "margins" else 0
         return pass_need(
             f"{stage} for k={self.columns}",
             [form.columns for form in forms],
             lambdas * queries,
-            costs._replace(fixed=costs.fixed + seen + norms + preparing, row=costs.row + 16 * lambdas),
+            costs._replace(fixed=costs.fixed + seen + norms + preparing, row=costs.row + 16 * lambdas + shares),
             reading=sum(store.reading_bytes for store in stores),
             raw=[store.layout.encoding.row_bytes for store in stores] if self.device else [],
         )

@@ -19,7 +19,7 @@ from ooc_influence.influence.checkpoints import AnyCurvature, Dampings, Marks, S
 from ooc_influence.influence.engine import make_engine
 from ooc_influence.influence.parts import Part, Parts
 from ooc_influence.influence.scoring import Scoring
-from ooc_influence.influence.tiles import Work, absent_rows, row_blocks, seen_share
+from ooc_influence.influence.tiles import Work, absent_rows, row_blocks, row_shares
 from ooc_influence.influence.ways import Form, form_ways
 from ooc_influence.memory import Need, Room, WayOut, block_limit, plan_block_rows
 from ooc_influence.progress import Progress, tick
@@ -125,10 +125,10 @@ def _stripe(stripe: Stripe, key: str, work: Work, seen: Marks | None) -> Part:
             start, stop = blocks[0].start, blocks[0].stop
             part = out[:, start - stripe.start : stop - stripe.start]
             part[:] = 0
+            shares = row_shares(work, seen, start, stop)
             for number, block in enumerate(blocks):
-                share = seen_share(seen, number, block)
                 own = engine.quadratic(work.curvatures[number], work.values[number], block.values)
-                part += own / len(blocks) if share is None else own * share
+                part += own / len(blocks) if shares is None else own * shares[number]
             absent = absent_rows(blocks, seen)
             if absent is not None:
                 part[:, absent] = np.nan

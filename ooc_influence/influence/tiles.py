@@ -16,6 +16,7 @@ import numpy as np
 from ooc_influence.curvature import Curvature
 from ooc_influence.influence.checkpoints import Marks
 from ooc_influence.influence.engine import Engine, Floats, Rows
+from ooc_influence.influence.margins import margin_factors
 from ooc_influence.memory import Need, block_limit
 from ooc_influence.progress import tick
 from ooc_influence.store import GradientStore, StorePath
@@ -47,6 +48,8 @@ class Work:
         Rows multiplied at a time.
     device : str or None
         Where.
+    margins : bool
+        Whether rows count by their margins (:mod:`.margins`).
     """
 
     stores: tuple[GradientStore, ...]
@@ -55,6 +58,7 @@ class Work:
     columns: Columns
     block_rows: int
     device: str | None
+    margins: bool = False
 
     @property
     def paths(self) -> list[StorePath]:
@@ -156,12 +160,13 @@ def score_tiles(
     for turn, blocks in enumerate(row_blocks(engine, stripe, work)):
         start, stop = blocks[0].start, blocks[0].stop
         total = buffers[turn % copies][: scores * (stop - start)].reshape(*shape, stop - start)
+        shares = row_shares(work, seen, start, stop)
         for number, (left, block) in enumerate(zip(queries, blocks, strict=True)):
             tile = total
             if number:
                 tile = further[: scores * (stop - start)].reshape(*shape, stop - start)
             _multiply(engine, left, block.values, work.columns[number], tile)
-            weights = row_weights(engine, work, seen, number, block)
+            weights = row_weights(engine, work, shares, number, block)
             if weights is not None:
                 tile *= engine.array(weights)[:, None, None]
             if number:
@@ -191,30 +196,36 @@ def _multiply(engine: Engine, left: Any, rows: Any, columns: Sequence[slice], ou
             engine.multiply(own[:, part], rows[:, part], out[number, module])
 
 
-def row_weights(engine: Engine, work: Work, seen: Marks | None, number: int, block: Rows) -> Floats | None:
+def row_weights(engine: Engine, work: Work, shares: Floats | None, number: int, block: Rows) -> Floats | None:
     """Return what a checkpoint's scores of each row are multiplied by, (L or 1, b); None for one.
 
-    Its share among the checkpoints that saw the row, over the row's norm √(gᵀ (F + λI)⁻¹ g) where asked for; a row
-    without gradient scores zero.
+    Its share, over the row's norm √(gᵀ (F + λI)⁻¹ g) where asked for; a row without gradient scores zero.
     """
     weights = None
     if work.curvatures is not None:
         squares = engine.quadratic(work.curvatures[number], work.values[number], block.values)
         held = squares > 0
         weights = np.where(held, 1 / np.sqrt(np.where(held, squares, 1)), 0).astype(np.float32)
-    share = seen_share(seen, number, block)
-    if share is None:
+    if shares is None:
         return weights
-    return share[None] if weights is None else weights * share
+    own: Floats = shares[number][None] if weights is None else weights * shares[number]
+    return own
 
 
-def seen_share(seen: Marks | None, number: int, block: Rows) -> Floats | None:
-    """Return a checkpoint's share among those that saw each row, (b,): 0 where it did not; None where all saw all."""
-    if seen is None:
+def row_shares(work: Work, seen: Marks | None, start: int, stop: int) -> Floats | None:
+    """Return each checkpoint's share of the scores of rows ``start`` to ``stop``, (C, b); None where all are alike.
+
+    One over the checkpoints that saw a row, 0 for those that did not; times what makes margins of them.
+    """
+    if seen is None and not work.margins:
         return None
-    part = seen[:, block.start : block.stop]
-    share: Floats = (part[number] / np.maximum(part.sum(0), 1)).astype(np.float32)
-    return share
+    found = np.ones((len(work.stores), stop - start))
+    if seen is not None:
+        found = seen[:, start:stop] / np.maximum(seen[:, start:stop].sum(0), 1)
+    if work.margins:
+        found = found * margin_factors(work.stores, start, stop)
+    shares: Floats = found.astype(np.float32)
+    return shares
 
 
 def absent_rows(blocks: Sequence[Rows], seen: Marks | None) -> Marks | None:

@@ -38,6 +38,7 @@ def top_influential(
     normalize: Normalize | None = None,
     average_queries: bool | str = False,
     rows: Any = None,
+    combine: str = "mean",
     device: str | None = None,
     resume: PathLike | None = None,
     workers: int | None = None,
@@ -52,7 +53,7 @@ def top_influential(
         (q, k) and (n, k); lists for several checkpoints.
     top : int
         How many of each; fewer where the train store has fewer live rows.
-    curvature, damping, damping_mode, normalize, average_queries, rows, device, workers, memory, progress
+    curvature, damping, damping_mode, normalize, average_queries, rows, combine, device, workers, memory, progress
         As for :func:`influence_scores`. Rows that no checkpoint saw (``rows=``) are in no list.
     resume : path, optional
         A folder to keep finished parts in: the same call, interrupted or killed, goes on from there. It is removed at
@@ -74,7 +75,7 @@ def top_influential(
     """
     scoring = Scoring.open(
         query, train, curvature, damping, damping_mode, normalize=normalize, average_queries=average_queries, rows=rows,
-        device=device,
+        device=device, combine=combine,
     )  # fmt: skip
     lists = find_top(scoring, top, None, resume=resume, workers=workers, memory=memory, progress=progress)
     return lists.ranked(scoring, 0)

@@ -52,6 +52,11 @@ def row_weights(losses: npt.NDArray[Any], weights: Weighting | None) -> npt.NDAr
         return np.asarray(1 / np.expm1(held) if weights == "ggn" else 1 / np.expm1(-held) ** 2)
 
 
+def row_errors(losses: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """Return 1 − p of each row's label, (m,) float64, from its cross-entropy."""
+    return np.asarray(-np.expm1(-np.maximum(np.asarray(losses, np.float64), LOSS_FLOOR)))
+
+
 def clipped_rows(losses: npt.NDArray[Any], weights: Weighting | None) -> int:
     """Return how many losses lie below :data:`LOSS_FLOOR`, where that matters."""
     return 0 if weights is None else int((np.asarray(losses) < LOSS_FLOOR).sum())

@@ -2,9 +2,11 @@
 
 Truth: models trained on random halves of a task's train rows (tasks.py), measured by minus their loss on its test
 rows. Explained: models trained on all rows, and models trained on random halves of their own, each with curvature
-from, and credit to, its own rows only. Gradients: importance dropout, then the eigenbasis of the curvature's own rows
-(at most 2500 of them for MNIST, else 1500). LDS of single models (mean over models) and of scores summed over all of
-them, for a grid of relative dampings, and for dampings from the spectrum alone: λ with d(λ) = share · min(m, r).
+from, and credit to, its own rows only; several are summed as they are, and by their queries' margins. Where "combined"
+says margins, halves have curvature from, and give credit to, all rows (ooc_influence.influence.margins). Gradients:
+importance dropout, then the eigenbasis of the curvature's own rows (at most 2500 of them for MNIST, else 1500). LDS of
+single models (mean over models) and of scores summed over all of them, for a grid of relative dampings, and for
+dampings from the spectrum alone: λ with d(λ) = share · min(m, r).
 
     none      F = (1/m) Σ g gᵀ                        ggn       w = 1/expm1(ℓ)      trak      w = 1/(1 − p)²
     sampled   g of a label drawn from the model       signs     Σ_t s_t/√T ∇ℓ_t     signs ggn  Σ_t s_t √(w_t/T) ∇ℓ_t
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from common import Result, Runs, arguments, report
 from scipy.optimize import brentq
 from tasks import Mnist, Rows, Task, batches, make_task, sampled, signed
@@ -34,9 +37,20 @@ from ooc_influence.evaluate.retrain import seeded
 GRID = [10 ** (power / 2) for power in range(-8, 5)]  # relative: 0.0001 to 100
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7)  # of min(m, r): d(λ)
 CHOICES = [*(f"{value:.3g}" for value in GRID), *(f"d = {share}" for share in SHARES)]
-COLUMNS = ("task", "trained on", "models", "curvature", "best LDS", "best damping", "default 0.1", *CHOICES[13:])
+COLUMNS = (
+    "task",
+    "trained on",
+    "models",
+    "combined",
+    "curvature",
+    "best LDS",
+    "best damping",
+    "default 0.1",
+    *CHOICES[13:],
+)
 BASIS_ROWS = {"MNIST": 2500}  # that an eigenbasis is made from, at most; else 1500
-LABELS, TOKENS = ("none", "ggn", "trak", "sampled"), ("none", "sampled", "signs", "signs ggn")
+WEIGHTED = ("none", "ggn", "trak")
+LABELS, TOKENS = (*WEIGHTED, "sampled"), ("none", "sampled", "signs", "signs ggn")
 
 
 class Sizes(NamedTuple):
@@ -97,24 +111,48 @@ def dampings(curvature: Any) -> list[float]:
     return found
 
 
-def explain(task: Task, kind: str, number: int, way: str, size: Sizes, folder: Path) -> Result:
+def trained(task: Task, kind: str, number: int) -> tuple[Any, np.ndarray]:
+    """Return a model and the rows it was trained on."""
+    rows = np.arange(task.train_rows)
+    if kind != "all":
+        rows = np.flatnonzero(random_subsets(task.train_rows, number + 1, seed=1)[number])
+    with seeded(2**20 + number + 1000 * (kind != "all")):
+        return task.fit(rows), rows
+
+
+def mistakes(task: Task, kind: str, number: int, folder: Path) -> Result:
+    """Write 1 − p of all train rows (n,) and of the test rows (q,)."""
+    model, _ = trained(task, kind, number)
+    with torch.no_grad():
+        parts = [torch.cat([task.loss(model, batch) for batch in batches(part)]) for part in (task.train, task.test)]
+    found = [-np.expm1(-np.maximum(part.double().numpy(), 1e-6)) for part in parts]
+    np.savez(place_of(folder, task, f"{kind}-errors", number), rows=found[0], queries=found[1])
+    return {}
+
+
+def errors_of(task: Task, kind: str, folder: Path, models: int) -> list[Any]:
+    return [np.load(place_of(folder, task, f"{kind}-errors", number)) for number in range(models)]
+
+
+def explain(task: Task, kind: str, number: int, size: Sizes, folder: Path) -> Result:
     """Write the summed scores of one model, (L, m, q)."""
     subsets = random_subsets(task.train_rows, size.truth)
-    rows = np.arange(task.train_rows)
-    if kind == "half":
-        rows = np.flatnonzero(random_subsets(task.train_rows, number + 1, seed=1)[number])
-    with seeded(2**20 + number + 1000 * (kind == "half")):
-        model = task.fit(rows)
+    model, rows = trained(task, kind, number)
+    ways, factor = (TOKENS if task.tokens else LABELS), np.float32(1)
+    if kind == "margins":
+        errors = errors_of(task, "half", folder, size.models)
+        ways, rows = WEIGHTED, np.arange(task.train_rows)
+        factor = (np.mean([own["rows"] for own in errors], axis=0) / errors[number]["rows"]).astype(np.float32)
     train = tuple(part[rows] for part in task.train)
     with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
         warnings.simplefilter("ignore", ooc.OocInfluenceWarning)
-        ways = (way,) if way else (TOKENS if task.tokens else LABELS)
         found, values = {}, {}
         for each in ways:
             held, queries, curvature = stores(task, model, train, size, Path(name), each, number)
             lambdas = dampings(curvature)
             scores = ooc.influence_scores(queries, held, curvature, lambdas, "absolute").compute()
-            found[each] = np.einsum("lqn,mn->lmq", scores, subsets[:, rows].astype(np.float32), optimize=True)
+            credit = (subsets[:, rows] * factor).astype(np.float32)
+            found[each] = np.einsum("lqn,mn->lmq", scores, credit, optimize=True)
             values[each] = [value * curvature.d / curvature.trace for value in lambdas]
     np.savez(place_of(folder, task, kind, number), **found)
     return {"relative": values}
@@ -130,18 +168,35 @@ def correlation(sums: np.ndarray, outcomes: np.ndarray) -> float:
     return lds(sums.T, np.eye(m, dtype=bool), outcomes).mean
 
 
-def lines(task: Task, size: Sizes, folder: Path, outcomes: np.ndarray, results: list[Result]) -> Iterator[Result]:
-    for kind in ("all", "half"):
+def kinds(task: Task) -> tuple[str, ...]:
+    return ("all", "half") if task.tokens else ("all", "half", "margins")
+
+
+def lines(task: Task, size: Sizes, folder: Path, outcomes: np.ndarray) -> Iterator[Result]:
+    for kind in kinds(task):
         held = [dict(np.load(place_of(folder, task, kind, number))) for number in range(size.models)]
         for way in held[0]:
-            single = np.mean([[correlation(sums, outcomes) for sums in one[way]] for one in held], axis=0)
-            whole = [correlation(sums, outcomes) for sums in sum(one[way] for one in held)]
-            for models, values in ((1, single), (size.models, np.array(whole))):
-                best = int(values[: len(GRID)].argmax())
-                cells = [task.name, kind, models, way, float(values[best]), CHOICES[best], float(values[6])]
+            for combined, values in combinations(task, kind, [one[way] for one in held], folder, outcomes):
+                best, models = int(values[: len(GRID)].argmax()), size.models if combined else 1
+                cells = [task.name, "all" if kind == "all" else "half", models, combined, way]
+                cells += [float(values[best]), CHOICES[best], float(values[6])]
                 yield dict(zip(COLUMNS, [*cells, *map(float, values[len(GRID) :])], strict=True)) | {
                     "grid": dict(zip(CHOICES, map(float, values), strict=True))
                 }
+
+
+def combinations(
+    task: Task, kind: str, held: list[np.ndarray], folder: Path, outcomes: np.ndarray
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield LDS by choice of λ, of single models and of sums over all of them."""
+    if kind != "margins":
+        yield "", np.mean([[correlation(sums, outcomes) for sums in one] for one in held], axis=0)
+        yield "mean", np.array([correlation(sums, outcomes) for sums in sum(held)])
+    if not task.tokens:
+        errors = errors_of(task, "all" if kind == "all" else "half", folder, len(held))
+        whole = sum(one / own["queries"] for one, own in zip(held, errors, strict=True))
+        name = "margins" if kind == "margins" else "query-margins"
+        yield name, np.array([correlation(sums, outcomes) for sums in whole])
 
 
 def rules(found: list[Result]) -> str:
@@ -164,28 +219,33 @@ def main() -> None:
     names = [name for name in options.only.split(",") if name] or (
         ["digits"] if not options.data else ["digits", "MNIST", "AG News", "Shakespeare"]
     )
-    runs, found, kept = Runs(options.folder), [], []
+    first, runs, found, kept = Runs(options.folder), Runs(options.folder), [], []
     for name in names:
         task, size = make_task(name, options.data, options.quick), sizes(name, options.quick)
         kept.append((task, size))
-        for kind in ("half", "all"):
+        for kind in kinds(task):
             for number in range(size.models):
                 settings = {**task.settings, **size._asdict(), "kind": kind}
-                call = partial(explain, task, kind, number, "", size, options.folder)
+                call = partial(explain, task, kind, number, size, options.folder)
                 runs.add(f"{name} / {kind} / {number}", settings, call)
+                if kind != "margins" and not task.tokens:
+                    call = partial(mistakes, task, kind, number, options.folder)
+                    first.add(f"{name} / {kind}, errors / {number}", settings, call)
+    missing = [*first.missing(), *runs.missing()]
     if options.status:
-        print("\n".join(runs.missing()) or "nothing is missing")
+        print("\n".join(missing) or "nothing is missing")
         return
-    print(f"{len(runs.missing())} runs to do", file=sys.stderr)
+    print(f"{len(missing)} runs to do", file=sys.stderr)
     truths = [truth(task, options.folder, size.truth, options.workers)[1] for task, size in kept]
-    results = runs.finish(1 if options.quick else options.workers)
+    for each in (first, runs):
+        each.finish(1 if options.quick else options.workers)
     for (task, size), outcomes in zip(kept, truths, strict=True):
-        found += lines(task, size, options.folder, outcomes, results)
+        found += lines(task, size, options.folder, outcomes)
 
     def plot(axes: Any) -> None:
         for each in found:
             style = "-" if each["models"] == 1 else "--"
-            label = f"{each['task']}, {each['trained on']}, {each['models']}: {each['curvature']}"
+            label = f"{each['task']}, {each['trained on']}, {each['models']} {each['combined']}: {each['curvature']}"
             axes.semilogx(GRID, list(each["grid"].values())[: len(GRID)], style, label=label)
         axes.set(xlabel="relative damping", ylabel="LDS")
         if len(found) <= 16:
