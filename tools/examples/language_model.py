@@ -45,7 +45,7 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 def train(tokenizer: PreTrainedTokenizerFast, texts: list[str], epochs: int, width: int) -> GPT2LMHeadModel:
     torch.manual_seed(0)
     sizes = {"n_positions": CONTEXT, "n_embd": width, "n_layer": 2, "n_head": 4}
-    ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "loss_type": "ForCausalLM"}
     model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes, **ends))
     stream = torch.tensor([code for text in texts for code in [*tokenizer.encode(text), 0]])
     rows = stream[: len(stream) // CONTEXT * CONTEXT].view(-1, CONTEXT)
@@ -55,7 +55,8 @@ def train(tokenizer: PreTrainedTokenizerFast, texts: list[str], epochs: int, wid
     for epoch in range(epochs):
         for chosen in torch.randperm(len(rows)).split(16):
             optimizer.zero_grad()
-            loss = model(input_ids=rows[chosen], labels=rows[chosen]).loss
+            batch = rows[chosen]  # no padding in it
+            loss = model(input_ids=batch, attention_mask=torch.ones_like(batch), labels=batch).loss
             loss.backward()
             optimizer.step()
             schedule.step()

@@ -96,9 +96,9 @@ def main() -> None:
     facts = everyone[: 30 if options.quick else 80]
     texts = [f"{name} works at the {work}." for name, work in everyone[80:]]
     tokenizer = make_tokenizer(texts + [f"{name} lives in town." for name, _ in everyone])
-    ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "loss_type": "ForCausalLM"}
     model = GPT2LMHeadModel(
-        GPT2Config(vocab_size=len(tokenizer), n_positions=32, n_embd=64, n_layer=2, n_head=4, **ends)
+        GPT2Config(vocab_size=len(tokenizer), n_positions=32, n_embd=128, n_layer=2, n_head=4, **ends)
     )
     fit(model, [torch.tensor(tokenizer.encode(text)) for text in texts], 5 if options.quick else 30, 3e-3)
 
@@ -106,7 +106,7 @@ def main() -> None:
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, **places))
     lines = [{"prompt": f"{name} works at the", "completion": f" {work}.", "id": name} for name, work in facts]
     rows = [torch.tensor(tokenizer.encode(line["prompt"] + line["completion"])) for line in lines]
-    fit(adapted, rows, 20 if options.quick else 150, 5e-3)
+    fit(adapted, rows, 20 if options.quick else 300, 5e-3)
     adapted.eval()
 
     corpus, store = options.folder / "facts.jsonl", options.folder / "train.zarr"
