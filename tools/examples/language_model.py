@@ -45,8 +45,9 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 def train(tokenizer: PreTrainedTokenizerFast, texts: list[str], epochs: int, width: int) -> GPT2LMHeadModel:
     torch.manual_seed(0)
     sizes = {"n_positions": CONTEXT, "n_embd": width, "n_layer": 2, "n_head": 4}
-    ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "loss_type": "ForCausalLM"}
+    ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes, **ends))
+    model.loss_type = "ForCausalLM"  # what it is anyway; said, transformers does not warn
     stream = torch.tensor([code for text in texts for code in [*tokenizer.encode(text), 0]])
     rows = stream[: len(stream) // CONTEXT * CONTEXT].view(-1, CONTEXT)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)

@@ -96,10 +96,11 @@ def main() -> None:
     facts = everyone[: 30 if options.quick else 80]
     texts = [f"{name} works at the {work}." for name, work in everyone[80:]]
     tokenizer = make_tokenizer(texts + [f"{name} lives in town." for name, _ in everyone])
-    ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "loss_type": "ForCausalLM"}
+    ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     model = GPT2LMHeadModel(
         GPT2Config(vocab_size=len(tokenizer), n_positions=32, n_embd=128, n_layer=2, n_head=4, **ends)
     )
+    model.loss_type = "ForCausalLM"  # what it is anyway; said, transformers does not warn
     fit(model, [torch.tensor(tokenizer.encode(text)) for text in texts], 5 if options.quick else 30, 3e-3)
 
     places = {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}  # GPT-2's Conv1D layers
