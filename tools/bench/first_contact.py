@@ -2,7 +2,7 @@
 
 The repository as it is committed is cloned to a temporary folder, where ``./tools/demo`` makes its own .venv. What that
 takes depends on the package index, on pip's cache and on the machine; the demo alone is timed by a second run of it.
-Installed bytes are those of .venv: the demo, the tests and the linters. Arguments go to the demo.
+Installed bytes are those of .venv with what the demo needs. Arguments go to the demo.
 
 Run: python tools/bench/first_contact.py [--folder DIR]. The last line is JSON.
 """

@@ -68,6 +68,8 @@ def people(count: int, seed: int) -> list[tuple[str, str]]:
 
 def fit(model: torch.nn.Module, rows: list[torch.Tensor], epochs: int, lr: float) -> None:
     optimizer = torch.optim.AdamW([values for values in model.parameters() if values.requires_grad], lr=lr)
+    steps = epochs * -(-len(rows) // 16)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
     for _ in range(epochs):
         for chosen in torch.randperm(len(rows)).split(16):
             batch = torch.nn.utils.rnn.pad_sequence([rows[row] for row in chosen], batch_first=True, padding_value=-100)
@@ -75,6 +77,7 @@ def fit(model: torch.nn.Module, rows: list[torch.Tensor], epochs: int, lr: float
             there = batch != -100
             model(input_ids=batch.clamp(min=0), attention_mask=there.long(), labels=batch).loss.backward()
             optimizer.step()
+            schedule.step()
 
 
 def answer(model: torch.nn.Module, tokenizer: Any, prompt: str) -> str:
