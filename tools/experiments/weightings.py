@@ -66,7 +66,7 @@ def sizes(name: str, quick: bool) -> Sizes:
     if quick:
         return Sizes(6, 2, 512, 32)
     known = {"MNIST": Sizes(100, 10, 32768, 1024), "digits": Sizes(64, 10, 6570, 512)}
-    return known.get(name, Sizes(64, 5, 16384, 512))
+    return known.get(name, Sizes(64, 10, 16384, 512))
 
 
 def truth(task: Task, folder: Path, models: int, workers: int) -> tuple[np.ndarray, np.ndarray]:
@@ -226,6 +226,8 @@ def main() -> None:
         for kind in kinds(task):
             for number in range(size.models):
                 settings = {**task.settings, **size._asdict(), "kind": kind}
+                if kind != "margins":  # what a model gives does not depend on how many there are
+                    del settings["models"]
                 call = partial(explain, task, kind, number, size, options.folder)
                 runs.add(f"{name} / {kind} / {number}", settings, call)
                 if kind != "margins" and not task.tokens:
