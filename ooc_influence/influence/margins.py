@@ -8,8 +8,8 @@ speak for it, and counts a row by the models that have not seen it, as those tha
     margins         score(q, i) = mean_c(1 − p_q) · mean_c(1 − p_i) · mean_c s_c(q, i)
 
 The first gives every model the same say on a query: it measures margins. The second averages the rows' errors by
-themselves, too, as TRAK does (Park et al. 2023, arXiv 2303.14186, section 3.2). For one checkpoint both are the plain
-score, and errors of queries never change the order of rows.
+themselves, too, as TRAK does (Park et al. 2023, arXiv 2303.14186, section 3.2). mean_c(1 − p_q) only brings scores back
+to the unit of the loss; for one checkpoint both are the plain score.
 """
 
 from __future__ import annotations

@@ -197,9 +197,10 @@ class Scoring:
     def outside(self, start: int, stop: int) -> npt.NDArray[np.float64]:
         """Return the share of queries ``start`` to ``stop`` outside the span, (q,): see :attr:`Left.outside`."""
         shares = []
-        for own in self.checkpoints:
+        for number, own in enumerate(self.checkpoints):
             assert own.query is not None
-            shares.append(_outside(own.curvature, *self.queries.read(own.query, start, stop)))
+            rows, gone = self.queries.read(own.query, start, stop, self._query_factors(number))
+            shares.append(_outside(own.curvature, rows, gone))
         return np.asarray(np.mean(shares, axis=0))
 
     def form_norm_bytes(self, form: Form) -> int:
