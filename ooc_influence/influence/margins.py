@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from ooc_influence.errors import InputError
 from ooc_influence.influence.checkpoints import Checkpoint
-from ooc_influence.linalg import ONE_LABEL, row_errors
+from ooc_influence.linalg import check_one_label, row_errors
 from ooc_influence.store import GradientStore
 
 Combine = Literal["mean", "query-margins", "margins"]
@@ -47,12 +47,7 @@ def parse_combine(combine: str, checkpoints: Sequence[Checkpoint], normalize: st
             f"expected combine={combine!r} without normalize; received {normalize!r}: leave one of them out"
         )
     for store in (store for own in checkpoints for store in (own.query, own.train) if store is not None):
-        if store.attrs.get("loss_kind") != ONE_LABEL:
-            raise InputError(
-                f"expected rows of loss_kind {ONE_LABEL!r} for combine={combine!r}; received "
-                f"{store.attrs.get('loss_kind')!r} in {store.path}: give loss_kind when extracting, if the loss is "
-                "one-label cross-entropy"
-            )
+        check_one_label(store.attrs, f"combine={combine!r}", f" in {store.path}")
     return found
 
 

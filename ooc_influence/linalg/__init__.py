@@ -7,11 +7,19 @@ from ooc_influence.linalg.rows import Rows, WeightedRows
 from ooc_influence.linalg.spectrum import Spectrum, Way, spectrum_ways, top_spectrum
 from ooc_influence.linalg.subspace import Top, find_top, iteration_bytes, orthonormal_slabs, start_basis
 from ooc_influence.linalg.triangle import TriangleTiles, list_tiles, tile_side
-from ooc_influence.linalg.weights import ONE_LABEL, Weighting, clipped_rows, parse_weighting, row_errors, row_weights
+from ooc_influence.linalg.weights import (
+    ONE_LABEL,
+    Weighting,
+    check_one_label,
+    clipped_rows,
+    parse_weighting,
+    row_errors,
+    row_weights,
+)
 
 __all__ = [
     "ONE_LABEL", "DiagonalAccumulator", "GramAccumulator", "ProductAccumulator", "Rows", "Spectrum", "Team", "Top",
-    "TriangleTiles", "Way", "WeightedRows", "Weighting", "choose_engine", "clipped_rows", "find_top",
+    "TriangleTiles", "Way", "WeightedRows", "Weighting", "check_one_label", "choose_engine", "clipped_rows", "find_top",
     "iteration_bytes", "list_tiles", "orthonormal_slabs", "parse_weighting", "row_errors", "row_weights",
     "spectrum_ways", "start_basis", "symmetric_eigen", "tile_side", "top_spectrum",
 ]  # fmt: skip

@@ -35,12 +35,24 @@ def parse_weighting(weights: str | None, attributes: Mapping[str, Any]) -> Weigh
         return None
     if weights not in ("ggn", "trak"):
         raise InputError(f"expected weights 'ggn', 'trak' or none; received {weights!r}")
-    if attributes.get("loss_kind") != ONE_LABEL:
-        raise InputError(
-            f"expected rows of loss_kind {ONE_LABEL!r} for weights={weights!r}; received "
-            f"{attributes.get('loss_kind')!r}: give loss_kind when extracting, if the loss is one-label cross-entropy"
-        )
+    check_one_label(attributes, f"weights={weights!r}")
     return weights  # type: ignore[return-value]
+
+
+def check_one_label(attributes: Mapping[str, Any], asked: str, where: str = "") -> None:
+    """Check that rows were made with the loss that the formulas hold for; ``where``: said of what was received.
+
+    Raises
+    ------
+    InputError
+        If they were not.
+    """
+    kind = attributes.get("loss_kind")
+    if kind != ONE_LABEL:
+        raise InputError(
+            f"expected rows of loss_kind {ONE_LABEL!r} for {asked}; received {kind!r}{where}: give loss_kind when "
+            "extracting, if the loss is one-label cross-entropy"
+        )
 
 
 def row_weights(losses: npt.NDArray[Any], weights: Weighting | None) -> npt.NDArray[np.float64]:

@@ -33,21 +33,14 @@ from tasks import Mnist, Rows, Task, batches, make_task, sampled, signed
 import ooc_influence as ooc
 from ooc_influence.evaluate import lds, random_subsets, retrain
 from ooc_influence.evaluate.retrain import seeded
+from ooc_influence.linalg import row_errors
 
 GRID = [10 ** (power / 2) for power in range(-8, 5)]  # relative: 0.0001 to 100
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7)  # of min(m, r): d(λ)
 CHOICES = [*(f"{value:.3g}" for value in GRID), *(f"d = {share}" for share in SHARES)]
 COLUMNS = (
-    "task",
-    "trained on",
-    "models",
-    "combined",
-    "curvature",
-    "best LDS",
-    "best damping",
-    "default 0.1",
-    *CHOICES[13:],
-)
+    "task", "trained on", "models", "combined", "curvature", "best LDS", "best damping", "default 0.1", *CHOICES[13:],
+)  # fmt: skip
 BASIS_ROWS = {"MNIST": 2500}  # that an eigenbasis is made from, at most; else 1500
 WEIGHTED = ("none", "ggn", "trak")
 LABELS, TOKENS = (*WEIGHTED, "sampled"), ("none", "sampled", "signs", "signs ggn")
@@ -111,6 +104,10 @@ def dampings(curvature: Any) -> list[float]:
     return found
 
 
+def trained_on(kind: str) -> str:
+    return "all" if kind == "all" else "half"
+
+
 def trained(task: Task, kind: str, number: int) -> tuple[Any, np.ndarray]:
     """Return a model and the rows it was trained on."""
     rows = np.arange(task.train_rows)
@@ -125,7 +122,7 @@ def mistakes(task: Task, kind: str, number: int, folder: Path) -> Result:
     model, _ = trained(task, kind, number)
     with torch.no_grad():
         parts = [torch.cat([task.loss(model, batch) for batch in batches(part)]) for part in (task.train, task.test)]
-    found = [-np.expm1(-np.maximum(part.double().numpy(), 1e-6)) for part in parts]
+    found = [row_errors(part.double().numpy()) for part in parts]
     np.savez(place_of(folder, task, f"{kind}-errors", number), rows=found[0], queries=found[1])
     return {}
 
@@ -178,7 +175,7 @@ def lines(task: Task, size: Sizes, folder: Path, outcomes: np.ndarray) -> Iterat
         for way in held[0]:
             for combined, values in combinations(task, kind, [one[way] for one in held], folder, outcomes):
                 best, models = int(values[: len(GRID)].argmax()), size.models if combined else 1
-                cells = [task.name, "all" if kind == "all" else "half", models, combined, way]
+                cells = [task.name, trained_on(kind), models, combined, way]
                 cells += [float(values[best]), CHOICES[best], float(values[6])]
                 yield dict(zip(COLUMNS, [*cells, *map(float, values[len(GRID) :])], strict=True)) | {
                     "grid": dict(zip(CHOICES, map(float, values), strict=True))
@@ -193,7 +190,7 @@ def combinations(
         yield "", np.mean([[correlation(sums, outcomes) for sums in one] for one in held], axis=0)
         yield "mean", np.array([correlation(sums, outcomes) for sums in sum(held)])
     if not task.tokens:
-        errors = errors_of(task, "all" if kind == "all" else "half", folder, len(held))
+        errors = errors_of(task, trained_on(kind), folder, len(held))
         whole = sum(one / own["queries"] for one, own in zip(held, errors, strict=True))
         name = "margins" if kind == "margins" else "query-margins"
         yield name, np.array([correlation(sums, outcomes) for sums in whole])
