@@ -63,7 +63,11 @@ def assert_near(found, expected, share=1e-5):
 
 
 def check(found, matrix, rank, share):
-    """What a curvature answers, against a dense matrix whose spectrum is cut."""
+    """What a curvature answers, against a dense matrix whose spectrum is cut.
+
+    An iteration ends where float32's rounding hides what the eigenvalues gain, 10⁻⁸ of them or so; their vectors have an
+    error of that one's root, over the gaps between them.
+    """
     exact = np.linalg.eigvalsh(matrix)[::-1]
     assert found.kind == "top"
     assert_near(found.eigenvalues, exact[:rank], share)
@@ -76,8 +80,8 @@ def check(found, matrix, rank, share):
         values, found.precondition(queries, values), found.self_influence(queries, values), strict=True
     ):
         expected = np.linalg.solve(cut + value * np.eye(len(matrix)), queries.T.astype(np.float64)).T
-        assert_near(answer, expected, 10 * share)
-        assert_near(own, (queries * expected).sum(1), 10 * share)
+        assert_near(answer, expected, 50 * share)
+        assert_near(own, (queries * expected).sum(1), 50 * share)
         assert found.least_dimension(value) - 1e-6 <= (exact / (exact + value)).sum()
         assert (exact / (exact + value)).sum() <= found.effective_dimension(value) + 1e-6
     inside = np.square(queries @ np.linalg.eigh(matrix)[1][:, -rank:]).sum(1) / np.square(queries).sum(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 import warnings
 from typing import Any
 
@@ -109,10 +110,11 @@ def what_changed(found: Curvature, chosen: ChosenRows, kind: str) -> Change | No
 def reopen(path: StorePath) -> Curvature:
     """Open what was just written, and warn of its effective dimension."""
     for _ in range(10):  # another fit may be replacing this one at this moment: theirs is as good
-        with contextlib.suppress(CurvatureNotFoundError, StaleCurvatureError, StoreDamagedError):
+        with contextlib.suppress(CurvatureNotFoundError, StaleCurvatureError, StoreDamagedError, FileNotFoundError):
             found = Curvature.open(path)
             warn_of_dimension(found)
             return found
+        time.sleep(0.01)
     return Curvature.open(path)
 
 

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from ooc_influence.errors import StoreBusyError, StoreWriteError
 from ooc_influence.store import (
     CHUNK_TARGET,
+    Claim,
     NewFolder,
     StorePath,
     array_store,
@@ -30,6 +31,7 @@ from ooc_influence.store import (
     names,
     open_group,
     read_bytes,
+    remove_empty,
     remove_tree,
     write_bytes,
 )
@@ -37,7 +39,7 @@ from ooc_influence.store import (
 logger = logging.getLogger("ooc_influence")
 INTERVAL = 25.0  # seconds between two savings of a partial result
 _SHARE = 30  # times the last saving's seconds that pass before the next: saving costs a few per cent at most
-_SETTINGS = "settings.json"
+_SETTINGS, _CLAIMS = "settings.json", "commits"
 _FACTS = "ooc_influence_partial"
 
 
@@ -63,9 +65,7 @@ class Unfinished:
         self.path = target.parent / f".{target.name}.partial"
         self._claim = None
         try:
-            if is_local(self.path):
-                (self.path / "commits").mkdir(parents=True, exist_ok=True)
-            self._claim = make_claim(self.path, name="fit")
+            self._claim = self._claimed()
         except StoreBusyError:
             logger.info("another process is fitting %s: this one keeps no partial results", target)
         except OSError as error:
@@ -77,14 +77,28 @@ class Unfinished:
         if self.usable:
             self._settle(hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest().encode())
 
+    def _claimed(self, tries: int = 20) -> Claim:
+        try:
+            if is_local(self.path):
+                (self.path / _CLAIMS).mkdir(parents=True, exist_ok=True)
+            return make_claim(self.path, name="fit")
+        except OSError as error:
+            if not tries or not isinstance(error.__cause__ or error, FileNotFoundError):
+                raise
+        return self._claimed(tries - 1)  # another fit finished at this moment, and removed the folder
+
     def _settle(self, digest: bytes) -> None:
         """Remove what other settings left behind."""
         if read_bytes(self.path / _SETTINGS) == digest:
             return
-        for name in names(self.path):
-            if name != "commits":
-                remove_tree(self.path / name)
+        self._clear()
         write_bytes(self.path / _SETTINGS, digest)
+
+    def _clear(self) -> None:
+        """Remove all but the claim; the settings first, without which nothing else counts."""
+        for name in (_SETTINGS, *names(self.path)):
+            if name != _CLAIMS:
+                remove_tree(self.path / name)
 
     def results(self, kind: str) -> dict[str, StorePath]:
         """Return the latest finished results of a kind by name."""
@@ -94,10 +108,14 @@ class Unfinished:
         """Give the folder back; remove it if the fit is finished."""
         if self._claim is None:
             return
-        self._claim.release()
+        done = finished or not any(name not in (_CLAIMS, _SETTINGS) for name in names(self.path))
+        if done:  # while the claim is held: what comes after it may be another fit's
+            self._clear()
+        self._claim.release(remove=done)
         self._claim = None
-        if finished or not any(name not in ("commits", _SETTINGS) for name in names(self.path)):
-            remove_tree(self.path)
+        if done:
+            remove_empty(self.path / _CLAIMS)
+            remove_empty(self.path)
 
     def __enter__(self) -> Unfinished:
         return self
@@ -114,7 +132,7 @@ def latest_results(folder: StorePath, kind: str) -> dict[str, StorePath]:
     found: dict[str, tuple[int, StorePath]] = {}
     for entry in names(folder):
         name, _, number = entry.rpartition("-")
-        if entry.startswith((".", "commits")) or not number.isdigit() or not name.startswith(kind):
+        if entry.startswith((".", _CLAIMS)) or not number.isdigit() or not name.startswith(kind):
             continue
         if int(number) > found.get(name, (-1, folder))[0] and exists(folder / entry / "zarr.json"):
             found[name] = (int(number), folder / entry)

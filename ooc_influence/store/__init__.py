@@ -10,6 +10,7 @@ from ooc_influence.store.arrays import (
     writable_array,
 )
 from ooc_influence.store.cache import ChunkCache
+from ooc_influence.store.claim import Claim
 from ooc_influence.store.disk import remove_partial_files
 from ooc_influence.store.encoding import Representation, parse_representation
 from ooc_influence.store.gradient_store import GradientStore
@@ -27,6 +28,7 @@ from ooc_influence.store.place import (
     names,
     parse_path,
     read_bytes,
+    remove_empty,
     remove_tree,
     tree_bytes,
     write_bytes,
@@ -51,12 +53,13 @@ from ooc_influence.store.verify import Damage
 from ooc_influence.store.writer import RangeWriter, missing_spans, writing_bytes
 
 __all__ = [
-    "CHUNK_TARGET", "Block", "ChunkCache", "Damage", "GaussianReduction", "GeneratedReduction", "GradientStore",
-    "LayerShape", "LograReduction", "Mask", "ModuleMask", "NewFolder", "PathLike", "PilotMoments",
+    "CHUNK_TARGET", "Block", "ChunkCache", "Claim", "Damage", "GaussianReduction", "GeneratedReduction",
+    "GradientStore", "LayerShape", "LograReduction", "Mask", "ModuleMask", "NewFolder", "PathLike", "PilotMoments",
     "RademacherReduction", "RangeWriter", "RawBlock", "Reduction", "Representation", "SjltReduction", "Storage",
-    "StorePath", "StoredReduction", "array_store", "check_finite", "column_dtype", "columns_digest", "compact_store",
-    "copy_marks", "create_array", "create_like", "exists", "is_file", "is_local", "kept_at", "make_claim",
-    "merge_stores", "missing_spans", "names", "open_group", "parse_numbers", "parse_path", "parse_representation",
-    "read_array", "read_blocks", "read_bytes", "read_into", "read_part", "read_raw_blocks", "remove_partial_files",
-    "remove_tree", "square_chunks", "tree_bytes", "upgrade_store", "writable_array", "write_bytes", "writing_bytes",
+    "StorePath", "StoredReduction", "array_store", "check_finite", "column_dtype", "columns_digest",
+    "compact_store", "copy_marks", "create_array", "create_like", "exists", "is_file", "is_local", "kept_at",
+    "make_claim", "merge_stores", "missing_spans", "names", "open_group", "parse_numbers", "parse_path",
+    "parse_representation", "read_array", "read_blocks", "read_bytes", "read_into", "read_part", "read_raw_blocks",
+    "remove_empty", "remove_partial_files", "remove_tree", "square_chunks", "tree_bytes", "upgrade_store",
+    "writable_array", "write_bytes", "writing_bytes",
 ]  # fmt: skip

@@ -134,12 +134,11 @@ class Claim:
         self._store = store
         self._name = name or claim_name(start, stop)
         self._pid = os.getpid()
-        self._released = threading.Event()
+        self._released, self._beating = threading.Event(), threading.Lock()
         self._heard = time.monotonic()
         self._generation = self._acquire()
-        self._finalizer = weakref.finalize(
-            self, _give_back, store, self._name, self._generation, self._pid, self._released
-        )
+        own = self._path(self._generation)
+        self._finalizer = weakref.finalize(self, _give_back, own, self._pid, self._released, self._beating)
         threading.Thread(target=_keep_alive, args=(weakref.ref(self), self._released), daemon=True).start()
         if name is None:
             self._check_overlap(start, stop)
@@ -204,15 +203,23 @@ class Claim:
 
     def _beat(self) -> bool:
         """Give a sign of life; return whether another one took over."""
-        if read_claims(self._store).get(self._name, (0, None))[0] != self._generation:
-            return True
-        place.write_bytes(self._path(self._generation), _record(self._pid))
-        self._heard = time.monotonic()
-        return False
+        with self._beating:  # what was given back is not to come to life again
+            if self._released.is_set():
+                return True
+            if read_claims(self._store).get(self._name, (0, None))[0] != self._generation:
+                return True
+            place.write_bytes(self._path(self._generation), _record(self._pid))
+            self._heard = time.monotonic()
+            return False
 
-    def release(self) -> None:
-        """Give the range back; safe to call twice, and in a forked child, where it does nothing."""
-        self._finalizer()
+    def release(self, *, remove: bool = False) -> None:
+        """Give the range back; safe to call twice, and in a forked child, where it does nothing.
+
+        With ``remove`` the claim leaves no file: its folder is to go, too.
+        """
+        found = self._finalizer.detach()
+        if found is not None:
+            _give_back(*found[2], remove=remove)
 
 
 def _claim_path(store: StorePath, name: str, generation: int) -> StorePath:
@@ -224,14 +231,17 @@ def _record(pid: int, *, released: bool = False) -> bytes:
     return json.dumps(_machine() | own).encode()
 
 
-def _give_back(store: StorePath, name: str, generation: int, pid: int, released: threading.Event) -> None:
+def _give_back(
+    path: StorePath, pid: int, released: threading.Event, beating: threading.Lock, *, remove: bool = False
+) -> None:
     if os.getpid() != pid:
         return
     released.set()
-    path = _claim_path(store, name, generation)
-    with contextlib.suppress(OSError):
+    with beating, contextlib.suppress(OSError):
         try:
-            if place.exists(path):
+            if remove:
+                place.remove_file(path)
+            elif place.exists(path):
                 place.write_bytes(path, _record(pid, released=True))
         except OSError:  # a full disk: removing takes no room
             place.remove_file(path)

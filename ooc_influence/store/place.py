@@ -7,6 +7,7 @@ which cannot rename, it is built in place and its root's ``zarr.json`` is put la
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Collection, Mapping
@@ -150,11 +151,21 @@ def remove_file(path: StorePath) -> None:
 
 
 def remove_tree(path: StorePath) -> None:
-    """Delete a folder and all in it, as far as it is there."""
+    """Delete a folder and all in it, or a file, as far as it is there."""
     if isinstance(path, Path):
-        shutil.rmtree(path, ignore_errors=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
     elif _system(path).exists(path.path):
         path.fs.rm(path.path, recursive=True)
+
+
+def remove_empty(folder: StorePath) -> None:
+    """Delete a folder that has nothing in it; an object store has none."""
+    if isinstance(folder, Path):
+        with contextlib.suppress(OSError):  # there is something, or another process was first
+            folder.rmdir()
 
 
 def tree_bytes(path: StorePath) -> int:
