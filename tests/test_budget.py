@@ -15,13 +15,14 @@ from ooc_influence import (
     BudgetBatches,
     Dropout,
     GradientStore,
+    Identity,
     Storage,
     extract_gradients,
     fit_fisher,
     init_store,
     token_cross_entropy,
 )
-from ooc_influence.errors import InputError, MismatchError, NonFiniteError
+from ooc_influence.errors import InputError, MemoryBudgetError, MismatchError, NonFiniteError
 
 N = 150
 
@@ -119,6 +120,27 @@ def test_out_of_memory_halves_the_budget(tmp_path, expected, monkeypatch, error)
         extract(tmp_path / "t.zarr", source(tokens=600), Tokens(limit=20))
     with pytest.raises(InputError, match="smaller batches"):
         extract(tmp_path / "u.zarr", [collate(sentences()[:10])], Tokens(limit=20))
+
+
+def test_rows_that_do_not_fit_the_host_are_refused_before_they_are_made(tmp_path, expected, monkeypatch):
+    monkeypatch.setattr("ooc_influence.extract.rows.BLOCK_BYTES", 0)
+    monkeypatch.setattr("ooc_influence.extract.rows.available", lambda: 7 * 200 * 14)
+    with pytest.raises(MemoryBudgetError, match=r"a batch of 10 samples with 200 entries .* batches of at most 7,"):
+        extract(tmp_path / "u.zarr", [collate(sentences()[:10])])
+    assert extract(tmp_path / "v.zarr", [collate(sentences()[:7])]).n == 7
+    store = extract(tmp_path / "s.zarr", source(tokens=600))
+    assert_allclose(store.rows(), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    assert store.attrs["batching"]["halved"] > 0
+    monkeypatch.setattr("ooc_influence.extract.rows.available", lambda: 1000)
+    with pytest.raises(MemoryBudgetError, match="free: use a compressor that keeps fewer"):
+        extract(tmp_path / "w.zarr", [collate(sentences()[:1])], compressor=Identity())
+
+
+def test_blocks_of_wide_rows_are_bounded(monkeypatch):
+    found = source()
+    assert next(found.blocks(200, 0)) == (0, N)
+    assert next(found.blocks(2**22, 0)) == (0, 64)
+    assert [next(found.blocks(k, 0)) for k in (2**25, 2**29)] == [(0, 8), (0, 1)]
 
 
 def test_other_errors_of_the_model_are_its_own(tmp_path, monkeypatch):

@@ -65,8 +65,8 @@ def assert_near(found, expected, share=1e-5):
 def check(found, matrix, rank, share):
     """What a curvature answers, against a dense matrix whose spectrum is cut.
 
-    An iteration ends where float32's rounding hides what the eigenvalues gain, 10⁻⁸ of them or so; their vectors have an
-    error of that one's root, over the gaps between them.
+    An iteration ends where float32's rounding hides what the eigenvalues gain, 10⁻⁸ of them or so; their vectors have
+    an error of that one's root, over the gaps between them.
     """
     exact = np.linalg.eigvalsh(matrix)[::-1]
     assert found.kind == "top"

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from ooc_influence.errors import InputError
 
 BLOCK_BYTES = 128 * 2**20  # of a block's float32 rows: the host memory that keeping the caller's order costs
+LARGEST_BLOCK = 2**30  # but a block has 64 rows, to sort by length, as long as they take no more than this
 _BLOCK_ROWS = 4096
 Numbers = npt.NDArray[np.int64]
 
@@ -101,7 +102,8 @@ class BudgetBatches:
 
     def blocks(self, k: int, start: int) -> Iterator[tuple[int, int]]:
         """Yield blocks ``(first, last)`` of the grid for rows of ``k`` numbers, from the one that holds ``start``."""
-        size = int(max(64, min(_BLOCK_ROWS, BLOCK_BYTES // (4 * k))))
+        least = max(1, min(64, LARGEST_BLOCK // (4 * k)))
+        size = int(max(least, min(_BLOCK_ROWS, BLOCK_BYTES // (4 * k))))
         for first in range(start // size * size, len(self), size):
             yield first, min(len(self), first + size)
 

@@ -144,7 +144,7 @@ def extract_gradients(
     StoreWriteError
         If the disk refuses; a later run goes on from the last commit.
     MemoryBudgetError
-        If an eigenbasis does not fit the budget.
+        If an eigenbasis does not fit the budget, or a batch's rows the memory that is free.
     """
     batching = batching or Batching()
     device = parse_device(model, device)

@@ -10,13 +10,17 @@ import torch
 from scipy.sparse import csr_matrix
 from torch import Tensor
 
-from ooc_influence.errors import UnsupportedModelError
+from ooc_influence.errors import MemoryBudgetError, UnsupportedModelError
 from ooc_influence.extract.entries import Entries
 from ooc_influence.extract.entries.logra import LograEntries
 from ooc_influence.extract.layers import Use
 from ooc_influence.extract.taps import PerSampleLoss, Taps
+from ooc_influence.memory import BLOCK_BYTES, available, format_bytes
 from ooc_influence.store import LograReduction, Mask, ModuleMask, Reduction, SjltReduction, StoredReduction
 
+_COPIES = (
+    3.5  # of a batch's rows at the peak, on the host: themselves, a layer's part, the writer's (measured: 3.3 to 3.5)
+)
 _HELD_BYTES = 2**30  # of a generated map
 _SPARSE_ROWS, _SPARSE_ENTRY = 2**20, 16  # of a sparse map: rows at a time, bytes of an entry
 
@@ -48,11 +52,14 @@ class RowGatherer:
         ------
         InputError, UnsupportedModelError
             See :meth:`Taps.run`.
+        MemoryBudgetError
+            If the rows do not fit the memory that is free.
         """
         rows = torch.empty(0)
 
         def receiver(b: int) -> Any:
             nonlocal rows
+            _check_room(b, self._mask.k)
             rows = torch.zeros((b, self._mask.k), device=self._device)
             return lambda use, x, delta: self._add(rows, use, x, delta)
 
@@ -90,6 +97,19 @@ class RowGatherer:
         at = np.flatnonzero(kept.cols < width)
         part = ModuleMask(use.shape, kept.rows[at], kept.cols[at], kept.weight[at])
         return use.kind(part, use.module, device), torch.from_numpy(first + at).to(self._device)
+
+
+def _check_room(b: int, k: int) -> None:
+    """Refuse a batch whose rows would have the process killed; small ones are not looked at."""
+    need = int(_COPIES * 4 * b * k)
+    if need <= BLOCK_BYTES or need <= (free := available()):
+        return
+    fits = free * b // need
+    smaller = f"batches of at most {fits}, BudgetBatches, whose budget shrinks by itself, or " if fits else ""
+    raise MemoryBudgetError(
+        f"a batch of {b} samples with {k} entries each needs {format_bytes(need)}, {format_bytes(free)} are free: use "
+        f"{smaller}a compressor that keeps fewer entries"
+    )
 
 
 def make_reducer(reduction: Reduction, device: torch.device) -> Reducer | SparseReducer:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ooc_influence.errors import InputError, OocInfluenceWarning
+from ooc_influence.errors import InputError, MemoryBudgetError, OocInfluenceWarning
 from ooc_influence.extract.batching import Batches, batch_size, open_batches, to_device
 from ooc_influence.extract.budget import BudgetBatches, Numbers
 from ooc_influence.extract.rows import RowGatherer
@@ -249,6 +249,8 @@ class BudgetRun(Run):
         """Run the model on a batch; None where it does not fit. On return nothing holds its tensors any more."""
         try:
             return self._compute(to_device(batch, self._device))
+        except MemoryBudgetError:
+            return None
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
