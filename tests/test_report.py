@@ -172,9 +172,9 @@ def test_records_that_do_not_belong_are_refused(tmp_path):
     assert not [path for path in tmp_path.iterdir() if path.suffix == ".partial"]
     with pytest.warns(OocInfluenceWarning, match="5 of 20 examples have no record"):
         write_report(named, tmp_path / "r", data=Corpus(tmp_path / "some.jsonl", id="name"))
-    (tmp_path / "x.txt").write_text("a")
+    (tmp_path / "x.xyz").write_text("a")
     with pytest.raises(InputError, match=r"expected examples as \.jsonl"):
-        write_report(train, tmp_path / "r2", data=tmp_path / "x.txt")
+        write_report(train, tmp_path / "r2", data=tmp_path / "x.xyz")
 
 
 def test_images_from_arrays_and_files(tmp_path):

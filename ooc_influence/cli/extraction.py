@@ -132,6 +132,11 @@ def check_source(given: dict[str, Any]) -> None:
             )
 
 
+def _origin(given: dict[str, Any]) -> dict[str, Any]:
+    """Return what is recorded about a recipe's store."""
+    return {"recipe": given["recipe_name"], "split": given["split"]}
+
+
 def _hugging_face(given: dict[str, Any], common: dict[str, Any], more: dict[str, Any], **how: Any) -> Any:
     """Run an extraction, all shards of one, or make the store for one, for ``--model`` and ``--data``."""
     from ooc_influence import hf
@@ -185,14 +190,15 @@ def extract(shard: str | None, shards: int | None, on_nonfinite: str, as_json: b
             result = _hugging_face(given, common, more | {"shard": place})
         elif divided:
             result = extract_shards(
-                given["recipe_name"], given["store"], split=given["split"], shards=shards, **common, **more
-            )
+                given["recipe_name"], given["store"], split=given["split"], shards=shards, origin=_origin(given),
+                **common, **more,
+            )  # fmt: skip
         else:
             recipe = load_recipe(given["recipe_name"])
             data = choose_split(recipe, given["split"])
             result = extract_gradients(
                 recipe.model, recipe.per_sample_loss, data.batches, given["store"], ids=data.ids, columns=data.columns,
-                loss_kind=recipe.loss_kind, shard=place, **common, **more,
+                loss_kind=recipe.loss_kind, shard=place, origin=_origin(given), **common, **more,
             )  # fmt: skip
     options.print_result(as_json, store_facts(result), lambda: describe(result))
 
@@ -243,6 +249,6 @@ def init(rows: int | None, as_json: bool, **given: Any) -> None:
                 raise InputError("expected --rows, since the split does not tell its length; received none")
             result = init_store(
                 recipe.model, given["store"], wanted, ids=ids, columns=columns, loss_kind=recipe.loss_kind,
-                per_sample_loss=recipe.per_sample_loss, pilot=data.batches, **common,
+                per_sample_loss=recipe.per_sample_loss, pilot=data.batches, origin=_origin(given), **common,
             )  # fmt: skip
     options.print_result(as_json, store_facts(result), lambda: f"{describe(result)}, {wanted} rows planned")

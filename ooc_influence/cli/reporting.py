@@ -16,11 +16,11 @@ _FIELDS = ("text", "label", "source", "id", "image")
 
 examples = options.several(
     click.option("--queries", metavar="Q", help="Query store whose proponents and opponents to show."),
-    click.option("--data", metavar="FILE", help="Where the texts of STORE's rows are: .jsonl, .csv, .tsv, .parquet, a "
-                 "datasets folder."),
+    click.option("--data", metavar="FILE", help="Where the texts of STORE's rows are: .jsonl, .csv, .tsv, .parquet, "
+                 ".json, .txt, a datasets folder."),
     click.option("--query-data", metavar="FILE", help="The same of the queries."),
-    click.option("--text", metavar="FIELD", help="Field with the text. Default: text; prompt and completion; "
-                 "messages."),
+    click.option("--text", metavar="FIELD", help="Field with the text. Default: as extracted; text; prompt and "
+                 "completion; messages."),
     click.option("--label", metavar="FIELD", help="Field with the label. Default: the column or field 'label'."),
     click.option("--source", metavar="FIELD", help="Field with the source. Default: the column or field 'source'."),
     click.option("--id", metavar="FIELD", help="Field with the ids that the store has. Default: as extracted, or "
@@ -138,22 +138,25 @@ def arguments(store: str, given: dict[str, Any]) -> dict[str, Any]:
     query_data, query_images = given.pop("query_data"), given.pop("query_images")
     if data is None and query_data is None and any(fields.values()):
         raise InputError("expected --data or --query-data with the names of fields; received neither")
+    if data is not None and query_data is not None:  # queries may have fewer fields, or others
+        known, asked = _fields_of(data, fields), _fields_of(query_data, fields)
+        known |= {name: field for name, field in fields.items() if name not in asked}  # refused where it is looked for
+    else:
+        known = asked = fields
     by = given.pop("by")
     return {
         "store": opened,
-        "data": Corpus(data, images=images, **(fields if data else {})),
-        "query_data": Corpus(query_data, images=query_images, **_fields_of(query_data, fields)),
+        "data": Corpus(data, images=images, **(known if data else {})),
+        "query_data": Corpus(query_data, images=query_images, **(asked if query_data else {})),
         "by": list(by) or None,
         "progress": options.show_progress(),
         **given,
     }
 
 
-def _fields_of(path: str | None, fields: dict[str, Any]) -> dict[str, Any]:
-    """Return those of the fields that a file's first record has: queries may have fewer than the training data."""
+def _fields_of(path: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """Return those of the fields that a file's first record has."""
     from ooc_influence.report import open_records
 
-    if path is None:
-        return {}
     first = next(iter(open_records(Path(path))), dict)()
     return {name: field for name, field in fields.items() if field in first}

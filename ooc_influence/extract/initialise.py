@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -35,6 +36,7 @@ def init_store(
     loss_kind: str | None = None,
     storage: Storage | None = None,
     check_model: bool = True,
+    origin: Mapping[str, Any] | None = None,
     per_sample_loss: PerSampleLoss | None = None,
     pilot: Batches | BudgetBatches | None = None,
     metric: AdamMetric | None = None,
@@ -50,7 +52,7 @@ def init_store(
 
     Parameters
     ----------
-    model, store, compressor, like, modules, fallback, dtype, loss_kind, storage, check_model
+    model, store, compressor, like, modules, fallback, dtype, loss_kind, storage, check_model, origin
         As for :func:`extract_gradients`. Without a pilot, the model's weights are looked at for the fingerprint only.
     rows : int
         Rows of the whole store, n.
@@ -84,7 +86,7 @@ def init_store(
     ]:
         if kind not in known:
             raise InputError(f"expected {name} of type {', '.join(known)}; received {kind!r}")
-    settings = Settings(compressor, like, modules, fallback, dtype, loss_kind, storage, check_model, metric)
+    settings = Settings(compressor, like, modules, fallback, dtype, loss_kind, storage, check_model, metric, origin)
     run = None
     if per_sample_loss is not None and pilot is not None:
         data = PilotData(model, per_sample_loss, pilot, parse_device(model, device), progress, memory)

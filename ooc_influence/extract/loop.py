@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -63,6 +64,7 @@ def extract_gradients(
     metric: AdamMetric | None = None,
     on_nonfinite: OnNonFinite = "raise",
     check_model: bool = True,
+    origin: Mapping[str, Any] | None = None,
     memory: int | str | None = None,
     progress: bool | None = None,
 ) -> GradientStore:
@@ -117,6 +119,9 @@ def extract_gradients(
         What to do with a sample whose loss or gradient has NaN or Inf: stop and name it, or record it as a dropped row.
     check_model : bool
         Refuse another model than the one ``store`` or ``like`` was made with; False warns and records it instead.
+    origin : mapping, optional
+        What a new store's rows are made from, JSON values by name, such as the model's path and the data's: recorded,
+        and shown by ``info`` and on a report's page.
     memory : int or str, optional
         Budget for the process while it makes an eigenbasis of the pilot's rows, such as ``"4GiB"``; by default half of
         what is free. Batches have a budget of their own (:class:`BudgetBatches`); rows on their way to the disk are a
@@ -148,7 +153,7 @@ def extract_gradients(
     """
     batching = batching or Batching()
     device = parse_device(model, device)
-    settings = Settings(compressor, like, modules, fallback, dtype, loss_kind, storage, check_model, metric)
+    settings = Settings(compressor, like, modules, fallback, dtype, loss_kind, storage, check_model, metric, origin)
     place = Shard.parse(shard)
     warn_if_training(model)
     data = PilotData(model, per_sample_loss, batches if pilot is None else pilot, device, progress, memory)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -122,7 +123,7 @@ class Settings:
 
     Attributes
     ----------
-    compressor, like, modules, fallback, dtype, loss_kind, storage, check_model, metric
+    compressor, like, modules, fallback, dtype, loss_kind, storage, check_model, metric, origin
         As given.
     """
 
@@ -135,6 +136,7 @@ class Settings:
     storage: Storage | None = None
     check_model: bool = True
     metric: AdamMetric | None = None
+    origin: Mapping[str, Any] | None = None
 
 
 def make_plan(model: torch.nn.Module, settings: Settings, path: PathLike, pilot: Pilot | None) -> Plan:
@@ -163,6 +165,7 @@ def make_plan(model: torch.nn.Module, settings: Settings, path: PathLike, pilot:
     attributes: dict[str, Any] = {
         "model": {"fingerprint": model_fingerprint(model), "class": type(model).__name__},
         "loss_kind": kind,
+        "origin": _parse_origin(settings.origin),
     }
     if settings.like is not None:
         return _plan_like(model, settings, representation, path, attributes)
@@ -185,6 +188,17 @@ def make_plan(model: torch.nn.Module, settings: Settings, path: PathLike, pilot:
             "init_store, or sampling='uniform' without reduce"
         )
     return pilot(plan, chosen, layers, settings.metric)
+
+
+def _parse_origin(origin: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    if origin is None:
+        return None
+    try:
+        return dict(json.loads(json.dumps(dict(origin))))
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"expected origin as a mapping of names to JSON values; received {origin!r}: {error}"
+        ) from error
 
 
 def with_metric(plan: Plan, metric: AdamMetric | None, model: torch.nn.Module) -> Plan:

@@ -29,6 +29,7 @@ _PATIENCE = 180.0  # seconds to wait for a dead writer's claim to run out
 _POLL = 2.0  # seconds between looks at how far the shards are
 _INIT_OPTIONS = (
     "compressor", "like", "modules", "fallback", "dtype", "storage", "check_model", "metric", "device", "memory",
+    "origin",
 )  # fmt: skip
 _busy = threading.Lock()
 
@@ -63,7 +64,7 @@ def extract_shards(
         Show a progress line; silent by default.
     **options
         ``compressor``, ``like``, ``modules``, ``fallback``, ``dtype``, ``device``, ``storage``, ``metric`` (a path),
-        ``memory``, ``on_nonfinite``, ``batching`` and ``check_model`` of :func:`extract_gradients`.
+        ``memory``, ``on_nonfinite``, ``batching``, ``origin`` and ``check_model`` of :func:`extract_gradients`.
 
     Returns
     -------

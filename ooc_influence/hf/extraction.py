@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ooc_influence.compress import DEFAULT_REDUCED, DEFAULT_WIDE, Compressor, Dropout, Eigenbasis
-from ooc_influence.errors import InputError
+from ooc_influence.errors import InputError, StoreNotFoundError
 from ooc_influence.extract import BudgetBatches, extract_gradients, init_store
 from ooc_influence.extract.layers import ModuleSelection, select_layers
 from ooc_influence.extract.plan import parse_device
@@ -20,7 +20,7 @@ from ooc_influence.extract.shards import by_path, loaded, run_shards
 from ooc_influence.hf.documents import open_documents
 from ooc_influence.hf.losses import CausalLoss, SignedLoss, classification_loss
 from ooc_influence.hf.models import Loaded, context_length, load
-from ooc_influence.hf.samples import Collator, Fields, Samples
+from ooc_influence.hf.samples import SPANS, Collator, Fields, Samples
 from ooc_influence.store import GradientStore, PathLike, StorePath, parse_path
 
 logger = logging.getLogger("ooc_influence")
@@ -96,11 +96,10 @@ def prepare(
     samples = Samples(
         source, found.tokenizer, fields, max_length or longest, labels=names, numbers=numbers, progress=progress
     )
-    if samples.without_target or samples.truncated:
-        logger.warning(
-            "%d documents without a target token are left out; %d texts are cut to %d tokens",
-            samples.without_target, samples.truncated, max_length or longest,
-        )  # fmt: skip
+    if samples.without_target:
+        logger.warning("documents without a target token are left out: %d", samples.without_target)
+    if samples.truncated:
+        logger.warning("texts cut to %d tokens: %d", max_length or longest, samples.truncated)
     collate = Collator(_pad(found.tokenizer), sign_seed if output == "curvature" else None)
     if found.task == "classification" and getattr(found.model.config, "pad_token_id", None) is None:
         found.model.config.pad_token_id = _pad(found.tokenizer)  # where the last token is looked for
@@ -224,7 +223,8 @@ def extract(
         "compressor": compressor, "like": like, "modules": modules, "dtype": dtype, "loss_kind": job.loss_kind,
         "progress": progress, "device": None if device == "auto" else device, **(options or {}),
     }  # fmt: skip
-    ids, columns = job.samples.ids(), job.samples.columns()
+    arguments["origin"] = _origin(model, data, job, preparing)
+    ids, columns = job.samples.ids(), _columns(job.samples, store)
     if rows_only:
         kinds = {name: _kind(values) for name, values in columns.items()}
         arguments = {name: value for name, value in arguments.items() if name not in ("shard", "on_nonfinite")}
@@ -295,6 +295,27 @@ def default_compressor(model: Any, modules: ModuleSelection, rows: int) -> Dropo
     k = min(DEFAULT_WIDE, p)
     r = min(DEFAULT_REDUCED, k, max(1, rows // 2))
     return Dropout(k=k, sampling="importance", reduce=Eigenbasis(r=r))
+
+
+def _origin(model: Any, data: Any, job: Job, preparing: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is recorded about a store's model and documents: what finds a row's text again, and what it was."""
+    samples, named = job.samples, ("split", "adapter", "revision", "reduction", "output", "weights", "sign_seed")
+    return {
+        "model": str(getattr(job.model, "name_or_path", "")) if isinstance(model, Loaded) else str(model),
+        "data": str(data) if isinstance(data, (str, Path)) else None,
+        "documents": samples.documents, "fields": samples.fields.all, "max_length": samples.max_length,
+        **{name: preparing[name] for name in named if preparing.get(name) is not None},
+    }  # fmt: skip
+
+
+def _columns(samples: Samples, store: PathLike) -> dict[str, Any]:
+    """Return the columns of rows; for a store made before there were spans, without them."""
+    columns = samples.columns()
+    try:
+        held = GradientStore.open(store).layout.columns
+    except StoreNotFoundError:
+        return columns
+    return {name: values for name, values in columns.items() if name in held or name not in SPANS}
 
 
 def _kind(values: Any) -> str:

@@ -2,15 +2,16 @@
 
 A document longer than the context becomes several rows. Each row but the first begins with the last token of the one
 before, as context, so every token but a document's first is a target in exactly one row. Only numbers are kept for
-every row (document, start, length); the text is read and tokenised again when a batch needs it.
+every row (document, start, length, the characters it spans, a digest of the document's text); the text is read and
+tokenised again when a batch needs it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +21,10 @@ from torch import Tensor
 from ooc_influence.errors import InputError
 from ooc_influence.hf.documents import check_fields
 from ooc_influence.progress import Progress
+from ooc_influence.texts import BETWEEN, text_digest, text_of
 
 _AT_ONCE = 512  # documents tokenised together
+SPANS = ("char_start", "char_stop", "text_digest")  # columns that find a row's passage in its document
 IGNORED = -100  # the label of a token that is no target
 
 
@@ -67,9 +70,48 @@ class Fields:
             )
 
     @property
+    def parts(self) -> dict[str, str]:
+        """The fields that make up a document's text, by what they are."""
+        kinds = ("text", "prompt", "completion", "messages")
+        return {kind: getattr(self, kind) for kind in kinds if getattr(self, kind) is not None}
+
+    @property
+    def all(self) -> dict[str, Any]:
+        """All that is set, by name."""
+        return {name: value for name, value in asdict(self).items() if value}
+
+    @property
     def named(self) -> list[str | None]:
         """All fields that documents must have."""
         return [self.text, self.prompt, self.completion, self.messages, self.label, self.id, *self.keep]
+
+
+class Tokens(NamedTuple):
+    """A document's tokens.
+
+    Attributes
+    ----------
+    ids : list of int
+        The tokens.
+    first : int
+        The first target.
+    spans : tuple of (Encoding or None, int, int)
+        How tokens map to characters: from which encoding, which token and which character on. Empty if not known.
+    """
+
+    ids: list[int]
+    first: int
+    spans: tuple[tuple[Any, int, int], ...] = ()
+
+    def characters(self, token: int) -> tuple[int, int]:
+        """Return the characters that a token is of, from and to; (-1, -1) if that is not known."""
+        for encoding, start, offset in reversed(self.spans):
+            if encoding is None:
+                break
+            if start <= token < start + len(encoding.offsets):
+                low, high = encoding.offsets[token - start]
+                return offset + low, offset + high
+        return -1, -1
 
 
 class RowColumn(Sequence[Any]):
@@ -119,6 +161,13 @@ class Samples:
         Of each row: its document, its tokens, its target tokens.
     piece : (n,) int64
         Which piece of its document; -1 where it is the only one.
+    char_start, char_stop : (n,) int64
+        The characters of its document's text (:mod:`ooc_influence.texts`) that it is made from; -1 of a piece whose
+        tokens do not tell: a chat's, or of a tokenizer without offsets.
+    text_digest : (n,) int64
+        A digest of its document's text.
+    documents, max_length : int
+        Documents of the file, and tokens a row may have.
     without_target, truncated : int
         Documents left out since they have no target, and texts to be classified that were cut.
 
@@ -143,7 +192,7 @@ class Samples:
             raise InputError(f"expected max_length >= 2; received {max_length}")
         check_fields(documents, fields.named)
         self._documents, self._tokenizer, self.fields = documents, tokenizer, fields
-        self._max, self._labels = max_length, labels
+        self.documents, self.max_length, self._labels = len(documents), max_length, labels
         self.without_target = self.truncated = 0
         self._tokens = lru_cache(maxsize=2 * _AT_ONCE)(self._tokenise_one)
         self._index(np.arange(len(documents)) if numbers is None else numbers, progress)
@@ -155,28 +204,50 @@ class Samples:
         with Progress("tokens", len(numbers), progress) as bar:
             for low in range(0, len(numbers), _AT_ONCE):
                 part = numbers[low : low + _AT_ONCE].tolist()
-                for number, (ids, first) in zip(part, self._tokenise(part), strict=True):
-                    rows.append(self._cut(number, len(ids), first))
+                records = self._records(part)
+                for number, record, tokens in zip(part, records, self._tokenise(part, records), strict=True):
+                    found = self._cut(number, len(tokens.ids), tokens.first)
+                    rows.append(
+                        np.hstack([found, self._spans(found, tokens, text_of(record, self.fields.parts) or "")])
+                    )
                 bar.advance(len(part))
-        table = np.concatenate(rows) if rows else np.empty((0, 5), np.int64)
-        self.document, self.piece, self._start, self.lengths, self.n_tokens = (
-            np.ascontiguousarray(column) for column in table.T
-        )
+        table = np.concatenate(rows) if rows else np.empty((0, 8), np.int64)
+        (
+            self.document, self.piece, self._start, self.lengths, self.n_tokens,
+            self.char_start, self.char_stop, self.text_digest,
+        ) = (np.ascontiguousarray(column) for column in table.T)  # fmt: skip
+
+    def _records(self, numbers: list[int]) -> list[dict[str, Any]]:
+        names = list(self.fields.parts.values())
+        columns = self._documents[numbers] if numbers else {}
+        return [
+            dict(zip(names, values, strict=True)) for values in zip(*(columns[name] for name in names), strict=True)
+        ]
+
+    def _spans(self, rows: npt.NDArray[np.int64], tokens: Tokens, text: str) -> npt.NDArray[np.int64]:
+        """Return the characters from and to that each row of a document is made from, and its text's digest."""
+        found = np.empty((len(rows), 3), np.int64)
+        found[:, 2] = text_digest(text)
+        for at, (start, length) in enumerate(rows[:, 2:4].tolist()):
+            low = 0 if start == 0 else tokens.characters(start)[0]
+            high = len(text) if start + length >= len(tokens.ids) else tokens.characters(start + length - 1)[1]
+            found[at, :2] = (low, high) if min(low, high) >= 0 else (-1, -1)
+        return found
 
     def _cut(self, number: int, length: int, first: int) -> npt.NDArray[np.int64]:
         """Return the rows (document, piece, start, length, targets) of a document whose targets begin at ``first``."""
         if self.fields.label is not None:
-            self.truncated += length > self._max
-            return np.array([[number, -1, 0, min(length, self._max), 1]])
+            self.truncated += length > self.max_length
+            return np.array([[number, -1, 0, min(length, self.max_length), 1]])
         found = []
-        for start in range(0, max(1, length - 1), self._max - 1):
-            stop = min(length, start + self._max)
+        for start in range(0, max(1, length - 1), self.max_length - 1):
+            stop = min(length, start + self.max_length)
             targets = stop - max(start + 1, first)
             if targets > 0:
-                found.append((number, start // (self._max - 1), start, stop - start, targets))
+                found.append((number, start // (self.max_length - 1), start, stop - start, targets))
         self.without_target += not found
         rows = np.array(found, np.int64).reshape(-1, 5)
-        if length <= self._max:
+        if length <= self.max_length:
             rows[:, 1] = -1
         return rows
 
@@ -192,13 +263,15 @@ class Samples:
         return RowColumn(self, self.fields.id, piece=True)
 
     def columns(self) -> dict[str, Any]:
-        """Return what is kept of each row: ``document``, ``n_tokens`` and the fields asked for."""
-        kept: dict[str, Any] = {"document": self.document, "n_tokens": self.n_tokens}
+        """Return what is kept of each row: its attributes here that are numbers, and the fields asked for."""
+        kept: dict[str, Any] = {
+            "document": self.document, "n_tokens": self.n_tokens, **{name: getattr(self, name) for name in SPANS},
+        }  # fmt: skip
         return kept | {name: RowColumn(self, name) for name in self.fields.keep}
 
     def __getitem__(self, row: Any) -> dict[str, Any]:
         number, start, length = int(self.document[row]), int(self._start[row]), int(self.lengths[row])
-        ids, first = self._tokens(number)
+        ids, first = self._tokens(number)[:2]
         piece = ids[start : start + length]
         found: dict[str, Any] = {"row": int(row), "input_ids": piece}
         if self.fields.label is not None:
@@ -215,44 +288,51 @@ class Samples:
             raise InputError(f"expected a label as a whole number or text; received {value!r}")
         return value
 
-    def _tokenise_one(self, number: int) -> tuple[list[int], int]:
-        return self._tokenise([number])[0]
+    def _tokenise_one(self, number: int) -> Tokens:
+        found = self._tokenise([number], self._records([number]))[0]
+        return found._replace(spans=())  # many are held, and these were for the index
 
-    def _tokenise(self, numbers: list[int]) -> list[tuple[list[int], int]]:
-        """Return each document's tokens and where its targets begin."""
-        fields, documents = self.fields, self._documents[numbers] if numbers else {}
-        if fields.messages is not None:
-            return [self._chat(messages) for messages in documents[fields.messages]]
-        if fields.prompt is not None:
-            assert fields.completion is not None
-            pairs = zip(documents[fields.prompt], documents[fields.completion], strict=True)
-            return [self._pair(str(prompt), str(completion)) for prompt, completion in pairs]
-        assert fields.text is not None
-        texts = documents[fields.text]
+    def _tokenise(self, numbers: list[int], records: list[dict[str, Any]]) -> list[Tokens]:
+        """Return each document's tokens."""
+        parts = self.fields.parts
+        if "messages" in parts:
+            return [self._chat(record[parts["messages"]]) for record in records]
+        if "prompt" in parts:
+            return [self._pair(str(record[parts["prompt"]]), str(record[parts["completion"]])) for record in records]
+        texts = [record[parts["text"]] for record in records]
         for number, text in zip(numbers, texts, strict=True):
             if not isinstance(text, str):
                 kind = type(text).__name__
-                raise InputError(f"expected text in field {fields.text!r} of document {number}; received {kind}")
-        ids = self._tokenizer(texts, add_special_tokens=True, truncation=False, verbose=False)["input_ids"]
-        return [(list(found), 1) for found in ids]
+                raise InputError(f"expected text in field {parts['text']!r} of document {number}; received {kind}")
+        if not texts:
+            return []
+        found = self._tokenizer(texts, add_special_tokens=True, truncation=False, verbose=False)
+        encodings = found.encodings or [None] * len(texts)  # of tokenizers without offsets
+        return [
+            Tokens(list(ids), 1, ((encoding, 0, 0),))
+            for ids, encoding in zip(found["input_ids"], encodings, strict=True)
+        ]
 
-    def _pair(self, prompt: str, completion: str) -> tuple[list[int], int]:
+    def _pair(self, prompt: str, completion: str) -> Tokens:
         if self.fields.chat:
             turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
             return self._chat(turns)
-        before = self._tokenizer(prompt, add_special_tokens=True, verbose=False)["input_ids"]
-        after = self._tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"]
+        encoded = [self._tokenizer(prompt, add_special_tokens=True, verbose=False)]
+        encoded.append(self._tokenizer(completion, add_special_tokens=False, verbose=False))
+        before, after = (found["input_ids"] for found in encoded)
+        first, second = ((found.encodings or [None])[0] for found in encoded)
         eos = self._tokenizer.eos_token_id
         if eos is not None and before and before[-1] == eos:
             before = before[:-1]  # some tokenizers end every text
-        return [*before, *after, *([] if eos is None else [eos])], len(before)
+        spans = (first, 0, 0), (second, len(before), len(prompt) + len(BETWEEN))
+        return Tokens([*before, *after, *([] if eos is None else [eos])], len(before), spans)
 
-    def _chat(self, messages: Any) -> tuple[list[int], int]:
+    def _chat(self, messages: Any) -> Tokens:
         if getattr(self._tokenizer, "chat_template", None) is None:
             raise InputError("expected a tokenizer with a chat template; received one without: use prompt/completion")
         turns = [dict(message) for message in messages]
         if not turns:
-            return [], 0
+            return Tokens([], 0)
         whole, before = (
             self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             for text in (
@@ -265,7 +345,7 @@ class Samples:
                 "expected a chat template that keeps earlier turns when one is added; received one that changes them: "
                 "write prompt and completion yourself"
             )
-        return whole, len(before)
+        return Tokens(whole, len(before))
 
 
 class Collator:

@@ -1,7 +1,8 @@
 """Examples as a page shows them: what a store knows of a row, joined with its text or image from the corpus.
 
 A row is matched to a record by the id it was stored under, by its document's number (``extract --model``), or by its
-own number. Text is data: it is only ever written as JSON strings.
+own number. Of a document with several rows each shows its own passage; a document found by number has to be the one
+that was extracted, by the digest of its text. Text is data: it is only ever written as JSON strings.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from ooc_influence.errors import InputError, MismatchError, OocInfluenceWarning
 from ooc_influence.report.images import ImageFolder, open_images
 from ooc_influence.report.records import Key, Spool, open_records
 from ooc_influence.store import GradientStore
+from ooc_influence.texts import USUAL, text_digest, text_of
 
 TEXT_LIMIT = 4000  # characters of an example in a page
 _AT_ONCE = 8192  # rows whose records are looked for
 _PIECE = re.compile(r"#\d+$")  # a document that has several rows
 _SOURCES = ("source", "document_source", "url")
-_SHOWN_ELSEWHERE = ("label", "source")
+_SHOWN_ELSEWHERE = ("label", "source", "char_start", "char_stop", "text_digest")
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,8 @@ class Corpus:
     path : str or Path, optional
         JSON lines, CSV, TSV, Parquet or a folder saved by ``datasets``; see :mod:`.records`.
     text : str, optional
-        The field with the text. Default: ``text``, or ``prompt`` and ``completion``, or ``messages``, or the whole
-        record.
+        The field with the text. Default: the fields that the store was extracted from, or ``text``, or ``prompt`` and
+        ``completion``, or ``messages``, or the whole record.
     label, source : str, optional
         Fields with these; default the store's columns of that name, then the records' fields.
     id : str, optional
@@ -87,6 +89,7 @@ class Examples:
     ) -> None:
         self.store, self._corpus, self._pictures = store, corpus, pictures
         self._images = open_images(corpus.images, store.n)
+        self._origin = store.attrs.get("origin") or {}
         self._spool: Spool | None = None
         if corpus.path is not None:
             self._spool = self._read(Path(corpus.path), rows)
@@ -100,11 +103,12 @@ class Examples:
         self._id_field = field
         every = field is None and len(rows) == self.store.n  # then numbers alone, 8 bytes a record
         wanted: Collection[Key] = range(2**62) if every else {key for keys in self._keys(rows) for key in keys}
-        spool = Spool.fill(path, wanted, field, self._corpus.split)
-        if field is None and by_row and spool.count != self.store.n:
+        spool = Spool.fill(path, wanted, field, self._corpus.split, as_extracted=self._by_document)
+        expected, what = (self.store.n, "rows") if by_row else (self._origin.get("documents"), "documents")
+        if field is None and expected is not None and spool.count != expected:
             spool.close()
             raise MismatchError(
-                f"expected a record for each of {self.store.n} rows of {self.store.path}; received {spool.count} in "
+                f"expected a record for each of {expected} {what} of {self.store.path}; received {spool.count} in "
                 f"{path}: give the file the store was made from, or name the field with its ids (--id)"
             )
         lacking = self._lacking(spool, rows)
@@ -154,20 +158,48 @@ class Examples:
 
     def _details(self, row: int, own: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
         corpus = self._corpus
-        text = text_of(record, corpus.text) if record else None
+        text, where = self._passage(row, own, record) if record else (None, {})
+        labels = ("label", str(self._origin.get("fields", {}).get("label", "label")))
         found: dict[str, Any] = {
             "text": text if text is None else text[:TEXT_LIMIT],
             "cut": max(0, len(text or "") - TEXT_LIMIT),
-            "label": _first(own, record, corpus.label, ("label",)),
+            "label": _first(own, record, corpus.label, labels),
             "source": _first(own, record, corpus.source, _SOURCES),
-            "more": {name: value for name, value in own.items() if name not in _SHOWN_ELSEWHERE},
+            "more": where | {name: value for name, value in own.items() if name not in _SHOWN_ELSEWHERE},
         }
         if self._images is not None:
             found["image"] = self._pictures.write(row, self._images[row])
         elif corpus.image is not None and corpus.path is not None and record:
-            place = record.get(corpus.image)
+            if corpus.image not in record:
+                raise InputError(
+                    f"expected a field {corpus.image!r} (--image); received records with {', '.join(record)}"
+                )
+            place = record[corpus.image]
             found["image"] = self._pictures.copy(row, Path(corpus.path).parent, place) if place else None
         return found
+
+    def _passage(self, row: int, own: dict[str, Any], record: dict[str, Any]) -> tuple[str, dict[str, str]]:
+        """Return the text that a row is made from, and which part of its document that is.
+
+        Raises
+        ------
+        InputError
+            If the record has no such field.
+        MismatchError
+            If the document of this number is another one than the row was made from.
+        """
+        chosen, extracted = self._corpus.text, text_of(record, self._origin.get("fields") or {})
+        same = extracted is not None and text_digest(extracted) == own.get("text_digest")
+        if self._by_document and extracted is not None and "text_digest" in own and not same:
+            raise MismatchError(
+                f"expected in record {own['document']} of {self._corpus.path} the text that row {row} of "
+                f"{self.store.path} was made from; received another text: give the file the store was made from, or "
+                "name the field with its ids (--id)"
+            )
+        start, stop = own.get("char_start", -1), own.get("char_stop", -1)
+        if chosen is None and same and extracted is not None and 0 <= start < stop < len(extracted) + (start > 0):
+            return extracted[start:stop], {"characters": f"{start:,} to {stop:,} of {len(extracted):,}"}
+        return _shown(record, chosen, extracted), {}
 
     def __enter__(self) -> Self:
         return self
@@ -190,8 +222,8 @@ def _first(own: dict[str, Any], record: dict[str, Any], field: str | None, names
     return None
 
 
-def text_of(record: dict[str, Any], field: str | None) -> str:
-    """Return the text of a record.
+def _shown(record: dict[str, Any], field: str | None, extracted: str | None) -> str:
+    """Return the text of a record: of the field asked for, the fields it was extracted from, or the usual ones.
 
     Raises
     ------
@@ -202,11 +234,6 @@ def text_of(record: dict[str, Any], field: str | None) -> str:
         if field not in record:
             raise InputError(f"expected a field {field!r} (--text); received records with {', '.join(record)}")
         return str(record[field])
-    if "text" in record:
-        return str(record["text"])
-    if "prompt" in record and "completion" in record:
-        return f"{record['prompt']}\n\n{record['completion']}"
-    messages = record.get("messages")
-    if isinstance(messages, list) and all(isinstance(turn, dict) for turn in messages):
-        return "\n\n".join(f"{turn.get('role')}: {turn.get('content')}" for turn in messages)
-    return json.dumps(record, ensure_ascii=False, indent=1)
+    usual = (text_of(record, fields) for fields in USUAL)
+    found = extracted if extracted is not None else next((text for text in usual if text is not None), None)
+    return json.dumps(record, ensure_ascii=False, indent=1) if found is None else found

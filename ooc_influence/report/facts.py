@@ -58,6 +58,7 @@ def store_facts(store: Any) -> dict[str, Any]:
         "ids": layout.ids,
         "columns": layout.columns,
         "made_from": attrs.get("made_from"),
+        "origin": attrs.get("origin"),
         "created": attrs["created"],
         "format": attrs["format"],
         "version": attrs["version"],

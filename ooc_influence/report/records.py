@@ -1,7 +1,7 @@
 """Records of a corpus file, those that are needed copied to a temporary file in one pass, then found by key.
 
-Memory holds a key and a place for each record needed, never the corpus: JSON lines, CSV, Parquet (a batch at a time), a
-folder saved by ``datasets``. Nothing needs to be seekable, so a ``.gz`` does as well.
+Memory holds a key and a place for each record needed, never the corpus: JSON lines, CSV, Parquet (a batch at a time),
+and what ``datasets`` maps: a folder it saved, JSON, lines of text. Nothing needs to be seekable, so a ``.gz`` does.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,16 +27,18 @@ Parse = Callable[[], dict[str, Any]]
 _BATCH = 512  # Parquet records read at a time
 
 
-def open_records(path: Path, split: str | None = None) -> Iterator[Parse]:
+def open_records(path: Path, split: str | None = None, *, as_extracted: bool = False) -> Iterator[Parse]:
     """Yield a function for each record that parses it: many need not be.
 
     Parameters
     ----------
     path : Path
-        A ``.jsonl``, ``.csv``, ``.tsv`` or ``.parquet`` file, a ``.gz`` of the first three, or a folder written by
-        ``Dataset.save_to_disk``.
+        A ``.jsonl``, ``.csv``, ``.tsv``, ``.parquet``, ``.json`` or ``.txt`` file (one record a line), a ``.gz`` of
+        these, or a folder written by ``Dataset.save_to_disk``.
     split : str, optional
         Which split of such a folder.
+    as_extracted : bool
+        Read CSV as extraction did, which takes some texts for numbers, if the library for that is there.
 
     Raises
     ------
@@ -46,13 +49,18 @@ def open_records(path: Path, split: str | None = None) -> Iterator[Parse]:
     """
     suffixes = [suffix.lower() for suffix in path.suffixes]
     kind = next((name for name in reversed(suffixes) if name != ".gz"), "")
-    readers = {".jsonl": _json_lines, ".csv": _separated, ".tsv": _separated, ".parquet": _parquet}
+    readers: dict[str, Callable[[Path], Iterator[Parse]]] = {
+        ".jsonl": _json_lines, ".csv": _separated, ".tsv": _separated, ".parquet": _parquet, ".json": _documents,
+        ".txt": _documents,
+    }  # fmt: skip
     if path.is_dir():
-        return _folder(path, split)
+        return _documents(path, split)
     if not path.is_file():
         raise InputError(f"expected a file of examples; received {path}, where there is none")
     if kind not in readers:
         raise InputError(f"expected examples as {', '.join(readers)} or a datasets folder; received {path}")
+    if as_extracted and readers[kind] is _separated and find_spec("datasets") is not None:
+        return _documents(path)
     return readers[kind](path)
 
 
@@ -112,7 +120,7 @@ def _from_batch(batch: Any, place: int) -> dict[str, Any]:
     return found
 
 
-def _folder(path: Path, split: str | None) -> Iterator[Parse]:
+def _documents(path: Path, split: str | None = None) -> Iterator[Parse]:
     from ooc_influence.hf.documents import open_documents
 
     documents = open_documents(path, split)
@@ -136,7 +144,10 @@ class Spool:
         self.count = 0
 
     @classmethod
-    def fill(cls, path: Path, wanted: Collection[Key], id_field: str | None, split: str | None = None) -> Self:
+    def fill(
+        cls, path: Path, wanted: Collection[Key], id_field: str | None, split: str | None = None, *,
+        as_extracted: bool = False,
+    ) -> Self:  # fmt: skip
         """Copy the records whose number, or whose ``id_field`` as text, is wanted; a range from 0: all numbers.
 
         Raises
@@ -146,7 +157,7 @@ class Spool:
         """
         spool = cls()
         try:
-            for number, parse in enumerate(open_records(path, split)):
+            for number, parse in enumerate(open_records(path, split, as_extracted=as_extracted)):
                 spool.count += 1
                 if id_field is None and number not in wanted:
                     continue

@@ -125,6 +125,8 @@ def _inherited(store: GradientStore, sources: list[str]) -> dict[str, Any]:
     fixed = {"format", "version", "created", "p", "mask_digest", "reduction", "layout", "digest"}
     own = {"reduced", "measured"}
     kept = {name: value for name, value in store.attrs.items() if name not in fixed | own}
+    if len(sources) > 1 and kept.get("origin"):  # documents have their numbers each in their own file
+        kept["origin"] = {**kept["origin"], "documents": None}
     return kept | {"made_from": sources}
 
 

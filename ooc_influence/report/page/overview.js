@@ -113,7 +113,7 @@
       el("tbody", {}, rows.map((row) => el("tr", {}, row.map((value) => el("td", { text: plain(value) })))))));
     main.replaceChildren(page("Store",
       el("section", {}, el("h3", { text: "What is in it" }), terms([["path", facts.store], ...lines])),
-      el("section", {}, el("h3", { text: "How it was made" }), terms(Object.entries(facts.created || {}).map(([name, value]) => [name, plain(value)]))),
+      el("section", {}, el("h3", { text: "How it was made" }), terms(Object.entries({ ...facts.origin, ...facts.created }).map(([name, value]) => [name, plain(value)]))),
       el("section", {}, el("h3", { text: "Layers" }), layers.length
         ? table("Layers whose gradients are sampled", Object.keys(layers[0]), layers.map((row) => Object.values(row))) : null),
       el("section", {}, el("h3", { text: "Curvatures" }), terms(Object.entries(curvatures))),
