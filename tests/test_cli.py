@@ -159,7 +159,7 @@ def test_the_only_split_and_a_module_recipe(run):
         ("self-influence test.zarr", "run fit_curvature"),
         ("self-influence train.zarr --curvature other", "run fit_curvature"),
         ("self-influence train.zarr --damping -1", "damping >= 0"),
-        ("self-influence train.zarr --damping 0", "of rank"),
+        ("self-influence train.zarr --damping 0", "of numerical rank"),
         ("top test.zarr train.zarr --top 0", "top >= 1"),
         ("score test.zarr train.zarr --out train.zarr", "expected nothing at"),
         ("extract --recipe my_recipe.py:recipe --store a.zarr", "--split, one of train, test"),

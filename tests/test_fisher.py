@@ -18,7 +18,8 @@ from test_top import force
 
 from ooc_influence import GradientStore, fit_fisher, influence_scores, self_influence
 from ooc_influence.cli.main import main
-from ooc_influence.curvature import Curvature
+from ooc_influence.curvature import Curvature, fit_gram
+from ooc_influence.curvature.damping import spectrum_floor
 from ooc_influence.errors import InputError, OocInfluenceWarning, StoreExistsError
 from ooc_influence.store import LayerShape, Mask, ModuleMask
 
@@ -192,6 +193,20 @@ def killed(*args, **options):
 rows.read_blocks = killed
 ooc.fit_fisher(sys.argv[1], memory="3GiB", workers=1, blocks=sys.argv[3] or None)
 """
+
+
+@pytest.mark.parametrize("side", ["fisher", "gram"])
+@pytest.mark.filterwarnings("ignore:.*effective dimension")
+def test_small_eigenvalues_are_not_taken_for_rounding(tmp_path, side):
+    """Rank 280 of 512 columns, eigenvalues falling to 2·10⁻⁵ of the largest: what is resolved is inside."""
+    rng = np.random.default_rng(0)
+    basis = np.linalg.qr(rng.normal(size=(512, 512)))[0]
+    sizes = np.sqrt(280 * np.geomspace(1, 2e-5, 280))
+    train = write_store(tmp_path / "t.zarr", (sizes[:, None] * basis[:280]).astype(np.float32))
+    curvature = (fit_fisher if side == "fisher" else fit_gram)(train)
+    assert curvature.eigenvalues[279] == pytest.approx(2e-5, rel=0.05)
+    assert (curvature.eigenvalues > spectrum_floor(curvature.eigenvalues)).sum() == 280
+    assert_allclose(curvature.outside_share(basis[[0, 100, 279, 300, 511]]), [0, 0, 0, 1, 1], atol=1e-3)
 
 
 @pytest.mark.parametrize("blocks", [None, "diagonal"])

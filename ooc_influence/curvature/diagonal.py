@@ -61,7 +61,7 @@ class DiagonalCurvature(SummedCurvature, kinds=("diagonal",)):
     def outside_share(self, gradients: npt.NDArray[Any]) -> Matrix:
         """See :meth:`Curvature.outside_share`."""
         whole = np.asarray(gradients, np.float64)
-        span = self.eigenvalues > spectrum_floor(self.eigenvalues, self.d)
+        span = self.eigenvalues > spectrum_floor(self.eigenvalues)
         return share_outside(np.square(whole[:, span]).sum(1), whole)
 
 

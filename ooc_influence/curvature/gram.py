@@ -118,7 +118,7 @@ class GramCurvature(Curvature, kinds=("gram",)):
 
     def outside_share(self, gradients: npt.NDArray[Any]) -> Matrix:
         """See :meth:`Curvature.outside_share`."""
-        span = self.eigenvalues > spectrum_floor(self.eigenvalues, len(self.eigenvalues))
+        span = self.eigenvalues > spectrum_floor(self.eigenvalues)
         inside = np.square(self._rotate(gradients)[:, span]).sum(1)
         return share_outside(inside, np.asarray(gradients, np.float64))
 

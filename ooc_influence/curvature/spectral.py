@@ -203,7 +203,7 @@ class SpectralCurvature(SummedCurvature, kinds=("whole", "module")):
         inside = np.zeros(len(whole))
         for number, (first, last) in enumerate(self.blocks):
             spectrum = self.eigenvalues[first:last]
-            span = spectrum > spectrum_floor(spectrum, last - first)
+            span = spectrum > spectrum_floor(spectrum)
             if span.all():  # then nothing is outside
                 inside += np.square(whole[:, first:last]).sum(1)
                 continue

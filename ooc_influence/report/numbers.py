@@ -32,7 +32,7 @@ def spectrum_points(curvature: Curvature, chosen: float, factor: float | None) -
     factor : float, optional
         The relative damping that it comes from, if it was relative.
     """
-    floor = spectrum_floor(curvature.eigenvalues, curvature.d)
+    floor = spectrum_floor(curvature.eigenvalues)
     values = np.sort(curvature.eigenvalues[curvature.eigenvalues > floor])[::-1]
     places = np.arange(len(values))
     if len(values) > _POINTS:

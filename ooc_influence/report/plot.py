@@ -50,7 +50,7 @@ def spectrum(curvature: Curvature, damping: float | None = None) -> Figure:
     MissingExtraError
         Without matplotlib.
     """
-    floor = spectrum_floor(curvature.eigenvalues, curvature.d)
+    floor = spectrum_floor(curvature.eigenvalues)
     values = np.sort(curvature.eigenvalues[curvature.eigenvalues > floor])[::-1]
     if not len(values):
         raise InputError(f"expected a curvature with positive eigenvalues; received {curvature!r}")
