@@ -62,6 +62,7 @@ _ROOMS = {
     "planning": ["plan"],
     "store": ["ChunkCache", "GradientStore", "Storage", "compact_store", "merge_stores", "upgrade_store"],
 }  # fmt: skip
+_MODULES = {"evaluate": "evaluate", "hf": "hf", "plot": "report.plot", "report": "report"}
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 
 __all__ = [
@@ -75,10 +76,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "hf":
-        return import_module("ooc_influence.hf")
-    if name == "plot":
-        return import_module("ooc_influence.report.plot")
+    if name in _MODULES:
+        return import_module(f"{__name__}.{_MODULES[name]}")
     room = _ROOM_OF.get(name)
     if room is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -86,4 +85,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, *_MODULES])

@@ -64,7 +64,7 @@ def test_results_as_frames(stores):
     assert_allclose(table.values, groups.sums)
     assert len(ooc.group_influence(query, train, np.arange(500) % 3, damping=[0.1, 1]).to_pandas()) == 2 * 7 * 3
     spectrum = ooc.Curvature.open(train.path / "curvature" / "default").to_pandas()
-    assert spectrum["share_of_trace"].iloc[-1] == pytest.approx(1)
+    assert spectrum["cumulative_share"].iloc[-1] == pytest.approx(1)
 
 
 def test_reprs_are_short_and_escaped(stores):
@@ -103,6 +103,9 @@ def test_plots_are_figures(stores):
     assert sum(bar.get_height() for bar in axis.patches) == 499
     assert "1 not drawn" in axis.get_title()
     for call in (
+        lambda: ooc.plot.spectrum(train.path),
+        lambda: ooc.plot.self_influence("train.zarr"),
+        lambda: ooc.plot.mislabel_curve({"a": "b"}, flagged),
         lambda: ooc.plot.self_influence(np.zeros(3)),
         lambda: ooc.plot.self_influence(np.ones((2, 3))),
         lambda: ooc.plot.mislabel_curve(values, np.zeros(500, bool)),

@@ -36,6 +36,19 @@ def stores(tmp_path_factory):
     return query, train
 
 
+def test_every_public_name_is_listed_and_found_from_the_package_alone():
+    """In a process that has imported nothing else: modules of the package are names of it only once they are loaded."""
+    script = (
+        "import ooc_influence as ooc\n"
+        "for name in dir(ooc):\n"
+        "    assert name == 'hf' or getattr(ooc, name) is not None\n"  # hf: an extra
+        "ooc.report.write_report, ooc.evaluate.lds, ooc.plot.spectrum, ooc.plan"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {"evaluate", "hf", "plot", "report"} < set(dir(ooc))
+
+
 def test_every_module_is_there():
     assert len(MODULES) > 150
     missing = {}

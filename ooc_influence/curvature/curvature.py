@@ -287,7 +287,7 @@ class Curvature(ABC):
         """
         pandas = optional_library("pandas", "tables")
         shares = np.cumsum(self.eigenvalues) / self.trace if self.trace else np.zeros(len(self.eigenvalues))
-        return pandas.DataFrame({"eigenvalue": self.eigenvalues, "share_of_trace": shares})
+        return pandas.DataFrame({"eigenvalue": self.eigenvalues, "cumulative_share": shares})
 
 
 def share_outside(inside: Matrix, gradients: Matrix) -> Matrix:

@@ -33,6 +33,13 @@ def _figure(columns: int = 1) -> tuple[Figure, list[Any]]:
     return figure, axes
 
 
+def _numbers(values: npt.ArrayLike, what: str) -> npt.NDArray[np.float64]:
+    try:
+        return np.asarray(values, np.float64)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"expected {what} as numbers (n,); received {values!r}") from error
+
+
 def spectrum(curvature: Curvature, damping: float | None = None) -> Figure:
     """Return a figure of F's eigenvalues beside the effective dimension d(λ) = Σ e/(e + λ).
 
@@ -46,10 +53,14 @@ def spectrum(curvature: Curvature, damping: float | None = None) -> Figure:
     Raises
     ------
     InputError
-        For a curvature without any positive eigenvalue.
+        For something else, or a curvature without any positive eigenvalue.
     MissingExtraError
         Without matplotlib.
     """
+    if not isinstance(curvature, Curvature):
+        raise InputError(
+            f"expected a Curvature; received {curvature!r}: give Curvature.open(path), or what a fit returned"
+        )
     floor = spectrum_floor(curvature.eigenvalues)
     values = np.sort(curvature.eigenvalues[curvature.eigenvalues > floor])[::-1]
     if not len(values):
@@ -84,7 +95,7 @@ def mislabel_curve(scores: npt.ArrayLike | Mapping[str, npt.ArrayLike], flagged:
     Raises
     ------
     InputError
-        If shapes differ, or all rows or none are flagged.
+        If they are not numbers, shapes differ, or all rows or none are flagged.
     MissingExtraError
         Without matplotlib.
     """
@@ -95,7 +106,7 @@ def mislabel_curve(scores: npt.ArrayLike | Mapping[str, npt.ArrayLike], flagged:
         raise InputError(f"expected flags (n,), some set and some not; received {int(marks.sum())} of {marks.size} set")
     checked = np.arange(len(marks) + 1) / len(marks)
     for name, given in named.items():
-        values = np.asarray(given, np.float64)
+        values = _numbers(given, f"scores {name!r}")
         if values.shape != marks.shape:
             raise InputError(f"expected scores {name!r} of shape {marks.shape}; received {values.shape}")
         order = np.argsort(np.where(np.isnan(values), np.inf, -values), kind="stable")
@@ -122,11 +133,11 @@ def self_influence(values: npt.ArrayLike, flagged: npt.ArrayLike | None = None, 
     Raises
     ------
     InputError
-        If shapes differ, or no value is positive.
+        If they are not numbers, shapes differ, or no value is positive.
     MissingExtraError
         Without matplotlib.
     """
-    found = np.asarray(values, np.float64)
+    found = _numbers(values, "values")
     marks = np.zeros(found.shape, bool) if flagged is None else np.asarray(flagged, bool)
     if found.ndim != 1 or marks.shape != found.shape:
         raise InputError(f"expected values (n,) and flags (n,); received {found.shape} and {marks.shape}")
