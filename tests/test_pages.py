@@ -346,6 +346,52 @@ def test_five_thousand_queries_are_quick(page, tmp_path):
     print(f"opened in {opened:.2f} s; jump, search and sort in {used:.2f} s; index and list {first / 2**10:.0f} KiB")
 
 
+def texts_asked(page):
+    return [own.rsplit("/", 1)[1] for own in page.requests() if "/data/texts-" in own]
+
+
+def test_a_search_goes_through_whole_texts_loaded_for_it(page, tmp_path):
+    train = make_store(tmp_path / "t.zarr", random_rows(50, 4))
+    query = make_store(tmp_path / "q.zarr", random_rows(2000, 4, 1), like=train)
+    texts = [f"Question {row} " + "word " * 70 + f"Needle{row}\n  in hay " + "more " * 400 for row in range(2000)]
+    texts[7] += "x" * (4000 - len(texts[7]) - 8) + " at last, behind what is shown"
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    report = write_report(train, tmp_path / "r", query, query_data=tmp_path / "q.jsonl", top=2, suspects=5)
+    files = sorted(path.name for path in (report / "data").glob("texts-*.js"))
+    assert len(files) == 5
+    assert max((report / "data" / name).stat().st_size for name in files) < 1.2 * 2**20
+    page.open(address(report))
+    page.wait("return document.querySelectorAll('.card').length === 4")
+    page.select("Sort", "loss")
+    assert texts_asked(page) == []
+    page.run(
+        "window.held = []; const load = ooc.load; ooc.load = (name) => name.startsWith('texts-')"
+        "? new Promise((go) => held.push(() => go(load(name)))) : load(name);"
+    )
+    page.fill("#search", "question 1999")
+    page.wait("return document.querySelector('#query-count').innerText === '1 of 2,000 queries, searching…'")
+    page.wait("held.splice(0).forEach((go) => go());"
+              "return document.querySelector('#query-count').innerText === '1 of 2,000 queries'")  # fmt: skip
+    assert sorted(texts_asked(page)) == files
+    began = time.perf_counter()
+    for words, found in (("needle19", 111), ("needle7 in", 1), (" AT LAST", 1), ("behind what is shown", 0)):
+        page.fill("#search", words)
+        page.wait(f"return document.querySelector('#query-count').innerText === '{found} of 2,000 queries'")
+    assert time.perf_counter() - began < 5
+    assert texts_asked(page) == []
+
+
+def test_texts_that_are_missing_are_said_beside_what_was_found(page, plain, tmp_path):
+    import shutil
+
+    shutil.copytree(plain[2], tmp_path / "copy")
+    (tmp_path / "copy" / "data" / "texts-0.js").unlink()
+    page.open(address(tmp_path / "copy"))
+    page.fill("#search", "ask-7")
+    message = "1 of 30 queries, in the beginnings of texts alone: data/texts-0.js is missing: keep the folder together"
+    page.wait("return document.querySelector('#query-count').innerText === arguments[0]", message)
+
+
 def test_a_missing_file_is_said(page, plain, tmp_path):
     import shutil
 

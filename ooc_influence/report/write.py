@@ -29,13 +29,12 @@ from ooc_influence.report.examples import Corpus, Examples
 from ooc_influence.report.facts import curvature_states, layer_facts, store_facts
 from ooc_influence.report.folder import PageFolder, check_free
 from ooc_influence.report.images import ImageFolder
+from ooc_influence.report.listing import LISTED_A_FILE, QueryList
 from ooc_influence.report.numbers import heat_map, histogram, spectrum_points
 from ooc_influence.store import GradientStore, PathLike
 
 QUERIES_A_FILE = 20
-LISTED_A_FILE = 5000  # lines of the list of queries
 SUSPECTS_A_FILE = 500
-_SNIPPET = 160  # characters of a query in the list
 _FEW = 200  # values of a column that is grouped by unasked
 _GROUPED = ("label", "source")
 _STRONGEST = 12  # groups shown with a query
@@ -245,12 +244,13 @@ def write_pages(
     needed = np.unique(np.concatenate([chosen, *lists]))
     sums = {name: report.groups(name) for name in report.grouped_by(by)}
     albums = [ImageFolder(folder.path, "train"), ImageFolder(folder.path, "queries")]
+    texts = 0
     with ExitStack() as stack:
         shown = stack.enter_context(Examples(train, data, needed[needed >= 0], albums[0]))
         if query is not None and found is not None:
             rows = np.arange(query.n)
             asked = stack.enter_context(Examples(query, query_data, rows, albums[1]))
-            _write_queries(report, folder, found, shown, asked, sums)
+            texts = _write_queries(report, folder, found, shown, asked, sums)
         _write_suspects(report, folder, shown, chosen)
         unreadable = sum(pictures.unreadable for pictures in albums)
     if unreadable:
@@ -260,17 +260,18 @@ def write_pages(
             stacklevel=3,
         )
     name = title or Path(str(train.path)).name
-    folder.write_data("index", _index(report, chosen, sums, name) | {"ask": ask})
+    folder.write_data("index", _index(report, chosen, sums, name) | {"ask": ask, "texts": texts})
     folder.write_page(name, live=ask is not None)
 
 
 def _write_queries(
     report: Report, folder: PageFolder, found: TopInfluential, shown: Examples, asked: Examples,
     sums: dict[str, GroupInfluence],
-) -> None:  # fmt: skip
+) -> int:  # fmt: skip
+    """Write the queries and their list; return how many files the texts take that the list does not hold whole."""
     query = report.query
     assert query is not None
-    listing: list[list[Any]] = []
+    listing = QueryList(folder)
     with Progress("pages", query.n, report.settings.scoring.get("progress"), unit="query") as bar:
         for first in range(0, query.n, QUERIES_A_FILE):
             numbers = range(first, min(query.n, first + QUERIES_A_FILE))
@@ -279,16 +280,14 @@ def _write_queries(
                 entry = example | report.entry(found, number)
                 entry["groups"] = {name: _strongest(own, number) for name, own in sums.items()}
                 entries.append(entry)
-                listing.append(_line(entry))
+                listing.add(entry)
             rows = [row for entry in entries for side in ("proponents", "opponents") for row, _ in entry[side]]
             folder.write_data(
                 f"queries-{first // QUERIES_A_FILE}",
                 {"queries": entries, "examples": report.examples(shown, rows)},
             )
-            if len(listing) >= LISTED_A_FILE or numbers[-1] == query.n - 1:
-                folder.write_data(f"list-{numbers[-1] // LISTED_A_FILE}", listing)
-                listing = []
             bar.advance(len(numbers))
+    return listing.finish()
 
 
 def _strongest(groups: GroupInfluence, number: int) -> list[list[Any]]:
@@ -296,13 +295,6 @@ def _strongest(groups: GroupInfluence, number: int) -> list[list[Any]]:
     sums = groups.sums[number]
     order = np.argsort(-np.nan_to_num(np.abs(sums)), kind="stable")[:_STRONGEST]
     return [[str(groups.names[place]), float(sums[place]), int(groups.counts[place])] for place in order]
-
-
-def _line(entry: dict[str, Any]) -> list[Any]:
-    """Return a query as a line of the list: id, text, label, source, loss, best and worst score, image."""
-    text = " ".join((entry["text"] or "")[: 2 * _SNIPPET].split())[:_SNIPPET]
-    best, worst = (entry[side][0][1] if entry[side] else None for side in ("proponents", "opponents"))
-    return [entry["id"], text, entry["label"], entry["source"], entry["loss"], best, worst, entry.get("image")]
 
 
 def _write_suspects(report: Report, folder: PageFolder, shown: Examples, rows: npt.NDArray[np.int64]) -> None:

@@ -42,12 +42,14 @@ const ooc = (() => {
     return waiting.get(name);
   }
 
+  function drop(name) {
+    waiting.delete(name);
+    received.delete(name);
+  }
+
   function forget() {
     const names = [...waiting.keys()].filter((name) => name.startsWith("queries-"));
-    for (const name of names.slice(0, Math.max(0, names.length - KEPT))) {
-      waiting.delete(name);
-      received.delete(name);
-    }
+    for (const name of names.slice(0, Math.max(0, names.length - KEPT))) drop(name);
   }
 
   function fill(node, properties, children) {
@@ -111,5 +113,5 @@ const ooc = (() => {
     try { localStorage.setItem(key, JSON.stringify(value)); return true; } catch { return false; }
   }
 
-  return { receive, load, el, svg, number, signed, say, choice, field, later, recall, keep, views, index: null };
+  return { receive, load, drop, el, svg, number, signed, say, choice, field, later, recall, keep, views, index: null };
 })();

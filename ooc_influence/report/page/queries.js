@@ -17,13 +17,34 @@ ooc.views.set("queries", (() => {
   let shown = [];
   let chosen = 0;
   let list, inner, pane, count;
+  let texts = "unread"; // or "reading", "read", or what went wrong
+
+  // What is searched: white space counts as one blank, as in the texts of the list.
+  const plain = (value) => String(value ?? "").replace(/\s+/g, " ").toLowerCase();
+  const searched = (line, text) => [line.id, text, line.label, line.source].map(plain).join("\n");
 
   async function read() {
     const { queries, sizes } = ooc.index;
     const files = Math.ceil(queries.count / sizes.list);
     const parts = await Promise.all(Array.from({ length: files }, (_, place) => ooc.load(`list-${place}`)));
     return parts.flat().map(([id, text, label, source, loss, best, worst, image], place) =>
-      ({ number: place, id, text, label, source, loss, best, worst, image, words: `${id}\n${text}\n${label ?? ""}\n${source ?? ""}`.toLowerCase() }));
+      ({ number: place, id, text, label, source, loss, best, worst, image, words: searched({ id, label, source }, text) }));
+  }
+
+  // The list holds the beginnings of long texts; the whole ones are read when somebody searches.
+  async function readTexts() {
+    texts = "reading";
+    try {
+      for (let place = 0; place < ooc.index.texts; place += 1) {
+        const name = `texts-${place}`;
+        for (const [query, text] of await ooc.load(name)) all[query].words = searched(all[query], text);
+        ooc.drop(name);
+      }
+      texts = "read";
+    } catch (error) {
+      texts = error.message;
+    }
+    if (count.isConnected) select();
   }
 
   function values(name) {
@@ -32,12 +53,15 @@ ooc.views.set("queries", (() => {
   }
 
   function select() {
-    const words = state.find.trim().toLowerCase();
+    const words = plain(state.find.trim());
+    if (words && texts === "unread") readTexts();
     shown = all.filter((line) => (!words || line.words.includes(words))
       && (!state.label || line.label === state.label) && (!state.source || line.source === state.source));
     if (state.order !== "number") shown.sort(ORDERS[state.order][1]);
     inner.style.height = `${shown.length * ROW}px`;
-    count.textContent = shown.length === all.length ? `${number(all.length)} queries` : `${number(shown.length)} of ${number(all.length)} queries`;
+    const found = shown.length === all.length ? `${number(all.length)} queries` : `${number(shown.length)} of ${number(all.length)} queries`;
+    const still = !words || texts === "read" ? "" : texts === "reading" ? ", searching…" : `, in the beginnings of texts alone: ${texts}`;
+    count.textContent = found + still;
     list.scrollTop = Math.max(0, shown.findIndex((line) => line.number === chosen) * ROW - 2 * ROW);
     paint();
   }
