@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,18 @@ def test_lists_groups_and_modules(run, stores):  # noqa: F811
         f"damping {value}" for value in expected.damping
     ]
     assert "outside the training spectrum)" in out
+
+    counts = np.sum(influence_scores(*PAIR, normalize="cosine").compute() > 0, axis=1)
+    code, out, err = run("top test.zarr train.zarr --top 100000 --normalize cosine")
+    assert (code, err) == (0, "")
+    for part, count in zip(out.split("\n\n"), counts, strict=True):
+        lines = [re.split("  +", line) for line in part.splitlines()[3:-1]]
+        assert len(lines) == max(count, 50 - count)
+        assert all(float(line[1]) > 0 for line in lines[:count])
+        assert all(float(line[-1]) < 0 for line in lines[: 50 - count])
+        end = f"only {count} proponents, only {50 - count} opponents: no other row has a score of that sign"
+        assert part.splitlines()[-1] == end
+    assert "only" not in run("top test.zarr train.zarr --top 3")[1]
 
     found = result(run("groups test.zarr train.zarr --by label --json"))
     sums = group_influence(*PAIR, "label")

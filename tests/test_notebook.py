@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -80,6 +81,18 @@ def test_reprs_are_short_and_escaped(stores):
         assert "<script" not in text
     assert "&lt;script&gt;" in groups._repr_html_()
     assert "500" in train._repr_html_()
+
+
+def test_lists_in_a_table_end_where_scores_change_sign(stores):
+    query, train = stores
+    text = ooc.top_influential(query, train, top=500)._repr_html_()
+    lines = [re.findall("<td>(.*?)</td>", line) for line in text.split("<tr>") if "<td>" in line]
+    assert len(lines) == 7
+    for _, proponents, opponents in lines:
+        assert "(+" in proponents
+        assert "(-" not in proponents
+        assert "(-" in opponents
+        assert "(+" not in opponents
 
 
 def test_plots_are_figures(stores):

@@ -346,6 +346,32 @@ def test_five_thousand_queries_are_quick(page, tmp_path):
     print(f"opened in {opened:.2f} s; jump, search and sort in {used:.2f} s; index and list {first / 2**10:.0f} KiB")
 
 
+def test_lists_end_where_scores_change_sign(page, tmp_path):
+    train = make_store(tmp_path / "t.zarr", np.array([[1, 0, 0], [2, 1, 0], [-1, 0, 0]], np.float32))
+    rows = np.array([[1, 0, 0], [-1, 0, 0], [2, 1, 0], [0, 0, 1]], np.float32)
+    query = make_store(tmp_path / "q.zarr", rows, like=train)
+    with ooc.GradientStore.open(query.path, "a") as opened:
+        opened.drop([2])
+    report = write_report(train, tmp_path / "r", query.path, top=2, curvature=False)
+    more = "no other training row has a"
+    shown = [
+        (2, 1, ["", f"Only 1 opponent: {more} negative score."], "+2"),
+        (1, 2, [f"Only 1 proponent: {more} positive score.", ""], "+1"),
+        (0, 0, ["None: the query is dropped."] * 2, "dropped"),
+        (0, 0, [f"No {side}s: no training row has a {sign} score." for side, sign in (("proponent", "positive"),
+                ("opponent", "negative"))], "no proponent"),
+    ]  # fmt: skip
+    page.open(address(report))
+    for number, (proponents, opponents, said, best) in enumerate(shown):
+        page.go(f"queries/{number}")
+        page.wait("return document.querySelector('.query h2')?.innerText === `Query ${arguments[0]}`", number)
+        for side, count, word in (("proponents", proponents, said[0]), ("opponents", opponents, said[1])):
+            names = "return [...document.querySelectorAll(arguments[0])].map((node) => node.ariaLabel.split(' ')[0])"
+            assert page.run(names, f".{side} .card") == [side.capitalize()[:-1]] * count
+            assert page.text(f".{side} p") == word
+        assert page.texts(".line-of-list .best")[number] == best
+
+
 def texts_asked(page):
     return [own.rsplit("/", 1)[1] for own in page.requests() if "/data/texts-" in own]
 

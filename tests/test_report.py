@@ -79,6 +79,19 @@ def test_numbers_are_the_public_calls(pair, tmp_path):
     assert heat["counts"] == sums.counts.tolist()
 
 
+def test_lists_end_where_scores_change_sign(tmp_path):
+    train = make_store(tmp_path / "t.zarr", random_rows(30, 6))
+    query = make_store(tmp_path / "q.zarr", random_rows(9, 6, 1), like=train)
+    report = write_report(train, tmp_path / "r", query, top=30, normalize="cosine")
+    scores = ooc.influence_scores(query, train, normalize="cosine").compute()
+    for number, entry in enumerate(data_of(report, "queries-0")["queries"]):
+        for side, sign in (("proponents", 1), ("opponents", -1)):
+            order = np.argsort(-sign * scores[number], kind="stable")
+            assert [row for row, _ in entry[side]] == [row for row in order if sign * scores[number, row] > 0]
+        assert 0 < len(entry["opponents"]) < 30
+    assert ooc.top_influential(query, train, top=30).proponents.rows.shape == (9, 30)
+
+
 def test_no_text_leaves_its_string(pair, tmp_path):
     query, train = pair
     report = write_report(train, tmp_path / "r", query, data=tmp_path / "train.jsonl", title=HOSTILE[1])

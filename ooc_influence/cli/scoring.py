@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,7 @@ def top(query: str, train: str, count: int, resume: str | None, as_json: bool, *
     from ooc_influence import top_influential
 
     found = top_influential(**_paired(query, train, given), top=count, resume=resume)
-    options.print_result(as_json, found.to_dict(), lambda: _by_damping(found, _lists))
+    options.print_result(as_json, found.to_dict(), lambda: _by_damping(found, partial(_lists, count)))
 
 
 def _by_damping(found: Any, text: Any) -> str:
@@ -59,19 +61,25 @@ def _by_damping(found: Any, text: Any) -> str:
     return "\n\n".join(f"damping {own.damping}\n\n{text(own)}" for own in parts)
 
 
-def _lists(found: Any) -> str:
+def _lists(asked: int, found: Any) -> str:
     from ooc_influence.report import table
 
     parts = []
     for number, name in enumerate(found.query_ids.tolist()):
-        sides = (found.proponents, found.opponents)
-        columns = [column for side in sides for column in (side.ids[number], side.scores[number])]
-        header = ("proponent", "score", "opponent", "score")
-        lines = [] if found.proponents.rows[number, 0] < 0 else list(zip(*columns, strict=True))
+        sides = found.of_query(number)
+        pairs = zip_longest(*([own[1:] for own in side] for side in sides.values()), fillvalue=("", ""))
+        lines = [table(("proponent", "score", "opponent", "score"), [left + right for left, right in pairs])]
+        short = [_counted(len(own), side) for side, own in sides.items() if len(own) < asked]
+        if short:
+            lines.append(f"{', '.join(short)}: no other row has a score of that sign")
         outside = found.outside_share[number]
         title = f"query {name}" + (f" ({outside:.0%} outside the training spectrum)" if outside >= 0.005 else "")
-        parts.append(f"{title}\n{table(header, lines) if lines else 'dropped'}")
+        parts.append("\n".join([title, *(["dropped"] if (found.proponents.rows[number] < 0).all() else lines)]))
     return "\n\n".join(parts)
+
+
+def _counted(count: int, side: str) -> str:
+    return f"only {count} {side if count > 1 else side[:-1]}" if count else f"no {side}"
 
 
 @click.command("self-influence")
@@ -168,9 +176,10 @@ def modules(query: str, train: str, count: int | None, out: str | None, as_json:
     if out is not None:
         _print_scores(found, out, as_json)
         return
-    facts = {name: own.to_dict() for name, own in found.items()}
+    assert count is not None  # the call refuses neither
+    facts, lists = {name: own.to_dict() for name, own in found.items()}, partial(_lists, count)
     options.print_result(
-        as_json, facts, lambda: "\n\n".join(f"module {n}\n\n{_by_damping(own, _lists)}" for n, own in found.items())
+        as_json, facts, lambda: "\n\n".join(f"module {n}\n\n{_by_damping(own, lists)}" for n, own in found.items())
     )
 
 

@@ -78,6 +78,20 @@ class TopInfluential:
         own = [values[number] for values in self.damping] if np.ndim(self.damping) == 2 else self.damping[number]
         return TopInfluential(proponents, opponents, self.query_ids, own, self.outside_share)
 
+    def of_query(self, number: int) -> dict[str, list[tuple[int, Any, float]]]:
+        """Return a query's ``proponents`` and ``opponents``, (row, id, score) each, as they are shown to a reader.
+
+        Lists end where the sign of scores changes: a proponent's is positive, an opponent's negative. Both are empty
+        for a query that is dropped. For one damping; see :meth:`at`.
+        """
+        lists = {}
+        for side, sign in (("proponents", 1), ("opponents", -1)):
+            ranking: Ranking = getattr(self, side)
+            columns = (ranking.rows[number], ranking.ids[number], ranking.scores[number])
+            entries = zip(*(column.tolist() for column in columns), strict=True)
+            lists[side] = [(row, name, score) for row, name, score in entries if row >= 0 and sign * score > 0]
+        return lists
+
     def to_dict(self) -> Mapping[str, Any]:
         """Return the result as JSON-ready values: an entry a query, or ``by_damping`` with one of these for each λ."""
         if self.dampings is not None:
@@ -133,12 +147,8 @@ class TopInfluential:
         found = self if self.dampings is None else self.at(0)
         lines = []
         for number, name in enumerate(found.query_ids[:_SHOWN].tolist()):
-            sides = [
-                ", ".join(
-                    f"{own} ({score:+.3g})" for own, score in zip(side.ids[number], side.scores[number], strict=True)
-                )
-                for side in (found.proponents, found.opponents)
-            ]
+            lists = found.of_query(number).values()
+            sides = [", ".join(f"{own} ({score:+.3g})" for _, own, score in entries) for entries in lists]
             lines.append((name, *sides))
         more = len(found.query_ids) - len(lines)
         return html_table(repr(self) + (f", {more} more" if more else ""), ("query", "proponents", "opponents"), lines)

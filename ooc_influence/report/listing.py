@@ -58,6 +58,7 @@ class QueryList:
 
 
 def _line(entry: dict[str, Any], text: str) -> list[Any]:
-    """Return a query as a line: id, text, label, source, loss, best and worst score, image."""
+    """Return a query as a line: id, text, label, source, loss, best and worst score, image, 1 if it is dropped."""
     best, worst = (entry[side][0][1] if entry[side] else None for side in ("proponents", "opponents"))
-    return [entry["id"], text, entry["label"], entry["source"], entry["loss"], best, worst, entry.get("image")]
+    facts = [entry[name] for name in ("label", "source", "loss")]
+    return [entry["id"], text, *facts, best, worst, entry.get("image"), int(entry["dropped"])]

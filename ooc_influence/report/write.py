@@ -129,12 +129,8 @@ class Report:
         return np.unique(np.concatenate(rows)).astype(np.int64)
 
     def entry(self, found: TopInfluential, number: int) -> dict[str, Any]:
-        """Return a query's lists as a page takes them: [row, score] each."""
-        lists = {}
-        for side in ("proponents", "opponents"):
-            ranking = getattr(found, side)
-            pairs = zip(ranking.rows[number].tolist(), ranking.scores[number].tolist(), strict=True)
-            lists[side] = [[row, score] for row, score in pairs if row >= 0]
+        """Return a query's lists as a page takes them: [row, score] each, up to where the sign of scores changes."""
+        lists = {side: [[row, score] for row, _, score in own] for side, own in found.of_query(number).items()}
         return {"number": number, "outside": float(found.outside_share[number]), **lists}
 
     def examples(self, shown: Examples, rows: Any) -> dict[int, dict[str, Any]]:

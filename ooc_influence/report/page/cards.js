@@ -97,6 +97,15 @@ ooc.cards = (() => {
     return !words || `${example.id}\n${example.label}\n${example.source}\n${example.text || ""}`.toLowerCase().includes(words);
   }
 
+  // Why a list is shorter than asked for: it ends where the sign of scores changes.
+  function shortage(query, side) {
+    const sign = side === "proponents" ? "positive" : "negative", found = query[side].length;
+    if (query.dropped) return "None: the query is dropped.";
+    if (found >= ooc.index.settings.top) return null;
+    return found ? `Only ${ooc.count(found, side.slice(0, -1))}: no other training row has a ${sign} score.`
+      : `No ${side}: no training row has a ${sign} score.`;
+  }
+
   // A query and its lists; `examples` by row.
   function detail(query, examples, heading) {
     const lists = { proponents: "Proponents", opponents: "Opponents" };
@@ -107,13 +116,15 @@ ooc.cards = (() => {
       columns.replaceChildren(...Object.entries(lists).map(([side, name]) => {
         const entries = query[side].map(([row, value], place) => ({ value, rank: place + 1, example: examples[row] }));
         const shown = entries.filter((entry) => matches(entry, query)).sort(ORDERS[view.order]);
+        const short = shortage(query, side);
         const count = shown.length === entries.length ? "" : ` ${shown.length} of ${entries.length}`;
         return el("section", { class: side, "aria-label": name },
           el("h3", {}, el("span", { "aria-hidden": "true", text: side === "proponents" ? "▲ " : "▼ " }), name,
             el("small", { text: side === "proponents" ? " lowered its loss" : " raised its loss" }),
             el("small", { class: "count", text: count })),
           shown.length ? el("ol", {}, shown.map((entry) => card(entry.example, entry.value, entry.rank, largest, query)))
-            : el("p", { class: "quiet", text: entries.length ? "None matches the filter." : "None: the query is dropped." }));
+            : entries.length ? el("p", { class: "quiet", text: "None matches the filter." }) : null,
+          short ? el("p", { class: "quiet", text: short }) : null);
       }));
     };
     draw();

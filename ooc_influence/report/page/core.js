@@ -80,6 +80,7 @@ const ooc = (() => {
   }
 
   const signed = (value) => (value > 0 ? "+" : "") + number(value);
+  const count = (value, noun, many = `${noun}s`) => `${number(value)} ${value === 1 ? noun : many}`;
   const say = (text) => { document.getElementById("status").textContent = text; };
 
   // A choice among named values, with its label.
@@ -113,5 +114,5 @@ const ooc = (() => {
     try { localStorage.setItem(key, JSON.stringify(value)); return true; } catch { return false; }
   }
 
-  return { receive, load, drop, el, svg, number, signed, say, choice, field, later, recall, keep, views, index: null };
+  return { receive, load, drop, el, svg, number, signed, count, say, choice, field, later, recall, keep, views, index: null };
 })();

@@ -27,8 +27,8 @@ ooc.views.set("queries", (() => {
     const { queries, sizes } = ooc.index;
     const files = Math.ceil(queries.count / sizes.list);
     const parts = await Promise.all(Array.from({ length: files }, (_, place) => ooc.load(`list-${place}`)));
-    return parts.flat().map(([id, text, label, source, loss, best, worst, image], place) =>
-      ({ number: place, id, text, label, source, loss, best, worst, image, words: searched({ id, label, source }, text) }));
+    return parts.flat().map(([id, text, label, source, loss, best, worst, image, dropped], place) =>
+      ({ number: place, id, text, label, source, loss, best, worst, image, dropped, words: searched({ id, label, source }, text) }));
   }
 
   // The list holds the beginnings of long texts; the whole ones are read when somebody searches.
@@ -83,7 +83,7 @@ ooc.views.set("queries", (() => {
     line.image ? el("img", { src: line.image, alt: "", loading: "lazy" }) : null,
     el("div", { class: "first" }, el("code", { text: line.id }),
       line.label === null ? null : el("span", { class: "chip", text: line.label }),
-      el("span", { class: "best pro", text: line.best === null ? "dropped" : signed(line.best) })),
+      el("span", { class: "best pro", text: line.dropped ? "dropped" : line.best === null ? "no proponent" : signed(line.best) })),
     el("div", { class: "second", dir: "auto", text: line.text || (line.source ?? `loss ${number(line.loss)}`) }));
     node.style.top = `${place * ROW}px`;
     return node;
