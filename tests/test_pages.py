@@ -6,6 +6,7 @@ import csv
 import http.server
 import io
 import json
+import re
 import threading
 import time
 
@@ -234,6 +235,54 @@ def test_light_and_dark_are_readable(page, plain, scheme):
     back = page.run("return getComputedStyle(document.body).backgroundColor")
     assert (int(back.strip("rgb()").split(",")[0]) < 128) == (scheme == "dark")
     page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_legend_has_the_colours_of_the_scores(page, plain, scheme):
+    media = [{"name": "prefers-color-scheme", "value": scheme}]
+    page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": media})
+    page.open(address(plain[2]))
+    page.wait("return document.querySelectorAll('.card').length === 12")
+    strongest = "[style*='--share: 1.000']"
+    for view, selector in (("queries/0", f".card .score{strongest}"), ("groups", f".heat td{strongest}")):
+        page.go(view)
+        page.wait("return document.querySelector(arguments[0])", selector)
+        end = page.run("return getComputedStyle(document.querySelector(arguments[0])).backgroundColor", selector)
+        assert re.fullmatch(r"color\(srgb .* / 0\.\d+\)", end)
+        assert end in page.run("return getComputedStyle(document.querySelector('.ramp')).backgroundImage")
+        assert contrast(page, selector) >= 4.5
+    page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+@pytest.mark.parametrize(("damping", "side"), [(1e-3, "below"), (30.0, "above"), (0.0, "none")])
+def test_an_axis_reaches_to_the_damping(page, plain, tmp_path, damping, side):
+    train = plain[1]
+    curvature = ooc.Curvature.open(train.path / "curvature" / "default")
+    values, chosen = np.sort(curvature.eigenvalues)[::-1], curvature.damping_value(damping)
+    assert {"below": chosen < values[-1], "above": chosen > values[0], "none": chosen == 0}[side]
+    page.open(address(write_report(train, tmp_path / "r", damping=damping, suspects=5)), "spectrum")
+    path = [float(part.split()[1]) for part in re.split("[ML]", page.run(
+        "return document.querySelector('.plot .line').getAttribute('d')"))[1:]]  # fmt: skip
+    drawn = (
+        "const seen = [...document.querySelectorAll(arguments[0])].filter((own) => own.getBoundingClientRect().width);"
+    )
+    line = page.run(f"{drawn} return seen.length ? Number(seen[0].getAttribute('y1')) : null", ".mark line")
+    circles = page.run(f"{drawn} return seen.length", ".mark circle")
+    label = page.run("return document.querySelector('.mark .label').textContent")
+    if side == "none":  # 0 has no place on a logarithmic axis
+        assert (line, circles, label) == (None, 0, "↓ λ = 0")
+    else:
+        assert circles == 2
+        slope = (path[-1] - path[0]) / np.log(values[-1] / values[0])
+        assert line == pytest.approx(path[0] + slope * np.log(chosen / values[0]), abs=0.2)
+        assert 14 + 5 < line < 258 - 5
+        assert label.startswith("λ = ")
+    slider = "const node = document.querySelector('input[type=range]'); node.value = arguments[0];"
+    for place, arrow in ((0, "↓ "), (60, "↑ ")):
+        page.run(f"{slider} node.dispatchEvent(new Event('input'))", place)
+        tried = page.run("return document.querySelector('.mark .label').textContent")
+        assert tried.startswith(f"{arrow}λ = ")
+    assert page.logs() == []
 
 
 def test_hostile_text_stays_text(page, hostile):

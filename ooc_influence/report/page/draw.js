@@ -48,8 +48,7 @@ ooc.draw = (() => {
 
   function line(title, points, x, y, marks = []) {
     const xs = points.map((point) => point[0]), ys = points.map((point) => point[1]);
-    const bounds = (own, values) => ({ low: Math.min(...values), high: Math.max(...values), ...own });
-    const { node, at, up } = frame(title, bounds(x, xs), bounds(y, ys));
+    const { node, at, up } = frame(title, bounds(x, xs, marks.map((mark) => mark.x)), bounds(y, ys, marks.map((mark) => mark.y)));
     const path = points.map((point, place) => `${place ? "L" : "M"}${at(point[0]).toFixed(1)} ${up(point[1]).toFixed(1)}`);
     node.append(svg("path", { d: path.join(""), class: "line" }));
     const drawn = [];
@@ -57,7 +56,14 @@ ooc.draw = (() => {
     return { node, at, up, marks: drawn };
   }
 
-  // A mark at x (a vertical line), y (a horizontal one) or both (a point), with its name beside it.
+  // An axis holds all values, and the marks with some room around them: one at its end would look like the axis.
+  function bounds(own, values, marks) {
+    const reached = marks.filter((value) => Number.isFinite(value) && (value > 0 || !own.log))
+      .flatMap((value) => (own.log ? [value / 1.5, value * 1.5] : [value]));
+    return { low: Math.min(...values, ...reached), high: Math.max(...values, ...reached), ...own };
+  }
+
+  // A mark at y (a horizontal line) or at x and y (a point), with its name beside it; what lies outside has an arrow.
   function place(node, at, up, mark) {
     const group = svg("g", { class: `mark ${mark.class || ""}` });
     const label = svg("text", { class: "label" });
@@ -67,6 +73,8 @@ ooc.draw = (() => {
     group.prepend(shape);
     const move = (x, y, text) => {
       label.textContent = text;
+      group.toggleAttribute("hidden", x !== undefined && !Number.isFinite(at(x))); // 0 has no place on a logarithmic axis
+      if (group.hasAttribute("hidden")) return;
       if (shape.tagName === "circle") {
         shape.setAttribute("cx", at(x));
         shape.setAttribute("cy", up(y));
@@ -74,8 +82,11 @@ ooc.draw = (() => {
         fillIn(label, { x: at(x) + (right ? -10 : 10), y: up(y) - 8, "text-anchor": right ? "end" : "start" });
       } else {
         const high = Math.min(H - BOTTOM, Math.max(TOP, up(y)));
+        const outside = up(y) > H - BOTTOM + 0.5 ? "↓ " : up(y) < TOP - 0.5 ? "↑ " : "";
+        label.textContent = outside + text;
+        shape.toggleAttribute("hidden", outside !== "");
         fillIn(shape, { x1: LEFT, x2: W - RIGHT, y1: high, y2: high });
-        fillIn(label, { x: LEFT + 8, y: high > H - BOTTOM - 4 ? high - 6 : high + 15, "text-anchor": "start" });
+        fillIn(label, { x: LEFT + 8, y: high > H - BOTTOM - 20 ? high - 6 : high + 15, "text-anchor": "start" });
       }
     };
     move(mark.x, mark.y, mark.text);

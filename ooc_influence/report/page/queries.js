@@ -83,7 +83,7 @@ ooc.views.set("queries", (() => {
     line.image ? el("img", { src: line.image, alt: "", loading: "lazy" }) : null,
     el("div", { class: "first" }, el("code", { text: line.id }),
       line.label === null ? null : el("span", { class: "chip", text: line.label }),
-      el("span", { class: "best pro", text: line.dropped ? "dropped" : line.best === null ? "no proponent" : signed(line.best) })),
+      el("span", { class: `best${line.best === null ? "" : " pro"}`, text: line.dropped ? "dropped" : line.best === null ? "no proponent" : signed(line.best) })),
     el("div", { class: "second", dir: "auto", text: line.text || (line.source ?? `loss ${number(line.loss)}`) }));
     node.style.top = `${place * ROW}px`;
     return node;
