@@ -198,6 +198,25 @@ def test_a_mistake_is_one_line(run, stores, line, message):
     assert err.count("\n") == 1
 
 
+def test_other_settings_than_a_stores_are_named(run):
+    extract = "extract --recipe my_recipe.py:as_tuple --store a.zarr"
+    assert run(f"{extract} --k 60 --dims 4 --pilot 8")[0] == 0
+    for options, expected, received in (
+        ("--k 50", "k 60, reduce with r 4, pilot 8", "k 50, no reduce"),
+        ("--k 60 --dims 3 --pilot 8", "reduce with r 4", "reduce with r 3"),
+        ("--k 60 --dims 4", "reduce with pilot 8", "reduce with no pilot"),
+        ("--compressor gaussian --k 60", "name dropout, sampling uniform, reduce with", "name gaussian, no sampling"),
+        ("--k 60 --dims 4 --pilot 8 --dtype int8", "float16", "int8"),
+        ("--k 60 --dims 4 --pilot 8 --codec zstd", "none", "zstd"),
+    ):
+        code, out, err = run(f"{extract} {options}")
+        assert (code, out) == (2, "")
+        assert f" of the store at a.zarr ({expected}" in err
+        assert f"); received {received}" in err
+        assert "seed" not in err
+        assert "{" not in err
+
+
 @pytest.mark.parametrize("line", ["top test.zarr", "score a b", "extract", "unknown", "fisher a --workers x"])
 def test_wrong_usage(run, line):
     code, _, err = run(line)

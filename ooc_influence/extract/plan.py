@@ -275,9 +275,8 @@ def _same_model(store: GradientStore, model: dict[str, Any], check: bool) -> dic
     if check:
         raise MismatchError(
             f"expected the model that {store.path} was made with, model fingerprint "
-            f"{_short(expected.get('fingerprint'))[:12]}; received {_short(model['fingerprint'])[:12]} (names, shapes "
-            "or values of its tensors differ): load the same checkpoint, or allow another with check_model=False "
-            "(--other-model)"
+            f"{_short(expected.get('fingerprint'))}; received {_short(model['fingerprint'])} (names, shapes or values "
+            "of its tensors differ): load the same checkpoint, or allow another with check_model=False (--other-model)"
         )
     warnings.warn(
         f"the model is not the one that {store.path} was made with; its rows are taken as comparable because "
@@ -312,9 +311,10 @@ def open_existing(path: PathLike, plan: Plan) -> GradientStore | None:
         ("loss_kind", attrs.get("loss_kind"), plan.attributes["loss_kind"]),
     ):
         if expected != received:
+            one, other = _differing(expected, received)
             raise MismatchError(
-                f"expected the {what} of the store at {path}, {_short(expected)}; received {_short(received)}: "
-                "extract to another path, or remove the store"
+                f"expected the {what} of the store at {path} ({one}); received {other}: extract to another path, or "
+                "remove the store"
             )
     if (attrs.get("model") or {}).get("fingerprint") != plan.model["fingerprint"]:
         store.record(model=_same_model(store, plan.model, plan.check_model))
@@ -332,6 +332,30 @@ def _check_free(path: StorePath) -> None:
         raise InputError(f"expected a folder to write to above {path}; received {parent}, which is not one")
 
 
+def _differing(expected: Any, received: Any) -> tuple[str, str]:
+    """Return in words what two settings are; of mappings, the entries that differ."""
+    if not isinstance(expected, Mapping) or not isinstance(received, Mapping):
+        return _short(expected), _short(received)
+    names = [name for name in {**expected, **received} if expected.get(name) != received.get(name)]
+    pairs = [(name, expected.get(name), received.get(name)) for name in names]
+    return (
+        ", ".join(_entry(name, own, other) for name, own, other in pairs),
+        ", ".join(_entry(name, own, other) for name, other, own in pairs),
+    )
+
+
+def _entry(name: str, value: Any, other: Any) -> str:
+    """Return an entry of settings in words; of one that holds settings itself, what differs from ``other``."""
+    if value is None:
+        return f"no {name}"
+    if not isinstance(value, Mapping):
+        return f"{name} {value}"
+    kept = {key: own for key, own in value.items() if own is not None}
+    text, _ = _differing(value, other) if isinstance(other, Mapping) else _differing(kept, {})
+    return f"{name} with {text}"
+
+
 def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) < 80 else text[:12]
+    """Return a setting in words, a digest by its beginning."""
+    text = "none" if value is None else str(value)
+    return text[:12] if len(text) == 64 else text
