@@ -6,8 +6,19 @@ builtin a caller would reach for (``ValueError``, ``FileNotFoundError``, ...), s
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+_ADVICE = {  # by what the system says
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room"),
+    errno.EFBIG: "lift the limit on the size of files",
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "change the permissions"),
+    errno.EROFS: "make it writable",
+    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG), "check the path"),
+}
 
 
 class OocInfluenceError(Exception):
@@ -54,6 +65,10 @@ class StoreDamagedError(OocInfluenceError, ValueError):
 
 class StoreBusyError(OocInfluenceError, BlockingIOError):
     """Another process is writing the same range of the store."""
+
+
+class StoreReadError(OocInfluenceError, OSError):
+    """The system refuses to read a file of a store that is there."""
 
 
 class StoreWriteError(OocInfluenceError, OSError):
@@ -107,3 +122,29 @@ class NonFiniteError(OocInfluenceError, ArithmeticError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (str(self), self.rows), self.__dict__
+
+
+def refused(what: str, error: OSError, then: str = "") -> str:
+    """Return the message for something that the system refused: its reason, and the advice that fits.
+
+    Parameters
+    ----------
+    what : str
+        What was expected, such as "to write scores to s.zarr".
+    error : OSError
+        The system's, or one of the family that is caused by one.
+    then : str
+        What follows the advice, such as ", or choose another path".
+    """
+    if isinstance(error, OocInfluenceError) and isinstance(error.__cause__, OSError):
+        error = error.__cause__
+    number = errno.EACCES if error.errno is None and isinstance(error, PermissionError) else error.errno
+    reason = error.strerror or str(error)
+    if error.errno is not None and reason == os.strerror(error.errno):
+        reason = reason[:1].lower() + reason[1:]
+    place = Path("" if error.filename is None else os.fsdecode(error.filename))
+    if place.name.startswith("."):  # a temporary name tells nothing, its folder does
+        place = place.parent
+    where = "" if str(place) == "." or str(place) in what else f" ({place})"
+    advice = _ADVICE.get(number or 0, "check the disk or the connection")
+    return f"expected {what}; received {reason}{where}: {advice}{then}"

@@ -60,7 +60,7 @@ def test_a_folder_that_goes_while_it_is_claimed_is_made_again(tmp_path, monkeypa
         keep(kept)
     assert list(tmp_path.iterdir()) == []
     left[0] = 1000
-    with pytest.raises(StoreWriteError, match=r"expected to write the curvature to .*make room"):
+    with pytest.raises(StoreWriteError, match=r"expected to write the curvature to .*check the path"):
         unfinished.Unfinished(tmp_path / "f", {})
 
 

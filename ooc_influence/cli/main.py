@@ -14,7 +14,7 @@ import click
 
 from ooc_influence._version import __version__
 from ooc_influence.cli import commands
-from ooc_influence.errors import OocInfluenceError, OocInfluenceWarning
+from ooc_influence.errors import InputError, OocInfluenceError, OocInfluenceWarning, refused
 
 _python_format = warnings.formatwarning
 
@@ -53,6 +53,8 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         if "--traceback" in arguments:
             raise
+        if isinstance(error, PermissionError):
+            error = InputError(refused("to read and write what the command needs", error))
         if isinstance(error, OocInfluenceError):
             click.echo(f"error: {_one_line(error)}", err=True)
             sys.exit(2)

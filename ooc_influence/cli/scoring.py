@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -98,16 +99,14 @@ def self_influence_command(
     import numpy as np
 
     from ooc_influence import self_influence
-    from ooc_influence.errors import InputError
     from ooc_influence.report import table
 
-    if out is not None and not Path(out).absolute().parent.is_dir():
-        raise InputError(f"expected a folder to write {out} to; received none: make it first")
+    if out is not None:
+        _check_writable(Path(out))
     arguments = _common((train, *also), given)
     values = self_influence(**arguments)
     if out is not None:
-        with Path(out).open("wb") as file:
-            np.save(file, values)
+        _save(Path(out), values)
     store = arguments["train"][0] if also else arguments["train"]
     header, parts, lists = ("row", "id", "self-influence"), [], []
     for own in np.atleast_2d(values):
@@ -126,6 +125,32 @@ def self_influence_command(
         facts = {"n": store.n, "damping": arguments["damping"], "by_damping": lists}
         parts = [f"damping {value}\n\n{part}" for value, part in zip(arguments["damping"], parts, strict=True)]
     options.print_result(as_json, facts, lambda: "\n\n".join(parts))
+
+
+def _check_writable(out: Path) -> None:
+    """Check, before a long run, that its values can be written to a file."""
+    from ooc_influence.errors import InputError
+
+    folder = out.absolute().parent
+    if not folder.is_dir():
+        raise InputError(f"expected a folder to write {out} to; received none: make it first")
+    if not os.access(out if out.exists() else folder, os.W_OK):
+        raise InputError(
+            f"expected to write {out}; received a place where this user may not write: change the permissions, or "
+            "choose another path"
+        )
+
+
+def _save(out: Path, values: Any) -> None:
+    import numpy as np
+
+    from ooc_influence.errors import StoreWriteError, refused
+
+    try:
+        with out.open("wb") as file:
+            np.save(file, values)
+    except OSError as error:
+        raise StoreWriteError(refused(f"to write {out}", error)) from error
 
 
 @click.command()

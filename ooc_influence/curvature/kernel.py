@@ -19,7 +19,7 @@ import zarr
 from ooc_influence._version import __version__
 from ooc_influence.curvature.need import PANEL
 from ooc_influence.curvature.rows import ChosenRows, WeighedBlock
-from ooc_influence.errors import OocInfluenceError, StoreExistsError, StoreWriteError
+from ooc_influence.errors import OocInfluenceError, StoreExistsError, StoreWriteError, refused
 from ooc_influence.linalg.blas import Floats
 from ooc_influence.linalg.triangle import Tile, list_tiles, tile_side
 from ooc_influence.progress import Progress, check_cancelled, tick
@@ -145,8 +145,7 @@ def multiply_on_disk(
         if isinstance(error, OocInfluenceError):
             raise
         raise StoreWriteError(
-            f"expected to write the Gram matrix to {path}; received: {error}: make room, then run the same call again: "
-            "it goes on"
+            refused(f"to write the Gram matrix to {path}", error, ", then run the same call again: it goes on")
         ) from error
     return open_matrix(path)
 

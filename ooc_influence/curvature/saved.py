@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ooc_influence._version import __version__
-from ooc_influence.errors import InputError, StoreExistsError, StoreWriteError
+from ooc_influence.errors import InputError, StoreExistsError, StoreWriteError, refused
 from ooc_influence.store import (
     GradientStore,
     NewFolder,
@@ -56,7 +56,7 @@ def write_curvature(path: StorePath, attributes: Mapping[str, Any], write: Calla
             folder.publish()
     except OSError as error:
         raise StoreWriteError(
-            f"expected to write the curvature to {path}; received: {error}: make room, or give another place with out="
+            refused(f"to write the curvature to {path}", error, ", or give another place with out=")
         ) from error
 
 

@@ -18,7 +18,7 @@ from ooc_influence.curvature.fitting import Fitting
 from ooc_influence.curvature.rows import ChosenRows, Range, Share, cut_shares
 from ooc_influence.curvature.sums import Summing, bfloat16_holds, sum_name
 from ooc_influence.curvature.unfinished import read_facts, save_result
-from ooc_influence.errors import StoreBusyError, StoreWriteError
+from ooc_influence.errors import StoreBusyError, StoreWriteError, refused
 from ooc_influence.linalg import GramAccumulator, ProductAccumulator, Team, TriangleTiles, choose_engine
 from ooc_influence.linalg.device import row_squares
 from ooc_influence.progress import Progress, tick
@@ -175,10 +175,8 @@ def _sum_with(team: Team, number: int, key: str, how: TileSum) -> None:
         facts = {"live": live, "clipped": clipped}
         save_result(how.folder, f"{_DONE}-{number}", 0, facts, lambda group: None)
     except OSError as error:
-        raise StoreWriteError(
-            f"expected to write tiles of F to {how.group}; received: {error}: make room (8 k² bytes while fitting), or "
-            "give another place with out="
-        ) from error
+        then = " (8 k² bytes are taken while fitting), or give another place with out="
+        raise StoreWriteError(refused(f"to write tiles of F to {how.group}", error, then)) from error
 
 
 def _moments(fit: Fitting, chosen: ChosenRows, side: int) -> npt.NDArray[np.float64]:

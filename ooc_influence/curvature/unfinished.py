@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from ooc_influence.errors import StoreBusyError, StoreWriteError
+from ooc_influence.errors import StoreBusyError, StoreWriteError, refused
 from ooc_influence.store import (
     CHUNK_TARGET,
     Claim,
@@ -70,8 +70,7 @@ class Unfinished:
             logger.info("another process is fitting %s: this one keeps no partial results", target)
         except OSError as error:
             raise StoreWriteError(
-                f"expected to write the curvature to {target}; received: {error}: make room, or give another place "
-                "with out="
+                refused(f"to write the curvature to {target}", error, ", or give another place with out=")
             ) from error
         self.usable = self._claim is not None
         if self.usable:

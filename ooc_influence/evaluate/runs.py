@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ooc_influence.errors import InputError, MismatchError, StoreFormatError, StoreWriteError
+from ooc_influence.errors import InputError, MismatchError, StoreFormatError, StoreWriteError, refused
 from ooc_influence.store.disk import create_file, make_folders, sync_folders, write_file
 
 logger = logging.getLogger("ooc_influence")
@@ -101,7 +101,7 @@ class RunFolder:
             raise InputError(f"expected a folder for runs at {self.path}; received a file: choose another") from error
         except OSError as error:
             raise StoreWriteError(
-                f"expected to write runs to {self.path}; received: {error}: choose another folder, or make room"
+                refused(f"to write runs to {self.path}", error, ", or choose another folder")
             ) from error
         self._check(held, json.loads(text))
 
@@ -159,10 +159,8 @@ class RunFolder:
             write_file(self._place(run), held.getbuffer())
             sync_folders([self.path])
         except OSError as error:
-            raise StoreWriteError(
-                f"expected to write run {run} to {self.path}; received: {error}: make room and call again, finished "
-                "runs are kept"
-            ) from error
+            then = " and call again, finished runs are kept"
+            raise StoreWriteError(refused(f"to write run {run} to {self.path}", error, then)) from error
 
     def _place(self, run: int) -> Path:
         return self.path / f"run-{run:05d}.npz"

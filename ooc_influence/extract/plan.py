@@ -328,8 +328,13 @@ def _check_free(path: StorePath) -> None:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"expected a store or nothing at {path}; received something else: choose another path")
     parent = next(folder for folder in path.parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+    if not parent.is_dir():
         raise InputError(f"expected a folder to write to above {path}; received {parent}, which is not one")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(
+            f"expected a folder to write to above {path}; received {parent}, where this user may not write: change its "
+            "permissions, or choose another path"
+        )
 
 
 def _differing(expected: Any, received: Any) -> tuple[str, str]:

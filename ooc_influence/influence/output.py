@@ -17,7 +17,7 @@ import numpy as np
 import zarr
 
 from ooc_influence._version import __version__
-from ooc_influence.errors import MismatchError, StoreExistsError, StoreWriteError
+from ooc_influence.errors import MismatchError, StoreExistsError, StoreWriteError, refused
 from ooc_influence.influence.engine import Floats
 from ooc_influence.store import (
     CHUNK_TARGET,
@@ -208,6 +208,4 @@ def _attributes(path: StorePath) -> dict[str, Any] | None:
 
 def write_error(path: StorePath, error: OSError) -> StoreWriteError:
     """Return what to say where scores cannot be written."""
-    return StoreWriteError(
-        f"expected to write scores to {path}; received: {error}: make room, then run the same call again: it goes on"
-    )
+    return StoreWriteError(refused(f"to write scores to {path}", error, ", then run the same call again: it goes on"))

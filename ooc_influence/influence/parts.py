@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ooc_influence.errors import OocInfluenceError, StoreExistsError, StoreWriteError
+from ooc_influence.errors import OocInfluenceError, StoreExistsError, StoreWriteError, refused
 from ooc_influence.progress import Progress
 from ooc_influence.store import (
     PathLike,
@@ -63,7 +63,7 @@ class Parts:
             if isinstance(error, OocInfluenceError):
                 raise
             raise StoreWriteError(
-                f"expected a folder for partial results at {self._folder}; received: {error}: choose another"
+                refused(f"a folder for partial results at {self._folder}", error, ", or choose another")
             ) from error
 
     def _open(self, folder: StorePath, digest: str) -> None:
@@ -129,7 +129,7 @@ class Parts:
             write_bytes(self._folder / _file(name, stripe), buffer.getvalue())
         except OSError as error:
             raise StoreWriteError(
-                f"expected to keep partial results in {self._folder}; received: {error}: make room, run again"
+                refused(f"to keep partial results in {self._folder}", error, ", then run again")
             ) from error
 
     def remove(self) -> None:

@@ -6,18 +6,20 @@ with ``<`` escaped, so that no text can end the script or start another (nor can
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from ooc_influence._version import __version__
-from ooc_influence.errors import StoreExistsError
+from ooc_influence.errors import OocInfluenceError, StoreExistsError, StoreWriteError, refused
 from ooc_influence.notebook import optional_library
 
 MARK = "ooc-influence-report"  # begins index.html's second line: what may be replaced
@@ -42,26 +44,41 @@ class PageFolder:
     ------
     StoreExistsError
         If something else is there.
+    StoreWriteError
+        If the system refuses, here or while the page is written.
     """
 
     def __init__(self, target: Path) -> None:
         self._target = target.absolute()
-        check_free(self._target)
-        self._target.parent.mkdir(parents=True, exist_ok=True)
-        self.path = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=self._target.parent))
-        (self.path / "data").mkdir()
+        with self._writing():
+            check_free(self._target)
+            self._target.parent.mkdir(parents=True, exist_ok=True)
+            self.path = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=self._target.parent))
+            (self.path / "data").mkdir()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if isinstance(error, OocInfluenceError):
+                raise
+            raise StoreWriteError(refused(f"to write a report to {self._target}", error)) from error
 
     def write_data(self, name: str, value: Any) -> None:
         """Write JSON-ready values as ``data/<name>.js``."""
         text = f"ooc.receive({json.dumps(name)}, {to_script(value)});\n"
-        (self.path / "data" / f"{name}.js").write_text(text, "ascii")
+        with self._writing():
+            (self.path / "data" / f"{name}.js").write_text(text, "ascii")
 
     def write_page(self, title: str, *, live: bool = False) -> None:
         """Write ``index.html`` and what it loads."""
-        (self.path / "assets").mkdir()
-        for name in ("report.css", "icon.svg", *SCRIPTS):
-            (self.path / "assets" / name).write_bytes(asset(name))
-        (self.path / "index.html").write_text(page(title, live=live), "utf-8")
+        text = page(title, live=live)
+        with self._writing():
+            (self.path / "assets").mkdir()
+            for name in ("report.css", "icon.svg", *SCRIPTS):
+                (self.path / "assets" / name).write_bytes(asset(name))
+            (self.path / "index.html").write_text(text, "utf-8")
 
     def __enter__(self) -> Self:
         return self
@@ -72,6 +89,13 @@ class PageFolder:
         if error is not None:
             shutil.rmtree(self.path, ignore_errors=True)
             return
+        try:
+            with self._writing():
+                self._publish()
+        finally:
+            shutil.rmtree(self.path, ignore_errors=True)  # there still where that failed
+
+    def _publish(self) -> None:
         self.path.chmod(0o777 & ~_umask())
         earlier = self.path.with_suffix(".earlier")
         if self._target.exists():

@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
-from ooc_influence.errors import InputError
+from ooc_influence.errors import InputError, refused
 from ooc_influence.notebook import optional_library
 
 Key = int | str
@@ -65,7 +65,10 @@ def open_records(path: Path, split: str | None = None, *, as_extracted: bool = F
 
 
 def _lines(path: Path) -> Any:
-    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")
+    try:
+        return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")
+    except OSError as error:
+        raise InputError(refused(f"to read {path}", error)) from error
 
 
 def _json_lines(path: Path) -> Iterator[Parse]:

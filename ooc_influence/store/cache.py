@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ooc_influence.errors import InputError
+from ooc_influence.errors import InputError, refused
 from ooc_influence.memory import parse_bytes
 from ooc_influence.store import disk
 from ooc_influence.store.layout import Layout
@@ -48,7 +48,7 @@ class ChunkCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(f"expected a folder for cached chunks at {folder}; received: {error}") from error
+            raise InputError(refused(f"a folder for cached chunks at {folder}", error)) from error
 
     def get(self, key: str, rows: int, layout: Layout, read: Callable[[], npt.NDArray[Any]]) -> npt.NDArray[Any]:
         """Return chunk ``key``, (rows, columns): mapped from the cache, or read and put there."""

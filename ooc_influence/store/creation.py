@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ooc_influence._version import __version__
-from ooc_influence.errors import InputError, StoreBusyError, StoreExistsError, StoreWriteError
+from ooc_influence.errors import InputError, StoreBusyError, StoreExistsError, StoreWriteError, refused
 from ooc_influence.store import commits, place
 from ooc_influence.store.arrays import create_array, open_group
 from ooc_influence.store.claim import Claim, claimed_rows, read_claims
@@ -67,9 +67,7 @@ def create_store(
     except OSError as error:
         if isinstance(error, (StoreBusyError, StoreExistsError)):
             raise
-        raise StoreWriteError(
-            f"expected to make a store at {path}; received: {error}: choose another path, or make room"
-        ) from error
+        raise StoreWriteError(refused(f"to make a store at {path}", error, ", or choose another path")) from error
     finally:
         if claim is not None:
             claim.release()

@@ -21,7 +21,7 @@ from zarr.abc.store import ByteRequest
 from zarr.core.buffer import Buffer, BufferPrototype, cpu
 from zarr.storage import LocalStore
 
-from ooc_influence.errors import StoreDamagedError
+from ooc_influence.errors import StoreDamagedError, StoreReadError, refused
 from ooc_influence.store import disk
 from ooc_influence.store.metadata import METADATA, check_document
 
@@ -112,7 +112,10 @@ class LocalArrayStore(LocalStore):
     ) -> Buffer | None:
         """Return the bytes under ``key``: a memory map for a whole chunk, ordinary reads otherwise."""
         if byte_range is not None or not is_chunk(key):
-            return checked(await super().get(key, prototype, byte_range), self.root, key)
+            try:
+                return checked(await super().get(key, prototype, byte_range), self.root, key)
+            except PermissionError as error:
+                raise StoreReadError(refused(f"to read {self.root}/{key}", error)) from error
         if not self._is_open:
             await self._open()
         mapped = self.map_chunk(key)  # in the event loop: mapping reads nothing, a thread would cost more
@@ -131,6 +134,8 @@ class LocalArrayStore(LocalStore):
             if self.chunk_bytes is None or array in self.may_lack:
                 return None
             raise StoreDamagedError(missing_chunk(path)) from None
+        except PermissionError as error:
+            raise StoreReadError(refused(f"to read {path}", error)) from error
         expected = (self.chunk_bytes or {}).get(array)
         if expected is not None and mapped.size != expected:
             raise StoreDamagedError(short_chunk(path, expected, mapped.size))

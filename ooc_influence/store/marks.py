@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ooc_influence.errors import InputError, StoreDamagedError, StoreWriteError
+from ooc_influence.errors import InputError, StoreDamagedError, StoreWriteError, refused
 from ooc_influence.store.arrays import open_group, writable_array
 from ooc_influence.store.layout import MARKS, Layout
 from ooc_influence.store.place import ArrayStore, StorePath, array_store
@@ -80,9 +80,7 @@ def mark_dropped(path: StorePath, layout: Layout, numbers: npt.NDArray[Any]) -> 
         files.sync_folders()
         list_groups(files, set(marked_groups(group)) | set((numbers // layout.group_rows).tolist()))
     except OSError as error:
-        raise StoreWriteError(
-            f"expected to mark rows of {path} as dropped; received: {error}: make room, then run again"
-        ) from error
+        raise StoreWriteError(refused(f"to mark rows of {path} as dropped", error, ", then run again")) from error
     finally:
         claim.release()
 

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from ooc_influence._version import __version__
-from ooc_influence.errors import StoreDamagedError, StoreFormatError, StoreNotFoundError
+from ooc_influence.errors import StoreDamagedError, StoreFormatError, StoreNotFoundError, StoreReadError, refused
 from ooc_influence.store import commits, place
 from ooc_influence.store.arrays import open_group, read_whole
 from ooc_influence.store.layout import ATTRIBUTES, FORMAT_VERSION, READABLE_VERSIONS, Layout
 from ooc_influence.store.metadata import METADATA
-from ooc_influence.store.place import StorePath, array_store
+from ooc_influence.store.place import StorePath, array_store, is_local
 
 _REQUIRED = {"format": int, "layout": dict, "mask_digest": str, "created": dict, "p": int}
 
@@ -31,6 +31,8 @@ def open_store(path: StorePath) -> tuple[dict[str, Any], Layout, Any, dict[str, 
     ------
     StoreNotFoundError
         If there is none.
+    StoreReadError
+        If this user may not read it.
     StoreFormatError
         If it is not a store, of a format this version does not read, or its metadata contradict each other.
     """
@@ -52,6 +54,8 @@ def _check_there(path: StorePath) -> None:
             return
         found = "a folder without one" if place.exists(path) else "no such path"
     except Exception as error:  # whatever an object store's client makes of a bucket, key or permission
+        if is_local(path) and isinstance(error, OSError):
+            raise StoreReadError(refused(f"to read the store at {path}", error)) from error
         raise StoreNotFoundError(
             f"expected a gradient store at {path}; received {type(error).__name__}: {error}: check the URL, the "
             "credentials and the endpoint"

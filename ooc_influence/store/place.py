@@ -10,14 +10,14 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import fsspec  # type: ignore[import-untyped]
 from upath import UPath
 
-from ooc_influence.errors import InputError, MissingExtraError
+from ooc_influence.errors import InputError, MissingExtraError, StoreReadError, refused
 from ooc_influence.store import disk
 from ooc_influence.store.local import LocalArrayStore
 from ooc_influence.store.metadata import METADATA
@@ -85,21 +85,35 @@ def _system(path: UPath) -> fsspec.AbstractFileSystem:
     return path.fs
 
 
+@contextlib.contextmanager
+def _looking(path: StorePath) -> Iterator[None]:
+    """Say in one line that this user may not read what is on a disk; an object store's client has its own errors."""
+    try:
+        yield
+    except PermissionError as error:
+        if not is_local(path):
+            raise
+        raise StoreReadError(refused(f"to read {path}", error)) from error
+
+
 def is_file(path: StorePath) -> bool:
     """Return whether a file is there."""
-    return path.is_file() if isinstance(path, Path) else bool(_system(path).isfile(path.path))
+    with _looking(path):
+        return path.is_file() if isinstance(path, Path) else bool(_system(path).isfile(path.path))
 
 
 def exists(path: StorePath) -> bool:
     """Return whether a file or folder is there."""
-    return path.exists() if isinstance(path, Path) else bool(_system(path).exists(path.path))
+    with _looking(path):
+        return path.exists() if isinstance(path, Path) else bool(_system(path).exists(path.path))
 
 
 def names(folder: StorePath) -> list[str]:
     """Return the names directly in a folder, sorted; none where there is no folder."""
     try:
         if isinstance(folder, Path):
-            return sorted(os.listdir(folder))  # noqa: PTH208
+            with _looking(folder):
+                return sorted(os.listdir(folder))  # noqa: PTH208
         found = _system(folder).ls(folder.path, detail=False)
     except (FileNotFoundError, NotADirectoryError):
         return []
@@ -110,7 +124,8 @@ def names(folder: StorePath) -> list[str]:
 def read_bytes(path: StorePath) -> bytes | None:
     """Return a file's content; None where there is none."""
     try:
-        return path.read_bytes() if isinstance(path, Path) else bytes(_system(path).cat_file(path.path))
+        with _looking(path):
+            return path.read_bytes() if isinstance(path, Path) else bytes(_system(path).cat_file(path.path))
     except FileNotFoundError:
         return None
 

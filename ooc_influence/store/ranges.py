@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ooc_influence.errors import InputError, StoreBusyError, StoreWriteError
+from ooc_influence.errors import InputError, StoreBusyError, StoreWriteError, refused
 from ooc_influence.store import disk
 from ooc_influence.store.claim import Claim, claim_name
 from ooc_influence.store.layout import Layout
@@ -43,9 +43,7 @@ def make_claim(path: StorePath, start: int = 0, stop: int | None = None, *, name
     except StoreBusyError:
         raise
     except OSError as error:
-        raise StoreWriteError(
-            f"expected to write to {path}; received: {error}: make it writable, or choose another path"
-        ) from error
+        raise StoreWriteError(refused(f"to write to {path}", error, ", or choose another path")) from error
 
 
 def clear_range(path: StorePath, layout: Layout, start: int, stop: int | None) -> None:

@@ -7,7 +7,6 @@ was not committed is then lost to this run and written again by the next.
 
 from __future__ import annotations
 
-import errno
 import os
 import threading
 import time
@@ -19,14 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from ooc_influence.errors import InputError, OocInfluenceError, StoreDamagedError, StoreWriteError
+from ooc_influence.errors import InputError, OocInfluenceError, StoreDamagedError, StoreWriteError, refused
 from ooc_influence.store import commits
 from ooc_influence.store.committer import AT_ONCE, Committer, Slot
 from ooc_influence.store.encoding import FloatRows, RawRows
 from ooc_influence.store.layout import Layout
 from ooc_influence.store.place import StorePath, is_local
 
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 BUFFERS = 3  # chunks in memory: one being filled, one being written, one to hand over meanwhile
 _TEXT_BYTES = 128  # of a string in memory, about
 
@@ -279,10 +277,7 @@ class RangeWriter:
             )
         self._error_raised = True
         if isinstance(error, OSError) and not isinstance(error, OocInfluenceError):
-            reason = "no space left" if error.errno in _DISK_FULL else str(error)
             held = int(commits.rows_in(self._committer.records).sum())
-            raise StoreWriteError(
-                f"expected to write to {where}; received: {reason}: make room or mend the disk and run again; the "
-                f"{held} rows committed stay readable"
-            ) from error
+            then = f" and run again; the {held} rows committed stay readable"
+            raise StoreWriteError(refused(f"to write to {where}", error, then)) from error
         raise error

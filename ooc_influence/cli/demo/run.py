@@ -15,7 +15,7 @@ from torch import nn
 from ooc_influence.cli.demo.digits import TRAIN, Digits, load_digits, load_model, make_recipe
 from ooc_influence.compress import Dropout
 from ooc_influence.curvature import fit_fisher
-from ooc_influence.errors import InputError
+from ooc_influence.errors import InputError, refused
 from ooc_influence.evaluate import auc, recall_at
 from ooc_influence.extract import extract_gradients
 from ooc_influence.influence import Ranking, self_influence, top_influential
@@ -59,7 +59,7 @@ def run_demo(out: str, *, rows: int | None, k: int, memory: str, progress: bool,
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"expected a folder to write to at {out}; received: {error}: choose another --out") from error
+        raise InputError(refused(f"a folder to write to at {out}", error, ", or choose another --out")) from error
     began = time.perf_counter()
     with PeakMemory() as watch:
         digits = load_digits()
