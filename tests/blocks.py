@@ -10,7 +10,8 @@ A mark is an HTML comment on the line before a block:
 ``<!-- output -->``     nobody types it: output, a drawing
 ======================  ===============================================================================================
 
-``<!-- setup: ... -->`` anywhere on a page names what its folder holds at first (:mod:`test_docs`).
+``<!-- setup: ... -->`` anywhere on a page says which folder it starts from. At first it holds those of its files that
+the visible line "Starts from ..." names (:mod:`test_docs`).
 """
 
 from __future__ import annotations

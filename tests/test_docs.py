@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -18,20 +19,14 @@ TEXT = {str(page.relative_to(ROOT)): page.read_text() for page in PAGES}
 BLOCKS = {name: read_blocks(name, text) for name, text in TEXT.items()}
 ALL = [block for blocks in BLOCKS.values() for block in blocks]
 PRINTED = {"README.md": r"proponents \[[ \d]+\] opponents \[[ \d]+\]"}  # beside the exit code
-DOCUMENTS = """
-import json, sys
-sys.path.insert(0, {tests!r})
-from test_hf import documents, make_model
-make_model("my-model")
-with open("corpus.jsonl", "w") as corpus, open("questions.jsonl", "w") as questions:
-    for number, document in enumerate(documents(40)):
-        words = document["text"].split()
-        line = {{"name": f"doc{{number}}", "text": document["text"], "source": document["source"]}}
-        print(json.dumps(line), file=corpus)
-        if number < 3:
-            line = {{"question": "w1 " + " ".join(words[:5]), "answer": "w2 " + " ".join(words[5:9])}}
-            print(json.dumps(line), file=questions)
-"""
+START, TRACE = "docs/index.md", "docs/howto/trace.md"  # what other pages start from, made by their blocks
+DOCUMENTS = ["my-model", "corpus.jsonl", "questions.jsonl"]
+HOLDS = {
+    "start": (START, ["my.py", "train.zarr", "test.zarr", "train-images.npy", "test-images.npy"]),
+    "documents": (TRACE, DOCUMENTS),
+    "corpus": (TRACE, [*DOCUMENTS, "corpus.zarr", "answers.zarr"]),
+    "s3": (None, []),
+}
 
 
 def pages_with(*kinds: str) -> list[str]:
@@ -49,28 +44,12 @@ def warm():
 
 @pytest.fixture(scope="module")
 def kit(warm, tmp_path_factory):
-    """What pages may begin with, made once, by name."""
-    folder = tmp_path_factory.mktemp("kit")
-    (folder / "my.py").write_text(
-        "from ooc_influence.cli.demo.digits import recipe  # the demo's: your own goes here\n"
-    )
-    (folder / "documents.py").write_text(DOCUMENTS.format(tests=str(ROOT / "tests")))
-    extract = "ooc-influence extract --recipe my.py:recipe --split"
-    check(warm.run(["bash", "-ec", f"""
-        {extract} train --store train.zarr --k 1024
-        {extract} test --store test.zarr --like train.zarr
-        ooc-influence fisher train.zarr
-        python documents.py
-        ooc-influence extract --model my-model --data corpus.jsonl --store corpus.zarr --id name --keep source
-        ooc-influence extract --model my-model --data questions.jsonl --store questions.zarr --like corpus.zarr \\
-            --prompt question --completion answer
-        ooc-influence fisher corpus.zarr
-    """], folder))  # fmt: skip
-    recipe = ["my.py", "demo-output"]
-    stores = [*recipe, "train.zarr", "test.zarr"]
-    documents = ["my-model", "corpus.jsonl", "questions.jsonl"]
-    corpus = [*documents, "corpus.zarr", "questions.zarr"]
-    return folder, {"recipe": recipe, "stores": stores, "documents": documents, "corpus": corpus}
+    """The folders that the pages others start from leave, and what they printed, by page."""
+    made = {}
+    for name in (START, TRACE):
+        folder = tmp_path_factory.mktemp("kit")
+        made[name] = folder, run_blocks(name, {"run"}, warm, folder)
+    return made
 
 
 def check(done: subprocess.CompletedProcess[str], where: str = "set-up") -> str:
@@ -78,28 +57,57 @@ def check(done: subprocess.CompletedProcess[str], where: str = "set-up") -> str:
     return done.stdout
 
 
+def starts_from(text: str) -> str:
+    """The line of a page that tells its reader what it starts from."""
+    return next(line for line in text.splitlines() if "Starts from" in line and not line.startswith("<!--"))
+
+
 def run_page(name: str, kinds: set[str], warm: Warm, kit, tmp_path: Path, **variables: str) -> str:
-    source, holds = kit
-    for setup in setups(TEXT[name]):
-        for item in holds[setup]:
-            copy = shutil.copytree if (source / item).is_dir() else shutil.copy
-            copy(source / item, tmp_path / item)
+    said = starts_from(TEXT[name]) if setups(TEXT[name]) else ""
+    for page, items in (HOLDS[setup] for setup in setups(TEXT[name])):
+        for item in (item for item in items if f"`{item}`" in said):  # what a reader is not told of is not there
+            source = kit[page][0] / item
+            (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / item)
+    return run_blocks(name, kinds, warm, tmp_path, **variables)
+
+
+def run_blocks(name: str, kinds: set[str], warm: Warm, folder: Path, **variables: str) -> str:
     printed = []
     for block in BLOCKS[name]:
         if block.kind not in kinds:
             continue
-        script = tmp_path / f"block-{block.line}.{'sh' if block.language == 'bash' else 'py'}"
+        script = folder / f"block-{block.line}.{'sh' if block.language == 'bash' else 'py'}"
         script.write_text(block.text)
         command = ["bash", "-e", script.name] if block.language == "bash" else ["python", script.name]
-        command[0] = str(warm.folder / "python") if command[0] == "python" else command[0]
-        printed.append(check(warm.run(command, tmp_path, **variables), f"{name}:{block.line}"))
+        if block.language == "python":  # a slow one may spawn processes, which a forked one cannot
+            command[0] = sys.executable if block.kind == "run slow" else str(warm.folder / "python")
+        printed.append(check(warm.run(command, folder, **variables), f"{name}:{block.line}"))
     return "".join(printed)
 
 
 @pytest.mark.parametrize("name", [name for name in pages_with("run") if "s3" not in setups(TEXT[name])])
 def test_the_blocks_of_a_page_run(name, warm, kit, tmp_path):
-    printed = run_page(name, {"run"}, warm, kit, tmp_path)
+    printed = kit[name][1] if name in kit else run_page(name, {"run"}, warm, kit, tmp_path)
     assert re.search(PRINTED.get(name, ""), printed)
+
+
+@pytest.fixture
+def endpoint():
+    """An S3 service of this process with a bucket, as environment variables."""
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    url = "http://{}:{}".format(*server.get_host_and_port())
+    secrets = dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), "test")
+    variables = {"AWS_ENDPOINT_URL": url, "AWS_DEFAULT_REGION": "us-east-1", **secrets}
+    urllib.request.urlopen(urllib.request.Request(f"{url}/bucket", method="PUT")).close()
+    yield variables
+    server.stop()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", pages_with("run slow"))
+def test_the_slow_blocks_of_a_page_run(name, warm, kit, tmp_path, endpoint):
+    run_page(name, {"run", "run slow"}, warm, kit, tmp_path, **endpoint)
 
 
 @pytest.mark.parametrize("block", [b for b in ALL if b.kind != "output"], ids=lambda b: f"{b.page}:{b.line}")
@@ -135,6 +143,13 @@ def test_the_installed_command_runs(tmp_path):
     done = subprocess.run([command, "--version"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0
     assert ooc_influence.__version__ in done.stdout
+
+
+@pytest.mark.parametrize("name", [name for name in TEXT if setups(TEXT[name])])
+def test_a_page_says_what_it_starts_from(name):
+    pages = [Path(HOLDS[setup][0]).name for setup in setups(TEXT[name]) if HOLDS[setup][0] is not None]
+    assert pages
+    assert all(f"{page})" in starts_from(TEXT[name]) for page in pages)
 
 
 @pytest.mark.parametrize("name", TEXT)
