@@ -106,14 +106,14 @@
 
   ooc.views.set("store", { name: "Store", open(main) {
     const { facts, layers, curvatures, settings, queries, version, written } = ooc.index;
-    const skip = new Set(["store", "writers", "created", "missing", "bytes"]);
+    const skip = new Set(["store", "writers", "created", "origin", "missing", "bytes"]);
     const lines = Object.entries(facts).filter(([name]) => !skip.has(name)).map(([name, value]) => [name.replaceAll("_", " "), plain(value)]);
     const table = (caption, header, rows) => el("div", { class: "scroll" }, el("table", {}, el("caption", { text: caption }),
       el("thead", {}, el("tr", {}, header.map((text) => el("th", { scope: "col", text })))),
       el("tbody", {}, rows.map((row) => el("tr", {}, row.map((value) => el("td", { text: plain(value) })))))));
     main.replaceChildren(page("Store",
       el("section", {}, el("h3", { text: "What is in it" }), terms([["path", facts.store], ...lines])),
-      el("section", {}, el("h3", { text: "How it was made" }), terms(Object.entries({ ...facts.origin, ...facts.created }).map(([name, value]) => [name, plain(value)]))),
+      el("section", {}, el("h3", { text: "How it was made" }), terms(Object.entries({ ...facts.origin, ...facts.created }).map(([name, value]) => [name.replaceAll("_", " "), plain(value)]))),
       el("section", {}, el("h3", { text: "Layers" }), layers.length
         ? table("Layers whose gradients are sampled", Object.keys(layers[0]), layers.map((row) => Object.values(row))) : null),
       el("section", {}, el("h3", { text: "Curvatures" }), terms(Object.entries(curvatures))),
