@@ -150,6 +150,25 @@ def test_every_token_is_a_target_once(tmp_path, length):
     assert found.without_target == sum(len(text.split()) == 1 for text in texts())
 
 
+@pytest.mark.parametrize(
+    ("kind", "text", "more", "said"),
+    [
+        ("gpt2", "w1", 1, ["1 document without a target token is left out"]),
+        ("gpt2", "w1", 2, ["2 documents without a target token are left out"]),
+        ("bert", "w5 " * 40, 1, ["1 text is cut to 16 tokens"]),
+        ("bert", "w5 " * 40, 2, ["2 texts are cut to 16 tokens"]),
+        ("bert", "w5", 1, []),
+    ],
+)
+def test_what_is_left_out_or_cut_is_said_where_there_is_some(tmp_path, caplog, kind, text, more, said):
+    from ooc_influence.hf.extraction import open_job
+
+    rows = [{"text": own, "y": 1} for own in ["w1 w2"] + [text] * more]
+    fields = {"text": "text"} | ({"label": "y"} if kind == "bert" else {})
+    open_job(make_model(tmp_path / "m", kind), write(tmp_path / "d.jsonl", rows), **fields)
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("ooc")] == said
+
+
 def test_only_the_completion_is_a_target(tmp_path):
     rows = [{"q": "w1 w2 w3", "a": "w4 w5"}, {"q": "w1", "a": ""}, {"q": "", "a": "w7"}]
     found = samples(tmp_path, hf.Fields(prompt="q", completion="a"), rows)

@@ -55,7 +55,7 @@ def address(report):
 def test_a_query_shows_its_lists(page, plain):
     query, train, report = plain
     page.open(address(report))
-    assert page.driver.title == "Plain – influence"
+    assert page.driver.title == "Queries – Plain – influence"
     assert page.texts("#pages a") == ["Queries", "Label errors", "Spectrum", "Distributions", "Groups", "Store"]
     found = ooc.top_influential(query, train, top=6)
     page.wait("return document.querySelectorAll('.card').length === 12")
@@ -163,7 +163,9 @@ def test_the_other_pages(page, plain):
     page.run(f"{slider} node.dispatchEvent(new Event('input'))")
     assert page.text("#dimension").startswith("damping 100")
     assert page.text("#dimension") != before
+    assert page.driver.title == "Spectrum – Plain – influence"
     page.go("distributions")
+    assert page.driver.title == "Distributions – Plain – influence"
     assert page.count("svg.plot .bar") > 40
     page.find("details summary").click()
     assert page.count("details[open] td") > 40
@@ -313,7 +315,7 @@ def test_hostile_text_stays_text(page, hostile):
     assert [own.row for own in found] == list(range(60))
     assert {own.action for own in found} == {"drop"}
     assert page.run("return window.hacked ?? null") is None
-    assert page.run("return document.title") == f"{HOSTILE[1]} – influence"
+    assert page.run("return document.title") == f"Label errors – {HOSTILE[1]} – influence"
     assert all(request.startswith(("file://", "blob:")) for request in page.requests())
     assert page.logs() == []
 
@@ -419,6 +421,21 @@ def test_lists_end_where_scores_change_sign(page, tmp_path):
             assert page.run(names, f".{side} .card") == [side.capitalize()[:-1]] * count
             assert page.text(f".{side} p") == word
         assert page.texts(".line-of-list .best")[number] == best
+
+
+@pytest.mark.filterwarnings("ignore::ooc_influence.OocInfluenceWarning")
+def test_one_of_a_thing_is_not_several(page, tmp_path):
+    train = make_store(tmp_path / "t.zarr", random_rows(1, 4), labels=["a"], sources=["s"])
+    query = make_store(tmp_path / "q.zarr", random_rows(1, 4, 1), labels=["a"], sources=["s"], like=train)
+    report = write_report(train, tmp_path / "r", query, title="One")
+    page.open(address(report))
+    assert page.text("#subtitle").startswith("1 training row · 1 query · λ = ")
+    for view in ("queries", "labels", "spectrum", "distributions", "groups", "store"):
+        page.go(view)
+        page.wait("return !document.querySelector('.pane') || document.querySelector('.card')")
+        titles = "return [...document.querySelectorAll('svg title')].map((own) => own.textContent).join('\\n')"
+        text = page.text("main") + page.run(titles)
+        assert re.findall(r"(?<![\d.,] )(?<![\d.,])\b1 (?!is\b)[a-z]+s\b", text) == []
 
 
 def texts_asked(page):

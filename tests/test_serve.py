@@ -239,7 +239,7 @@ def test_jobs_run_in_order_stop_and_end():
     assert began.wait(20)
     state = jobs.state(slow["job"])
     assert (state["state"], state["stage"], state["done"], state["total"]) == ("running", "scores", 40, 100)
-    assert jobs.state(quick["job"])["state"] == "waiting"
+    assert (jobs.state(quick["job"])["state"], jobs.state(quick["job"])["ahead"], state["ahead"]) == ("waiting", 1, 0)
     jobs.stop()
     release.set()
     end = time.monotonic() + 20
@@ -283,6 +283,20 @@ def test_the_page_asks(page, server):
     own = f"http://127.0.0.1:{server.server_port}/{server.token}/"
     assert all(address.startswith((own, "about:blank", "blob:")) for address in page.requests())
     assert page.logs() == []
+
+
+def test_a_page_waits_for_a_query_only_where_there_is_one(page, server):
+    page.open(server.url)
+    page.go("ask")
+    page.run(
+        "window.ahead = 0; const job = () => ({ job: 'x', state: 'waiting', stage: '', done: 0, total: null, ahead });"
+        "window.fetch = async () => ({ ok: true, json: async () => job() });"
+    )
+    page.find("#ask-text").send_keys(typed(80))
+    page.find("button.main").click()
+    for ahead, said in ((0, "starting…"), (1, "waiting for 1 query before"), (3, "waiting for 3 queries before")):
+        page.run("window.ahead = arguments[0]", ahead)
+        page.wait("return document.querySelector('form p').innerText.startsWith(arguments[0])", said)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -31,13 +31,16 @@ def score(query: str, train: str, out: str, as_json: bool, **given: Any) -> None
 
 
 def _print_scores(scores: Any, out: str, as_json: bool) -> None:
+    from ooc_influence.report import counted
+
     sizes = dict(zip(scores.attrs["dims"], scores.shape, strict=True))
     facts = {"scores": out, "queries": sizes["query"], "rows": sizes["train"], "damping": scores.attrs["damping"]}
     facts |= {"normalize": scores.attrs["normalize"], "outside_share": scores.attrs["outside_share"]}
     facts |= {"modules": scores.attrs["modules"]} if "module" in sizes else {}
     more = "".join(f"{sizes[name]} {label} x " for name, label in (("damping", "dampings"), ("module", "modules"))
                    if name in sizes)  # fmt: skip
-    options.print_result(as_json, facts, lambda: f"{out}: {more}{sizes['query']} queries x {sizes['train']} rows")
+    size = f"{counted(sizes['query'], 'query', 'queries')} x {counted(sizes['train'], 'row')}"
+    options.print_result(as_json, facts, lambda: f"{out}: {more}{size}")
 
 
 @click.command()
@@ -70,7 +73,7 @@ def _lists(asked: int, found: Any) -> str:
         sides = found.of_query(number)
         pairs = zip_longest(*([own[1:] for own in side] for side in sides.values()), fillvalue=("", ""))
         lines = [table(("proponent", "score", "opponent", "score"), [left + right for left, right in pairs])]
-        short = [_counted(len(own), side) for side, own in sides.items() if len(own) < asked]
+        short = [_found(len(own), side) for side, own in sides.items() if len(own) < asked]
         if short:
             lines.append(f"{', '.join(short)}: no other row has a score of that sign")
         outside = found.outside_share[number]
@@ -79,8 +82,10 @@ def _lists(asked: int, found: Any) -> str:
     return "\n\n".join(parts)
 
 
-def _counted(count: int, side: str) -> str:
-    return f"only {count} {side if count > 1 else side[:-1]}" if count else f"no {side}"
+def _found(count: int, side: str) -> str:
+    from ooc_influence.report import counted
+
+    return f"only {counted(count, side[:-1])}" if count else f"no {side}"
 
 
 @click.command("self-influence")

@@ -42,6 +42,7 @@ def info(store: str, as_json: bool) -> None:
 def verify(store: str, repair: bool, workers: int | None, memory: str | None, as_json: bool) -> int:
     """Check every committed chunk of STORE. Exit code 1 and a list of bad rows where something is wrong."""
     from ooc_influence import GradientStore
+    from ooc_influence.report import counted
 
     opened = GradientStore.open(store, "a" if repair else "r", damaged=True)
     checked = opened.committed
@@ -50,7 +51,7 @@ def verify(store: str, repair: bool, workers: int | None, memory: str | None, as
 
     def text() -> str:
         if not found:
-            return f"{store}: {checked} committed rows, nothing wrong"
+            return f"{store}: {counted(checked, 'committed row')}, nothing wrong"
         lines = [
             f"rows {part.start}-{part.stop}: {part.reason}" if part.start is not None else part.reason for part in found
         ]

@@ -96,10 +96,12 @@ def prepare(
     samples = Samples(
         source, found.tokenizer, fields, max_length or longest, labels=names, numbers=numbers, progress=progress
     )
-    if samples.without_target:
-        logger.warning("documents without a target token are left out: %d", samples.without_target)
-    if samples.truncated:
-        logger.warning("texts cut to %d tokens: %d", max_length or longest, samples.truncated)
+    lacking, cut = samples.without_target, samples.truncated
+    if lacking:
+        noun = "document without a target token is" if lacking == 1 else "documents without a target token are"
+        logger.warning("%d %s left out", lacking, noun)
+    if cut:
+        logger.warning("%d %s cut to %d tokens", cut, "text is" if cut == 1 else "texts are", max_length or longest)
     collate = Collator(_pad(found.tokenizer), sign_seed if output == "curvature" else None)
     if found.task == "classification" and getattr(found.model.config, "pad_token_id", None) is None:
         found.model.config.pad_token_id = _pad(found.tokenizer)  # where the last token is looked for

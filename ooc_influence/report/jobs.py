@@ -7,6 +7,7 @@ import threading
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from itertools import takewhile
 from typing import Any
 
 from ooc_influence.errors import InputError, OocInfluenceError
@@ -54,13 +55,16 @@ class Jobs:
             with self._lock:
                 self._states.pop(name, None)
             raise InputError(f"expected fewer than {_WAITING} queries waiting; received one more: wait") from error
-        return dict(state)
+        return self.state(name) or state
 
     def state(self, name: str) -> dict[str, Any] | None:
-        """Return what is known of a job; None if nothing is (any more)."""
+        """Return what is known of a job, with how many are ``ahead`` of it; None if nothing is known (any more)."""
         with self._lock:
-            found = self._states.get(name)
-            return None if found is None else dict(found)
+            if name not in self._states:
+                return None
+            earlier = takewhile(lambda own: own["job"] != name, self._states.values())
+            ahead = sum(own["state"] in ("waiting", "running") for own in earlier)
+            return self._states[name] | {"ahead": ahead}
 
     def stop(self) -> None:
         """Stop the job that runs, at its next block of rows."""

@@ -31,6 +31,7 @@ from ooc_influence.report.folder import PageFolder, check_free
 from ooc_influence.report.images import ImageFolder
 from ooc_influence.report.listing import LISTED_A_FILE, QueryList
 from ooc_influence.report.numbers import heat_map, histogram, spectrum_points
+from ooc_influence.report.terminal import counted
 from ooc_influence.store import GradientStore, PathLike
 
 QUERIES_A_FILE = 20
@@ -251,7 +252,7 @@ def write_pages(
         unreadable = sum(pictures.unreadable for pictures in albums)
     if unreadable:
         warnings.warn(
-            f"{unreadable} images could not be read, or are not below the folder of the data: they are not shown",
+            f"not shown: {counted(unreadable, 'image')} that cannot be read, or not below the folder of the data",
             OocInfluenceWarning,
             stacklevel=3,
         )

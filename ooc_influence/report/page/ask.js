@@ -41,8 +41,9 @@
       if (last) result.replaceChildren(ooc.cards.detail(last.query, last.examples, el("h2", {}, el("span", { class: "quiet", text: "Query " }), "as typed")));
     };
     const tell = (job) => {
-      const of = job.total ? ` ${job.done.toLocaleString("en")} of ${job.total.toLocaleString("en")} rows` : "";
-      told.textContent = job.state === "waiting" ? "waiting for the query before" : `${job.stage}${of}`;
+      const of = job.total ? ` ${job.done.toLocaleString("en")} of ${ooc.count(job.total, "row")}` : "";
+      const waiting = job.ahead ? `waiting for ${ooc.count(job.ahead, "query", "queries")} before this one` : "starting…";
+      told.textContent = job.state === "waiting" ? waiting : `${job.stage}${of}`;
       if (job.total) {
         bar.max = job.total;
         bar.value = job.done;
@@ -69,7 +70,7 @@
       stop.disabled = bar.hidden = true;
     } } }, fields.map((name) => el("label", { class: "field" }, el("span", { text: NAMES[name] }), inputs[name])), el("div", { class: "row" }, button, stop, bar), told);
     main.replaceChildren(el("div", { class: "page ask" }, el("h2", { text: "Ask" }),
-      el("p", { class: "lead", text: `Its gradient is taken by ${model} and scored against the ${ooc.number(ooc.index.rows)} rows of the store.` }),
+      el("p", { class: "lead", text: `Its gradient is taken by ${model} and scored against ${ooc.index.rows === 1 ? "the row" : `the ${ooc.count(ooc.index.rows, "row")}`} of the store.` }),
       el("datalist", { id: "known-labels" }, ooc.index.labels.map((value) => el("option", { value }))), form, result));
     show();
     inputs[fields[0]].focus();

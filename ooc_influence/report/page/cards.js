@@ -14,7 +14,7 @@ ooc.cards = (() => {
       return body;
     }
     const short = `${example.text.slice(0, limit).trimEnd()}…`;
-    const whole = example.cut ? `${example.text}…\n(${number(example.cut)} more characters in the corpus)` : example.text;
+    const whole = example.cut ? `${example.text}…\n(${ooc.count(example.cut, "more character")} in the corpus)` : example.text;
     body.textContent = short;
     const button = el("button", { type: "button", class: "more", "aria-expanded": "false", text: "Show all", on: {
       click: () => {

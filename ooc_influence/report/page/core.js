@@ -80,7 +80,8 @@ const ooc = (() => {
   }
 
   const signed = (value) => (value > 0 ? "+" : "") + number(value);
-  const count = (value, noun, many = `${noun}s`) => `${number(value)} ${value === 1 ? noun : many}`;
+  const count = (value, noun, many = `${noun}s`) =>
+    `${Number.isInteger(value) ? value.toLocaleString("en") : number(value)} ${value === 1 ? noun : many}`;
   const say = (text) => { document.getElementById("status").textContent = text; };
 
   // A choice among named values, with its label.

@@ -105,7 +105,7 @@ ooc.draw = (() => {
       const left = at(edges[number_]), right = at(edges[number_ + 1]);
       node.append(svg("rect", { x: left + 0.5, width: Math.max(0.5, right - left - 1), y: up(count), class: "bar",
         height: H - BOTTOM - up(count) },
-      svg("title", { text: `${number(edges[number_])} to ${number(edges[number_ + 1])}: ${count} rows` })));
+      svg("title", { text: `${number(edges[number_])} to ${number(edges[number_ + 1])}: ${ooc.count(count, "row")}` })));
     });
     return node;
   }

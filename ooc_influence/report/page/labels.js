@@ -58,7 +58,7 @@ ooc.views.set("labels", (() => {
     state.page = Math.min(state.page, pages - 1);
     const part = rows.slice(state.page * PAGE, (state.page + 1) * PAGE);
     body.replaceChildren(...part.map(line));
-    count.textContent = `${number(rows.length)} of ${number(all.length)} suspects among ${number(ooc.index.rows)} rows`;
+    count.textContent = `${number(rows.length)} of ${ooc.count(all.length, "suspect")} among ${ooc.count(ooc.index.rows, "row")}`;
     const go = (text, page, enabled) => el("button", { type: "button", text, disabled: !enabled, on: { click: () => {
       state.page = page;
       draw();

@@ -2,7 +2,7 @@
 "use strict";
 
 (() => {
-  const { el, number, signed } = ooc;
+  const { el, number, signed, count } = ooc;
 
   const page = (title, ...children) => el("div", { class: "page" }, el("h2", { text: title }), children);
   const figure = (title, plot, ...more) => el("figure", {}, el("figcaption", { text: title }), plot, more);
@@ -36,8 +36,8 @@
       (Math.abs(Math.log(point[1] / own.lambda)) < Math.abs(Math.log(own.curve[best][1] / own.lambda)) ? at : best), 0);
     slider.value = nearest;
     main.replaceChildren(page("Spectrum",
-      el("p", { class: "lead", text: `The curvature F of ${number(own.facts.rows)} rows, ${number(own.d)} numbers each: ${number(own.positive)} eigenvalues above rounding. `
-        + `The scores were computed with λ = ${number(own.lambda)}, which leaves d(λ) = Σ e/(e + λ) = ${number(own.dimension)} directions.` }),
+      el("p", { class: "lead", text: `The curvature F of ${count(own.facts.rows, "row")}, ${count(own.d, "number")} each: ${count(own.positive, "eigenvalue")} above rounding. `
+        + `The scores were computed with λ = ${number(own.lambda)}, which leaves d(λ) = Σ e/(e + λ) = ${count(own.dimension, "direction")}.` }),
       el("div", { class: "figures" },
         figure("Eigenvalues", values.node, ooc.draw.numbers("Eigenvalues", ["number", "eigenvalue"], points)),
         figure("Effective dimension d(λ)", dimensions.node,
@@ -55,7 +55,7 @@
         const title = own.name[0].toUpperCase() + own.name.slice(1);
         const q = own.quantiles;
         const summary = q.length ? `median ${number(q[2])}, 5 % below ${number(q[1])}, 5 % above ${number(q[3])}, largest ${number(q[4])}` : "no values";
-        const left = [own.zeros ? `${number(own.zeros)} are zero` : "", own.missing ? `${number(own.missing)} dropped or missing` : ""].filter(Boolean);
+        const left = [own.zeros ? `${number(own.zeros)} ${own.zeros === 1 ? "is" : "are"} zero` : "", own.missing ? `${number(own.missing)} dropped or missing` : ""].filter(Boolean);
         return figure(title, ooc.draw.bars(`Histogram of ${own.name}: ${summary}`, own),
           el("p", { class: "quiet", text: [summary, ...left].join("; ") + (own.log ? "; logarithmic axis" : "") }),
           ooc.draw.numbers(title, ["from", "to", "rows"], own.counts.map((count, at) => [own.edges[at], own.edges[at + 1], count])));
@@ -76,9 +76,9 @@
     return [ooc.cards.legend(largest), el("div", { class: "scroll" }, el("table", { class: "heat" },
       el("caption", { text: `${shown.what === "sum" ? "Sum" : "Mean"} of scores of training rows by ${own.by}, ${own.queries_by ? "mean over" : "for"} ${side}` }),
       el("thead", {}, el("tr", {}, el("th", { scope: "col", text: "query ╲ training" }),
-        own.groups.map((name, at) => el("th", { scope: "col", title: `${number(own.counts[at])} rows`, text: name })))),
+        own.groups.map((name, at) => el("th", { scope: "col", title: count(own.counts[at], "row"), text: name })))),
       el("tbody", {}, own.sums.map((line, at) => el("tr", {}, el("th", { scope: "row", text: own.queries[at] }), cells(line)))))),
-    own.left_out ? el("p", { class: "quiet", text: `${number(own.left_out)} further lines are in the pages of the queries.` }) : null];
+    own.left_out ? el("p", { class: "quiet", text: `${count(own.left_out, "further line")} ${own.left_out === 1 ? "is" : "are"} in the pages of the queries.` }) : null];
   }
 
   ooc.views.set("groups", { name: "Groups", open(main) {
@@ -117,7 +117,7 @@
       el("section", {}, el("h3", { text: "Layers" }), layers.length
         ? table("Layers whose gradients are sampled", Object.keys(layers[0]), layers.map((row) => Object.values(row))) : null),
       el("section", {}, el("h3", { text: "Curvatures" }), terms(Object.entries(curvatures))),
-      el("section", {}, el("h3", { text: "This report" }), terms([["queries", queries ? `${number(queries.count)} rows of ${queries.store}` : "none"],
+      el("section", {}, el("h3", { text: "This report" }), terms([["queries", queries ? `${count(queries.count, "row")} of ${queries.store}` : "none"],
         ["curvature", settings.curvature || "none: plain dot products"], ["λ", settings.lambda === null ? null : number(settings.lambda, 5)],
         ["normalised", settings.normalize], ["proponents and opponents", String(settings.top)],
         ["median share of a query outside the training spectrum", ooc.index.outside === null ? null : `${(100 * ooc.index.outside).toFixed(1)} %`],

@@ -59,7 +59,7 @@ ooc.views.set("queries", (() => {
       && (!state.label || line.label === state.label) && (!state.source || line.source === state.source));
     if (state.order !== "number") shown.sort(ORDERS[state.order][1]);
     inner.style.height = `${shown.length * ROW}px`;
-    const found = shown.length === all.length ? `${number(all.length)} queries` : `${number(shown.length)} of ${number(all.length)} queries`;
+    const found = (shown.length === all.length ? "" : `${number(shown.length)} of `) + ooc.count(all.length, "query", "queries");
     const still = !words || texts === "read" ? "" : texts === "reading" ? ", searching…" : `, in the beginnings of texts alone: ${texts}`;
     count.textContent = found + still;
     list.scrollTop = Math.max(0, shown.findIndex((line) => line.number === chosen) * ROW - 2 * ROW);

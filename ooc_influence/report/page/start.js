@@ -11,6 +11,7 @@
     if (location.hash && !location.hash.startsWith("#/")) return; // a place within the page
     const [, name = "", rest = ""] = location.hash.split("/");
     const chosen = names().includes(name) ? name : ooc.index.queries ? "queries" : names()[0] === "ask" ? "ask" : "labels";
+    document.title = `${ooc.views.get(chosen).name} – ${ooc.index.title} – influence`;
     for (const link of document.querySelectorAll("#pages a")) {
       if (link.dataset.name === chosen) link.setAttribute("aria-current", "page");
       else link.removeAttribute("aria-current");
@@ -41,7 +42,7 @@
   }
   if (ooc.index.ask) ooc.views.set("ask", ooc.ask);
   const { queries, rows, settings } = ooc.index;
-  document.getElementById("subtitle").textContent = [`${rows.toLocaleString("en")} training rows`, queries ? `${queries.count.toLocaleString("en")} queries` : "",
+  document.getElementById("subtitle").textContent = [ooc.count(rows, "training row"), queries ? ooc.count(queries.count, "query", "queries") : "",
     settings.lambda === null ? "plain dot products" : `λ = ${ooc.number(settings.lambda)}`].filter(Boolean).join(" · ");
   document.getElementById("pages").replaceChildren(...names().map((name) =>
     el("li", {}, el("a", { href: `#/${name}`, "data-name": name, text: ooc.views.get(name).name }))));
