@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -22,13 +23,13 @@ from models import Mlp, batches, data, loss, make
 from test_cli import run  # noqa: F401 - a fixture
 
 import ooc_influence as ooc
-from ooc_influence.errors import InputError
+from ooc_influence.errors import InputError, OocInfluenceWarning
 from ooc_influence.progress import Progress, watched
 from ooc_influence.report import Corpus
 from ooc_influence.report.asking import RecipeModel
 from ooc_influence.report.jobs import Jobs
 from ooc_influence.report.serve import live_report
-from ooc_influence.report.server import LARGEST
+from ooc_influence.report.server import LARGEST, PageServer
 
 pytest.importorskip("jinja2")
 pytestmark = pytest.mark.filterwarnings("ignore::ooc_influence.OocInfluenceWarning")
@@ -189,6 +190,22 @@ def test_a_page_without_a_model_or_a_token(train):
         found.shutdown()
         thread.join()
     assert not found.folder.exists()
+
+
+def test_an_address_that_others_reach_is_warned_of(train):
+    for token, message in (
+        (True, "listening on 0.0.0.0: other machines"),
+        (False, "on 0.0.0.0 WITHOUT A TOKEN: anybody"),
+    ):
+        with (
+            pytest.warns(OocInfluenceWarning, match=message),
+            live_report(train, token=token, listen=("0.0.0.0", 0), suspects=5),
+        ):
+            pass
+    for host in ("127.0.0.1", "localhost", "127.0.0.2"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            PageServer(train, host=host, token=False).server_close()
 
 
 def test_a_reader_who_leaves_is_no_error(server, capfd):
@@ -368,9 +385,22 @@ def test_ctrl_c_ends_it_cleanly(train, tmp_path):
         ("--recipe my_recipe.py:recipe", "with query="),
         ("--recipe my_recipe.py:recipe --model m", "--model or --recipe; received both"),
         ("--port 70000", "70000"),
+        (
+            "--host no-such-host.invalid",
+            "expected an IPv4 address of this machine to listen on (--host); received no-such",
+        ),
+        ("--host 192.0.2.1", "expected an IPv4 address of this machine to listen on (--host); received 192.0.2.1:"),
+        ("--host a..b", "expected an IPv4 address of this machine to listen on (--host); received a..b:"),
+        ("--recipe other.py:recipe", "received the recipe other.py:recipe, "),
     ],
 )
-def test_a_mistake_is_one_line(run, train, line, message):  # noqa: F811
+def test_a_mistake_is_one_line(run, train, line, message, tmp_path):  # noqa: F811
+    other = RECIPE.replace(
+        "return Recipe(make(Mlp)", "model = make(Mlp)\n    model.first.weight.data += 1\n    return Recipe(model"
+    )
+    (tmp_path / "other.py").write_text(other)
     code, out, err = run(f"serve {train} {line}")
     assert (code, out) == (2, "")
     assert message in err
+    assert err.startswith("Usage") or len(err.splitlines()) == 1
+    assert "--other-model" not in err

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ooc_influence.errors import InputError
+from ooc_influence.errors import InputError, MismatchError
 from ooc_influence.notebook import optional_library
 from ooc_influence.report.examples import TEXT_LIMIT, Corpus, Examples
 from ooc_influence.report.images import ImageFolder
@@ -33,14 +33,35 @@ class Model(ABC):
         What a page calls it.
     fields : tuple of str
         What is asked for: ``text``, or ``prompt`` and ``completion``; ``label``.
+    module : torch.nn.Module
+        The model itself.
     """
 
     name: str
     fields: tuple[str, ...]
+    module: Any
 
     def facts(self) -> dict[str, Any]:
         """Return what a page says of it."""
         return {"model": self.name, "fields": list(self.fields)}
+
+    def check(self, train: GradientStore) -> None:
+        """Check that ``train`` was made with this model, as every query's extraction would.
+
+        Raises
+        ------
+        MismatchError
+            If it was not.
+        """
+        from ooc_influence.extract.layers import model_fingerprint
+
+        expected, received = (train.attrs.get("model") or {}).get("fingerprint"), model_fingerprint(self.module)
+        if expected != received:
+            raise MismatchError(
+                f"expected the model that {train.path} was made with, fingerprint {str(expected or 'none')[:12]}; "
+                f"received {self.name}, {received[:12]}: name the model that extract was given (with its --adapter, "
+                "--revision, --model-dtype), or leave it out to serve the pages alone"
+            )
 
     @abstractmethod
     def extract(self, values: Mapping[str, str], train: GradientStore, out: Path) -> GradientStore:
@@ -68,6 +89,7 @@ class RecipeModel(Model):
                 f"expected the recipe {name} with query=, a function that makes a batch of a typed text; received none"
             )
         self._recipe, self.name, self.fields = recipe, f"the recipe {name}", ("text",)
+        self.module = recipe.model
 
     def extract(self, values: Mapping[str, str], train: GradientStore, out: Path) -> GradientStore:
         """See :meth:`Model.extract`."""
@@ -102,6 +124,7 @@ class HuggingFaceModel(Model):
 
         optional_library("datasets", "typed queries")
         self._loaded, self._form, self.name = load(model, **loading), form, str(model)
+        self.module = self._loaded.model
         self.fields = FORMS[form] + (("label",) if self._loaded.task == "classification" else ())
 
     def extract(self, values: Mapping[str, str], train: GradientStore, out: Path) -> GradientStore:

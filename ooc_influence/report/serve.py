@@ -55,22 +55,25 @@ def live_report(
     ------
     InputError
         If one cannot listen there.
+    MismatchError
+        If the store was made with another model.
     OocInfluenceError
         See :func:`write_report`.
     """
     corpus = Corpus.of(data)
     report = open_report(store, queries, Settings(curvature, damping, top, normalize, scoring))
+    if model is not None:
+        model.check(report.train)
     with contextlib.ExitStack() as stack:
         place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ooc_influence-"))) / "page"
+        server = stack.enter_context(PageServer(place, host=listen[0], port=listen[1], token=token))
         with PageFolder(place) as folder:
             ask = None if model is None else model.facts()
             write_pages(report, folder, corpus, Corpus.of(query_data), suspects, by, title, ask=ask)
-        jobs = None
         if model is not None:
             asker = stack.enter_context(Asker(report, model, corpus, ImageFolder(place, "train")))
-            jobs = Jobs(asker.answer)
-            stack.callback(jobs.close)
-        server = stack.enter_context(PageServer(place, jobs, host=listen[0], port=listen[1], token=token))
+            server.jobs = Jobs(asker.answer)
+            stack.callback(server.jobs.close)
         yield server
 
 

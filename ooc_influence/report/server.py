@@ -7,16 +7,20 @@ come from the page itself.
 
 from __future__ import annotations
 
+import errno
 import hmac
+import ipaddress
 import json
 import secrets
+import socket
 import sys
+import warnings
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from ooc_influence.errors import InputError
+from ooc_influence.errors import InputError, OocInfluenceWarning
 from ooc_influence.report.folder import to_script
 from ooc_influence.report.jobs import Jobs
 
@@ -35,14 +39,12 @@ _HEADERS = {
 
 
 class PageServer(ThreadingHTTPServer):
-    """Serves a page's folder, and answers its queries.
+    """Serves a page's folder, and answers its queries. Warns where others than this machine can reach it.
 
     Parameters
     ----------
     folder : Path
         The page.
-    jobs : Jobs or None
-        What runs queries.
     host, port : str, int
         Where to listen; port 0 takes a free one.
     token : bool
@@ -52,6 +54,8 @@ class PageServer(ThreadingHTTPServer):
     ----------
     url : str
         What to open.
+    jobs : Jobs or None
+        What runs queries; without, none are taken.
 
     Raises
     ------
@@ -61,15 +65,16 @@ class PageServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(
-        self, folder: Path, jobs: Jobs | None, *, host: str = "127.0.0.1", port: int = 0, token: bool = True
-    ) -> None:
-        self.folder, self.jobs = folder.resolve(), jobs
+    def __init__(self, folder: Path, *, host: str = "127.0.0.1", port: int = 0, token: bool = True) -> None:
+        self.folder = folder.resolve()
+        self.jobs: Jobs | None = None
         self.token = secrets.token_urlsafe(24) if token else ""
         try:
             super().__init__((host, port), _Handler)
-        except OSError as error:
-            raise InputError(f"expected a free port to listen on; received {host}:{port}: {error}") from error
+        except (OSError, UnicodeError) as error:
+            raise InputError(_refused(host, port, error)) from error
+        if not ipaddress.ip_address(str(self.server_address[0])).is_loopback:
+            warnings.warn(_exposed(host, token), OocInfluenceWarning, stacklevel=2)
         named = f"{host}:{self.server_port}"
         self.hosts = {f"{name}:{self.server_port}" for name in _LOOPBACK} if host in _LOOPBACK else None
         self.url = f"http://{named}/{self.token}/" if token else f"http://{named}/"
@@ -78,6 +83,26 @@ class PageServer(ThreadingHTTPServer):
         """Say nothing of a reader who left before the answer was there."""
         if not isinstance(sys.exception(), (ConnectionError, TimeoutError)):
             super().handle_error(request, client_address)
+
+
+def _refused(host: str, port: int, error: Exception) -> str:
+    """Return what to say where one cannot listen."""
+    number, said = getattr(error, "errno", None), getattr(error, "strerror", None) or str(error)
+    if isinstance(error, (socket.gaierror, UnicodeError)) or number == errno.EADDRNOTAVAIL:
+        return f"expected an IPv4 address of this machine to listen on (--host); received {host}: {said}: name another"
+    if number == errno.EACCES:
+        return f"expected a port that you may listen on (--port); received {port}: {said}: choose one from 1024 on"
+    return f"expected a free port to listen on (--port); received {host}:{port}: {said}: choose another, or 0 for any"
+
+
+def _exposed(host: str, token: bool) -> str:
+    """Return what it means to listen there."""
+    if token:
+        return f"listening on {host}: other machines reach it, unencrypted; whoever has the address can read the texts"
+    return (
+        f"listening on {host} WITHOUT A TOKEN: anybody who reaches this machine over the network can read the texts "
+        "and ask the model: leave out --no-token, or --host"
+    )
 
 
 class _Handler(BaseHTTPRequestHandler):
