@@ -383,11 +383,12 @@ def test_a_cluster_without_workers_is_refused(long_pair, monkeypatch, run):  # n
         code, _, err = run(f"self-influence {train} --scheduler {cluster.scheduler_address}")
         assert code == 2
         assert "received none in 0 s: start some with 'dask worker" in err
-    Client = distributed.Client  # where nobody answers, ten seconds show no more than one
-    monkeypatch.setattr(distributed, "Client", lambda place, **how: Client(place, **how | {"timeout": 1}))
+    monkeypatch.setattr(cluster_room, "ANSWER", 1.0)  # where nobody answers, ten seconds show no more than one
     for options, message in (
         ("--scheduler tcp://127.0.0.1:9", "expected a Dask scheduler at tcp://127.0.0.1:9"),
-        ("--scheduler gopher", "expected a Dask scheduler at gopher"),
+        ("--scheduler gopher", "expected a Dask scheduler at gopher, as in tcp://host:8786; received none (missing"),
+        ("--scheduler gopher://127.0.0.1:9", "unknown address scheme"),
+        ("--scheduler tls://127.0.0.1:9", "expected a Dask scheduler at tls://127.0.0.1:9"),
         ("--scheduler-file nowhere.json", "expected a scheduler's file at nowhere.json"),
         ("--scheduler a --scheduler-file b", "received both"),
     ):
@@ -397,6 +398,24 @@ def test_a_cluster_without_workers_is_refused(long_pair, monkeypatch, run):  # n
         assert err.count("\n") == 1
         assert ambient_client() is None  # whether or not the failed client has been collected
         assert dask.config.get("scheduler", None) is None
+
+
+@pytest.mark.parametrize("address", ["nonsense", "gopher://127.0.0.1:9", "tls://127.0.0.1:9", "tcp://127.0.0.1:9"])
+def test_an_address_where_nobody_answers_is_one_line_and_soon(address):
+    """Nothing follows the message: a client that failed to connect used to end, 20 s later, in a traceback."""
+    script = f"""if True:
+        from ooc_influence.cli import cluster, main
+        cluster.ANSWER = 1.0
+        main.main(["self-influence", "nowhere.zarr", "--scheduler", {address!r}])
+    """
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(
+        f"error: expected a Dask scheduler at {address}, as in tcp://host:8786; received none"
+    )
+    assert done.stderr.count("\n") == 1
+    assert time.monotonic() - began < 15
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import re
@@ -13,6 +14,7 @@ from typing import Any
 
 import click
 
+ANSWER = 10.0  # seconds in which a scheduler answers
 PATIENCE = 60.0  # seconds to wait for a scheduler's file and for its first worker
 
 
@@ -43,15 +45,8 @@ def connected(address: str | None, file: str | None) -> Iterator[None]:
             "expected distributed for --scheduler; received none: pip install 'ooc_influence[distributed]'"
         ) from error
     place = _read_address(Path(file)) if file is not None else str(address)
-    try:
-        # A client that cannot connect stays Dask's default one until it is collected: tried first as no default.
-        client = Client(place, timeout=10, set_as_default=False)
-    except (OSError, TimeoutError, ValueError) as error:
-        raise ClusterError(
-            f"expected a Dask scheduler at {place}; received none ({error}): start one with 'dask scheduler', see "
-            "docs/cluster.md"
-        ) from error
-    with client:
+    _check_answers(place)
+    with Client(place, timeout=ANSWER, set_as_default=False) as client:
         try:
             client.wait_for_workers(1, timeout=PATIENCE)
         except TimeoutError as error:
@@ -59,8 +54,31 @@ def connected(address: str | None, file: str | None) -> Iterator[None]:
                 f"expected workers of the scheduler at {place}; received none in {PATIENCE:.0f} s: start some with "
                 f"'dask worker {place}'"
             ) from error
-    with Client(place, timeout=10):
+    with Client(place, timeout=ANSWER):
         yield
+
+
+def _check_answers(place: str) -> None:
+    """Check that a scheduler answers, by a bare connection.
+
+    A client that cannot connect stays Dask's default one until it is collected, and says then that it cannot be closed.
+    """
+    from distributed.comm.core import connect
+    from distributed.security import Security
+
+    from ooc_influence.errors import ClusterError
+
+    async def ask() -> None:
+        comm = await connect(place, timeout=ANSWER, **Security().get_connection_args("client"))
+        await comm.close()
+
+    try:
+        asyncio.run(ask())
+    except Exception as error:  # whatever the protocol named makes of the address
+        raise ClusterError(
+            f"expected a Dask scheduler at {place}, as in tcp://host:8786; received none ({error}): start one with "
+            "'dask scheduler', see docs/cluster.md"
+        ) from error
 
 
 def _read_address(file: Path) -> str:
