@@ -51,6 +51,32 @@ def two_lines():
 def no_splits():
     return make(Mlp), loss, []
 
+def failing_in(place, row=0):
+    def per_sample_loss(model, batch):
+        return loss(model, batch["labels"] if place == "loss" else batch)
+
+    def rows(start):
+        yield from batches(*data(Mlp, 10), 5)
+        if place == "data":
+            raise OSError("disk gone")
+
+    class Failing(Mlp):
+        def forward(self, x):
+            return torch.cat([super().forward(x), x]) if place == "model" else super().forward(x)
+
+    model = Failing().eval()
+    model.load_state_dict(make(Mlp).state_dict())
+    return model, per_sample_loss, {"only": rows}
+
+def failing_loss():
+    return failing_in("loss")
+
+def failing_model():
+    return failing_in("model")
+
+def failing_data():
+    return failing_in("data")
+
 def no_model():
     return None, loss, {"a": []}
 """
@@ -215,6 +241,41 @@ def test_other_settings_than_a_stores_are_named(run):
         assert f"); received {received}" in err
         assert "seed" not in err
         assert "{" not in err
+
+
+@pytest.mark.parametrize(
+    ("recipe", "reason", "code"),
+    [
+        ("failing_loss", "TypeError", 'return loss(model, batch["labels"]'),
+        ("failing_model", "RuntimeError: Sizes of tensors", "return torch.cat("),
+        ("failing_data", "OSError: disk gone", 'raise OSError("disk gone")'),
+    ],
+)
+@pytest.mark.parametrize(
+    ("command", "before"),
+    [
+        ("extract --k 50", None),
+        ("extract --k 50 --shards 1", "init --k 50 --rows 10"),
+        ("init --k 50 --rows 10 --sampling importance", None),
+        ("check --rows 32", "extract --k 50"),
+    ],
+)
+def test_a_failing_line_of_a_recipe_is_named(run, command, before, recipe, reason, code):
+    number = next(number for number, line in enumerate(RECIPE.splitlines(), 1) if code in line)
+    if before is not None:
+        assert run(f"{before} --recipe my_recipe.py:as_tuple --store a.zarr")[0] == 0
+    status, out, err = run(f"{command} --recipe my_recipe.py:{recipe} --store a.zarr")
+    assert (status, out) == (2, "")
+    assert f"error: expected the recipe my_recipe.py:{recipe} to run; received {reason}" in err
+    assert f"my_recipe.py:{number}): mend the recipe\n" in err
+    assert err.count("\n") == 1
+
+
+def test_an_error_of_this_package_is_not_blamed_on_a_recipe(run, monkeypatch):
+    monkeypatch.setattr("ooc_influence.extract.taps._Tap", None)
+    code, _, err = run("extract --recipe my_recipe.py:as_tuple --store a.zarr --k 50")
+    assert code == 1
+    assert "unexpected AttributeError" in err
 
 
 @pytest.mark.parametrize("line", ["top test.zarr", "score a b", "extract", "unknown", "fisher a --workers x"])

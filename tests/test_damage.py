@@ -15,7 +15,15 @@ from numpy.testing import assert_array_equal
 from test_faults import contents, planned
 
 import ooc_influence.store
-from ooc_influence import Dropout, GradientStore, Storage, extract_gradients, fit_fisher, top_influential
+from ooc_influence import (
+    Dropout,
+    GradientStore,
+    Storage,
+    extract_gradients,
+    fit_fisher,
+    self_influence,
+    top_influential,
+)
 from ooc_influence.curvature import resolve_curvature
 from ooc_influence.errors import OocInfluenceError, StoreBusyError, StoreDamagedError, StoreFormatError
 from ooc_influence.store import Damage
@@ -138,6 +146,17 @@ def test_damage_that_is_not_of_rows(store, name, harm):
     assert part in found[0].reason
     assert GradientStore.open(store.path, "a", damaged=True).verify(repair=True) == found  # there is nothing to give up
     assert GradientStore.open(store.path, damaged=True).committed == 50
+
+
+@PLAIN
+@pytest.mark.parametrize(
+    ("name", "harm"), [("eigenvectors/c.0.0", flip), ("eigenvectors/c.0.0", delete), ("eigenvectors/zarr.json", delete)]
+)
+def test_damaged_eigenvectors_are_named_by_whatever_reads_them(store, name, harm):
+    harm(store.path / "curvature" / "second" / name)
+    for call in (self_influence, lambda train, own: top_influential(train, train, 3, own)):
+        with pytest.raises((StoreDamagedError, StoreFormatError), match="eigenvectors"):
+            call(GradientStore.open(store.path), "second")
 
 
 @PLAIN

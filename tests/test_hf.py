@@ -106,10 +106,17 @@ def test_kinds_of_files(tmp_path, name):
 
 def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "blank.jsonl").write_text("\n\n")
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "empty.csv").write_text("")
+    (tmp_path / "header.csv").write_text("text,name\n")
+    for name in ("empty.jsonl", "blank.jsonl", "empty.txt", "empty.csv", "header.csv"):
+        with pytest.raises(InputError, match=f"{name}; received none: it is empty$"):
+            hf.open_documents(tmp_path / name)
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
     (tmp_path / "what.xyz").write_text("a")
     (tmp_path / "folder").mkdir()
-    for name in ("empty.jsonl", "bad.jsonl", "what.xyz", "folder", "missing.jsonl"):
+    for name in ("bad.jsonl", "what.xyz", "folder", "missing.jsonl"):
         with pytest.raises(InputError, match=name):
             hf.open_documents(tmp_path / name)
     with pytest.raises(InputError, match=r"field 'txt'.*text, name"):

@@ -18,7 +18,7 @@ from test_cli import run, stores  # noqa: F401 - fixtures
 import ooc_influence as ooc
 from ooc_influence.errors import InputError, MismatchError, MissingExtraError, OocInfluenceWarning, StoreExistsError
 from ooc_influence.memory import PeakMemory
-from ooc_influence.report import Corpus, read_decisions, write_report
+from ooc_influence.report import Corpus, open_records, read_decisions, write_report
 from ooc_influence.report import write as writing
 from ooc_influence.report.folder import to_script
 
@@ -156,6 +156,15 @@ def test_texts_by_row_and_by_id_from_every_kind_of_file(tmp_path, name):
     report = write_report(named, tmp_path / "r2", data=Corpus(tmp_path / f"by-id-{name}", id="name"), suspects=30)
     for entry in data_of(report, "suspects-0"):
         assert entry["text"].splitlines()[0] == f"text {entry['row']}"
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.csv.gz"])
+def test_a_file_that_is_not_gzip_or_ends_early(tmp_path, name):
+    whole = gzip.compress(b'{"text": "a"}\n' * 9)
+    for data in (b'{"text": "a"}\n', whole[: len(whole) // 2], whole[:10] + b"\xff" * 20):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(InputError, match=rf"{name} as gzip; received .*: compress it again"):
+            [parse() for parse in open_records(tmp_path / name)]
 
 
 def test_records_that_do_not_belong_are_refused(tmp_path):

@@ -35,9 +35,11 @@ def check(rows: int, dampings: tuple[float, ...], memory: str | None, as_json: b
     """
     from ooc_influence.evaluate.agreement import SWEEP
     from ooc_influence.evaluate.agreement import check as run
+    from ooc_influence.extract.recipe_file import running
 
     keep_freed_memory()
-    with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints must not end up in our output
+    # what the user's code prints must not end up in our output
+    with contextlib.redirect_stdout(sys.stderr), running(given["recipe_name"]):
         model, per_sample_loss, batches = _parts(given)
         found = run(
             given["store"], model, per_sample_loss, batches, rows=rows, dampings=dampings or SWEEP,

@@ -172,7 +172,7 @@ def extract(shard: str | None, shards: int | None, on_nonfinite: str, as_json: b
     """
     from ooc_influence import extract_gradients, extract_shards
     from ooc_influence.errors import InputError
-    from ooc_influence.extract.recipe_file import choose_split, load_recipe
+    from ooc_influence.extract.recipe_file import choose_split, load_recipe, running
     from ooc_influence.report import describe, store_facts
     from ooc_influence.stripes import ambient_client
 
@@ -182,7 +182,8 @@ def extract(shard: str | None, shards: int | None, on_nonfinite: str, as_json: b
     divided = shards is not None or (place is None and ambient_client() is not None)
     if place is not None and (shards is not None or ambient_client() is not None):
         raise InputError("expected --shard I/N, or --shards N and --scheduler; received both: shards run there by task")
-    with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints must not end up in our output
+    # what the user's code prints must not end up in our output
+    with contextlib.redirect_stdout(sys.stderr), running(given["recipe_name"]):
         common = _common(given, divided=divided)
         if given["model"] is not None and divided:
             result = _hugging_face(given, common, more, shards=shards)
@@ -229,11 +230,11 @@ def init(rows: int | None, as_json: bool, **given: Any) -> None:
     from ooc_influence import init_store
     from ooc_influence.errors import InputError
     from ooc_influence.extract import row_types
-    from ooc_influence.extract.recipe_file import choose_split, load_recipe
+    from ooc_influence.extract.recipe_file import choose_split, load_recipe, running
     from ooc_influence.report import describe, store_facts
 
     keep_freed_memory()
-    with contextlib.redirect_stdout(sys.stderr):
+    with contextlib.redirect_stdout(sys.stderr), running(given["recipe_name"]):
         common = _common(given)
         if given["model"] is not None:
             if rows is not None:

@@ -21,7 +21,7 @@ from ooc_influence.curvature.damping import spectrum_floor
 from ooc_influence.curvature.kernel import open_matrix
 from ooc_influence.curvature.need import slab_rows
 from ooc_influence.errors import CurvatureNotFoundError
-from ooc_influence.store import array_store, exists, open_group, read_part
+from ooc_influence.store import array_store, exists, find_array, open_group, read_part
 
 HELD_BYTES = 256 * 2**20  # of eigenvectors: up to here they are kept in memory
 _ROWS = 1024  # rows whose self-influence is found at a time
@@ -60,7 +60,7 @@ class GramCurvature(Curvature, kinds=("gram",)):
         if self._vectors is not None or self._bytes <= HELD_BYTES:
             yield slice(0, self.d), self.eigenvectors
             return
-        array: Any = open_group(array_store(self.path, read_only=True, chunk_bytes={}), "r")["eigenvectors"]
+        array = find_array(open_group(array_store(self.path, read_only=True, chunk_bytes={}), "r"), "eigenvectors")
         for start in range(0, self.d, self._slab_rows):
             rows = slice(start, min(self.d, start + self._slab_rows))
             yield rows, read_part(array, rows)

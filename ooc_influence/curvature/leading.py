@@ -17,7 +17,7 @@ import numpy.typing as npt
 from ooc_influence.curvature.curvature import Matrix, dimension, share_outside
 from ooc_influence.curvature.spectral import SummedCurvature, self_rows
 from ooc_influence.errors import InputError
-from ooc_influence.store import CHUNK_TARGET, array_store, open_group, read_part
+from ooc_influence.store import CHUNK_TARGET, array_store, find_array, open_group, read_part
 
 _PANEL = 256  # rows brought to float64 at a time by each thread of self-influence
 _LEAST_ROWS = 1024  # that all of them hold at a time, counted whatever their number
@@ -62,7 +62,7 @@ class TopCurvature(SummedCurvature, kinds=("top",)):
         step = slab_rows(len(self.eigenvalues))
         array: Any = None
         if self._vectors is None:
-            array = open_group(array_store(self.path, read_only=True, chunk_bytes={}), "r")[VECTORS]
+            array = find_array(open_group(array_store(self.path, read_only=True, chunk_bytes={}), "r"), VECTORS)
             step = int(array.chunks[0])
         for start in range(0, self.d, step):
             rows = slice(start, min(self.d, start + step))

@@ -20,7 +20,15 @@ from ooc_influence.curvature.rows import Range
 from ooc_influence.curvature.sums import Sums, add_written_sum, empty_sums, write_sum
 from ooc_influence.linalg import symmetric_eigen
 from ooc_influence.linalg.accumulate import mirror
-from ooc_influence.store import CHUNK_TARGET, array_store, create_array, open_group, square_chunks
+from ooc_influence.store import (
+    CHUNK_TARGET,
+    array_store,
+    create_array,
+    find_array,
+    open_group,
+    read_part,
+    square_chunks,
+)
 
 _SELF_BYTES = 32 * 2**20  # of rotated rows held at a time by self-influence
 _SLAB_BYTES = 2 * CHUNK_TARGET  # a chunk of the eigenvectors and its copy
@@ -123,10 +131,11 @@ class SpectralCurvature(SummedCurvature, kinds=("whole", "module")):
         """Return V of a block in float32, read a slab at a time."""
         if number not in self._rotations:
             group = open_group(array_store(self.path, read_only=True, chunk_bytes={}), "r")
-            array: Any = group[vectors_name(self.kind, number)]
+            array = find_array(group, vectors_name(self.kind, number))
             found = np.empty(array.shape, np.float32)
             for start in range(0, len(found), array.chunks[0]):
-                found[start : start + array.chunks[0]] = array[start : start + array.chunks[0]]
+                rows = slice(start, start + array.chunks[0])
+                found[rows] = read_part(array, rows)
             self._rotations[number] = found
             self.check_fit()
         return self._rotations[number]

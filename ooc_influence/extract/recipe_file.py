@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
+import os
 import sys
+import sysconfig
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 
 from torch import nn
 
-from ooc_influence.errors import InputError
+from ooc_influence.errors import InputError, OocInfluenceError
 from ooc_influence.extract.recipe import Recipe, Split
+
+_PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
 
 
 def load_recipe(name: str) -> Recipe:
@@ -36,11 +41,7 @@ def load_recipe(name: str) -> Recipe:
     except InputError:
         raise
     except (Exception, SystemExit) as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        raise InputError(
-            f"expected the recipe {name} to run; received {type(error).__name__}: {error} "
-            f"(at {frame.filename}:{frame.lineno}): mend the recipe"
-        ) from error
+        raise InputError(_failed(name, error, traceback.extract_tb(error.__traceback__)[-1])) from error
     if isinstance(result, tuple) and len(result) == 3:
         result = Recipe(*result)
     if not isinstance(result, Recipe):
@@ -58,6 +59,52 @@ def load_recipe(name: str) -> Recipe:
             f"{type(result.model).__name__} and {type(result.per_sample_loss).__name__}"
         )
     return result
+
+
+@contextlib.contextmanager
+def running(name: str | None) -> Iterator[None]:
+    """Say which line of a recipe's own code (its loss, its model, its data) failed; other errors pass as they are.
+
+    Parameters
+    ----------
+    name : str or None
+        The recipe's; None where there is none.
+
+    Raises
+    ------
+    InputError
+        Naming the line, where an exception comes out of one.
+    """
+    try:
+        yield
+    except OocInfluenceError:
+        raise
+    except Exception as error:
+        frame = None if name is None else _own_frame(error)
+        if frame is None:
+            raise
+        raise InputError(_failed(name, error, frame)) from error
+
+
+def _own_frame(error: Exception) -> traceback.FrameSummary | None:
+    """Return the user's line that an error comes out of, itself or by what it called of Python's and of libraries.
+
+    None for an error of this package, also where the user's code called it.
+    """
+    libraries = tuple({sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if frame.filename.startswith(_PACKAGE):
+            return None
+        if not frame.filename.startswith((*libraries, "<")):
+            return frame
+    return None
+
+
+def _failed(name: str | None, error: BaseException, frame: traceback.FrameSummary) -> str:
+    return (
+        f"expected the recipe {name} to run; received {type(error).__name__}: {error} "
+        f"(at {frame.filename}:{frame.lineno}): mend the recipe"
+    )
 
 
 def _load_file(path: Path) -> ModuleType:

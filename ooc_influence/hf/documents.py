@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ooc_influence.notebook import optional_library
 _BUILDERS = {
     ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text",
 }  # fmt: skip
+_NOTHING = re.compile("^StopIteration|^EmptyDataError|^SchemaInferenceError|corresponds to no data")  # of datasets
 
 
 def need(name: str) -> Any:
@@ -67,6 +69,8 @@ def open_documents(data: str | os.PathLike[str] | Any, split: str | None = None)
             found = library.load_dataset(kind, data_files=str(path), split="train", **options)
         except Exception as error:  # of pyarrow, pandas or json, whatever is wrong with the file
             cause = error.__cause__ or error
+            if _NOTHING.search(f"{type(cause).__name__}: {cause}"):
+                raise InputError(f"expected documents in {path}; received none: it is empty") from error
             raise InputError(f"expected {path} as {kind}; received {type(cause).__name__}: {cause}") from error
     return _check_some(found, path)
 

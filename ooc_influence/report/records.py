@@ -7,12 +7,14 @@ and what ``datasets`` maps: a folder it saved, JSON, lines of text. Nothing need
 from __future__ import annotations
 
 import array
+import contextlib
 import csv
 import gzip
 import io
 import json
 import sys
 import tempfile
+import zlib
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from importlib.util import find_spec
@@ -64,9 +66,13 @@ def open_records(path: Path, split: str | None = None, *, as_extracted: bool = F
     return readers[kind](path)
 
 
-def _lines(path: Path) -> Any:
+@contextlib.contextmanager
+def _lines(path: Path) -> Iterator[Any]:
     try:
-        return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")
+        with gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb") as file:
+            yield file
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise InputError(f"expected {path} as gzip; received {error}: compress it again, or leave .gz out") from error
     except OSError as error:
         raise InputError(refused(f"to read {path}", error)) from error
 

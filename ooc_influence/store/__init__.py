@@ -3,6 +3,7 @@
 from ooc_influence.store.arrays import (
     CHUNK_TARGET,
     create_array,
+    find_array,
     open_group,
     read_array,
     read_part,
@@ -57,8 +58,8 @@ __all__ = [
     "GradientStore", "LayerShape", "LograReduction", "Mask", "ModuleMask", "NewFolder", "PathLike", "PilotMoments",
     "RademacherReduction", "RangeWriter", "RawBlock", "Reduction", "Representation", "SjltReduction", "Storage",
     "StorePath", "StoredReduction", "array_store", "check_finite", "column_dtype", "columns_digest",
-    "compact_store", "copy_marks", "create_array", "create_like", "exists", "is_file", "is_local", "kept_at",
-    "make_claim", "merge_stores", "missing_spans", "names", "open_group", "parse_numbers", "parse_path",
+    "compact_store", "copy_marks", "create_array", "create_like", "exists", "find_array", "is_file", "is_local",
+    "kept_at", "make_claim", "merge_stores", "missing_spans", "names", "open_group", "parse_numbers", "parse_path",
     "parse_representation", "read_array", "read_blocks", "read_bytes", "read_into", "read_part", "read_raw_blocks",
     "remove_empty", "remove_partial_files", "remove_tree", "square_chunks", "tree_bytes", "upgrade_store",
     "writable_array", "write_bytes", "writing_bytes",

@@ -95,11 +95,21 @@ def square_chunks(side: int, itemsize: int) -> tuple[int, int]:
 
 def read_array(group: Any, name: str) -> npt.NDArray[Any]:
     """Return a whole small array of a group; see :func:`read_whole`."""
+    return read_whole(find_array(group, name))
+
+
+def find_array(group: Any, name: str) -> Any:
+    """Return an array of a group, to read from.
+
+    Raises
+    ------
+    StoreDamagedError
+        If it is missing, or its metadata cannot be read.
+    """
     try:
-        array = group[name]
+        return group[name]
     except (ValueError, KeyError) as error:
         raise StoreDamagedError(_unreadable(f"{group.store_path}/{name}", error)) from error
-    return read_whole(array)
 
 
 def read_whole(array: Any) -> npt.NDArray[Any]:
