@@ -14,10 +14,23 @@ from ooc_influence.cli.extraction import check_source
 
 
 @click.command()
-@click.option("--store", required=True, metavar="PATH|URL", help="The store whose compression is looked at.")
-@click.option("--recipe", "recipe_name", metavar="FILE.py:FUNCTION|MODULE:FUNCTION", help="As the store was made with.")
-@click.option("--model", metavar="DIR|ID", help="Instead: a Hugging Face model, or a PEFT adapter; with --data.")
-@click.option("--data", metavar="FILE", help="Documents, as for extract.")
+@click.option(
+    "--store", required=True, type=options.PATH, metavar="PATH|URL", help="The store whose compression is looked at."
+)
+@click.option(
+    "--recipe",
+    "recipe_name",
+    type=options.PATH,
+    metavar="FILE.py:FUNCTION|MODULE:FUNCTION",
+    help="As the store was made with.",
+)
+@click.option(
+    "--model",
+    type=options.PATH,
+    metavar="DIR|ID",
+    help="Instead: a Hugging Face model, or a PEFT adapter; with --data.",
+)
+@click.option("--data", type=options.PATH, metavar="FILE", help="Documents, as for extract.")
 @click.option("--split", metavar="NAME", help="Which split, of a recipe or a datasets folder that has several.")
 @click.option(
     "--rows", type=int, default=256, show_default=True, help="Samples to compare on; one in eight is a query."

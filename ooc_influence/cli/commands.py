@@ -10,7 +10,14 @@ from ooc_influence.cli import checking, cluster, curvature, extraction, options,
 
 
 @click.command()
-@click.option("--out", default="demo-output", show_default=True, metavar="DIR", help="Where stores and pictures go.")
+@click.option(
+    "--out",
+    default="demo-output",
+    show_default=True,
+    type=options.PATH,
+    metavar="DIR",
+    help="Where stores and pictures go.",
+)
 @click.option("--rows", type=int, help="Grow the train store to this many rows by passes over augmented images.")
 @click.option("--k", type=int, default=1024, show_default=True, help="Gradient entries kept of each image.")
 @click.option("--memory", metavar="SIZE", default="1GiB", show_default=True, help="Memory budget.")

@@ -23,7 +23,7 @@ def _parse_rows(_: click.Context, __: click.Parameter, value: str | None) -> sli
 
 
 @click.command()
-@click.argument("train")
+@click.argument("train", type=options.PATH)
 @click.option(
     "--side",
     type=click.Choice(["fisher", "gram", "auto"]),
@@ -32,7 +32,7 @@ def _parse_rows(_: click.Context, __: click.Parameter, value: str | None) -> sli
     help="gram: by the rows' products, for fewer rows than columns; auto: the cheaper one that fits.",
 )
 @click.option("--name", help="Name of the curvature in the store: by default 'default', or 'gram' for that side.")
-@click.option("--out", metavar="PATH", help="Save it there instead of in the store.")
+@click.option("--out", type=options.PATH, metavar="PATH", help="Save it there instead of in the store.")
 @click.option("--refit", is_flag=True, help="Fit again although an up-to-date curvature is there.")
 @click.option("--rows", metavar="A:B", callback=_parse_rows, help="Use rows A to B - 1 only.")
 @click.option("--sample", type=int, metavar="N", help="Use N of them, drawn at random; tells the error of F expected.")

@@ -9,13 +9,26 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class _PathText(click.types.StringParamType):
+    """A path or a URL, or a name that stands for one: text, which a shell completes as a file or folder."""
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(incomplete, type="file")]
+
+
+PATH = _PathText()
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as one line of JSON.")
 memory = click.option("--memory", metavar="SIZE", help="Memory budget, such as 4GiB. Default: half of what is free.")
 workers = click.option("--workers", type=int, metavar="N", help="Row stripes at once. Default: one, with all cores.")
-cache = click.option("--cache", metavar="DIR", help="Keep chunks of a train store on object storage in this folder.")
+cache = click.option(
+    "--cache", type=PATH, metavar="DIR", help="Keep chunks of a train store on object storage in this folder."
+)
 cache_size = click.option(
     "--cache-size", metavar="SIZE", default="20GiB", show_default=True, help="What the folder may hold."
 )
@@ -36,7 +49,7 @@ def cluster(function: F) -> F:
     """Let a command run on a Dask cluster: its work goes to the workers of the scheduler named, if one is."""
 
     @click.option("--scheduler", metavar="ADDRESS", help="Run on this Dask scheduler's workers, as tcp://host:8786.")
-    @click.option("--scheduler-file", metavar="FILE", help="The same, by the file that the scheduler wrote.")
+    @click.option("--scheduler-file", type=PATH, metavar="FILE", help="The same, by the file that the scheduler wrote.")
     @functools.wraps(function)
     def call(*args: Any, scheduler: str | None, scheduler_file: str | None, **given: Any) -> Any:
         from ooc_influence.cli.cluster import connected
@@ -48,21 +61,22 @@ def cluster(function: F) -> F:
 
 
 scoring = several(
-    click.option("--curvature", multiple=True, metavar="NAME|PATH",
+    click.option("--curvature", multiple=True, type=PATH, metavar="NAME|PATH",
                  help="Which curvature. Default: 'default' in TRAIN. With --also, once for all or once for each."),
     click.option("--dot", is_flag=True, help="No curvature: plain dot products of gradients."),
     click.option("--damping", type=float, multiple=True,
                  help="Damping factor; may be repeated. Default: the curvature's (0.1, relative)."),
     click.option("--damping-mode", type=click.Choice(["relative", "absolute"]), default="relative", show_default=True,
                  help="relative: λ = damping · tr(F)/d; absolute: λ = damping."),
-    click.option("--rows", multiple=True, metavar="FILE", help="Rows the checkpoint was trained on, others are not "
+    click.option("--rows", multiple=True, type=PATH, metavar="FILE",
+                 help="Rows the checkpoint was trained on, others are not "
                  "scored: numbers or marks in a .npy file. With --also, once for each; 'all': all."),
     click.option("--device", help="Multiply there, such as cuda. Default: NumPy's BLAS."),
     workers, memory, cluster, cache, cache_size, as_json,
 )  # fmt: skip
 
 pairing = several(
-    click.option("--also", nargs=2, multiple=True, metavar="QUERY TRAIN",
+    click.option("--also", nargs=2, multiple=True, type=PATH, metavar="QUERY TRAIN",
                  help="Another checkpoint's stores of the same rows; scores are averaged. May be repeated."),
     click.option("--combine", type=click.Choice(["mean", "query-margins", "margins"]), default="mean",
                  show_default=True, help="How checkpoints are averaged: scores; with every model the same say on a "
@@ -74,17 +88,23 @@ pairing = several(
 )  # fmt: skip
 
 resume = click.option(
-    "--resume", metavar="DIR", help="Keep finished parts there: the same command goes on from them. Removed at the end."
+    "--resume",
+    type=PATH,
+    metavar="DIR",
+    help="Keep finished parts there: the same command goes on from them. Removed at the end.",
 )
 
 building = several(
-    click.option("--recipe", "recipe_name", metavar="FILE.py:FUNCTION|MODULE:FUNCTION",
+    click.option("--recipe", "recipe_name", type=PATH, metavar="FILE.py:FUNCTION|MODULE:FUNCTION",
                  help="A function that returns (model, per_sample_loss, splits) or an ooc_influence.Recipe."),
-    click.option("--model", metavar="DIR|ID", help="Instead: a Hugging Face model, or a PEFT adapter; with --data."),
-    click.option("--data", metavar="FILE", help="Documents: .jsonl, .csv, .tsv, .parquet, .txt, a datasets folder."),
+    click.option("--model", type=PATH, metavar="DIR|ID",
+                 help="Instead: a Hugging Face model, or a PEFT adapter; with --data."),
+    click.option("--data", type=PATH, metavar="FILE",
+                 help="Documents: .jsonl, .csv, .tsv, .parquet, .txt, a datasets folder."),
     click.option("--split", metavar="NAME", help="Which split, of a recipe or a datasets folder that has several."),
-    click.option("--store", required=True, metavar="PATH|URL", help="The store to write, or to go on with."),
-    click.option("--like", metavar="TRAIN", help="Make a query store with the mask and basis of this train store."),
+    click.option("--store", required=True, type=PATH, metavar="PATH|URL", help="The store to write, or to go on with."),
+    click.option("--like", type=PATH, metavar="TRAIN",
+                 help="Make a query store with the mask and basis of this train store."),
     click.option("--compressor", default="dropout", show_default=True,
                  type=click.Choice(["dropout", "gaussian", "rademacher", "sjlt", "grass", "logra", "pca", "identity"]),
                  help="How gradients are compressed (docs/compressors.md)."),
@@ -106,7 +126,8 @@ building = several(
                  help="Compress chunks; they can then not be mapped. Default: none."),
     click.option("--modules", multiple=True, metavar="PATTERN", help="Layers by name pattern; may be repeated."),
     click.option("--fallback", is_flag=True, help="Tap layers of unknown kinds too, at their full gradients' cost."),
-    click.option("--adam", metavar="FILE|DIR", help="Weigh entries with this Adam state (a file or checkpoint)."),
+    click.option("--adam", type=PATH, metavar="FILE|DIR",
+                 help="Weigh entries with this Adam state (a file or checkpoint)."),
     click.option("--other-model", is_flag=True,
                  help="Go on although the model is not the one the store was made with; this is recorded."),
     click.option("--device", help="Where to run, such as cuda. Default: where the model is."),
@@ -131,8 +152,8 @@ documents = several(
     click.option("--task", type=click.Choice(["causal-lm", "classification"]), help="Default: as the model says."),
     click.option("--model-dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16", "8bit"]),
                  help="Of the model's weights. Default: as saved."),
-    click.option("--adapter", metavar="DIR", help="A PEFT adapter to put on the model."),
-    click.option("--tokenizer", metavar="DIR|ID", help="Where the tokenizer is, if not with the model."),
+    click.option("--adapter", type=PATH, metavar="DIR", help="A PEFT adapter to put on the model."),
+    click.option("--tokenizer", type=PATH, metavar="DIR|ID", help="Where the tokenizer is, if not with the model."),
     click.option("--revision", help="Of the hub's repository."),
     click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model."),
     click.option("--allow-pickle", is_flag=True, help="Load weights that are not in safetensors."),

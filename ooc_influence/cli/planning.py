@@ -23,7 +23,11 @@ from ooc_influence.cli import options
 @click.option("--gflops", type=float, help="10^9 float32 FLOP in a second. Default: measured here.")
 @click.option("--read-rate", metavar="SIZE", help="Bytes read from the disk in a second. Default: measured here.")
 @click.option(
-    "--folder", default=".", metavar="DIR", help="Where the stores will be: the disk measured. Default: here."
+    "--folder",
+    default=".",
+    type=options.PATH,
+    metavar="DIR",
+    help="Where the stores will be: the disk measured. Default: here.",
 )
 @options.as_json
 def plan(as_json: bool, read_rate: str | None, **given: Any) -> int:

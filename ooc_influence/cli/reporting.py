@@ -15,10 +15,11 @@ _LOADING = ("adapter", "tokenizer", "revision", "dtype", "device", "trust_remote
 _FIELDS = ("text", "label", "source", "id", "image")
 
 examples = options.several(
-    click.option("--queries", metavar="Q", help="Query store whose proponents and opponents to show."),
-    click.option("--data", metavar="FILE", help="Where the texts of STORE's rows are: .jsonl, .csv, .tsv, .parquet, "
-                 ".json, .txt, a datasets folder."),
-    click.option("--query-data", metavar="FILE", help="The same of the queries."),
+    click.option("--queries", type=options.PATH, metavar="Q",
+                 help="Query store whose proponents and opponents to show."),
+    click.option("--data", type=options.PATH, metavar="FILE",
+                 help="Where the texts of STORE's rows are: .jsonl, .csv, .tsv, .parquet, .json, .txt, a datasets folder."),
+    click.option("--query-data", type=options.PATH, metavar="FILE", help="The same of the queries."),
     click.option("--text", metavar="FIELD", help="Field with the text. Default: as extracted; text; prompt and "
                  "completion; messages."),
     click.option("--label", metavar="FIELD", help="Field with the label. Default: the column or field 'label'."),
@@ -26,8 +27,9 @@ examples = options.several(
     click.option("--id", metavar="FIELD", help="Field with the ids that the store has. Default: as extracted, or "
                  "'id'."),
     click.option("--image", metavar="FIELD", help="Field with an image's path, below the folder of the data file."),
-    click.option("--images", metavar="FILE.npy", help="Instead: images of STORE's rows, (n, h, w) or (n, h, w, c)."),
-    click.option("--query-images", metavar="FILE.npy", help="The same of the queries."),
+    click.option("--images", type=options.PATH, metavar="FILE.npy",
+                 help="Instead: images of STORE's rows, (n, h, w) or (n, h, w, c)."),
+    click.option("--query-images", type=options.PATH, metavar="FILE.npy", help="The same of the queries."),
     click.option("--top", type=click.IntRange(min=1), default=10, show_default=True, help="Proponents and opponents of "
                  "a query."),
     click.option("--suspects", type=click.IntRange(min=1), default=500, show_default=True, help="Rows on the page of "
@@ -35,7 +37,8 @@ examples = options.several(
     click.option("--by", multiple=True, metavar="COLUMN", help="Sum scores by this column; may be repeated. Default: "
                  "label and source."),
     click.option("--title", help="Of the pages. Default: the store's name."),
-    click.option("--curvature", metavar="NAME|PATH", help="Which curvature. Default: 'default' in STORE."),
+    click.option("--curvature", type=options.PATH, metavar="NAME|PATH",
+                 help="Which curvature. Default: 'default' in STORE."),
     click.option("--dot", is_flag=True, help="No curvature: plain dot products of gradients."),
     click.option("--damping", type=float, help="Damping factor. Default: the curvature's (0.1, relative)."),
     click.option("--damping-mode", type=click.Choice(["relative", "absolute"]), default="relative", show_default=True,
@@ -47,8 +50,15 @@ examples = options.several(
 
 
 @click.command()
-@click.argument("store")
-@click.option("-o", "--out", required=True, metavar="DIR", help="The folder to write; an earlier report is replaced.")
+@click.argument("store", type=options.PATH)
+@click.option(
+    "-o",
+    "--out",
+    required=True,
+    type=options.PATH,
+    metavar="DIR",
+    help="The folder to write; an earlier report is replaced.",
+)
 @examples
 @options.as_json
 def report(store: str, out: str, as_json: bool, **given: Any) -> None:
@@ -64,16 +74,19 @@ def report(store: str, out: str, as_json: bool, **given: Any) -> None:
 
 
 @click.command()
-@click.argument("store")
+@click.argument("store", type=options.PATH)
 @examples
-@click.option("--model", metavar="DIR|ID", help="Take new queries with this Hugging Face model, the one STORE was made "
+@click.option("--model", type=options.PATH, metavar="DIR|ID",
+              help="Take new queries with this Hugging Face model, the one STORE was made "
               "with.")  # fmt: skip
-@click.option("--recipe", metavar="FILE.py:FUNCTION", help="Take them with a recipe that has query=.")
+@click.option(
+    "--recipe", type=options.PATH, metavar="FILE.py:FUNCTION", help="Take them with a recipe that has query=."
+)
 @click.option("--typed", type=click.Choice(["text", "prompt", "chat"]), default="text", show_default=True,
               help="What is typed, with --model: running text, or a prompt and a completion (chat: through the "
               "tokenizer's template).")  # fmt: skip
-@click.option("--adapter", metavar="DIR", help="A PEFT adapter to put on the model.")
-@click.option("--tokenizer", metavar="DIR|ID", help="Where the tokenizer is, if not with the model.")
+@click.option("--adapter", type=options.PATH, metavar="DIR", help="A PEFT adapter to put on the model.")
+@click.option("--tokenizer", type=options.PATH, metavar="DIR|ID", help="Where the tokenizer is, if not with the model.")
 @click.option("--revision", help="Of the hub's repository.")
 @click.option("--model-dtype", "dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16", "8bit"]),
               default="auto", show_default=True, help="Of the model's weights; auto: as saved.")  # fmt: skip

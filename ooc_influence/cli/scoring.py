@@ -14,9 +14,15 @@ from ooc_influence.cli import options
 
 
 @click.command()
-@click.argument("query")
-@click.argument("train")
-@click.option("--out", required=True, metavar="PATH", help="The Zarr array (queries, rows) to write, or to go on with.")
+@click.argument("query", type=options.PATH)
+@click.argument("train", type=options.PATH)
+@click.option(
+    "--out",
+    required=True,
+    type=options.PATH,
+    metavar="PATH",
+    help="The Zarr array (queries, rows) to write, or to go on with.",
+)
 @options.pairing
 @options.scoring
 def score(query: str, train: str, out: str, as_json: bool, **given: Any) -> None:
@@ -44,8 +50,8 @@ def _print_scores(scores: Any, out: str, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("query")
-@click.argument("train")
+@click.argument("query", type=options.PATH)
+@click.argument("train", type=options.PATH)
 @click.option("--top", "count", type=int, default=10, show_default=True, help="How many of each.")
 @options.pairing
 @options.resume
@@ -89,8 +95,10 @@ def _found(count: int, side: str) -> str:
 
 
 @click.command("self-influence")
-@click.argument("train")
-@click.option("--also", multiple=True, metavar="TRAIN", help="Another checkpoint's store; values are averaged.")
+@click.argument("train", type=options.PATH)
+@click.option(
+    "--also", multiple=True, type=options.PATH, metavar="TRAIN", help="Another checkpoint's store; values are averaged."
+)
 @click.option(
     "--top", "count", type=click.IntRange(min=1), default=20, show_default=True, help="How many rows to show."
 )
@@ -159,8 +167,8 @@ def _save(out: Path, values: Any) -> None:
 
 
 @click.command()
-@click.argument("query")
-@click.argument("train")
+@click.argument("query", type=options.PATH)
+@click.argument("train", type=options.PATH)
 @click.option("--by", required=True, metavar="COLUMN", help="The column of TRAIN whose values are groups, or 'id'.")
 @click.option("--top", "count", type=click.IntRange(min=1), default=20, show_default=True,
               help="How many groups of each query to show, largest sums first.")  # fmt: skip
@@ -192,10 +200,12 @@ def groups(query: str, train: str, by: str, count: int, resume: str | None, as_j
 
 
 @click.command()
-@click.argument("query")
-@click.argument("train")
+@click.argument("query", type=options.PATH)
+@click.argument("train", type=options.PATH)
 @click.option("--top", "count", type=int, help="How many of each, by module.")
-@click.option("--out", metavar="PATH", help="Instead: the Zarr array (modules, queries, rows) to write.")
+@click.option(
+    "--out", type=options.PATH, metavar="PATH", help="Instead: the Zarr array (modules, queries, rows) to write."
+)
 @options.pairing
 @options.scoring
 def modules(query: str, train: str, count: int | None, out: str | None, as_json: bool, **given: Any) -> None:

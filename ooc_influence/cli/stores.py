@@ -11,7 +11,7 @@ from ooc_influence.cli import options
 
 
 @click.command()
-@click.argument("store")
+@click.argument("store", type=options.PATH)
 @options.as_json
 def info(store: str, as_json: bool) -> None:
     """Show what is in a store, and how far its writers are."""
@@ -33,7 +33,7 @@ def info(store: str, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("store")
+@click.argument("store", type=options.PATH)
 @click.option("--repair", is_flag=True, help="Give up damaged chunks: the next extraction writes just those again.")
 @click.option("--workers", type=int, metavar="N", help="Row stripes at once. Default: one a core.")
 @options.memory
@@ -64,7 +64,7 @@ def verify(store: str, repair: bool, workers: int | None, memory: str | None, as
 
 
 @click.command()
-@click.argument("store")
+@click.argument("store", type=options.PATH)
 @click.argument("ids", nargs=-1, required=True)
 @options.as_json
 def ids(store: str, ids: tuple[str, ...], as_json: bool) -> int:
@@ -91,11 +91,12 @@ def ids(store: str, ids: tuple[str, ...], as_json: bool) -> int:
 
 
 @click.command()
-@click.argument("store")
+@click.argument("store", type=options.PATH)
 @click.argument("rows", nargs=-1)
 @click.option("--ids", "by_id", is_flag=True, help="ROWS are example ids, not row numbers.")
 @click.option("--file", "file", type=click.File(), help="Read further rows, one a line ('-': standard input).")
-@click.option("--from", "decisions", metavar="FILE", help="Drop what was ticked on a report's page of label errors: "
+@click.option("--from", "decisions", type=options.PATH, metavar="FILE",
+              help="Drop what was ticked on a report's page of label errors: "
               "its exported .csv or .jsonl. Rows to relabel stay.")  # fmt: skip
 @click.option("--relabelled", is_flag=True, help="With --from: drop rows to relabel too; their gradients are of the "
               "old label.")  # fmt: skip
@@ -158,8 +159,8 @@ def _parse_range(text: str) -> range:
 
 
 @click.command()
-@click.argument("store")
-@click.argument("out")
+@click.argument("store", type=options.PATH)
+@click.argument("out", type=options.PATH)
 @options.as_json
 def compact(store: str, out: str, as_json: bool) -> None:
     """Write STORE without its dropped rows to OUT. Row numbers change; STORE stays as it is."""
@@ -171,8 +172,8 @@ def compact(store: str, out: str, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("sources", nargs=-1, required=True)
-@click.option("--out", required=True, metavar="PATH|URL", help="The store to make.")
+@click.argument("sources", type=options.PATH, nargs=-1, required=True)
+@click.option("--out", required=True, type=options.PATH, metavar="PATH|URL", help="The store to make.")
 @click.option("--move", is_flag=True, help="Remove each source when all rows are in the new store.")
 @options.as_json
 def merge(sources: tuple[str, ...], out: str, move: bool, as_json: bool) -> None:
@@ -185,7 +186,7 @@ def merge(sources: tuple[str, ...], out: str, move: bool, as_json: bool) -> None
 
 
 @click.command()
-@click.argument("store")
+@click.argument("store", type=options.PATH)
 @options.as_json
 def upgrade(store: str, as_json: bool) -> None:
     """Bring a STORE of an older format to the present one, in place."""
@@ -198,14 +199,16 @@ def upgrade(store: str, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("wide")
-@click.argument("out")
+@click.argument("wide", type=options.PATH)
+@click.argument("out", type=options.PATH)
 @click.option("--dims", "r", type=int, metavar="R", help="Numbers stored a row. Default: 1024; with --rotate as many "
               "as there are.")  # fmt: skip
 @click.option("--pilot", "rows", type=int, metavar="N", help="Rows the basis is made from. Default: all, up to "
               "131072 or 64 R.")  # fmt: skip
 @click.option("--weights", type=click.Choice(["ggn", "trak"]), help="Row weights of the basis. Default: none.")
-@click.option("--like", metavar="TRAIN", help="Use the basis of this reduced train store: makes a query store.")
+@click.option(
+    "--like", type=options.PATH, metavar="TRAIN", help="Use the basis of this reduced train store: makes a query store."
+)
 @click.option("--rotate", is_flag=True, help="WIDE is reduced already: turn it to the basis of the F of all its rows.")
 @click.option("--dtype", type=click.Choice(["float16", "bfloat16", "float32", "int8", "int4"]),
               help="Representation on disk. Default: float16; with --rotate as WIDE.")  # fmt: skip
