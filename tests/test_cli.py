@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -183,7 +184,10 @@ def test_the_only_split_and_a_module_recipe(run):
         ("fisher train.zarr --workers 0", "workers >= 1"),
         ("fisher train.zarr --name ../other", "curvature name"),
         ("self-influence test.zarr", "run fit_curvature"),
-        ("self-influence train.zarr --curvature other", "run fit_curvature"),
+        ("self-influence train.zarr --curvature other", "/train.zarr --name other'"),
+        ("self-influence train.zarr --curvature gram", "/train.zarr --side gram'"),
+        ("self-influence train.zarr --curvature some/place", "/some/place'"),
+        ("modules test.zarr train.zarr", "(--top or --out)"),
         ("self-influence train.zarr --damping -1", "damping >= 0"),
         ("self-influence train.zarr --damping 0", "of numerical rank"),
         ("top test.zarr train.zarr --top 0", "top >= 1"),
@@ -324,6 +328,29 @@ def test_no_warning_on_import_and_one_version():
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
     citation = (Path(__file__).parent.parent / "CITATION.cff").read_text()
     assert f"version: {ooc_influence.__version__}\n" in citation
+
+
+@pytest.mark.parametrize("module", ["ooc_influence", "ooc_influence.cli.main"])
+def test_python_runs_it_as_a_module(module):
+    done = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"ooc-influence, version {ooc_influence.__version__}\n"
+    done = subprocess.run([sys.executable, "-m", module, "info", "nowhere.zarr"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: expected a gradient store at ")
+
+
+def test_the_command_advised_makes_what_was_missing(run, stores):
+    for name in ("other", "gram", "some/place"):
+        _, _, err = run(f"self-influence train.zarr --curvature {name}")
+        command = re.search("or 'ooc-influence (.*)'", err)[1]
+        assert run(command)[0] == 0
+        assert run(f"self-influence train.zarr --curvature {name}")[0] == 0
+    assert run("drop train.zarr 3")[0] == 0
+    _, _, err = run("self-influence train.zarr --curvature other")
+    assert "run fit_curvature again, or" in err
+    assert run(re.search("or 'ooc-influence (.*)'", err)[1])[0] == 0
+    assert run("self-influence train.zarr --curvature other")[0] == 0
 
 
 def test_version(run):

@@ -91,3 +91,7 @@ def _format_warning(
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
+
+
+if __name__ == "__main__":
+    main()

@@ -87,7 +87,9 @@ class Curvature(ABC):
         place = parse_path(path)
         attributes = complete_attributes(place)
         if attributes is None:
-            raise CurvatureNotFoundError(f"expected a finished curvature at {place}; received none: run fit_curvature")
+            raise CurvatureNotFoundError(
+                f"expected a finished curvature at {place}; received none: run fit_curvature or 'ooc-influence fisher'"
+            )
         kind = attributes.get("kind", "whole")
         if attributes["format"] not in READABLE or kind not in Curvature.kinds:
             raise InputError(
@@ -214,18 +216,19 @@ class Curvature(ABC):
         if self._attrs["mask_digest"] != train.columns_digest:
             raise MismatchError(
                 f"expected a curvature fitted under the mask (and basis) of {train.path}; received {self.path}, fitted "
-                "under another: run fit_curvature on this store"
+                "under another: run fit_curvature or 'ooc-influence fisher' on this store"
             )
         model = train.attrs.get("model", {}).get("fingerprint")
         if self._attrs["model"] != model:
             raise MismatchError(
                 f"expected a curvature of the model that {train.path} was made with; received {self.path}, of another "
-                "model: run fit_curvature on a store of this model"
+                "model: run fit_curvature or 'ooc-influence fisher' on a store of this model"
             )
         if self._attrs["store_id"] == train.identity and not self.change(train).nothing:
             raise StaleCurvatureError(
                 f"expected a curvature of the {train.n} rows of {train.path}; received {self.path}, fitted when it "
-                f"held {self._attrs['store_rows']} (or before rows were dropped): run fit_curvature again"
+                f"held {self._attrs['store_rows']} (or before rows were dropped): run fit_curvature again, or "
+                f"'{_command(train, self.path)}'"
             )
 
     def change(self, train: GradientStore) -> Change:
@@ -362,7 +365,17 @@ def _usual_curvature(train: GradientStore) -> Curvature:
 
 
 def _not_found(train: GradientStore, name: str) -> CurvatureNotFoundError:
+    place = parse_path(name) if "/" in name else curvature_path(train, name)
+    call = {"default": "", "gram": ", side='gram'"}.get(name, f", out={name!r}" if "/" in name else f", name={name!r}")
     return CurvatureNotFoundError(
         f"expected a fitted curvature {name!r} in {train.path}; received none: run "
-        f"fit_curvature({str(train.path)!r}) or 'ooc-influence fisher {train.path}'"
+        f"fit_curvature({str(train.path)!r}{call}) or '{_command(train, place)}'"
     )
+
+
+def _command(train: GradientStore, place: StorePath) -> str:
+    """Return the command that fits a curvature of a store at a place."""
+    how = f" --out {place}"
+    if place.parent == train.path / "curvature":
+        how = {"default": "", "gram": " --side gram"}.get(place.name, f" --name {place.name}")
+    return f"ooc-influence fisher {train.path}{how}"

@@ -175,7 +175,7 @@ def _sum_with(team: Team, number: int, key: str, how: TileSum) -> None:
         facts = {"live": live, "clipped": clipped}
         save_result(how.folder, f"{_DONE}-{number}", 0, facts, lambda group: None)
     except OSError as error:
-        then = " (8 k² bytes are taken while fitting), or give another place with out="
+        then = " (8 k² bytes are taken while fitting), or give another place with out= (--out)"
         raise StoreWriteError(refused(f"to write tiles of F to {how.group}", error, then)) from error
 
 

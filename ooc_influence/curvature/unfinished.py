@@ -70,7 +70,7 @@ class Unfinished:
             logger.info("another process is fitting %s: this one keeps no partial results", target)
         except OSError as error:
             raise StoreWriteError(
-                refused(f"to write the curvature to {target}", error, ", or give another place with out=")
+                refused(f"to write the curvature to {target}", error, ", or give another place with out= (--out)")
             ) from error
         self.usable = self._claim is not None
         if self.usable:

@@ -68,7 +68,7 @@ def module_influence(
         As for :func:`influence_scores`.
     """
     if (top is None) == (out is None):
-        raise InputError("expected either top= or out=; received both or neither")
+        raise InputError("expected either top= or out= (--top or --out); received both or neither")
     scoring = Scoring.open(
         query, train, curvature, damping, damping_mode, normalize=normalize, average_queries=average_queries, rows=rows,
         device=device, combine=combine,
