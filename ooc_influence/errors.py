@@ -107,6 +107,11 @@ class MissingExtraError(OocInfluenceError, ImportError):
     """An optional dependency is not installed."""
 
 
+def install_extra(extra: str) -> str:
+    """Return what a message tells somebody to do who lacks one of the package's extras."""
+    return f"install the extra {extra!r} (in the clone: pip install '.[{extra}]')"
+
+
 class NonFiniteError(OocInfluenceError, ArithmeticError):
     """NaN or Inf in a loss or a gradient.
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from ooc_influence.errors import MissingExtraError
+from ooc_influence.errors import MissingExtraError, install_extra
 
 _EXTRAS = {"jinja2": "report", "matplotlib": "report", "PIL": "report", "pyarrow": "parquet"}
 
@@ -25,10 +25,8 @@ def optional_library(name: str, purpose: str, extra: str | None = None) -> Any:
     except ImportError as error:
         package = name.partition(".")[0]
         extra = extra or _EXTRAS.get(package)
-        wanted = package if extra is None else f"'ooc_influence[{extra}]'"
-        raise MissingExtraError(
-            f"expected the library {package!r} for {purpose}; received {error}: pip install {wanted}"
-        ) from error
+        todo = f"pip install {package}" if extra is None else install_extra(extra)
+        raise MissingExtraError(f"expected the library {package!r} for {purpose}; received {error}: {todo}") from error
 
 
 def html_table(title: str, header: Sequence[str] | None, rows: Sequence[Sequence[Any]]) -> str:

@@ -86,5 +86,7 @@ def test_rows_do_not_depend_on_how_they_are_read():
 
 def test_without_scikit_learn_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
-    with pytest.raises(MissingExtraError, match="pip install"):
+    with pytest.raises(
+        MissingExtraError, match=r"install the extra 'demo' \(in the clone: pip install '\.\[demo\]'\)$"
+    ):
         load_digits()

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import urllib.request
 from pathlib import Path
 
@@ -157,6 +158,17 @@ def test_links_lead_somewhere(name):
     links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", TEXT[name]) if "://" not in link]
     assert name != "README.md" or links
     assert all((ROOT / name).parent.joinpath(link).exists() for link in links)
+
+
+def test_nobody_is_sent_to_an_index_that_does_not_have_the_package():
+    sources = [path.read_text("utf-8") for path in (ROOT / "ooc_influence").rglob("*.py")]
+    wanted = [name for text in [*TEXT.values(), *sources] for name in re.findall(r"pip install '?([\w.]+)\[?", text)]
+    assert wanted
+    assert not any(name.replace("-", "_").startswith("ooc_influence") for name in wanted)
+    extras = {
+        extra for text in TEXT.values() for found in re.findall(r"'\.\[(.+?)\]'", text) for extra in found.split(",")
+    }
+    assert extras <= set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
 
 
 def test_the_scripts_they_name_are_there():

@@ -409,7 +409,7 @@ def test_shards(tmp_path, monkeypatch):
 
 def test_a_missing_library_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-    with pytest.raises(MissingExtraError, match=r"ooc_influence\[hf\]"):
+    with pytest.raises(MissingExtraError, match=r"install the extra 'hf' \(in the clone: pip install '\.\[hf\]'\)$"):
         hf.open_documents("x.jsonl")
 
 

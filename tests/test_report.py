@@ -303,7 +303,9 @@ def writing_limit():
 
 def test_missing_jinja_is_named(pair, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "jinja2", None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'ooc_influence.report.'"):
+    with pytest.raises(
+        MissingExtraError, match=r"install the extra 'report' \(in the clone: pip install '\.\[report\]'\)$"
+    ):
         write_report(pair[1], tmp_path / "r")
 
 

@@ -31,7 +31,7 @@ def connected(address: str | None, file: str | None) -> Iterator[None]:
     MissingExtraError
         If distributed is not installed.
     """
-    from ooc_influence.errors import ClusterError, InputError, MissingExtraError
+    from ooc_influence.errors import ClusterError, InputError, MissingExtraError, install_extra
 
     if address is None and file is None:
         yield
@@ -42,7 +42,7 @@ def connected(address: str | None, file: str | None) -> Iterator[None]:
         from distributed import Client
     except ImportError as error:
         raise MissingExtraError(
-            "expected distributed for --scheduler; received none: pip install 'ooc_influence[distributed]'"
+            f"expected distributed for --scheduler; received none: {install_extra('distributed')}"
         ) from error
     place = _read_address(Path(file)) if file is not None else str(address)
     _check_answers(place)

@@ -17,7 +17,7 @@ from typing import Any, TypeGuard
 import fsspec  # type: ignore[import-untyped]
 from upath import UPath
 
-from ooc_influence.errors import InputError, MissingExtraError, StoreReadError, refused
+from ooc_influence.errors import InputError, MissingExtraError, StoreReadError, install_extra, refused
 from ooc_influence.store import disk
 from ooc_influence.store.local import LocalArrayStore
 from ooc_influence.store.metadata import METADATA
@@ -54,7 +54,7 @@ def parse_path(path: PathLike) -> StorePath:
     except ImportError as error:
         raise MissingExtraError(
             f"expected the package behind {protocol}://; received none ({error}): "
-            f"pip install 'ooc_influence[s3]' for s3://, or fsspec's package for {protocol}"
+            f"{install_extra('s3')} for s3://, or fsspec's package for {protocol}"
         ) from error
     except ValueError as error:
         raise InputError(f"expected a local path or an fsspec URL; received {text!r} ({error})") from error

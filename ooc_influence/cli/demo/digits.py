@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from ooc_influence.errors import MissingExtraError
+from ooc_influence.errors import MissingExtraError, install_extra
 from ooc_influence.extract import Recipe, Split, cross_entropy
 
 TRAIN = 1437  # of 1797; the rest is the test set
@@ -86,7 +86,7 @@ def load_digits() -> Digits:
         from sklearn.datasets import load_digits as load
     except ImportError as error:
         raise MissingExtraError(
-            "expected scikit-learn for the digits; received none: pip install 'ooc_influence[demo]'"
+            f"expected scikit-learn for the digits; received none: {install_extra('demo')}"
         ) from error
     data: Any = load()
     generator = np.random.Generator(np.random.PCG64(_SEED))
