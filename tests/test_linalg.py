@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -32,6 +33,19 @@ def test_accumulator_is_the_dense_sum(k, engine, threads):
     expected = rows.astype(np.float64).T @ rows.astype(np.float64)
     assert_allclose(found, expected, atol=1e-6 * np.abs(expected).max())
     assert_array_equal(found, found.T)
+
+
+def test_a_temporary_tile_does_not_grow_with_the_columns():
+    left, right = random_rows(16, 600), random_rows(16, 20_000)
+    total = np.zeros((600, 20_000), np.float32)
+    tracemalloc.start()
+    try:
+        NumpyEngine().add_product(total, left, right, -1.0)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 5 * 2**20
+    assert_allclose(total, -left.T @ right, atol=1e-5)
 
 
 def test_accumulator_folds_to_float64():

@@ -26,6 +26,7 @@ from ooc_influence.linalg.blas import Floats
 
 logger = logging.getLogger("ooc_influence")
 _TILE = 512  # columns of a tile where only a general product is there
+_WIDTH = 1024  # of a temporary tile: 2 MiB, whatever k
 _TRIAL = (768, 1536)  # rows and columns of the block that engines are timed on
 _TRIALS = 7
 _HEAD_START = 0.9  # of the first engine, which needs no temporaries: others' times may be luck
@@ -122,11 +123,12 @@ class NumpyEngine(_Tiled):
 
     def add_product(self, total: Floats, left: Floats, right: Floats, sign: float = 1.0) -> None:
         """See :class:`Engine`."""
-        for start in range(0, len(total), _TILE):
-            product = left[:, start : start + _TILE].T @ right
-            if sign != 1.0:
-                product *= np.float32(sign)
-            total[start : start + _TILE] += product
+        for row in range(0, len(total), _TILE):
+            for column in range(0, total.shape[1], _WIDTH):
+                product = left[:, row : row + _TILE].T @ right[:, column : column + _WIDTH]
+                if sign != 1.0:
+                    product *= np.float32(sign)
+                total[row : row + _TILE, column : column + _WIDTH] += product
 
 
 class TorchEngine(_Tiled):
