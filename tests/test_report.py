@@ -346,16 +346,35 @@ def test_the_command_writes_and_drop_reads(run, stores, tmp_path):  # noqa: F811
     ]
     (tmp_path / "e.jsonl").write_text("".join(json.dumps(own) + "\n" for own in lines))
     facts = json.loads(run("drop train.zarr --from e.jsonl --json")[1])
-    assert (facts["dropped"], facts["to_relabel"]) == (1, [5])
+    assert (facts["newly_dropped"], facts["dropped"], facts["to_relabel"]) == (1, 1, [5])
+    end = (
+        "1 of 50 rows in all; fit the curvature again\n1 row to relabel was left as it is (--relabelled drops it too)\n"
+    )
+    assert run("drop train.zarr --from e.jsonl")[:2] == (0, f"train.zarr: 0 rows newly dropped, {end}")
     code, out, err = run("drop train.zarr --from e.jsonl --relabelled")
-    assert (code, "2 of 50 rows are dropped" in out) == (0, True)
+    assert (code, out) == (0, "train.zarr: 1 row newly dropped, 2 of 50 rows in all; fit the curvature again\n")
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "empty.csv").write_text("row,id,action,label,new_label,note\n")
+    np.save("images.npy", np.zeros((50, 3, 3)))
     for line, message in (
         ("drop train.zarr --relabelled", "expected rows to drop"),
         ("drop train.zarr 3 --relabelled", "expected --from FILE"),
+        ("drop train.zarr --from empty.csv", "expected rows in empty.csv; received none"),
+        ("drop train.zarr --from empty.jsonl", "expected rows in empty.jsonl; received none"),
         ("report test.zarr -o r2", "expected a fitted curvature"),
+        (
+            "report train.zarr -o r2 --query-data queries.csv",
+            "expected queries (--queries) with --query-data; received none",
+        ),
+        (
+            "report train.zarr -o r2 --query-images images.npy",
+            "expected queries (--queries) with --query-images; received none",
+        ),
+        ("report train.zarr -o r2 --by label", "expected queries (--queries) with --by; received none"),
         ("report train.zarr -o r2 --text t", "expected --data"),
         ("report train.zarr -o r2 --dot --curvature default", "received both"),
     ):
         code, out, err = run(line)
-        assert (code, out) == (2, "")
+        assert (code, out, len(err.splitlines())) == (2, "", 1)
         assert message in err
+    assert not (tmp_path / "r2").exists()

@@ -385,6 +385,7 @@ def test_ctrl_c_ends_it_cleanly(train, tmp_path):
         ("--recipe my_recipe.py:recipe", "with query="),
         ("--recipe my_recipe.py:recipe --model m", "--model or --recipe; received both"),
         ("--port 70000", "70000"),
+        ("--query-data q.jsonl", "expected queries (--queries) with --query-data; received none"),
         (
             "--host no-such-host.invalid",
             "expected an IPv4 address of this machine to listen on (--host); received no-such",
@@ -399,6 +400,7 @@ def test_a_mistake_is_one_line(run, train, line, message, tmp_path):  # noqa: F8
         "return Recipe(make(Mlp)", "model = make(Mlp)\n    model.first.weight.data += 1\n    return Recipe(model"
     )
     (tmp_path / "other.py").write_text(other)
+    (tmp_path / "q.jsonl").write_text('{"text": "a"}\n')
     code, out, err = run(f"serve {train} {line}")
     assert (code, out) == (2, "")
     assert message in err

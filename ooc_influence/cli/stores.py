@@ -111,7 +111,7 @@ def drop(
     """
     from ooc_influence import GradientStore
     from ooc_influence.errors import InputError
-    from ooc_influence.report import read_decisions
+    from ooc_influence.report import counted, read_decisions
 
     named = [*rows, *(line.strip() for line in file or () if line.strip())]
     if not named and decisions is None:
@@ -130,11 +130,16 @@ def drop(
         found = [] if decisions is None else read_decisions(decisions, opened)
         kept = [own.row for own in found if own.action == "relabel" and not relabelled]
         numbers += [own.row for own in found if own.action == "drop" or relabelled]
+        before = int(opened.dropped.sum())
         opened.drop(numbers)
-        facts = {"store": store, "named": len(numbers), "dropped": int(opened.dropped.sum()), "to_relabel": kept}
-    text = f"{store}: {facts['dropped']} of {opened.n} rows are dropped; fit the curvature again"
+        total = int(opened.dropped.sum())
+    facts = {"store": store, "named": len(numbers), "newly_dropped": total - before, "dropped": total}
+    facts |= {"to_relabel": kept}
+    all_of = f"{total} of {counted(opened.n, 'row')}"
+    text = f"{store}: {counted(total - before, 'row')} newly dropped, {all_of} in all; fit the curvature again"
     if kept:
-        text += f"\n{len(kept)} rows to relabel were left as they are (--relabelled drops them too)"
+        were, them = ("was left as it is", "it") if len(kept) == 1 else ("were left as they are", "them")
+        text += f"\n{counted(len(kept), 'row')} to relabel {were} (--relabelled drops {them} too)"
     options.print_result(as_json, facts, lambda: text)
 
 

@@ -43,7 +43,7 @@ def read_decisions(path: str | Path, store: GradientStore) -> list[Decision]:
     Raises
     ------
     InputError
-        If it cannot be read, or a record is no decision.
+        If it cannot be read, names no row, or a record is no decision.
     MismatchError
         If a row has another id in the store: the report was of another one.
     """
@@ -51,8 +51,10 @@ def read_decisions(path: str | Path, store: GradientStore) -> list[Decision]:
     if not {".csv", ".jsonl"} & {suffix.lower() for suffix in place.suffixes}:
         raise InputError(f"expected label-errors.csv or .jsonl, as a report exports it; received {place}")
     found = [_decision(parse(), number, place) for number, parse in enumerate(open_records(place))]
+    if not found:
+        raise InputError(f"expected rows in {place}; received none: tick some on the page of label errors, then export")
     rows = np.array([own.row for own in found], np.int64)
-    if len(rows) and not 0 <= rows.min() <= rows.max() < store.n:
+    if not 0 <= rows.min() <= rows.max() < store.n:
         raise MismatchError(
             f"expected rows from 0 to {store.n - 1} of {store.path} in {place}; received {int(rows.min())} to "
             f"{int(rows.max())}: the report was of another store"

@@ -15,7 +15,7 @@ from ooc_influence.report.folder import PageFolder
 from ooc_influence.report.images import ImageFolder
 from ooc_influence.report.jobs import Jobs
 from ooc_influence.report.server import PageServer
-from ooc_influence.report.write import Settings, open_report, write_pages
+from ooc_influence.report.write import Settings, check_queries, open_report, write_pages
 from ooc_influence.store import GradientStore, PathLike
 
 
@@ -60,7 +60,7 @@ def live_report(
     OocInfluenceError
         See :func:`write_report`.
     """
-    corpus = Corpus.of(data)
+    corpus, examples = Corpus.of(data), check_queries(queries, query_data, by)
     report = open_report(store, queries, Settings(curvature, damping, top, normalize, scoring))
     if model is not None:
         model.check(report.train)
@@ -69,7 +69,7 @@ def live_report(
         server = stack.enter_context(PageServer(place, host=listen[0], port=listen[1], token=token))
         with PageFolder(place) as folder:
             ask = None if model is None else model.facts()
-            write_pages(report, folder, corpus, Corpus.of(query_data), suspects, by, title, ask=ask)
+            write_pages(report, folder, corpus, examples, suspects, by, title, ask=ask)
         if model is not None:
             asker = stack.enter_context(Asker(report, model, corpus, ImageFolder(place, "train")))
             server.jobs = Jobs(asker.answer)

@@ -190,7 +190,7 @@ def write_report(
     Raises
     ------
     InputError
-        For several dampings, or examples that cannot be read.
+        For several dampings, examples that cannot be read, or examples or groups of queries without ``queries``.
     MismatchError
         If records do not belong to the rows.
     StoreExistsError
@@ -201,10 +201,27 @@ def write_report(
         See :func:`top_influential`.
     """
     check_free(Path(out).absolute())
+    examples = check_queries(queries, query_data, by)
     report = open_report(store, queries, Settings(curvature, damping, top, normalize, scoring))
     with PageFolder(Path(out)) as folder:
-        write_pages(report, folder, Corpus.of(data), Corpus.of(query_data), suspects, by, title)
+        write_pages(report, folder, Corpus.of(data), examples, suspects, by, title)
     return Path(out)
+
+
+def check_queries(queries: Any, query_data: Corpus | str | Path | None, by: Sequence[str] | None) -> Corpus:
+    """Return where the examples of the queries are.
+
+    Raises
+    ------
+    InputError
+        If there are examples of queries, or columns to sum their scores by, but no queries.
+    """
+    examples = Corpus.of(query_data)
+    given = {"--query-data": examples.path, "--query-images": examples.images, "--by": by or None}
+    named = [name for name, value in given.items() if value is not None]
+    if queries is None and named:
+        raise InputError(f"expected queries (--queries) with {' and '.join(named)}; received none: name their store")
+    return examples
 
 
 def open_report(
