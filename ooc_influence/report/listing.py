@@ -61,4 +61,4 @@ def _line(entry: dict[str, Any], text: str) -> list[Any]:
     """Return a query as a line: id, text, label, source, loss, best and worst score, image, 1 if it is dropped."""
     best, worst = (entry[side][0][1] if entry[side] else None for side in ("proponents", "opponents"))
     facts = [entry[name] for name in ("label", "source", "loss")]
-    return [entry["id"], text, *facts, best, worst, entry.get("image"), int(entry["dropped"])]
+    return [entry["id"], text, *facts, best, worst, entry.get("image"), *([1] if entry["dropped"] else [])]
