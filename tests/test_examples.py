@@ -34,7 +34,7 @@ def test_every_example_is_listed():
 def test_it_finds_what_it_is_about(name, tmp_path):
     pytest.importorskip(NEEDS[name])
     pytest.importorskip("sklearn")
-    command = [sys.executable, str(ROOM / f"{name}.py"), "--quick", "--folder", "out"]
+    command = [sys.executable, "-W", "error", str(ROOM / f"{name}.py"), "--quick", "--folder", "out"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = [float(number) for number in re.findall(FOUND[name], done.stdout)]

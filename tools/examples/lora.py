@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,9 @@ def main() -> None:
     fit(model, [torch.tensor(tokenizer.encode(text)) for text in texts], 5 if options.quick else 30, 3e-3)
 
     places = {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}  # GPT-2's Conv1D layers
-    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, **places))
+    with warnings.catch_warnings():  # peft asks by a name that newer releases of transformers warn of
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, **places))
     lines = [{"prompt": f"{name} works at the", "completion": f" {work}.", "id": name} for name, work in facts]
     rows = [torch.tensor(tokenizer.encode(line["prompt"] + line["completion"])) for line in lines]
     fit(adapted, rows, 20 if options.quick else 300, 5e-3)
