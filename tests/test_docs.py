@@ -8,6 +8,8 @@ import subprocess
 import sys
 import tomllib
 import urllib.request
+from importlib import import_module
+from inspect import isfunction
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,8 @@ from blocks import PAGES, ROOT, Block, BlockError, read_blocks, setups, summary
 from warm import Warm
 
 import ooc_influence
+from ooc_influence import evaluate
+from ooc_influence.report import plot
 
 TEXT = {str(page.relative_to(ROOT)): page.read_text() for page in PAGES}
 BLOCKS = {name: read_blocks(name, text) for name, text in TEXT.items()}
@@ -180,6 +184,17 @@ def test_the_scripts_they_name_are_there():
 def test_every_public_name_is_on_the_api_page():
     named = set(re.findall(r"^::: ooc_influence\.(\w+)$", TEXT["docs/api.md"], re.M))
     assert named == set(ooc_influence.__all__) - {"__version__"}
+
+
+def test_rooms_of_their_own_are_on_it_too():
+    listed = re.findall(r"^::: (ooc_influence\.[\w.]+)\.(\w+)$", TEXT["docs/api.md"], re.M)
+    assert all(hasattr(import_module(room), name) for room, name in listed)
+    plots = [name for name, value in vars(plot).items() if isfunction(value) and value.__module__ == plot.__name__]
+    wanted = {("ooc_influence.evaluate", name) for name in evaluate.__all__}
+    wanted |= {(plot.__name__, name) for name in plots if not name.startswith("_")}
+    wanted |= {("ooc_influence.report", name) for name in ("write_report", "Corpus")}
+    wanted |= {("ooc_influence.hf", name) for name in ("extract", "extract_shards", "load", "Loaded")}
+    assert wanted <= set(listed)
 
 
 def test_every_page_is_in_the_navigation():
