@@ -36,7 +36,8 @@ def test_accumulator_is_the_dense_sum(k, engine, threads):
 
 
 def test_a_temporary_tile_does_not_grow_with_the_columns():
-    left, right = random_rows(16, 600), random_rows(16, 20_000)
+    rng = np.random.default_rng(0)
+    left, right = (rng.standard_normal((16, columns), np.float32) for columns in (600, 20_000))
     total = np.zeros((600, 20_000), np.float32)
     tracemalloc.start()
     try:
