@@ -161,7 +161,8 @@ def run(kills, seed):
             ranges = list(zip([0, *cuts], [*cuts, N], strict=True)) if planned else [(0, None)]
             committed, last = 0, 0
             for trial in range(60):
-                point = generator.choice(POINTS) if trial < 12 else "none"
+                rare = sorted(POINTS, key=lambda point: seen["points"].get(point, 0))[:3]  # some are seldom reached
+                point = generator.choice(rare) if trial < 12 else "none"
                 count, pause = generator.randint(1, 12), generator.choice([0, 0.002])
                 children = []
                 for start, stop in ranges:
