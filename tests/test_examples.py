@@ -27,8 +27,7 @@ def test_every_example_is_listed():
     "name",
     [
         "digits_mislabels",
-        "language_model",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("lora", "cluster")),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("language_model", "lora", "cluster")),
     ],
 )
 def test_it_finds_what_it_is_about(name, tmp_path):

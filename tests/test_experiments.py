@@ -19,7 +19,7 @@ QUICK = {
     "sources": [],
 }
 NEEDS_DATA = {"fidelity"}
-SLOW = {"compression_cost", "weightings", "retraining", "sources"}
+SLOW = {"compression_cost", "mislabel", "retraining", "sources", "weightings"}
 SHARED = {"common", "tasks"}
 
 

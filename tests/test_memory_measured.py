@@ -110,7 +110,7 @@ def stores(tmp_path_factory):
         ("top", "wide", 1, 10),
         ("top", "tied", 1, 10),
         ("top", "tied", 2, 10),
-        ("top", "narrow", 1, 20_000),
+        pytest.param("top", "narrow", 1, 20_000, marks=pytest.mark.slow),
         ("reduce", "_by_fisher", 1, 200),
         ("reduce", "_by_gram", 2, 500),
         ("reduce", "_by_iteration", 1, 600),

@@ -63,6 +63,7 @@ def write(path, **options):
     return write_store(path, ROWS, **({"dtype": "float16", "chunk_rows": 24} | options))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("OOC_INFLUENCE_TEST_ROOT" in os.environ, reason="this is the run on S3")
 def test_all_of_it_on_s3(tmp_path):
     for name in ("s3fs", "moto", "flask"):

@@ -37,7 +37,7 @@ SMALL = {
 }
 NEEDS_INDEX = {"first_contact"}  # it installs
 NO_BENCHMARK = {"page"}  # tests/test_bench_page.py
-SLOW = {"quality"}  # trains and scores by a dozen methods; tests/test_lds.py has what it measures with
+SLOW = {"quality", "representations"}  # tests/test_lds.py and test_formats.py have what they measure with
 
 
 def write_images(folder: Path, n: int = 360) -> None:
