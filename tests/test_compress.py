@@ -163,6 +163,7 @@ def test_importance_needs_moments_that_fit():
     assert still.k > 5
 
 
+@pytest.mark.slow
 def test_masks_of_a_seven_billion_parameter_model(tmp_path):
     """k = 1,000,000 of 6.9 billion entries, on the meta device: less than 300 MB."""
     script = """

@@ -444,6 +444,7 @@ def by_hand(tmp_path_factory):
                 process.wait(30)
 
 
+@pytest.mark.slow
 def test_commands_on_processes_started_by_hand(tmp_path, by_hand, long_pair, run):  # noqa: F811
     query, train = long_pair
     scheduler = f"--scheduler-file {by_hand} --json"
@@ -493,6 +494,7 @@ def recipe():
 """
 
 
+@pytest.mark.slow
 def test_shards_resume_where_a_worker_died(tmp_path, client, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "slow_recipe.py").write_text(SLOW)

@@ -19,7 +19,7 @@ QUICK = {
     "sources": [],
 }
 NEEDS_DATA = {"fidelity"}
-SLOW = {"compression_cost", "mislabel", "retraining", "sources", "weightings"}
+SLOW = {"compression_cost", "errors", "mislabel", "retraining", "sources", "weightings"}
 SHARED = {"common", "tasks"}
 
 

@@ -209,7 +209,7 @@ def test_small_eigenvalues_are_not_taken_for_rounding(tmp_path, side):
     assert_allclose(curvature.outside_share(basis[[0, 100, 279, 300, 511]]), [0, 0, 0, 1, 1], atol=1e-3)
 
 
-@pytest.mark.parametrize("blocks", [None, "diagonal"])
+@pytest.mark.parametrize("blocks", [None, pytest.param("diagonal", marks=pytest.mark.slow)])
 def test_a_killed_fit_goes_on(tmp_path, monkeypatch, blocks):
     store = write_store(tmp_path / "t.zarr", spread_rows(40000, 6))
     done = subprocess.run(

@@ -37,7 +37,11 @@ SMALL = {
 }
 NEEDS_INDEX = {"first_contact"}  # it installs
 NO_BENCHMARK = {"page"}  # tests/test_bench_page.py
-SLOW = {"quality", "representations"}  # tests/test_lds.py and test_formats.py have what they measure with
+SLOW = {
+    "quality",
+    "representations",
+    "store",
+}  # tests/test_lds.py, test_formats.py and test_store.py have what they measure with
 
 
 def write_images(folder: Path, n: int = 360) -> None:
