@@ -216,12 +216,18 @@ def contrast(page, selector):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_light_and_dark_are_readable(page, plain, scheme):
-    media = [{"name": "prefers-color-scheme", "value": scheme}]
+@pytest.fixture(params=["light", "dark"])
+def scheme(request, page, plain):
+    """The plain report, open in a colour scheme."""
+    media = [{"name": "prefers-color-scheme", "value": request.param}]
     page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": media})
     page.open(address(plain[2]))
     page.wait("return document.querySelectorAll('.card').length === 12")
+    yield request.param
+    page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def test_light_and_dark_are_readable(page, scheme):
     selectors = (
         ".text",
         ".quiet",
@@ -236,15 +242,10 @@ def test_light_and_dark_are_readable(page, plain, scheme):
         assert contrast(page, selector) >= 4.5, selector
     back = page.run("return getComputedStyle(document.body).backgroundColor")
     assert (int(back.strip("rgb()").split(",")[0]) < 128) == (scheme == "dark")
-    page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_legend_has_the_colours_of_the_scores(page, plain, scheme):
-    media = [{"name": "prefers-color-scheme", "value": scheme}]
-    page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": media})
-    page.open(address(plain[2]))
-    page.wait("return document.querySelectorAll('.card').length === 12")
+@pytest.mark.usefixtures("scheme")
+def test_the_legend_has_the_colours_of_the_scores(page):
     strongest = "[style*='--share: 1.000']"
     for view, selector in (("queries/0", f".card .score{strongest}"), ("groups", f".heat td{strongest}")):
         page.go(view)
@@ -253,7 +254,6 @@ def test_the_legend_has_the_colours_of_the_scores(page, plain, scheme):
         assert re.fullmatch(r"color\(srgb .* / 0\.\d+\)", end)
         assert end in page.run("return getComputedStyle(document.querySelector('.ramp')).backgroundImage")
         assert contrast(page, selector) >= 4.5
-    page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
 @pytest.mark.parametrize(("damping", "side"), [(1e-3, "below"), (30.0, "above"), (0.0, "none")])

@@ -58,9 +58,8 @@ def damping_value(
             "the tapped layers"
         )
     if value == 0:
-        safe = float(
-            eigenvalues.max(initial=0.0) * d * np.finfo(np.float32).eps
-        )  # far above rounding: inverses magnify it
+        # far above rounding, which an inverse magnifies
+        safe = float(eigenvalues.max(initial=0.0) * d * np.finfo(np.float32).eps)
         rank = int((eigenvalues > safe).sum())
         if rank < d:
             raise SingularFisherError(
@@ -77,3 +76,8 @@ def spectrum_floor(eigenvalues: npt.NDArray[np.float64]) -> float:
     0.17 of that, at most, for matrices with and without full rank, and spectra flat to falling as j⁻⁴.
     """
     return float(np.maximum(eigenvalues, 0).sum() * np.finfo(np.float32).eps)
+
+
+def resolved(eigenvalues: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+    """Return which eigenvalues are above :func:`spectrum_floor`."""
+    return np.asarray(eigenvalues > spectrum_floor(eigenvalues))

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ooc_influence.curvature.curvature import Matrix, share_outside
-from ooc_influence.curvature.damping import spectrum_floor
+from ooc_influence.curvature.damping import resolved
 from ooc_influence.curvature.spectral import SummedCurvature
 from ooc_influence.curvature.sums import Sums, write_sum
 from ooc_influence.store import create_array
@@ -61,7 +61,7 @@ class DiagonalCurvature(SummedCurvature, kinds=("diagonal",)):
     def outside_share(self, gradients: npt.NDArray[Any]) -> Matrix:
         """See :meth:`Curvature.outside_share`."""
         whole = np.asarray(gradients, np.float64)
-        span = self.eigenvalues > spectrum_floor(self.eigenvalues)
+        span = resolved(self.eigenvalues)
         return share_outside(np.square(whole[:, span]).sum(1), whole)
 
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import zarr
 
 from ooc_influence.curvature.curvature import Curvature, Matrix, share_outside
-from ooc_influence.curvature.damping import spectrum_floor
+from ooc_influence.curvature.damping import resolved
 from ooc_influence.curvature.kernel import open_matrix
 from ooc_influence.curvature.need import slab_rows
 from ooc_influence.errors import CurvatureNotFoundError
@@ -118,7 +118,7 @@ class GramCurvature(Curvature, kinds=("gram",)):
 
     def outside_share(self, gradients: npt.NDArray[Any]) -> Matrix:
         """See :meth:`Curvature.outside_share`."""
-        span = self.eigenvalues > spectrum_floor(self.eigenvalues)
+        span = resolved(self.eigenvalues)
         inside = np.square(self._rotate(gradients)[:, span]).sum(1)
         return share_outside(inside, np.asarray(gradients, np.float64))
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ooc_influence.curvature.curvature import Curvature, Matrix, dimension, share_outside
-from ooc_influence.curvature.damping import DampingMode, damping_value, spectrum_floor
+from ooc_influence.curvature.damping import DampingMode, damping_value, resolved
 from ooc_influence.curvature.rows import Range
 from ooc_influence.curvature.sums import Sums, add_written_sum, empty_sums, write_sum
 from ooc_influence.linalg import symmetric_eigen
@@ -211,8 +211,7 @@ class SpectralCurvature(SummedCurvature, kinds=("whole", "module")):
         whole = np.asarray(gradients, np.float64)
         inside = np.zeros(len(whole))
         for number, (first, last) in enumerate(self.blocks):
-            spectrum = self.eigenvalues[first:last]
-            span = spectrum > spectrum_floor(spectrum)
+            span = resolved(self.eigenvalues[first:last])
             if span.all():  # then nothing is outside
                 inside += np.square(whole[:, first:last]).sum(1)
                 continue

@@ -18,9 +18,8 @@ from ooc_influence.extract.taps import PerSampleLoss, Taps
 from ooc_influence.memory import BLOCK_BYTES, available, format_bytes
 from ooc_influence.store import LograReduction, Mask, ModuleMask, Reduction, SjltReduction, StoredReduction
 
-_COPIES = (
-    3.5  # of a batch's rows at the peak, on the host: themselves, a layer's part, the writer's (measured: 3.3 to 3.5)
-)
+# of a batch's rows at the peak, on the host: themselves, a layer's part, the writer's (measured: 3.3 to 3.5)
+_COPIES = 3.5
 _HELD_BYTES = 2**30  # of a generated map
 _SPARSE_ROWS, _SPARSE_ENTRY = 2**20, 16  # of a sparse map: rows at a time, bytes of an entry
 

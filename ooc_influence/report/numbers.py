@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ooc_influence.curvature import Curvature
-from ooc_influence.curvature.damping import spectrum_floor
+from ooc_influence.curvature.damping import resolved
 from ooc_influence.influence.groups import GroupInfluence
 from ooc_influence.store import GradientStore
 
@@ -32,8 +32,7 @@ def spectrum_points(curvature: Curvature, chosen: float, factor: float | None) -
     factor : float, optional
         The relative damping that it comes from, if it was relative.
     """
-    floor = spectrum_floor(curvature.eigenvalues)
-    values = np.sort(curvature.eigenvalues[curvature.eigenvalues > floor])[::-1]
+    values = np.sort(curvature.eigenvalues[resolved(curvature.eigenvalues)])[::-1]
     places = np.arange(len(values))
     if len(values) > _POINTS:
         places = np.unique(np.geomspace(1, len(values), _POINTS).round().astype(np.int64)) - 1

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ooc_influence.curvature import Curvature
-from ooc_influence.curvature.damping import spectrum_floor
+from ooc_influence.curvature.damping import resolved
 from ooc_influence.errors import InputError
 from ooc_influence.notebook import optional_library
 
@@ -61,8 +61,7 @@ def spectrum(curvature: Curvature, damping: float | None = None) -> Figure:
         raise InputError(
             f"expected a Curvature; received {curvature!r}: give Curvature.open(path), or what a fit returned"
         )
-    floor = spectrum_floor(curvature.eigenvalues)
-    values = np.sort(curvature.eigenvalues[curvature.eigenvalues > floor])[::-1]
+    values = np.sort(curvature.eigenvalues[resolved(curvature.eigenvalues)])[::-1]
     if not len(values):
         raise InputError(f"expected a curvature with positive eigenvalues; received {curvature!r}")
     chosen = curvature.damping_value(damping)
