@@ -8,6 +8,9 @@ import numpy as np
 import torch
 from torch.func import functional_call, grad
 
+from ooc_influence.extract.entries import KINDS
+from ooc_influence.extract.layers import named_layers
+
 
 def per_sample_gradients(model, loss_of_sample, samples, layers):
     """Full float64 gradients of the given layers (``LayerShape``), (n, p): their entry matrices, row by row.
@@ -28,6 +31,31 @@ def per_sample_gradients(model, loss_of_sample, samples, layers):
             found = grad(loss)(parameters, sample)
             parts = [entry_matrix(layer, found).flatten() for layer in layers]
             rows.append(torch.cat(parts).numpy())
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+    return np.stack(rows)
+
+
+def stored_entries(model, per_sample_loss, samples, mask):
+    """The masked, weighted entries (n, k) by autograd in float64: the caller's loss of each batch of one sample."""
+    double = copy.deepcopy(model).double().eval().requires_grad_(True)
+    modules = named_layers(double)
+    rows = []
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        for sample in samples:
+            double.zero_grad(set_to_none=True)
+            per_sample_loss(double, sample).sum().backward()
+            parts = []
+            for kept in mask.modules:
+                module, row = modules[kept.layer.name], np.zeros(len(kept.rows))
+                for name, at, places in KINDS[kept.layer.kind].locate(kept.layer, module, kept.rows, kept.cols):
+                    grad = dict(module.named_parameters())[name].grad
+                    if grad is not None:
+                        row[at] = grad.flatten()[torch.from_numpy(places)].numpy()
+                parts.append(row * kept.weight.astype(np.float64))
+            rows.append(np.concatenate(parts))
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
     return np.stack(rows)

@@ -169,7 +169,7 @@ def test_masks_of_a_seven_billion_parameter_model(tmp_path):
     script = """
 import json, time, numpy as np, torch
 from ooc_influence import Dropout
-from ooc_influence.extract.layers import select_layers
+from ooc_influence.extract.selection import select_layers
 from ooc_influence.memory import PeakMemory
 from ooc_influence.store import PilotMoments
 

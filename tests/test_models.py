@@ -17,7 +17,8 @@ from torch import nn
 
 from ooc_influence import Dropout, extract_gradients, token_cross_entropy
 from ooc_influence.errors import UnsupportedModelError
-from ooc_influence.extract.layers import model_fingerprint, named_layers, select_layers
+from ooc_influence.extract.layers import model_fingerprint, named_layers
+from ooc_influence.extract.selection import select_layers
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 SIZES = {"vocab_size": 31, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24,
@@ -68,7 +69,7 @@ def lm_batches(sizes=(3, 1, 3)):
 def test_hugging_face_families(tmp_path, name):
     """k = p, unequal lengths, padding: the rows are torch.func's, of each sequence without its padding."""
     model = family(name)
-    layers, share = select_layers(model, None)
+    layers, share, _ = select_layers(model, None)
     assert share > (0.8 if name == "opt" else 0.999)  # OPT's positions are a class of their own
     source, batch = lm_batches()
     k = sum(layer.entries for layer in layers)
@@ -98,7 +99,7 @@ def test_an_adapter(tmp_path):
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter)
-    layers, share = select_layers(model, None)
+    layers, share, _ = select_layers(model, None)
     assert share == 1
     assert len(layers) == 8
     assert all("lora_" in layer.name for layer in layers)

@@ -107,6 +107,7 @@ def _common(given: dict[str, Any], *, divided: bool = False) -> dict[str, Any]:
         "fallback": given["fallback"],
         "metric": given["adam"] if given["adam"] is None or divided else AdamMetric(given["adam"]),
         "check_model": not given["other_model"],
+        "check_gradients": not given["no_check"],
     }
 
 
@@ -141,7 +142,8 @@ def _hugging_face(given: dict[str, Any], common: dict[str, Any], more: dict[str,
     """Run an extraction, all shards of one, or make the store for one, for ``--model`` and ``--data``."""
     from ooc_influence import hf
 
-    further = {name: common.pop(name) for name in ("storage", "fallback", "check_model", "metric", "memory")}
+    options_of = ("storage", "fallback", "check_model", "check_gradients", "metric", "memory")
+    further = {name: common.pop(name) for name in options_of}
     named = {name: given[name] for name in (*_FIELDS, *_PREPARING) if given[name] not in (None, (), False)}
     run: Any = hf.extract_shards if "shards" in how else hf.extract
     return run(

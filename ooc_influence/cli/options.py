@@ -128,6 +128,8 @@ building = several(
     click.option("--fallback", is_flag=True, help="Tap layers of unknown kinds too, at their full gradients' cost."),
     click.option("--adam", type=PATH, metavar="FILE|DIR",
                  help="Weigh entries with this Adam state (a file or checkpoint)."),
+    click.option("--no-check", is_flag=True, help="Store rows without comparing the first samples' entries with "
+                 "autograd's gradients; recorded."),
     click.option("--other-model", is_flag=True,
                  help="Go on although the model is not the one the store was made with; this is recorded."),
     click.option("--device", help="Where to run, such as cuda. Default: where the model is."),

@@ -13,8 +13,7 @@ that of the corpus: what is compared is the compression, everything else being e
 from __future__ import annotations
 
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -159,8 +158,7 @@ def check(
     groups = list(_groups(layers, rows, room.budget - room.held))
     data = PilotData(model, per_sample_loss, batches, parse_device(model, device), progress, memory)
     taken = data.part(rows)
-    with tempfile.TemporaryDirectory(prefix=".ooc_influence-check-", dir=folder) as name, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "gradients cover")  # of a group, which is meant to be a part
+    with tempfile.TemporaryDirectory(prefix=".ooc_influence-check-", dir=folder) as name:
         place = Path(name)
         options: dict[str, Any] = {"device": data.device, "progress": progress}
         own = extract_gradients(
@@ -170,12 +168,10 @@ def check(
             raise InputError(f"expected at least {_LEAST_ROWS} samples to compare on; received data with {own.n}")
         stored, whole = _products(own), np.zeros((own.n, own.n))
         for number, group in enumerate(groups):
-            chosen = _named({layer.name for layer in group})
-            fallback = any(layer.kind == "func" for layer in group)
             whole += _products(
                 extract_gradients(
                     model, per_sample_loss, taken, place / f"whole-{number}", compressor=Identity(), dtype="float32",
-                    modules=chosen, fallback=fallback, **options,
+                    modules=group, check_gradients=False, **options,
                 )
             )  # fmt: skip
     found = compare(stored, whole, train.k, sorted({*dampings, DEFAULT_DAMPING}))
@@ -213,10 +209,6 @@ def _spearman(left: Matrix, right: Matrix) -> float:
     if any(np.ptp(values) == 0 for values in ranks):
         return float(np.array_equal(*ranks))
     return float(np.corrcoef(*ranks)[0, 1])
-
-
-def _named(names: set[str]) -> Callable[[str, torch.nn.Module], bool]:
-    return lambda name, _: name in names
 
 
 def _groups(layers: Sequence[LayerShape], rows: int, free: int) -> Iterator[list[LayerShape]]:

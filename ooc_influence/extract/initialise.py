@@ -11,12 +11,12 @@ from ooc_influence.compress import Compressor
 from ooc_influence.errors import InputError, MismatchError
 from ooc_influence.extract.batching import Batches, batch_size, count_rows
 from ooc_influence.extract.budget import BudgetBatches
-from ooc_influence.extract.layers import ModuleSelection
-from ooc_influence.extract.loop import PilotRun, remove_pilot
+from ooc_influence.extract.loop import PilotRun, adjusting, remove_pilot
 from ooc_influence.extract.metadata import RowMetadata, RowSource
 from ooc_influence.extract.metric import AdamMetric
 from ooc_influence.extract.pilot import PilotData
-from ooc_influence.extract.plan import Settings, make_plan, open_existing, parse_device
+from ooc_influence.extract.plan import Plan, Settings, make_plan, open_existing, parse_device
+from ooc_influence.extract.selection import ModuleSelection
 from ooc_influence.extract.taps import PerSampleLoss
 from ooc_influence.store import GradientStore, PathLike, Storage
 
@@ -36,6 +36,7 @@ def init_store(
     loss_kind: str | None = None,
     storage: Storage | None = None,
     check_model: bool = True,
+    check_gradients: bool = True,
     origin: Mapping[str, Any] | None = None,
     per_sample_loss: PerSampleLoss | None = None,
     pilot: Batches | BudgetBatches | None = None,
@@ -52,7 +53,7 @@ def init_store(
 
     Parameters
     ----------
-    model, store, compressor, like, modules, fallback, dtype, loss_kind, storage, check_model, origin
+    model, store, compressor, like, modules, fallback, dtype, loss_kind, storage, check_model, check_gradients, origin
         As for :func:`extract_gradients`. Without a pilot, the model's weights are looked at for the fingerprint only.
     rows : int
         Rows of the whole store, n.
@@ -87,11 +88,19 @@ def init_store(
         if kind not in known:
             raise InputError(f"expected {name} of type {', '.join(known)}; received {kind!r}")
     settings = Settings(compressor, like, modules, fallback, dtype, loss_kind, storage, check_model, metric, origin)
-    run = None
+    data = None
     if per_sample_loss is not None and pilot is not None:
-        data = PilotData(model, per_sample_loss, pilot, parse_device(model, device), progress, memory)
-        run = PilotRun(data, store)
-    plan = make_plan(model, settings, store, run)
+        source = parse_device(model, device)
+        data = PilotData(model, per_sample_loss, pilot, source, progress, memory, check_gradients)
+
+    def attempt(settings: Settings) -> Plan:
+        plan = make_plan(model, settings, store, None if data is None else PilotRun(data, store))
+        if data is not None and check_gradients and not data.verification:
+            data.verify([module.layer for module in plan.mask.modules])
+            plan.attributes["verification"] |= data.verification
+        return plan
+
+    plan = adjusting(settings, attempt)
     found = open_existing(store, plan)
     if found is None:
         GradientStore.create(

@@ -8,9 +8,9 @@ uninterrupted run's bit for bit on the same machine.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,19 +18,23 @@ from ooc_influence.compress import Compressor, Dropout, Identity, fit_eigenbasis
 from ooc_influence.errors import InputError, MismatchError, StoreNotFoundError
 from ooc_influence.extract.batching import Batches, Batching, Shard, count_rows
 from ooc_influence.extract.budget import BudgetBatches
-from ooc_influence.extract.layers import ModuleSelection, warn_if_training
+from ooc_influence.extract.check import LayersDisagreeError
+from ooc_influence.extract.layers import warn_if_training
 from ooc_influence.extract.metadata import RowMetadata, RowSource
 from ooc_influence.extract.metric import AdamMetric
 from ooc_influence.extract.pilot import PilotData, pilot_path
 from ooc_influence.extract.plan import Plan, Settings, make_plan, parse_device, with_metric
 from ooc_influence.extract.rows import RowGatherer
 from ooc_influence.extract.run import BatchRun, BudgetRun
-from ooc_influence.extract.taps import PerSampleLoss, tapped
+from ooc_influence.extract.selection import Adjustments, ModuleSelection
+from ooc_influence.extract.tapping import tapped
+from ooc_influence.extract.taps import PerSampleLoss
 from ooc_influence.extract.target import OnNonFinite, Target
 from ooc_influence.progress import Progress
 from ooc_influence.store import (
     GradientStore,
     LayerShape,
+    LograReduction,
     PathLike,
     Storage,
     StorePath,
@@ -48,7 +52,7 @@ def extract_gradients(
     batches: Batches | BudgetBatches,
     store: PathLike,
     *,
-    compressor: Compressor | None = None,
+    compressor: Compressor | Callable[[int], Compressor] | None = None,
     like: GradientStore | PathLike | None = None,
     modules: ModuleSelection = None,
     fallback: bool = False,
@@ -64,6 +68,7 @@ def extract_gradients(
     metric: AdamMetric | None = None,
     on_nonfinite: OnNonFinite = "raise",
     check_model: bool = True,
+    check_gradients: bool = True,
     origin: Mapping[str, Any] | None = None,
     memory: int | str | None = None,
     progress: bool | None = None,
@@ -84,7 +89,8 @@ def extract_gradients(
         The store to write: a folder, or an fsspec URL. A store of the same run is continued: its finished rows are not
         computed again.
     compressor : Dropout, Gaussian, Rademacher, Sjlt, Grass, LoGra, Pca or Identity, optional
-        What to keep of each gradient; default ``Dropout()``.
+        What to keep of each gradient; default ``Dropout()``. Also a function of p, the entries of the tapped layers,
+        that returns one.
     like : GradientStore or path, optional
         A train store whose mask to use instead: makes a query store. The model must be the same.
     modules : str, sequence of str, callable, optional
@@ -119,6 +125,11 @@ def extract_gradients(
         What to do with a sample whose loss or gradient has NaN or Inf: stop and name it, or record it as a dropped row.
     check_model : bool
         Refuse another model than the one ``store`` or ``like`` was made with; False warns and records it instead.
+    check_gradients : bool
+        Compare entries of the first and the last sample of the first batch with autograd's gradients of the loss before
+        a row is stored, for about the cost of a training step of two samples; what was verified is recorded. A layer
+        whose samples cannot be told apart, or whose weight is used without calling it, is left out and named; one that
+        differs goes through the fallback where that is allowed.
     origin : mapping, optional
         What a new store's rows are made from, JSON values by name, such as the model's path and the data's: recorded,
         and shown by ``info`` and on a report's page.
@@ -139,7 +150,8 @@ def extract_gradients(
     InputError
         For an empty data set, a loss of the wrong shape, k larger than p, ids or columns that do not match.
     UnsupportedModelError
-        If no layer can be tapped, or samples of a batch influence each other.
+        If no layer can be tapped, samples of a batch influence each other, or a layer's entries differ from autograd's
+        gradients.
     NonFiniteError
         For NaN or Inf in a loss or gradient; the batches before it are committed.
     MismatchError
@@ -156,21 +168,64 @@ def extract_gradients(
     settings = Settings(compressor, like, modules, fallback, dtype, loss_kind, storage, check_model, metric, origin)
     place = Shard.parse(shard)
     warn_if_training(model)
-    data = PilotData(model, per_sample_loss, batches if pilot is None else pilot, device, progress, memory)
-    plan = make_plan(model, settings, store, None if place else PilotRun(data, store))
     total = len(batches) if isinstance(batches, BudgetBatches) else count_rows(batches)
     metadata = RowMetadata.of(ids, columns)
     metadata.check_length(total)
     metadata.check_ids()
-    target = Target(store, plan, metadata, batching, place, total, on_nonfinite)
-    try:
-        if not target.finished:
-            fill(target, plan, data, batches, batching, known=total)
-    finally:
-        target.close()
-        logger.info("%s: finished rows are committed", store)
+
+    def attempt(settings: Settings) -> None:
+        source = batches if pilot is None else pilot
+        data = PilotData(model, per_sample_loss, source, device, progress, memory, check_gradients)
+        plan = make_plan(model, settings, store, None if place else PilotRun(data, store))
+        target = Target(store, plan, metadata, batching, place, total, on_nonfinite)
+        try:
+            if not target.finished:
+                fill(target, plan, data, batches, batching, known=total)
+        except LayersDisagreeError as error:
+            error.final = target.store is not None
+            raise
+        finally:
+            target.close()
+            logger.info("%s: finished rows are committed", store)
+
+    adjusting(settings, attempt)
     remove_pilot(store)
     return GradientStore.open(store)
+
+
+T = TypeVar("T")
+
+
+def adjusting(settings: Settings, attempt: Callable[[Settings], T]) -> T:
+    """Attempt something, again without layers that the first batch showed to be others than they seemed.
+
+    Raises
+    ------
+    LayersDisagreeError
+        Where another attempt would not help.
+    """
+    while True:
+        try:
+            return attempt(settings)
+        except LayersDisagreeError as error:
+            if error.final or settings.like is not None:
+                raise
+            settings = replace(settings, adjusted=_adjusted(settings, error))
+
+
+def _adjusted(settings: Settings, error: LayersDisagreeError) -> Adjustments:
+    """Return what leaves out, or puts through the fallback, the layers that an error names; else raise it."""
+    without, through = dict(settings.adjusted.without), list(settings.adjusted.fallback)
+    for each in error.layers:
+        name = "" if each.name == "(the model)" else each.name
+        if each.reason is not None and name not in without:
+            without[name] = each.reason
+        elif each.reason is None and settings.fallback and name not in through:
+            through.append(name)
+            logger.warning("layer %s differs from what its class suggests: it goes through the fallback", each.name)
+        else:
+            raise error
+    return Adjustments(without, tuple(through))
 
 
 def fill(
@@ -182,12 +237,19 @@ def fill(
     *,
     known: int | None,
     label: str = "extract",
+    check: bool = True,
 ) -> None:
     """Run the model over the batches whose rows are missing; ``known`` is how many samples they hold, if that is."""
     layers = [module.layer for module in plan.mask.modules]
     with (
         tapped(
-            data.model, layers, data.device, skip=plan.mask.empty_modules, probe=batching.check_independence
+            data.model,
+            layers,
+            data.device,
+            skip=plan.mask.empty_modules,
+            probe=batching.check_independence,
+            check=check and data.check,
+            mask=None if isinstance(plan.reduction, LograReduction) else plan.mask,
         ) as taps,
         Progress(label, known if target.stop is None else target.own(0, target.stop), data.progress) as bar,
     ):
@@ -241,6 +303,7 @@ class PilotRun:
             plan = with_metric(replace(plan, mask=mask), metric, self._data.model)
         else:
             plan = replace(plan, mask=mask, attributes=plan.attributes | {"metric": found.attrs.get("metric")})
+        plan.attributes["verification"] |= self._data.verification
         if basis is None:
             return plan
         pilot = replace(plan, storage=Storage(), dtype="float16")
@@ -259,7 +322,10 @@ class PilotRun:
         target = Target(place, plan, RowMetadata.of(None, None), Batching(), None, None, "skip")
         try:
             known = min(rows, self._data.count() or rows)
-            fill(target, plan, self._data, self._data.part(rows), Batching(), known=known, label="pilot rows")
+            fill(
+                target, plan, self._data, self._data.part(rows), Batching(), known=known, label="pilot rows",
+                check=not self._data.verification,
+            )  # fmt: skip
         finally:
             target.close()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,10 @@ from ooc_influence.compress import PilotMoments
 from ooc_influence.errors import InputError, NonFiniteError
 from ooc_influence.extract.batching import Batches, batch_size, count_rows, to_device
 from ooc_influence.extract.budget import BudgetBatches
+from ooc_influence.extract.entries import BiasEntries
 from ooc_influence.extract.layers import Use
-from ooc_influence.extract.taps import PerSampleLoss, tapped
+from ooc_influence.extract.tapping import tapped
+from ooc_influence.extract.taps import PerSampleLoss
 from ooc_influence.memory import parse_bytes
 from ooc_influence.progress import Progress
 from ooc_influence.store import LayerShape, StorePath
@@ -46,6 +48,10 @@ class PilotData:
         Show a progress line.
     memory : int, str or None
         Budget for what is made of the pilot's rows.
+    check : bool
+        Compare what layers hand over with autograd.
+    verification : dict
+        What that found, once a pass was made.
     """
 
     model: torch.nn.Module
@@ -54,6 +60,8 @@ class PilotData:
     device: torch.device
     progress: bool | None
     memory: int | str | None = None
+    check: bool = True
+    verification: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.memory is not None:
@@ -87,7 +95,7 @@ class PilotData:
         """
         sums, skipped = MomentSums(layers), 0
         with (
-            tapped(self.model, layers, self.device, probe=True) as taps,
+            tapped(self.model, layers, self.device, probe=True, check=self.check) as taps,
             Progress("pilot", samples, self.progress) as bar,
         ):
             for batch in self.take(samples):
@@ -99,6 +107,7 @@ class PilotData:
                 else:
                     skipped += len(losses)
                 bar.advance(len(losses))
+            self.verification.update(taps.verification() or {})
         if skipped:
             if not sums.samples:
                 raise NonFiniteError(
@@ -106,6 +115,20 @@ class PilotData:
                 )
             logger.warning("batches with NaN or Inf, of %d samples, do not count in the pilot", skipped)
         return sums.result()
+
+    def verify(self, layers: Sequence[LayerShape]) -> None:
+        """Compare what layers hand over for a first batch with autograd.
+
+        Raises
+        ------
+        InputError, UnsupportedModelError
+            See :meth:`Taps.run`.
+        """
+        with tapped(self.model, layers, self.device, check=True) as taps:
+            for batch in self.take(2):
+                taps.run(self.per_sample_loss, to_device(batch, self.device), lambda b: lambda use, x, delta: None)
+                break
+            self.verification.update(taps.verification() or {})
 
 
 class _Taken:
@@ -168,7 +191,8 @@ class MomentSums:
         self._sums: dict[tuple[int, str], list[Any]] = {}
 
     def receiver(self, b: int) -> Callable[[Use, Any, Any], None]:
-        """Return what takes a batch of ``b`` samples."""
+        """Return what takes a batch of ``b`` samples; what an earlier try of it left is forgotten."""
+        self._sums.clear()
         return self.add
 
     def add(self, use: Use, x: Any, delta: Any) -> None:
@@ -197,9 +221,13 @@ class MomentSums:
             raise InputError("expected pilot batches with samples; received none: the data set is empty")
         found = []
         for (number, _), (rows, cols, tokens) in sorted(self._sums.items(), key=lambda item: item[0]):
-            width = self._layers[number].shape[1]
+            height, width = self._layers[number].shape
+            if len(rows) != height:
+                continue  # a weight shared in another form: its other uses tell
             full = np.zeros(width)  # a tied module may lack the bias column
             full[: min(width, len(cols))] = cols[:width] / max(1, tokens)
+            if self._layers[number].kind == BiasEntries.kind:
+                full[:] = 1.0
             found.append(PilotMoments(number, rows / self.samples, full))
         return found
 

@@ -6,16 +6,17 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from ooc_influence.compress import Compressor, Dropout, LoGra, Whole
 from ooc_influence.errors import InputError, MismatchError, OocInfluenceWarning, StoreNotFoundError
-from ooc_influence.extract.layers import ModuleSelection, find_uses, model_fingerprint, select_layers
+from ooc_influence.extract.layers import find_uses, model_fingerprint
 from ooc_influence.extract.metric import AdamMetric
-from ooc_influence.extract.taps import parameter_sequence
+from ooc_influence.extract.selection import Adjustments, ModuleSelection, select_layers
+from ooc_influence.extract.tapping import parameter_sequence
 from ooc_influence.store import (
     GradientStore,
     LayerShape,
@@ -125,9 +126,11 @@ class Settings:
     ----------
     compressor, like, modules, fallback, dtype, loss_kind, storage, check_model, metric, origin
         As given.
+    adjusted : Adjustments
+        What the first batch showed of the model's layers.
     """
 
-    compressor: Compressor | None = None
+    compressor: Compressor | Callable[[int], Compressor] | None = None
     like: GradientStore | PathLike | None = None
     modules: ModuleSelection = None
     fallback: bool = False
@@ -137,6 +140,7 @@ class Settings:
     check_model: bool = True
     metric: AdamMetric | None = None
     origin: Mapping[str, Any] | None = None
+    adjusted: Adjustments = field(default_factory=Adjustments)
 
 
 def make_plan(model: torch.nn.Module, settings: Settings, path: PathLike, pilot: Pilot | None) -> Plan:
@@ -169,13 +173,23 @@ def make_plan(model: torch.nn.Module, settings: Settings, path: PathLike, pilot:
     }
     if settings.like is not None:
         return _plan_like(model, settings, representation, path, attributes)
+    existing = _existing(path)
+    adjusted = settings.adjusted
+    if existing is not None and not adjusted:
+        adjusted = Adjustments.of(existing.attrs.get("adjusted"))
+    layers, share, missed = select_layers(model, settings.modules, fallback=settings.fallback, adjusted=adjusted)
     chosen = settings.compressor or Dropout()
-    layers, share = select_layers(model, settings.modules, fallback=settings.fallback)
-    attributes |= {"compressor": chosen.to_dict(), "covered": share}
+    if callable(chosen):
+        chosen = chosen(sum(layer.entries for layer in layers))
+    left_out = {name: {"reason": reason, "share": part} for name, (reason, part) in missed.items()}
+    attributes |= {
+        "compressor": chosen.to_dict(), "covered": share, "verification": {"checked": False, "left_out": left_out},
+    }  # fmt: skip
+    if adjusted:
+        attributes["adjusted"] = adjusted.to_dict()
     plan = Plan(Mask(()), None, representation, attributes, settings.storage or Storage(), settings.check_model)
-    earlier = _earlier(path, layers, attributes)
-    if earlier is not None:
-        return _same_metric(replace(plan, mask=earlier.mask, reduction=earlier.reduction), earlier, settings)
+    if existing is not None and _same_run(existing, layers, attributes):
+        return _same_metric(replace(plan, mask=existing.mask, reduction=existing.reduction), existing, settings)
     if not chosen.pilot_samples and chosen.reduce is None:
         if settings.metric is not None and isinstance(chosen, LoGra):
             raise InputError("expected no metric with LoGra; received one: it weighs entries, which LoGra never sees")
@@ -244,6 +258,8 @@ def _plan_like(
         raise InputError(f"expected a query store apart from its train store; received {path} for both")
     attributes["model"] = _same_model(train, attributes["model"], settings.check_model)
     attributes |= {name: train.attrs.get(name) for name in ("compressor", "covered", "metric")}
+    left_out = (train.attrs.get("verification") or {}).get("left_out", {})
+    attributes["verification"] = {"checked": False, "left_out": left_out}
     find_uses(model, [module.layer for module in train.mask.modules])
     return Plan(
         train.mask, train.reduction, dtype, attributes, settings.storage or Storage(), settings.check_model,
@@ -251,14 +267,17 @@ def _plan_like(
     )  # fmt: skip
 
 
-def _earlier(path: PathLike, layers: list[LayerShape], attributes: dict[str, Any]) -> GradientStore | None:
-    """Return the store of an earlier run with the same compressor and layers, whose mask is to be gone on with."""
+def _existing(path: PathLike) -> GradientStore | None:
     try:
-        found = GradientStore.open(path)
+        return GradientStore.open(path)
     except StoreNotFoundError:
         return None
-    alike = found.attrs.get("compressor") == attributes["compressor"]
-    return found if alike and [module.layer for module in found.mask.modules] == layers else None
+
+
+def _same_run(store: GradientStore, layers: list[LayerShape], attributes: dict[str, Any]) -> bool:
+    """Return whether a store is of an earlier run with the same compressor and layers, whose mask is to be kept."""
+    alike = store.attrs.get("compressor") == attributes["compressor"]
+    return bool(alike and [module.layer for module in store.mask.modules] == layers)
 
 
 def _same_model(store: GradientStore, model: dict[str, Any], check: bool) -> dict[str, Any]:

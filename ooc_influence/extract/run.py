@@ -19,6 +19,7 @@ from torch import Tensor
 from ooc_influence.errors import InputError, MemoryBudgetError, OocInfluenceWarning
 from ooc_influence.extract.batching import Batches, batch_size, open_batches, to_device
 from ooc_influence.extract.budget import BudgetBatches, Numbers
+from ooc_influence.extract.device import out_of_memory
 from ooc_influence.extract.rows import RowGatherer
 from ooc_influence.extract.taps import PerSampleLoss, Taps
 from ooc_influence.extract.target import Computed, Target
@@ -69,6 +70,9 @@ class Run:
         losses, rows, norms = self._gatherer(self._taps, self._loss, batch)
         if self._taps.silent:
             self._warn_silent()
+        facts = self._taps.verification()
+        if facts is not None:
+            self._target.verified(facts)
         return len(losses), _OnItsWay(losses, rows, norms)
 
     def _report(self, rows: int, tokens: int | None) -> None:
@@ -255,11 +259,6 @@ class BudgetRun(Run):
             if not out_of_memory(error):
                 raise
             return None
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """Return whether an error is the device's, or PyTorch's CPU allocator's, lack of memory."""
-    return isinstance(error, torch.cuda.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def token_count(batch: Any) -> int | None:

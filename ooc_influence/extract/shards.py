@@ -28,8 +28,8 @@ RESOURCE = "shard"
 _PATIENCE = 180.0  # seconds to wait for a dead writer's claim to run out
 _POLL = 2.0  # seconds between looks at how far the shards are
 _INIT_OPTIONS = (
-    "compressor", "like", "modules", "fallback", "dtype", "storage", "check_model", "metric", "device", "memory",
-    "origin",
+    "compressor", "like", "modules", "fallback", "dtype", "storage", "check_model", "check_gradients", "metric",
+    "device", "memory", "origin",
 )  # fmt: skip
 _busy = threading.Lock()
 
@@ -64,7 +64,8 @@ def extract_shards(
         Show a progress line; silent by default.
     **options
         ``compressor``, ``like``, ``modules``, ``fallback``, ``dtype``, ``device``, ``storage``, ``metric`` (a path),
-        ``memory``, ``on_nonfinite``, ``batching``, ``origin`` and ``check_model`` of :func:`extract_gradients`.
+        ``memory``, ``on_nonfinite``, ``batching``, ``origin``, ``check_model`` and ``check_gradients`` of
+        :func:`extract_gradients`.
 
     Returns
     -------

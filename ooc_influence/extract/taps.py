@@ -7,8 +7,8 @@ activation gradients only, and none below the first tapped layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,22 +17,25 @@ from torch.utils import _pytree as pytree
 
 from ooc_influence.errors import InputError, UnsupportedModelError
 from ooc_influence.extract.batching import batch_size
-from ooc_influence.extract.entries import FuncEntries, float_leaves
+from ooc_influence.extract.check import Disagreement, GradientCheck, LayersDisagreeError, Receiver
+from ooc_influence.extract.device import out_of_memory
+from ooc_influence.extract.entries import float_leaves
 from ooc_influence.extract.entries.embedding import EmbeddingEntries
-from ooc_influence.extract.layers import Use, find_uses
-from ooc_influence.store import LayerShape
+from ooc_influence.extract.layers import Use
+from ooc_influence.extract.samples import differentiate_samples, explained, random_state
+from ooc_influence.extract.separation import RawReceiver, Separation, UnseparatedError
 
 PerSampleLoss = Callable[[Any, Any], Tensor]
-Receiver = Callable[[Use, Any, Any], None]
+_TRIES = 4  # of a batch: each of them learns where some layers' samples are
 
 
 class _Tap(torch.autograd.Function):
     """Identity on a layer's output; its backward reports the layer's input and its output's gradient."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, x: Tensor, anchor: Tensor, taps: Taps, use: Use) -> Tensor:
+    def forward(ctx: Any, output: Tensor, x: Tensor, anchor: Tensor, taps: Taps, number: int) -> Tensor:
         ctx.save_for_backward(x)  # not an attribute: autograd then notices if the model changes x in place
-        ctx.taps, ctx.use = taps, use
+        ctx.taps, ctx.number = taps, number
         ctx.set_materialize_grads(False)
         return output.detach()  # no copy, and not a view to autograd: models may change it in place
 
@@ -41,7 +44,7 @@ class _Tap(torch.autograd.Function):
         (delta,) = grads
         if delta is not None:
             (x,) = ctx.saved_tensors
-            ctx.taps.receive(ctx.use, x, delta)
+            ctx.taps.receive(ctx.number, x, delta)
         return (delta if ctx.needs_input_grad[0] else None), None, None, None, None
 
 
@@ -49,38 +52,47 @@ class _ArgumentTap(torch.autograd.Function):
     """The same for a layer that is run again: any arguments, any number of outputs."""
 
     @staticmethod
-    def forward(ctx: Any, arguments: Any, anchor: Tensor, taps: Taps, use: Use, *outputs: Tensor) -> Any:
-        ctx.arguments, ctx.taps, ctx.use = arguments, taps, use
+    def forward(ctx: Any, arguments: Any, anchor: Tensor, taps: Taps, number: int, *outputs: Tensor) -> Any:
+        ctx.arguments, ctx.taps, ctx.number = arguments, taps, number
         ctx.set_materialize_grads(False)
         return tuple(output.detach() for output in outputs)
 
     @staticmethod
     def backward(ctx: Any, *deltas: Any) -> Any:
         if any(delta is not None for delta in deltas):
-            ctx.taps.receive(ctx.use, ctx.arguments, list(deltas))
+            ctx.taps.receive(ctx.number, ctx.arguments, list(deltas))
         return (None, None, None, None, *deltas)
 
 
 class Taps:
-    """A tapped model; made by :func:`tapped`.
+    """A tapped model; made by :func:`~ooc_influence.extract.tapping.tapped`.
 
     Attributes
     ----------
     silent : set of str
         Tapped layers that have not received a gradient so far.
+    check : GradientCheck or None
+        Compares what layers hand over with autograd, on the first batch and on those that fold samples in a new way.
     """
 
-    def __init__(self, model: nn.Module, uses: Sequence[Use], device: torch.device, *, probe: bool) -> None:
-        self._model, self._probe_pending = model, probe
+    def __init__(
+        self, model: nn.Module, uses: Sequence[Use], device: torch.device, *, skip: Container[int] = (),
+        check: GradientCheck | None = None, probe: bool = False,
+    ) -> None:  # fmt: skip
+        self._model, self._uses, self._skip = model, uses, skip
+        self.check, self._probe_pending = check, probe
         self._anchor = torch.zeros((), device=device, requires_grad=True)
-        self._receiver: Receiver | None = None
-        self._paused = False  # while a receiver runs a layer again
+        self._receiver: RawReceiver | None = None
+        self._paused = False  # while a receiver runs a layer again, or autograd is asked
         self._size = 0  # samples of the batch
-        self._size_told: bool | None = None  # whether a batch's first tensor tells its size
-        self._shared_inputs: set[int] = set()  # uses whose input has no batch axis: positions
         self._embeds = any(use.kind is EmbeddingEntries for use in uses)
-        self._tapped = {use.shape.name for use in uses}
+        self._tapped = {use.shape.name for use in uses if use.layer not in skip}
         self.silent = set(self._tapped)
+        self._separation = Separation(model, uses)
+        self._checked: set[Any] = set()  # ways of folding that were compared with autograd
+        self._several = False  # whether a batch of several samples was
+        self._pending = check is not None  # until the first batch agrees
+        self._news = True  # to be recorded
 
     @property
     def all_silent(self) -> bool:
@@ -91,57 +103,50 @@ class Taps:
         """Return the forward hook of a tapped module."""
 
         def forward_hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            if self._paused or not torch.is_grad_enabled():
+            if self._paused or not torch.is_grad_enabled() or (use.layer in self._skip and not self._pending):
                 return output
-            if use.kind is FuncEntries:
-                return self._tap_arguments(use, (args, kwargs), output)
+            if use.kind.whole_call:
+                return self._tap_arguments(number, (args, kwargs), output)
             x = args[0] if args else next(iter(kwargs.values()))
             if use.kind is EmbeddingEntries:
-                x, output = self._spread(number, x, output)
-            return _Tap.apply(output, x, self._anchor, self, use)
+                x, output = self._separation.spread(number, x, output, self._size)
+            self._separation.shapes.append((number, tuple(x.shape)))
+            return _Tap.apply(output, x, self._anchor, self, number)
 
         return forward_hook
 
-    def _tap_arguments(self, use: Use, arguments: Any, output: Any) -> Any:
+    def _tap_arguments(self, number: int, arguments: Any, output: Any) -> Any:
         leaves, spec = pytree.tree_flatten(output)
         floats = float_leaves(output)
         kept = pytree.tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, arguments)
-        tapped = iter(_ArgumentTap.apply(kept, self._anchor, self, use, *floats))
+        tapped = iter(_ArgumentTap.apply(kept, self._anchor, self, number, *floats))
         return pytree.tree_unflatten([next(tapped) if any(v is f for f in floats) else v for v in leaves], spec)
 
-    def _spread(self, number: int, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
-        """Give every sample its own copy of positions that all of them share, so that gradients come apart."""
-        alone = x.dim() == 1 or (x.dim() == 2 and x.shape[0] == 1)
-        if number not in self._shared_inputs:
-            if not alone or x.shape[0] == self._size:
-                return x, output
-            self._shared_inputs.add(number)
-        if x.dim() == 1:
-            x, output = x.unsqueeze(0), output.unsqueeze(0)
-        return x.expand(self._size, *x.shape[1:]), output.expand(self._size, *output.shape[1:])
-
-    def receive(self, use: Use, x: Any, delta: Any) -> None:
-        """Take a layer's input and output gradient; calls add up."""
+    def receive(self, number: int, x: Any, delta: Any) -> None:
+        """Take a use's input and output gradient; calls add up."""
         if self._receiver is None:
             raise UnsupportedModelError(
                 "expected a loss without gradients inside it; received one that differentiates the model: gradients "
                 "of such losses need second derivatives"
             )
-        if use.kind.flattens and x.dim() == 2 and len(x) > self._size and len(x) % self._size == 0:
-            x, delta = x.view(self._size, -1, x.shape[-1]), delta.reshape(self._size, -1, delta.shape[-1])
-        if not use.kind.batched(use.module, x, delta, self._size):
-            shape = tuple(x.shape) if isinstance(x, Tensor) else "other than that"
-            raise UnsupportedModelError(
-                f"expected layer {use.name!r} to see a batch of {self._size} samples on axis 0; received an input of "
-                f"shape {shape}: leave the layer out with modules=, or keep the batch on axis 0"
-            )
-        self._paused = True
-        try:
-            with torch.no_grad():
-                self._receiver(use, x, delta)
-        finally:
-            self._paused = False
-        self.silent.discard(use.shape.name)
+        with self._pausing(), torch.no_grad():
+            self._receiver(number, x, delta)
+
+    def _arranged(self, receiver: Receiver) -> RawReceiver:
+        """Return what takes a use's raw x and δ and hands them, samples on axis 0, to a receiver."""
+
+        def receive(number: int, x: Any, delta: Any) -> None:
+            use = self._uses[number]
+            try:
+                receiver(use, *self._separation.arrange(number, x, delta, self._size))
+            except IndexError as error:
+                raise UnsupportedModelError(
+                    f"expected layer {use.name!r} to compute what a layer of kind {use.kind.kind} does; received "
+                    f"{type(error).__name__}: {error}: leave it out with modules= (--modules '!{use.name}')"
+                ) from error
+            self.silent.discard(use.shape.name)
+
+        return receive
 
     def losses(self, per_sample_loss: PerSampleLoss, batch: Any) -> Tensor:
         """Return the losses (b,) of a batch on the device, without gradients.
@@ -154,7 +159,10 @@ class Taps:
         with torch.inference_mode(False), torch.no_grad():
             return _check_losses(per_sample_loss(self._model, batch))
 
-    def run(self, per_sample_loss: PerSampleLoss, batch: Any, receiver: Callable[[int], Receiver]) -> Tensor:
+    def run(
+        self, per_sample_loss: PerSampleLoss, batch: Any, receiver: Callable[[int], Receiver],
+        rows: Callable[[], Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
         """Run a batch forwards and backwards and return its losses (b,).
 
         Parameters
@@ -164,74 +172,163 @@ class Taps:
         batch : any
             On the device.
         receiver : callable b -> callable (use, x, δ)
-            Makes what every layer's input and output gradient are handed to.
+            Makes what every layer's input and output gradient are handed to; called again where a batch is tried again.
+        rows : callable -> (b, k) tensor, optional
+            Returns the kept entries that were gathered; they are compared with autograd too.
 
         Raises
         ------
         InputError
             If the loss is not a (b,) tensor that depends on a tapped layer.
         UnsupportedModelError
-            If samples mix, a layer does not keep the batch on axis 0, or the loss differentiates the model.
+            If samples mix, a layer's samples cannot be told apart, or the loss differentiates the model.
+        LayersDisagreeError
+            If what a layer hands over does not make autograd's gradients.
         """
         with torch.inference_mode(False), torch.enable_grad():
-            self._size = self._expected_size(per_sample_loss, batch)
-            losses = _check_losses(per_sample_loss(self._model, batch))
+            for number in range(_TRIES):
+                state = random_state(self._anchor.device) if self.check is not None else None
+                losses = self._forward(per_sample_loss, batch)
+                outcome = self._try(losses, per_sample_loss, batch, receiver, rows, state, alone=number == 0)
+                if outcome:
+                    return losses.detach()
+        raise UnsupportedModelError(
+            "expected layers whose samples can be told apart; received some that look another way each time: use "
+            "batches of one sample, or leave layers out with modules= (--modules)"
+        )
+
+    def _forward(self, per_sample_loss: PerSampleLoss, batch: Any) -> Tensor:
+        """Run a batch forwards, and once more where its size was not what the batch's tensors tell."""
+        told = batch_size(batch)
+        if told is None and self._embeds:
+            told = len(self.losses(per_sample_loss, batch))
+        for size in (told or 0, None):
+            self._separation.begin()
+            if size is not None:
+                self._size = size
+            try:
+                losses = _check_losses(per_sample_loss(self._model, batch))
+            except Exception as error:  # of the user's code, which may not expect as many positions as samples
+                if out_of_memory(error) or not self._separation.give_up_spreading():
+                    raise
+                self._separation.begin()
+                losses = _check_losses(per_sample_loss(self._model, batch))
+            wrong = self._embeds and len(losses) != self._size
             self._size = len(losses)
-            if not losses.requires_grad:
-                raise InputError(
-                    "expected the loss to depend on a tapped layer; received one that does not: it was detached, "
-                    "computed under no_grad, or the selected layers are not used"
-                )
-            if self._probe_pending and len(losses) > 1:
-                for sample in (0, len(losses) - 1):  # both ends: some models mix one way only
-                    self._backward(losses[sample], _probe(sample, len(losses)), keep_graph=True)
-                self._probe_pending = False
-                self.silent = set(self._tapped)
-            self._backward(losses.sum(), receiver(len(losses)), keep_graph=False)
-        return losses.detach()
+            if not wrong:
+                break
+        if not losses.requires_grad:
+            raise InputError(
+                "expected the loss to depend on a tapped layer; received one that does not: it was detached, "
+                "computed under no_grad, or the selected layers are not used"
+            )
+        return losses
 
-    def _expected_size(self, per_sample_loss: PerSampleLoss, batch: Any) -> int:
-        """Return the samples of a batch, before the model has run, for models that look up positions."""
-        told = batch_size(batch) or 0
-        if not self._embeds or (self._size_told and told):
-            return told
-        losses = self.losses(per_sample_loss, batch)
-        if self._size_told is None:
-            self._size_told = told == len(losses)
-        return len(losses)
+    def _try(
+        self, losses: Tensor, per_sample_loss: PerSampleLoss, batch: Any, receiver: Callable[[int], Receiver],
+        rows: Callable[[], Tensor] | None, state: Any, *, alone: bool,
+    ) -> bool:  # fmt: skip
+        """Run a batch backwards; return whether what was gathered can be kept.
 
-    def _backward(self, value: Tensor, receiver: Receiver, *, keep_graph: bool) -> None:
+        ``alone``: compare with samples run by themselves, which is cheap, but rounds otherwise than their batch does.
+        """
+        b = len(losses)
+        if self._probe_pending and self.check is None and b > 1:
+            self._probe(losses)
+            self._probe_pending = False
+            self.silent = set(self._tapped)
+        folds = self._separation.folds(batch, b)
+        if self.check is None or not (self._pending or (b > 1 and not self._several) or folds - self._checked):
+            self._backward(losses.sum(), self._arranged(receiver(b)))
+            return True
+        with self._pausing():
+            plain = lambda part: _check_losses(per_sample_loss(self._model, part))  # noqa: E731
+            same = differentiate_samples(self.check, plain, batch, losses, state, alone=alone)
+        if not same and self._separation.give_up_spreading():
+            return False
+        probing, found = self.check.gather_into(b)
+        main = receiver(b)
+        guard = _Guard(self._uses, main, probing)
+        self._separation.unseparated.clear()
+        self._backward(losses.sum(), guard.collecting(self._arranged(guard.both), self._separation), keep_graph=True)
+        disagree = self.check.compare(found, None if rows is None else rows()) + guard.failed
+        if disagree or self._separation.unseparated:
+            return not alone and self._settle(losses, disagree)
+        self._pending, self._several, self._news = False, self._several or b > 1, True
+        self._checked |= folds
+        return True
+
+    def _settle(self, losses: Tensor, disagree: list[Disagreement]) -> bool:
+        """Find out why layers disagree with autograd: return False to try again, or raise."""
+        unseparated = self._separation.unseparated
+        if len(unseparated) == len(self._uses):  # nothing is in common with the losses
+            raise next(iter(unseparated.values()))
+        if len(losses) > 1 and self._probe(losses):
+            return False
+        left_out = self._separation.left_out()
+        names = {each.name for each in left_out}
+        raise LayersDisagreeError.of([*left_out, *(each for each in disagree if each.name not in names)])
+
+    @contextmanager
+    def _pausing(self) -> Iterator[None]:
+        """Run the model without taps: forwards, and where checkpoints are computed again in its backward pass."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
+    def _probe(self, losses: Tensor) -> bool:
+        """Differentiate single samples' losses to see where samples are; return whether that changed what is known."""
+        probe = self._separation.probe(len(losses))
+        for sample in (0, len(losses) - 1):  # both ends: some models mix one way only
+            self._backward(losses[sample], probe.receiver(sample), keep_graph=True)
+        return probe.conclude()
+
+    def _backward(self, value: Tensor, receiver: RawReceiver, *, keep_graph: bool = False) -> None:
         self._receiver = receiver
         try:
-            torch.autograd.grad(value, self._anchor, retain_graph=keep_graph, allow_unused=True)
-        except RuntimeError as error:
-            if "use_reentrant" not in str(error):
-                raise
-            raise UnsupportedModelError(
-                "expected gradient checkpointing with use_reentrant=False; received the reentrant form, which cannot "
-                "be differentiated with torch.autograd.grad: change it, or switch checkpointing off"
-            ) from error
+            with explained():
+                torch.autograd.grad(value, self._anchor, retain_graph=keep_graph, allow_unused=True)
         finally:
             self._receiver = None
 
+    def verification(self) -> dict[str, Any] | None:
+        """Return what a store records of the check, once after each; None where there is nothing new."""
+        if not self._news or self._pending:
+            return None
+        self._news = False
+        return {"checked": False} if self.check is None else self.check.facts()
 
-def _probe(sample: int, b: int) -> Receiver:
-    """Return a receiver that checks that one sample's loss depends on that sample alone."""
 
-    def receive(use: Use, x: Any, delta: Any) -> None:
-        for part in delta if isinstance(delta, list) else [delta]:
-            if part is None:
-                continue
-            reached = ((part != 0) & part.isfinite()).reshape(b, -1).any(1)
-            reached[sample] = False
-            if bool(reached.any()):
-                raise UnsupportedModelError(
-                    f"expected each sample's loss to depend on that sample alone; received a gradient of sample "
-                    f"{sample}'s loss at another place of axis 0 at layer {use.name!r}: remove what mixes samples in "
-                    "a batch, or leave the layer out with modules="
-                )
+class _Guard:
+    """On a checked batch: receives for the run and for the check, and notes layers that cannot be gathered."""
 
-    return receive
+    def __init__(self, uses: Sequence[Use], main: Receiver, probing: Receiver) -> None:
+        self._uses, self._main, self._probing = uses, main, probing
+        self.failed: list[Disagreement] = []
+
+    def both(self, use: Use, x: Any, delta: Any) -> None:
+        """Hand x and δ to both receivers."""
+        self._main(use, x, delta)
+        self._probing(use, x, delta)
+
+    def collecting(self, receive: RawReceiver, separation: Separation) -> RawReceiver:
+        """Return a receiver that notes a layer's failure instead of raising it."""
+
+        def guarded(number: int, x: Any, delta: Any) -> None:
+            try:
+                receive(number, x, delta)
+            except UnseparatedError as error:
+                separation.unseparated[number] = error
+            except (UnsupportedModelError, RuntimeError, ValueError, TypeError, IndexError) as error:
+                if out_of_memory(error):
+                    raise
+                use = self._uses[number]
+                detail = f"{type(error).__name__}: {error}"
+                self.failed.append(Disagreement(use.name, type(use.module).__name__, float("inf"), None, detail))
+
+        return guarded
 
 
 def _check_losses(losses: Any) -> Tensor:
@@ -242,98 +339,3 @@ def _check_losses(losses: Any) -> Tensor:
             "sample (reduction='none'), not their mean"
         )
     return losses
-
-
-@contextmanager
-def tapped(
-    model: nn.Module,
-    layers: Sequence[LayerShape],
-    device: torch.device,
-    *,
-    skip: Container[int] = (),
-    probe: bool = False,
-) -> Iterator[Taps]:
-    """Tap layers of a model, in evaluation mode; afterwards it is as it was, also after an error.
-
-    Hooks, ``requires_grad`` flags, training modes, the device and torch's fused attention switch are put back;
-    ``.grad`` is never touched. A compiled model runs uncompiled meanwhile: compiled code would not call the hooks.
-
-    Parameters
-    ----------
-    model : nn.Module
-        The model.
-    layers : sequence of LayerShape
-        What to tap.
-    device : torch.device
-        Where to run.
-    skip : container of int
-        Layers to leave alone, by their number: those nothing is kept of.
-    probe : bool
-        Check on the first batch of several samples that they do not influence each other.
-
-    Raises
-    ------
-    UnsupportedModelError
-        For a model made in inference mode, which autograd cannot follow.
-    """
-    parameters = parameter_sequence(model)
-    if any(parameter.is_inference() for parameter in parameters):
-        raise UnsupportedModelError(
-            "expected a model made outside torch.inference_mode; received one made inside: load it outside"
-        )
-    uses = [use for use in find_uses(model, layers) if use.layer not in skip]
-    home = parameters[0].device
-    with ExitStack() as undo:
-        undo.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
-        for module in model.modules():
-            undo.callback(setattr, module, "training", module.training)
-        if home != device:
-            undo.callback(model.to, home)
-            model.to(device)
-        torch.backends.mha.set_fastpath_enabled(False)  # the fused encoder layer does not call its linear layers
-        for context in _wrapper_contexts(model):
-            undo.enter_context(context)
-        model.eval()
-        for parameter in parameters:
-            undo.callback(parameter.requires_grad_, parameter.requires_grad)
-            parameter.requires_grad_(False)
-        taps = Taps(model, uses, device, probe=probe)
-        for number, use in enumerate(uses):
-            hook = use.module.register_forward_hook(taps.hook(number, use), prepend=True, with_kwargs=True)
-            undo.callback(hook.remove)
-        yield taps
-
-
-def _wrapper_contexts(model: nn.Module) -> Iterable[AbstractContextManager[Any]]:
-    """Yield contexts in which compiled models run uncompiled and DDP does not wait for gradients."""
-    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
-        raise UnsupportedModelError(
-            "expected a model sharded with torch.distributed.fsdp.fully_shard; received FullyShardedDataParallel, "
-            "whose weights are gone in a backward pass without weight gradients: wrap it with fully_shard"
-        )
-    compiled = any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules())
-    if compiled:
-        set_stance = getattr(torch.compiler, "set_stance", None)
-        if set_stance is None:
-            raise UnsupportedModelError(
-                "expected PyTorch >= 2.6 to tap a compiled model; received an older one: pass the model from before "
-                "torch.compile"
-            )
-        yield set_stance("force_eager")
-    yield model.no_sync() if isinstance(model, nn.parallel.DistributedDataParallel) else nullcontext()
-
-
-def parameter_sequence(model: nn.Module) -> Sequence[nn.Parameter]:
-    """Return the model's parameters.
-
-    Raises
-    ------
-    UnsupportedModelError
-        If it has none.
-    """
-    parameters = list(model.parameters())
-    if not parameters:
-        raise UnsupportedModelError(
-            "expected a model with parameters; received one without: there is nothing to attribute"
-        )
-    return parameters

@@ -179,6 +179,13 @@ class Target:
         if self.store is not None and self._shard is None:
             self.store.record(**attributes)
 
+    def verified(self, facts: Mapping[str, Any]) -> None:
+        """Record what the check of the gathered entries found; of several writers, the first does."""
+        recorded = {**(self._plan.attributes.get("verification") or {}), **facts}
+        self._plan.attributes["verification"] = recorded
+        if self.store is not None and (self._shard is None or self._shard.index == 0):
+            self.store.record(verification=recorded)
+
     def take(self, batch: Any, row: int, found: Computed) -> None:
         """Append what of a batch is new and this writer's; ``row`` is the store row of its first sample.
 

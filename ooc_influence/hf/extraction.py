@@ -14,8 +14,8 @@ import torch
 from ooc_influence.compress import DEFAULT_REDUCED, DEFAULT_WIDE, Compressor, Dropout, Eigenbasis
 from ooc_influence.errors import InputError, StoreNotFoundError
 from ooc_influence.extract import BudgetBatches, extract_gradients, init_store
-from ooc_influence.extract.layers import ModuleSelection, select_layers
 from ooc_influence.extract.plan import parse_device
+from ooc_influence.extract.selection import ModuleSelection
 from ooc_influence.extract.shards import by_path, loaded, run_shards
 from ooc_influence.hf.documents import open_documents
 from ooc_influence.hf.losses import CausalLoss, SignedLoss, classification_loss
@@ -220,9 +220,11 @@ def extract(
         chat=chat, device=device, progress=progress, **preparing,
     )  # fmt: skip
     if compressor is None and like is None:
-        compressor = default_compressor(job.model, modules, len(job.samples))
+        chosen: Any = partial(default_compressor, rows=len(job.samples))
+    else:
+        chosen = compressor
     arguments = {
-        "compressor": compressor, "like": like, "modules": modules, "dtype": dtype, "loss_kind": job.loss_kind,
+        "compressor": chosen, "like": like, "modules": modules, "dtype": dtype, "loss_kind": job.loss_kind,
         "progress": progress, "device": None if device == "auto" else device, **(options or {}),
     }  # fmt: skip
     arguments["origin"] = _origin(model, data, job, preparing)
@@ -291,9 +293,8 @@ def _extract(
     extract(model, data, store, rows_only=rows_only, options=loaded(options) | {"shard": shard}, **arguments)
 
 
-def default_compressor(model: Any, modules: ModuleSelection, rows: int) -> Dropout:
-    """Return importance dropout reduced to an eigenbasis, of sizes that a model and its data can fill."""
-    p = sum(layer.entries for layer in select_layers(model, modules).layers)
+def default_compressor(p: int, rows: int) -> Dropout:
+    """Return importance dropout reduced to an eigenbasis, of sizes that a model's p entries and its data can fill."""
     k = min(DEFAULT_WIDE, p)
     r = min(DEFAULT_REDUCED, k, max(1, rows // 2))
     return Dropout(k=k, sampling="importance", reduce=Eigenbasis(r=r))

@@ -40,6 +40,7 @@ class Model(ABC):
     name: str
     fields: tuple[str, ...]
     module: Any
+    checked = False  # whether a query's entries were compared with autograd: once a session
 
     def facts(self) -> dict[str, Any]:
         """Return what a page says of it."""
@@ -62,6 +63,11 @@ class Model(ABC):
                 f"received {self.name}, {received[:12]}: name the model that extract was given (with its --adapter, "
                 "--revision, --model-dtype), or leave it out to serve the pages alone"
             )
+
+    def _check_once(self) -> bool:
+        """Return whether to compare a query's entries with autograd: for the first of a session."""
+        first, self.checked = not self.checked, True
+        return first
 
     @abstractmethod
     def extract(self, values: Mapping[str, str], train: GradientStore, out: Path) -> GradientStore:
@@ -101,8 +107,9 @@ class RecipeModel(Model):
         except Exception as error:  # of the user's code, for a text that somebody typed
             raise InputError(f"expected a query that {self.name} can read; received {error}") from error
         return extract_gradients(
-            recipe.model, recipe.per_sample_loss, [batch], out, like=train, loss_kind=recipe.loss_kind
-        )
+            recipe.model, recipe.per_sample_loss, [batch], out, like=train, loss_kind=recipe.loss_kind,
+            check_gradients=self._check_once(),
+        )  # fmt: skip
 
 
 class HuggingFaceModel(Model):
@@ -139,7 +146,8 @@ class HuggingFaceModel(Model):
         kind = str(train.attrs.get("loss_kind"))
         return extract(
             self._loaded, documents, out, like=train, chat=self._form == "chat",
-            reduction="sum" if kind.endswith("_sum") else "mean", **named,
+            reduction="sum" if kind.endswith("_sum") else "mean", options={"check_gradients": self._check_once()},
+            **named,
         )  # fmt: skip
 
 

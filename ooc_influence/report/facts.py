@@ -23,7 +23,36 @@ def describe(store: Any) -> str:
     if "measured" in store.attrs:
         measured = store.attrs["measured"]
         lines.append(f"and {measured['left_out']:.2%} of that of the {measured['rows']} rows written")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_verified(store)])
+
+
+def verification_facts(store: Any) -> dict[str, Any] | None:
+    """Return what of a store's rows was compared with autograd, and what they do not cover; None where unrecorded."""
+    found = store.attrs.get("verification")
+    if found is None:
+        return None
+    left_out = sorted(found.get("left_out", {}).items(), key=lambda item: -item[1]["share"])
+    named = [f"{name} ({each['reason']}, {each['share']:.2%})" for name, each in left_out[:_LISTED]]
+    unverified = [f"{name} ({reason})" for name, reason in list(found.get("unverified", {}).items())[:_LISTED]]
+    return {
+        "checked": found["checked"], "share": found.get("share"), "worst_error": found.get("worst_error"),
+        "worst_layer": found.get("worst_layer"), "tolerance": found.get("tolerance"), "left_out": named,
+        "unverified": unverified,
+    }  # fmt: skip
+
+
+def _verified(store: Any) -> list[str]:
+    """Return in words what was verified of a store's rows."""
+    facts = verification_facts(store)
+    if facts is None:
+        return []
+    if not facts["checked"]:
+        lines = ["entries were not compared with autograd"]
+    else:
+        worst = "" if facts["worst_error"] is None else f" (largest difference {facts['worst_error']:.1e})"
+        lines = [f"{facts['share']:.2%} of the trained parameters verified against autograd{worst}"]
+    lines += [f"not covered: {', '.join(facts['left_out'])}"] if facts["left_out"] else []
+    return lines + ([f"not verifiable: {', '.join(facts['unverified'])}"] if facts["unverified"] else [])
 
 
 def store_facts(store: Any) -> dict[str, Any]:
@@ -51,6 +80,7 @@ def store_facts(store: Any) -> dict[str, Any]:
         "size": format_bytes(size),
         "compressor": attrs.get("compressor"),
         "covered": attrs.get("covered"),
+        "verification": verification_facts(store),
         "mask_digest": store.mask_digest,
         "rows_digest": store.rows_digest(),
         "model": attrs.get("model"),

@@ -33,10 +33,10 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 import ooc_influence as ooc
-from ooc_influence.extract.layers import select_layers
 from ooc_influence.extract.pilot import MomentSums
 from ooc_influence.extract.rows import RowGatherer
-from ooc_influence.extract.taps import tapped
+from ooc_influence.extract.selection import select_layers
+from ooc_influence.extract.tapping import tapped
 
 
 class Block(nn.Module):
@@ -151,7 +151,7 @@ def measure(name: str, sizes: list[int], samplings: list[str], rounds: int) -> d
     model, loss, batch = make(name)
     model.eval()
     device = batch[0].device
-    layers, share = select_layers(model, None)
+    layers, share, _ = select_layers(model, None)
     sums = MomentSums(layers)
     with tapped(model, layers, device) as taps:
         sums.samples = len(taps.run(loss, batch, lambda b: sums.add))

@@ -1,6 +1,7 @@
 """The layer kinds: what is a layer's entry matrix, and how its kept entries are gathered."""
 
-from ooc_influence.extract.entries.base import Entries, Moments, Place, computes_weights
+from ooc_influence.extract.entries.base import Entries, Moments, Place, computes_weights, is_coded
+from ooc_influence.extract.entries.bias import BiasEntries
 from ooc_influence.extract.entries.conv import ConvEntries
 from ooc_influence.extract.entries.embedding import EmbeddingEntries
 from ooc_influence.extract.entries.func import FuncEntries, float_leaves, own_parameters
@@ -11,8 +12,11 @@ KINDS: dict[str, type[Entries]] = {
     kind.kind: kind
     for kind in (
         LinearEntries, TransposedLinearEntries, ConvEntries, EmbeddingEntries, LayerNormEntries, RMSNormEntries,
-        GroupNormEntries, BatchNormEntries, FuncEntries,
+        GroupNormEntries, BatchNormEntries, BiasEntries, FuncEntries,
     )
 }  # fmt: skip
 
-__all__ = ["KINDS", "Entries", "FuncEntries", "Moments", "Place", "computes_weights", "float_leaves", "own_parameters"]
+__all__ = [
+    "KINDS", "BiasEntries", "Entries", "FuncEntries", "Moments", "Place", "computes_weights", "float_leaves",
+    "is_coded", "own_parameters",
+]  # fmt: skip

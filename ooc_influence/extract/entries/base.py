@@ -69,7 +69,7 @@ class Entries(ABC):
     """
 
     kind: ClassVar[str]
-    flattens: ClassVar[bool] = False  # whether models may hand over (samples · tokens, features)
+    whole_call: ClassVar[bool] = False  # whether x is a call with all its arguments, and δ a list
 
     def __init__(self, kept: ModuleMask, module: nn.Module, device: torch.device) -> None:
         self.entries = len(kept.rows)
@@ -85,6 +85,22 @@ class Entries(ABC):
         """Return the entry matrix of a module of this kind; None for another module."""
 
     @classmethod
+    def parameters(cls, module: nn.Module) -> dict[str, nn.Parameter]:
+        """Return the parameters whose entries this kind covers, by their names in the module."""
+        own = {name: module._parameters.get(name) for name in ("weight", "bias")}
+        return {name: parameter for name, parameter in own.items() if parameter is not None}
+
+    @classmethod
+    def entries_at(
+        cls, layer: LayerShape, module: nn.Module, parameter: str, positions: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return the entries (rows, cols) at positions of a flattened parameter; the inverse of :meth:`locate`."""
+        width = layer.shape[1] - layer.bias
+        if parameter == "bias":
+            return positions, np.full_like(positions, width)
+        return positions // width, positions % width
+
+    @classmethod
     @abstractmethod
     def moments(cls, layer: LayerShape, module: nn.Module, x: Any, delta: Any) -> Moments:
         """Return what x and δ of a pilot batch say of the entries' second moments."""
@@ -97,9 +113,14 @@ class Entries(ABC):
         """Return where entries (rows, cols) are in the module's parameters."""
 
     @classmethod
+    def channels_first(cls, module: nn.Module) -> bool:
+        """Return whether features are on axis 1 of x and δ; elsewhere they are on the last axis."""
+        return False
+
+    @classmethod
     def batched(cls, module: nn.Module, x: Any, delta: Any, b: int) -> bool:
-        """Return whether x has a batch of ``b`` samples on axis 0."""
-        return bool(x.dim() >= 2 and x.shape[0] == b)
+        """Return whether a batch of ``b`` samples can be told apart in x and δ, as :mod:`.layout` arranged them."""
+        return bool(x.dim() >= 1)
 
     @abstractmethod
     def gather(self, x: Any, delta: Any) -> Tensor:
@@ -113,6 +134,11 @@ class Entries(ABC):
 _OWNERS = (
     nn.Linear, nn.modules.conv._ConvNd, nn.Embedding, nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm,
 )  # fmt: skip
+
+
+def is_coded(tensor: Tensor) -> bool:
+    """Return whether a weight is stored in a quantised code, which autograd has no gradient for."""
+    return tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def computes_weights(module: nn.Module) -> bool:

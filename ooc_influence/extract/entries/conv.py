@@ -51,14 +51,21 @@ class ConvEntries(Entries):
         kind = next((kind for kind in _CONVOLUTIONS if isinstance(module, kind)), None)
         if kind is None or type(module).forward is not kind.forward:
             return None
+        if type(module)._conv_forward is not kind._conv_forward:  # type: ignore[attr-defined]
+            return None
         bias = module.bias is not None
         weight: Any = module.weight
         return LayerShape(name, cls.kind, (len(weight), weight[0].numel() + int(bias)), bias)
 
     @classmethod
+    def channels_first(cls, module: nn.Module) -> bool:
+        """See :class:`Entries`."""
+        return True
+
+    @classmethod
     def batched(cls, module: nn.Module, x: Any, delta: Any, b: int) -> bool:
         """See :class:`Entries`."""
-        return bool(x.dim() == len(module.kernel_size) + 2 and x.shape[0] == b)  # type: ignore[arg-type]
+        return bool(x.dim() == len(module.kernel_size) + 2)  # type: ignore[arg-type]
 
     @classmethod
     def moments(cls, layer: LayerShape, module: nn.Module, x: Any, delta: Any) -> Moments:

@@ -12,10 +12,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from ooc_influence.errors import UnsupportedModelError
 from ooc_influence.extract.entries.base import Entries, Moments, Place, wide
 from ooc_influence.store import LayerShape, ModuleMask
 
 _TILE = 2**22  # (token, entry) pairs at a time
+_PROBED = 64  # ids that show what an embedding with a forward of its own does
 
 
 class EmbeddingEntries(Entries):
@@ -43,11 +45,6 @@ class EmbeddingEntries(Entries):
         return LayerShape(name, cls.kind, (module.num_embeddings, module.embedding_dim), False)
 
     @classmethod
-    def batched(cls, module: nn.Module, x: Any, delta: Any, b: int) -> bool:
-        """See :class:`Entries`; ids need no further axis."""
-        return bool(x.dim() >= 1 and x.shape[0] == b)
-
-    @classmethod
     def moments(cls, layer: LayerShape, module: nn.Module, x: Any, delta: Any) -> Moments:
         """See :class:`Entries`: rows are how often an id occurs, columns Σ δ_d²."""
         rows = torch.bincount(x.reshape(-1).long(), minlength=layer.shape[0]).double()
@@ -66,6 +63,12 @@ class EmbeddingEntries(Entries):
         b = len(x)
         d = delta.reshape(-1, delta.shape[-1])
         ids = x.reshape(-1).long()
+        rows = self.layer.shape[0]
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < rows:
+            raise UnsupportedModelError(
+                f"expected ids below {rows} in embedding {self.layer.name!r}; received {int(ids.max())}: it does not "
+                "look its ids up as they are; leave it out with modules= (--modules)"
+            )
         out = torch.zeros(b * self.entries, dtype=wide(delta.dtype), device=delta.device)
         sample = torch.arange(b, device=ids.device).repeat_interleave(len(ids) // max(1, b))
         step = max(1, _TILE // max(1, int(self._count.max()))) if self.entries else len(ids)
@@ -88,7 +91,8 @@ def _scale(module: nn.Module) -> float | None:
         return 1.0
     if module.weight.is_meta or module.num_embeddings < 2:
         return None
-    ids = torch.arange(2, device=module.weight.device)[None]
+    spread = torch.linspace(0, module.num_embeddings - 1, min(module.num_embeddings, _PROBED))
+    ids = spread.round().long().to(module.weight.device)[None]
     with torch.inference_mode(False), torch.no_grad():
         plain = nn.functional.embedding(ids, module.weight.detach()).float()
         try:

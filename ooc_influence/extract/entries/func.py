@@ -33,6 +33,7 @@ class FuncEntries(Entries):
     """A layer of any class that keeps the batch on axis 0 of its tensors."""
 
     kind = "func"
+    whole_call = True
 
     @classmethod
     def describe(cls, name: str, module: nn.Module) -> LayerShape | None:
@@ -66,6 +67,23 @@ class FuncEntries(Entries):
             places.append(Place(name, at, cols[at].astype(np.int64) - first))
             first = last
         return places
+
+    @classmethod
+    def parameters(cls, module: nn.Module) -> dict[str, nn.Parameter]:
+        """See :class:`Entries`."""
+        return own_parameters(module)
+
+    @classmethod
+    def entries_at(
+        cls, layer: LayerShape, module: nn.Module, parameter: str, positions: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """See :class:`Entries`."""
+        first = 0
+        for name, own in own_parameters(module).items():
+            if name == parameter:
+                break
+            first += own.numel()
+        return np.zeros_like(positions), positions + first
 
     def gather(self, x: Any, delta: Any) -> Tensor:
         """Return the entries, (b, m), of the layer's arguments x and the gradients of its outputs."""

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ooc_influence.extract.entries import kernels
-from ooc_influence.extract.entries.base import Entries, Moments, Place, split_bias, wide
+from ooc_influence.extract.entries.base import Entries, Moments, Place, is_coded, split_bias, wide
 from ooc_influence.store import LayerShape, ModuleMask
 
 _CPU_TILE = 2**19  # values of one gathered operand: two float32 tiles of 2 MiB stay in the shared cache
@@ -38,7 +38,6 @@ class LinearEntries(Entries):
     """``torch.nn.Linear``, and quantised layers that compute the same: the weight is never looked at."""
 
     kind = "linear"
-    flattens = True
 
     def __init__(self, kept: ModuleMask, module: nn.Module, device: torch.device) -> None:
         super().__init__(kept, module, device)
@@ -177,6 +176,15 @@ class TransposedLinearEntries(LinearEntries):
         at, places = split_bias(layer, rows, cols)
         return [Place("weight", at, cols[at].astype(np.int64) * layer.shape[0] + rows[at]), *places]
 
+    @classmethod
+    def entries_at(
+        cls, layer: LayerShape, module: nn.Module, parameter: str, positions: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """See :class:`Entries`."""
+        if parameter == "bias":
+            return super().entries_at(layer, module, parameter, positions)
+        return positions % layer.shape[0], positions // layer.shape[0]
+
 
 def _grid(rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     """Return distinct rows and columns and each entry's place in their product, where that product is worth it."""
@@ -195,10 +203,16 @@ def _plain(module: nn.Module) -> bool:
 
 
 def _quantised(module: nn.Module) -> bool:
-    """Return whether a module is a linear layer with a quantised weight, of whatever library."""
+    """Return whether a module is a linear layer with a quantised weight, of whatever library.
+
+    A float weight that is trained while the layer computes with its rounded values (BitNet's) is none: its gradient
+    goes through the rounding.
+    """
     sizes = all(isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features"))
     if not sizes or any(True for _ in module.children()) or type(module).forward is nn.Linear.forward:
         return False
     weight = module._parameters.get("weight", module._buffers.get("weight"))
-    coded = weight is not None and not weight.is_floating_point()
-    return coded or any(part in type(module).__name__ for part in _QUANTISED)
+    if weight is not None:
+        return is_coded(weight)
+    codes = (p for p in module.parameters(recurse=False) if p is not module._parameters.get("bias"))
+    return all(is_coded(p) for p in codes) and any(part in type(module).__name__ for part in _QUANTISED)

@@ -6,6 +6,7 @@ x̂ is the normalised input, computed again from the input. The entry matrix is 
 from __future__ import annotations
 
 import copy
+import inspect
 from abc import abstractmethod
 from typing import Any
 
@@ -82,7 +83,6 @@ class LayerNormEntries(NormEntries):
     """``torch.nn.LayerNorm``."""
 
     kind = "layer_norm"
-    flattens = True
 
     @classmethod
     def describe(cls, name: str, module: nn.Module) -> LayerShape | None:
@@ -102,7 +102,6 @@ class RMSNormEntries(NormEntries):
     """``torch.nn.RMSNorm`` and Hugging Face's forms, whose weight may be added to one: x̂ = x / √(mean x² + ε)."""
 
     kind = "rms_norm"
-    flattens = True
 
     @classmethod
     def describe(cls, name: str, module: nn.Module) -> LayerShape | None:
@@ -131,6 +130,11 @@ class GroupNormEntries(NormEntries):
         return cls.shape_of(name, module) if plain else None
 
     @classmethod
+    def channels_first(cls, module: nn.Module) -> bool:
+        """See :class:`Entries`."""
+        return True
+
+    @classmethod
     def features(cls, layer: LayerShape, value: Tensor) -> Tensor:
         """See :class:`NormEntries`."""
         return value.reshape(value.shape[0], value.shape[1], -1).transpose(1, 2)
@@ -150,7 +154,9 @@ class BatchNormEntries(GroupNormEntries):
     @classmethod
     def describe(cls, name: str, module: nn.Module) -> LayerShape | None:
         """See :class:`Entries`."""
-        plain = isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm) or module.running_mean is None:
+            return None
+        plain = type(module).forward in (nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward)
         return cls.shape_of(name, module) if plain else None
 
     @classmethod
@@ -175,6 +181,8 @@ def _is_rms_norm(module: nn.Module) -> bool:
     weight = module._parameters.get("weight")
     odd = set(module._parameters) != {"weight"} or weight is None or weight.dim() != 1 or _eps(module) is None
     if odd or any(True for _ in module.children()) or not type(module).__name__.endswith(("RMSNorm", "LayerNorm")):
+        return False
+    if len(inspect.signature(module.forward).parameters) > 1:  # a residual or a gate may come with the input
         return False
     assert weight is not None
     if weight.is_meta:

@@ -1,0 +1,379 @@
+"""The self-check: entries that taps gather, compared with autograd's gradients of the caller's own loss.
+
+Recognising a layer by its class is a guess. So for the first and the last sample of the first batch, and of every batch
+whose layers fold samples in a way not seen before, an ordinary backward pass computes the gradients of the tapped
+layers' parameters. A hook reads a few hundred entries of each, among those kept and not kept, and frees the gradient at
+once: the memory is that of the largest weight. The taps' entries must agree with them.
+
+Tolerances follow the coarsest dtype that the model computes in. Of correct layers the largest difference measured, over
+the families of ``tools/bench/families.py``, is below a tenth of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from ooc_influence.errors import UnsupportedModelError
+from ooc_influence.extract.entries import KINDS, is_coded
+from ooc_influence.extract.gather import MaskGatherer
+from ooc_influence.extract.layers import Use, layer_parameters
+from ooc_influence.extract.selection import Trained
+from ooc_influence.store import LayerShape, Mask, ModuleMask
+
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+_POOL = 1024  # entries of a parameter that are looked at; of these the largest and some others are compared
+_LARGEST, _OTHERS, _ROWS = 32, 16, 32
+# what is below these shares of the layer's and of the model's largest gradient is rounding
+_LAYER_FLOOR, _MODEL_FLOOR = 1e-3, 1e-6
+_NAMED = 6
+Numbers = npt.NDArray[np.int64]
+Receiver = Callable[[Use, Any, Any], None]
+
+
+class Disagreement(NamedTuple):
+    """A layer whose gathered entries are not autograd's.
+
+    Attributes
+    ----------
+    name, type : str
+        The layer, and its class.
+    error : float
+        The largest difference, of the parameter's largest entry; inf where nothing could be gathered.
+    reason : str or None
+        Why it can only be left out; None where another way of computing it may help.
+    detail : str
+        What happened, where no numbers tell.
+    """
+
+    name: str
+    type: str
+    error: float
+    reason: str | None = None
+    detail: str = ""
+
+
+class LayersDisagreeError(UnsupportedModelError):
+    """Layers whose entries differ from autograd's gradients.
+
+    Attributes
+    ----------
+    layers : tuple of Disagreement
+        Which, and by how much.
+    final : bool
+        Whether rows are stored already, so that the layers cannot be chosen again.
+    """
+
+    final = False
+
+    def __init__(self, message: str, layers: Sequence[Disagreement] = ()) -> None:
+        super().__init__(message)
+        self.layers = tuple(layers)
+
+    @classmethod
+    def of(cls, layers: Sequence[Disagreement]) -> LayersDisagreeError:
+        """Return the error that names layers and the ways out."""
+        worst = sorted(layers, key=lambda each: -each.error)
+        named = "; ".join(f"{each.name} ({each.type}): {_received(each)}" for each in worst[:_NAMED])
+        more = f" and {len(worst) - _NAMED} more" if len(worst) > _NAMED else ""
+        return cls(
+            "expected the entries gathered from each layer to be autograd's gradients of the loss; received others of "
+            f"{named}{more}: leave them out with modules= (--modules '!{worst[0].name}'), compute them by themselves "
+            "with fallback=True (--fallback), or, if the difference is meant, skip this check with "
+            "check_gradients=False (--no-check)",
+            layers,
+        )
+
+
+def _received(each: Disagreement) -> str:
+    return each.reason or each.detail or f"a difference of {each.error:.2g} of the largest entry"
+
+
+@dataclass(frozen=True, eq=False)
+class _Reference:
+    """Autograd's gradient of one sample's loss at some entries of a parameter.
+
+    ``columns`` are the mask's, -1 for entries that are not kept.
+    """
+
+    layer: int
+    parameter: str
+    sample: int
+    positions: Numbers
+    values: npt.NDArray[np.float64]
+    columns: Numbers
+    scale: float
+
+
+class GradientCheck:
+    """Compares gathered entries with autograd's.
+
+    Parameters
+    ----------
+    uses : sequence of Use
+        The tapped modules.
+    device : torch.device
+        Where rows are put together.
+    trained : Trained
+        The model's trained parameters.
+    mask : Mask, optional
+        The kept entries, which are then compared too.
+    """
+
+    def __init__(self, uses: Sequence[Use], device: torch.device, trained: Trained, mask: Mask | None = None) -> None:
+        self._layers = {use.layer: use.first for use in uses if use.own}
+        self._device, self._trained, self._mask = device, trained, mask
+        self._random = np.random.Generator(np.random.PCG64(0))
+        self._watched: list[tuple[int, str, nn.Parameter]] = []
+        self.unverifiable: dict[int, str] = {}
+        for number, (shape, module) in self._layers.items():
+            self._watch(number, shape, module)
+        weights = [] if mask is None else [kept.weight for kept in mask.modules]
+        self._weights = np.concatenate([np.empty(0, np.float32), *weights])
+        self._kept = {} if mask is None else self._kept_positions(mask)
+        self._dtypes = {p.dtype for _, _, p in self._watched}
+        self.errors: dict[int, float] = {}
+        self._references: list[_Reference] = []
+        self._samples: list[int] = []
+        self._columns: dict[int, Numbers] = {}  # of the gathered rows: where each reference's entries are
+
+    def _watch(self, number: int, shape: LayerShape, module: nn.Module) -> None:
+        parameters = layer_parameters(shape, module)
+        floats = {name: p for name, p in parameters.items() if not is_coded(p)}
+        if any(hasattr(p, "full_tensor") for p in parameters.values()):
+            self.unverifiable[number] = "sharded over processes"
+            return
+        no_weight = "weight" not in parameters and shape.shape[1] > shape.bias and not KINDS[shape.kind].whole_call
+        if len(floats) < len(parameters) or no_weight:
+            self.unverifiable[number] = "quantised: autograd has no gradient of its codes"
+        self._watched += [(number, name, p) for name, p in floats.items()]
+
+    def _kept_positions(self, mask: Mask) -> dict[tuple[int, str], tuple[Numbers, Numbers]]:
+        """Return columns of the mask, and their positions in the parameter, of some kept entries of each parameter."""
+        found, first = {}, 0
+        for number, kept in enumerate(mask.modules):
+            if number in self._layers:
+                shape, module = self._layers[number]
+                some = np.sort(self._random.permutation(len(kept.rows))[:_POOL]) if len(kept.rows) else np.empty(0, int)
+                some = some[kept.weight[some] != 0]
+                for name, at, positions in KINDS[shape.kind].locate(shape, module, kept.rows[some], kept.cols[some]):
+                    found[number, name] = (first + some[at], np.asarray(positions, np.int64))
+            first += len(kept.rows)
+        return found
+
+    @property
+    def tolerance(self) -> float:
+        """The largest difference allowed, of a parameter's largest entry."""
+        return max((TOLERANCE.get(dtype, 0.0) for dtype in self._dtypes), default=TOLERANCE[torch.float32])
+
+    def see(self, *tensors: Any) -> None:
+        """Take notice of the dtypes that the model computes in."""
+        self._dtypes |= {t.dtype for t in tensors if isinstance(t, Tensor) and t.is_floating_point()}
+
+    def start(self, samples: Iterable[int]) -> None:
+        """Begin a check of some samples of a batch."""
+        self._samples, self._references = list(samples), []
+
+    def differentiate(self, loss: Tensor, index: int, *, keep_graph: bool = False) -> None:
+        """Read autograd's gradients of one sample's loss; ``index`` is which of the samples begun with."""
+        parameters = [p for _, _, p in self._watched]
+        if not parameters or not loss.requires_grad:
+            return
+        with self._reading(index):
+            torch.autograd.backward(loss, inputs=parameters, retain_graph=keep_graph)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Have autograd follow the parameters; afterwards flags are as they were."""
+        flags = [p.requires_grad for _, _, p in self._watched]
+        try:
+            for _, _, parameter in self._watched:
+                parameter.requires_grad_(True)
+            yield
+        finally:
+            for flag, (_, _, parameter) in zip(flags, self._watched, strict=True):
+                parameter.requires_grad_(flag)
+
+    @contextmanager
+    def _reading(self, index: int) -> Iterator[None]:
+        held = [p.grad for _, _, p in self._watched]
+        reached: set[tuple[int, str]] = set()
+        handles = []
+        try:
+            for number, name, parameter in self._watched:
+                parameter.grad = None
+                read = partial(self._read, number, name, index, reached)
+                handles.append(parameter.register_post_accumulate_grad_hook(read))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for grad, (_, _, parameter) in zip(held, self._watched, strict=True):
+                parameter.grad = grad
+        for number, name, parameter in self._watched:
+            if (number, name) not in reached:  # autograd never came by: its gradient is zero
+                self._references.append(self._at_random(number, name, index, parameter.numel()))
+
+    def _at_random(self, number: int, name: str, index: int, size: int) -> _Reference:
+        positions = self._random.integers(0, size, _OTHERS)
+        none = np.full(_OTHERS, -1)
+        return _Reference(number, name, index, positions, np.zeros(_OTHERS), none, 0.0)
+
+    def _read(self, number: int, name: str, index: int, reached: set[tuple[int, str]], parameter: nn.Parameter) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
+        reached.add((number, name))
+        gradient = gradient.detach()
+        gradient = gradient.to_dense() if gradient.layout != torch.strided else gradient
+        flat = gradient.reshape(-1)
+        rows = flat.view(len(gradient), -1) if gradient.dim() > 1 else flat.view(-1, 1)
+        peaks = torch.linalg.vector_norm(rows, float("inf"), dim=1)
+        columns, kept = self._kept.get((number, name), (np.empty(0, np.int64), np.empty(0, np.int64)))
+        some = self._random.integers(0, flat.numel(), min(_POOL, 4 * flat.numel()))
+        chosen = self._choose(flat, kept)
+        positions = np.concatenate([kept[chosen], some[self._choose(flat, some)], self._of_rows(rows, peaks)])
+        values = flat[torch.from_numpy(positions).to(flat.device)].double().cpu().numpy()
+        which = np.full(len(positions), -1)
+        which[: len(chosen)] = columns[chosen]
+        self._references.append(_Reference(number, name, index, positions, values, which, float(peaks.max())))
+
+    def _choose(self, flat: Tensor, positions: Numbers) -> Numbers:
+        """Return which of some positions to compare: those with the largest gradients, and a few others."""
+        if len(positions) <= _LARGEST + _OTHERS:
+            return np.arange(len(positions))
+        values = flat[torch.from_numpy(positions).to(flat.device)].abs().float().cpu().numpy()
+        order = np.argsort(-values, kind="stable")
+        others = self._random.permutation(order[_LARGEST:])[:_OTHERS]
+        return np.concatenate([order[:_LARGEST], others]).astype(np.int64)
+
+    def _of_rows(self, rows: Tensor, peaks: Tensor) -> Numbers:
+        """Return positions in rows that have a gradient: of an embedding these are few."""
+        count = len(peaks)
+        top = peaks.float().topk(min(_ROWS // 4, count)).indices.cpu().numpy()
+        moved = torch.nonzero(peaks).flatten().cpu().numpy()
+        some = np.concatenate([top, self._random.permutation(moved)[:_ROWS]])
+        at = torch.from_numpy(some).to(rows.device)
+        strongest = rows[at].abs().argmax(1).cpu().numpy() if len(some) else np.empty(0, np.int64)
+        return np.asarray(some * rows.shape[1] + strongest, np.int64)
+
+    def gather_into(self, b: int) -> tuple[Receiver, Tensor]:
+        """Return a receiver (use, x, δ) for the entries to compare, and the rows (samples, m) that it fills."""
+        some = next(iter(self._layers.values()))[0]  # stands for layers that are not tapped
+        modules = [ModuleMask(some, *_no_entries())] * (max(self._layers) + 1)
+        first = 0
+        for number, (shape, module) in sorted(self._layers.items()):
+            modules[number] = self._entries_of(number, shape, module)
+            self._columns[number] += first
+            first += len(modules[number].rows)
+        mask = Mask(tuple(modules))
+        gatherer, samples = MaskGatherer(mask, self._device), self._samples
+        out = torch.zeros((len(samples), mask.k), dtype=torch.float64, device=self._device)
+
+        def receive(use: Use, x: Any, delta: Any) -> None:
+            self.see(x, delta)
+            if not use.kind.whole_call and len(x) == b:
+                part = torch.zeros(out.shape, device=self._device)
+                gatherer.add(part, use, x[samples], delta[samples])
+                out.add_(part)
+            else:
+                part = torch.zeros((b, mask.k), device=self._device)
+                gatherer.add(part, use, x, delta)
+                out.add_(part[samples])
+
+        return receive, out
+
+    def _entries_of(self, number: int, shape: LayerShape, module: nn.Module) -> ModuleMask:
+        """Return the entries of a layer to compare, as a mask has them: in order, each once."""
+        rows, cols = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        for each in self._of_layer(number):
+            found = KINDS[shape.kind].entries_at(shape, module, each.parameter, each.positions)
+            rows.append(found[0])
+            cols.append(found[1])
+        flat = np.concatenate(rows) * shape.shape[1] + np.concatenate(cols)
+        distinct, self._columns[number] = np.unique(flat, return_inverse=True)
+        places = (distinct // shape.shape[1]).astype(np.int32), (distinct % shape.shape[1]).astype(np.int32)
+        return ModuleMask(shape, *places, np.ones(len(distinct), np.float32))
+
+    def _of_layer(self, number: int) -> list[_Reference]:
+        return [each for each in self._references if each.layer == number]
+
+    def compare(self, found: Tensor, rows: Tensor | None) -> list[Disagreement]:
+        """Compare gathered entries (samples, m), and kept ones (b, k), with autograd's; return layers that differ."""
+        gathered = found.cpu().numpy()
+        scales = self._scales()
+        disagree, tolerance = [], self.tolerance
+        for number in sorted(self._layers):
+            errors, some, missing, first = [0.0], False, 0.0, 0
+            for each in self._of_layer(number):
+                part = gathered[each.sample, self._columns[number][first : first + len(each.positions)]]
+                first += len(each.positions)
+                scale = scales[each.layer, each.sample, each.parameter]
+                if not np.isfinite(scale):
+                    continue  # a sample that is not finite: the run names it
+                pairs = [(part, each.values)]
+                if rows is not None and self._mask is not None:
+                    pairs.append(self._kept_pair(each, rows))
+                some |= any(bool(mine.any()) for mine, _ in pairs)
+                missing = max(missing, float(np.abs(each.values).max(initial=0.0)) / scale)
+                errors += [float(np.abs(mine - theirs).max(initial=0.0)) / scale for mine, theirs in pairs]
+            error = max(errors, key=lambda value: np.inf if np.isnan(value) else value)
+            if number not in self.unverifiable:
+                self.errors[number] = max(error, self.errors.get(number, 0.0))
+            if not error <= tolerance:
+                shape, module = self._layers[number]
+                reason = None
+                if not some and missing > tolerance:
+                    reason = "its weight is used without calling the layer"
+                disagree.append(Disagreement(shape.name or "(the model)", type(module).__name__, error, reason))
+        return disagree
+
+    def _kept_pair(self, each: _Reference, rows: Tensor) -> tuple[Any, Any]:
+        assert self._mask is not None
+        at = each.columns >= 0
+        columns = each.columns[at]
+        values = rows[self._samples[each.sample]][torch.from_numpy(columns).to(rows.device)].double().cpu().numpy()
+        return values / self._weights[columns], each.values[at]
+
+    def _scales(self) -> Mapping[tuple[int, int, str], float]:
+        """Return what each difference is measured against: the parameter's largest gradient, but no rounding."""
+        of_layer: dict[tuple[int, int], float] = {}
+        of_model: dict[int, float] = {}
+        for each in self._references:
+            if np.isfinite(each.scale):
+                of_layer[each.layer, each.sample] = max(each.scale, of_layer.get((each.layer, each.sample), 0.0))
+                of_model[each.sample] = max(each.scale, of_model.get(each.sample, 0.0))
+        return {
+            (each.layer, each.sample, each.parameter): max(
+                each.scale,
+                _LAYER_FLOOR * of_layer.get((each.layer, each.sample), 0.0),
+                _MODEL_FLOOR * of_model.get(each.sample, 0.0),
+                float(np.finfo(np.float32).tiny),
+            )
+            for each in self._references
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """Return what a store records: the share of the trained parameters that is verified, the largest difference."""
+        right = [number for number, error in self.errors.items() if error <= self.tolerance]
+        worst = max(right, key=lambda number: self.errors[number], default=None)
+        names = {number: shape.name or "(the model)" for number, (shape, _) in self._layers.items()}
+        return {
+            "checked": True,
+            "share": self._trained.share(p for n in right for p in layer_parameters(*self._layers[n]).values()),
+            "worst_error": None if worst is None else self.errors[worst],
+            "worst_layer": None if worst is None else names[worst],
+            "tolerance": self.tolerance,
+            "unverified": {names[number]: reason for number, reason in self.unverifiable.items()},
+        }
+
+
+def _no_entries() -> tuple[Any, Any, Any]:
+    return np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.float32)

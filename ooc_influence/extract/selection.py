@@ -1,0 +1,324 @@
+"""Which layers of a model are tapped, and what the others hold.
+
+By default every layer of a known kind is tapped; of a model that is partly frozen, the trained parameters. A parameter
+that several modules use is one set of entries to which all of them add; where one of them is of no known kind, its
+gradient would lack a part, so it is left out altogether.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from ooc_influence.errors import OocInfluenceWarning, UnsupportedModelError
+from ooc_influence.extract.entries import KINDS, FuncEntries, computes_weights, own_parameters
+from ooc_influence.extract.layers import describe, named_layers, restrict
+from ooc_influence.store import LayerShape
+
+ModuleSelection = str | Sequence[str] | Sequence[LayerShape] | Callable[[str, nn.Module], bool] | None
+_NAMED = 8  # layers not covered, in the warning
+_FOREIGN = "shares its parameters with a layer of an unknown kind"
+
+
+@dataclass(frozen=True)
+class Adjustments:
+    """What the first batch showed of a model's layers (:mod:`.check`).
+
+    Attributes
+    ----------
+    without : mapping of str to str
+        Layers that are left out, and why.
+    fallback : tuple of str
+        Layers that go through the fallback although their class is of a known kind.
+    """
+
+    without: Mapping[str, str] = field(default_factory=dict)
+    fallback: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.without or self.fallback)
+
+    @classmethod
+    def of(cls, attributes: Mapping[str, Any] | None) -> Adjustments:
+        """Return what a store recorded."""
+        found = attributes or {}
+        return cls(dict(found.get("without", {})), tuple(found.get("fallback", ())))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as a store records it."""
+        return {"without": dict(self.without), "fallback": list(self.fallback)}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Sizes of a model's parameters by identity: of all, and of those that are trained."""
+
+    all: Mapping[int, int]
+    trained: Mapping[int, int]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Trained:
+        """Return those of a model: where no parameter requires a gradient, all count as trained."""
+        sizes = {id(p): p.numel() for p in model.parameters()}
+        trained = {id(p): p.numel() for p in model.parameters() if p.requires_grad}
+        return cls(sizes, trained or sizes)
+
+    def _sizes(self, some: set[int]) -> Mapping[int, int]:
+        return self.trained if some & self.trained.keys() else self.all
+
+    def total(self, parameters: Iterable[nn.Parameter]) -> int:
+        """Return the size of what :meth:`share` is a share of."""
+        return sum(self._sizes({id(p) for p in parameters}).values())
+
+    def share(self, parameters: Iterable[nn.Parameter]) -> float:
+        """Return the share of the trained parameters that some are; of all, where none of them is trained."""
+        some = {id(p) for p in parameters}
+        sizes = self._sizes(some)
+        total = sum(sizes.values())
+        return sum(size for key, size in sizes.items() if key in some) / total if total else 1.0
+
+
+class Selection(NamedTuple):
+    """What is tapped.
+
+    Attributes
+    ----------
+    layers : list of LayerShape
+        In the model's order.
+    share : float
+        The share of the (trained) parameters they hold.
+    missed : mapping of str to (str, float)
+        Of the modules with other parameters: why, and the share of the parameters that they hold.
+    """
+
+    layers: list[LayerShape]
+    share: float
+    missed: Mapping[str, tuple[str, float]]
+
+
+@dataclass(frozen=True, eq=False)
+class _Candidate:
+    """A module with parameters.
+
+    Attributes
+    ----------
+    name, module
+        The module.
+    shape : LayerShape or None
+        Its entry matrix; None of an unknown kind.
+    parameters : dict of str to Parameter
+        What belongs to its entries; of an unknown kind all that it owns.
+    """
+
+    name: str
+    module: nn.Module
+    shape: LayerShape | None
+    parameters: dict[str, nn.Parameter]
+
+    @property
+    def registers_only(self) -> bool:
+        """Whether it may merely hold a parameter that a layer inside it uses."""
+        return self.shape is None and any(True for _ in self.module.children())
+
+
+def select_layers(
+    model: nn.Module, modules: ModuleSelection, *, fallback: bool = False, adjusted: Adjustments | None = None
+) -> Selection:
+    """Return the layers to tap, and the share of the model's parameters they hold.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model.
+    modules : str, sequence of str, callable, sequence of LayerShape or None
+        Name patterns (``"encoder.*.fc?"``) or a predicate ``(name, module) -> bool``; None selects every supported
+        layer, or, of a model with frozen and trained parameters, the trained ones. Layers that share a parameter with
+        a selected one are tapped with it.
+    fallback : bool
+        Tap layers of unknown kinds too, through ``torch.func``.
+    adjusted : Adjustments, optional
+        What the first batch showed.
+
+    Warns
+    -----
+    OocInfluenceWarning
+        Naming selected layers that hold parameters and are not supported, with their share.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If no selected layer can be tapped.
+    """
+    if isinstance(modules, (list, tuple)) and modules and all(isinstance(m, LayerShape) for m in modules):
+        return Selection(list(modules), 1.0, {})
+    adjusted = adjusted or Adjustments()
+    found = list(_candidates(model, fallback, adjusted))
+    wanted = _wanted(model, modules, found)
+    layers, placed, blocked = _place(found, wanted, adjusted)
+    if not layers:
+        kinds = sorted({type(m).__name__ for m in model.modules() if m._parameters}) or ["no layer with parameters"]
+        raise UnsupportedModelError(
+            f"expected at least one selected layer of a known kind ({', '.join(k for k in KINDS if k != 'func')}); "
+            f"received modules={modules!r} on a model with {', '.join(kinds)}: widen the selection, or use "
+            "fallback=True (--fallback)"
+        )
+    trained = Trained.of(model)
+    held = [p for p in model.parameters() if id(p) in placed]
+    missed = _missed(found, wanted, placed, blocked, adjusted, trained.total(held))
+    share = trained.share(held)
+    _warn_missed(missed, share)
+    return Selection(layers, share, missed)
+
+
+def _candidates(model: nn.Module, fallback: bool, adjusted: Adjustments) -> Iterator[_Candidate]:
+    inside = _inside_others(model, fallback=fallback)
+    for name, module in named_layers(model).items():
+        if id(module) in inside:
+            continue
+        shape = None
+        if name in adjusted.fallback:
+            shape = FuncEntries.describe(name, module)
+        elif name not in adjusted.without:
+            shape = describe(name, module, fallback=fallback)
+        if shape is not None:
+            parameters = KINDS[shape.kind].parameters(module)
+        elif computes_weights(module):
+            parameters = own_parameters(module)
+        else:
+            parameters = {n: p for n, p in module._parameters.items() if p is not None}
+        if parameters or shape is not None:
+            yield _Candidate(name, module, shape, parameters)
+
+
+class _Wanted(NamedTuple):
+    """What is asked for: parameters by identity, and layers by name whose quantised weights are too."""
+
+    parameters: set[int]
+    coded: set[str]
+
+
+def _wanted(model: nn.Module, modules: ModuleSelection, found: Sequence[_Candidate]) -> _Wanted:
+    trained = _trained(model) if modules is None else None
+    chosen = _predicate(modules)
+    mine = [each for each in found if chosen(each.name, each.module)]
+    ids = {id(p) for each in mine for p in each.parameters.values() if trained is None or id(p) in trained}
+    return _Wanted(ids, {each.name for each in mine if trained is None})
+
+
+def _place(
+    found: Sequence[_Candidate], wanted: _Wanted, adjusted: Adjustments
+) -> tuple[list[LayerShape], dict[int, int], set[int]]:
+    """Return the layers; of each parameter which layer has its entries; and those left out for being shared."""
+    blocked = _blocked(found, adjusted)
+    layers: list[LayerShape] = []
+    placed: dict[int, int] = {}
+    for each in found:
+        if each.shape is None:
+            continue
+        here = {name: p for name, p in each.parameters.items() if id(p) in wanted.parameters and id(p) not in blocked}
+        for number in dict.fromkeys(placed[id(p)] for p in here.values() if id(p) in placed):
+            if each.name != layers[number].name:
+                layers[number] = replace(layers[number], tied=(*layers[number].tied, each.name))
+        fresh = {name for name, p in here.items() if id(p) not in placed}
+        if KINDS[each.shape.kind].whole_call:
+            shape = each.shape if fresh == set(each.parameters) else None
+        else:
+            codes = {"weight"} if each.name in wanted.coded and _has_codes(each) else set()
+            shape = restrict(each.shape, fresh | codes)
+            fresh |= codes
+        if shape is not None and fresh:
+            placed.update((id(p), len(layers)) for name, p in here.items() if name in fresh)
+            layers.append(shape)
+    return layers, placed, blocked
+
+
+def _has_codes(each: _Candidate) -> bool:
+    """Return whether a layer's weight is no parameter of that name: quantised."""
+    assert each.shape is not None
+    bias_only = each.shape.shape[1] == each.shape.bias
+    return not bias_only and not KINDS[each.shape.kind].whole_call and "weight" not in each.parameters
+
+
+def _blocked(found: Sequence[_Candidate], adjusted: Adjustments) -> set[int]:
+    """Return parameters that several modules use, one of them of no known kind, or left out."""
+    users: dict[int, list[_Candidate]] = {}
+    for each in found:
+        for parameter in each.parameters.values():
+            users.setdefault(id(parameter), []).append(each)
+    return {
+        key
+        for key, several in users.items()
+        if len(several) > 1
+        and any(e.shape is None and (e.name in adjusted.without or not e.registers_only) for e in several)
+    }
+
+
+def _missed(
+    found: Sequence[_Candidate], wanted: _Wanted, placed: Mapping[int, int], blocked: set[int],
+    adjusted: Adjustments, total: int,
+) -> dict[str, tuple[str, float]]:  # fmt: skip
+    missed: dict[str, tuple[str, float]] = {}
+    told: set[int] = set()
+    for each in found:
+        own = (p for p in each.parameters.values() if id(p) in wanted.parameters and id(p) not in placed)
+        left = {id(p): p.numel() for p in own}
+        sizes = [size for key, size in left.items() if key not in told]
+        if not left or (not sizes and each.name not in adjusted.without):
+            continue
+        told |= left.keys()
+        missed[each.name or "(the model)"] = (_reason(each, left.keys(), blocked, adjusted), sum(sizes) / max(1, total))
+    return missed
+
+
+def _reason(each: _Candidate, left: Any, blocked: set[int], adjusted: Adjustments) -> str:
+    if each.name in adjusted.without:
+        return adjusted.without[each.name]
+    if isinstance(each.module, NonDynamicallyQuantizableLinear):
+        return "used inside MultiheadAttention without being called"
+    if computes_weights(each.module):
+        return "its weight is computed from other parameters"
+    if each.shape is not None and left & blocked:
+        return _FOREIGN
+    return type(each.module).__name__
+
+
+def _warn_missed(missed: Mapping[str, tuple[str, float]], share: float) -> None:
+    if not missed:
+        return
+    first = sorted(missed, key=lambda name: -missed[name][1])[:_NAMED]
+    named = ", ".join(f"{name} ({missed[name][0]}, {missed[name][1]:.1%})" for name in first)
+    more = f" and {len(missed) - _NAMED} more" if len(missed) > _NAMED else ""
+    warnings.warn(
+        f"gradients cover {share:.1%} of the model's parameters; not covered: {named}{more}: fallback=True "
+        "(--fallback) covers layers of unknown kinds at the cost of their full gradients",
+        OocInfluenceWarning,
+        stacklevel=5,
+    )
+
+
+def _trained(model: nn.Module) -> set[int] | None:
+    """Return the parameters that are trained, where a model has some and others that are not."""
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    return trained if trained and len(trained) < len(list(model.parameters())) else None
+
+
+def _inside_others(model: nn.Module, *, fallback: bool) -> set[int]:
+    """Return the modules that belong to another layer: what computes its weight, and what a fallback covers with it."""
+    attention = (nn.MultiheadAttention,) if fallback else ()
+    found = [m for m in model.modules() if isinstance(m, attention) or computes_weights(m)]
+    return {id(child) for m in found for child in m.modules() if child is not m}
+
+
+def _predicate(modules: ModuleSelection) -> Callable[[str, nn.Module], bool]:
+    if modules is None:
+        return lambda name, module: True
+    if callable(modules):
+        return modules
+    patterns = [modules] if isinstance(modules, str) else list(modules)
+    return lambda name, module: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)  # type: ignore[type-var]
