@@ -96,22 +96,31 @@ class RowRecord:
         numbers = {} if self.numbers is None else {"numbers": self.numbers}
         return {"records": self.records, "dropped": np.packbits(self.dropped), **numbers}
 
-    def change(self, store: GradientStore) -> Change:
-        """Return what became of the rows in the store they came from."""
+    @property
+    def live(self) -> int:
+        """Rows that were not dropped."""
+        return self.count - int(self.dropped.sum())
+
+    def change(self, store: GradientStore, chosen: ChosenRows | None = None) -> Change:
+        """Return what became of the rows in the store they came from.
+
+        ``chosen`` are those of a new fit with the same selection: then the answer is about these, as they were chosen.
+        """
         last = self.first + self.count if self.numbers is None else int(self.numbers[-1]) + 1
-        if store.n < last:
+        n = store.n if chosen is None or chosen.numbers is not None else chosen.first + chosen.count
+        if n < last:
             return Change(refit="rows are gone")
         then = ChosenRows(store, self.first, self.count, self.numbers, None, None, self.selection)
         if not store.holds(self.records, then.chunks().tolist()):
             return Change(refit="rows were written again")
-        now = then.dropped()
+        now = then.dropped_now() if chosen is None else chosen.dropped()[: self.count]
         if (self.dropped & ~now).any():
             return Change(refit="rows that were dropped are back")
         removed = np.flatnonzero(now & ~self.dropped)
         drawn = self.selection.get("of")
-        grown = (drawn or self.selection).get("stop", 0) is None and store.n > (
+        grown = (drawn or self.selection).get("stop", 0) is None and n > (
             last if drawn is None else int(self.selection["rows"])
         )
         if drawn is not None and (grown or len(removed)):
             return Change(refit="a sample is drawn anew")
-        return Change((self.count, store.n - self.first) if grown else None, removed)
+        return Change((self.count, n - self.first) if grown else None, removed)

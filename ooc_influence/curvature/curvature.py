@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from ooc_influence.curvature.changes import Change, RowRecord
 from ooc_influence.curvature.damping import DampingMode, damping_value
+from ooc_influence.curvature.rows import ChosenRows
 from ooc_influence.curvature.saved import READABLE, complete_attributes, curvature_path
 from ooc_influence.errors import CurvatureNotFoundError, InputError, MismatchError, StaleCurvatureError
 from ooc_influence.notebook import html_table, optional_library
@@ -231,11 +232,18 @@ class Curvature(ABC):
                 f"'{_command(train, self.path)}'"
             )
 
-    def change(self, train: GradientStore) -> Change:
-        """Return what became of its rows in the store it was fitted on."""
-        if self._attrs["rows_digest"] == train.rows_digest():
-            return Change()
-        return Change(refit="rows changed") if self._attrs["format"] == 1 else self.row_record().change(train)
+    def change(self, train: GradientStore, chosen: ChosenRows | None = None) -> Change:
+        """Return what became of its rows in the store it was fitted on, or by the time a new fit chose them."""
+        digest = train.rows_digest() if chosen is None else chosen.rows_digest
+        if self._attrs["format"] == 1 or chosen is None:
+            if self._attrs["rows_digest"] == digest:
+                return Change()
+            if self._attrs["format"] == 1:
+                return Change(refit="rows changed")
+        record = self.row_record()
+        if record.live != self.rows:  # as fits wrote it that read the marks of dropped rows as they went along
+            return Change(refit=f"{self.rows} of {record.live} live rows were summed")
+        return record.change(train, chosen)
 
     def equals(self, other: Curvature) -> bool:
         """Return whether two whole curvatures of one store, by F or the Gram matrix, are the same F to rounding."""

@@ -133,8 +133,7 @@ def fit_fisher(
         logger.info("%s is up to date", target)
         return found
     settings = {
-        "store": train.identity, "rows": train.rows_digest(), "selection": dict(chosen.selection),
-        "weights": chosen.record(), "ranges": ranges, "kind": kind, "block_rows": way.block_rows,
+        "rows": chosen.digest(), "ranges": ranges, "kind": kind, "block_rows": way.block_rows,
         "since": None if change is None or found is None else found.attrs["fit"],
         "way": way.name, "tile": way.tile,
     }  # fmt: skip

@@ -60,9 +60,7 @@ class Fitting:
     change: Change | None
 
     def __post_init__(self) -> None:
-        # before the sums: what is dropped meanwhile makes the result stale, not wrong
         self.record = RowRecord.of(self.chosen)
-        self._digest = self.chosen.store.rows_digest()
 
     @property
     def base(self) -> SummedCurvature | None:
@@ -140,7 +138,7 @@ class Fitting:
         self.check(live, trace)
         if clipped:
             logger.info("%d rows have a loss below the floor of their weights", clipped)
-        found = fit_attributes(self.chosen, self._digest, live, trace / live) | self.record.facts()
+        found = fit_attributes(self.chosen, live, trace / live) | self.record.facts()
         return found | {"ranges": [list(part) for part in self.how.blocks], "clipped": clipped, "taken": taken}
 
     def write_record(self, group: Any) -> None:

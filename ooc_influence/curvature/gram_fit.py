@@ -6,8 +6,6 @@ as wide as the budget allows.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import time
 from collections.abc import Mapping
@@ -166,13 +164,7 @@ def gram_matrix(
     need = kernel_need(chosen.count, train.k, shared, train.reading_bytes, chosen.small_bytes)
     how = Multiplying(chosen, plan_block_rows(need, memory, shared), parse_path(out))
     facts = {"store": str(train.path), "weights": chosen.record(), "selection": dict(chosen.selection)}
-    return multiply_on_disk(how, slots, progress, _digest(chosen), facts)
-
-
-def _digest(chosen: ChosenRows) -> str:
-    """Return a digest of all that K depends on."""
-    facts = [chosen.store.identity, chosen.store.rows_digest(), dict(chosen.selection), chosen.record()]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return multiply_on_disk(how, slots, progress, chosen.digest(), facts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,8 +201,8 @@ class _Fit:
         """Multiply, factorise, turn and write."""
         began = time.monotonic()
         chosen = self.chosen
-        record, digest = RowRecord.of(chosen), chosen.store.rows_digest()
-        live = chosen.count - int(record.dropped.sum())
+        record = RowRecord.of(chosen)
+        live = record.live
         if not live:
             raise InputError(
                 f"expected a store with live rows; received {chosen.store.path} whose rows are all dropped"
@@ -226,14 +218,14 @@ class _Fit:
                 facts = self._write_spectrum(group, gram, live)
                 return facts | {"seconds": time.monotonic() - began}
 
-            attributes = fit_attributes(chosen, digest, live, 0.0) | record.facts()
+            attributes = fit_attributes(chosen, live, 0.0) | record.facts()
             write_curvature(self.target, attributes | {"kind": "gram", "clipped": clipped}, write)
 
         if 8 * chosen.count**2 <= KEPT_BYTES:
             how = Multiplying(chosen, self.block_rows, device=self.device)
             save(multiply_in_memory(how, self.slots, self.progress))
             return
-        matter = _digest(chosen)
+        matter = chosen.digest()
         with Unfinished(self.target, {"gram": matter}) as kept:
             if not kept.usable:
                 raise StoreBusyError(

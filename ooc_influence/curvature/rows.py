@@ -2,12 +2,14 @@
 
 Chosen rows have *places* from 0: of all rows, or of a range of them, a place is a row number less the first one; of
 some rows, picked by number or drawn at random, it is a place in the ascending list of them. Blocks lie on a grid of
-places, so results do not depend on how the work was divided.
+places, so results do not depend on how the work was divided. Which of them are dropped is looked at once, when they are
+chosen: a row dropped later counts until the next fit, in whatever order rows are read.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -47,6 +49,10 @@ class ChosenRows:
         How they were chosen: JSON values. ``{"stop": None}`` takes in what is appended later.
     dropped_too : bool
         Dropped rows count as if they were not.
+    tombstones : (count,) bool or None
+        Which of them were dropped when they were chosen; None where none was.
+    rows_digest : str
+        The store's digest of its rows, taken before the tombstones.
     """
 
     store: GradientStore
@@ -57,6 +63,8 @@ class ChosenRows:
     weights: Weights | None
     selection: Mapping[str, Any]
     dropped_too: bool = False
+    tombstones: npt.NDArray[np.bool_] | None = None
+    rows_digest: str = ""
 
     @property
     def path(self) -> object:
@@ -66,13 +74,16 @@ class ChosenRows:
     @property
     def small_bytes(self) -> int:
         """Return the bytes of what is kept for each row."""
-        return sum(array.nbytes for array in (self.numbers, self.weights) if array is not None)
+        return sum(array.nbytes for array in (self.numbers, self.weights, self.tombstones) if array is not None)
 
     def part(self, start: int, stop: int) -> ChosenRows:
         """Return places ``start`` to ``stop`` of these rows, as places from 0."""
         numbers = None if self.numbers is None else self.numbers[start:stop]
         weights = None if self.weights is None else self.weights[start:stop]
-        return replace(self, first=self.first + start, count=stop - start, numbers=numbers, weights=weights)
+        tombstones = None if self.tombstones is None else self.tombstones[start:stop]
+        return replace(
+            self, first=self.first + start, count=stop - start, numbers=numbers, weights=weights, tombstones=tombstones
+        )
 
     def chunks(self) -> Numbers:
         """Return the chunks they lie in."""
@@ -81,13 +92,23 @@ class ChosenRows:
             return np.unique(self.numbers // size)
         return np.arange(self.first // size, -(-(self.first + self.count) // size))
 
-    def dropped(self) -> npt.NDArray[np.bool_]:
-        """Return which of them are dropped, (count,)."""
+    def with_tombstones(self) -> ChosenRows:
+        """Return the same rows, and which of them are dropped at this moment."""
+        digest = self.store.rows_digest()  # first: whatever is dropped in between makes it stale
+        found = self.dropped_now()
+        return replace(self, tombstones=found if found.any() else None, rows_digest=digest)
+
+    def dropped_now(self) -> npt.NDArray[np.bool_]:
+        """Return which of them are dropped at this moment, (count,)."""
         if not self.store.has_dropped:
             return np.zeros(self.count, np.bool_)
         if self.numbers is None:
-            return self.store.small("dropped", self.first, self.first + self.count)
+            return np.array(self.store.small("dropped", self.first, self.first + self.count))
         return np.asarray(self.store.dropped[self.numbers])
+
+    def dropped(self) -> npt.NDArray[np.bool_]:
+        """Return which of them were dropped when they were chosen, (count,)."""
+        return np.zeros(self.count, np.bool_) if self.tombstones is None else self.tombstones
 
     def clipped(self, dropped: npt.NDArray[np.bool_]) -> int:
         """Return how many of them, but the dropped ones (count,), have a loss below the floor of their weights."""
@@ -103,7 +124,8 @@ class ChosenRows:
         """Return the rows at some places."""
         numbers = places + self.first if self.numbers is None else self.numbers[places]
         weights = None if self.weights is None else self.weights[places]
-        return replace(self, first=0, count=len(places), numbers=numbers, weights=weights)
+        tombstones = None if self.tombstones is None else self.tombstones[places]
+        return replace(self, first=0, count=len(places), numbers=numbers, weights=weights, tombstones=tombstones)
 
     def sampling_error(self, live: int, fourth: float, norm: float) -> float:
         """Return the expected relative error of F from a sample: √((1 − s/N) (Σ‖x‖⁴/s − ‖F‖²) / (s − 1)) / ‖F‖.
@@ -120,6 +142,14 @@ class ChosenRows:
             return {"name": "array", "digest": _digest(self.weights)}
         return {"name": self.weighting, "loss_floor": LOSS_FLOOR} if self.weighting else {}
 
+    def digest(self) -> str:
+        """Return a digest of all that sums over them depend on: which rows, their commits, tombstones and weights."""
+        facts = [self.store.identity, self.first, self.count, dict(self.selection), self.record()]
+        found = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+        found.update(self.store.records[self.chunks()].tobytes())
+        found.update(np.packbits(self.dropped()).tobytes())
+        return found.hexdigest()
+
     def blocks(
         self, start: int, stop: int, block_rows: int, *, threads: int = 1, columns: Sequence[Range] | None = None
     ) -> Iterator[WeighedBlock]:
@@ -131,11 +161,11 @@ class ChosenRows:
         for block in read_blocks(
             self.store, base + start, base + stop, block_rows, columns=columns, threads=threads, **options
         ):
-            found, factors = self._weighed(block, block.gradients, base)
+            found, factors, dropped = self._weighed(block, block.gradients, base)
             if factors is not None:
                 np.multiply(block.gradients, factors[:, None], out=block.gradients)
-            if block.dropped is not None and not self.dropped_too:
-                block.gradients[block.dropped] = 0
+            if dropped is not None:
+                block.gradients[dropped] = 0
             yield found
 
     def device_blocks(self, start: int, stop: int, block_rows: int, device: str) -> Iterator[WeighedBlock]:
@@ -147,11 +177,11 @@ class ChosenRows:
         base, options = self._reading(start, stop)
         sender = DeviceRows(self.store, torch.device(device), max(1, min(block_rows, stop - start)))
         for block, rows in sender.read(read_raw_blocks(self.store, base + start, base + stop, block_rows, **options)):
-            found, factors = self._weighed(block, rows, base)
+            found, factors, dropped = self._weighed(block, rows, base)
             if factors is not None:
                 sender.multiply(rows, factors)
-            if block.dropped is not None and not self.dropped_too:
-                sender.clear(rows, block.dropped)
+            if dropped is not None:
+                sender.clear(rows, dropped)
             yield found
 
     def _reading(self, start: int, stop: int) -> tuple[int, dict[str, Any]]:
@@ -161,10 +191,10 @@ class ChosenRows:
 
     def _weighed(
         self, block: Block | RawBlock, rows: Any, base: int
-    ) -> tuple[WeighedBlock, npt.NDArray[np.float32] | None]:
-        """Return a block of ``rows`` that are still to be multiplied by factors √w (b,), where there are any."""
+    ) -> tuple[WeighedBlock, npt.NDArray[np.float32] | None, npt.NDArray[np.bool_] | None]:
+        """Return a block of ``rows`` still to be multiplied by factors √w (b,), and cleared where dropped (b,)."""
         places, clipped = slice(block.start - base, block.stop - base), 0
-        dropped = None if self.dropped_too else block.dropped
+        dropped = None if self.dropped_too or self.tombstones is None else self.tombstones[places]
         if self.weights is not None:
             weights = self.weights[places]
         elif self.weighting is not None and block.loss is not None:
@@ -175,7 +205,7 @@ class ChosenRows:
             weights = None
         live = places.stop - places.start - (0 if dropped is None else int(dropped.sum()))
         factors = None if weights is None else np.sqrt(weights).astype(np.float32)
-        return WeighedBlock(places.start, places.stop, rows, live, clipped), factors
+        return WeighedBlock(places.start, places.stop, rows, live, clipped), factors, dropped
 
 
 class WeighedBlock(NamedTuple):
@@ -231,7 +261,7 @@ def choose_rows(
         For rows that are not there, a sample larger than the live rows, or weights that are none.
     """
     first, count, numbers, selection = _parse_rows(rows, store.n)
-    chosen = ChosenRows(store, first, count, numbers, None, None, selection)
+    chosen = ChosenRows(store, first, count, numbers, None, None, selection).with_tombstones()
     if sample is not None:
         chosen = _draw(chosen, sample, seed)
     if weights is None or isinstance(weights, str):
@@ -269,7 +299,7 @@ def _parse_range(rows: slice, n: int) -> tuple[int, int, None, dict[str, Any]]:
 
 def _draw(chosen: ChosenRows, sample: int, seed: int) -> ChosenRows:
     """Draw live rows at random, without replacement."""
-    live = np.flatnonzero(~chosen.dropped()) if chosen.store.has_dropped else None
+    live = None if chosen.tombstones is None else np.flatnonzero(~chosen.tombstones)
     population = chosen.count if live is None else len(live)
     if isinstance(sample, bool) or not isinstance(sample, (int, np.integer)) or not 2 <= sample <= population:
         raise InputError(f"expected a sample of 2 to {population} rows, the live ones; received {sample!r}")

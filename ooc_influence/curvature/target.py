@@ -28,7 +28,7 @@ _EVERY_ROW = {"kind": "range", "start": 0, "stop": None}
 _NEAR_ROWS, _NEAR_COLUMNS = 0.95, 0.9  # of m or k: a d(λ) beyond that is worth a warning
 
 
-def fit_attributes(chosen: ChosenRows, digest: str, rows: int, trace: float) -> dict[str, Any]:
+def fit_attributes(chosen: ChosenRows, rows: int, trace: float) -> dict[str, Any]:
     """Return what a curvature records about the rows it was fitted on."""
     store = chosen.store
     return {
@@ -36,7 +36,7 @@ def fit_attributes(chosen: ChosenRows, digest: str, rows: int, trace: float) -> 
         "model": store.attrs.get("model", {}).get("fingerprint"),
         "store_id": store.identity,
         "store_rows": store.n,
-        "rows_digest": digest,
+        "rows_digest": chosen.rows_digest,
         "rows": rows,
         "d": store.k,
         "trace": trace,
@@ -100,7 +100,7 @@ def what_changed(found: Curvature, chosen: ChosenRows, kind: str) -> Change | No
     if not same:
         logger.info("%s was fitted with other rows, weights, blocks or a rank: fitting anew", found.path)
         return None
-    change = found.change(chosen.store)
+    change = found.change(chosen.store, chosen)
     if change.refit:
         logger.info("%s: %s since it was fitted: fitting anew", found.path, change.refit)
         return None
