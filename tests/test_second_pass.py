@@ -291,8 +291,9 @@ def test_another_writer_is_waited_for_on_a_cluster_only(tmp_path, wide, monkeypa
     with pytest.raises(StoreBusyError):
         reduce_store(wide, tmp_path / "s", like=train, storage=Storage(32, 1))
     monkeypatch.setattr(passes, "in_worker", lambda: True)
-    monkeypatch.setattr(passes, "_PAUSE", 0.01)
-    monkeypatch.setattr(passes, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: held[0].close()))
+    monkeypatch.setattr(
+        "ooc_influence.store.ranges.time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: held[0].close())
+    )
     found = reduce_store(wide, tmp_path / "s", like=train)
     assert_array_equal(found.rows(), train.rows())
 

@@ -7,23 +7,27 @@ number of workers nor on where a killed pass stopped.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ooc_influence.compress.share import Share
-from ooc_influence.errors import StoreBusyError
 from ooc_influence.linalg import Rows, WeightedRows, Weighting
 from ooc_influence.memory import PRODUCT_ROWS, Need, block_limit, plan_block_rows
 from ooc_influence.progress import Progress, tick
-from ooc_influence.store import GradientStore, RangeWriter, StorePath, missing_spans, read_blocks, writing_bytes
+from ooc_influence.store import (
+    GradientStore,
+    RangeWriter,
+    StorePath,
+    missing_spans,
+    read_blocks,
+    wait_for,
+    writing_bytes,
+)
 from ooc_influence.stripes import Stripe, check_workers, cut_stripes, in_worker, run_stripes, slots_per_process
-
-_PATIENCE, _PAUSE = 120.0, 5.0  # seconds: a dead owner elsewhere is known by a heartbeat that stands still for 60
 
 
 def fill_need(source: GradientStore, r: int, writing: int, held: int = 0) -> Need:
@@ -107,14 +111,8 @@ def _carried(source: GradientStore) -> list[str]:
 
 def _claim(target: GradientStore, stripe: Stripe) -> RangeWriter:
     """Claim a stripe's rows; on a cluster, wait until the claim of a worker that died elsewhere can be taken over."""
-    last = time.monotonic() + (_PATIENCE if in_worker() else 0)
-    while True:
-        try:
-            return target.writer(stripe.start, stripe.stop)
-        except StoreBusyError:
-            if time.monotonic() >= last:
-                raise
-            time.sleep(_PAUSE)
+    claim = partial(target.writer, stripe.start, stripe.stop)
+    return wait_for(claim) if in_worker() else claim()
 
 
 def _grid(first: int, stop: int, group: int, step: int) -> Iterator[tuple[int, int, int]]:
@@ -130,7 +128,7 @@ def _append(target: GradientStore, rows: Rows, small: dict[str, npt.NDArray[Any]
     live = ~small.pop("dropped") if "dropped" in small else np.ones(len(rows), np.bool_)
     loss, norm, ids = small.pop("loss"), small.pop("grad_norm"), small.pop("example_id", None)
     columns = {name.removeprefix("columns/"): values for name, values in small.items()}
-    target.append(rows, loss=loss, grad_norm=norm, ids=ids, columns=columns)
+    target.append(rows, loss=loss, grad_norm=norm, ids=ids, columns=columns, dropped=~live)
     return Share.of(rows, norm, loss, live, weights)
 
 

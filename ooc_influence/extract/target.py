@@ -15,7 +15,15 @@ from ooc_influence.errors import InputError, MismatchError
 from ooc_influence.extract.batching import Batching, Shard
 from ooc_influence.extract.metadata import RowMetadata
 from ooc_influence.extract.plan import Plan, open_existing
-from ooc_influence.store import GradientStore, PathLike, Storage, StoredReduction, check_finite
+from ooc_influence.store import (
+    GradientStore,
+    PathLike,
+    Storage,
+    StoredReduction,
+    check_finite,
+    mark_dropped,
+    missing_spans,
+)
 
 logger = logging.getLogger("ooc_influence")
 Floats = npt.NDArray[np.float32]
@@ -81,7 +89,7 @@ class Target:
     ) -> None:
         if on_nonfinite not in ("raise", "skip"):
             raise InputError(f"expected on_nonfinite 'raise' or 'skip'; received {on_nonfinite!r}")
-        self._skip, self._skipped, self._share = on_nonfinite == "skip", False, Share()
+        self._skip, self._share = on_nonfinite == "skip", Share()
         self._path, self._plan, self._metadata = path, plan, metadata
         self._first_row, self._shard, self._total = batching.first_row, shard, total
         self.start: int = batching.first_row
@@ -139,11 +147,27 @@ class Target:
             )
         else:
             writer = store.writer()
+        self._decide_again(store)
         try:
             self._check_gap(writer.next_row)
         except InputError:
             store.close()
             raise
+
+    def _decide_again(self, store: GradientStore) -> None:
+        """Unmark rows that a run skipped which was killed before it committed them: their samples may be others now."""
+        size, missing = store.layout.group_rows, missing_spans(store.records, store.layout, self.start, self.stop)
+        for group in sorted(store.dropped_groups()) if missing else ():
+            rows = slice(group * size, min((group + 1) * size, store.stored_rows))
+            numbers = rows.start + np.flatnonzero(store.read("dropped", rows))
+            numbers = numbers[
+                [any(a <= row and (b is None or row < b) for a, b in missing) for row in numbers.tolist()]
+            ]
+            if numbers.size:
+                numbers = numbers[store.read("grad_norm", rows)[numbers - rows.start] == _SKIPPED]
+            if numbers.size:
+                mark_dropped(store.path, store.layout, numbers, dropped=False)
+                store.reload()
 
     def _check_gap(self, committed: int) -> None:
         if committed < self.start:
@@ -220,18 +244,19 @@ class Target:
         assert self.store is not None
         values = {name.removeprefix("columns/"): found for name, found in small.items()}
         ids = values.pop("example_id", None)
-        self.store.append(new.rows, loss=new.losses, grad_norm=new.norms, ids=ids, columns=values)
+        skipped, first = new.norms == _SKIPPED, self.next_row
+        self.store.append(new.rows, loss=new.losses, grad_norm=new.norms, ids=ids, columns=values, dropped=skipped)
+        if skipped.any():
+            logger.warning("rows %s are not finite: dropped", (first + np.flatnonzero(skipped)).tolist())
         if isinstance(self._plan.reduction, StoredReduction):
             weights = basis_weights(self._plan.attributes, self._plan.reduction.facts)
-            live = new.norms != _SKIPPED
-            self._share = self._share.plus(Share.of(new.rows, new.norms, new.losses, live, weights))
+            self._share = self._share.plus(Share.of(new.rows, new.norms, new.losses, ~skipped, weights))
 
     def _without_nonfinite(self, found: Computed) -> Computed:
-        """Return rows with zeros for those that are not finite; until they are dropped their norm marks them."""
+        """Return rows with zeros for those that are not finite, which their norm tells."""
         bad = ~(np.isfinite(found.losses) & np.isfinite(found.norms) & np.isfinite(found.rows).all(axis=1))
         if not bad.any():
             return found
-        self._skipped = True
         return Computed(
             np.where(bad, 0, found.losses).astype(np.float32),
             np.where(bad[:, None], 0, found.rows).astype(np.float32),
@@ -239,9 +264,9 @@ class Target:
         )
 
     def _drop_skipped(self) -> None:
-        """Drop the rows that were not finite: this run's, and those of a run that was killed before it could."""
+        """Drop the rows that were not finite in a run of an earlier version, killed before it could mark them."""
         store = self.store
-        if store is None or not (self._skip or self._skipped):
+        if store is None or not self._skip:
             return
         store.reload()
         for start in range(0, store.n, store.layout.group_rows):
@@ -296,7 +321,7 @@ class Target:
             )
 
     def close(self) -> None:
-        """Commit what is finished, drop what was skipped, and let others write."""
+        """Commit what is finished, and let others write."""
         if self.store is not None:
             self.store.close()
             self._drop_skipped()

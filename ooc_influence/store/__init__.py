@@ -16,7 +16,7 @@ from ooc_influence.store.disk import remove_partial_files
 from ooc_influence.store.encoding import Representation, parse_representation
 from ooc_influence.store.gradient_store import GradientStore
 from ooc_influence.store.layout import Storage, column_dtype
-from ooc_influence.store.marks import copy_marks, parse_numbers
+from ooc_influence.store.marks import copy_marks, mark_dropped, parse_numbers
 from ooc_influence.store.mask import LayerShape, Mask, ModuleMask, PilotMoments
 from ooc_influence.store.place import (
     NewFolder,
@@ -34,7 +34,7 @@ from ooc_influence.store.place import (
     tree_bytes,
     write_bytes,
 )
-from ooc_influence.store.ranges import make_claim
+from ooc_influence.store.ranges import make_claim, wait_for
 from ooc_influence.store.reader import Block, RawBlock, read_blocks, read_into, read_raw_blocks
 from ooc_influence.store.reduction import (
     GaussianReduction,
@@ -59,8 +59,8 @@ __all__ = [
     "RademacherReduction", "RangeWriter", "RawBlock", "Reduction", "Representation", "SjltReduction", "Storage",
     "StorePath", "StoredReduction", "array_store", "check_finite", "column_dtype", "columns_digest",
     "compact_store", "copy_marks", "create_array", "create_like", "exists", "find_array", "is_file", "is_local",
-    "kept_at", "make_claim", "merge_stores", "missing_spans", "names", "open_group", "parse_numbers", "parse_path",
-    "parse_representation", "read_array", "read_blocks", "read_bytes", "read_into", "read_part", "read_raw_blocks",
-    "remove_empty", "remove_partial_files", "remove_tree", "square_chunks", "tree_bytes", "upgrade_store",
-    "writable_array", "write_bytes", "writing_bytes",
+    "kept_at", "make_claim", "mark_dropped", "merge_stores", "missing_spans", "names", "open_group", "parse_numbers",
+    "parse_path", "parse_representation", "read_array", "read_blocks", "read_bytes", "read_into", "read_part",
+    "read_raw_blocks", "remove_empty", "remove_partial_files", "remove_tree", "square_chunks", "tree_bytes",
+    "upgrade_store", "wait_for", "writable_array", "write_bytes", "writing_bytes",
 ]  # fmt: skip

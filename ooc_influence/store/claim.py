@@ -143,6 +143,11 @@ class Claim:
         if name is None:
             self._check_overlap(start, stop)
 
+    @property
+    def store(self) -> StorePath:
+        """The store it is about."""
+        return self._store
+
     def _acquire(self) -> int:
         for _ in range(20):  # another one may come in between; then that one's owner is looked at
             generation, owner = read_claims(self._store).get(self._name, (0, None))

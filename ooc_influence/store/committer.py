@@ -1,8 +1,9 @@
 """Making filled chunks durable and visible, in the order that is the promise.
 
-Data and small arrays (each file synced before its rename), then the folders, then the commit record, then its folder. A
-crash between any two leaves the last record true. Chunks that wait together share the small files' and the record's
-writes: a fast caller gets larger commits, a slow one gets each chunk committed at once.
+Data and small arrays (each file synced before its rename), then the folders, then tombstones of rows that are never
+live, then the commit record, then its folder. A crash between any two leaves the last record true. Chunks that wait
+together share the small files' and the record's writes: a fast caller gets larger commits, a slow one gets each chunk
+committed at once.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from ooc_influence.store.arrays import open_group, writable_array
 from ooc_influence.store.claim import Claim
 from ooc_influence.store.layout import Layout, numpy_dtype
 from ooc_influence.store.local import LocalArrayStore
+from ooc_influence.store.marks import mark_dropped
 from ooc_influence.store.place import ArrayStore
 
 AT_ONCE = 4  # files written at the same time
@@ -47,6 +49,8 @@ class Slot:
         Places filled, from the first.
     source : Path or None
         A file that holds exactly this chunk, to be linked instead of written.
+    dropped : list of int
+        Numbers of rows to be marked as dropped before the chunk is committed.
     """
 
     gradients: npt.NDArray[Any]
@@ -54,6 +58,7 @@ class Slot:
     first: int = 0
     rows: int = 0
     source: Path | None = None
+    dropped: list[int] = field(default_factory=list)
 
     @classmethod
     def empty(cls, layout: Layout) -> Slot:
@@ -99,7 +104,7 @@ class Committer:
 
     def load(self, slot: Slot, first: int, rows: int) -> bool:
         """Read the committed rows of a part-filled chunk into ``slot``; return whether they match their record."""
-        slot.first, slot.rows, slot.source = first, rows, None
+        slot.first, slot.rows, slot.source, slot.dropped = first, rows, None, []
         slot.gradients[:rows] = self._arrays["gradients"][first : first + rows]
         for name, values in slot.small.items():
             values[:rows] = self._arrays[name][first : first + rows]
@@ -124,6 +129,9 @@ class Committer:
             for write in coming:
                 write.result()
             self.files.sync_folders()
+            dropped = [row for slot in chunks for row in slot.dropped]
+            if dropped:
+                mark_dropped(self.claim.store, self.layout, np.array(dropped))
             self.claim.check()
             self._write_records(group, written)
             self.files.sync_folders()

@@ -20,7 +20,7 @@ from ooc_influence.store.committer import Committer
 from ooc_influence.store.encoding import Encoding, parse_representation
 from ooc_influence.store.layout import FORMAT_VERSION, Layout, Storage
 from ooc_influence.store.lookup import find_rows
-from ooc_influence.store.marks import mark_dropped, parse_numbers
+from ooc_influence.store.marks import mark_dropped, parse_marks, parse_numbers
 from ooc_influence.store.mask import Mask
 from ooc_influence.store.opening import read_attributes
 from ooc_influence.store.place import PathLike, array_store, parse_path
@@ -220,6 +220,7 @@ class GradientStore(TabularView):
         grad_norm: npt.ArrayLike | None = None,
         ids: Sequence[Any] | npt.ArrayLike | None = None,
         columns: Mapping[str, Any] | None = None,
+        dropped: npt.ArrayLike | None = None,
     ) -> None:
         """Append rows; they are committed chunk by chunk, and all of them by :meth:`flush` or :meth:`close`.
 
@@ -235,6 +236,8 @@ class GradientStore(TabularView):
             Required exactly where the store has ids.
         columns : mapping of str to (b,), optional
             A value for each of the store's columns.
+        dropped : (b,) bool, optional
+            Rows that are dropped from the start: no reader ever sees them as live.
 
         Raises
         ------
@@ -251,12 +254,13 @@ class GradientStore(TabularView):
         metadata = {} if ids is None else {"example_id": ids}
         metadata |= {f"columns/{name}": values for name, values in (columns or {}).items()}
         rows, small = parse_rows(self.layout, first_row, gradients, loss, grad_norm, metadata)
+        marks = None if dropped is None else parse_marks(dropped, len(rows))
         writer = self.writer()
-        writer.append(rows, small)
+        writer.append(rows, small, marks)
         self._refresh(writer)
 
     def _refresh(self, writer: RangeWriter) -> None:
-        self._see(writer.take_fresh())
+        self._see(writer.take_fresh(), marked=writer.marked)
 
     def drop(self, rows: npt.ArrayLike) -> None:
         """Mark rows as dropped: NaN in scores, absent from top-k and from F; their numbers stay.
@@ -271,7 +275,7 @@ class GradientStore(TabularView):
         InputError
             For other rows, or a store opened to read.
         StoreBusyError
-            If another process is dropping rows.
+            If another process keeps dropping rows for minutes; a shorter one is waited for.
         """
         self._check_writable()
         self.flush()

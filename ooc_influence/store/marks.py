@@ -12,7 +12,7 @@ from ooc_influence.errors import InputError, StoreDamagedError, StoreWriteError,
 from ooc_influence.store.arrays import open_group, writable_array
 from ooc_influence.store.layout import MARKS, Layout
 from ooc_influence.store.place import ArrayStore, StorePath, array_store
-from ooc_influence.store.ranges import make_claim
+from ooc_influence.store.ranges import make_claim, wait_for
 
 if TYPE_CHECKING:
     from ooc_influence.store.view import StoreView
@@ -38,6 +38,20 @@ def parse_numbers(rows: npt.ArrayLike, n: int) -> npt.NDArray[Any]:
     return numbers
 
 
+def parse_marks(marks: npt.ArrayLike, rows: int) -> npt.NDArray[np.bool_]:
+    """Return (rows,) marks of dropped rows.
+
+    Raises
+    ------
+    InputError
+        For anything else.
+    """
+    given = np.asarray(marks)
+    if given.dtype != bool or given.shape != (rows,):
+        raise InputError(f"expected dropped of shape ({rows},) and dtype bool; received {given.shape}, {given.dtype}")
+    return given
+
+
 def marked_groups(group: Any) -> list[int]:
     """Return the groups of rows that have dropped ones, as listed in an open store.
 
@@ -61,22 +75,21 @@ def list_groups(files: ArrayStore, groups: Iterable[int]) -> None:
     files.sync_folders()
 
 
-def mark_dropped(path: StorePath, layout: Layout, numbers: npt.NDArray[Any]) -> None:
-    """Mark rows, durably.
+def mark_dropped(path: StorePath, layout: Layout, numbers: npt.NDArray[Any], *, dropped: bool = True) -> None:
+    """Mark rows as dropped, or as live again, durably; while another process marks some, this waits.
 
     Raises
     ------
     StoreBusyError
-        If another process is marking rows.
+        If another process holds the right to mark rows for minutes.
     StoreWriteError
         If the disk refuses.
     """
-    claim = make_claim(path, name="drop")
+    claim = wait_for(lambda: make_claim(path, name="drop"))
     try:
         files = array_store(path)
         group = open_group(files, "r+")
-        dropped = writable_array(group, "dropped")
-        dropped.set_orthogonal_selection((numbers,), True)
+        writable_array(group, "dropped").set_orthogonal_selection((numbers,), dropped)
         files.sync_folders()
         list_groups(files, set(marked_groups(group)) | set((numbers // layout.group_rows).tolist()))
     except OSError as error:

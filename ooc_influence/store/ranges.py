@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
 from ooc_influence.errors import InputError, StoreBusyError, StoreWriteError, refused
 from ooc_influence.store import disk
 from ooc_influence.store.claim import Claim, claim_name
 from ooc_influence.store.layout import Layout
 from ooc_influence.store.place import StorePath, is_local
+
+PATIENCE = 120.0  # seconds: a dead owner elsewhere is known by a heartbeat that stands still for 60
+_FIRST_PAUSE, _LAST_PAUSE = 0.02, 5.0  # seconds between two tries
+_Claimed = TypeVar("_Claimed")
 
 
 def check_range(path: StorePath, layout: Layout, start: int, stop: int | None) -> None:
@@ -44,6 +52,25 @@ def make_claim(path: StorePath, start: int = 0, stop: int | None = None, *, name
         raise
     except OSError as error:
         raise StoreWriteError(refused(f"to write to {path}", error, ", or choose another path")) from error
+
+
+def wait_for(claim: Callable[[], _Claimed], patience: float = PATIENCE) -> _Claimed:
+    """Return what ``claim`` returns, trying again for ``patience`` seconds while another process holds it.
+
+    Raises
+    ------
+    StoreBusyError
+        If it is held for longer.
+    """
+    last, pause = time.monotonic() + patience, _FIRST_PAUSE
+    while True:
+        try:
+            return claim()
+        except StoreBusyError:
+            if time.monotonic() >= last:
+                raise
+        time.sleep(pause)
+        pause = min(2 * pause, _LAST_PAUSE)
 
 
 def clear_range(path: StorePath, layout: Layout, start: int, stop: int | None) -> None:

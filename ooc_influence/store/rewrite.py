@@ -73,18 +73,11 @@ def merge_stores(
     if len({str(store.path) for store in stores} | {str(parse_path(out))}) <= len(stores):
         raise InputError("expected different stores to merge into another; received one of them twice")
     merged = _create_same(stores[0], out, [str(store.path) for store in stores])
-    dropped: list[int] = []
     with merged, Progress("merge", sum(store.n for store in stores), progress) as bar:
         writer = merged.writer()
         for store in stores:
-            first = writer.next_row
             for chunk in range(-(-store.n // store.layout.chunk_rows)):
                 bar.advance(_move_chunk(store, chunk, writer))
-            if store.has_dropped:
-                dropped += (first + np.flatnonzero(store.dropped)).tolist()
-        merged.flush()
-        if dropped:
-            merged.drop(np.array(dropped))
     merged.reload()
     again = next(repeated_ids(merged), None)
     if again is not None:
@@ -177,7 +170,9 @@ def _move_chunk(store: GradientStore, chunk: int, writer: RangeWriter) -> int:
     raw, small = _read_checked(store, chunk)
     rows = store.layout.chunk_rows
     aligned = writer.next_row % rows == 0 and len(raw) == rows and is_local(store.path)
-    writer.append_raw(raw, small, source=store.path / "gradients" / f"c.{chunk}.0" if aligned else None)  # type: ignore[arg-type]
+    source = store.path / "gradients" / f"c.{chunk}.0" if aligned else None
+    dropped = store.small("dropped", chunk * rows, chunk * rows + len(raw)) if store.has_dropped else None
+    writer.append_raw(raw, small, source, dropped)  # type: ignore[arg-type]
     return len(raw)
 
 

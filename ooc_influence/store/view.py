@@ -102,14 +102,15 @@ class StoreView:
                 )
         return listed
 
-    def _see(self, records: Mapping[int, int]) -> None:
-        """See rows committed by this process, without reading the records of all others again."""
+    def _see(self, records: Mapping[int, int], *, marked: bool) -> None:
+        """See rows committed by this process, some ``marked``, without reading the records of all others again."""
         if records:
             chunks = max(len(self._records), max(records) + 1)
             longer = np.concatenate([self._records, np.zeros(chunks - len(self._records), np.uint64)])
             longer[list(records)] = list(records.values())
             self._see_records(longer)
             self._arrays.clear()  # their shapes may have changed
+            self._dropped_groups = self.dropped_groups() if marked else self._dropped_groups
 
     def _pin(self) -> Pin:
         """Return what fixes the rows seen: the store, their number, and the last chunk's record, which may change."""
@@ -158,6 +159,11 @@ class StoreView:
     def committed(self) -> int:
         """Committed rows in all; more than ``n`` only while there are gaps: other writers' or a repair's."""
         return int(commits.rows_in(self._records).sum())
+
+    @property
+    def stored_rows(self) -> int:
+        """Rows that the arrays have room for, committed or not."""
+        return int(self._array("dropped").shape[0])
 
     @property
     def records(self) -> commits.Records:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ooc_influence.errors import InputError, OocInfluenceError, StoreDamagedError, StoreWriteError, refused
 from ooc_influence.store import commits
@@ -29,6 +30,7 @@ BUFFERS = 3  # chunks in memory: one being filled, one being written, one to han
 _TEXT_BYTES = 128  # of a string in memory, about
 
 Span = tuple[int, int | None]
+Dropped = npt.NDArray[np.bool_] | None  # which of some rows are dropped
 
 
 def writing_bytes(layout: Layout, path: StorePath) -> int:
@@ -76,6 +78,8 @@ class RangeWriter:
         Number of the next row to be appended: the first that is missing.
     waited : float
         Seconds that appending has waited for the disk.
+    marked : bool
+        Whether any row was appended as a dropped one.
     """
 
     def __init__(
@@ -91,7 +95,7 @@ class RangeWriter:
         self._made = 0
         self._waiting: list[Slot] = []
         self._fresh: dict[int, int] = {}
-        self.waited = 0.0
+        self.waited, self.marked = 0.0, False
         self._error: BaseException | None = None
         self._error_raised = False
         self._change = threading.Condition()
@@ -112,8 +116,10 @@ class RangeWriter:
             fresh, self._fresh = self._fresh, {}
         return fresh
 
-    def append(self, rows: FloatRows, small: Mapping[str, Any]) -> None:
+    def append(self, rows: FloatRows, small: Mapping[str, Any], dropped: Dropped = None) -> None:
         """Add float32 rows (b, k) and, by array name, their values (b,); full chunks are handed to the thread.
+
+        Rows that are ``dropped`` (b,) are so from their commit on.
 
         Raises
         ------
@@ -123,16 +129,18 @@ class RangeWriter:
             If the disk refuses, or refused before.
         """
         self._check_room(len(rows))
-        for slot, places, part in self._places(len(rows)):
+        for slot, places, part in self._places(len(rows), dropped):
             scale = slot.small["row_scale"][places]
             self._layout.encoding.encode_into(rows[part], slot.gradients[places], scale, self._scale)
             for name, values in small.items():
                 slot.small[name][places] = values[part]
 
-    def append_raw(self, raw: RawRows, small: Mapping[str, Any], source: Path | None = None) -> None:
+    def append_raw(
+        self, raw: RawRows, small: Mapping[str, Any], source: Path | None = None, dropped: Dropped = None
+    ) -> None:
         """Add rows in their stored form; ``source`` is a file that holds exactly these, a whole chunk."""
         self._check_room(len(raw))
-        for slot, places, part in self._places(len(raw)):
+        for slot, places, part in self._places(len(raw), dropped):
             slot.gradients[places] = raw[part]
             for name, values in slot.small.items():
                 values[places] = small[name][part]
@@ -144,7 +152,7 @@ class RangeWriter:
             raise InputError(f"expected at most {self.room} more rows in this range; received {rows}")
         self._check_usable()
 
-    def _places(self, rows: int) -> Iterator[tuple[Slot, slice, slice]]:
+    def _places(self, rows: int, dropped: Dropped) -> Iterator[tuple[Slot, slice, slice]]:
         """Yield where to put the next ``rows`` rows: a slot, places in it, which of the rows; full slots go on."""
         done = 0
         while done < rows:
@@ -153,6 +161,9 @@ class RangeWriter:
             take = min(rows - done, self._layout.chunk_rows - at)
             yield slot, slice(at, at + take), slice(done, done + take)
             slot.rows = at + take
+            if dropped is not None:
+                self.marked |= bool(dropped.any())
+                slot.dropped += (self.next_row + np.flatnonzero(dropped[done : done + take])).tolist()
             done += take
             self._advance(take)
 
@@ -183,7 +194,7 @@ class RangeWriter:
             else:
                 slot, self._made = Slot.empty(self._layout), self._made + 1
         first = self.next_row // self._layout.chunk_rows * self._layout.chunk_rows
-        slot.first, slot.rows, slot.source = first, 0, None
+        slot.first, slot.rows, slot.source, slot.dropped = first, 0, None, []
         if self.next_row > first:
             self._wait()  # its rows may still be on their way
             if not self._committer.load(slot, first, self.next_row - first):
