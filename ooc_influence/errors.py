@@ -140,7 +140,14 @@ def refused(what: str, error: OSError, then: str = "") -> str:
         The system's, or one of the family that is caused by one.
     then : str
         What follows the advice, such as ", or choose another path".
+
+    Raises
+    ------
+    InterruptedError
+        The error itself, where it is one: somebody stopped the work, and nothing was refused.
     """
+    if isinstance(error, InterruptedError):
+        raise error
     if isinstance(error, OocInfluenceError) and isinstance(error.__cause__, OSError):
         error = error.__cause__
     number = errno.EACCES if error.errno is None and isinstance(error, PermissionError) else error.errno
