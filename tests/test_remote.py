@@ -264,6 +264,34 @@ def test_chunks_are_cached_within_a_limit(root, tmp_path):
     assert pickle.loads(pickle.dumps(again)).cache.folder == tmp_path / "cache"
 
 
+def test_a_cache_touches_its_own_files_only(tmp_path):
+    """A folder that holds something else, such as somebody's home."""
+    folder = tmp_path / "home"
+    (folder / "papers").mkdir(parents=True)
+    others = [folder / "thesis.tex", folder / "papers" / "notes.txt", folder / "x.chunk", folder / ".bashrc"]
+    for path in others:
+        path.write_bytes(bytes(10_000))
+        os.utime(path, (0, 0))
+    (folder / f"{0:032x}-0-{0:016x}.chunk").symlink_to(others[0])
+    write("memory://own/s", dtype="float32", chunk_rows=8)
+    cache = ChunkCache(folder, 8 * 8 * 4 * 5)
+    for _ in range(2):
+        store = GradientStore.open("memory://own/s", cache=cache)
+        assert_array_equal(np.concatenate([raw.copy() for _, raw in store.raw_chunks()]), ROWS)
+    assert [path.read_bytes() for path in others] == [bytes(10_000)] * 4
+    own = [path for path in folder.glob("*-*-*.chunk") if not path.is_symlink()]
+    assert 0 < sum(path.stat().st_size for path in own) <= cache.limit
+
+
+def test_a_store_of_a_strange_name_is_not_cached(tmp_path):
+    """The name is what somebody wrote into its attributes."""
+    write("memory://strange/s", dtype="float32", chunk_rows=8)
+    store = GradientStore.open("memory://strange/s", cache=ChunkCache(tmp_path / "a" / "cache"))
+    store._attrs["created"]["id"] = "../../outside"
+    assert_array_equal(np.concatenate([raw.copy() for _, raw in store.raw_chunks()]), ROWS)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
 def test_one_writer_a_range(root):
     write(f"{root}/s")
     first = GradientStore.open(f"{root}/s", "a")

@@ -1,14 +1,16 @@
 """Chunks of stores on object storage, kept in a local folder for repeated queries.
 
 A chunk is kept decoded, under the store's identity, its number and its commit record, so a chunk that was rewritten is
-another entry and what is found may be mapped as it is. The folder stays below a limit: entries used longest ago go
-first. Several processes may share it.
+another entry and what is found may be mapped as it is. The cache stays below a limit: entries used longest ago go
+first. Several processes may share it. Other files in its folder are nobody's business: they are neither counted nor
+removed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,17 +25,19 @@ from ooc_influence.store.layout import Layout
 from ooc_influence.store.local import map_file
 
 DEFAULT_LIMIT = "20GiB"
+_KEY = r"[0-9a-f]{32}-\d+-[0-9a-f]{16}"  # of a store drawn by this package: another one's id could be any path
+_OWN = re.compile(rf"{_KEY}\.chunk|\.{_KEY}\.chunk\.[0-9a-f]{{32}}{re.escape(disk.PARTIAL)}")
 
 
 class ChunkCache:
-    """A bounded folder of decoded chunks.
+    """Decoded chunks in a folder, up to a number of bytes.
 
     Parameters
     ----------
     folder : path
         Where; made if it is not there.
     limit : int or str
-        Bytes, or a size such as ``"20GiB"``.
+        Bytes of chunks, or a size such as ``"20GiB"``.
 
     Attributes
     ----------
@@ -52,6 +56,8 @@ class ChunkCache:
 
     def get(self, key: str, rows: int, layout: Layout, read: Callable[[], npt.NDArray[Any]]) -> npt.NDArray[Any]:
         """Return chunk ``key``, (rows, columns): mapped from the cache, or read and put there."""
+        if not re.fullmatch(_KEY, key):
+            return read()
         path = self.folder / f"{key}.chunk"
         with contextlib.suppress(OSError):
             mapped = map_file(path)
@@ -71,8 +77,9 @@ class ChunkCache:
         with os.scandir(self.folder) as found:
             for entry in found:
                 with contextlib.suppress(FileNotFoundError):
-                    status = entry.stat()
-                    entries.append((status.st_mtime, status.st_size, entry.path))
+                    if _OWN.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                        status = entry.stat()
+                        entries.append((status.st_mtime, status.st_size, entry.path))
         held = sum(size for _, size, _ in entries)
         for _, size, path in sorted(entries):
             if held + wanted <= self.limit:
