@@ -158,6 +158,14 @@ def cut_stripes(start: int, stop: int, block_rows: int, count: int) -> list[Stri
     return [Stripe(max(start, low * block_rows), min(stop, high * block_rows)) for low, high in pairwise(edges)]
 
 
+def subtract_ranges(ranges: Sequence[tuple[int, int]], taken: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return what is left of some ranges without others."""
+    left = list(ranges)
+    for low, high in taken:
+        left = [part for a, b in left for part in ((a, min(b, low)), (max(a, high), b)) if part[0] < part[1]]
+    return left
+
+
 def tree_sum(parts: Sequence[Any], add: Callable[[Any, Any], Any]) -> Any:
     """Return one delayed value: ``parts`` added pairwise, in an order that depends on their number only.
 

@@ -27,14 +27,15 @@ from ooc_influence.curvature.saved import write_curvature
 from ooc_influence.curvature.spectral import SummedCurvature, write_spectra
 from ooc_influence.curvature.sums import Summing
 from ooc_influence.curvature.target import fit_target, fitted, reopen, warn_if_unfinished, what_changed
+from ooc_influence.curvature.tiled import usable_ways
 from ooc_influence.curvature.top import fit_top
-from ooc_influence.curvature.unfinished import Unfinished
+from ooc_influence.curvature.unfinished import Unfinished, begun
 from ooc_influence.curvature.ways import Shapes, TopWay, check_rank, plan_top
 from ooc_influence.errors import InputError
 from ooc_influence.linalg import Weighting
 from ooc_influence.linalg.device import check_room, parse_device
 from ooc_influence.memory import plan_block_rows
-from ooc_influence.store import GradientStore, PathLike
+from ooc_influence.store import GradientStore, PathLike, StorePath
 from ooc_influence.stripes import check_workers, slots_per_process
 
 logger = logging.getLogger("ooc_influence")
@@ -128,21 +129,21 @@ def fit_fisher(
     found = None if refit else fitted(target, train)
     kind = "top" if rank is not None else "whole" if blocks == "module" and len(ranges) == 1 else blocks or "whole"
     change = None if found is None else what_changed(found, chosen, kind)
-    way = _choose_way(chosen, kind, ranges, rank, found if change is not None else None, change, slots, memory, device)
+    settings = {
+        "rows": chosen.digest(), "ranges": ranges, "kind": kind,
+        "since": None if change is None or found is None else found.attrs["fit"],
+    }  # fmt: skip
+    earlier = found if change is not None else None
+    way = _choose_way(chosen, kind, ranges, rank, earlier, change, slots, memory, device, begun(target, settings))
     if found is not None and change is not None and change.nothing and found.attrs.get("rank") == rank:
         logger.info("%s is up to date", target)
         return found
-    settings = {
-        "rows": chosen.digest(), "ranges": ranges, "kind": kind, "block_rows": way.block_rows,
-        "since": None if change is None or found is None else found.attrs["fit"],
-        "way": way.name, "tile": way.tile,
-    }  # fmt: skip
     with Unfinished(target, settings) as kept:
         folder = kept.path if kept.usable else None
         how = Summing(
             train, ranges, way.block_rows, kind == "diagonal", sample is not None, folder, unfinished.INTERVAL, device
         )
-        fit = Fitting(target, chosen, how, slots, progress, kept, found if change is not None else None, change)
+        fit = Fitting(target, chosen, how, slots, progress, kept, earlier, change)
         if rank is None:
             _fit_square(fit, kind)
         else:
@@ -160,8 +161,9 @@ def _choose_way(
     slots: int,
     memory: int | str | None,
     device: str | None,
+    results: Mapping[str, StorePath],
 ) -> TopWay:
-    """Return how to fit within the budget."""
+    """Return how to fit within the budget; ``results`` are those of earlier runs, which the way should use."""
     train, shared = chosen.store, slots_per_process(slots)
     update = change is not None and bool(len(change.removed))
     need = fisher_need(
@@ -180,7 +182,7 @@ def _choose_way(
     priced = FitShapes.of(chosen)
     if rank is not None:
         check_rank(shapes, rank)
-        way = plan_top(shapes, rank, need, memory, priced.rank_ways, update=update)
+        way = plan_top(shapes, rank, need, memory, priced.rank_ways, update=update, prefer=usable_ways(results))
     else:
         need = replace(need, ways=priced.fisher_ways if len(ranges) == 1 else priced.block_ways)
         way = TopWay("whole", need, plan_block_rows(need, memory, shared), 0.0, 0.0, 0.0)

@@ -21,10 +21,10 @@ from ooc_influence.linalg import DiagonalAccumulator, GramAccumulator, Team, Tri
 from ooc_influence.linalg.device import row_squares
 from ooc_influence.progress import Progress, tick
 from ooc_influence.store import GradientStore, StorePath, array_store, create_array, open_group
-from ooc_influence.stripes import run_stripes, task_threads
+from ooc_influence.stripes import run_stripes, subtract_ranges, task_threads
 
 Matrix = npt.NDArray[np.float64]
-_KIND = "rows"  # of partial results
+ROWS = "rows"  # of partial results
 _TILE = 64  # rows squared at a time
 
 
@@ -118,7 +118,7 @@ def sum_rows(
     chosen: ChosenRows, how: Summing, slots: int, bar: Progress, ranges: Sequence[Range], kept: Unfinished | None = None
 ) -> Sums:
     """Return the sums over some ranges of places, those that ``kept`` has from earlier runs included."""
-    found = {} if kept is None else kept.results(_KIND)
+    found = {} if kept is None else kept.results(ROWS)
     done = {path: read_facts(path) for path in found.values()}
     left = subtract_ranges(ranges, [tuple(part) for facts in done.values() for part in facts["ranges"]])
     bar.advance(sum(b - a for a, b in ranges) - sum(b - a for a, b in left))
@@ -132,14 +132,6 @@ def sum_rows(
     return total
 
 
-def subtract_ranges(ranges: Sequence[Range], taken: Sequence[Range]) -> list[Range]:
-    """Return what is left of some ranges without others."""
-    left = list(ranges)
-    for low, high in taken:
-        left = [part for a, b in left for part in ((a, min(b, low)), (max(a, high), b)) if part[0] < part[1]]
-    return left
-
-
 def save_sums(folder: StorePath, total: Sums, ranges: Sequence[Range]) -> None:
     """Save sums over some ranges of places; a later one with the same first place replaces this."""
     facts = {"ranges": [list(part) for part in ranges], "live": total.live, "clipped": total.clipped,
@@ -149,7 +141,7 @@ def save_sums(folder: StorePath, total: Sums, ranges: Sequence[Range]) -> None:
         for number, square in enumerate(total.squares):
             write_sum(group, number, square)
 
-    save_result(folder, f"{_KIND}-{ranges[0][0]}", sum(b - a for a, b in ranges), facts, write)
+    save_result(folder, f"{ROWS}-{ranges[0][0]}", sum(b - a for a, b in ranges), facts, write)
 
 
 def _add_saved(total: Sums, path: StorePath, facts: dict[str, Any]) -> None:
@@ -223,7 +215,7 @@ class _Running:
         """Go on from what this very task saved before it was killed; return its places done."""
         if self._how.folder is None:
             return 0
-        name = f"{_KIND}-{self._share.start}"
+        name = f"{ROWS}-{self._share.start}"
         path = latest_results(self._how.folder, name).get(name)
         if path is None:
             return 0

@@ -1,13 +1,14 @@
 """F summed tile by tile to the disk, where no task can hold all of it: each tile reads two panels of the rows' columns.
 
 A task sums one tile of some thousand columns over all rows and writes it; nothing travels. A tile that is finished is
-marked, with how many rows went into it: a run that was killed goes on with the others. Where an earlier sum is there,
-each tile starts from its own and reads only rows added and dropped since.
+marked, with how many rows went into it: a run that was killed goes on with the others, by tiles of any side. Where an
+earlier sum is there, or sums over some rows that a run with more memory kept, each tile starts from these and reads
+only the other rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,14 +17,16 @@ import numpy.typing as npt
 
 from ooc_influence.curvature.fitting import Fitting
 from ooc_influence.curvature.rows import ChosenRows, Range, Share, cut_shares
-from ooc_influence.curvature.sums import Summing, bfloat16_holds, sum_name
+from ooc_influence.curvature.sums import ROWS, Summing, bfloat16_holds, sum_name
 from ooc_influence.curvature.unfinished import read_facts, save_result
+from ooc_influence.curvature.ways import Preferred
 from ooc_influence.errors import StoreBusyError, StoreWriteError, refused
 from ooc_influence.linalg import GramAccumulator, ProductAccumulator, Team, TriangleTiles, choose_engine
 from ooc_influence.linalg.device import row_squares
+from ooc_influence.linalg.triangle import tile_side
 from ooc_influence.progress import Progress, tick
 from ooc_influence.store import StorePath
-from ooc_influence.stripes import Stripe, run_stripes, task_threads
+from ooc_influence.stripes import Stripe, run_stripes, subtract_ranges, task_threads
 
 Region = tuple[slice, slice]
 _TILES, _DONE = "tiles", "done"  # of partial results
@@ -53,8 +56,10 @@ class TileSum:
         The rows, and which of them are to be added.
     gone : ChosenRows or None
         Rows to be subtracted.
-    base : StorePath or None
-        The group of an earlier sum.
+    bases : sequence of StorePath
+        The groups of earlier sums, which every tile starts from.
+    base_counts : (int, int)
+        Live rows and clipped losses in those that earlier runs of this fit kept.
     block_rows, side : int
         Rows read at a time; columns of a tile.
     """
@@ -64,7 +69,8 @@ class TileSum:
     chosen: ChosenRows
     places: Sequence[Range]
     gone: ChosenRows | None
-    base: StorePath | None
+    bases: Sequence[StorePath]
+    base_counts: tuple[int, int]
     block_rows: int
     side: int
 
@@ -114,8 +120,11 @@ def sum_tiles(fit: Fitting, side: int) -> SummedTiles:
     if not fit.kept.results(_TILES):
         save_result(fit.kept.path, _TILES, 0, {}, lambda group: _make_room(group, k))
     group = fit.kept.results(_TILES)[_TILES]
-    base_path = None if base is None else base.path
-    how = TileSum(fit.kept.path, group, fit.chosen, places, gone, base_path, fit.how.block_rows, side)
+    partial = {path: read_facts(path) for path in fit.kept.results(ROWS).values()}
+    places = subtract_ranges(places, [tuple(part) for facts in partial.values() for part in facts["ranges"]])
+    counts = tuple(sum(int(facts[name]) for facts in partial.values()) for name in ("live", "clipped"))
+    bases = [*([] if base is None else [base.path]), *partial]
+    how = TileSum(fit.kept.path, group, fit.chosen, places, gone, bases, counts, fit.how.block_rows, side)  # type: ignore[arg-type]
     live, clipped = _run(fit, how)
     if base is not None:
         live, clipped = live + base.rows, clipped + int(base.attrs["clipped"])
@@ -129,16 +138,38 @@ def _make_room(group: Any, k: int) -> None:
 
 def _run(fit: Fitting, how: TileSum) -> tuple[int, int]:
     """Sum what is not done yet; return the rows and clipped losses that went into every tile."""
-    done = fit.kept.results(_DONE)
-    regions = how.regions()
-    left = [number for number in range(len(regions)) if f"{_DONE}-{number}" not in done]
+    regions, unit = how.regions(), tile_side(how.chosen.store.k)
+    done = _units(unit, *(read_facts(path)["region"] for path in fit.kept.results(_DONE).values()))
+    left = [number for number, part in enumerate(regions) if not _units(unit, _region(*part)) <= done]
     rows = sum(b - a for a, b in how.places) + (0 if how.gone is None else how.gone.count)
     with Progress("fisher tiles", rows * len(regions), fit.progress) as bar:
         bar.advance(rows * (len(regions) - len(left)))
         stripes = [Stripe(number, number + 1) for number in left]
         run_stripes(_sum_tile, stripes, bar, how, slots=fit.slots, own_threads=True)
-    facts = read_facts(fit.kept.results(_DONE)[f"{_DONE}-0"])
+    facts = read_facts(next(iter(fit.kept.results(_DONE).values())))
     return int(facts["live"]), int(facts["clipped"])
+
+
+def usable_ways(results: Mapping[str, StorePath]) -> Preferred:
+    """Return the ways to the top of a spectrum that can use what earlier runs of a fit have kept."""
+    tiles = [path for name, path in results.items() if name.startswith(f"{_DONE}-")]
+    if tiles:
+        return Preferred(("tiles",), int(read_facts(tiles[0])["side"]))
+    return Preferred(("whole", "sums", "tiles") if any(name.startswith(f"{ROWS}-") for name in results) else ())
+
+
+def _region(rows: slice, columns: slice) -> tuple[int, int, int, int]:
+    return rows.start, rows.stop, columns.start, columns.stop
+
+
+def _units(unit: int, *regions: Sequence[int]) -> set[tuple[int, int]]:
+    """Return the tiles of the disk, of the lower triangle, that regions are made of."""
+    return {
+        (row, column)
+        for low, high, first, last in regions
+        for row in range(low // unit, -(-high // unit))
+        for column in range(first // unit, min(row + 1, -(-last // unit)))
+    }
 
 
 def _sum_tile(stripe: Stripe, key: str, how: TileSum) -> None:
@@ -153,14 +184,16 @@ def _sum_with(team: Team, number: int, key: str, how: TileSum) -> None:
     engine = choose_engine(width, bfloat16=bfloat16_holds(how.chosen), team=team)
     square = GramAccumulator(width, engine, team) if rows == columns else None
     product = ProductAccumulator(rows.stop - rows.start, width, engine, team) if square is None else None
-    if how.base is not None:
-        earlier = TriangleTiles.open(how.base, _F, k).read_region(rows, columns)
+    if how.bases:
+        earlier = np.zeros((rows.stop - rows.start, width))
+        for base in how.bases:
+            TriangleTiles.open(base, _F, k).add_region(rows, columns, earlier)
         if square is not None:
             square.restore(np.ascontiguousarray(earlier.T), 0)
         elif product is not None:
             product.restore(earlier, 0)
     panels = [(columns.start, columns.stop)] + ([] if square is not None else [(rows.start, rows.stop)])
-    live = clipped = 0
+    live, clipped = how.base_counts
     for block, sign in how.blocks(panels, team.threads):
         if square is not None:
             square.add(block.rows, sign)
@@ -172,8 +205,9 @@ def _sum_with(team: Team, number: int, key: str, how: TileSum) -> None:
     assert found is not None
     try:
         TriangleTiles.open_to_write(how.group, _F, k).write_region(rows, columns, found)
-        facts = {"live": live, "clipped": clipped}
-        save_result(how.folder, f"{_DONE}-{number}", 0, facts, lambda group: None)
+        region = _region(rows, columns)
+        facts = {"live": live, "clipped": clipped, "region": region, "side": how.side}
+        save_result(how.folder, "-".join(map(str, (_DONE, *region))), 0, facts, lambda group: None)
     except OSError as error:
         then = " (8 k² bytes are taken while fitting), or give another place with out= (--out)"
         raise StoreWriteError(refused(f"to write tiles of F to {how.group}", error, then)) from error

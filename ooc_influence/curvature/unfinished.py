@@ -51,7 +51,8 @@ class Unfinished:
     target : StorePath
         Where the curvature will be.
     settings : mapping
-        All that its numbers depend on: JSON values. What was kept under other settings is removed.
+        All that its numbers depend on, and nothing that a budget decides: JSON values. What was kept under other
+        settings is removed.
 
     Attributes
     ----------
@@ -62,7 +63,7 @@ class Unfinished:
     """
 
     def __init__(self, target: StorePath, settings: Mapping[str, Any]) -> None:
-        self.path = target.parent / f".{target.name}.partial"
+        self.path = _folder(target)
         self._claim = None
         try:
             self._claim = self._claimed()
@@ -74,7 +75,7 @@ class Unfinished:
             ) from error
         self.usable = self._claim is not None
         if self.usable:
-            self._settle(hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest().encode())
+            self._settle(_digest(settings))
 
     def _claimed(self, tries: int = 20) -> Claim:
         try:
@@ -124,6 +125,20 @@ class Unfinished:
         self.close(finished=kind is None)
         if kind is not None and kept:
             logger.warning("what the fit has done so far is kept in %s: run it again to go on", self.path)
+
+
+def begun(target: StorePath, settings: Mapping[str, Any]) -> dict[str, StorePath]:
+    """Return the latest results that earlier runs of the same fit kept, by name: what to plan by."""
+    folder = _folder(target)
+    return latest_results(folder, "") if read_bytes(folder / _SETTINGS) == _digest(settings) else {}
+
+
+def _folder(target: StorePath) -> StorePath:
+    return target.parent / f".{target.name}.partial"
+
+
+def _digest(settings: Mapping[str, Any]) -> bytes:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest().encode()
 
 
 def latest_results(folder: StorePath, kind: str) -> dict[str, StorePath]:

@@ -57,6 +57,21 @@ class Shapes(NamedTuple):
         return iteration_columns(self.k, self.m, rank)
 
 
+class Preferred(NamedTuple):
+    """The ways that can use what earlier runs of a fit have kept; none where they kept nothing.
+
+    Attributes
+    ----------
+    names : tuple of str
+        Of the ways.
+    tile : int
+        Columns of the tiles that are there; 0 where there are none.
+    """
+
+    names: tuple[str, ...] = ()
+    tile: int = 0
+
+
 class TopWay(NamedTuple):
     """A way to the top of a spectrum.
 
@@ -146,7 +161,9 @@ def fitting_rows(need: Need, workers: int, budget: int, held: int) -> int:
     return rows if need.peak(rows, workers, held) <= budget else 0
 
 
-def top_ways(shapes: Shapes, rank: int, square: Need, budget: int, held: int, *, update: bool = False) -> list[TopWay]:
+def top_ways(
+    shapes: Shapes, rank: int, square: Need, budget: int, held: int, *, update: bool = False, tile: int = 0
+) -> list[TopWay]:
     """Return all ways to the top ``rank`` eigenpairs, those that fit first, the quickest of them first of all.
 
     Parameters
@@ -161,22 +178,25 @@ def top_ways(shapes: Shapes, rank: int, square: Need, budget: int, held: int, *,
         Bytes the process may take, and those it holds.
     update : bool
         Whether rows are subtracted from a sum.
+    tile : int
+        Columns of a tile that is taken where it fits, because some are there; 0: the largest that fits.
     """
     k, m, workers, c = float(shapes.k), float(shapes.m), shapes.workers, shapes.columns(rank)
     stored, fresh = m * shapes.row_bytes, float(shapes.changed) * shapes.row_bytes
     summing, multiplying = shapes.changed * k * k, USUAL_PASSES * 2 * k * k * c
     found = []
 
-    def add(name: str, need: Need, read: float, singles: float, doubles: float, tile: int = 0) -> None:
+    def add(name: str, need: Need, read: float, singles: float, doubles: float, side: int = 0) -> None:
         rows = fitting_rows(need, workers, budget, held)
         seconds = singles / _OPERATIONS + doubles / _DOUBLE + read / _READING
-        found.append(TopWay(name, need, rows, read, singles + doubles, seconds, tile))
+        found.append(TopWay(name, need, rows, read, singles + doubles, seconds, side))
 
     if shapes.k <= _EXACT_SIDE or 4 * rank >= shapes.k:
         add("whole", square, fresh, summing, 9 * k**3)
     add("sums", sums_need(shapes, rank, update=update), fresh, summing, multiplying)
     if not shapes.sent:  # panels of columns are not sent to a device
-        tile = _largest_tile(shapes, rank, budget, held)
+        if not tile or not fitting_rows(tiles_need(shapes, rank, tile), workers, budget, held):
+            tile = _largest_tile(shapes, rank, budget, held)
         panels = -(-shapes.k // tile)
         from_disk = USUAL_PASSES * 4 * k * k
         add(
@@ -202,9 +222,16 @@ def _largest_tile(shapes: Shapes, rank: int, budget: int, held: int) -> int:
 
 
 def plan_top(
-    shapes: Shapes, rank: int, square: Need, memory: int | str | None, outs: Ways, *, update: bool = False
+    shapes: Shapes,
+    rank: int,
+    square: Need,
+    memory: int | str | None,
+    outs: Ways,
+    *,
+    update: bool = False,
+    prefer: Preferred | None = None,
 ) -> TopWay:
-    """Return the quickest way that fits.
+    """Return the quickest way that fits, of those preferred if one of them does.
 
     Raises
     ------
@@ -212,11 +239,12 @@ def plan_top(
         If none does: with what the one that takes least needs, and the ways ``outs``.
     """
     room = Room.of(memory)
-    found = top_ways(shapes, rank, square, room.budget, room.held, update=update)
+    prefer = prefer or Preferred()
+    found = top_ways(shapes, rank, square, room.budget, room.held, update=update, tile=prefer.tile)
     if not found[0].block_rows:
         need = min((way.need for way in found), key=lambda need: room.price(need, shapes.workers))
         plan_block_rows(replace(need, ways=outs, advice="extract with a smaller k"), memory, shapes.workers, room.held)
-    return found[0]
+    return next((way for way in found if way.block_rows and way.name in prefer.names), found[0])
 
 
 def least_need(shapes: Shapes, rank: int) -> Need:

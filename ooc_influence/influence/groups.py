@@ -18,7 +18,7 @@ from ooc_influence.curvature import DampingMode
 from ooc_influence.influence.aggregate import Codes, parse_groups
 from ooc_influence.influence.checkpoints import AnyCurvature, Dampings, Marks, Stores
 from ooc_influence.influence.engine import Floats, make_engine
-from ooc_influence.influence.parts import Part, Parts
+from ooc_influence.influence.parts import Cutting, Part, Parts
 from ooc_influence.influence.scoring import Normalize, Scoring
 from ooc_influence.influence.tiles import Costs, Work, absent_rows, row_blocks, row_shares, row_weights
 from ooc_influence.notebook import html_table, optional_library
@@ -160,13 +160,13 @@ def group_influence(
     )  # fmt: skip
     groups = parse_groups(by, scoring.checkpoints[0].train)
     size, slots = len(groups.names), check_workers(workers)
-    blocks, block_rows = scoring.plan(
-        "group sums", memory, slots, group_costs(size, scoring.q, scoring.lambdas, scoring.n, scoring.columns)
-    )
-    work = scoring.work(block_rows)
     made = hashlib.sha256(groups.codes.tobytes()).hexdigest()
-    parts = Parts(resume, scoring.digest(kind="groups", groups=made, block_rows=block_rows))
-    stripes = parts.stripes(scoring.n, block_rows, slots, sum(store.layout.encoding.row_bytes for store in work.stores))
+    parts = Parts(resume, scoring.digest(kind="groups", groups=made))
+    costs = group_costs(size, scoring.q, scoring.lambdas, scoring.n, scoring.columns)
+    blocks, block_rows = scoring.plan("group sums", memory, slots, costs, queries=parts.queries)
+    parts.begin(blocks[0][1])
+    work = scoring.work(block_rows)
+    cutting = Cutting(scoring.n, block_rows, work.row_bytes)
     sums = np.zeros((scoring.lambdas, scoring.q, size))
     counts = np.zeros(size, np.int64)
     outside = np.empty(scoring.q)
@@ -181,7 +181,7 @@ def group_influence(
                 counts[:] += part["counts"]
 
             parts.run(
-                f"{start}-{stop}", _stripe, stripes, bar, work, size, groups.codes, scoring.seen, *left.arrays,
+                f"{start}-{stop}", _stripe, cutting, bar, work, size, groups.codes, scoring.seen, *left.arrays,
                 slots=slots, take=add,
             )  # fmt: skip
             sums[:, start:stop][:, left.gone] = np.nan  # of groups without a row in any block, too

@@ -1,16 +1,19 @@
 """Results of finished stripes, kept in a folder so that an interrupted call goes on from there.
 
-A part is a file of its own, written whole or not at all by the process that made the call. The folder belongs to one
-call: a digest of all that the result depends on is written first and checked afterwards. It is removed when the result
-is there.
+A part is a file of its own, written whole or not at all by the process that made the call; its name says of which
+queries and rows it is. The folder belongs to one call: a digest of all that the result depends on is written first and
+checked afterwards. What a budget decides is not in it: rows that lack a part are cut as the call at hand would, and the
+queries taken at a time stay those of the parts that are there. The folder is removed when the result is there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
-from collections.abc import Callable, Mapping
-from typing import Any
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,14 +28,26 @@ from ooc_influence.store import (
     names,
     parse_path,
     read_bytes,
+    remove_empty,
     remove_tree,
     write_bytes,
 )
-from ooc_influence.stripes import Stripe, cut_stripes, run_stripes
+from ooc_influence.stripes import Stripe, cut_stripes, run_stripes, subtract_ranges
 
 Part = Mapping[str, npt.NDArray[Any]]
 _SETTINGS = "settings.json"
+_OWN = re.compile(
+    r"\.?(settings\.json|[a-z0-9-]+-\d+-\d+\.npz)(\.[0-9a-f]{32}\.partial)?"
+)  # files of a folder of parts
 _PART_BYTES = 2 * 2**30  # stored rows that one part stands for
+
+
+class Cutting(NamedTuple):
+    """What stripes are cut by: the rows there are, rows of a block, stored bytes of a row."""
+
+    rows: int
+    block_rows: int
+    row_bytes: int
 
 
 class Parts:
@@ -45,6 +60,11 @@ class Parts:
     digest : str
         Of all that the result depends on.
 
+    Attributes
+    ----------
+    queries : int or None
+        Queries at a time in the parts that are there; None where there are none.
+
     Raises
     ------
     StoreExistsError
@@ -54,69 +74,102 @@ class Parts:
     """
 
     def __init__(self, folder: PathLike | None, digest: str) -> None:
-        self._folder = None if folder is None else parse_path(folder)
+        self._folder, self._digest = None if folder is None else parse_path(folder), digest
+        self.queries: int | None = None
         if self._folder is None:
             return
+        with self._writing(self._folder):
+            self._open(self._folder)
+
+    @contextlib.contextmanager
+    def _writing(self, folder: StorePath) -> Iterator[None]:
         try:
-            self._open(self._folder, digest)
+            yield
         except OSError as error:
             if isinstance(error, OocInfluenceError):
                 raise
             raise StoreWriteError(
-                refused(f"a folder for partial results at {self._folder}", error, ", or choose another")
+                refused(f"a folder for partial results at {folder}", error, ", or choose another")
             ) from error
 
-    def _open(self, folder: StorePath, digest: str) -> None:
-        settings = read_bytes(folder / _SETTINGS)
-        if settings is None and exists(folder) and names(folder):
+    def _open(self, folder: StorePath) -> None:
+        data = read_bytes(folder / _SETTINGS)
+        if data is None and exists(folder) and names(folder):
             raise StoreExistsError(
                 f"expected the partial results of this call, or nothing, at {folder}; received something else: choose "
                 "another folder"
             )
-        if settings is not None and json.loads(settings)["digest"] != digest:
+        settings = {} if data is None else json.loads(data)
+        if data is not None and settings["digest"] != self._digest:
             raise StoreExistsError(
                 f"expected the partial results of this call at {folder}; received those of another call (other rows, "
                 "curvature or settings): choose another folder, or remove it"
             )
-        if is_local(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        write_bytes(folder / _SETTINGS, json.dumps({"digest": digest}).encode())
+        self.queries = settings.get("queries")
 
-    def stripes(self, n: int, block_rows: int, slots: int, row_bytes: int) -> list[Stripe]:
-        """Return the stripes to work on: one a slot, or more where each is to be kept."""
-        kept = 1 if self._folder is None else -(-n * row_bytes // _PART_BYTES)
-        return cut_stripes(0, n, block_rows, max(slots, kept))
+    def begin(self, queries: int | None = None) -> None:
+        """Make the folder, for parts of so many ``queries`` at a time.
+
+        Raises
+        ------
+        StoreWriteError
+            If nothing can be written there.
+        """
+        folder = self._folder
+        if folder is None:
+            return
+        with self._writing(folder):
+            if is_local(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+            write_bytes(folder / _SETTINGS, json.dumps({"digest": self._digest, "queries": queries}).encode())
+
+    def _cut(self, cutting: Cutting, kept: list[Stripe], slots: int) -> list[Stripe]:
+        """Return the stripes still to work on: together one a slot, or more where each is to be kept."""
+        gaps = subtract_ranges([(0, cutting.rows)], [(part.start, part.stop) for part in kept])
+        left = sum(high - low for low, high in gaps)
+        stripes = []
+        for low, high in gaps:
+            least = 1 if self._folder is None else -(-(high - low) * cutting.row_bytes // _PART_BYTES)
+            stripes += cut_stripes(low, high, cutting.block_rows, max(least, round(slots * (high - low) / left)))
+        return stripes
+
+    def _kept(self, name: str) -> list[Stripe]:
+        """Return the stripes that have a part, none of which overlaps another."""
+        files = [] if self._folder is None else names(self._folder)
+        found = [re.fullmatch(re.escape(name) + r"-(\d+)-(\d+)\.npz", file) for file in files]
+        kept: list[Stripe] = []
+        for stripe in sorted((Stripe(int(match[1]), int(match[2])) for match in found if match), key=_first):
+            if not kept or kept[-1].stop <= stripe.start:
+                kept.append(stripe)
+        return kept
 
     def run(
         self,
         name: str,
         function: Callable[..., Part],
-        stripes: list[Stripe],
+        cutting: Cutting,
         progress: Progress,
         *args: Any,
         slots: int,
         take: Callable[[Stripe, Part], None],
     ) -> None:
-        """Run ``function`` for every stripe whose part is not there, and give ``take`` every part, in any order."""
-        missing = []
-        for stripe in stripes:
-            part = self._read(name, stripe)
-            if part is None:
-                missing.append(stripe)
-            else:
-                progress.advance(stripe.stop - stripe.start)
-                take(stripe, part)
+        """Run ``function`` for stripes of the rows that have no part, and give ``take`` every part, in any order."""
+        kept = self._kept(name)
+        for stripe in kept:
+            progress.advance(stripe.stop - stripe.start)
+            take(stripe, self._read(name, stripe))
 
         def done(stripe: Stripe, part: Part) -> None:
             self._write(name, stripe, part)
             take(stripe, part)
 
-        run_stripes(function, missing, progress, *args, slots=slots, each=done, own_threads=True)
+        run_stripes(
+            function, self._cut(cutting, kept, slots), progress, *args, slots=slots, each=done, own_threads=True
+        )
 
-    def _read(self, name: str, stripe: Stripe) -> Part | None:
-        data = None if self._folder is None else read_bytes(self._folder / _file(name, stripe))
-        if data is None:
-            return None
+    def _read(self, name: str, stripe: Stripe) -> Part:
+        assert self._folder is not None
+        data = read_bytes(self._folder / _file(name, stripe)) or b""
         with np.load(io.BytesIO(data), allow_pickle=False) as found:
             return dict(found)
 
@@ -133,9 +186,17 @@ class Parts:
             ) from error
 
     def remove(self) -> None:
-        """Remove the folder: the result is there."""
-        if self._folder is not None:
-            remove_tree(self._folder)
+        """Remove the parts, and the folder if nothing else is in it: the result is there."""
+        if self._folder is None:
+            return
+        for name in names(self._folder):
+            if _OWN.fullmatch(name):
+                remove_tree(self._folder / name)
+        remove_empty(self._folder)
+
+
+def _first(stripe: Stripe) -> tuple[int, int]:
+    return stripe.start, -stripe.stop
 
 
 def _file(name: str, stripe: Stripe) -> str:

@@ -259,7 +259,14 @@ class Scoring:
         )
 
     def plan(
-        self, stage: str, memory: int | str | None, workers: int, costs: Costs, *, block_rows: int | None = None
+        self,
+        stage: str,
+        memory: int | str | None,
+        workers: int,
+        costs: Costs,
+        *,
+        block_rows: int | None = None,
+        queries: int | None = None,
     ) -> tuple[list[tuple[int, int]], int]:
         """Return the query blocks and the rows of a train block that fit the budget.
 
@@ -275,15 +282,18 @@ class Scoring:
             What the stage holds beside queries and rows.
         block_rows : int, optional
             Rows of a block, where they are fixed already.
+        queries : int, optional
+            Queries of a block, where they are.
 
         Raises
         ------
         MemoryBudgetError
-            If not even one query at a time fits.
+            If not even one query at a time fits, or not those that are fixed.
         """
         shared, budget = slots_per_process(workers), worker_memory(memory)
         limit = max(1, LEFT_ROWS // (self.lambdas * costs.modules))
-        queries = self.q if self.q <= limit else 1 << limit.bit_length() - 1
+        fixed, largest = queries is not None, self.q if self.q <= limit else 1 << limit.bit_length() - 1
+        queries = queries or largest
         while True:  # fewer queries at a time cost another pass over the train rows, a refusal costs the answer
             need = self.need(stage, queries, costs)
             if block_rows is not None:
@@ -292,7 +302,7 @@ class Scoring:
                 rows = plan_block_rows(need, budget, shared)
                 break
             except MemoryBudgetError:
-                if queries == 1:
+                if queries == 1 or fixed:
                     raise
                 queries = 1 << (queries - 1).bit_length() - 1  # the next smaller power of two
         return [(start, min(self.q, start + queries)) for start in range(0, self.q, queries)], rows

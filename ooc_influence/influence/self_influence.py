@@ -17,7 +17,7 @@ import numpy.typing as npt
 from ooc_influence.curvature import DampingMode
 from ooc_influence.influence.checkpoints import AnyCurvature, Dampings, Marks, Stores
 from ooc_influence.influence.engine import make_engine
-from ooc_influence.influence.parts import Part, Parts
+from ooc_influence.influence.parts import Cutting, Part, Parts
 from ooc_influence.influence.scoring import Scoring
 from ooc_influence.influence.tiles import Work, absent_rows, row_blocks, row_shares
 from ooc_influence.influence.ways import Form, form_ways
@@ -65,20 +65,20 @@ def self_influence(
     """
     scoring = Scoring.open(None, train, curvature, damping, damping_mode, rows=rows, device=device)
     slots = check_workers(workers)
-    stores = [own.train for own in scoring.checkpoints]
     need = _need(scoring, scoring.lambdas, [Form.of(own.train.k, own.curvature) for own in scoring.checkpoints])
     need = replace(need, ways=partial(_ways, scoring))
     block_rows = plan_block_rows(need, worker_memory(memory), slots_per_process(slots))
     work = scoring.work(block_rows, normalized=True)
-    parts = Parts(resume, scoring.digest(kind="self-influence", block_rows=block_rows))
-    stripes = parts.stripes(scoring.n, block_rows, slots, sum(store.layout.encoding.row_bytes for store in stores))
+    parts = Parts(resume, scoring.digest(kind="self-influence"))
+    parts.begin()
+    cutting = Cutting(scoring.n, block_rows, work.row_bytes)
     found = np.empty((scoring.lambdas, scoring.n), np.float32)
 
     def take(stripe: Stripe, part: Part) -> None:
         found[:, stripe.start : stripe.stop] = part["values"]
 
     with Progress("self-influence", scoring.n, progress) as bar:
-        parts.run("values", _stripe, stripes, bar, work, scoring.seen, slots=slots, take=take)
+        parts.run("values", _stripe, cutting, bar, work, scoring.seen, slots=slots, take=take)
     parts.remove()
     result: npt.NDArray[np.float32] = scoring.squeeze(found)
     return result

@@ -66,6 +66,11 @@ class Work:
         return [store.path for store in self.stores]
 
     @property
+    def row_bytes(self) -> int:
+        """Stored bytes of a row, of all checkpoints."""
+        return sum(store.layout.encoding.row_bytes for store in self.stores)
+
+    @property
     def lambdas(self) -> int:
         """Dampings, L."""
         return len(self.values[0])

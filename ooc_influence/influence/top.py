@@ -16,7 +16,7 @@ from ooc_influence.errors import InputError
 from ooc_influence.influence.best import ENTRY_BYTES, NO_ROW, Best, BestList, list_bytes, merge
 from ooc_influence.influence.checkpoints import AnyCurvature, Dampings, Marks, Stores
 from ooc_influence.influence.engine import Floats, make_engine
-from ooc_influence.influence.parts import Part, Parts
+from ooc_influence.influence.parts import Cutting, Part, Parts
 from ooc_influence.influence.ranking import Ranking, TopInfluential
 from ooc_influence.influence.scoring import Normalize, Scoring
 from ooc_influence.influence.tiles import Columns, Costs, Work, score_tiles
@@ -141,12 +141,13 @@ def find_top(
         raise InputError(f"expected top >= 1; received {top}")
     slots, top = check_workers(workers), min(top, scoring.n)
     modules = 1 if columns is None else len(columns[0])
+    parts = Parts(resume, scoring.digest(kind="top", top=top, modules=modules))
     blocks, block_rows = scoring.plan(
-        "top", memory, slots, top_costs(top, scoring.lambdas * scoring.q, scoring.n, modules)
+        "top", memory, slots, top_costs(top, scoring.lambdas * scoring.q, scoring.n, modules), queries=parts.queries
     )
+    parts.begin(blocks[0][1])
     work = scoring.work(block_rows, columns)
-    parts = Parts(resume, scoring.digest(kind="top", top=top, block_rows=block_rows, modules=modules))
-    stripes = parts.stripes(scoring.n, block_rows, slots, sum(store.layout.encoding.row_bytes for store in work.stores))
+    cutting = Cutting(scoring.n, block_rows, work.row_bytes)
     shape = (len(_SIDES), scoring.lambdas, modules, scoring.q, top)
     found = Lists(np.empty(shape, np.float32), np.empty(shape, np.int64), np.empty(scoring.q))
     with Progress("top", len(blocks) * scoring.n, progress) as bar:
@@ -160,7 +161,7 @@ def find_top(
                     lists[name] = merge(lists.get(name), (part[f"{name}_scores"], part[f"{name}_rows"]))
 
             parts.run(
-                f"{start}-{stop}", best_of_stripe, stripes, bar, work, top, scoring.seen, *left.arrays, slots=slots,
+                f"{start}-{stop}", best_of_stripe, cutting, bar, work, top, scoring.seen, *left.arrays, slots=slots,
                 take=take,
             )  # fmt: skip
             for side, name in enumerate(_SIDES):

@@ -101,12 +101,10 @@ class TriangleTiles:
             if rows.start <= tile.rows.start < rows.stop and columns.start <= tile.columns.start < columns.stop
         ]
 
-    def read_region(self, rows: slice, columns: slice) -> Matrix:
-        """Return what :meth:`inside` lists, (rows, columns); zero above the matrix's diagonal."""
-        found = np.zeros((rows.stop - rows.start, columns.stop - columns.start))
+    def add_region(self, rows: slice, columns: slice, out: Matrix) -> None:
+        """Add what :meth:`inside` lists to ``out`` (rows, columns), in place; nothing above the matrix's diagonal."""
         for tile in self.inside(rows, columns):
-            found[_moved(tile.rows, rows.start), _moved(tile.columns, columns.start)] = self.read(tile)
-        return found
+            out[_moved(tile.rows, rows.start), _moved(tile.columns, columns.start)] += self.read(tile)
 
     def write_region(self, rows: slice, columns: slice, values: Matrix) -> None:
         """Write what :meth:`inside` lists out of ``values`` (rows, columns); it is on the disk when this returns."""
