@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 
 import numpy as np
 import pytest
@@ -40,6 +41,28 @@ def write_store(path, rows, *, dtype="float32", chunk_rows=64, group_chunks=3, *
 def roomy() -> int:
     """A budget that does not depend on what the tests before left in this process."""
     return process_anonymous() + 2**31
+
+
+def pytest_configure(config):
+    hear_interrupts()
+
+
+def hear_interrupts():
+    """Let children be interrupted even where this process is to ignore Ctrl-C, as one in a script's background is.
+
+    Children inherit that a signal is ignored, but not a handler: in them it becomes the default. This process ignores
+    the signal as before.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, lambda number, frame: None)
+
+
+@pytest.fixture
+def interruptible():
+    """SIGINT raises KeyboardInterrupt here, however the tests were started."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session", autouse=True)

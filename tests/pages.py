@@ -65,7 +65,7 @@ def hostile_pair(folder):
 
 def start_browser(downloads):
     """Chromium without a window, its requests and messages logged; skips with the reason where it is not there."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
+    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install selenium")
     binary = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
     driver = os.environ.get("CHROMEDRIVER") or shutil.which("chromedriver")
     if binary is None or driver is None:

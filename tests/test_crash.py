@@ -28,9 +28,12 @@ EXTRACT = HEAD + textwrap.dedent("""
     from models import Mlp, batches, data, loss, make
     from ooc_influence import Dropout, Storage, extract_gradients
     torch.set_num_threads(1)
-    path, pause = sys.argv[1], float(sys.argv[2])
+    path, last, count = sys.argv[1], int(sys.argv[2]), 0
     def slow(model, batch):
-        time.sleep(pause)
+        global count
+        count += 1
+        if count > last > 0:
+            time.sleep(600)  # until it is killed
         return loss(model, batch)
     source = batches(*data(Mlp, 200), 6)
     print("ready", flush=True)
@@ -74,14 +77,14 @@ def files(path):
 
 
 def test_kill_9_then_resume_equals_an_uninterrupted_run(tmp_path):
-    """Killed three times between its first commit and its last, each time after it went on."""
+    """Killed three times between its first commit and its last, each time after it committed more."""
     whole = tmp_path / "whole.zarr"
     subprocess.run([sys.executable, "-c", EXTRACT, str(whole), "0"], check=True, capture_output=True)
     expected = GradientStore.open(whole).rows()
     path = tmp_path / "killed.zarr"
     seen = [0]
     for _ in range(3):
-        process = start(EXTRACT, path, 0.03)
+        process = start(EXTRACT, path, 8)  # batches, 48 rows: at least one group of 32 is committed
         assert process.stdout.readline() == "ready\n"
         while process.poll() is None and (not path.exists() or GradientStore.open(path).n == seen[-1]):
             time.sleep(0.01)

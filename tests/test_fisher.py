@@ -234,12 +234,20 @@ from ooc_influence.curvature import rows, unfinished
 from ooc_influence.linalg import accumulate
 unfinished.INTERVAL, accumulate.FOLD_ROWS, unfinished._SHARE, memory.BLOCK_BYTES = 0.0, 64, 0, 2**10
 original, seen = rows.read_blocks, []
+import signal, threading
+interrupted = threading.Event()
+def interrupt(*given):
+    interrupted.set()
+    signal.default_int_handler(*given)
+signal.signal(signal.SIGINT, interrupt)
 def slow(*args, **options):
     for block in original(*args, **options):
         seen.append(block.stop)
         if len(seen) == int(sys.argv[1]):
             print("begun", flush=True)
-        time.sleep(0.05 if len(seen) >= int(sys.argv[1]) else 0)
+        if len(seen) >= int(sys.argv[1]):
+            interrupted.wait(60)
+            time.sleep(0.05)
         yield block
 rows.read_blocks = slow
 from ooc_influence.cli.main import main
@@ -260,7 +268,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, rank, blocks, workers):
     )
     assert process.stdout.readline() == "begun\n"
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "interrupted: sums and passes saved so far stay; run the same command again, it goes on from there" in err
     assert "what the fit has done so far is kept in" in err

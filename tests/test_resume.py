@@ -156,20 +156,33 @@ def test_killed_until_it_is_whole(tmp_path, stores):
 def test_ctrl_c_says_how_to_go_on(tmp_path, stores):
     query, train = (str(store.path) for store in stores)
     for out, name in ((tmp_path / "s", "score"), (None, "top")):
-        code = CHILD.replace("ooc.influence_scores(query, train, out=out, workers=2)", textwrap.dedent("""
+        code = CHILD.replace("def slow(key, rows):\n    time.sleep(pause)", textwrap.dedent("""
+            import signal, threading
+            interrupted, count = threading.Event(), [0]
+            def interrupt(*given):
+                interrupted.set()
+                signal.default_int_handler(*given)
+            signal.signal(signal.SIGINT, interrupt)
+            def slow(key, rows):
+                count[0] += 1
+                if count[0] == 8:  # of 15 blocks
+                    print("halfway", flush=True)
+                if count[0] >= 8:
+                    interrupted.wait(60)
+                    time.sleep(pause)
+        """).strip()).replace("ooc.influence_scores(query, train, out=out, workers=2)", textwrap.dedent("""
             from ooc_influence.cli.main import main
             main([*sys.argv[5:]])
         """))  # fmt: skip
         arguments = [name, query, train, *(["--out", str(out)] if out else [])]
         command = [sys.executable, "-c", code, query, train, str(out), "0.3", *arguments]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        assert process.stdout.readline() == "begun\n"
-        end = time.monotonic() + 30
+        assert [process.stdout.readline() for _ in range(2)] == ["begun\n", "halfway\n"]
+        end = time.monotonic() + 60
         while out and not list(out.glob("c.*")) and time.monotonic() < end:
             time.sleep(0.02)
-        time.sleep(0 if out else 1)
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate(timeout=120)
         assert process.returncode == 130
         wanted = "finished chunks stay; run the same command again" if out else "with --resume DIR it would go on"
         assert wanted in err

@@ -198,7 +198,7 @@ from training import N, measure, train
 from ooc_influence.evaluate import random_subsets, retrain
 if __name__ == "__main__":
     folder, workers = sys.argv[1], int(sys.argv[2])
-    slow = functools.partial(train, log=folder + ".log", pause=0.15)
+    slow = functools.partial(train, log=folder + ".log", last=6)
     retrain(slow, measure, random_subsets(N, 12), folder, settings={"lr": 1}, workers=workers)
 """
 
@@ -215,7 +215,7 @@ def test_it_resumes_after_a_kill(tmp_path, workers):
     workers_of_it = psutil.Process(child.pid).children(recursive=True)
     child.send_signal(signal.SIGKILL)
     child.wait()
-    assert not psutil.wait_procs(workers_of_it, timeout=10)[1]  # no process trains on
+    assert not psutil.wait_procs(workers_of_it, timeout=60)[1]  # no process trains on
     left = finished_runs(subsets, folder, settings={"lr": 1})
     assert 3 <= 12 - len(left.missing) < 12
     before = calls(f"{folder}.log")

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -193,15 +194,16 @@ class Stopping:
     """Raise, or die, at the n-th block written."""
 
     def __init__(self, after, how=None):
-        self.left, self.how, self.rows = after, how, 0
+        self.left, self.how, self.rows, self.lock = after, how, 0, threading.Lock()
 
     def __call__(self, target, rows, *rest):
-        if self.left == 0:
-            if self.how:
-                os.kill(os.getpid(), self.how)
-            raise KeyboardInterrupt
-        self.left -= 1
-        self.rows += len(rows)
+        with self.lock:  # blocks are written by several threads
+            if self.left == 0:
+                if self.how:
+                    os.kill(os.getpid(), self.how)
+                raise KeyboardInterrupt
+            self.left -= 1
+            self.rows += len(rows)
         return APPEND(target, rows, *rest)
 
 
