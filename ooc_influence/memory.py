@@ -12,7 +12,6 @@ tight, blocks shrink; when even the smallest block does not fit, the call refuse
 
 from __future__ import annotations
 
-import contextlib
 import re
 import threading
 from collections.abc import Callable, Iterable
@@ -22,6 +21,7 @@ from typing import NamedTuple, Self
 
 import psutil
 
+from ooc_influence.cgroup import memory_left
 from ooc_influence.errors import InputError, MemoryBudgetError
 
 WORKING = 96 * 2**20  # BLAS work buffers, Zarr's chunks in flight, Dask: what every stage needs besides its own
@@ -75,15 +75,9 @@ def process_anonymous() -> int:
 
 
 def available() -> int:
-    """Return the bytes this process may still take: free memory, or less where a cgroup limits it."""
-    free = int(psutil.virtual_memory().available)
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        text = limit.read_text().strip()
-        cached = re.search(r"^inactive_file (\d+)", used.with_name("memory.stat").read_text(), re.M)
-        if text != "max":
-            free = min(free, int(text) - int(used.read_text()) + int(cached[1] if cached else 0))
-    return max(free, 0)
+    """Return the bytes this process may still take: free memory, or less where a control group limits it."""
+    free, left = int(psutil.virtual_memory().available), memory_left()
+    return max(0, free if left is None else min(free, left))
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from dask.base import compute
 from dask.delayed import delayed
 from threadpoolctl import threadpool_limits
 
+from ooc_influence.cgroup import cpu_share
 from ooc_influence.errors import ClusterError, InputError
 from ooc_influence.memory import DEFAULT_SHARE
 from ooc_influence.progress import Progress
@@ -32,8 +33,13 @@ SENT_ONCE = 2**20  # bytes of an array from which on it is sent to a cluster's w
 
 
 def cores() -> int:
-    """Return the cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return the cores this process may use: those it is bound to, or fewer where a control group limits its time.
+
+    A share of a core is not counted: threads that wait for each other would wait for the one that is out of time.
+    """
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = cpu_share()
+    return bound if share is None else max(1, min(bound, int(share)))
 
 
 def blas_threads(tasks: int) -> Any:

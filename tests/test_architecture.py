@@ -13,7 +13,7 @@ import ooc_influence
 
 PACKAGE = Path(ooc_influence.__file__).parent
 ROOMS = [
-    {"_version", "errors"}, {"memory", "progress", "notebook", "texts"}, {"stripes"}, {"store"}, {"linalg"},
+    {"_version", "errors", "cgroup"}, {"memory", "progress", "notebook", "texts"}, {"stripes"}, {"store"}, {"linalg"},
     {"compress"}, {"extract"}, {"hf"}, {"curvature"}, {"influence"}, {"planning"}, {"evaluate"}, {"report"}, {"cli"},
     {"__main__"},
 ]  # fmt: skip
