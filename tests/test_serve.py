@@ -257,7 +257,7 @@ def test_jobs_run_in_order_stop_and_end():
     state = jobs.state(slow["job"])
     assert (state["state"], state["stage"], state["done"], state["total"]) == ("running", "scores", 40, 100)
     assert (jobs.state(quick["job"])["state"], jobs.state(quick["job"])["ahead"], state["ahead"]) == ("waiting", 1, 0)
-    jobs.stop()
+    assert jobs.stop(slow["job"])
     release.set()
     end = time.monotonic() + 20
     while jobs.state(quick["job"])["state"] != "done" and time.monotonic() < end:
@@ -275,6 +275,94 @@ def test_jobs_run_in_order_stop_and_end():
     threading.Timer(0.1, release.set).start()
     jobs.close()
     assert not any(thread.name == "ooc_influence-jobs" and thread is jobs._thread for thread in threading.enumerate())
+
+
+@pytest.fixture
+def held_jobs():
+    """Jobs that run until they are let go; ``began`` says that one does."""
+    release, began = threading.Event(), threading.Event()
+
+    def answer(values):
+        began.set()
+        release.wait(60)
+        if values["text"] == "looks":
+            with Progress("scores", 1, None):
+                pass
+        return {}
+
+    jobs = Jobs(answer)
+    jobs.release, jobs.began = release, began
+    yield jobs
+    release.set()
+    jobs.close(60)
+
+
+def ended(jobs, job):
+    end = time.monotonic() + 60
+    while jobs.state(job["job"])["state"] in ("waiting", "running") and time.monotonic() < end:
+        time.sleep(0.01)
+    return jobs.state(job["job"])["state"]
+
+
+@pytest.mark.parametrize("text", ["looks", "does not look"])
+def test_a_stop_is_of_one_job_whenever_it_comes(held_jobs, text):
+    """Of one that waits, that runs, or whose last block is done; another's goes on."""
+    running, other, waiting, last = (held_jobs.submit({"text": text}) for _ in range(4))
+    assert held_jobs.stop(waiting["job"])  # right after the submit
+    assert held_jobs.state(waiting["job"])["state"] == "stopped"
+    assert held_jobs.state(last["job"])["ahead"] == 2
+    assert held_jobs.began.wait(60)
+    assert held_jobs.stop(running["job"])
+    assert not held_jobs.stop("another")
+    held_jobs.release.set()
+    assert [ended(held_jobs, job) for job in (running, other, waiting, last)] == ["stopped", "done", "stopped", "done"]
+    assert held_jobs.stop(other["job"])  # too late: it is done
+    assert held_jobs.state(other["job"])["state"] == "done"
+
+
+def test_what_is_stopped_leaves_its_place_and_what_runs_is_not_forgotten(held_jobs):
+    running = held_jobs.submit({"text": ""})
+    assert held_jobs.began.wait(60)
+    for _ in range(40):
+        assert held_jobs.stop(held_jobs.submit({"text": ""})["job"])
+    assert held_jobs.state(running["job"])["state"] == "running"
+    held_jobs.release.set()
+    assert ended(held_jobs, running) == "done"
+
+
+def test_a_stop_names_its_job(server, held_jobs, monkeypatch):
+    monkeypatch.setattr(server, "jobs", held_jobs)
+    mine, another = submit(server, {"text": ""}), submit(server, {"text": ""})
+
+    def stop(values):
+        told = {"Content_Type": "application/json"}
+        return ask(server, "POST", f"/{server.token}/api/stop", json.dumps(values), **told)[0].status
+
+    assert [stop(values) for values in ({}, {"job": 7}, {"job": "none"})] == [400, 400, 404]
+    assert stop({"job": mine["job"]}) == 200
+    held_jobs.release.set()
+    assert (ended(held_jobs, mine), ended(held_jobs, another)) == ("stopped", "done")
+
+
+def test_stop_on_the_page_is_of_its_own_query(page, server):
+    """Pressed before the server has answered that it has the query, too."""
+    page.open(server.url)
+    page.go("ask")
+    page.run(
+        "window.told = []; const job = (state) => ({ job: 'x', state, stage: '', done: 0, total: null, ahead: 0 });"
+        "let state = 'waiting'; window.fetch = async (address, { body } = {}) => {"
+        "if (address === 'api/stop') { told.push(body); state = 'stopped'; }"
+        "if (address === 'api/query') await new Promise((go) => { window.accept = go; });"
+        "return { ok: true, json: async () => job(state) }; };"
+    )
+    page.find("#ask-text").send_keys(typed(80))
+    page.find("button.main").click()
+    page.wait("return Boolean(window.accept)")
+    page.run("[...document.querySelectorAll('button')].find((own) => own.innerText === 'Stop').click()")
+    assert page.run("return told") == []
+    page.run("window.accept()")
+    page.wait("return document.querySelector('#answer .notice')?.innerText === 'stopped'")
+    assert page.run("return told") == ['{"job":"x"}']
 
 
 def test_a_recipe_without_query_is_refused():

@@ -1,11 +1,13 @@
-"""Typed queries as jobs, one after the other in a thread, with their progress; stopped between blocks of rows."""
+"""Typed queries as jobs, one after the other in a thread, with their progress; each can be stopped by its name.
+
+One that waits is taken out of the line; one that runs stops between blocks of rows.
+"""
 
 from __future__ import annotations
 
-import queue
 import threading
 import uuid
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 from itertools import takewhile
 from typing import Any
@@ -15,6 +17,7 @@ from ooc_influence.progress import watched
 
 _WAITING = 8  # queries that may wait
 _KEPT = 20  # answers kept for their pages
+_UNFINISHED = ("waiting", "running")
 
 
 class Jobs:
@@ -28,10 +31,11 @@ class Jobs:
 
     def __init__(self, answer: Callable[[Mapping[str, str]], dict[str, Any]]) -> None:
         self._answer = answer
-        self._waiting: queue.Queue[tuple[str, Mapping[str, str]] | None] = queue.Queue(_WAITING)
+        self._line: deque[tuple[str, Mapping[str, str]]] = deque()
         self._states: OrderedDict[str, dict[str, Any]] = OrderedDict()
-        self._lock = threading.Lock()
-        self._stop, self._closed = threading.Event(), False
+        self._stopping: set[str] = set()  # of those that run, who is to stop
+        self._changed = threading.Condition()
+        self._closed = False
         self._thread = threading.Thread(target=self._run, name="ooc_influence-jobs", daemon=True)
         self._thread.start()
 
@@ -44,70 +48,92 @@ class Jobs:
             If too many wait already.
         """
         name = uuid.uuid4().hex
-        state = {"job": name, "state": "waiting", "stage": "", "done": 0, "total": None}
-        with self._lock:
-            self._states[name] = state
-            while len(self._states) > _KEPT + _WAITING:
-                self._states.popitem(last=False)
-        try:
-            self._waiting.put_nowait((name, values))
-        except queue.Full as error:
-            with self._lock:
-                self._states.pop(name, None)
-            raise InputError(f"expected fewer than {_WAITING} queries waiting; received one more: wait") from error
-        return self.state(name) or state
+        with self._changed:
+            if len(self._line) >= _WAITING:
+                raise InputError(f"expected fewer than {_WAITING} queries waiting; received one more: wait")
+            self._states[name] = {"job": name, "state": "waiting", "stage": "", "done": 0, "total": None}
+            self._line.append((name, values))
+            self._forget()
+            state = self._state(name)
+            self._changed.notify()
+        return state
 
     def state(self, name: str) -> dict[str, Any] | None:
         """Return what is known of a job, with how many are ``ahead`` of it; None if nothing is known (any more)."""
-        with self._lock:
-            if name not in self._states:
-                return None
-            earlier = takewhile(lambda own: own["job"] != name, self._states.values())
-            ahead = sum(own["state"] in ("waiting", "running") for own in earlier)
-            return self._states[name] | {"ahead": ahead}
+        with self._changed:
+            return self._state(name) if name in self._states else None
 
-    def stop(self) -> None:
-        """Stop the job that runs, at its next block of rows."""
-        self._stop.set()
+    def stop(self, name: str) -> bool:
+        """Stop a job, before it begins or at its next block of rows; return whether it is known (still)."""
+        with self._changed:
+            if name not in self._states:
+                return False
+            if self._states[name]["state"] == "waiting":
+                self._line = deque(entry for entry in self._line if entry[0] != name)
+                self._end(name, state="stopped", error="stopped")
+            elif self._states[name]["state"] == "running":
+                self._stopping.add(name)
+            return True
 
     def close(self, seconds: float = 10.0) -> None:
-        """Stop, and wait so long for the thread to end."""
-        self._closed = True
-        self._stop.set()
-        while True:  # none of those that wait is begun
-            try:
-                self._waiting.get_nowait()
-            except queue.Empty:
-                break
-        self._waiting.put(None)
+        """Stop all, and wait so long for the thread to end."""
+        with self._changed:
+            self._closed = True
+            self._line.clear()
+            self._changed.notify()
         self._thread.join(seconds)
 
-    def _set(self, name: str, **values: Any) -> None:
-        with self._lock:
-            if name in self._states:
-                self._states[name].update(values)
+    def _state(self, name: str) -> dict[str, Any]:
+        earlier = takewhile(lambda own: own["job"] != name, self._states.values())
+        return self._states[name] | {"ahead": sum(own["state"] in _UNFINISHED for own in earlier)}
+
+    def _forget(self) -> None:
+        """Forget the oldest of those that have ended, from a number on."""
+        ended = [name for name, own in self._states.items() if own["state"] not in _UNFINISHED]
+        for name in ended[: max(0, len(ended) - _KEPT)]:
+            del self._states[name]
+
+    def _end(self, name: str, **values: Any) -> None:
+        self._states[name].update(values)
+        self._stopping.discard(name)
+
+    def _next(self) -> tuple[str, Mapping[str, str]] | None:
+        """Wait for a job, and mark it as running; None at the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._line or self._closed)
+            if self._closed:
+                return None
+            name, values = self._line.popleft()
+            self._states[name].update(state="running", stage="gradients")
+            return name, values
 
     def _run(self) -> None:
-        while True:
-            entry = self._waiting.get()
-            if entry is None or self._closed:
-                return
+        while (entry := self._next()) is not None:
             name, values = entry
-            self._stop.clear()
-            self._set(name, state="running", stage="gradients")
-
-            def watch(label: str, done: int, total: int | None, name: str = name) -> None:
-                if self._stop.is_set() or self._closed:
-                    raise InterruptedError("stopped")
-                self._set(name, stage=label, done=done, total=total)
-
             try:
-                with watched(watch):
+                with watched(lambda *seen, name=name: self._watch(name, *seen)):
                     found = self._answer(values)
-                self._set(name, state="done", result=found)
+                outcome: dict[str, Any] = {"state": "done", "result": found}
             except InterruptedError:
-                self._set(name, state="stopped", error="stopped")
+                outcome = {"state": "stopped", "error": "stopped"}
             except OocInfluenceError as error:
-                self._set(name, state="failed", error=" ".join(str(error).split()))
-            except Exception as error:  # the page is told; the server goes on
-                self._set(name, state="failed", error=f"unexpected {type(error).__name__}: {error}")
+                outcome = {"state": "failed", "error": " ".join(str(error).split())}
+            except Exception as error:  # the page is told; the server stays up
+                outcome = {"state": "failed", "error": f"unexpected {type(error).__name__}: {error}"}
+            with self._changed:
+                if name in self._stopping:  # though it was done before it looked
+                    outcome = {"state": "stopped", "error": "stopped"}
+                self._end(name, **outcome)
+
+    def _watch(self, name: str, label: str, done: int, total: int | None) -> None:
+        """Note a job's progress.
+
+        Raises
+        ------
+        InterruptedError
+            If it is to stop.
+        """
+        with self._changed:
+            if name in self._stopping or self._closed:
+                raise InterruptedError("stopped")
+            self._states[name].update(stage=label, done=done, total=total)

@@ -25,6 +25,7 @@ from ooc_influence.report.folder import to_script
 from ooc_influence.report.jobs import Jobs
 
 LARGEST = 2**20  # bytes of a query
+_UNKNOWN = "this query is not known any more"
 _LOOPBACK = ("127.0.0.1", "localhost")
 _KINDS = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".png": "image/png",
           ".svg": "image/svg+xml"}  # fmt: skip
@@ -117,7 +118,7 @@ class _Handler(BaseHTTPRequestHandler):
         if path.startswith("api/jobs/"):
             state = None if self.server.jobs is None else self.server.jobs.state(path.removeprefix("api/jobs/"))
             if state is None:
-                self._json(HTTPStatus.NOT_FOUND, {"error": "this query is not known any more"})
+                self._json(HTTPStatus.NOT_FOUND, {"error": _UNKNOWN})
             else:
                 self._json(HTTPStatus.OK, state)
             return
@@ -152,13 +153,21 @@ class _Handler(BaseHTTPRequestHandler):
         elif not isinstance(values, dict):
             self._json(HTTPStatus.BAD_REQUEST, {"error": f"expected a JSON object; received {type(values).__name__}"})
         elif path == "api/stop":
-            self.server.jobs.stop()
-            self._json(HTTPStatus.OK, {})
+            self._stop(self.server.jobs, values.get("job"))
         else:
             try:
                 self._json(HTTPStatus.ACCEPTED, self.server.jobs.submit(values))
             except InputError as error:
                 self._json(HTTPStatus.TOO_MANY_REQUESTS, {"error": str(error)})
+
+    def _stop(self, jobs: Jobs, name: Any) -> None:
+        """Stop the job that is named, and no other: each belongs to the page that submitted it."""
+        if not isinstance(name, str):
+            self._json(HTTPStatus.BAD_REQUEST, {"error": "expected the job to stop, as job; received none"})
+        elif jobs.stop(name):
+            self._json(HTTPStatus.OK, {})
+        else:
+            self._json(HTTPStatus.NOT_FOUND, {"error": _UNKNOWN})
 
     def _path(self) -> str | None:
         """Return what is asked for, behind the token; None, and refused, where the caller may not ask."""

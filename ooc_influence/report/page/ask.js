@@ -15,8 +15,13 @@
 
   const post = (address, values) => call(address, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(values) });
 
-  async function run(values, tell) {
+  const halt = (job) => post("api/stop", { job });
+
+  // mine: { job, stopped }, the server's name of the query once it is known, and whether Stop was pressed before that.
+  async function run(values, tell, mine) {
     let job = await post("api/query", values);
+    mine.job = job.job;
+    if (mine.stopped) await halt(mine.job);
     while (job.state === "waiting" || job.state === "running") {
       tell(job);
       await new Promise((resolve) => { setTimeout(resolve, 250); });
@@ -35,8 +40,13 @@
     const bar = el("progress", { id: "progress", hidden: true, "aria-label": "Progress" });
     const told = el("p", { class: "quiet", "aria-live": "polite" });
     const button = el("button", { type: "submit", class: "main", text: "Find its proponents" });
-    const stop = el("button", { type: "button", text: "Stop", disabled: true, on: { click: () => post("api/stop", {}) } });
+    const stop = el("button", { type: "button", text: "Stop", disabled: true, on: { click: async () => {
+      stop.disabled = true;
+      mine.stopped = true;
+      if (mine.job) await halt(mine.job).catch((error) => { told.textContent = error.message; });
+    } } });
     const result = el("div", { id: "answer" });
+    let mine = {};
     const show = () => {
       if (last) result.replaceChildren(ooc.cards.detail(last.query, last.examples, el("h2", {}, el("span", { class: "quiet", text: "Query " }), "as typed")));
     };
@@ -55,10 +65,11 @@
       button.disabled = true;
       stop.disabled = bar.hidden = false;
       result.replaceChildren();
+      mine = {};
       try {
         const began = performance.now();
         asked = Object.fromEntries(Object.entries(inputs).map(([name, own]) => [name, own.value]));
-        const job = await run(asked, tell);
+        const job = await run(asked, tell, mine);
         last = job.result;
         told.textContent = `${((performance.now() - began) / 1000).toFixed(1)} seconds`;
         show();
