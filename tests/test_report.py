@@ -235,17 +235,51 @@ def test_images_from_arrays_and_files(tmp_path):
 
 def test_only_an_earlier_report_is_replaced(pair, tmp_path):
     train = pair[1]
-    report = write_report(train, tmp_path / "r")
-    (report / "stray").write_text("gone")
+    report = write_report(train, tmp_path / "r", pair[0])
+    files = {path.relative_to(report) for path in report.rglob("*") if path.is_file()}
+    assert {str(path) for path in files} == set(json.loads((report / "report.json").read_text())["files"])
     write_report(train, tmp_path / "r", title="again")
-    assert not (tmp_path / "r" / "stray").exists()
+    assert "again" in (report / "index.html").read_text()
+    found = {path.relative_to(report) for path in report.rglob("*") if path.is_file()}
+    assert found < files  # none of queries
+    written = (report / "index.html").read_bytes()
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "index.html").write_text("my page")
+    (tmp_path / "mine" / "index.html").write_bytes(written)  # looks like one
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
     with pytest.raises(StoreExistsError, match="expected nothing or an earlier report"):
         write_report(train, tmp_path / "mine")
-    assert (tmp_path / "mine" / "index.html").read_text() == "my page"
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
+    assert not list(tmp_path.glob(".*"))
     with pytest.raises(InputError, match="one store and one damping"):
         write_report(train, tmp_path / "r", damping=[1, 2])
+
+
+def test_what_else_is_in_a_reports_folder_stays(pair, tmp_path):
+    train, outside = pair[1], tmp_path / "outside"
+    outside.write_text("kept")
+    report = write_report(train, tmp_path / "r")
+    kept = {"labels.csv": "a", "data/notes.txt": "b", "mine/deep/x": "c"}
+    for name, text in kept.items():
+        (report / name).parent.mkdir(parents=True, exist_ok=True)
+        (report / name).write_text(text)
+    (report / "empty").mkdir()
+    (report / "link").symlink_to(tmp_path)
+    listed = json.loads((report / "report.json").read_text())
+    listed["files"] += ["../outside", str(outside), "link/outside", "mine"]
+    (report / "report.json").write_text(json.dumps(listed))
+    (tmp_path / "way").symlink_to(report)
+    write_report(train, tmp_path / "way", title="again")
+    assert {name: (report / name).read_text() for name in kept} == kept
+    assert (report / "empty").is_dir()
+    assert (report / "link").is_symlink()
+    assert outside.read_text() == "kept"
+    assert "again" in (report / "index.html").read_text()
+    assert not list(tmp_path.glob(".*"))
+    (report / "report.json").write_text(json.dumps(listed | {"files": ["report.json"]}))  # the page is somebody else's
+    with pytest.raises(StoreExistsError, match=r"received assets in .*: move it away"):
+        write_report(train, report)
+    assert "again" in (report / "index.html").read_text()
+    assert {name: (report / name).read_text() for name in kept} == kept
 
 
 def test_dropped_rows_and_queries(pair, tmp_path):

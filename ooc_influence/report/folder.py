@@ -21,8 +21,8 @@ from typing import Any, Self
 from ooc_influence._version import __version__
 from ooc_influence.errors import OocInfluenceError, StoreExistsError, StoreWriteError, refused
 from ooc_influence.notebook import optional_library
+from ooc_influence.report.manifest import NAME, foreign_entries, read_manifest, remove_own, write_manifest
 
-MARK = "ooc-influence-report"  # begins index.html's second line: what may be replaced
 SCRIPTS = ("core.js", "draw.js", "cards.js", "queries.js", "labels.js", "overview.js", "ask.js", "start.js")
 _DIGITS = 6  # of a number in a page
 
@@ -33,7 +33,8 @@ class PageFolder:
     Parameters
     ----------
     target : Path
-        Where the page goes: nothing may be there but an empty folder, or an earlier page, which is replaced.
+        Where the page goes: nothing may be there but an empty folder, or an earlier page, whose own files are
+        replaced; what else is in its folder stays.
 
     Attributes
     ----------
@@ -49,11 +50,13 @@ class PageFolder:
     """
 
     def __init__(self, target: Path) -> None:
-        self._target = target.absolute()
+        self._target = target.resolve()
         with self._writing():
             check_free(self._target)
             self._target.parent.mkdir(parents=True, exist_ok=True)
-            self.path = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=self._target.parent))
+            self.path = Path(
+                tempfile.mkdtemp(prefix=f".{self._target.name}.", suffix=".partial", dir=self._target.parent)
+            )
             (self.path / "data").mkdir()
 
     @contextlib.contextmanager
@@ -96,17 +99,37 @@ class PageFolder:
             shutil.rmtree(self.path, ignore_errors=True)  # there still where that failed
 
     def _publish(self) -> None:
+        write_manifest(self.path)
         self.path.chmod(0o777 & ~_umask())
-        earlier = self.path.with_suffix(".earlier")
-        if self._target.exists():
-            check_free(self._target)
-            self._target.rename(earlier)
-        self.path.rename(self._target)
-        shutil.rmtree(earlier, ignore_errors=True)
+        if not self._target.exists():
+            self.path.rename(self._target)
+            return
+        own, earlier = check_free(self._target), self.path.with_suffix(".earlier")
+        self._target.rename(earlier)
+        try:
+            kept = foreign_entries(earlier, own)
+            self._check_apart(kept)
+            self.path.rename(self._target)
+        except BaseException:
+            earlier.rename(self._target)
+            raise
+        for name in kept:
+            (self._target / name).parent.mkdir(parents=True, exist_ok=True)
+            (earlier / name).rename(self._target / name)
+        remove_own(earlier, own)
+
+    def _check_apart(self, kept: list[str]) -> None:
+        """Check that what stays in the folder leaves room for the page's files."""
+        taken = next((name for name in kept if os.path.lexists(self.path / name)), None)
+        if taken is not None:
+            raise StoreExistsError(
+                f"expected only files of an earlier report where this one has its own; received {taken} in "
+                f"{self._target}: move it away, or choose another folder"
+            )
 
 
-def check_free(target: Path) -> None:
-    """Check that a page may be written at a place.
+def check_free(target: Path) -> frozenset[str]:
+    """Check that a page may be written at a place; return the files there that it may remove.
 
     Raises
     ------
@@ -114,12 +137,14 @@ def check_free(target: Path) -> None:
         If something is there that is no earlier page.
     """
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return
-    index = target / "index.html"
-    if not target.is_dir() or not index.is_file() or MARK not in index.read_text("utf-8", "replace")[:200]:
+        return frozenset()
+    own = read_manifest(target)
+    if own is None:
         raise StoreExistsError(
-            f"expected nothing or an earlier report at {target}; received something else: choose another folder"
+            f"expected nothing or an earlier report (a folder with its {NAME}) at {target}; received something else: "
+            "choose another folder"
         )
+    return own
 
 
 def to_script(value: Any) -> str:
@@ -154,7 +179,7 @@ def page(title: str, *, live: bool) -> str:
     jinja2 = optional_library("jinja2", "pages")
     source = files("ooc_influence.report").joinpath("page", "index.html.j2").read_text("utf-8")
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(source)
-    text: str = template.render(title=title, scripts=SCRIPTS, version=__version__, mark=MARK, live=live)
+    text: str = template.render(title=title, scripts=SCRIPTS, version=__version__, live=live)
     return text
 
 

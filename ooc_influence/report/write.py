@@ -164,7 +164,7 @@ def write_report(
     store : GradientStore or path
         Train rows, with a curvature.
     out : path
-        The folder to write; an earlier report there is replaced, anything else is refused.
+        The folder to write. An earlier report there is replaced, its own files alone; anything else is refused.
     queries : GradientStore or path, optional
         Whose proponents and opponents to show.
     data, query_data : Corpus or path, optional
@@ -200,7 +200,7 @@ def write_report(
     OocInfluenceError
         See :func:`top_influential`.
     """
-    check_free(Path(out).absolute())
+    check_free(Path(out).resolve())
     examples = check_queries(queries, query_data, by)
     report = open_report(store, queries, Settings(curvature, damping, top, normalize, scoring))
     with PageFolder(Path(out)) as folder:
