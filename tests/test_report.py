@@ -6,6 +6,8 @@ import csv
 import gzip
 import json
 import re
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -227,10 +229,59 @@ def test_images_from_arrays_and_files(tmp_path):
     )
     with pytest.warns(OocInfluenceWarning, match="4 images"):
         report = write_report(train, tmp_path / "r3", data=Corpus(tmp_path / "data" / "i.jsonl", image="image"))
-    found = {entry["row"]: entry["image"] for entry in data_of(report, "suspects-0")}
-    assert found == {0: "images/train/0.png", 1: None, 2: None, 3: None, 4: None, 5: None}
+    found = {entry["row"]: entry["image"] for entry in data_of(report, "suspects-0") if "image" in entry}
+    assert found == {0: "images/train/0.png"}
+    unseen = [entry.get("unseen") for entry in data_of(report, "suspects-0")]
+    outside, no_image = (
+        f"image not shown: {why}" for why in ("not below the folder of the data", "no image that can be read")
+    )
+    assert unseen == [None, outside, "image not shown: no such file", no_image, outside, None]
     with images.open(report / "images/train/0.png") as picture:
         assert max(picture.size) == 512
+
+
+def png(width, height):
+    """A PNG file that says it is so large, in a few bytes."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def test_one_bad_image_is_no_reason_to_stop(tmp_path):
+    """Bombs of two sizes, a cut file, one that ends in the middle of a chunk, one that starts a program."""
+    images = pytest.importorskip("PIL.Image")
+    train = make_store(tmp_path / "t.zarr", random_rows(7, 4))
+    (tmp_path / "bomb.png").write_bytes(png(60_000, 60_000))
+    (tmp_path / "large.png").write_bytes(png(9_000, 9_000))
+    images.fromarray(np.zeros((300, 300, 3), np.uint8)).save(tmp_path / "whole.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:700])
+    (tmp_path / "short.png").write_bytes(png(5, 5)[:30])
+    (tmp_path / "program.eps").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(x) print\n"
+    )
+    images.new("L", (9000, 9000)).save(tmp_path / "photo.jpg")
+    places = ["bomb.png", "large.png", "cut.jpg", "short.png", "program.eps", "photo.jpg", "whole.jpg"]
+    (tmp_path / "i.jsonl").write_text("".join(json.dumps({"text": "", "image": place}) + "\n" for place in places))
+    with pytest.warns(OocInfluenceWarning, match="not shown: 5 images"):
+        report = write_report(train, tmp_path / "r", data=Corpus(tmp_path / "i.jsonl", image="image"))
+    shown = [entry.get("image") or entry["unseen"] for entry in data_of(report, "suspects-0")]
+    assert shown[:2] == ["image not shown: more than 67 million pixels"] * 2
+    assert all(said.startswith("image not shown: ") for said in shown[2:5])
+    assert shown[4] == "image not shown: no image that can be read"
+    assert shown[5:] == ["images/train/5.png", "images/train/6.png"]
+
+
+def test_arrays_with_numbers_that_are_not_finite_are_shown(tmp_path):
+    images = pytest.importorskip("PIL.Image")
+    train = make_store(tmp_path / "t.zarr", random_rows(3, 4))
+    pixels = np.full((3, 2, 2), 0.5, np.float32)
+    pixels[0], pixels[1, 0] = np.nan, [np.inf, -np.inf]
+    report = write_report(train, tmp_path / "r", data=Corpus(images=pixels))
+    found = [np.asarray(images.open(report / f"images/train/{row}.png")).tolist() for row in range(3)]
+    assert found == [[[0, 0], [0, 0]], [[255, 0], [127, 127]], [[127, 127], [127, 127]]]
 
 
 def test_only_an_earlier_report_is_replaced(pair, tmp_path):

@@ -168,14 +168,14 @@ class Examples:
             "more": where | {name: value for name, value in own.items() if name not in _SHOWN_ELSEWHERE},
         }
         if self._images is not None:
-            found["image"] = self._pictures.write(row, self._images[row])
+            found |= self._pictures.write(row, self._images[row])
         elif corpus.image is not None and corpus.path is not None and record:
             if corpus.image not in record:
                 raise InputError(
                     f"expected a field {corpus.image!r} (--image); received records with {', '.join(record)}"
                 )
             place = record[corpus.image]
-            found["image"] = self._pictures.copy(row, Path(corpus.path).parent, place) if place else None
+            found |= self._pictures.copy(row, Path(corpus.path).parent, place) if place else {}
         return found
 
     def _passage(self, row: int, own: dict[str, Any], record: dict[str, Any]) -> tuple[str, dict[str, str]]:

@@ -269,7 +269,8 @@ def write_pages(
         unreadable = sum(pictures.unreadable for pictures in albums)
     if unreadable:
         warnings.warn(
-            f"not shown: {counted(unreadable, 'image')} that cannot be read, or not below the folder of the data",
+            f"not shown: {counted(unreadable, 'image')} that cannot be read, are not below the folder of the data, or "
+            "are too large: the pages say which",
             OocInfluenceWarning,
             stacklevel=3,
         )

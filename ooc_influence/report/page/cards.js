@@ -27,7 +27,7 @@ ooc.cards = (() => {
   }
 
   function image(example, kind) {
-    if (!example.image) return null;
+    if (!example.image) return example.unseen ? el("p", { class: "quiet unseen", text: example.unseen }) : null;
     const picture = el("img", { src: example.image, alt: `Image of ${kind} ${example.id}`, loading: "lazy" });
     picture.addEventListener("load", () => picture.classList.toggle("pixels", picture.naturalWidth < 96));
     return el("div", { class: "picture" }, picture);
