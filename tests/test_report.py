@@ -240,6 +240,21 @@ def test_images_from_arrays_and_files(tmp_path):
         assert max(picture.size) == 512
 
 
+def test_reading_csv_leaves_the_process_limit_to_others(tmp_path):
+    """Between two records of one reader, of two in any order, and for one that is never read to its end."""
+    limit, long = csv.field_size_limit(), "word " * 50_000
+    for name in "ab":
+        (tmp_path / f"{name}.csv").write_text(f"id,text\n1,{long}\n2,{long}\n")
+    first, second = (open_records(tmp_path / f"{name}.csv") for name in "ab")
+    for reader in (first, second, first):
+        assert len(next(iter(reader))()["text"]) == len(long) > limit
+        assert csv.field_size_limit() == limit
+    with pytest.raises(csv.Error, match="field larger than field limit"):
+        list(csv.reader([long]))
+    assert len(list(second)) == 1
+    assert csv.field_size_limit() == limit
+
+
 def png(width, height):
     """A PNG file that says it is so large, in a few bytes."""
 

@@ -14,12 +14,13 @@ import io
 import json
 import sys
 import tempfile
+import threading
 import zlib
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from ooc_influence.errors import InputError, refused
 from ooc_influence.notebook import optional_library
@@ -27,6 +28,8 @@ from ooc_influence.notebook import optional_library
 Key = int | str
 Parse = Callable[[], dict[str, Any]]
 _BATCH = 512  # Parquet records read at a time
+_limit_lifted = threading.Lock()  # of the csv module
+_Record = TypeVar("_Record")
 
 
 def open_records(path: Path, split: str | None = None, *, as_extracted: bool = False) -> Iterator[Parse]:
@@ -96,11 +99,10 @@ def _parse_json(path: Path, number: int, line: bytes) -> dict[str, Any]:
 
 def _separated(path: Path) -> Iterator[Parse]:
     delimiter = "\t" if ".tsv" in [suffix.lower() for suffix in path.suffixes] else ","
-    limit = csv.field_size_limit(sys.maxsize)  # a text may be long
     try:
         with _lines(path) as file:
             text = io.TextIOWrapper(file, "utf-8-sig", newline="")
-            for record in csv.DictReader(text, delimiter=delimiter):
+            for record in _long_fields(csv.DictReader(text, delimiter=delimiter)):
                 if None in record:
                     raise InputError(
                         f"expected {len(record) - 1} columns in each record of {path}; received more near "
@@ -109,8 +111,20 @@ def _separated(path: Path) -> Iterator[Parse]:
                 yield record.copy
     except (csv.Error, UnicodeDecodeError) as error:
         raise InputError(f"expected {path} as CSV in UTF-8; received {error}") from error
-    finally:
-        csv.field_size_limit(limit)
+
+
+def _long_fields(reader: Iterator[_Record]) -> Iterator[_Record]:
+    """Read records whose texts may be long: the limit is the process's, and lifted for one read at a time."""
+    while True:
+        with _limit_lifted:
+            limit = csv.field_size_limit(sys.maxsize)
+            try:
+                record = next(reader, None)
+            finally:
+                csv.field_size_limit(limit)
+        if record is None:
+            return
+        yield record
 
 
 def _parquet(path: Path) -> Iterator[Parse]:
