@@ -18,7 +18,7 @@ tokenizers = pytest.importorskip("tokenizers")
 
 from ooc_influence import Dropout, Eigenbasis, GradientStore, Storage, fit_fisher, hf, influence_scores  # noqa: E402
 from ooc_influence.errors import InputError, MissingExtraError  # noqa: E402
-from ooc_influence.hf.samples import IGNORED  # noqa: E402
+from ooc_influence.hf.collator import IGNORED  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:gradients cover"),

@@ -1,10 +1,12 @@
 """Hugging Face models: from a model and a file of documents to a gradient store. Needs the extra ``hf``."""
 
+from ooc_influence.hf.collator import Collator
 from ooc_influence.hf.documents import open_documents
 from ooc_influence.hf.extraction import Job, default_compressor, extract, extract_shards, prepare
+from ooc_influence.hf.fields import Fields
 from ooc_influence.hf.losses import CausalLoss, SignedLoss, classification_loss
 from ooc_influence.hf.models import Loaded, context_length, load
-from ooc_influence.hf.samples import Collator, Fields, Samples
+from ooc_influence.hf.samples import Samples
 
 __all__ = [
     "CausalLoss", "Collator", "Fields", "Job", "Loaded", "Samples", "SignedLoss", "classification_loss",

@@ -17,10 +17,12 @@ from ooc_influence.extract import BudgetBatches, extract_gradients, init_store
 from ooc_influence.extract.plan import parse_device
 from ooc_influence.extract.selection import ModuleSelection
 from ooc_influence.extract.shards import by_path, loaded, run_shards
+from ooc_influence.hf.collator import Collator
 from ooc_influence.hf.documents import open_documents
+from ooc_influence.hf.fields import Fields
 from ooc_influence.hf.losses import CausalLoss, SignedLoss, classification_loss
 from ooc_influence.hf.models import Loaded, context_length, load
-from ooc_influence.hf.samples import SPANS, Collator, Fields, Samples
+from ooc_influence.hf.samples import SPANS, Samples
 from ooc_influence.store import GradientStore, PathLike, StorePath, parse_path
 
 logger = logging.getLogger("ooc_influence")

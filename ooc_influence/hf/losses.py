@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ooc_influence.extract.losses import cross_entropy
-from ooc_influence.hf.samples import IGNORED
+from ooc_influence.hf.collator import IGNORED
 
 
 def _token_losses(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

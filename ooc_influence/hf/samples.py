@@ -9,109 +9,22 @@ tokenised again when a batch needs it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from ooc_influence.errors import InputError
+from ooc_influence.hf.collator import IGNORED
 from ooc_influence.hf.documents import check_fields
+from ooc_influence.hf.fields import Fields
+from ooc_influence.hf.tokens import Tokeniser, Tokens
 from ooc_influence.progress import Progress
-from ooc_influence.texts import BETWEEN, text_digest, text_of
+from ooc_influence.texts import text_digest, text_of
 
 _AT_ONCE = 512  # documents tokenised together
 SPANS = ("char_start", "char_stop", "text_digest")  # columns that find a row's passage in its document
-IGNORED = -100  # the label of a token that is no target
-
-
-@dataclass(frozen=True)
-class Fields:
-    """Which fields of a document are what.
-
-    Attributes
-    ----------
-    text : str or None
-        Running text.
-    prompt, completion : str or None
-        A pair of which only the completion's tokens are targets.
-    messages : str or None
-        A chat, through the tokenizer's template; the last message's tokens are targets.
-    label : str or None
-        With ``text``: the class, for sequence classification.
-    id : str or None
-        The document's name; default its number.
-    keep : tuple of str
-        Further fields, kept as columns.
-    chat : bool
-        Put prompt and completion through the chat template, as a user's and an assistant's turn.
-    """
-
-    text: str | None = None
-    prompt: str | None = None
-    completion: str | None = None
-    messages: str | None = None
-    label: str | None = None
-    id: str | None = None
-    keep: tuple[str, ...] = ()
-    chat: bool = False
-
-    def __post_init__(self) -> None:
-        pair = (self.prompt, self.completion)
-        forms = [self.text is not None, any(pair), self.messages is not None]
-        if sum(forms) != 1 or (any(pair) and not all(pair)) or (self.label is not None and self.text is None):
-            raise InputError(
-                "expected one of text, prompt and completion, text and label, or messages; received "
-                f"text={self.text!r}, prompt={self.prompt!r}, completion={self.completion!r}, "
-                f"messages={self.messages!r}, label={self.label!r}"
-            )
-
-    @property
-    def parts(self) -> dict[str, str]:
-        """The fields that make up a document's text, by what they are."""
-        kinds = ("text", "prompt", "completion", "messages")
-        return {kind: getattr(self, kind) for kind in kinds if getattr(self, kind) is not None}
-
-    @property
-    def all(self) -> dict[str, Any]:
-        """All that is set, by name."""
-        return {name: value for name, value in asdict(self).items() if value}
-
-    @property
-    def named(self) -> list[str | None]:
-        """All fields that documents must have."""
-        return [self.text, self.prompt, self.completion, self.messages, self.label, self.id, *self.keep]
-
-
-class Tokens(NamedTuple):
-    """A document's tokens.
-
-    Attributes
-    ----------
-    ids : list of int
-        The tokens.
-    first : int
-        The first target.
-    spans : tuple of (Encoding or None, int, int)
-        How tokens map to characters: from which encoding, which token and which character on. Empty if not known.
-    """
-
-    ids: list[int]
-    first: int
-    spans: tuple[tuple[Any, int, int], ...] = ()
-
-    def characters(self, token: int) -> tuple[int, int]:
-        """Return the characters that a token is of, from and to; (-1, -1) if that is not known."""
-        for encoding, start, offset in reversed(self.spans):
-            if encoding is None:
-                break
-            if start <= token < start + len(encoding.offsets):
-                low, high = encoding.offsets[token - start]
-                return offset + low, offset + high
-        return -1, -1
 
 
 class RowColumn(Sequence[Any]):
@@ -191,7 +104,8 @@ class Samples:
         if max_length < 2:
             raise InputError(f"expected max_length >= 2; received {max_length}")
         check_fields(documents, fields.named)
-        self._documents, self._tokenizer, self.fields = documents, tokenizer, fields
+        self._documents, self.fields = documents, fields
+        self._tokenise = Tokeniser(tokenizer, fields)
         self.documents, self.max_length, self._labels = len(documents), max_length, labels
         self.without_target = self.truncated = 0
         self._tokens = lru_cache(maxsize=2 * _AT_ONCE)(self._tokenise_one)
@@ -291,95 +205,3 @@ class Samples:
     def _tokenise_one(self, number: int) -> Tokens:
         found = self._tokenise([number], self._records([number]))[0]
         return found._replace(spans=())  # many are held, and these were for the index
-
-    def _tokenise(self, numbers: list[int], records: list[dict[str, Any]]) -> list[Tokens]:
-        """Return each document's tokens."""
-        parts = self.fields.parts
-        if "messages" in parts:
-            return [self._chat(record[parts["messages"]]) for record in records]
-        if "prompt" in parts:
-            return [self._pair(str(record[parts["prompt"]]), str(record[parts["completion"]])) for record in records]
-        texts = [record[parts["text"]] for record in records]
-        for number, text in zip(numbers, texts, strict=True):
-            if not isinstance(text, str):
-                kind = type(text).__name__
-                raise InputError(f"expected text in field {parts['text']!r} of document {number}; received {kind}")
-        if not texts:
-            return []
-        found = self._tokenizer(texts, add_special_tokens=True, truncation=False, verbose=False)
-        encodings = found.encodings or [None] * len(texts)  # of tokenizers without offsets
-        return [
-            Tokens(list(ids), 1, ((encoding, 0, 0),))
-            for ids, encoding in zip(found["input_ids"], encodings, strict=True)
-        ]
-
-    def _pair(self, prompt: str, completion: str) -> Tokens:
-        if self.fields.chat:
-            turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-            return self._chat(turns)
-        encoded = [self._tokenizer(prompt, add_special_tokens=True, verbose=False)]
-        encoded.append(self._tokenizer(completion, add_special_tokens=False, verbose=False))
-        before, after = (found["input_ids"] for found in encoded)
-        first, second = ((found.encodings or [None])[0] for found in encoded)
-        eos = self._tokenizer.eos_token_id
-        if eos is not None and before and before[-1] == eos:
-            before = before[:-1]  # some tokenizers end every text
-        spans = (first, 0, 0), (second, len(before), len(prompt) + len(BETWEEN))
-        return Tokens([*before, *after, *([] if eos is None else [eos])], len(before), spans)
-
-    def _chat(self, messages: Any) -> Tokens:
-        if getattr(self._tokenizer, "chat_template", None) is None:
-            raise InputError("expected a tokenizer with a chat template; received one without: use prompt/completion")
-        turns = [dict(message) for message in messages]
-        if not turns:
-            return Tokens([], 0)
-        whole, before = (
-            self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-            for text in (
-                self._tokenizer.apply_chat_template(turns, tokenize=False),
-                self._tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True),
-            )
-        )
-        if whole[: len(before)] != before:
-            raise InputError(
-                "expected a chat template that keeps earlier turns when one is added; received one that changes them: "
-                "write prompt and completion yourself"
-            )
-        return Tokens(whole, len(before))
-
-
-class Collator:
-    """Pads rows of tokens on the right and makes tensors of them.
-
-    Parameters
-    ----------
-    pad : int
-        The token to pad with; it is masked.
-    sign_seed : int, optional
-        Give every token a random sign of its own, ``signs`` (b, t), a function of seed, row and place.
-    """
-
-    def __init__(self, pad: int, sign_seed: int | None = None) -> None:
-        self._pad, self._seed = pad, sign_seed
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Return ``input_ids``, ``attention_mask`` (b, t) and ``labels`` ((b, t), or (b,) classes)."""
-        longest = max(len(row["input_ids"]) for row in rows)
-        ids = torch.full((len(rows), longest), self._pad)
-        mask = torch.zeros_like(ids)
-        classes = isinstance(rows[0]["labels"], int)
-        labels = torch.tensor([row["labels"] for row in rows]) if classes else torch.full_like(ids, IGNORED)
-        for at, row in enumerate(rows):
-            length = len(row["input_ids"])
-            ids[at, :length], mask[at, :length] = torch.tensor(row["input_ids"]), 1
-            if not classes:
-                labels[at, :length] = torch.tensor(row["labels"])
-        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-        if self._seed is not None:
-            signs = np.ones((len(rows), longest), np.float32)
-            for at, row in enumerate(rows):
-                generator = np.random.Generator(np.random.Philox(key=[self._seed, row["row"]]))
-                length = len(row["input_ids"])
-                signs[at, :length] = 2.0 * generator.integers(0, 2, length) - 1
-            batch["signs"] = torch.from_numpy(signs)
-        return batch
