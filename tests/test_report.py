@@ -197,7 +197,7 @@ def test_records_that_do_not_belong_are_refused(tmp_path):
     with pytest.warns(OocInfluenceWarning, match="5 of 20 examples have no record"):
         write_report(named, tmp_path / "r", data=Corpus(tmp_path / "some.jsonl", id="name"))
     (tmp_path / "x.xyz").write_text("a")
-    with pytest.raises(InputError, match=r"expected examples as \.jsonl"):
+    with pytest.raises(InputError, match=r"expected documents as \.jsonl"):
         write_report(train, tmp_path / "r2", data=tmp_path / "x.xyz")
 
 

@@ -14,7 +14,7 @@ from ooc_influence.cli.allocator import keep_freed_memory
 _FIELDS = ("text", "prompt", "completion", "messages", "label", "chat", "id", "keep")
 _PREPARING = (
     "max_length", "tokens", "batch_size", "reduction", "task", "model_dtype", "adapter", "tokenizer", "revision",
-    "trust_remote_code", "allow_pickle", "output", "documents", "weights", "sign_seed",
+    "trust_remote_code", "allow_pickle", "output", "documents", "weights", "sign_seed", "on_missing",
 )  # fmt: skip
 _MASK = ("compressor", "k", "sampling", "dims", "pilot", "basis_weights", "nonzeros", "rank_out", "rank_in", "seed")
 _RIVALS = {  # the options that each takes, by the names of its arguments

@@ -18,8 +18,8 @@ examples = options.several(
     click.option("--queries", type=options.PATH, metavar="Q",
                  help="Query store whose proponents and opponents to show."),
     click.option("--data", type=options.PATH, metavar="FILE",
-                 help="Where the texts of STORE's rows are: .jsonl, .csv, .tsv, .parquet, .json, .txt, a datasets "
-                 "folder."),
+                 help="Where the texts of STORE's rows are: .jsonl, .csv, .tsv, .parquet, .json, .txt (or .gz, .zst "
+                 "of these), 'dir/*.jsonl', a datasets folder."),
     click.option("--query-data", type=options.PATH, metavar="FILE", help="The same of the queries."),
     click.option("--text", metavar="FIELD", help="Field with the text. Default: as extracted; text; prompt and "
                  "completion; messages."),

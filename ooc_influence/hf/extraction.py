@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -67,6 +68,7 @@ def prepare(
     documents: int | None = None,
     weights: Literal["ggn"] | None = None,
     sign_seed: int = 0,
+    on_missing: Literal["raise", "skip"] = "raise",
     progress: bool | None = None,
     **loading: Any,
 ) -> Job:
@@ -96,12 +98,20 @@ def prepare(
         raise InputError(f"expected max_length <= {longest}, the model's context; received {max_length}")
     names = getattr(found.model.config, "label2id", None) if fields.label else None
     samples = Samples(
-        source, found.tokenizer, fields, max_length or longest, labels=names, numbers=numbers, progress=progress
+        source,
+        found.tokenizer,
+        fields,
+        max_length or longest,
+        labels=names,
+        numbers=numbers,
+        on_missing=on_missing,
+        progress=progress,
     )
-    lacking, cut = samples.without_target, samples.truncated
-    if lacking:
-        noun = "document without a target token is" if lacking == 1 else "documents without a target token are"
-        logger.warning("%d %s left out", lacking, noun)
+    for count, lack in ((samples.without_target, "a target token"), (samples.missing, "a text")):
+        if count:
+            logger.warning("%d %s without %s %s left out", count, "document" if count == 1 else "documents", lack,
+                           "is" if count == 1 else "are")  # fmt: skip
+    cut = samples.truncated
     if cut:
         logger.warning("%d %s cut to %d tokens", cut, "text is" if cut == 1 else "texts are", max_length or longest)
     collate = Collator(_pad(found.tokenizer), sign_seed if output == "curvature" else None)
@@ -179,8 +189,9 @@ def extract(
     ----------
     model : str, path or Loaded
         A folder or hub id (of a model, or a PEFT adapter); or what :func:`load` returned.
-    data : path or Dataset
-        See :func:`open_documents`.
+    data : path or object
+        A file, a pattern such as ``dir/*.jsonl``, a folder saved by ``datasets``, or an object:
+        :func:`ooc_influence.corpus.open_documents`.
     store : path
         The store to write, or to go on with.
     text, prompt, completion, messages, label, id, keep, chat
@@ -196,8 +207,9 @@ def extract(
     options : dict, optional
         Further arguments of :func:`extract_gradients`: ``shard``, ``storage``, ``on_nonfinite``, ...
     **preparing
-        ``split`` of a folder; ``max_length`` of a row in tokens; ``tokens`` and ``batch_size``, the budget of a batch;
-        ``reduction`` of token losses, "mean" or "sum"; ``output="curvature"`` for rows with random signs
+        ``split`` of a folder; ``on_missing="skip"`` to leave out documents whose text is missing; ``max_length`` of a
+        row in tokens; ``tokens`` and ``batch_size``, the budget of a batch; ``reduction`` of token losses, "mean" or
+        "sum"; ``output="curvature"`` for rows with random signs
         (:class:`SignedLoss`; with ``like``, ``documents``, ``weights``, ``sign_seed``); and those of :func:`load`:
         ``task``, ``model_dtype``, ``adapter``, ``tokenizer``, ``revision``, ``trust_remote_code``, ``allow_pickle``.
 
@@ -283,7 +295,8 @@ def extract_shards(
         raise InputError("expected paths of the model and the data for shards; received objects: workers load them")
     place = parse_path(store)
     arguments, options = by_path(arguments), by_path(options or {})
-    source, documents = (str(Path(path).absolute()) if Path(path).exists() else str(path) for path in (model, data))
+    source = str(Path(model).absolute()) if Path(model).exists() else str(model)  # or a name on the hub
+    documents = os.path.abspath(Path(data).expanduser())  # noqa: PTH100 - of a pattern, too
     parts = (source, documents, place, options, arguments)
     return run_shards(place, partial(_extract, *parts, rows_only=True), partial(_extract, *parts), shards, progress)
 

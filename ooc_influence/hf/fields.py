@@ -19,7 +19,7 @@ class Fields:
     prompt, completion : str or None
         A pair of which only the completion's tokens are targets.
     messages : str or None
-        A chat, through the tokenizer's template; the last message's tokens are targets.
+        A chat, through the tokenizer's template; the tokens of the assistant's last reply are targets.
     label : str or None
         With ``text``: the class, for sequence classification.
     id : str or None
@@ -61,6 +61,7 @@ class Fields:
         return {name: value for name, value in asdict(self).items() if value}
 
     @property
-    def named(self) -> list[str | None]:
-        """All fields that documents must have."""
-        return [self.text, self.prompt, self.completion, self.messages, self.label, self.id, *self.keep]
+    def used(self) -> list[str]:
+        """All fields that are read, each once."""
+        named = (self.text, self.prompt, self.completion, self.messages, self.label, self.id, *self.keep)
+        return [name for name in dict.fromkeys(named) if name is not None]

@@ -2,15 +2,15 @@
 
 A document longer than the context becomes several rows. Each row but the first begins with the last token of the one
 before, as context, so every token but a document's first is a target in exactly one row. Only numbers are kept for
-every row (document, start, length, the characters it spans, a digest of the document's text); the text is read and
-tokenised again when a batch needs it.
+every row (document, start, length, the characters it spans, a digest of the document's text), on disk
+(:mod:`ooc_influence.hf.index`); the text is read and tokenised again when a batch needs it.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,11 +19,13 @@ from ooc_influence.errors import InputError
 from ooc_influence.hf.collator import IGNORED
 from ooc_influence.hf.documents import check_fields
 from ooc_influence.hf.fields import Fields
-from ooc_influence.hf.tokens import Tokeniser, Tokens
-from ooc_influence.progress import Progress
-from ooc_influence.texts import text_digest, text_of
+from ooc_influence.hf.index import RowIndex, open_index
+from ooc_influence.hf.kinds import as_kind
+from ooc_influence.hf.making import AT_ONCE, RowMaker, row_names
+from ooc_influence.hf.tokens import Tokeniser
+from ooc_influence.texts import as_text, text_digest, text_of
 
-_AT_ONCE = 512  # documents tokenised together
+_HELD = 2**22  # tokens of documents that are held for further rows of theirs
 SPANS = ("char_start", "char_stop", "text_digest")  # columns that find a row's passage in its document
 
 
@@ -41,11 +43,12 @@ class RowColumn(Sequence[Any]):
             return self[key : key + 1][0]
         rows = range(len(self))[key]
         documents = self._samples.document[rows.start : rows.stop]
-        values: list[Any] = documents.tolist() if self._field is None else self._samples.field(self._field, documents)
         if not self._piece:
-            return values
-        pieces = self._samples.piece[rows.start : rows.stop].tolist()
-        return [str(value) if number < 0 else f"{value}#{number}" for value, number in zip(values, pieces, strict=True)]
+            return documents.tolist() if self._field is None else self._samples.field(self._field, documents)
+        names = documents.tolist()
+        if self._field is not None:
+            names = [as_text(value) for value in self._samples.field(self._field, documents, kept=False)]
+        return row_names(names, self._samples.piece[rows.start : rows.stop].tolist())
 
 
 class Samples:
@@ -53,7 +56,7 @@ class Samples:
 
     Parameters
     ----------
-    documents : Dataset
+    documents : Documents
         From :func:`open_documents`.
     tokenizer : PreTrainedTokenizer
         The model's.
@@ -65,6 +68,9 @@ class Samples:
         Numbers of the classes.
     numbers : (m,) int, optional
         Documents to use; default all.
+    on_missing : {"raise", "skip"}
+        Documents whose text is missing (a field that is null or not there, a chat without a reply): stop and name the
+        first, or leave them out. An empty text is a text.
     progress : bool or None
         Show a progress line while documents are counted.
 
@@ -81,13 +87,14 @@ class Samples:
         A digest of its document's text.
     documents, max_length : int
         Documents of the file, and tokens a row may have.
-    without_target, truncated : int
-        Documents left out since they have no target, and texts to be classified that were cut.
+    without_target, truncated, missing : int
+        Documents left out since they have no target, texts to be classified that were cut, and documents left out
+        since their text is missing.
 
     Raises
     ------
     InputError
-        For fields that documents lack, values of another type, or a tokenizer without what is needed.
+        For fields that documents lack, values of another type, ids that repeat, or a tokenizer without what is needed.
     """
 
     def __init__(
@@ -99,78 +106,55 @@ class Samples:
         *,
         labels: dict[str, int] | None = None,
         numbers: npt.NDArray[np.int64] | None = None,
+        on_missing: Literal["raise", "skip"] = "raise",
         progress: bool | None = None,
     ) -> None:
         if max_length < 2:
             raise InputError(f"expected max_length >= 2; received {max_length}")
-        check_fields(documents, fields.named)
-        self._documents, self.fields = documents, fields
-        self._tokenise = Tokeniser(tokenizer, fields)
+        if on_missing not in ("raise", "skip"):
+            raise InputError(f"expected on_missing 'raise' or 'skip'; received {on_missing!r}")
+        check_fields(documents, fields.used)
+        self._documents, self.fields, self._tokenise = documents, fields, Tokeniser(tokenizer, fields)
         self.documents, self.max_length, self._labels = len(documents), max_length, labels
-        self.without_target = self.truncated = 0
-        self._tokens = lru_cache(maxsize=2 * _AT_ONCE)(self._tokenise_one)
-        self._index(np.arange(len(documents)) if numbers is None else numbers, progress)
+        maker = RowMaker(documents, self._tokenise, fields, max_length, on_missing, numbers)
+        self._index = open_index(documents, maker.settings(), tokenizer, lambda folder: maker.make(folder, progress))
+        self._held: OrderedDict[int, tuple[npt.NDArray[np.int32], int]] = OrderedDict()
+        self._held_tokens = 0
+        self._last: tuple[bytes, list[dict[str, Any]]] = (b"", [])
+        self._take(self._index)
         if not len(self):
             raise InputError("expected documents with target tokens; received none that has any")
 
-    def _index(self, numbers: npt.NDArray[np.int64], progress: bool | None) -> None:
-        rows: list[npt.NDArray[np.int64]] = []
-        with Progress("tokens", len(numbers), progress) as bar:
-            for low in range(0, len(numbers), _AT_ONCE):
-                part = numbers[low : low + _AT_ONCE].tolist()
-                records = self._records(part)
-                for number, record, tokens in zip(part, records, self._tokenise(part, records), strict=True):
-                    found = self._cut(number, len(tokens.ids), tokens.first)
-                    rows.append(
-                        np.hstack([found, self._spans(found, tokens, text_of(record, self.fields.parts) or "")])
-                    )
-                bar.advance(len(part))
-        table = np.concatenate(rows) if rows else np.empty((0, 8), np.int64)
-        (
-            self.document, self.piece, self._start, self.lengths, self.n_tokens,
-            self.char_start, self.char_stop, self.text_digest,
-        ) = (np.ascontiguousarray(column) for column in table.T)  # fmt: skip
-
-    def _records(self, numbers: list[int]) -> list[dict[str, Any]]:
-        names = list(self.fields.parts.values())
-        columns = self._documents[numbers] if numbers else {}
-        return [
-            dict(zip(names, values, strict=True)) for values in zip(*(columns[name] for name in names), strict=True)
-        ]
-
-    def _spans(self, rows: npt.NDArray[np.int64], tokens: Tokens, text: str) -> npt.NDArray[np.int64]:
-        """Return the characters from and to that each row of a document is made from, and its text's digest."""
-        found = np.empty((len(rows), 3), np.int64)
-        found[:, 2] = text_digest(text)
-        for at, (start, length) in enumerate(rows[:, 2:4].tolist()):
-            low = 0 if start == 0 else tokens.characters(start)[0]
-            high = len(text) if start + length >= len(tokens.ids) else tokens.characters(start + length - 1)[1]
-            found[at, :2] = (low, high) if min(low, high) >= 0 else (-1, -1)
-        return found
-
-    def _cut(self, number: int, length: int, first: int) -> npt.NDArray[np.int64]:
-        """Return the rows (document, piece, start, length, targets) of a document whose targets begin at ``first``."""
-        if self.fields.label is not None:
-            self.truncated += length > self.max_length
-            return np.array([[number, -1, 0, min(length, self.max_length), 1]])
-        found = []
-        for start in range(0, max(1, length - 1), self.max_length - 1):
-            stop = min(length, start + self.max_length)
-            targets = stop - max(start + 1, first)
-            if targets > 0:
-                found.append((number, start // (self.max_length - 1), start, stop - start, targets))
-        self.without_target += not found
-        rows = np.array(found, np.int64).reshape(-1, 5)
-        if length <= self.max_length:
-            rows[:, 1] = -1
-        return rows
+    def _take(self, index: RowIndex) -> None:
+        found, counts = index.columns, index.counts
+        self.document, self.piece, self._start = found["document"], found["piece"], found["start"]
+        self.lengths, self.n_tokens = found["lengths"], found["n_tokens"]
+        self.char_start, self.char_stop = found["char_start"], found["char_stop"]
+        self.text_digest = found["text_digest"]
+        self.without_target, self.truncated, self.missing = counts.without_target, counts.truncated, counts.missing
+        self._kinds = counts.kinds
 
     def __len__(self) -> int:
         return len(self.document)
 
-    def field(self, name: str, documents: npt.NDArray[np.int64]) -> list[Any]:
-        """Return a field of some documents."""
-        return list(self._documents.select(documents.tolist(), keep_in_memory=True)[name])
+    def field(self, name: str, documents: npt.NDArray[np.int64], *, kept: bool = True) -> list[Any]:
+        """Return a field of some documents, as its column has it or, if not ``kept``, as the file says."""
+        own, places = np.unique(documents, return_inverse=True)
+        if self._last[0] != own.tobytes():  # all fields of a block of rows are asked for one after the other
+            self._last = own.tobytes(), self._read(own.tolist())
+        records = self._last[1]
+        kind = self._kinds.get(name) if kept else None
+        values = [as_kind(record.get(name), kind) if kind else record.get(name) for record in records]
+        return [values[place] for place in places.tolist()]
+
+    def _read(self, documents: list[int]) -> list[dict[str, Any]]:
+        """Return what documents have beside their texts, which are long."""
+        texts = set(self.fields.parts.values()) - {self.fields.id, self.fields.label, *self.fields.keep}
+        found = []
+        for low in range(0, len(documents), AT_ONCE):
+            for record in self._documents.read(documents[low : low + AT_ONCE], self.fields.used):
+                found.append({name: value for name, value in record.items() if name not in texts})
+        return found
 
     def ids(self) -> RowColumn:
         """Return each row's name: its document's, with ``#piece`` where that has several rows."""
@@ -185,13 +169,17 @@ class Samples:
 
     def __getitem__(self, row: Any) -> dict[str, Any]:
         number, start, length = int(self.document[row]), int(self._start[row]), int(self.lengths[row])
-        ids, first = self._tokens(number)[:2]
-        piece = ids[start : start + length]
+        ids, first = self._tokens(number, int(self.text_digest[row]), start + length)
+        piece = ids[start : start + length].tolist()
         found: dict[str, Any] = {"row": int(row), "input_ids": piece}
         if self.fields.label is not None:
-            return found | {"labels": self._label(self._documents[number][self.fields.label])}
+            return found | {"labels": self._label(self._label_value(number, self.fields.label))}
         unseen = max(1, first - start)  # the first token has nothing to be predicted from
         return found | {"labels": [IGNORED] * min(unseen, length) + piece[unseen:]}
+
+    def _label_value(self, number: int, field: str) -> Any:
+        value = self._documents.read([number], self.fields.used)[0].get(field)
+        return value if value is None or not self._documents.textual else as_kind(value, self._kinds[field])
 
     def _label(self, value: Any) -> int:
         if isinstance(value, str):
@@ -202,6 +190,21 @@ class Samples:
             raise InputError(f"expected a label as a whole number or text; received {value!r}")
         return value
 
-    def _tokenise_one(self, number: int) -> Tokens:
-        found = self._tokenise([number], self._records([number]))[0]
-        return found._replace(spans=())  # many are held, and these were for the index
+    def _tokens(self, number: int, digest: int, least: int) -> tuple[npt.NDArray[np.int32], int]:
+        """Return a document's tokens and the first target, checked against what its rows were made from."""
+        if number in self._held:
+            self._held.move_to_end(number)
+            return self._held[number]
+        record = self._documents.read([number], self.fields.used)[0]
+        text = text_of(record, self.fields.parts) or ""
+        tokens = None if text_digest(text) != digest else self._tokenise([(number, record)])[0]
+        if tokens is None or len(tokens.ids) < least:
+            raise InputError(
+                f"expected document {number} of {self._documents.name} to be as it was when its rows were counted; "
+                "received another text or other tokens: leave the file as it is, and run again"
+            )
+        self._held[number] = np.array(tokens.ids, np.int32), tokens.first
+        self._held_tokens += len(tokens.ids)
+        while len(self._held) > 1 and self._held_tokens > _HELD:
+            self._held_tokens -= len(self._held.popitem(last=False)[1][0])
+        return self._held[number]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from ooc_influence.errors import InputError
+from ooc_influence.hf.chats import Chats
 from ooc_influence.hf.fields import Fields
 from ooc_influence.texts import BETWEEN
 
@@ -50,19 +52,36 @@ class Tokeniser:
 
     def __init__(self, tokenizer: Any, fields: Fields) -> None:
         self._tokenizer, self._fields = tokenizer, fields
+        self._chats = Chats(tokenizer)
 
-    def __call__(self, numbers: list[int], records: list[dict[str, Any]]) -> list[Tokens]:
-        """Return each document's tokens."""
+    def lacking(self, record: dict[str, Any]) -> str | None:
+        """Return in words which text a document lacks: a field that is missing or null, or a chat's reply."""
+        for name in self._fields.parts.values():
+            if record.get(name) is None:
+                return f"{'null in' if name in record else 'no'} field {name!r}"
+        messages = self._fields.messages
+        return None if messages is None else self._chats.lacking(record[messages])
+
+    def __call__(self, documents: Sequence[tuple[int, dict[str, Any]]]) -> list[Tokens]:
+        """Return the tokens of documents, numbers and records, that lack nothing.
+
+        Raises
+        ------
+        InputError
+            Naming the document whose text is no text, or whose chat the template does not take.
+        """
         parts = self._fields.parts
         if "messages" in parts:
-            return [self._chat(record[parts["messages"]]) for record in records]
+            return [Tokens(*self._chats.tokens(number, record[parts["messages"]])) for number, record in documents]
+        for number, record in documents:
+            for name in parts.values():
+                _check_text(number, name, record[name])
         if "prompt" in parts:
-            return [self._pair(str(record[parts["prompt"]]), str(record[parts["completion"]])) for record in records]
-        texts = [record[parts["text"]] for record in records]
-        for number, text in zip(numbers, texts, strict=True):
-            if not isinstance(text, str):
-                kind = type(text).__name__
-                raise InputError(f"expected text in field {parts['text']!r} of document {number}; received {kind}")
+            return [self._pair(number, record[parts["prompt"]], record[parts["completion"]])
+                    for number, record in documents]  # fmt: skip
+        return self._texts([record[parts["text"]] for _, record in documents])
+
+    def _texts(self, texts: list[str]) -> list[Tokens]:
         if not texts:
             return []
         found = self._tokenizer(texts, add_special_tokens=True, truncation=False, verbose=False)
@@ -72,10 +91,10 @@ class Tokeniser:
             for ids, encoding in zip(found["input_ids"], encodings, strict=True)
         ]
 
-    def _pair(self, prompt: str, completion: str) -> Tokens:
+    def _pair(self, number: int, prompt: str, completion: str) -> Tokens:
         if self._fields.chat:
             turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-            return self._chat(turns)
+            return Tokens(*self._chats.tokens(number, turns))
         encoded = [self._tokenizer(prompt, add_special_tokens=True, verbose=False)]
         encoded.append(self._tokenizer(completion, add_special_tokens=False, verbose=False))
         before, after = (found["input_ids"] for found in encoded)
@@ -86,22 +105,16 @@ class Tokeniser:
         spans = (first, 0, 0), (second, len(before), len(prompt) + len(BETWEEN))
         return Tokens([*before, *after, *([] if eos is None else [eos])], len(before), spans)
 
-    def _chat(self, messages: Any) -> Tokens:
-        if getattr(self._tokenizer, "chat_template", None) is None:
-            raise InputError("expected a tokenizer with a chat template; received one without: use prompt/completion")
-        turns = [dict(message) for message in messages]
-        if not turns:
-            return Tokens([], 0)
-        whole, before = (
-            self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-            for text in (
-                self._tokenizer.apply_chat_template(turns, tokenize=False),
-                self._tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True),
-            )
+
+def _check_text(number: int, name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise InputError(
+            f"expected text in field {name!r} of document {number}; received {type(value).__name__}: write it as text"
         )
-        if whole[: len(before)] != before:
-            raise InputError(
-                "expected a chat template that keeps earlier turns when one is added; received one that changes them: "
-                "write prompt and completion yourself"
-            )
-        return Tokens(whole, len(before))
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"expected Unicode text in field {name!r} of document {number}; received half a surrogate pair, "
+            f"character {error.start}: repair the text"
+        ) from error

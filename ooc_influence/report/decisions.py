@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ooc_influence.corpus import open_records
 from ooc_influence.errors import InputError, MismatchError
-from ooc_influence.report.records import open_records
 from ooc_influence.store import GradientStore
 
 _ACTIONS = ("drop", "relabel")

@@ -18,11 +18,12 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from ooc_influence.corpus import open_records
 from ooc_influence.errors import InputError, MismatchError, OocInfluenceWarning
 from ooc_influence.report.images import ImageFolder, open_images
-from ooc_influence.report.records import Key, Spool, open_records
+from ooc_influence.report.records import Key, Spool
 from ooc_influence.store import GradientStore
-from ooc_influence.texts import USUAL, text_digest, text_of
+from ooc_influence.texts import USUAL, as_text, text_digest, text_of
 
 TEXT_LIMIT = 4000  # characters of an example in a page
 _AT_ONCE = 8192  # rows whose records are looked for
@@ -38,7 +39,7 @@ class Corpus:
     Attributes
     ----------
     path : str or Path, optional
-        JSON lines, CSV, TSV, Parquet or a folder saved by ``datasets``; see :mod:`.records`.
+        As for :func:`ooc_influence.corpus.open_documents`.
     text : str, optional
         The field with the text. Default: the fields that the store was extracted from, or ``text``, or ``prompt`` and
         ``completion``, or ``messages``, or the whole record.
@@ -103,7 +104,7 @@ class Examples:
         self._id_field = field
         every = field is None and len(rows) == self.store.n  # then numbers alone, 8 bytes a record
         wanted: Collection[Key] = range(2**62) if every else {key for keys in self._keys(rows) for key in keys}
-        spool = Spool.fill(path, wanted, field, self._corpus.split, as_extracted=self._by_document)
+        spool = Spool.fill(path, wanted, field, self._corpus.split)
         expected, what = (self.store.n, "rows") if by_row else (self._origin.get("documents"), "documents")
         if field is None and expected is not None and spool.count != expected:
             spool.close()
@@ -218,7 +219,7 @@ def _first(own: dict[str, Any], record: dict[str, Any], field: str | None, names
     for values in (own, record):
         for name in names:
             if values.get(name) is not None:
-                return str(values[name])
+                return as_text(values[name])
     return None
 
 
@@ -233,7 +234,7 @@ def _shown(record: dict[str, Any], field: str | None, extracted: str | None) -> 
     if field is not None:
         if field not in record:
             raise InputError(f"expected a field {field!r} (--text); received records with {', '.join(record)}")
-        return str(record[field])
+        return as_text(record[field])
     usual = (text_of(record, fields) for fields in USUAL)
     found = extracted if extracted is not None else next((text for text in usual if text is not None), None)
     return json.dumps(record, ensure_ascii=False, indent=1) if found is None else found
