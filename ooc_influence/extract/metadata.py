@@ -10,8 +10,10 @@ import numpy as np
 from torch import Tensor
 
 from ooc_influence.errors import InputError
+from ooc_influence.repeats import Repeats
 from ooc_influence.store import column_dtype
 
+_AT_ONCE = 2**14  # values looked at together
 RowSource = Sequence[Any] | np.ndarray[Any, Any] | Callable[[Any], Sequence[Any]]
 
 
@@ -51,7 +53,7 @@ class RowMetadata:
                 )
 
     def check_ids(self) -> None:
-        """Check that ids given as a sequence do not repeat.
+        """Check that ids given as a sequence do not repeat, as texts; the memory is that of a part of them.
 
         Raises
         ------
@@ -61,15 +63,19 @@ class RowMetadata:
         source = self.sources.get("example_id")
         if source is None or callable(source) or not hasattr(source, "__len__"):
             return  # taken, or refused, batch by batch
-        seen = set()
-        for value in (v for low in range(0, len(source), 1024) for v in _plain(source[low : low + 1024])):
-            if not isinstance(value, (str, int, np.integer)):
-                return  # not ids at all, which is said where their type is looked at
-            if value in seen:
-                raise InputError(
-                    f"expected ids that do not repeat; received {value!r} twice: give every sample its own"
-                )
-            seen.add(value)
+        if getattr(source, "distinct", False):
+            return  # they were looked at when they were made
+        with Repeats() as repeats:
+            for low in range(0, len(source), _AT_ONCE):
+                values = _listed(source[low : low + _AT_ONCE])
+                if not all(isinstance(value, (str, int, np.integer)) for value in values):
+                    return  # not ids at all, which is said where their type is looked at
+                repeats.add([str(value) for value in values])
+            pair = repeats.find(lambda numbers: [str(_at(source, number)) for number in numbers.tolist()])
+        if pair is not None:
+            one, other = (_at(source, number) for number in pair)
+            received = f"{one!r} twice" if one == other else f"{one!r} and {other!r}, which are the same as text"
+            raise InputError(f"expected ids that do not repeat; received {received}: give every sample its own")
 
     def take(self, batch: Any, first: int, count: int) -> dict[str, list[Any]]:
         """Return the values of a batch's ``count`` rows, by array path; ``first`` is its first sample's number.
@@ -94,7 +100,7 @@ class RowMetadata:
             known = isinstance(source, (list, tuple, np.ndarray, Tensor))
             values = _plain(source) if known else taken[name]  # of a function or a lookup, this batch's
             try:
-                found[name] = column_dtype(values)
+                found[name] = _dtype(values)
             except InputError as error:
                 raise InputError(f"{error} (in {name})") from error
         if found.get("example_id", "str") not in ("str", "int64"):
@@ -102,14 +108,30 @@ class RowMetadata:
         return found
 
 
+def _dtype(values: Any) -> str:
+    """Return the stored dtype of values: of a long list from its parts, since an array of all may be much larger."""
+    if isinstance(values, np.ndarray) or len(values) <= _AT_ONCE:
+        return column_dtype(values)
+    kinds = {column_dtype(values[low : low + _AT_ONCE]) for low in range(0, len(values), _AT_ONCE)}
+    return next(kind for kind in ("str", "float64", "int64", "bool") if kind in kinds)
+
+
 def _plain(values: Any) -> Any:
     return values.cpu().numpy() if isinstance(values, Tensor) else values
 
 
+def _listed(values: Any) -> list[Any]:
+    plain = _plain(values)
+    return plain.tolist() if isinstance(plain, np.ndarray) else list(plain)
+
+
+def _at(source: Any, number: int) -> Any:
+    return _listed(source[number : number + 1])[0]
+
+
 def _take(source: RowSource, name: str, batch: Any, first: int, count: int) -> list[Any]:
     try:
-        values = _plain(source(batch) if callable(source) else source[first : first + count])
-        found: list[Any] = values.tolist() if isinstance(values, np.ndarray) else list(values)
+        found = _listed(source(batch) if callable(source) else source[first : first + count])
     except (TypeError, KeyError, IndexError) as error:
         raise InputError(
             f"expected {name} as a sequence with one value a sample, or a function of the batch that returns one; "

@@ -30,10 +30,17 @@ SPANS = ("char_start", "char_stop", "text_digest")  # columns that find a row's 
 
 
 class RowColumn(Sequence[Any]):
-    """A value for each row, looked up by number when it is asked for."""
+    """A value for each row, looked up by number when it is asked for.
+
+    Attributes
+    ----------
+    distinct : bool
+        Whether no value is there twice, which was checked when the rows were made.
+    """
 
     def __init__(self, samples: Samples, field: str | None, *, piece: bool = False) -> None:
         self._samples, self._field, self._piece = samples, field, piece
+        self.distinct = piece
 
     def __len__(self) -> int:
         return len(self._samples)
