@@ -280,3 +280,14 @@ def test_committing_does_not_read_old_records_again(tmp_path, monkeypatch):
     assert len(opened) <= 20  # at most the file being written
     store.close()
     assert GradientStore.open(store.path).n == 40
+
+
+def test_a_path_may_begin_with_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    made = write_store("~/s.zarr", random_rows(8, 4))
+    assert made.path == tmp_path / "s.zarr"
+    assert GradientStore.open("file://~/s.zarr").n == 8
+    with pytest.raises(InputError, match="whose home folder is unknown"):
+        GradientStore.open("~nobody-of-this-name/s.zarr")
+    monkeypatch.chdir(tmp_path)
+    assert write_store("./~", random_rows(8, 4)).path == tmp_path / "~"

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from ooc_influence.errors import InputError, refused
 from ooc_influence.notebook import optional_library
+from ooc_influence.store import expand_home
 
 logger = logging.getLogger("ooc_influence")
 KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
@@ -46,17 +47,15 @@ class Source(NamedTuple):
 
 
 def local_path(data: str | os.PathLike[str]) -> Path:
-    """Return a path with ``~`` as the home folder.
+    """Return a path, with ``~`` as the home folder where nothing has that very name.
 
     Raises
     ------
     InputError
         If there is no such user.
     """
-    try:
-        return Path(data).expanduser()
-    except RuntimeError as error:
-        raise InputError(f"expected a path; received {os.fspath(data)!r}, whose home folder is unknown") from error
+    path = Path(data)
+    return path if path.exists() else expand_home(data)
 
 
 def is_pattern(path: Path) -> bool:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ooc_influence.compress import DEFAULT_REDUCED, DEFAULT_WIDE, Compressor, Dropout, Eigenbasis
+from ooc_influence.corpus import local_path
 from ooc_influence.errors import InputError, StoreNotFoundError
 from ooc_influence.extract import BudgetBatches, extract_gradients, init_store
 from ooc_influence.extract.plan import parse_device
@@ -296,7 +297,7 @@ def extract_shards(
     place = parse_path(store)
     arguments, options = by_path(arguments), by_path(options or {})
     source = str(Path(model).absolute()) if Path(model).exists() else str(model)  # or a name on the hub
-    documents = os.path.abspath(Path(data).expanduser())  # noqa: PTH100 - of a pattern, too
+    documents = os.path.abspath(local_path(data))  # noqa: PTH100 - of a pattern, too
     parts = (source, documents, place, options, arguments)
     return run_shards(place, partial(_extract, *parts, rows_only=True), partial(_extract, *parts), shards, progress)
 

@@ -24,6 +24,7 @@ from ooc_influence.store.place import (
     StorePath,
     array_store,
     exists,
+    expand_home,
     is_file,
     is_local,
     names,
@@ -54,11 +55,11 @@ from ooc_influence.store.verify import Damage
 from ooc_influence.store.writer import RangeWriter, missing_spans, writing_bytes
 
 __all__ = [
-    "CHUNK_TARGET", "Block", "ChunkCache", "Claim", "Damage", "GaussianReduction", "GeneratedReduction",
+    "Block", "CHUNK_TARGET", "ChunkCache", "Claim", "Damage", "GaussianReduction", "GeneratedReduction",
     "GradientStore", "LayerShape", "LograReduction", "Mask", "ModuleMask", "NewFolder", "PathLike", "PilotMoments",
     "RademacherReduction", "RangeWriter", "RawBlock", "Reduction", "Representation", "SjltReduction", "Storage",
-    "StorePath", "StoredReduction", "array_store", "check_finite", "column_dtype", "columns_digest",
-    "compact_store", "copy_marks", "create_array", "create_like", "exists", "find_array", "is_file", "is_local",
+    "StorePath", "StoredReduction", "array_store", "check_finite", "column_dtype", "columns_digest", "compact_store",
+    "copy_marks", "create_array", "create_like", "exists", "expand_home", "find_array", "is_file", "is_local",
     "kept_at", "make_claim", "mark_dropped", "merge_stores", "missing_spans", "names", "open_group", "parse_numbers",
     "parse_path", "parse_representation", "read_array", "read_blocks", "read_bytes", "read_into", "read_part",
     "read_raw_blocks", "remove_empty", "remove_partial_files", "remove_tree", "square_chunks", "tree_bytes",

@@ -29,12 +29,12 @@ ArrayStore = LocalArrayStore | RemoteArrayStore
 
 
 def parse_path(path: PathLike) -> StorePath:
-    """Return a place: an absolute local path, or the path behind a URL.
+    """Return a place: an absolute local path, ``~`` as the home folder, or the path behind a URL.
 
     Raises
     ------
     InputError
-        For a URL whose protocol fsspec does not know.
+        For a URL whose protocol fsspec does not know, or ``~`` of a user who has no home folder.
     MissingExtraError
         For one whose package is not installed.
     """
@@ -44,10 +44,10 @@ def parse_path(path: PathLike) -> StorePath:
         return path
     text = os.fspath(path)
     if "://" not in text:
-        return Path(text).absolute()  # tasks may run after the working directory changed
+        return expand_home(text).absolute()  # tasks may run after the working directory changed
     protocol = text.partition("://")[0]
     if protocol in ("file", "local"):
-        return Path(text.partition("://")[2]).absolute()
+        return expand_home(text.partition("://")[2]).absolute()
     try:
         found = UPath(text)
         _ = found.fs
@@ -59,6 +59,21 @@ def parse_path(path: PathLike) -> StorePath:
     except ValueError as error:
         raise InputError(f"expected a local path or an fsspec URL; received {text!r} ({error})") from error
     return found
+
+
+def expand_home(path: str | os.PathLike[str]) -> Path:
+    """Return a local path whose leading ``~`` or ``~user`` is that home folder, as a shell has it; ``./~`` is none.
+
+    Raises
+    ------
+    InputError
+        If there is no such user.
+    """
+    text = os.fspath(path)
+    try:
+        return Path(text).expanduser() if text.startswith("~") else Path(text)
+    except RuntimeError as error:
+        raise InputError(f"expected a path; received {text!r}, whose home folder is unknown") from error
 
 
 def is_local(path: StorePath) -> TypeGuard[Path]:
