@@ -16,8 +16,9 @@ import pytest
 from test_hf import SMALL, make_model, make_tokenizer, own_cache, pytestmark, samples, write
 
 from ooc_influence import GradientStore, hf
-from ooc_influence.corpus import open_records
+from ooc_influence.corpus import Documents, open_records
 from ooc_influence.errors import InputError, MissingExtraError
+from ooc_influence.memory import PeakMemory
 from ooc_influence.report import Corpus, write_report
 
 datasets = pytest.importorskip("datasets")
@@ -393,6 +394,31 @@ def test_nothing_is_left_of_what_is_kept_for_one_process(tmp_path, monkeypatch):
     with pytest.raises(InputError):
         samples(tmp_path, hf.Fields(text="text"), [{"text": "w1 w2"}, {"text": None}])
     assert not list((tmp_path / "temporary").iterdir())
+
+
+class Made(Documents):
+    """Documents made when they are asked for."""
+
+    def __init__(self, n):
+        super().__init__("documents", ["text", "id"])
+        self.n = n
+
+    def __len__(self):
+        return self.n
+
+    def read(self, numbers, fields):
+        return [{"text": f"w{number % 40} w2", "id": f"document {number}"} for number in numbers]
+
+
+def test_memory_does_not_grow_with_documents():
+    def peak(n):
+        with PeakMemory(interval=0.001) as watch:
+            found = hf.Samples(Made(n), make_tokenizer(), hf.Fields(text="text", id="id"), 16)
+            assert found.lengths.sum() == 2 * n
+        return watch.peak - watch.start
+
+    peak(3000)  # buffers and caches
+    assert peak(40000) < peak(3000) + 5 * 2**20 < 330 * 40000
 
 
 def test_a_large_file_is_read_by_where_documents_begin(tmp_path, monkeypatch):

@@ -96,8 +96,8 @@ def _source(path: Path) -> Source:
 
 
 @contextlib.contextmanager
-def opened(source: Source) -> Iterator[Any]:
-    """Open a file to read its unpacked bytes.
+def opened(source: Source, buffer: int = 2**18) -> Iterator[Any]:
+    """Open a file to read its unpacked bytes, ``buffer`` at a time.
 
     Raises
     ------
@@ -115,7 +115,7 @@ def opened(source: Source) -> Iterator[Any]:
             inner = gzip.GzipFile(source.path, "rb") if source.packed else io.FileIO(source.path)
     except OSError as error:
         raise InputError(refused(f"to read {source.path}", error)) from error
-    with inner, io.BufferedReader(_Checked(inner, source), 2**18) as file:
+    with inner, io.BufferedReader(_Checked(inner, source), buffer) as file:
         yield file
 
 

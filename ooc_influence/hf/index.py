@@ -6,6 +6,7 @@ there; that the text is still the one they were made from is seen by its digest 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from ooc_influence.corpus import KeptFolder, kept_folder
 from ooc_influence.scratch import ArrayFile, map_array
 
 COLUMNS = ("document", "piece", "start", "lengths", "n_tokens", "char_start", "char_stop", "text_digest")
+_CODE = ("chats", "fields", "index", "kinds", "making", "tokens")
 _WORTH_KEEPING = 4096  # documents; the rows of fewer are made in a second or two
 
 Numbers = npt.NDArray[np.int64]
@@ -103,10 +105,17 @@ def open_index(documents: Any, settings: dict[str, Any], tokenizer: Any, make: C
     """
     key = None
     if documents.fingerprint is not None and len(documents) >= _WORTH_KEEPING:
-        libraries = {name: version(name) for name in ("ooc_influence", "transformers", "tokenizers")}
-        key = {"documents": documents.fingerprint, "settings": settings, "libraries": libraries}
-        key["tokenizer"] = tokenizer_digest(tokenizer)
+        libraries = {name: version(name) for name in ("transformers", "tokenizers")}
+        key = {"documents": documents.fingerprint, "settings": settings, "libraries": libraries, "code": _code_digest(),
+               "tokenizer": tokenizer_digest(tokenizer)}  # fmt: skip
     return RowIndex(kept_folder("rows", key, make))
+
+
+@functools.cache
+def _code_digest() -> str:
+    """Return a digest of the modules that decide what rows are: other versions of them make other rows."""
+    files = (Path(__file__).with_name(f"{name}.py") for name in _CODE)
+    return hashlib.blake2b(b"".join(file.read_bytes() for file in files), digest_size=16).hexdigest()
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

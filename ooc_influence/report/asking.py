@@ -141,11 +141,10 @@ class HuggingFaceModel(Model):
         record: dict[str, Any] = {name: values[name] for name in self.fields}
         if record.get("label", "").isdigit():
             record["label"] = int(record["label"])
-        documents = optional_library("datasets", "typed queries").Dataset.from_list([record])
         named: dict[str, Any] = {name: name for name in self.fields}
         kind = str(train.attrs.get("loss_kind"))
         return extract(
-            self._loaded, documents, out, like=train, chat=self._form == "chat",
+            self._loaded, [record], out, like=train, chat=self._form == "chat",
             reduction="sum" if kind.endswith("_sum") else "mean", options={"check_gradients": self._check_once()},
             **named,
         )  # fmt: skip

@@ -55,7 +55,7 @@ from ooc_influence.store.verify import Damage
 from ooc_influence.store.writer import RangeWriter, missing_spans, writing_bytes
 
 __all__ = [
-    "Block", "CHUNK_TARGET", "ChunkCache", "Claim", "Damage", "GaussianReduction", "GeneratedReduction",
+    "CHUNK_TARGET", "Block", "ChunkCache", "Claim", "Damage", "GaussianReduction", "GeneratedReduction",
     "GradientStore", "LayerShape", "LograReduction", "Mask", "ModuleMask", "NewFolder", "PathLike", "PilotMoments",
     "RademacherReduction", "RangeWriter", "RawBlock", "Reduction", "Representation", "SjltReduction", "Storage",
     "StorePath", "StoredReduction", "array_store", "check_finite", "column_dtype", "columns_digest", "compact_store",
