@@ -17,7 +17,8 @@ from torch import nn
 
 from ooc_influence import Dropout, extract_gradients, token_cross_entropy
 from ooc_influence.errors import UnsupportedModelError
-from ooc_influence.extract.layers import model_fingerprint, named_layers
+from ooc_influence.extract.fingerprint import model_fingerprint
+from ooc_influence.extract.layers import named_layers
 from ooc_influence.extract.selection import select_layers
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -194,7 +194,7 @@ class _Job:
                 f"expected rows with the mask of {train.path}, wide or of the basis it was rotated from; received "
                 f"{source.path}, which has another: extract it with like= (--like) the wide train store"
             )
-        if (source.attrs.get("model") or {}).get("fingerprint") != (train.attrs.get("model") or {}).get("fingerprint"):
+        if source.model_fingerprint != train.model_fingerprint:
             raise MismatchError(
                 f"expected gradients of the model that {train.path} was made with; received {source.path}, made with "
                 "another: extract it with that model"

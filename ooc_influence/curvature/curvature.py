@@ -219,8 +219,7 @@ class Curvature(ABC):
                 f"expected a curvature fitted under the mask (and basis) of {train.path}; received {self.path}, fitted "
                 "under another: run fit_curvature or 'ooc-influence fisher' on this store"
             )
-        model = train.attrs.get("model", {}).get("fingerprint")
-        if self._attrs["model"] != model:
+        if self._attrs["model"] != train.model_fingerprint:
             raise MismatchError(
                 f"expected a curvature of the model that {train.path} was made with; received {self.path}, of another "
                 "model: run fit_curvature or 'ooc-influence fisher' on a store of this model"

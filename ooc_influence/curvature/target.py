@@ -33,7 +33,7 @@ def fit_attributes(chosen: ChosenRows, rows: int, trace: float) -> dict[str, Any
     store = chosen.store
     return {
         "mask_digest": store.columns_digest,
-        "model": store.attrs.get("model", {}).get("fingerprint"),
+        "model": store.model_fingerprint,
         "store_id": store.identity,
         "store_rows": store.n,
         "rows_digest": chosen.rows_digest,

@@ -6,14 +6,10 @@ it merely inherits from its class.
 
 from __future__ import annotations
 
-import hashlib
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-import numpy as np
-import torch
 from torch import nn
 
 from ooc_influence.errors import MismatchError, OocInfluenceWarning
@@ -21,7 +17,6 @@ from ooc_influence.extract.entries import KINDS, BiasEntries, Entries, FuncEntri
 from ooc_influence.store import LayerShape
 
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # compile, FSDP, checkpointing
-_SAMPLED_ENTRIES = 64  # of each tensor, in a model's fingerprint
 _PARALLEL = ("DistributedDataParallel", "DataParallel")  # hold the model as "module"
 
 
@@ -187,23 +182,3 @@ def warn_if_training(model: nn.Module) -> None:
             OocInfluenceWarning,
             stacklevel=3,
         )
-
-
-def model_fingerprint(model: nn.Module) -> str:
-    """Return a digest of the model: names, shapes, dtypes and a seeded sample of every tensor's entries."""
-    digest = hashlib.sha256()
-    generator = np.random.Generator(np.random.PCG64(0))
-    for name, tensor in sorted(_tensors(model)):
-        digest.update(repr((name, tuple(tensor.shape), str(tensor.dtype))).encode())
-        if tensor.numel() and not tensor.is_meta:
-            places = torch.from_numpy(generator.integers(0, tensor.numel(), _SAMPLED_ENTRIES))
-            whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # sharded over processes
-            values: Any = whole.detach().reshape(-1)[places.to(whole.device)].cpu()
-            digest.update(values.to(torch.float64).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _tensors(model: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
-    for name, tensor in model.state_dict().items():
-        if isinstance(tensor, torch.Tensor):
-            yield clean_name(model, name), tensor

@@ -13,7 +13,8 @@ import torch
 
 from ooc_influence.compress import Compressor, Dropout, LoGra, Whole
 from ooc_influence.errors import InputError, MismatchError, OocInfluenceWarning, StoreNotFoundError
-from ooc_influence.extract.layers import find_uses, model_fingerprint
+from ooc_influence.extract.fingerprint import fingerprint_as, short_fingerprint
+from ooc_influence.extract.layers import find_uses
 from ooc_influence.extract.metric import AdamMetric
 from ooc_influence.extract.selection import Adjustments, ModuleSelection, select_layers
 from ooc_influence.extract.tapping import parameter_sequence
@@ -167,7 +168,7 @@ def make_plan(model: torch.nn.Module, settings: Settings, path: PathLike, pilot:
     if kind is not None and not isinstance(kind, str):
         raise InputError(f"expected loss_kind as a string; received {type(kind).__name__}")
     attributes: dict[str, Any] = {
-        "model": {"fingerprint": model_fingerprint(model), "class": type(model).__name__},
+        "model": {"fingerprint": _fingerprint(model, settings.like, path), "class": type(model).__name__},
         "loss_kind": kind,
         "origin": _parse_origin(settings.origin),
     }
@@ -202,6 +203,15 @@ def make_plan(model: torch.nn.Module, settings: Settings, path: PathLike, pilot:
             "init_store, or sampling='uniform' without reduce"
         )
     return pilot(plan, chosen, layers, settings.metric)
+
+
+def _fingerprint(model: torch.nn.Module, like: GradientStore | PathLike | None, path: PathLike) -> str:
+    """Return the model's fingerprint, in the form of the store that it will be compared with."""
+    try:
+        store = like if isinstance(like, GradientStore) else GradientStore.open(path if like is None else like)
+    except StoreNotFoundError:
+        return fingerprint_as(model, None)
+    return fingerprint_as(model, store.model_fingerprint)
 
 
 def _parse_origin(origin: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -288,14 +298,14 @@ def _same_model(store: GradientStore, model: dict[str, Any], check: bool) -> dic
     MismatchError
         If it is another, and that was not allowed.
     """
-    expected = store.attrs.get("model") or {}
-    if expected.get("fingerprint") == model["fingerprint"]:
+    if store.model_fingerprint == model["fingerprint"]:
         return model
     if check:
         raise MismatchError(
             f"expected the model that {store.path} was made with, model fingerprint "
-            f"{_short(expected.get('fingerprint'))}; received {_short(model['fingerprint'])} (names, shapes or values "
-            "of its tensors differ): load the same checkpoint, or allow another with check_model=False (--other-model)"
+            f"{short_fingerprint(store.model_fingerprint)}; received {short_fingerprint(model['fingerprint'])} (names, "
+            "shapes or values of its tensors differ): load the same checkpoint, or allow another with "
+            "check_model=False (--other-model)"
         )
     warnings.warn(
         f"the model is not the one that {store.path} was made with; its rows are taken as comparable because "
@@ -303,6 +313,8 @@ def _same_model(store: GradientStore, model: dict[str, Any], check: bool) -> dic
         OocInfluenceWarning,
         stacklevel=4,
     )
+    recorded = store.attrs.get("model")
+    expected: dict[str, Any] = dict(recorded) if isinstance(recorded, Mapping) else {"fingerprint": recorded}
     return {**expected, "other": [*expected.get("other", []), model["fingerprint"]]}
 
 
@@ -335,7 +347,7 @@ def open_existing(path: PathLike, plan: Plan) -> GradientStore | None:
                 f"expected the {what} of the store at {path} ({one}); received {other}: extract to another path, or "
                 "remove the store"
             )
-    if (attrs.get("model") or {}).get("fingerprint") != plan.model["fingerprint"]:
+    if store.model_fingerprint != plan.model["fingerprint"]:
         store.record(model=_same_model(store, plan.model, plan.check_model))
     return store
 

@@ -138,8 +138,7 @@ def _check_comparable(query: GradientStore, train: GradientStore) -> None:
             f"expected a query store with the mask (and basis) of {train.path}; received {query.path}, which has "
             "another: extract the queries with like= (--like) the train store"
         )
-    models = [store.attrs.get("model", {}).get("fingerprint") for store in (query, train)]
-    if models[0] != models[1]:
+    if query.model_fingerprint != train.model_fingerprint:
         raise MismatchError(
             f"expected query and train gradients of one model; received {query.path} and {train.path}, made with "
             "two: extract the queries with the model of the train store"

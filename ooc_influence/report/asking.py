@@ -54,14 +54,15 @@ class Model(ABC):
         MismatchError
             If it was not.
         """
-        from ooc_influence.extract.layers import model_fingerprint
+        from ooc_influence.extract.fingerprint import fingerprint_as, short_fingerprint
 
-        expected, received = (train.attrs.get("model") or {}).get("fingerprint"), model_fingerprint(self.module)
+        expected = train.model_fingerprint
+        received = fingerprint_as(self.module, expected)
         if expected != received:
             raise MismatchError(
-                f"expected the model that {train.path} was made with, fingerprint {str(expected or 'none')[:12]}; "
-                f"received {self.name}, {received[:12]}: name the model that extract was given (with its --adapter, "
-                "--revision, --model-dtype), or leave it out to serve the pages alone"
+                f"expected the model that {train.path} was made with, fingerprint {short_fingerprint(expected)}; "
+                f"received {self.name}, {short_fingerprint(received)}: name the model that extract was given (with "
+                "its --adapter, --revision, --model-dtype), or leave it out to serve the pages alone"
             )
 
     def _check_once(self) -> bool:

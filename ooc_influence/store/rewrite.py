@@ -96,7 +96,7 @@ def _check_alike(first: GradientStore, other: GradientStore) -> None:
         return {
             "mask digest": store.mask_digest,
             "reduction": store.columns_digest,
-            "model": (store.attrs.get("model") or {}).get("fingerprint"),
+            "model": store.model_fingerprint,
             "loss_kind": store.attrs.get("loss_kind"),
             "dtype": layout.dtype,
             "block": layout.block,

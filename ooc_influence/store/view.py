@@ -181,6 +181,13 @@ class StoreView:
         return self._attrs
 
     @property
+    def model_fingerprint(self) -> str | None:
+        """What was recorded to tell the model from others; None where nothing was."""
+        model = self._attrs.get("model")
+        found = model.get("fingerprint") if isinstance(model, Mapping) else model
+        return None if found is None else str(found)
+
+    @property
     def mask_digest(self) -> str:
         """Digest of the mask."""
         return str(self._attrs["mask_digest"])
