@@ -87,6 +87,7 @@ class Separation:
         """
         use = self._uses[number]
         if use.kind.whole_call:
+            x = x._replace(samples=b)
             if not use.kind.batched(use.module, x, delta, b):
                 raise self._refusal(number, x, b)
             return x, delta
@@ -107,7 +108,7 @@ class Separation:
         return candidates(self._uses[number], x, b, time_major=number in self._time_major)
 
     def _refusal(self, number: int, x: Any, b: int) -> UnseparatedError:
-        shape = tuple(x.shape) if isinstance(x, Tensor) else "other than that"
+        shape = tuple(x.shape) if isinstance(x, Tensor) else x.told()
         return UnseparatedError(
             f"expected layer {self._uses[number].name!r} to see a batch of {b} samples on axis 0; received an input of "
             f"shape {shape}: leave the layer out with modules=, keep the batch on axis 0, or use batches of one sample"
@@ -168,9 +169,12 @@ class Probe:
 
         def receive(number: int, x: Any, delta: Any) -> None:
             if isinstance(delta, list):
-                parts = [part for part in delta if part is not None and part.dim() and len(part) == self._b]
-                if any(outside(part, sample, self._b, "samples") for part in parts):
-                    self._mixed.append((number, sample))
+                use, call = self._separation._uses[number], x._replace(samples=self._b)
+                if use.kind.batched(use.module, call, delta, self._b):
+                    reached = use.kind.reached(use.module, call, delta, self._b)
+                    reached[sample] = False
+                    if bool(reached.any()):
+                        self._mixed.append((number, sample))
                 return
             key = (number, x.dim())
             found = self._viable.get(key)

@@ -19,7 +19,7 @@ from ooc_influence.errors import InputError, UnsupportedModelError
 from ooc_influence.extract.batching import batch_size
 from ooc_influence.extract.check import Disagreement, GradientCheck, LayersDisagreeError, Receiver
 from ooc_influence.extract.device import out_of_memory
-from ooc_influence.extract.entries import float_leaves
+from ooc_influence.extract.entries import Call, float_leaves
 from ooc_influence.extract.entries.embedding import EmbeddingEntries
 from ooc_influence.extract.layers import Use
 from ooc_influence.extract.samples import differentiate_samples, explained, random_state
@@ -52,15 +52,17 @@ class _ArgumentTap(torch.autograd.Function):
     """The same for a layer that is run again: any arguments, any number of outputs."""
 
     @staticmethod
-    def forward(ctx: Any, arguments: Any, anchor: Tensor, taps: Taps, number: int, *outputs: Tensor) -> Any:
-        ctx.arguments, ctx.taps, ctx.number = arguments, taps, number
+    def forward(ctx: Any, call: Call, anchor: Tensor, taps: Taps, number: int, *outputs: Tensor) -> Any:
+        ctx.save_for_backward(*call.tensors())  # autograd notices if the model changes one in place
+        ctx.call, ctx.taps, ctx.number = call, taps, number
         ctx.set_materialize_grads(False)
         return tuple(output.detach() for output in outputs)
 
     @staticmethod
     def backward(ctx: Any, *deltas: Any) -> Any:
         if any(delta is not None for delta in deltas):
-            ctx.taps.receive(ctx.number, ctx.arguments, list(deltas))
+            assert len(ctx.saved_tensors) == len(ctx.call.tensors())  # unpacking compares their versions
+            ctx.taps.receive(ctx.number, ctx.call, list(deltas))
         return (None, None, None, None, *deltas)
 
 
@@ -106,7 +108,7 @@ class Taps:
             if self._paused or not torch.is_grad_enabled() or (use.layer in self._skip and not self._pending):
                 return output
             if use.kind.whole_call:
-                return self._tap_arguments(number, (args, kwargs), output)
+                return self._tap_call(number, args, kwargs, output)
             x = args[0] if args else next(iter(kwargs.values()))
             if use.kind is EmbeddingEntries:
                 x, output = self._separation.spread(number, x, output, self._size)
@@ -115,11 +117,10 @@ class Taps:
 
         return forward_hook
 
-    def _tap_arguments(self, number: int, arguments: Any, output: Any) -> Any:
+    def _tap_call(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         leaves, spec = pytree.tree_flatten(output)
         floats = float_leaves(output)
-        kept = pytree.tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, arguments)
-        tapped = iter(_ArgumentTap.apply(kept, self._anchor, self, number, *floats))
+        tapped = iter(_ArgumentTap.apply(Call.of(args, kwargs, floats), self._anchor, self, number, *floats))
         return pytree.tree_unflatten([next(tapped) if any(v is f for f in floats) else v for v in leaves], spec)
 
     def receive(self, number: int, x: Any, delta: Any) -> None:

@@ -4,7 +4,7 @@ from ooc_influence.extract.entries.base import Entries, Moments, Place, computes
 from ooc_influence.extract.entries.bias import BiasEntries
 from ooc_influence.extract.entries.conv import ConvEntries
 from ooc_influence.extract.entries.embedding import EmbeddingEntries
-from ooc_influence.extract.entries.func import FuncEntries, float_leaves, own_parameters
+from ooc_influence.extract.entries.func import Call, FuncEntries, float_leaves, own_parameters
 from ooc_influence.extract.entries.linear import LinearEntries, TransposedLinearEntries
 from ooc_influence.extract.entries.norm import BatchNormEntries, GroupNormEntries, LayerNormEntries, RMSNormEntries
 
@@ -17,6 +17,6 @@ KINDS: dict[str, type[Entries]] = {
 }  # fmt: skip
 
 __all__ = [
-    "KINDS", "BiasEntries", "Entries", "FuncEntries", "Moments", "Place", "computes_weights", "float_leaves",
+    "KINDS", "BiasEntries", "Call", "Entries", "FuncEntries", "Moments", "Place", "computes_weights", "float_leaves",
     "is_coded", "own_parameters",
 ]  # fmt: skip

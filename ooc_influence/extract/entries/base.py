@@ -69,7 +69,7 @@ class Entries(ABC):
     """
 
     kind: ClassVar[str]
-    whole_call: ClassVar[bool] = False  # whether x is a call with all its arguments, and δ a list
+    whole_call: ClassVar[bool] = False  # whether x is the layer's whole call (func.Call), and δ a list, one an output
 
     def __init__(self, kept: ModuleMask, module: nn.Module, device: torch.device) -> None:
         self.entries = len(kept.rows)
@@ -99,6 +99,11 @@ class Entries(ABC):
         if parameter == "bias":
             return positions, np.full_like(positions, width)
         return positions // width, positions % width
+
+    @classmethod
+    def reached(cls, module: nn.Module, x: Any, delta: Any, b: int) -> Tensor:
+        """Return which of ``b`` samples have a gradient at the layer's output, (b,) bool."""
+        return ((delta != 0) & delta.isfinite()).reshape(b, -1).any(1)
 
     @classmethod
     @abstractmethod

@@ -7,7 +7,7 @@ parameters: Σ_y δ[s, y] ∂y(x_s)/∂θ. That costs the full gradient, so it i
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,40 @@ from torch.utils import _pytree as pytree
 from ooc_influence.errors import UnsupportedModelError
 from ooc_influence.extract.entries.base import Entries, Moments, Place, computes_weights, wide
 from ooc_influence.store import LayerShape
+
+
+class Call(NamedTuple):
+    """A layer's call, as it was made for a batch.
+
+    Attributes
+    ----------
+    args, kwargs : tuple, dict
+        Its arguments, detached.
+    outputs : list of Tensor
+        Its float outputs, detached, in pytree order.
+    samples : int
+        Samples of the batch, b; 0 until the loss has told.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: list[Tensor]
+    samples: int = 0
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Tensor]) -> Call:
+        """Return a call, everything in it detached."""
+        kept = pytree.tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, (args, kwargs))
+        return cls(*kept, [output.detach() for output in outputs])
+
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors among the arguments, in pytree order."""
+        return [v for v in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(v, Tensor)]
+
+    def told(self) -> str:
+        """Return the shapes of arguments and outputs in words."""
+        inputs, outputs = (", ".join(str(tuple(v.shape)) for v in values) for values in (self.tensors(), self.outputs))
+        return f"{inputs} and an output of shape {outputs}"
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -36,6 +70,17 @@ class FuncEntries(Entries):
     whole_call = True
 
     @classmethod
+    def parameters(cls, module: nn.Module) -> dict[str, nn.Parameter]:
+        """See :class:`Entries`."""
+        return own_parameters(module)
+
+    @classmethod
+    def reached(cls, module: nn.Module, x: Any, delta: Any, b: int) -> Tensor:
+        """See :class:`Entries`."""
+        parts = [((part != 0) & part.isfinite()).reshape(b, -1).any(1) for part in delta if part is not None]
+        return torch.stack(parts).any(0)
+
+    @classmethod
     def describe(cls, name: str, module: nn.Module) -> LayerShape | None:
         """See :class:`Entries`."""
         numel = sum(p.numel() for p in own_parameters(module).values())
@@ -44,7 +89,7 @@ class FuncEntries(Entries):
     @classmethod
     def batched(cls, module: nn.Module, x: Any, delta: Any, b: int) -> bool:
         """See :class:`Entries`: some input and every output has the batch on axis 0."""
-        inputs = [value for value in pytree.tree_leaves(x) if isinstance(value, Tensor) and value.dim()]
+        inputs = [value for value in x.tensors() if value.dim()]
         outputs = [value for value in delta if value is not None]
         return any(len(value) == b for value in inputs) and all(value.dim() and len(value) == b for value in outputs)
 
@@ -69,11 +114,6 @@ class FuncEntries(Entries):
         return places
 
     @classmethod
-    def parameters(cls, module: nn.Module) -> dict[str, nn.Parameter]:
-        """See :class:`Entries`."""
-        return own_parameters(module)
-
-    @classmethod
     def entries_at(
         cls, layer: LayerShape, module: nn.Module, parameter: str, positions: npt.NDArray[np.int64]
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -90,20 +130,20 @@ class FuncEntries(Entries):
         return per_sample(self._module, x, delta).index_select(1, self._cols)
 
 
-def per_sample(module: nn.Module, arguments: tuple[Any, Any], deltas: list[Tensor | None]) -> Tensor:
+def per_sample(module: nn.Module, call: Call, deltas: list[Tensor | None]) -> Tensor:
     """Return the full per-sample gradients of a layer's parameters, (b, numel).
 
     Parameters
     ----------
     module : nn.Module
         The layer.
-    arguments : (args, kwargs)
+    call : Call
         What it was called with.
     deltas : list of Tensor or None
         The gradient of each of its float outputs, in pytree order.
     """
     parameters = {name: p.detach() for name, p in own_parameters(module).items()}
-    leaves, spec = pytree.tree_flatten(arguments)
+    leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
     b = next(len(delta) for delta in deltas if delta is not None)
     split = [isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == b for leaf in leaves]
     cotangents = [delta for delta in deltas if delta is not None]
