@@ -9,7 +9,7 @@ import torch
 from torch.func import functional_call, grad
 
 from ooc_influence.extract.entries import KINDS
-from ooc_influence.extract.layers import named_layers
+from ooc_influence.extract.layers import find_uses, named_layers
 
 
 def per_sample_gradients(model, loss_of_sample, samples, layers):
@@ -65,7 +65,7 @@ def entry_matrix(layer, gradients):
     """The entry matrix of a layer, from the gradients of all parameters by name."""
     prefix = f"{layer.name}." if layer.name else ""
     own = {name.removeprefix(prefix): value for name, value in gradients.items() if name.startswith(prefix)}
-    if layer.kind == "func":
+    if layer.kind == "func":  # its matrix is one row
         flat = torch.cat([value.flatten() for value in own.values()])
         return flat[: layer.entries][None]
     weight = own["weight"]
@@ -106,3 +106,50 @@ def scores(queries, gradients, value, matrix=None):
 
 def self_influence(gradients, value, matrix=None):
     return np.diag(scores(gradients, gradients, value, matrix))
+
+
+def located_gradients(model, loss, samples, mask):
+    """The kept, weighted entries of ``torch.autograd``'s float64 gradients, one sample at a time, (n, k).
+
+    ``loss(model, batch)`` returns (1,) losses for a sample, which is a batch of one. Entries are found in the
+    parameters by the layer kinds' ``locate``.
+    """
+    double = copy.deepcopy(model).double().eval()
+    for parameter in double.parameters():
+        parameter.requires_grad_(True)
+    places = []
+    for kept, use in zip(mask.modules, find_uses(double, [m.layer for m in mask.modules]), strict=True):
+        found = use.kind.locate(kept.layer, use.module, kept.rows, kept.cols)
+        named = dict(use.module.named_parameters(remove_duplicate=False))
+        places.append([(named[place.parameter], place) for place in found])
+        assert sum(len(place.at) for place in found) == len(kept.rows)
+    rows = []
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        for sample in samples:
+            double.zero_grad()
+            loss(double, sample).sum().backward()
+            row = []
+            for kept, found in zip(mask.modules, places, strict=True):
+                values = np.zeros(len(kept.rows))
+                for parameter, place in found:
+                    if parameter.grad is not None:
+                        values[place.at] = parameter.grad.flatten()[torch.from_numpy(place.places)].numpy()
+                row.append(values * kept.weight)
+            rows.append(np.concatenate(row))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+    return np.stack(rows)
+
+
+def assert_rows_are_located(store, model, loss, samples, *, silent=()):
+    """Compare a store's rows with :func:`located_gradients`, layer by layer; every layer but ``silent`` has some."""
+    expected, first = located_gradients(model, loss, samples, store.mask), 0
+    rows = store.rows()
+    for kept in store.mask.modules:
+        part = slice(first, first + len(kept.rows))
+        scale = np.abs(expected[:, part]).max()
+        assert scale > 0 or kept.layer.name in silent, kept.layer.name
+        np.testing.assert_allclose(rows[:, part], expected[:, part], rtol=0, atol=2e-5 * scale, err_msg=kept.layer.name)
+        first = part.stop

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ooc_influence.errors import OocInfluenceWarning, UnsupportedModelError
-from ooc_influence.extract.entries import KINDS, FuncEntries, computes_weights, own_parameters
+from ooc_influence.extract.entries import KINDS, FuncEntries, computes_weights, own_parameters, uncalled
 from ooc_influence.extract.layers import describe, named_layers, restrict
 from ooc_influence.store import LayerShape
 
@@ -177,7 +177,7 @@ def select_layers(
 
 
 def _candidates(model: nn.Module, fallback: bool, adjusted: Adjustments) -> Iterator[_Candidate]:
-    inside = _inside_others(model, fallback=fallback)
+    inside = _inside_others(model, None if fallback else adjusted.fallback)
     for name, module in named_layers(model).items():
         if id(module) in inside:
             continue
@@ -308,11 +308,19 @@ def _trained(model: nn.Module) -> set[int] | None:
     return trained if trained and len(trained) < len(list(model.parameters())) else None
 
 
-def _inside_others(model: nn.Module, *, fallback: bool) -> set[int]:
-    """Return the modules that belong to another layer: what computes its weight, and what a fallback covers with it."""
-    attention = (nn.MultiheadAttention,) if fallback else ()
-    found = [m for m in model.modules() if isinstance(m, attention) or computes_weights(m)]
-    return {id(child) for m in found for child in m.modules() if child is not m}
+def _inside_others(model: nn.Module, fallback: Collection[str] | None) -> set[int]:
+    """Return the modules that belong to another layer: what computes its weight, and what it uses without calling it.
+
+    ``fallback``: layers that go through it, None for all.
+    """
+    found = {id(child) for m in model.modules() if computes_weights(m) for child in m.modules() if child is not m}
+    for name, module in named_layers(model).items():
+        shape = describe(name, module, fallback=fallback is None or name in fallback)
+        covered = set() if shape is None else {id(p) for p in KINDS[shape.kind].parameters(module).values()}
+        for child in uncalled(module).values():
+            if all(id(p) in covered for p in child.parameters()):
+                found.update(id(inner) for inner in child.modules())
+    return found
 
 
 def _predicate(modules: ModuleSelection) -> Callable[[str, nn.Module], bool]:

@@ -108,10 +108,12 @@ class Separation:
         return candidates(self._uses[number], x, b, time_major=number in self._time_major)
 
     def _refusal(self, number: int, x: Any, b: int) -> UnseparatedError:
-        shape = tuple(x.shape) if isinstance(x, Tensor) else x.told()
+        use = self._uses[number]
+        how = "run for one sample at a time of" if use.kind.whole_call else "see"
+        shape = f"an input of shape {tuple(x.shape)}" if isinstance(x, Tensor) else x.told()
         return UnseparatedError(
-            f"expected layer {self._uses[number].name!r} to see a batch of {b} samples on axis 0; received an input of "
-            f"shape {shape}: leave the layer out with modules=, keep the batch on axis 0, or use batches of one sample"
+            f"expected layer {use.name!r} to {how} a batch of {b} samples on axis 0; received {shape}: leave the layer "
+            "out with modules=, keep the batch on axis 0, or use batches of one sample"
         )
 
     def folds(self, batch: Any, b: int) -> set[Any]:

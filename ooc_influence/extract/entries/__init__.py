@@ -2,9 +2,11 @@
 
 from ooc_influence.extract.entries.base import Entries, Moments, Place, computes_weights, is_coded
 from ooc_influence.extract.entries.bias import BiasEntries
+from ooc_influence.extract.entries.calls import Call, float_leaves
 from ooc_influence.extract.entries.conv import ConvEntries
 from ooc_influence.extract.entries.embedding import EmbeddingEntries
-from ooc_influence.extract.entries.func import Call, FuncEntries, float_leaves, own_parameters
+from ooc_influence.extract.entries.experts import ExpertEntries
+from ooc_influence.extract.entries.func import FuncEntries, own_parameters, uncalled
 from ooc_influence.extract.entries.linear import LinearEntries, TransposedLinearEntries
 from ooc_influence.extract.entries.norm import BatchNormEntries, GroupNormEntries, LayerNormEntries, RMSNormEntries
 
@@ -12,11 +14,11 @@ KINDS: dict[str, type[Entries]] = {
     kind.kind: kind
     for kind in (
         LinearEntries, TransposedLinearEntries, ConvEntries, EmbeddingEntries, LayerNormEntries, RMSNormEntries,
-        GroupNormEntries, BatchNormEntries, BiasEntries, FuncEntries,
+        GroupNormEntries, BatchNormEntries, BiasEntries, ExpertEntries, FuncEntries,
     )
 }  # fmt: skip
 
 __all__ = [
     "KINDS", "BiasEntries", "Call", "Entries", "FuncEntries", "Moments", "Place", "computes_weights", "float_leaves",
-    "is_coded", "own_parameters",
+    "is_coded", "own_parameters", "uncalled",
 ]  # fmt: skip

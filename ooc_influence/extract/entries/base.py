@@ -103,7 +103,8 @@ class Entries(ABC):
     @classmethod
     def reached(cls, module: nn.Module, x: Any, delta: Any, b: int) -> Tensor:
         """Return which of ``b`` samples have a gradient at the layer's output, (b,) bool."""
-        return ((delta != 0) & delta.isfinite()).reshape(b, -1).any(1)
+        there: Tensor = (delta != 0) & delta.isfinite()
+        return there.reshape(b, -1).any(1)
 
     @classmethod
     @abstractmethod

@@ -1,73 +1,77 @@
-"""Any other layer, through ``torch.func``: the vector-Jacobian product of the layer alone, sample by sample.
+"""Any other layer: run again alone, sample by sample, and differentiated.
 
-The layer runs once more for each sample with its own inputs, and the gradient of its output is pulled back to its
-parameters: Σ_y δ[s, y] ∂y(x_s)/∂θ. That costs the full gradient, so it is used on request only. The entry matrix is
-(1, parameters), one parameter after the other.
+The layer runs once more for each sample with its own part of the arguments, and the gradient of its output is pulled
+back to its parameters: Σ_y δ[s, y] ∂y(x_s)/∂θ. Where it multiplies by a weight, only the kept entries are computed;
+otherwise that costs the full gradient, so it is used on request only. The entry matrix is (1, parameters), one
+parameter after the other, or several such rows where there are more than 32-bit columns can count.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from ooc_influence.errors import UnsupportedModelError
 from ooc_influence.extract.entries.base import Entries, Moments, Place, computes_weights, wide
-from ooc_influence.store import LayerShape
+from ooc_influence.extract.entries.calls import Call, Layout, find_layout
+from ooc_influence.extract.entries.linear import LinearEntries
+from ooc_influence.extract.entries.pullback import Patch, pull_back
+from ooc_influence.store import LayerShape, ModuleMask
+
+_COLUMNS = 2**31 - 1  # that a mask's 32-bit numbers can count
+_ROWS = 2**20  # up to which a divisor of the number of parameters is looked for
+_CONTAINERS = (nn.ParameterDict, nn.ParameterList)
 
 
-class Call(NamedTuple):
-    """A layer's call, as it was made for a batch.
+def uncalled(module: nn.Module) -> dict[str, nn.Module]:
+    """Return the children whose parameters a module uses without calling them, by name.
 
-    Attributes
-    ----------
-    args, kwargs : tuple, dict
-        Its arguments, detached.
-    outputs : list of Tensor
-        Its float outputs, detached, in pytree order.
-    samples : int
-        Samples of the batch, b; 0 until the loss has told.
+    Containers of parameters; the projection of torch's attention; convolution and step projection of state space
+    mixers, which are known by the decay that they learn.
     """
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    outputs: list[Tensor]
-    samples: int = 0
-
-    @classmethod
-    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Tensor]) -> Call:
-        """Return a call, everything in it detached."""
-        kept = pytree.tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, (args, kwargs))
-        return cls(*kept, [output.detach() for output in outputs])
-
-    def tensors(self) -> list[Tensor]:
-        """Return the tensors among the arguments, in pytree order."""
-        return [v for v in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(v, Tensor)]
-
-    def told(self) -> str:
-        """Return the shapes of arguments and outputs in words."""
-        inputs, outputs = (", ".join(str(tuple(v.shape)) for v in values) for values in (self.tensors(), self.outputs))
-        return f"{inputs} and an output of shape {outputs}"
+    names = {"out_proj"} if isinstance(module, nn.MultiheadAttention) else set()
+    if "A_log" in module._parameters:
+        names = {"conv1d", "dt_proj"}
+    return {
+        name: child for name, child in module.named_children() if name in names or isinstance(child, _CONTAINERS)
+    }  # fmt: skip
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the float parameters that this kind covers: the module's own, and those its weights are computed from.
+    """Return the float parameters that this kind covers: the module's own, and those it uses without calling a layer.
 
-    Of torch's attention its projection's too, which it uses without calling the layer.
+    None of a container's, which is never called: its owner covers them.
     """
-    deep = isinstance(module, nn.MultiheadAttention) or computes_weights(module)
-    return {name: p for name, p in module.named_parameters(recurse=deep) if p.is_floating_point()}
+    if isinstance(module, _CONTAINERS):
+        return {}
+    found = dict(module.named_parameters(recurse=computes_weights(module)))
+    for name, child in uncalled(module).items():
+        found |= {f"{name}.{inner}": p for inner, p in child.named_parameters()}
+    return {name: p for name, p in found.items() if p.is_floating_point()}
 
 
 class FuncEntries(Entries):
-    """A layer of any class that keeps the batch on axis 0 of its tensors."""
+    """A layer of any class whose samples do not depend on each other."""
 
     kind = "func"
     whole_call = True
+
+    def __init__(self, kept: ModuleMask, module: nn.Module, device: torch.device) -> None:
+        super().__init__(kept, module, device)
+        self._parameters = self.parameters(module)
+        self._kept: dict[str, tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = {}
+        for name, at, places in self.locate(kept.layer, module, kept.rows, kept.cols):
+            order = np.argsort(places, kind="stable")
+            self._kept[name] = places[order], at[order]
+        self._patches: dict[Patch, tuple[LinearEntries, Tensor] | None] = {}
+        self._places = {
+            name: (torch.from_numpy(places).to(device), torch.from_numpy(at).to(device))
+            for name, (places, at) in self._kept.items()
+        }
 
     @classmethod
     def parameters(cls, module: nn.Module) -> dict[str, nn.Parameter]:
@@ -75,30 +79,53 @@ class FuncEntries(Entries):
         return own_parameters(module)
 
     @classmethod
-    def reached(cls, module: nn.Module, x: Any, delta: Any, b: int) -> Tensor:
-        """See :class:`Entries`."""
-        parts = [((part != 0) & part.isfinite()).reshape(b, -1).any(1) for part in delta if part is not None]
-        return torch.stack(parts).any(0)
-
-    @classmethod
     def describe(cls, name: str, module: nn.Module) -> LayerShape | None:
         """See :class:`Entries`."""
-        numel = sum(p.numel() for p in own_parameters(module).values())
-        return LayerShape(name, cls.kind, (1, numel), False) if numel else None
+        numel = sum(p.numel() for p in cls.parameters(module).values())
+        rows = rows_of(numel)
+        return LayerShape(name, cls.kind, (rows, numel // rows), False) if rows else None
+
+    @classmethod
+    def layout(cls, module: nn.Module, call: Call) -> Layout | None:
+        """Return where a call's samples are; None where they cannot be told apart."""
+        return find_layout(module, call)
 
     @classmethod
     def batched(cls, module: nn.Module, x: Any, delta: Any, b: int) -> bool:
-        """See :class:`Entries`: some input and every output has the batch on axis 0."""
-        inputs = [value for value in x.tensors() if value.dim()]
-        outputs = [value for value in delta if value is not None]
-        return any(len(value) == b for value in inputs) and all(value.dim() and len(value) == b for value in outputs)
+        """See :class:`Entries`: the first and the last sample, run alone, give their part of the output."""
+        return cls.layout(module, x) is not None
+
+    @classmethod
+    def reached(cls, module: nn.Module, x: Any, delta: Any, b: int) -> Tensor:
+        """See :class:`Entries`."""
+        layout = cls.known_layout(module, x)
+        parts = [
+            axis.reached(part, b)
+            for part, axis in zip(delta, layout.outputs, strict=True)
+            if part is not None and axis is not None
+        ]
+        return torch.stack(parts).any(0)
+
+    @classmethod
+    def known_layout(cls, module: nn.Module, call: Call) -> Layout:
+        """Return where a call's samples are, which :meth:`batched` has asked before."""
+        layout = cls.layout(module, call)
+        if layout is None:
+            raise UnsupportedModelError(f"expected a batch for {type(module).__name__}; received {call.told()}")
+        return layout
 
     @classmethod
     def moments(cls, layer: LayerShape, module: nn.Module, x: Any, delta: Any) -> Moments:
-        """See :class:`Entries`; exact, since the whole gradient is there."""
-        rows = per_sample(module, x, delta)
-        ones = torch.ones(1, dtype=torch.float64, device=rows.device)
-        return Moments(ones * len(rows), rows.square().sum(0, dtype=torch.float64), len(rows))
+        """See :class:`Entries`; exact in each column, since the whole gradient is there."""
+        parameters, layout = cls.parameters(module), cls.known_layout(module, x)
+        device = x.outputs[0].device
+        sums = {name: torch.zeros(p.numel(), dtype=torch.float64, device=device) for name, p in parameters.items()}
+        for sample in range(x.samples):
+            for name, value in pull_back(module, parameters, x, layout, delta, sample).items():
+                sums[name] += value.detach().reshape(-1).to(wide(value.dtype)).square()
+        squares = torch.cat(list(sums.values())).view(layer.shape)
+        rows = squares.mean(1) / squares.mean().clamp(min=torch.finfo(torch.float64).tiny)
+        return Moments(rows * x.samples, squares.mean(0), x.samples)
 
     @classmethod
     def locate(
@@ -106,10 +133,11 @@ class FuncEntries(Entries):
     ) -> list[Place]:
         """See :class:`Entries`."""
         places, first = [], 0
-        for name, parameter in own_parameters(module).items():
+        flat = rows.astype(np.int64) * layer.shape[1] + cols
+        for name, parameter in cls.parameters(module).items():
             last = first + parameter.numel()
-            at = np.flatnonzero((cols >= first) & (cols < last))
-            places.append(Place(name, at, cols[at].astype(np.int64) - first))
+            at = np.flatnonzero((flat >= first) & (flat < last))
+            places.append(Place(name, at, flat[at] - first))
             first = last
         return places
 
@@ -119,62 +147,66 @@ class FuncEntries(Entries):
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """See :class:`Entries`."""
         first = 0
-        for name, own in own_parameters(module).items():
+        for name, own in cls.parameters(module).items():
             if name == parameter:
                 break
             first += own.numel()
-        return np.zeros_like(positions), positions + first
+        return (positions + first) // layer.shape[1], (positions + first) % layer.shape[1]
 
     def gather(self, x: Any, delta: Any) -> Tensor:
-        """Return the entries, (b, m), of the layer's arguments x and the gradients of its outputs."""
-        return per_sample(self._module, x, delta).index_select(1, self._cols)
+        """Return the entries, (b, m), of the layer's call x and the gradients of its outputs."""
+        layout = self.known_layout(self._module, x)
+        device = x.outputs[0].device
+        out = torch.zeros((x.samples, self.entries), dtype=torch.float32, device=device)
+        for sample, row in enumerate(out):
+
+            def product(patch: Patch, a: Tensor, d: Tensor, row: Tensor = row) -> None:
+                self._add_product(row, patch, a, d)
+
+            found = pull_back(self._module, self._parameters, x, layout, delta, sample, product)
+            for name, value in found.items():
+                places, at = self._places[name]
+                row.index_add_(0, at, value.reshape(-1).index_select(0, places).to(row.dtype))
+        return out
+
+    def _add_product(self, row: Tensor, patch: Patch, x: Tensor, delta: Tensor) -> None:
+        if patch not in self._patches:
+            self._patches[patch] = self._entries_of(patch, x.device)
+        found = self._patches[patch]
+        if found is not None:
+            entries, at = found
+            row.index_add_(0, at, entries.gather(x[None], delta[None])[0].to(row.dtype))
+
+    def _entries_of(self, patch: Patch, device: torch.device) -> tuple[LinearEntries, Tensor] | None:
+        """Return what gathers the kept entries of a weight, and where they are among all; None where none is kept."""
+        places, at = self._kept[patch.parameter]
+        (outputs, inputs), (down, along) = patch.shape, patch.strides
+        stop = patch.offset + (outputs - 1) * down + (inputs - 1) * along + 1
+        low, high = np.searchsorted(places, [patch.offset, stop])
+        local, own = places[low:high] - patch.offset, at[low:high]
+        if down >= along:
+            rows, rest = np.divmod(local, max(1, down))
+            cols, odd = np.divmod(rest, max(1, along))
+        else:
+            cols, rest = np.divmod(local, along)
+            rows, odd = np.divmod(rest, max(1, down))
+        inside = (odd == 0) & (rows < outputs) & (cols < inputs)
+        if not inside.any():
+            return None
+        rows, cols, own = rows[inside], cols[inside], own[inside]
+        order = np.lexsort((cols, rows))
+        kept = ModuleMask(
+            LayerShape(self.layer.name, LinearEntries.kind, patch.shape, False), rows[order].astype(np.int32),
+            cols[order].astype(np.int32), np.ones(len(own), np.float32),
+        )  # fmt: skip
+        return LinearEntries(kept, self._module, device), torch.from_numpy(own[order]).to(device)
 
 
-def per_sample(module: nn.Module, call: Call, deltas: list[Tensor | None]) -> Tensor:
-    """Return the full per-sample gradients of a layer's parameters, (b, numel).
+def rows_of(numel: int) -> int:
+    """Return into how many rows entries are divided so that 32-bit columns suffice; 0 where there are none, or no way.
 
-    Parameters
-    ----------
-    module : nn.Module
-        The layer.
-    call : Call
-        What it was called with.
-    deltas : list of Tensor or None
-        The gradient of each of its float outputs, in pytree order.
+    One row wherever that is enough, as stores have always had it.
     """
-    parameters = {name: p.detach() for name, p in own_parameters(module).items()}
-    leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
-    b = next(len(delta) for delta in deltas if delta is not None)
-    split = [isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == b for leaf in leaves]
-    cotangents = [delta for delta in deltas if delta is not None]
-    used = [delta is not None for delta in deltas]
-
-    def one(batched: list[Tensor], pulled: list[Tensor]) -> dict[str, Tensor]:
-        own = iter(batched)
-        values = [next(own).unsqueeze(0) if cut else leaf for leaf, cut in zip(leaves, split, strict=True)]
-        args, kwargs = pytree.tree_unflatten(values, spec)
-
-        def outputs(found: dict[str, Tensor]) -> tuple[Tensor, ...]:
-            result = torch.func.functional_call(module, found, args, kwargs)
-            return tuple(value for value, wanted in zip(float_leaves(result), used, strict=True) if wanted)
-
-        pull: Any = torch.func.vjp(outputs, parameters)[1]
-        gradients: dict[str, Tensor] = pull(tuple(value.unsqueeze(0) for value in pulled))[0]
-        return gradients
-
-    batched = [leaf for leaf, cut in zip(leaves, split, strict=True) if cut]
-    try:
-        with torch.enable_grad():
-            samples = [one([leaf[s] for leaf in batched], [value[s] for value in cotangents]) for s in range(b)]
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise UnsupportedModelError(
-            f"expected {type(module).__name__} to run for one sample at a time under torch.func; received "
-            f"{type(error).__name__}: {error}: leave the layer out with modules="
-        ) from error
-    rows = [torch.cat([gradients[name].reshape(-1) for name in parameters]) for gradients in samples]
-    return torch.stack([row.to(wide(row.dtype)) for row in rows])
-
-
-def float_leaves(output: Any) -> list[Tensor]:
-    """Return the float tensors of a layer's output, in pytree order."""
-    return [v for v in pytree.tree_leaves(output) if isinstance(v, Tensor) and v.is_floating_point()]
+    if numel <= _COLUMNS:
+        return min(numel, 1)
+    return next((rows for rows in range(2, _ROWS) if numel % rows == 0 and numel // rows <= _COLUMNS), 0)

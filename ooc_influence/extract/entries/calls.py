@@ -1,0 +1,245 @@
+"""A layer's call, and which parts of its arguments and outputs belong to which sample.
+
+A layer of any class is run again with one sample's part of its arguments. What that part is, is not told by lengths
+alone: a table of positions may be as long as the batch. So it is decided by trying: a choice of axes holds if the first
+and the last sample, run by themselves, give their part of what the layer gives for the whole batch.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+_TRIES = 64  # choices of axes before a layer is given up
+_TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+class Call(NamedTuple):
+    """A layer's call, as it was made for a batch.
+
+    Attributes
+    ----------
+    args, kwargs : tuple, dict
+        Its arguments, detached.
+    outputs : list of Tensor
+        Its float outputs, detached, in pytree order.
+    samples : int
+        Samples of the batch, b; 0 until the loss has told.
+    autocast : torch.dtype, optional
+        The dtype that autocast was switched on with.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: list[Tensor]
+    samples: int = 0
+    autocast: torch.dtype | None = None
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Tensor]) -> Call:
+        """Return a call, everything in it detached."""
+        kept: Any = pytree.tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, (args, kwargs))
+        device = outputs[0].device.type if outputs else "cpu"
+        cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return cls(kept[0], kept[1], [output.detach() for output in outputs], 0, cast)
+
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors among the arguments, in pytree order."""
+        return [v for v in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(v, Tensor)]
+
+    def told(self) -> str:
+        """Return the shapes of arguments and outputs in words."""
+        inputs, outputs = (", ".join(str(tuple(v.shape)) for v in values) for values in (self.tensors(), self.outputs))
+        return f"arguments of shape {inputs} and outputs of shape {outputs}, no part of which is one sample's alone"
+
+
+class Axis(NamedTuple):
+    """Where a tensor's samples are: on an axis, one after the other, or (groups, samples, ...) folded into axis 0."""
+
+    axis: int
+    groups: int = 1
+
+    def take(self, value: Tensor, sample: int, b: int) -> Tensor:
+        """Return the part of one of ``b`` samples; the axis stays."""
+        if self.groups > 1:
+            return value.reshape(self.groups, b, -1, *value.shape[1:])[:, sample].flatten(0, 1)
+        length = value.shape[self.axis] // b
+        return value.narrow(self.axis, sample * length, length)
+
+    def reached(self, value: Tensor, b: int) -> Tensor:
+        """Return which samples' parts hold a finite number that is not zero, (b,) bool."""
+        there = (value != 0) & value.isfinite()
+        if self.groups > 1:
+            return there.reshape(self.groups, b, -1).any(2).any(0)
+        return there.movedim(self.axis, 0).reshape(b, -1).any(1)
+
+
+class Layout(NamedTuple):
+    """Where the samples are in a call's tensors; None for one that all samples share.
+
+    Attributes
+    ----------
+    inputs : tuple of Axis or None
+        Of the tensors among the arguments, in pytree order.
+    outputs : tuple of Axis or None
+        Of the float outputs; None only in a batch of one sample.
+    """
+
+    inputs: tuple[Axis | None, ...]
+    outputs: tuple[Axis | None, ...]
+
+
+Runner = Callable[[tuple[Any, ...], dict[str, Any]], Any]
+_found: WeakKeyDictionary[nn.Module, dict[Any, Layout | None]] = WeakKeyDictionary()
+
+
+def float_leaves(output: Any) -> list[Tensor]:
+    """Return the float tensors of a layer's output, in pytree order."""
+    return [v for v in pytree.tree_leaves(output) if isinstance(v, Tensor) and v.is_floating_point()]
+
+
+def find_layout(module: nn.Module, call: Call, groups: int = 1) -> Layout | None:
+    """Return where a call's samples are; None where no choice of axes gives each sample's output from its part.
+
+    Parameters
+    ----------
+    module : nn.Module
+        The layer.
+    call : Call
+        Its call, of several samples or one.
+    groups : int
+        Into which axis 0 may be folded before the samples: experts that each see all tokens.
+    """
+    b, tensors = call.samples, call.tensors()
+    if b == 1:
+        return Layout((None,) * len(tensors), (None,) * len(call.outputs))
+    options = [_options(value, b, groups) for value in tensors]
+    places = [_options(value, b, groups) for value in call.outputs]
+    if not any(options) or not all(places):
+        return None
+    spec = str(pytree.tree_structure((call.args, call.kwargs)))
+    key = (spec, *(tuple(o) for o in options), *(tuple(o) for o in places), _unfolded(tensors, b))
+    held = _found.setdefault(module, {})
+    if key not in held:
+        held[key] = _try_layouts(module, call, options, places)
+    return held[key]
+
+
+def _unfolded(tensors: list[Tensor], b: int) -> tuple[bool, ...]:
+    return tuple(value.dim() > 0 and len(value) == b for value in tensors)
+
+
+def _options(value: Tensor, b: int, groups: int) -> list[Axis]:
+    found = []
+    if value.dim() and len(value) and len(value) % b == 0:
+        found.append(Axis(0))
+    if groups > 1 and value.dim() and len(value) and len(value) % (b * groups) == 0:
+        found.append(Axis(0, groups))
+    if value.dim() > 1 and value.shape[1] == b:
+        found.append(Axis(1))
+    return found
+
+
+def _try_layouts(module: nn.Module, call: Call, options: list[list[Axis]], places: list[list[Axis]]) -> Layout | None:
+    with torch.no_grad(), running(module, call):
+        whole = float_leaves(module(*call.args, **call.kwargs))  # again: the model may have changed its output in place
+        for inputs in itertools.islice(_choices(call, options), _TRIES):
+            found: list[list[Axis]] = places
+            for sample in (0, call.samples - 1):
+                found = _outputs(module, call, inputs, sample, whole, found)
+            if all(found):
+                return Layout(inputs, tuple(axes[0] for axes in found))
+    return None
+
+
+def _choices(call: Call, options: list[list[Axis]]) -> Iterator[tuple[Axis | None, ...]]:
+    """Yield choices of an axis for each tensor, from the most to the least likely."""
+    b, lengths = call.samples, {len(value) for value in call.outputs}
+    likely: list[list[Axis | None]] = []
+    for value, axes in zip(call.tensors(), options, strict=True):
+        folded = Axis(0) in axes and len(value) > b and len(value) not in lengths
+        likely.append([None, *axes] if folded else [*axes, None])
+    ranks = itertools.product(*(range(len(axes)) for axes in likely))
+    for chosen in sorted(ranks, key=lambda ranks: (sum(map(bool, ranks)), sum(ranks))):
+        choice = tuple(axes[rank] for axes, rank in zip(likely, chosen, strict=True))
+        if any(choice):
+            yield choice
+
+
+def _outputs(
+    module: nn.Module,
+    call: Call,
+    inputs: tuple[Axis | None, ...],
+    sample: int,
+    whole: list[Tensor],
+    places: list[list[Axis]],
+) -> list[list[Axis]]:
+    """Return on which axes each output's part of a sample is what the layer gives for the sample's part alone."""
+    args, kwargs = part_of(call, inputs, sample)
+    try:
+        alone = float_leaves(module(*args, **kwargs))
+    except Exception:  # whatever a layer raises that is given something else than it expects
+        return [[] for _ in places]
+    if len(alone) != len(whole):
+        return [[] for _ in places]
+    return [
+        [axis for axis in axes if _alike(axis.take(value, sample, call.samples), own)]
+        for value, own, axes in zip(whole, alone, places, strict=True)
+    ]
+
+
+def _alike(expected: Tensor, received: Tensor) -> bool:
+    if expected.shape != received.shape or expected.dtype != received.dtype:
+        return False
+    finite = expected.isfinite()
+    scale = float(expected[finite].abs().max()) if bool(finite.any()) else 0.0
+    tolerance = _TOLERANCE.get(expected.dtype, 5e-2) * scale
+    return torch.allclose(expected.float(), received.float(), rtol=0.0, atol=tolerance, equal_nan=True)
+
+
+def part_of(call: Call, inputs: tuple[Axis | None, ...], sample: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of one sample."""
+    leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
+    axes = iter(inputs)
+
+    def part(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        axis = next(axes)
+        return leaf if axis is None else axis.take(leaf, sample, call.samples)
+
+    args, kwargs = pytree.tree_unflatten([part(leaf) for leaf in leaves], spec)
+    return args, kwargs
+
+
+@contextmanager
+def running(module: nn.Module, call: Call) -> Iterator[None]:
+    """Run a layer again as it ran in the model, but experts one at a time: autocast as it was, cuDNN's recurrence off.
+
+    Other implementations of Hugging Face's experts copy weights for every token; cuDNN does not differentiate a
+    recurrent layer in evaluation mode.
+    """
+    config: Any = getattr(module, "config", None)
+    internal = hasattr(config, "_experts_implementation_internal")  # the other one also sets configurations inside
+    name = "_experts_implementation_internal" if internal else "_experts_implementation"
+    chosen = getattr(config, name, None)
+    device = call.outputs[0].device.type if call.outputs else "cpu"
+    cast: AbstractContextManager[Any] = nullcontext()
+    if call.autocast is not None:
+        cast = torch.autocast(device, call.autocast)
+    plain = torch.backends.cudnn.flags(enabled=False) if isinstance(module, nn.RNNBase) else nullcontext()
+    if chosen is not None:
+        setattr(config, name, "eager")
+    try:
+        with cast, plain:
+            yield
+    finally:
+        if chosen is not None:
+            setattr(config, name, chosen)
