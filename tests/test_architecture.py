@@ -58,7 +58,7 @@ def test_the_rule_can_fail(tmp_path):
 def test_files_are_short_and_say_what_they_do(path):
     text = path.read_text()
     assert ast.get_docstring(ast.parse(text))
-    assert text.count("\n") <= 400
+    assert text.count("\n") <= 500
 
 
 def test_scoring_loads_no_model_side(pair):

@@ -12,9 +12,9 @@ from numpy.testing import assert_allclose
 
 from ooc_influence import Dropout, OocInfluenceWarning, extract_gradients, token_cross_entropy
 from ooc_influence.extract.entries import KINDS
-from ooc_influence.extract.layers import select_layers
 from ooc_influence.extract.pilot import MomentSums
-from ooc_influence.extract.taps import tapped
+from ooc_influence.extract.selection import select_layers
+from ooc_influence.extract.tapping import tapped
 
 transformers = pytest.importorskip("transformers")
 

@@ -140,7 +140,8 @@ class Separation:
         found = {}
         for number, error in self.unseparated.items():
             name = self._uses[number].first[0].name or "(the model)"
-            reason = "its input has no axis of samples"
+            alone = self._uses[number].kind.whole_call
+            reason = "it cannot be run one sample at a time" if alone else "its input has no axis of samples"
             found[name] = Disagreement(name, type(self._uses[number].module).__name__, float("inf"), reason, str(error))
         return list(found.values())
 
