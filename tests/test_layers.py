@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from ooc_influence import Dropout, OocInfluenceWarning, cross_entropy, extract_gradients, token_cross_entropy
-from ooc_influence.errors import MismatchError, UnsupportedModelError
+from ooc_influence.errors import MismatchError
 from ooc_influence.extract.selection import select_layers
 
 B = 7
