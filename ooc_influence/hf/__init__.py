@@ -4,11 +4,14 @@ from ooc_influence.hf.collator import Collator
 from ooc_influence.hf.documents import open_documents
 from ooc_influence.hf.extraction import Job, default_compressor, extract, extract_shards, prepare
 from ooc_influence.hf.fields import Fields
-from ooc_influence.hf.losses import CausalLoss, SignedLoss, classification_loss
+from ooc_influence.hf.labels import Labels
+from ooc_influence.hf.losses import CausalLoss, ClassificationLoss, SignedLoss, classification_loss
 from ooc_influence.hf.models import Loaded, context_length, load
+from ooc_influence.hf.padding import ClassifierCollator
 from ooc_influence.hf.samples import Samples
 
 __all__ = [
-    "CausalLoss", "Collator", "Fields", "Job", "Loaded", "Samples", "SignedLoss", "classification_loss",
-    "context_length", "default_compressor", "extract", "extract_shards", "load", "open_documents", "prepare",
+    "CausalLoss", "ClassificationLoss", "ClassifierCollator", "Collator", "Fields", "Job", "Labels", "Loaded",
+    "Samples", "SignedLoss", "classification_loss", "context_length", "default_compressor", "extract", "extract_shards",
+    "load", "open_documents", "prepare",
 ]  # fmt: skip

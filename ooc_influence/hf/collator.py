@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ooc_influence.hf.padding import pad_right
+
 IGNORED = -100  # the label of a token that is no target
 
 
@@ -26,20 +28,14 @@ class Collator:
         self._pad, self._seed = pad, sign_seed
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Return ``input_ids``, ``attention_mask`` (b, t) and ``labels`` ((b, t), or (b,) classes)."""
-        longest = max(len(row["input_ids"]) for row in rows)
-        ids = torch.full((len(rows), longest), self._pad)
-        mask = torch.zeros_like(ids)
-        classes = isinstance(rows[0]["labels"], int)
-        labels = torch.tensor([row["labels"] for row in rows]) if classes else torch.full_like(ids, IGNORED)
+        """Return ``input_ids``, ``attention_mask`` and ``labels`` (b, t)."""
+        ids, mask = pad_right([row["input_ids"] for row in rows], self._pad)
+        labels = torch.full_like(ids, IGNORED)
         for at, row in enumerate(rows):
-            length = len(row["input_ids"])
-            ids[at, :length], mask[at, :length] = torch.tensor(row["input_ids"]), 1
-            if not classes:
-                labels[at, :length] = torch.tensor(row["labels"])
+            labels[at, : len(row["labels"])] = torch.tensor(row["labels"])
         batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
         if self._seed is not None:
-            signs = np.ones((len(rows), longest), np.float32)
+            signs = np.ones(tuple(ids.shape), np.float32)
             for at, row in enumerate(rows):
                 generator = np.random.Generator(np.random.Philox(key=[self._seed, row["row"]]))
                 length = len(row["input_ids"])

@@ -22,8 +22,10 @@ from ooc_influence.extract.shards import by_path, loaded, run_shards
 from ooc_influence.hf.collator import Collator
 from ooc_influence.hf.documents import open_documents
 from ooc_influence.hf.fields import Fields
-from ooc_influence.hf.losses import CausalLoss, SignedLoss, classification_loss
+from ooc_influence.hf.labels import Labels
+from ooc_influence.hf.losses import CausalLoss, ClassificationLoss, SignedLoss, class_logits
 from ooc_influence.hf.models import Loaded, context_length, load
+from ooc_influence.hf.padding import ClassifierCollator, choose_side
 from ooc_influence.hf.samples import SPANS, Samples
 from ooc_influence.store import GradientStore, PathLike, StorePath, parse_path
 
@@ -97,13 +99,15 @@ def prepare(
     longest = context_length(found.model, found.tokenizer)
     if max_length is not None and max_length > longest:
         raise InputError(f"expected max_length <= {longest}, the model's context; received {max_length}")
-    names = getattr(found.model.config, "label2id", None) if fields.label else None
+    labels = None
+    if fields.label is not None:
+        labels = Labels(found.model.config, source.features.get(fields.label), fields.label)
     samples = Samples(
         source,
         found.tokenizer,
         fields,
         max_length or longest,
-        labels=names,
+        labels=labels,
         numbers=numbers,
         on_missing=on_missing,
         progress=progress,
@@ -115,19 +119,30 @@ def prepare(
     cut = samples.truncated
     if cut:
         logger.warning("%d %s cut to %d tokens", cut, "text is" if cut == 1 else "texts are", max_length or longest)
-    collate = Collator(_pad(found.tokenizer), sign_seed if output == "curvature" else None)
-    if found.task == "classification" and getattr(found.model.config, "pad_token_id", None) is None:
-        found.model.config.pad_token_id = _pad(found.tokenizer)  # where the last token is looked for
+    collate: Any = Collator(_pad(found.tokenizer), sign_seed if output == "curvature" else None)
+    if labels is not None:
+        collate = _classifier_collator(found, samples, batch_size)
     if tokens is None:
         tokens = _TOKENS_CPU if found.model.device.type == "cpu" else _TOKENS
     batches = BudgetBatches(samples, collate, lengths=samples.lengths, tokens=tokens, batch_size=batch_size)
-    loss: Any = classification_loss
-    kind = "cross_entropy"
+    kind: str = "cross_entropy" if labels is None else labels.loss
+    loss: Any = None if labels is None else ClassificationLoss(labels.loss)
     if found.task == "causal-lm":
         loss, kind = CausalLoss(reduction), f"token_cross_entropy_{reduction}"
         if output == "curvature":
             loss, kind = SignedLoss(weights, mean=reduction == "mean"), f"signed_tokens_{weights or 'plain'}"
     return Job(found.model, loss, batches, samples, kind)
+
+
+def _classifier_collator(found: Loaded, samples: Samples, batch_size: int | None) -> ClassifierCollator:
+    """Return what pads texts to be classified as the model expects it."""
+    make = partial(ClassifierCollator.of, found.model, found.tokenizer)
+    lengths = samples.lengths
+    if batch_size == 1 or lengths.min() == lengths.max():
+        return make()  # nothing will be padded
+    shortest = int(lengths.argmin())
+    longer = int(np.where(lengths > lengths[shortest], lengths, lengths.max()).argmin())
+    return make(choose_side(found.model, samples[shortest], samples[longer], make, class_logits))
 
 
 def open_job(

@@ -22,7 +22,7 @@ from ooc_influence.corpus import KeptFolder, kept_folder
 from ooc_influence.scratch import ArrayFile, map_array
 
 COLUMNS = ("document", "piece", "start", "lengths", "n_tokens", "char_start", "char_stop", "text_digest")
-_CODE = ("chats", "fields", "index", "kinds", "making", "tokens")
+_CODE = ("chats", "fields", "index", "kinds", "making", "tokens", "truncation")
 _WORTH_KEEPING = 4096  # documents; the rows of fewer are made in a second or two
 
 Numbers = npt.NDArray[np.int64]

@@ -8,10 +8,13 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F  # noqa: N812 - the community's name
 from torch import Tensor
 
 from ooc_influence.extract.losses import cross_entropy
 from ooc_influence.hf.collator import IGNORED
+from ooc_influence.hf.labels import LabelLoss
+from ooc_influence.hf.padding import PAD, told_padding
 
 
 def _token_losses(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -72,7 +75,37 @@ class SignedLoss:
         return losses.new_zeros(len(targets)).index_add(0, sample, losses * factor)
 
 
+def class_logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Return the outputs of a sequence classifier, (b, outputs) float32 (float64 for a float64 model)."""
+    with told_padding(model, batch.get(PAD)):
+        logits: Tensor = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+class ClassificationLoss:
+    """The loss of a sequence classifier, of each text by itself, as ``transformers`` computes it.
+
+    Parameters
+    ----------
+    kind : {"cross_entropy", "binary_cross_entropy", "mean_squared_error"}
+        For ``labels`` (b,) of one class each; (b, outputs) of marks from 0 to 1; (b,) or (b, outputs) of numbers. The
+        latter two are means over a text's outputs.
+    """
+
+    def __init__(self, kind: LabelLoss = "cross_entropy") -> None:
+        self._kind = kind
+
+    def __call__(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+        """Return the losses, (b,) float32."""
+        logits, labels = class_logits(model, batch), batch["labels"]
+        if self._kind == "cross_entropy":
+            return cross_entropy(logits, labels)
+        wanted = labels.to(logits.dtype).reshape(logits.shape)
+        if self._kind == "binary_cross_entropy":
+            return F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean(1)
+        return (logits - wanted).square().mean(1)
+
+
 def classification_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """Return the cross-entropy of a sequence classifier, (b,) float32."""
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    return cross_entropy(logits, batch["labels"])
+    return ClassificationLoss()(model, batch)

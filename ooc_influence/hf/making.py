@@ -65,8 +65,7 @@ class RowMaker:
         """
         fields, counts = self._fields, Counts()
         textual = self._documents.textual
-        columns = {*fields.keep, *([fields.label] if fields.label and textual else [])}  # others have their own types
-        kinds = {name: FieldKind(textual) for name in columns}
+        kinds = {name: FieldKind(textual) for name in fields.keep}
         with (
             RowWriter(folder) as writer, Repeats() as repeats, Progress("tokens", len(self._numbers), progress) as bar
         ):  # fmt: skip
@@ -101,21 +100,30 @@ class RowMaker:
     def _rows(self, document: Numbered, tokens: Tokens, counts: Counts) -> Table:
         """Return a document's rows: the columns of the index."""
         number, record = document
-        rows = self._cut(number, len(tokens.ids), tokens.first, counts)
+        rows = self._cut(number, tokens, counts)
         text = text_of(record, self._fields.parts) or ""
         spans = np.empty((len(rows), 3), np.int64)
         spans[:, 2] = text_digest(text)
+        if tokens.passage is not None:
+            spans[:, :2] = tokens.passage
+            return np.hstack([rows, spans])
         for at, (start, length) in enumerate(rows[:, 2:4].tolist()):
             low = 0 if start == 0 else tokens.characters(start)[0]
             high = len(text) if start + length >= len(tokens.ids) else tokens.characters(start + length - 1)[1]
             spans[at, :2] = (low, high) if min(low, high) >= 0 else (-1, -1)
         return np.hstack([rows, spans])
 
-    def _cut(self, number: int, length: int, first: int, counts: Counts) -> Table:
-        """Return the rows (document, piece, start, length, targets) of a document whose targets begin at ``first``."""
+    def _cut(self, number: int, tokens: Tokens, counts: Counts) -> Table:
+        """Return the rows (document, piece, start, length, targets) of a document."""
+        length, first = len(tokens.ids), tokens.first
         if self._fields.label is not None:
-            counts.truncated += length > self._max_length
-            return np.array([[number, -1, 0, min(length, self._max_length), 1]])
+            if not length:
+                raise InputError(
+                    f"expected a text to classify in document {number}; received one that the tokenizer makes no token "
+                    "of: leave it out"
+                )
+            counts.truncated += tokens.passage is not None
+            return np.array([[number, -1, 0, length, 1]])
         found = []
         for start in range(0, max(1, length - 1), self._max_length - 1):
             stop = min(length, start + self._max_length)

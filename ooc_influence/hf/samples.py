@@ -21,8 +21,10 @@ from ooc_influence.hf.documents import check_fields
 from ooc_influence.hf.fields import Fields
 from ooc_influence.hf.index import RowIndex, open_index
 from ooc_influence.hf.kinds import as_kind
+from ooc_influence.hf.labels import Labels
 from ooc_influence.hf.making import AT_ONCE, RowMaker, row_names
 from ooc_influence.hf.tokens import Tokeniser
+from ooc_influence.hf.truncation import check_room
 from ooc_influence.texts import as_text, text_digest, text_of
 
 _HELD = 2**22  # tokens of documents that are held for further rows of theirs
@@ -71,8 +73,8 @@ class Samples:
         What is what.
     max_length : int
         Tokens a row may have.
-    labels : mapping of str to int, optional
-        Numbers of the classes.
+    labels : Labels, optional
+        What the classifier's labels mean, where there is a field of them.
     numbers : (m,) int, optional
         Documents to use; default all.
     on_missing : {"raise", "skip"}
@@ -101,7 +103,8 @@ class Samples:
     Raises
     ------
     InputError
-        For fields that documents lack, values of another type, ids that repeat, or a tokenizer without what is needed.
+        For fields that documents lack, values of another type, ids that repeat, labels that are none of the model's,
+        texts to be classified without a token, or a tokenizer without what is needed.
     """
 
     def __init__(
@@ -111,7 +114,7 @@ class Samples:
         fields: Fields,
         max_length: int,
         *,
-        labels: dict[str, int] | None = None,
+        labels: Labels | None = None,
         numbers: npt.NDArray[np.int64] | None = None,
         on_missing: Literal["raise", "skip"] = "raise",
         progress: bool | None = None,
@@ -121,8 +124,10 @@ class Samples:
         if on_missing not in ("raise", "skip"):
             raise InputError(f"expected on_missing 'raise' or 'skip'; received {on_missing!r}")
         check_fields(documents, fields.used)
-        self._documents, self.fields, self._tokenise = documents, fields, Tokeniser(tokenizer, fields)
+        self._documents, self.fields, self._tokenise = documents, fields, Tokeniser(tokenizer, fields, max_length)
         self.documents, self.max_length, self._labels = len(documents), max_length, labels
+        if fields.label is not None:
+            check_room(tokenizer, max_length)
         maker = RowMaker(documents, self._tokenise, fields, max_length, on_missing, numbers)
         self._index = open_index(documents, maker.settings(), tokenizer, lambda folder: maker.make(folder, progress))
         self._held: OrderedDict[int, tuple[npt.NDArray[np.int32], int]] = OrderedDict()
@@ -131,6 +136,8 @@ class Samples:
         self._take(self._index)
         if not len(self):
             raise InputError("expected documents with target tokens; received none that has any")
+        if labels is not None:
+            labels.check(self.document, self._labels_of)
 
     def _take(self, index: RowIndex) -> None:
         found, counts = index.columns, index.counts
@@ -179,23 +186,15 @@ class Samples:
         ids, first = self._tokens(number, int(self.text_digest[row]), start + length)
         piece = ids[start : start + length].tolist()
         found: dict[str, Any] = {"row": int(row), "input_ids": piece}
-        if self.fields.label is not None:
-            return found | {"labels": self._label(self._label_value(number, self.fields.label))}
+        if self._labels is not None:
+            return found | {"label": self._labels(self._labels_of(self.document[row : row + 1])[0], number)}
         unseen = max(1, first - start)  # the first token has nothing to be predicted from
         return found | {"labels": [IGNORED] * min(unseen, length) + piece[unseen:]}
 
-    def _label_value(self, number: int, field: str) -> Any:
-        value = self._documents.read([number], self.fields.used)[0].get(field)
-        return value if value is None or not self._documents.textual else as_kind(value, self._kinds[field])
-
-    def _label(self, value: Any) -> int:
-        if isinstance(value, str):
-            if value not in (self._labels or {}):
-                raise InputError(f"expected one of the model's labels {sorted(self._labels or {})}; received {value!r}")
-            return (self._labels or {})[value]
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise InputError(f"expected a label as a whole number or text; received {value!r}")
-        return value
+    def _labels_of(self, documents: npt.NDArray[np.int64]) -> list[Any]:
+        """Return what the file says of some documents' labels."""
+        field = self.fields.label or ""
+        return [record.get(field) for record in self._documents.read(documents.tolist(), [field])]
 
     def _tokens(self, number: int, digest: int, least: int) -> tuple[npt.NDArray[np.int32], int]:
         """Return a document's tokens and the first target, checked against what its rows were made from."""

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from ooc_influence.errors import InputError
 from ooc_influence.hf.chats import Chats
 from ooc_influence.hf.fields import Fields
+from ooc_influence.hf.truncation import truncate
 from ooc_influence.texts import BETWEEN
 
 
@@ -22,11 +23,14 @@ class Tokens(NamedTuple):
         The first target.
     spans : tuple of (Encoding or None, int, int)
         How tokens map to characters: from which encoding, which token and which character on. Empty if not known.
+    passage : (int, int) or None
+        Of a text to be classified that was cut: the characters that are left, from and to; (-1, -1) if not known.
     """
 
     ids: list[int]
     first: int
     spans: tuple[tuple[Any, int, int], ...] = ()
+    passage: tuple[int, int] | None = None
 
     def characters(self, token: int) -> tuple[int, int]:
         """Return the characters that a token is of, from and to; (-1, -1) if that is not known."""
@@ -48,10 +52,12 @@ class Tokeniser:
         The model's.
     fields : Fields
         What is what.
+    max_length : int
+        Tokens that texts to be classified are cut to; others become several rows.
     """
 
-    def __init__(self, tokenizer: Any, fields: Fields) -> None:
-        self._tokenizer, self._fields = tokenizer, fields
+    def __init__(self, tokenizer: Any, fields: Fields, max_length: int) -> None:
+        self._tokenizer, self._fields, self._max_length = tokenizer, fields, max_length
         self._chats = Chats(tokenizer)
 
     def lacking(self, record: dict[str, Any]) -> str | None:
@@ -86,10 +92,20 @@ class Tokeniser:
             return []
         found = self._tokenizer(texts, add_special_tokens=True, truncation=False, verbose=False)
         encodings = found.encodings or [None] * len(texts)  # of tokenizers without offsets
-        return [
+        made = [
             Tokens(list(ids), 1, ((encoding, 0, 0),))
             for ids, encoding in zip(found["input_ids"], encodings, strict=True)
         ]
+        if self._fields.label is None:
+            return made
+        return [self._fitting(text, tokens) for text, tokens in zip(texts, made, strict=True)]
+
+    def _fitting(self, text: str, tokens: Tokens) -> Tokens:
+        """Return a text's tokens as the tokenizer cuts them where they are too many to be classified at once."""
+        if len(tokens.ids) <= self._max_length:
+            return tokens
+        ids, passage = truncate(self._tokenizer, text, self._max_length)
+        return Tokens(ids, 1, passage=passage)
 
     def _pair(self, number: int, prompt: str, completion: str) -> Tokens:
         if self._fields.chat:

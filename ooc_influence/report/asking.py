@@ -140,10 +140,10 @@ class HuggingFaceModel(Model):
         from ooc_influence.hf import extract
 
         record: dict[str, Any] = {name: values[name] for name in self.fields}
-        if record.get("label", "").isdigit():
-            record["label"] = int(record["label"])
-        named: dict[str, Any] = {name: name for name in self.fields}
         kind = str(train.attrs.get("loss_kind"))
+        if "label" in record and kind == "binary_cross_entropy":  # several classes
+            record["label"] = [name.strip() for name in record["label"].split(",")]
+        named: dict[str, Any] = {name: name for name in self.fields}
         return extract(
             self._loaded, [record], out, like=train, chat=self._form == "chat",
             reduction="sum" if kind.endswith("_sum") else "mean", options={"check_gradients": self._check_once()},
