@@ -20,11 +20,12 @@ from ooc_influence.extract.plan import parse_device
 from ooc_influence.extract.selection import ModuleSelection
 from ooc_influence.extract.shards import by_path, loaded, run_shards
 from ooc_influence.hf.collator import Collator
+from ooc_influence.hf.context import context_length, longest_row
 from ooc_influence.hf.documents import open_documents
 from ooc_influence.hf.fields import Fields
 from ooc_influence.hf.labels import Labels
 from ooc_influence.hf.losses import CausalLoss, ClassificationLoss, SignedLoss, class_logits
-from ooc_influence.hf.models import Loaded, context_length, load
+from ooc_influence.hf.models import Loaded, load
 from ooc_influence.hf.padding import ClassifierCollator, choose_side
 from ooc_influence.hf.samples import SPANS, Samples
 from ooc_influence.store import GradientStore, PathLike, StorePath, parse_path
@@ -96,9 +97,12 @@ def prepare(
     numbers = None
     if documents is not None and documents < len(source):
         numbers = np.unique(np.linspace(0, len(source) - 1, documents).round().astype(np.int64))
-    longest = context_length(found.model, found.tokenizer)
-    if max_length is not None and max_length > longest:
-        raise InputError(f"expected max_length <= {longest}, the model's context; received {max_length}")
+    limit = longest_row(found.model, alone=batch_size == 1)
+    if max_length is not None and limit is not None and max_length > limit:
+        further = longest_row(found.model, alone=True) or limit
+        more = f": or batch_size=1 (--batch-size 1), for up to {further}" if further >= max_length else ""
+        raise InputError(f"expected max_length <= {limit}, the model's context; received {max_length}{more}")
+    length = max_length or context_length(found.model, found.tokenizer)
     labels = None
     if fields.label is not None:
         labels = Labels(found.model.config, source.features.get(fields.label), fields.label)
@@ -106,7 +110,7 @@ def prepare(
         source,
         found.tokenizer,
         fields,
-        max_length or longest,
+        length,
         labels=labels,
         numbers=numbers,
         on_missing=on_missing,
@@ -118,7 +122,7 @@ def prepare(
                            "is" if count == 1 else "are")  # fmt: skip
     cut = samples.truncated
     if cut:
-        logger.warning("%d %s cut to %d tokens", cut, "text is" if cut == 1 else "texts are", max_length or longest)
+        logger.warning("%d %s cut to %d tokens", cut, "text is" if cut == 1 else "texts are", length)
     collate: Any = Collator(_pad(found.tokenizer), sign_seed if output == "curvature" else None)
     if labels is not None:
         collate = _classifier_collator(found, samples, batch_size)

@@ -14,7 +14,6 @@ from ooc_influence.hf.documents import need, without_bars
 Task = Literal["causal-lm", "classification"]
 _CLASSES = {"causal-lm": "AutoModelForCausalLM", "classification": "AutoModelForSequenceClassification"}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_CONTEXT = 4096  # where neither the model nor the tokenizer says
 
 
 class Loaded(NamedTuple):
@@ -146,12 +145,3 @@ def _explain(name: object, error: Exception, allow_pickle: bool) -> str:
     if "trust_remote_code" in str(error):
         return f"{text}: it comes with code of its own; read it, then allow it (--trust-remote-code)"
     return text
-
-
-def context_length(model: Any, tokenizer: Any) -> int:
-    """Return how many tokens a model sees at once, by its configuration and its tokenizer."""
-    config = getattr(model, "config", None)
-    found = [getattr(config, key, None) for key in ("max_position_embeddings", "n_positions", "max_seq_len")]
-    found.append(getattr(tokenizer, "model_max_length", None))
-    known = [length for length in found if isinstance(length, int) and 2 <= length < 10**7]
-    return min(known, default=_CONTEXT)
