@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from ooc_influence.errors import InputError
+from ooc_influence.hf.adapters import Adapter, Task, damaged, put_adapter
 from ooc_influence.hf.documents import need, without_bars
 
-Task = Literal["causal-lm", "classification"]
 _CLASSES = {"causal-lm": "AutoModelForCausalLM", "classification": "AutoModelForSequenceClassification"}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_NAMED = 3  # weights, in a message
+_FEW = 64  # tokens: a tokenizer without a vocabulary has only special ones
 
 
 class Loaded(NamedTuple):
@@ -51,11 +54,11 @@ def load(
     name : str or path
         A folder or a hub id; of a model, or of a PEFT adapter (which names its base model).
     task : {"causal-lm", "classification"}, optional
-        What to load it for; default what its configuration says.
+        What to load it for; default what its adapter, or its configuration, says.
     dtype : {"auto", "float32", "bfloat16", "float16", "8bit"}
         Of the weights; auto is what they were saved in. 8bit needs ``bitsandbytes``.
     adapter : str or path, optional
-        A PEFT adapter to put on it.
+        A PEFT adapter to put on it. One with a classifier's head says how many classes there are.
     tokenizer : str or path, optional
         Where the tokenizer is, if not with the model.
     revision : str, optional
@@ -70,60 +73,108 @@ def load(
     Raises
     ------
     InputError
-        If it cannot be loaded so; the message says what would help.
+        If it cannot be loaded so, whole and with every weight; the message says what would help.
     MissingExtraError
         Without the libraries.
     """
-    transformers = need("transformers")
     if dtype not in ("auto", "8bit", *_DTYPES):
         raise InputError(f"expected dtype one of auto, 8bit, {', '.join(_DTYPES)}; received {dtype!r}")
-    base, own_adapter = _base_of(name)
-    adapter = adapter or own_adapter
-    common = {"revision": None if own_adapter else revision, "trust_remote_code": trust_remote_code}
-    try:
-        config = transformers.AutoConfig.from_pretrained(base, **common)
-        chosen = task or _task_of(config)
-        kind = getattr(transformers, _CLASSES[chosen])
-        options: dict[str, Any] = {
-            "dtype": _DTYPES.get(dtype, "auto"),
-            "use_safetensors": None if allow_pickle else True,
-        }
-        if dtype == "8bit":
-            need("bitsandbytes")
-            options["quantization_config"] = transformers.BitsAndBytesConfig(load_in_8bit=True)
-        if device == "auto":
-            options["device_map"] = "auto"
-        bars = transformers.utils.logging
-        with without_bars(bars.is_progress_bar_enabled(), bars.disable_progress_bar, bars.enable_progress_bar):
-            model = kind.from_pretrained(base, config=config, **common, **options)
-        words = transformers.AutoTokenizer.from_pretrained(tokenizer or base, **common)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise InputError(_explain(name, error, allow_pickle)) from error
-    if adapter is not None:
-        model = _with_adapter(model, adapter)
+    own = Adapter.read(name)
+    if own is not None and own.base is None:
+        raise InputError(
+            f"expected the base model's name in {own.path}/adapter_config.json; received none: give the model and "
+            "--adapter"
+        )
+    base = str(name) if own is None or own.base is None else own.base
+    chosen = own if adapter is None else Adapter.read(adapter) or Adapter(str(adapter), None, None, {})
+    common = {"revision": None if own else revision, "trust_remote_code": trust_remote_code}
+    with _explained(base, own, allow_pickle):
+        model, found = _load_model(base, chosen, task, dtype, device, allow_pickle, common)
+    places = [str(tokenizer)] if tokenizer is not None else [base, *([own.path] if own else [])]
+    words = _load_tokenizer(places, common)
+    if chosen is not None:
+        model = put_adapter(model, chosen.path)
     if device not in (None, "auto") and dtype != "8bit":
         model = model.to(device)
-    return Loaded(model.eval(), words, chosen)
+    return Loaded(model.eval(), words, found)
 
 
-def _base_of(name: str | Path) -> tuple[str, str | None]:
-    """Return the base model and, where ``name`` is an adapter's folder, the adapter."""
-    file = Path(name) / "adapter_config.json"
-    if not file.is_file():
-        return str(name), None
-    base = json.loads(file.read_text()).get("base_model_name_or_path")
-    if not base:
-        raise InputError(f"expected the base model's name in {file}; received none: give the model and --adapter")
-    return str(base), str(name)
+def _load_model(
+    base: str, adapter: Adapter | None, task: Task | None, dtype: str, device: str | None, allow_pickle: bool,
+    common: dict[str, Any],
+) -> tuple[Any, Task]:  # fmt: skip
+    """Return the base model with every weight it has, and what it does."""
+    transformers = need("transformers")
+    config = transformers.AutoConfig.from_pretrained(base, **common)
+    trained = None if adapter is None else adapter.task
+    if task is not None and trained is not None and trained != task:
+        raise InputError(f"expected an adapter for {task}; received {adapter and adapter.path}, which is for {trained}")
+    chosen = task or trained or _task_of(config)
+    classes = None if adapter is None else adapter.classes(config, trust_remote_code=common["trust_remote_code"])
+    if classes is not None and classes != config.num_labels:
+        config.num_labels = classes
+    options: dict[str, Any] = {
+        "dtype": _DTYPES.get(dtype, "auto"), "use_safetensors": None if allow_pickle else True,
+        "output_loading_info": True, "ignore_mismatched_sizes": True,  # both are looked at below
+    }  # fmt: skip
+    if dtype == "8bit":
+        need("bitsandbytes")
+        options["quantization_config"] = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    if device == "auto":
+        options["device_map"] = "auto"
+    with _quietly(transformers):
+        kind = getattr(transformers, _CLASSES[chosen])
+        model, facts = kind.from_pretrained(base, config=config, **common, **options)
+    _check_whole(model, base, facts, {} if adapter is None else adapter.shapes)
+    return model, chosen
 
 
-def _with_adapter(model: Any, adapter: str | Path) -> Any:
-    peft = need("peft")
-    try:
-        found = peft.PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"expected a PEFT adapter at {adapter}; received {type(error).__name__}: {error}") from error
-    return found
+def _check_whole(model: Any, base: str, facts: Any, supplied: dict[str, Any]) -> None:
+    """Check that all of a model's weights came from its files, or will come from its adapter."""
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    others = [each for each in facts["mismatched_keys"] if each[0] not in supplied]
+    if others:
+        name, held, wanted = others[0]
+        raise InputError(
+            f"expected weights of the shapes that the configuration of {base} says, {name} {tuple(wanted)}; received "
+            f"{tuple(held)}: correct its config.json, or give the checkpoint it belongs to"
+        )
+    missing = sorted(name for name in facts["missing_keys"] if name in names and name not in supplied)
+    if missing:
+        more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
+        raise InputError(
+            f"expected all weights of {type(model).__name__} at {base}; received none for "
+            f"{', '.join(missing[:_NAMED])}{more}, which would be random: give the checkpoint that was trained for "
+            "this task, or its --adapter"
+        )
+
+
+def _load_tokenizer(places: list[str], common: dict[str, Any]) -> Any:
+    """Return the tokenizer of the first place that has one."""
+    transformers = need("transformers")
+    cause: Exception | None = None
+    for place in places:
+        try:
+            found = transformers.AutoTokenizer.from_pretrained(place, **common)
+        except (OSError, ValueError, ImportError, KeyError) as error:
+            if "trust_remote_code" in str(error):
+                raise InputError(_explain(place, error, allow_pickle=True)) from error
+            cause = cause or error
+            continue
+        if not _is_empty(found):
+            return found
+    said = "none" if cause is None else f"none ({_first_line(cause)})"
+    raise InputError(
+        f"expected a tokenizer at {places[0]}; received {said}: say where it is with tokenizer= (--tokenizer)"
+    )
+
+
+def _is_empty(tokenizer: Any) -> bool:
+    """Return whether a tokenizer knows special tokens only, as transformers makes one where there is no vocabulary."""
+    if len(tokenizer) > _FEW:
+        return False
+    words = set(tokenizer.get_vocab()) - {str(token) for token in tokenizer.all_special_tokens}
+    return all(word[:1] + word[-1:] in ("<>", "[]") for word in words)
 
 
 def _task_of(config: Any) -> Task:
@@ -138,8 +189,59 @@ def _task_of(config: Any) -> Task:
     )
 
 
+@contextlib.contextmanager
+def _quietly(transformers: Any) -> Iterator[None]:
+    """Keep transformers' progress bars and its report of weights off the terminal meanwhile."""
+    bars = transformers.utils.logging
+    before = bars.get_verbosity()
+    with without_bars(bars.is_progress_bar_enabled(), bars.disable_progress_bar, bars.enable_progress_bar):
+        bars.set_verbosity_error()
+        try:
+            yield
+        finally:
+            bars.set_verbosity(before)
+
+
+@contextlib.contextmanager
+def _explained(base: str, adapter: Adapter | None, allow_pickle: bool) -> Iterator[None]:
+    """Say in one line why a model cannot be loaded, and what would help."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except InputError:
+        raise
+    except SafetensorError as error:
+        raise InputError(damaged(_damaged_file(Path(base)), error)) from error
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        if adapter is not None:
+            raise InputError(
+                f"expected the base model {base} that the adapter {adapter.path} names; received "
+                f"{type(error).__name__}: {_first_line(error)}: give the base as the model, and the adapter with "
+                "adapter= (--adapter)"
+            ) from error
+        raise InputError(_explain(base, error, allow_pickle)) from error
+
+
+def _damaged_file(base: Path) -> Path:
+    """Return the first file of weights in a folder that cannot be read, or the folder."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in sorted(base.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except SafetensorError:
+            return file
+    return base
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "").rstrip(".:")
+
+
 def _explain(name: object, error: Exception, allow_pickle: bool) -> str:
-    text = f"expected a model at {name}; received {type(error).__name__}: {str(error).splitlines()[0]}"
+    text = f"expected a model at {name}; received {type(error).__name__}: {_first_line(error)}"
     if "safetensors" in str(error) and not allow_pickle:
         return f"{text}: its weights are not in safetensors; convert them, or allow pickled ones (--allow-pickle)"
     if "trust_remote_code" in str(error):
