@@ -25,9 +25,13 @@ from ooc_influence import (
     top_influential,
 )
 from ooc_influence.errors import InputError, MemoryBudgetError, MismatchError, SingularFisherError, StoreExistsError
+from ooc_influence.influence.parts import Parts
 from ooc_influence.store import GaussianReduction, LayerShape, Mask, ModuleMask
 
-pytestmark = pytest.mark.filterwarnings("ignore:the effective dimension")  # of so few rows
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:the effective dimension"),  # of so few rows
+    pytest.mark.filterwarnings("ignore:the rows of .* are taken for the same"),  # they have no ids
+]
 K, N, Q = 40, 500, 7
 DAMPINGS = [0.03, 0.1, 2.0]
 
@@ -352,7 +356,7 @@ def test_checkpoints_that_do_not_go_together(tmp_path, checkpoints):
             store.append(random_rows(50, K), loss=np.zeros(50), ids=seed + np.arange(50))
         fit_fisher(store)
         named.append(GradientStore.open(store.path))
-    with pytest.raises(MismatchError, match="whose numbers or ids differ"):
+    with pytest.raises(MismatchError, match=r"whose (numbers|ids) differ"):
         self_influence(named)
 
 
@@ -492,3 +496,70 @@ def test_finished_parts_are_not_computed_again(tmp_path, fit, monkeypatch):
     (tmp_path / "other" / "mine.txt").write_text("x")
     with pytest.raises(StoreExistsError, match="something else"):
         self_influence(train, resume=tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    "text", ['{"format": 1, "lr": 1}', '{"digest": 3}', "[1]", "{", "\xff", '{"digest": "a", "b": 1}']
+)
+def test_settings_of_something_else(tmp_path, fit, text):
+    """A foreign settings.json, such as of retraining runs, is neither read as ours nor written over."""
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    (folder / "settings.json").write_text(text, encoding="latin-1")
+    with pytest.raises(StoreExistsError, match="received something else: choose another folder"):
+        self_influence(fit[1], resume=folder)
+    assert (folder / "settings.json").read_text(encoding="latin-1") == text
+
+
+def test_what_others_put_beside_the_parts_stays(tmp_path, fit):
+    folder = tmp_path / "parts"
+    self_influence(fit[1], resume=folder)
+    assert not folder.exists()
+    parts = Parts(folder, "digest")
+    parts.begin()
+    (folder / "notes.txt").write_text("mine")
+    for name in ("values-0-64.npz", "0-7-64-128.npz"):
+        (folder / name).write_bytes(b"a part")
+    parts.remove()
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+
+
+def described(path, rows, ids=None, **columns):
+    """A store with ids and columns."""
+    kinds = {name: {"i": "int64", "f": "float64", "U": "str"}[np.asarray(v).dtype.kind] for name, v in columns.items()}
+    with GradientStore.create(path, whole_mask(rows.shape[1]), dtype="float32", ids=ids and "str", columns=kinds) as s:
+        s.append(rows, loss=np.zeros(len(rows)), ids=ids, columns=columns)
+    return GradientStore.open(path)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "said"),
+    [
+        ({"label": [0, 1, 2]}, {"label": [0, 2, 1]}, "values of 'label' differ"),
+        ({"label": ["a", "b", "c"]}, {"label": ["a", "b", "d"]}, "values of 'label' differ"),
+        ({"ids": ["0", "1", "2"]}, {"ids": ["0", "1", "3"]}, "ids differ"),
+        ({"ids": ["0", "1", "2"]}, {"label": [0, 1, 2]}, "ids differ"),
+        ({"ids": ["0", "1", "2"], "text_digest": [5, 6, 7]}, {"ids": ["0", "1", "2"], "text_digest": [5, 6, 8]},
+         "values of 'text_digest' differ"),
+        ({"ids": ["0", "1", "2"], "guess": [0, 1, 2]}, {"ids": ["0", "1", "2"], "guess": [1, 1, 1]}, None),
+        ({"label": [0, 1, 2], "margin": [0.5, 1.5, 2.5]}, {"label": [0, 1, 2], "margin": [0.1, 0.2, 0.3]}, None),
+        ({"text_digest": [5, 6, 7], "n_tokens": [1, 2, 3]}, {"text_digest": [5, 6, 7], "n_tokens": [1, 2, 4]}, None),
+    ],
+)  # fmt: skip
+def test_checkpoints_with_other_rows(tmp_path, one, other, said):
+    """Of stores without ids, whatever both keep of a row tells; the document's text where they keep its digest."""
+    rows = random_rows(3, 4)
+    stores = [described(tmp_path / f"{at}.zarr", rows, **own) for at, own in enumerate((one, other))]
+    if said is None:
+        assert self_influence(stores, curvature=False).shape == (3,)
+    else:
+        with pytest.raises(MismatchError, match=said):
+            self_influence(stores, curvature=False)
+
+
+def test_checkpoints_that_nothing_compares(tmp_path):
+    rows = random_rows(3, 4)
+    stores = [write_store(tmp_path / f"{name}.zarr", rows) for name in "ab"]
+    with pytest.warns(OocInfluenceWarning, match=r"taken for the same examples.*3 of each: extract with ids"):
+        assert self_influence(stores, curvature=False).shape == (3,)
+    assert self_influence([stores[0]] * 2, curvature=False).shape == (3,)

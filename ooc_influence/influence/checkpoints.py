@@ -7,6 +7,7 @@ trained on part of the rows gives credit to those only: a row's score is the mea
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ooc_influence.curvature import Curvature, DampingMode, resolve_curvature
-from ooc_influence.errors import InputError, MismatchError
+from ooc_influence.errors import InputError, MismatchError, OocInfluenceWarning
 from ooc_influence.store import GradientStore, PathLike
 
 Store = GradientStore | PathLike
@@ -23,6 +24,7 @@ Stores = Store | Sequence[Store]
 AnyCurvature = Curvature | PathLike | Literal[False] | None
 Dampings = float | Sequence[float] | None
 Marks = npt.NDArray[np.bool_]
+_TEXT = "text_digest"  # a column of what documents say, whatever their ids
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,17 +148,42 @@ def _check_comparable(query: GradientStore, train: GradientStore) -> None:
 
 
 def _check_same_rows(first: GradientStore, other: GradientStore) -> None:
-    """Check that two stores hold the same examples, as far as their numbers and ids tell."""
-    same = first.n == other.n and first.layout.ids == other.layout.ids
-    if same and first.layout.ids:
-        step = first.layout.group_rows
-        parts = ((start, min(first.n, start + step)) for start in range(0, first.n, step))
-        same = all(np.array_equal(first.small("example_id", *p), other.small("example_id", *p)) for p in parts)
-    if not same:
+    """Check that two stores hold the same examples, as far as what they keep of each row tells."""
+    if first.identity == other.identity:
+        return
+    different = "numbers" if first.n != other.n else _first_difference(first, other)
+    if different is not None:
         raise MismatchError(
             f"expected the same rows in every checkpoint's store; received {first.path} ({first.n} rows) and "
-            f"{other.path} ({other.n} rows), whose numbers or ids differ: extract them from the same data in one order"
+            f"{other.path} ({other.n} rows), whose {different} differ: extract them from the same data in one order"
         )
+
+
+def _first_difference(first: GradientStore, other: GradientStore) -> str | None:
+    """Return what of the rows of two stores differs; None where nothing does that both keep."""
+    if (first.layout.ids is None) != (other.layout.ids is None):
+        return "ids"
+    kept = [name for name in first.layout.columns if name in other.layout.columns]
+    told = [name for name in kept if name == _TEXT]
+    if first.layout.ids is None and not told:  # numbers with a fraction may be a model's own
+        told = [name for name in kept if "float" not in first.layout.columns[name] + other.layout.columns[name]]
+    arrays = {f"columns/{name}": f"values of {name!r}" for name in told}
+    if first.layout.ids is not None:
+        arrays = {"example_id": "ids"} | arrays
+    if not arrays:
+        warnings.warn(
+            f"the rows of {first.path} and {other.path} are taken for the same examples, in one order, because there "
+            f"are {first.n} of each: extract with ids (ids=, --id) to have it checked",
+            OocInfluenceWarning,
+            stacklevel=6,
+        )
+    step = first.layout.group_rows
+    for start in range(0, first.n, step):
+        part = start, min(first.n, start + step)
+        for name, shown in arrays.items():
+            if not np.array_equal(first.small(name, *part), other.small(name, *part)):
+                return shown
+    return None
 
 
 def parse_marks(rows: Any, several: bool, checkpoints: int, n: int) -> Marks | None:

@@ -94,18 +94,18 @@ class Parts:
 
     def _open(self, folder: StorePath) -> None:
         data = read_bytes(folder / _SETTINGS)
-        if data is None and exists(folder) and names(folder):
+        settings = None if data is None else _settings(data)
+        if settings is None and exists(folder) and names(folder):
             raise StoreExistsError(
                 f"expected the partial results of this call, or nothing, at {folder}; received something else: choose "
                 "another folder"
             )
-        settings = {} if data is None else json.loads(data)
-        if data is not None and settings["digest"] != self._digest:
+        if settings is not None and settings["digest"] != self._digest:
             raise StoreExistsError(
                 f"expected the partial results of this call at {folder}; received those of another call (other rows, "
                 "curvature or settings): choose another folder, or remove it"
             )
-        self.queries = settings.get("queries")
+        self.queries = None if settings is None else settings.get("queries")
 
     def begin(self, queries: int | None = None) -> None:
         """Make the folder, for parts of so many ``queries`` at a time.
@@ -193,6 +193,16 @@ class Parts:
             if _OWN.fullmatch(name):
                 remove_tree(self._folder / name)
         remove_empty(self._folder)
+
+
+def _settings(data: bytes) -> dict[str, Any] | None:
+    """Return the settings of partial results; None where a file of this name is something else."""
+    try:
+        found = json.loads(data)
+    except ValueError:
+        return None
+    ours = isinstance(found, dict) and isinstance(found.get("digest"), str) and found.keys() <= {"digest", "queries"}
+    return found if ours else None
 
 
 def _first(stripe: Stripe) -> tuple[int, int]:
