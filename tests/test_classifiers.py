@@ -411,3 +411,29 @@ def test_lists_of_labels_in_a_file(tmp_path):
     made = open_job(loaded, tmp_path / "d.jsonl", text="text", label="y")
     assert made.loss_kind == "binary_cross_entropy"
     assert [made.samples[row]["label"] for row in range(2)] == [[1.0, 1.0], [0.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("options", "label", "typed"),
+    [
+        ({}, ["POS"], [("POS", 1), ("neg", 0), ("1", 1)]),
+        ({"problem_type": "multi_label_classification"}, [["POS"]], [("POS", [0.0, 1.0]), ("neg, POS", [1.0, 1.0])]),
+    ],
+)
+def test_typed_queries(tmp_path, options, label, typed):
+    """What is typed as a label means what it means in a file; several are separated by commas."""
+    from ooc_influence.report.asking import HuggingFaceModel
+
+    model = named(["NEG", "POS"], **options)
+    model.save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    data = datasets.Dataset.from_dict({"text": ["w1 w2"], "y": label})
+    train = hf.extract(tmp_path / "model", data, tmp_path / "t.zarr", text="text", label="y", compressor=Dropout(k=50))
+    asked = HuggingFaceModel(tmp_path / "model")
+    asked.check(train)
+    for number, (text, meant) in enumerate(typed):
+        store = asked.extract({"text": "w3 w4 w5", "label": text}, train, tmp_path / f"{number}.zarr")
+        expected = alone(model, make_tokenizer(), ["w3 w4 w5"], [meant])
+        assert_allclose(store.loss[:], expected, rtol=1e-4)
+    with pytest.raises(InputError, match=r"field 'label' of document 0; received .*bad"):
+        asked.extract({"text": "w1", "label": "bad"}, train, tmp_path / "x.zarr")
