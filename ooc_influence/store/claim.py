@@ -3,9 +3,9 @@
 A claim is a small file ``commits/.claim-<name>.<generation>`` (inside an array's folder, where Zarr does not look for
 members) that says who holds it. It is created exclusively (a hard link, or a conditional PUT), so of two that want
 it one gets it. Who takes over creates the next generation; an owner that finds a later one than its own has lost the
-claim and must not write: it looks before every commit, before the data and before the record. An owner is dead if its
-process is gone (seen on the same machine) or its machine was started anew, or, elsewhere, if its heartbeat stands
-still.
+claim and must not write: it looks before every commit, before the data and before the record. Whether an owner is dead
+is told by its process where that is surely one of this machine: started since the same boot, and counted in the same
+namespace. Everywhere else its heartbeat tells: two machines may have one name.
 
 Ranges may be cut differently from run to run, so a new claim is checked against every other after it was made; of two
 that overlap and come at the same moment, one or both are refused.
@@ -14,6 +14,7 @@ that overlap and come at the same moment, one or both are refused.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import re
@@ -33,18 +34,27 @@ from ooc_influence.store import place
 from ooc_influence.store.place import StorePath
 
 HEARTBEAT = 10.0  # seconds between signs of life
-STALE = 60.0  # seconds without one after which an owner on another machine is taken for dead
+STALE = 60.0  # seconds without one after which an owner that may be on another machine is taken for dead
 _CLAIM = re.compile(r"\.claim-([A-Za-z0-9-]+)\.(\d+)")
 
 
 @cache
 def _machine() -> dict[str, str]:
     """Return what tells machines, their starts and their containers apart."""
-    found = {"host": socket.gethostname(), "boot": "", "space": ""}
+    found = {"host": socket.gethostname(), "boot": _apple_boot(), "space": ""}
     with contextlib.suppress(OSError):
         found["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         found["space"] = os.readlink("/proc/self/ns/pid")  # noqa: PTH115
     return found
+
+
+def _apple_boot() -> str:
+    """Return what macOS calls this start of the machine; empty on other systems."""
+    text, size = ctypes.create_string_buffer(64), ctypes.c_size_t(64)
+    with contextlib.suppress(OSError, TypeError, AttributeError):
+        if ctypes.CDLL(None).sysctlbyname(b"kern.bootsessionuuid", text, ctypes.byref(size), None, 0) == 0:
+            return text.value.decode(errors="replace")
+    return ""
 
 
 def _started(pid: int) -> float | None:
@@ -72,18 +82,20 @@ class Owner:
         """Whether it was given back."""
         return bool(self.record.get("released", False))
 
+    @property
+    def local(self) -> bool:
+        """Whether its process is surely one that this one can look at."""
+        here = _machine()
+        return bool(here["boot"]) and all(self.record.get(name) == here[name] for name in ("boot", "space"))
+
     def alive(self) -> bool:
         """Return whether the owner may still write; where only its heartbeat can tell, by the clock."""
         record = self.record
         if self.released:
             return False
-        here = _machine()
-        if record.get("host") == here["host"]:
-            if record.get("boot") != here["boot"]:
-                return False
-            if record.get("space") == here["space"]:
-                started = _started(int(record.get("pid", -1)))
-                return started is not None and abs(started - float(record.get("started", 0))) < 1
+        if self.local:
+            started = _started(int(record.get("pid", -1)))
+            return started is not None and abs(started - float(record.get("started") or 0)) < 1
         return time.time() - float(record.get("heartbeat", 0)) < STALE
 
     def __str__(self) -> str:
@@ -99,6 +111,16 @@ def read_claims(store: StorePath) -> dict[str, tuple[int, Owner]]:
         if match:
             latest[match[1]] = max(latest.get(match[1], 0), int(match[2]))
     return {name: (generation, _read(store, name, generation)) for name, generation in latest.items()}
+
+
+def may_write(store: StorePath, name: str, generation: int, owner: Owner) -> bool:
+    """Return whether the owner of a claim lives; one that is dead by our clock is watched: clocks may differ."""
+    if owner.alive():
+        return True
+    if owner.released or owner.local:
+        return False
+    time.sleep(1.5 * HEARTBEAT)
+    return _read(store, name, generation).record != owner.record
 
 
 def claim_name(start: int, stop: int | None) -> str:
@@ -151,7 +173,7 @@ class Claim:
     def _acquire(self) -> int:
         for _ in range(20):  # another one may come in between; then that one's owner is looked at
             generation, owner = read_claims(self._store).get(self._name, (0, None))
-            if owner is not None and (owner.alive() or self._still_moves(generation, owner)):
+            if owner is not None and may_write(self._store, self._name, generation, owner):
                 raise StoreBusyError(self._busy(self._name, owner))
             if place.create_file(self._path(generation + 1), _record(self._pid)):
                 for old in range(max(1, generation - 3), generation + 1):
@@ -159,21 +181,13 @@ class Claim:
                 return generation + 1
         raise StoreBusyError(f"expected to claim {self._name} of {self._store}; received too many others: run again")
 
-    def _still_moves(self, generation: int, owner: Owner) -> bool:
-        """Return whether an owner elsewhere, dead by our clock, beats on: clocks may differ."""
-        here = _machine()
-        if owner.released or owner.record.get("host") == here["host"]:
-            return False
-        time.sleep(1.5 * HEARTBEAT)
-        return _read(self._store, self._name, generation).record != owner.record
-
     def _check_overlap(self, start: int, stop: int | None) -> None:
-        for name, (_, owner) in read_claims(self._store).items():
+        for name, (generation, owner) in read_claims(self._store).items():
             rows = claimed_rows(name)
             if rows is None or name == self._name:
                 continue
             overlaps = (rows[1] is None or start < rows[1]) and (stop is None or rows[0] < stop)
-            if overlaps and owner.alive():
+            if overlaps and may_write(self._store, name, generation, owner):
                 self.release()
                 raise StoreBusyError(self._busy(name, owner))
 

@@ -15,7 +15,7 @@ from ooc_influence._version import __version__
 from ooc_influence.errors import InputError, StoreBusyError, StoreExistsError, StoreWriteError, refused
 from ooc_influence.store import commits, place
 from ooc_influence.store.arrays import create_array, open_group
-from ooc_influence.store.claim import Claim, claimed_rows, read_claims
+from ooc_influence.store.claim import Claim, claimed_rows, may_write, read_claims
 from ooc_influence.store.committer import Committer
 from ooc_influence.store.encoding import FloatRows
 from ooc_influence.store.layout import ATTRIBUTES, FORMAT_VERSION, Layout
@@ -147,8 +147,8 @@ def plan_rows(path: StorePath, layout: Layout, records: Any, rows: int | None) -
         return
     claim = make_claim(path, name="grow")
     try:
-        for name, (_, owner) in read_claims(path).items():
-            if claimed_rows(name) is not None and owner.alive():
+        for name, (generation, owner) in read_claims(path).items():
+            if claimed_rows(name) is not None and may_write(path, name, generation, owner):
                 raise StoreBusyError(
                     f"expected no writer of {path} while it grows; received one ({name}): {owner}: wait for it"
                 )
