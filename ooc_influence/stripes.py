@@ -9,11 +9,10 @@ what it started.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,11 +21,11 @@ from typing import Any
 import numpy as np
 from dask.base import compute
 from dask.delayed import delayed
-from threadpoolctl import threadpool_limits
 
 from ooc_influence.cgroup import cpu_share
 from ooc_influence.errors import ClusterError, InputError
 from ooc_influence.memory import DEFAULT_SHARE
+from ooc_influence.process import limit_blas
 from ooc_influence.progress import Progress
 
 SENT_ONCE = 2**20  # bytes of an array from which on it is sent to a cluster's workers once, not with every task
@@ -44,28 +43,29 @@ def cores() -> int:
 
 def blas_threads(tasks: int) -> Any:
     """Return a context in which ``tasks`` concurrent BLAS calls share the cores: one thread pool at a time."""
-    return threadpool_limits(max(1, cores() // max(1, tasks)), user_api="blas")
+    return limit_blas(max(1, cores() // max(1, tasks)))
 
 
-_task_threads = 1  # of each task running in this process
+_task = threading.local()  # the threads that the task running in this one may use
 
 
 def task_threads() -> int:
     """Return how many threads of its own a task may use that was run with ``own_threads``."""
-    return _task_threads
+    return int(getattr(_task, "threads", 1))
 
 
-@contextlib.contextmanager
-def _sharing(tasks: int, own_threads: bool) -> Iterator[None]:
-    """Let ``tasks`` tasks share the cores: through the BLAS's threads, or their own with a BLAS of one thread."""
-    global _task_threads
-    before, threads = _task_threads, max(1, cores() // max(1, tasks))
-    _task_threads = threads if own_threads else 1
+def _sharing(function: Callable[..., Any], tasks: int, own_threads: bool, *args: Any) -> Any:
+    """Run a task that shares the cores with others: through the BLAS's threads, or its own with a BLAS of one thread.
+
+    On a Dask worker, the BLAS may have been told to use one thread whatever the host has.
+    """
+    before, threads = task_threads(), max(1, cores() // max(1, tasks))
+    _task.threads = threads if own_threads else 1
     try:
-        with threadpool_limits(1 if own_threads else threads, user_api="blas"):
-            yield
+        with limit_blas(1 if own_threads else threads):
+            return function(*args)
     finally:
-        _task_threads = before
+        _task.threads = before
 
 
 @dataclass(frozen=True)
@@ -109,12 +109,6 @@ def _slots_on_a_host(client: Any) -> int:
         host = str(worker.get("host"))
         slots[host] = slots.get(host, 0) + int(worker["nthreads"])
     return max(slots.values(), default=1)
-
-
-def _on_worker(function: Callable[..., Any], tasks: int, own_threads: bool, *args: Any) -> Any:
-    """Run a task on a Dask worker, whose BLAS may have been told to use one thread whatever the host has."""
-    with _sharing(tasks, own_threads):
-        return function(*args)
 
 
 def check_workers(workers: int | None) -> int:
@@ -236,15 +230,16 @@ def run_stripes(
     client = ambient_client()
     _check_reach(args)
     if client is None:
-        task = delayed(function if each is None else _handing(function, each), pure=False, traverse=False)
-        parts = [task(stripe, progress.key, *args) for stripe in stripes]
-        tasks = [tree_sum(parts, reduce)] if reduce is not None else parts
-        results = _compute(tasks, progress, slots, own_threads)
+        function, sharing = function if each is None else _handing(function, each), slots
     else:
-        task, host = delayed(_on_worker, pure=False, traverse=False), _slots_on_a_host(client)
-        args = tuple(_place(client, arg) for arg in args)
-        parts = [task(function, host, own_threads, stripe, progress.key, *args) for stripe in stripes]
-        tasks = [tree_sum(parts, reduce)] if reduce is not None else parts
+        args, sharing = tuple(_place(client, arg) for arg in args), _slots_on_a_host(client)
+    task = delayed(_sharing, pure=False, traverse=False)
+    parts = [task(function, sharing, own_threads, stripe, progress.key, *args) for stripe in stripes]
+    tasks = [tree_sum(parts, reduce)] if reduce is not None else parts
+    if client is None:
+        with limit_blas(1 if own_threads else max(1, cores() // slots)):  # once, not for each of many tasks
+            results = _compute(tasks, progress, slots)
+    else:
         results = _compute_on_cluster(client, tasks, progress, each and (each, stripes))
     return results[0] if reduce is not None else list(results)
 
@@ -261,11 +256,10 @@ def _handing(function: Callable[..., Any], each: Callable[[Stripe, Any], None]) 
     return call
 
 
-def _compute(tasks: list[Any], progress: Progress, slots: int, own_threads: bool) -> Any:
+def _compute(tasks: list[Any], progress: Progress, slots: int) -> Any:
     if slots == 1:
-        with _sharing(1, own_threads):
-            return compute(*tasks, scheduler="synchronous", optimize_graph=False)
-    with _sharing(slots, own_threads), ThreadPoolExecutor(slots) as pool:  # leaving it waits for tasks that are running
+        return compute(*tasks, scheduler="synchronous", optimize_graph=False)
+    with ThreadPoolExecutor(slots) as pool:  # leaving it waits for tasks that are running
         try:
             return compute(*tasks, scheduler="threads", pool=pool, num_workers=slots, optimize_graph=False)
         except BaseException:

@@ -13,9 +13,9 @@ import ooc_influence
 
 PACKAGE = Path(ooc_influence.__file__).parent
 ROOMS = [
-    {"_version", "errors", "cgroup"}, {"memory", "progress", "notebook", "scratch", "texts"}, {"repeats"}, {"stripes"},
-    {"store"}, {"corpus"}, {"linalg"}, {"compress"}, {"extract"}, {"hf"}, {"curvature"}, {"influence"}, {"planning"},
-    {"evaluate"}, {"report"}, {"cli"}, {"__main__"},
+    {"_version", "errors", "cgroup"}, {"memory", "process", "progress", "notebook", "scratch", "texts"}, {"repeats"},
+    {"stripes"}, {"store"}, {"corpus"}, {"linalg"}, {"compress"}, {"extract"}, {"hf"}, {"curvature"}, {"influence"},
+    {"planning"}, {"evaluate"}, {"report"}, {"cli"}, {"__main__"},
 ]  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

@@ -14,6 +14,7 @@ from ooc_influence.extract.check import GradientCheck
 from ooc_influence.extract.layers import find_uses
 from ooc_influence.extract.selection import Trained
 from ooc_influence.extract.taps import Taps
+from ooc_influence.process import FUSED_ATTENTION
 from ooc_influence.store import LayerShape, Mask
 
 
@@ -65,13 +66,12 @@ def tapped(
     home = parameters[0].device
     checking = GradientCheck(uses, device, Trained.of(model), mask) if check else None
     with ExitStack() as undo:
-        undo.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        undo.enter_context(FUSED_ATTENTION.held(False))  # the fused encoder layer does not call its linear layers
         for module in model.modules():
             undo.callback(setattr, module, "training", module.training)
         if home != device:
             undo.callback(model.to, home)
             model.to(device)
-        torch.backends.mha.set_fastpath_enabled(False)  # the fused encoder layer does not call its linear layers
         for context in _wrapper_contexts(model):
             undo.enter_context(context)
         model.eval()

@@ -23,6 +23,7 @@ import numpy as np
 
 from ooc_influence.linalg import blas
 from ooc_influence.linalg.blas import Floats
+from ooc_influence.process import MATMUL_PRECISION
 
 logger = logging.getLogger("ooc_influence")
 _TILE = 512  # columns of a tile where only a general product is there
@@ -149,13 +150,9 @@ class TorchEngine(_Tiled):
     def add_product(self, total: Floats, left: Floats, right: Floats, sign: float = 1.0) -> None:
         """See :class:`Engine`."""
         torch: Any = sys.modules["torch"]
-        before = torch.get_float32_matmul_precision()
-        try:
-            torch.set_float32_matmul_precision(self._precision)
-            out = torch.from_numpy(total)
+        out = torch.from_numpy(total)
+        with MATMUL_PRECISION.held(self._precision):
             torch.addmm(out, torch.from_numpy(left).T, torch.from_numpy(right), alpha=sign, out=out)
-        finally:
-            torch.set_float32_matmul_precision(before)
 
 
 def square_pieces(engine: Engine, total: Floats, block: Floats, sign: float, threads: int) -> list[Callable[[], None]]:

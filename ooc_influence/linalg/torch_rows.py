@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ooc_influence.linalg.accumulate import FOLD_ROWS
+from ooc_influence.process import MATMUL_PRECISION
 from ooc_influence.store import GradientStore, RawBlock
 from ooc_influence.store.encoding import Encoding
 from ooc_influence.store.quantised import FACTORS
@@ -167,15 +168,11 @@ class DeviceSum:
 
     def add(self, left: Tensor, right: Tensor | None = None) -> None:
         """Add leftᵀ right; without ``right``, the upper triangle of leftᵀ left."""
-        before = torch.get_float32_matmul_precision()
-        try:
-            torch.set_float32_matmul_precision("highest")
+        with MATMUL_PRECISION.held("highest"):
             for start in range(0, len(self._single), _TILE):
                 stop = start + _TILE
                 tile = self._single[start:stop] if right is not None else self._single[start:stop, start:]
                 torch.addmm(tile, left[:, start:stop].T, left[:, start:] if right is None else right, out=tile)
-        finally:
-            torch.set_float32_matmul_precision(before)
         self._pending += len(left)
         if self._pending >= FOLD_ROWS:
             self._fold()
