@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import json
 import mmap
+import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -61,6 +65,37 @@ def test_refusal_names_both_numbers_and_the_ways_out():
 def test_default_budget_is_a_share_of_what_is_free():
     assert process_anonymous() < budget_bytes(None)
     assert budget_bytes("1GiB") == 2**30
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of glibc")
+def test_memory_that_was_freed_is_not_held():
+    """The extraction commands keep it for the next batch; a budget sees what it may take, a loop keeps its pages."""
+    script = """if True:
+        import json
+        from ooc_influence.cli.allocator import keep_freed_memory
+        from ooc_influence.memory import Need, Room, available, plan_block_rows, process_anonymous
+        assert keep_freed_memory()
+        start, found = process_anonymous(), {}
+        def take():
+            blocks = [b"x" * 2**24 for _ in range(16)]
+        take()
+        found["kept"] = process_anonymous() - start
+        available(1)
+        found["still kept"] = process_anonymous() - start
+        found["held"] = Room.of("4GiB").held - start
+        take()
+        plan_block_rows(Need("a stage", 2**27, 0, 0), start + 2**28)  # fits, with what every stage needs besides
+        take()
+        available(2**60)
+        found["short"] = process_anonymous() - start
+        print(json.dumps(found))
+    """
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert min(found["kept"], found["still kept"]) > 200 * 2**20
+    assert max(found["held"], found["short"]) < 20 * 2**20
 
 
 def test_block_limit():

@@ -44,8 +44,7 @@ K, N, MODULES = 1200, 100, 4
 @pytest.fixture(autouse=True)
 def nothing_held(monkeypatch):
     """Budgets of so many bytes, whatever the tests before left in this process."""
-    for room in ("memory", "linalg.spectrum"):
-        monkeypatch.setattr(f"ooc_influence.{room}.process_anonymous", lambda: 0)
+    monkeypatch.setattr("ooc_influence.memory.process_anonymous", lambda: 0)
 
 
 @pytest.fixture(scope="module")

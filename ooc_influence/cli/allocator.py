@@ -2,7 +2,7 @@
 
 glibc returns large blocks to the system as soon as they are freed, and a model on a CPU takes the same gigabytes of
 activations again with every batch: touching fresh pages then costs as much as the arithmetic. Only the command line
-does this, for its own process.
+does this, for its own process. What a budget counts as held is without it: :func:`ooc_influence.memory.held_now`.
 """
 
 from __future__ import annotations

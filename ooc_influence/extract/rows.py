@@ -64,7 +64,7 @@ class RowGatherer:
 def _check_room(b: int, k: int) -> None:
     """Refuse a batch whose rows would have the process killed; small ones are not looked at."""
     need = int(_COPIES * 4 * b * k)
-    if need <= BLOCK_BYTES or need <= (free := available()):
+    if need <= BLOCK_BYTES or need <= (free := available(need)):
         return
     fits = free * b // need
     smaller = f"batches of at most {fits}, BudgetBatches, whose budget shrinks by itself, or " if fits else ""

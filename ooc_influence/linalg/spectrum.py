@@ -27,8 +27,8 @@ from ooc_influence.memory import (
     block_limit,
     budget_bytes,
     format_bytes,
+    held_now,
     plan_block_rows,
-    process_anonymous,
 )
 from ooc_influence.progress import Progress, tick
 from ooc_influence.stripes import Stripe, check_workers, cut_stripes, run_stripes, slots_per_process
@@ -139,7 +139,7 @@ def top_spectrum(
     slots = check_workers(workers)
     shared = slots_per_process(slots)
     ways = spectrum_ways(k, m, r, shared, rows.store.reading_bytes)
-    room = budget_bytes(memory) - process_anonymous()
+    room = budget_bytes(memory) - held_now()
     chosen = next((way for way in ways if way.need.peak(way.need.min_rows, shared, 0) <= room), None)
     if chosen is None:
         least = min(way.need.peak(way.need.min_rows, shared, 0) for way in ways)

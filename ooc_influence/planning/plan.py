@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ooc_influence.errors import InputError
-from ooc_influence.memory import budget_bytes, process_anonymous
+from ooc_influence.memory import budget_bytes, held_now
 from ooc_influence.planning.rates import Rates
 from ooc_influence.planning.stages import Shapes, Stage, all_stages
 from ooc_influence.store import PathLike, parse_representation
@@ -111,7 +111,5 @@ def plan(
     budget = budget_bytes(memory)
     rates = Rates.measure(str(folder), gflops=gflops, read=read_rate)
     dims = k if reduce is None else reduce
-    shapes = Shapes(
-        rows, k, queries, dims, parse_representation(dtype), dampings, top, workers, budget, process_anonymous()
-    )
+    shapes = Shapes(rows, k, queries, dims, parse_representation(dtype), dampings, top, workers, budget, held_now())
     return Plan(all_stages(shapes, rates), budget, rates)
