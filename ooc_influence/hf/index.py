@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +26,7 @@ _CODE = ("chats", "fields", "index", "kinds", "making", "tokens", "truncation")
 _WORTH_KEEPING = 4096  # documents; the rows of fewer are made in a second or two
 
 Numbers = npt.NDArray[np.int64]
-Table = npt.NDArray[np.int64]  # (rows, 8): COLUMNS
+Row = tuple[int, ...]  # a number of each of COLUMNS
 
 
 @dataclass
@@ -78,9 +78,10 @@ class RowWriter:
         for file in self._files.values():
             file.__exit__(*error)
 
-    def append(self, rows: Table) -> None:
+    def append(self, rows: Sequence[Row]) -> None:
         """Add rows."""
-        for file, column in zip(self._files.values(), rows.T, strict=True):
+        table = np.array(rows, np.int64).reshape(-1, len(COLUMNS))
+        for file, column in zip(self._files.values(), table.T, strict=True):
             file.append(column)
 
     def finish(self, counts: Counts) -> dict[str, Numbers]:

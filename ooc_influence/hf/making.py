@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from ooc_influence.errors import InputError
 from ooc_influence.hf.fields import Fields
-from ooc_influence.hf.index import Counts, RowWriter, Table
+from ooc_influence.hf.index import Counts, Row, RowWriter
 from ooc_influence.hf.kinds import FieldKind
 from ooc_influence.hf.tokens import Tokeniser, Tokens
 from ooc_influence.progress import Progress
@@ -44,7 +44,7 @@ class RowMaker:
         numbers: npt.NDArray[np.int64] | None,
     ) -> None:  # fmt: skip
         self._documents, self._tokenise, self._fields, self._max_length = documents, tokenise, fields, max_length
-        self._on_missing = on_missing
+        self._on_missing, self._parts = on_missing, fields.parts
         self._numbers: Sequence[int] | npt.NDArray[np.int64] = range(len(documents)) if numbers is None else numbers
 
     def settings(self) -> dict[str, Any]:
@@ -75,10 +75,10 @@ class RowMaker:
                 for name, kind in kinds.items():
                     kind.add(record.get(name) for _, record in documents)
                 for group in _groups(documents):
-                    tables = [self._rows(*own, counts) for own in zip(group, self._tokenise(group), strict=True)]
-                    writer.append(np.concatenate(tables))
-                    repeats.add([name for own, table in zip(group, tables, strict=True)
-                                 for name in self._names(own, table[:, 1].tolist())])  # fmt: skip
+                    rows = [self._rows(*own, counts) for own in zip(group, self._tokenise(group), strict=True)]
+                    writer.append([row for some in rows for row in some])
+                    repeats.add([name for own, some in zip(group, rows, strict=True)
+                                 for name in self._names(own, [piece for _, piece, *_ in some])])  # fmt: skip
                 bar.advance(len(some))
             counts.kinds = {name: kind.kind for name, kind in kinds.items()}
             found = writer.finish(counts)
@@ -97,25 +97,25 @@ class RowMaker:
                 raise InputError(f"expected a text in document {number} of {self._documents.name}; received {lacking}: "
                                  f"{_SKIP}")  # fmt: skip
 
-    def _rows(self, document: Numbered, tokens: Tokens, counts: Counts) -> Table:
+    def _rows(self, document: Numbered, tokens: Tokens, counts: Counts) -> list[Row]:
         """Return a document's rows: the columns of the index."""
         number, record = document
-        rows = self._cut(number, tokens, counts)
-        text = text_of(record, self._fields.parts) or ""
-        spans = np.empty((len(rows), 3), np.int64)
-        spans[:, 2] = text_digest(text)
-        if tokens.passage is not None:
-            spans[:, :2] = tokens.passage
-            return np.hstack([rows, spans])
-        for at, (start, length) in enumerate(rows[:, 2:4].tolist()):
+        text = text_of(record, self._parts) or ""
+        digest, last = text_digest(text), len(tokens.ids)
+        rows: list[Row] = []
+        for piece, start, length, targets in self._cut(number, tokens, counts):
+            if tokens.passage is not None:
+                rows.append((number, piece, start, length, targets, *tokens.passage, digest))
+                continue
             low = 0 if start == 0 else tokens.characters(start)[0]
-            high = len(text) if start + length >= len(tokens.ids) else tokens.characters(start + length - 1)[1]
-            spans[at, :2] = (low, high) if min(low, high) >= 0 else (-1, -1)
-        return np.hstack([rows, spans])
+            high = len(text) if start + length >= last else tokens.characters(start + length - 1)[1]
+            known = (low, high) if low >= 0 and high >= 0 else (-1, -1)
+            rows.append((number, piece, start, length, targets, *known, digest))
+        return rows
 
-    def _cut(self, number: int, tokens: Tokens, counts: Counts) -> Table:
-        """Return the rows (document, piece, start, length, targets) of a document."""
-        length, first = len(tokens.ids), tokens.first
+    def _cut(self, number: int, tokens: Tokens, counts: Counts) -> list[tuple[int, int, int, int]]:
+        """Return the rows (piece, start, length, targets) of a document."""
+        length, first, most = len(tokens.ids), tokens.first, self._max_length
         if self._fields.label is not None:
             if not length:
                 raise InputError(
@@ -123,18 +123,15 @@ class RowMaker:
                     "of: leave it out"
                 )
             counts.truncated += tokens.passage is not None
-            return np.array([[number, -1, 0, length, 1]])
+            return [(-1, 0, length, 1)]
         found = []
-        for start in range(0, max(1, length - 1), self._max_length - 1):
-            stop = min(length, start + self._max_length)
+        for start in range(0, max(1, length - 1), most - 1):
+            stop = min(length, start + most)
             targets = stop - max(start + 1, first)
             if targets > 0:
-                found.append((number, start // (self._max_length - 1), start, stop - start, targets))
+                found.append((start // (most - 1) if length > most else -1, start, stop - start, targets))
         counts.without_target += not found
-        rows = np.array(found, np.int64).reshape(-1, 5)
-        if length <= self._max_length:
-            rows[:, 1] = -1
-        return rows
+        return found
 
     def _names(self, document: Numbered, pieces: list[int]) -> list[str]:
         """Return the names of a document's rows where it has an id; numbers of documents do not repeat."""

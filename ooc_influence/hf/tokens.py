@@ -58,11 +58,12 @@ class Tokeniser:
 
     def __init__(self, tokenizer: Any, fields: Fields, max_length: int) -> None:
         self._tokenizer, self._fields, self._max_length = tokenizer, fields, max_length
+        self._parts = fields.parts
         self._chats = Chats(tokenizer)
 
     def lacking(self, record: dict[str, Any]) -> str | None:
         """Return in words which text a document lacks: a field that is missing or null, or a chat's reply."""
-        for name in self._fields.parts.values():
+        for name in self._parts.values():
             if record.get(name) is None:
                 return f"{'null in' if name in record else 'no'} field {name!r}"
         messages = self._fields.messages
@@ -76,7 +77,7 @@ class Tokeniser:
         InputError
             Naming the document whose text is no text, or whose chat the template does not take.
         """
-        parts = self._fields.parts
+        parts = self._parts
         if "messages" in parts:
             return [Tokens(*self._chats.tokens(number, record[parts["messages"]])) for number, record in documents]
         for number, record in documents:
