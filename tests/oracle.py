@@ -7,6 +7,7 @@ import copy
 import numpy as np
 import torch
 from torch.func import functional_call, grad
+from torch.utils import _pytree as pytree
 
 from ooc_influence.extract.entries import KINDS
 from ooc_influence.extract.layers import find_uses, named_layers
@@ -129,6 +130,7 @@ def located_gradients(model, loss, samples, mask):
     try:
         for sample in samples:
             double.zero_grad()
+            sample = pytree.tree_map_only(torch.Tensor, lambda v: v.double() if v.is_floating_point() else v, sample)
             loss(double, sample).sum().backward()
             row = []
             for kept, found in zip(mask.modules, places, strict=True):
