@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ooc_influence.errors import OocInfluenceWarning, UnsupportedModelError
-from ooc_influence.extract.entries import KINDS, FuncEntries, computes_weights, own_parameters, uncalled
+from ooc_influence.extract.entries import KINDS, FuncEntries, computes_weights, own_parameters
 from ooc_influence.extract.layers import describe, named_layers, restrict
 from ooc_influence.store import LayerShape
 
@@ -316,10 +316,19 @@ def _inside_others(model: nn.Module, fallback: Collection[str] | None) -> set[in
     found = {id(child) for m in model.modules() if computes_weights(m) for child in m.modules() if child is not m}
     for name, module in named_layers(model).items():
         shape = describe(name, module, fallback=fallback is None or name in fallback)
-        covered = set() if shape is None else {id(p) for p in KINDS[shape.kind].parameters(module).values()}
-        for child in uncalled(module).values():
-            if all(id(p) in covered for p in child.parameters()):
-                found.update(id(inner) for inner in child.modules())
+        if shape is not None and KINDS[shape.kind].whole_call:
+            found |= _parts(module, {id(p) for p in KINDS[shape.kind].parameters(module).values()})
+    return found
+
+
+def _parts(module: nn.Module, covered: set[int]) -> set[int]:
+    """Return the modules inside one whose parameters it covers."""
+    found = set()
+    for child in module.modules():
+        own = {id(p) for p in child.parameters(recurse=False)}
+        partly = isinstance(child, nn.ParameterDict) and own & covered  # the rest is inactive adapters'
+        if child is not module and own and (own <= covered or partly):
+            found.add(id(child))
     return found
 
 

@@ -1,12 +1,13 @@
 """The layer kinds: what is a layer's entry matrix, and how its kept entries are gathered."""
 
+from ooc_influence.extract.entries.adapters import AdapterEntries
 from ooc_influence.extract.entries.base import Entries, Moments, Place, computes_weights, is_coded
 from ooc_influence.extract.entries.bias import BiasEntries
 from ooc_influence.extract.entries.calls import Call, float_leaves
 from ooc_influence.extract.entries.conv import ConvEntries
 from ooc_influence.extract.entries.embedding import EmbeddingEntries
 from ooc_influence.extract.entries.experts import ExpertEntries
-from ooc_influence.extract.entries.func import FuncEntries, own_parameters, uncalled
+from ooc_influence.extract.entries.func import FuncEntries, own_parameters
 from ooc_influence.extract.entries.linear import LinearEntries, TransposedLinearEntries
 from ooc_influence.extract.entries.norm import BatchNormEntries, GroupNormEntries, LayerNormEntries, RMSNormEntries
 
@@ -14,11 +15,11 @@ KINDS: dict[str, type[Entries]] = {
     kind.kind: kind
     for kind in (
         LinearEntries, TransposedLinearEntries, ConvEntries, EmbeddingEntries, LayerNormEntries, RMSNormEntries,
-        GroupNormEntries, BatchNormEntries, BiasEntries, ExpertEntries, FuncEntries,
+        GroupNormEntries, BatchNormEntries, BiasEntries, ExpertEntries, AdapterEntries, FuncEntries,
     )
 }  # fmt: skip
 
 __all__ = [
     "KINDS", "BiasEntries", "Call", "Entries", "FuncEntries", "Moments", "Place", "computes_weights", "float_leaves",
-    "is_coded", "own_parameters", "uncalled",
+    "is_coded", "own_parameters",
 ]  # fmt: skip
