@@ -6,16 +6,19 @@ from ooc_influence.extract.entries.bias import BiasEntries
 from ooc_influence.extract.entries.calls import Call, float_leaves
 from ooc_influence.extract.entries.conv import ConvEntries
 from ooc_influence.extract.entries.embedding import EmbeddingEntries
+from ooc_influence.extract.entries.embedding_bag import EmbeddingBagEntries
 from ooc_influence.extract.entries.experts import ExpertEntries
 from ooc_influence.extract.entries.func import FuncEntries, own_parameters
 from ooc_influence.extract.entries.linear import LinearEntries, TransposedLinearEntries
 from ooc_influence.extract.entries.norm import BatchNormEntries, GroupNormEntries, LayerNormEntries, RMSNormEntries
+from ooc_influence.extract.entries.recurrent import RecurrentEntries
 
 KINDS: dict[str, type[Entries]] = {
     kind.kind: kind
     for kind in (
         LinearEntries, TransposedLinearEntries, ConvEntries, EmbeddingEntries, LayerNormEntries, RMSNormEntries,
-        GroupNormEntries, BatchNormEntries, BiasEntries, ExpertEntries, AdapterEntries, FuncEntries,
+        GroupNormEntries, BatchNormEntries, BiasEntries, ExpertEntries, AdapterEntries, RecurrentEntries,
+        EmbeddingBagEntries, FuncEntries,
     )
 }  # fmt: skip
 

@@ -8,9 +8,9 @@ and the last sample, run by themselves, give their part of what the layer gives 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -60,6 +60,18 @@ class Call(NamedTuple):
         return f"arguments of shape {inputs} and outputs of shape {outputs}, no part of which is one sample's alone"
 
 
+class Part(Protocol):
+    """Where each sample's part of a tensor is."""
+
+    def take(self, value: Tensor, sample: int, b: int) -> Tensor:
+        """Return the part of one of ``b`` samples, as a batch of one."""
+        ...
+
+    def reached(self, value: Tensor, b: int) -> Tensor:
+        """Return which samples' parts hold a finite number that is not zero, (b,) bool."""
+        ...
+
+
 class Axis(NamedTuple):
     """Where a tensor's samples are: on an axis, one after the other, or (groups, samples, ...) folded into axis 0."""
 
@@ -67,14 +79,14 @@ class Axis(NamedTuple):
     groups: int = 1
 
     def take(self, value: Tensor, sample: int, b: int) -> Tensor:
-        """Return the part of one of ``b`` samples; the axis stays."""
+        """See :class:`Part`."""
         if self.groups > 1:
             return value.reshape(self.groups, b, -1, *value.shape[1:])[:, sample].flatten(0, 1)
         length = value.shape[self.axis] // b
         return value.narrow(self.axis, sample * length, length)
 
     def reached(self, value: Tensor, b: int) -> Tensor:
-        """Return which samples' parts hold a finite number that is not zero, (b,) bool."""
+        """See :class:`Part`."""
         there = (value != 0) & value.isfinite()
         if self.groups > 1:
             return there.reshape(self.groups, b, -1).any(2).any(0)
@@ -86,17 +98,16 @@ class Layout(NamedTuple):
 
     Attributes
     ----------
-    inputs : tuple of Axis or None
+    inputs : tuple of Part or None
         Of the tensors among the arguments, in pytree order.
-    outputs : tuple of Axis or None
+    outputs : tuple of Part or None
         Of the float outputs; None only in a batch of one sample.
     """
 
-    inputs: tuple[Axis | None, ...]
-    outputs: tuple[Axis | None, ...]
+    inputs: tuple[Part | None, ...]
+    outputs: tuple[Part | None, ...]
 
 
-Runner = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 _found: WeakKeyDictionary[nn.Module, dict[Any, Layout | None]] = WeakKeyDictionary()
 
 
@@ -204,7 +215,7 @@ def _alike(expected: Tensor, received: Tensor) -> bool:
     return torch.allclose(expected.float(), received.float(), rtol=0.0, atol=tolerance, equal_nan=True)
 
 
-def part_of(call: Call, inputs: tuple[Axis | None, ...], sample: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def part_of(call: Call, inputs: tuple[Part | None, ...], sample: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the arguments of one sample."""
     leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
     axes = iter(inputs)

@@ -86,9 +86,9 @@ class EmbeddingEntries(Entries):
 
 def _scale(module: nn.Module) -> float | None:
     """Return what an embedding multiplies its rows by, 1 for torch's; None where it does something else."""
-    assert isinstance(module, nn.Embedding)
-    if type(module).forward is nn.Embedding.forward:
+    if isinstance(module, nn.EmbeddingBag) or type(module).forward is nn.Embedding.forward:
         return 1.0
+    assert isinstance(module, nn.Embedding)
     if module.weight.is_meta or module.num_embeddings < 2:
         return None
     spread = torch.linspace(0, module.num_embeddings - 1, min(module.num_embeddings, _PROBED))
