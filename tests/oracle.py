@@ -145,7 +145,7 @@ def located_gradients(model, loss, samples, mask):
     return np.stack(rows)
 
 
-def assert_rows_are_located(store, model, loss, samples):
+def assert_rows_are_located(store, model, loss, samples, *, tolerance=2e-5):
     """Compare a store's rows with :func:`located_gradients`, layer by layer; every layer has some."""
     expected, first = located_gradients(model, loss, samples, store.mask), 0
     rows = store.rows()
@@ -153,5 +153,7 @@ def assert_rows_are_located(store, model, loss, samples):
         part = slice(first, first + len(kept.rows))
         scale = np.abs(expected[:, part]).max()
         assert scale > 0, kept.layer.name
-        np.testing.assert_allclose(rows[:, part], expected[:, part], rtol=0, atol=2e-5 * scale, err_msg=kept.layer.name)
+        np.testing.assert_allclose(
+            rows[:, part], expected[:, part], rtol=0, atol=tolerance * scale, err_msg=kept.layer.name
+        )
         first = part.stop

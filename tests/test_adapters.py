@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ooc_influence import Dropout, extract_gradients, token_cross_entropy
-from ooc_influence.extract.layers import select_layers
+from ooc_influence.extract.selection import select_layers
 
 peft = pytest.importorskip("peft")
 VOCAB, WIDTH, B, T = 11, 8, 5, 6

@@ -21,7 +21,7 @@ transformers = pytest.importorskip("transformers")
 B, T, VOCAB = 5, 6, 23
 COMMON = {
     "vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8,
-    "num_key_value_heads": 2, "max_position_embeddings": 32, "use_cache": False,
+    "num_key_value_heads": 2, "max_position_embeddings": 32,
 }  # fmt: skip
 MODELS = {
     "mixtral": lambda: transformers.MixtralConfig(

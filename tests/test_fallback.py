@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
-from ooc_influence import Dropout, cross_entropy, extract_gradients
+from ooc_influence import Dropout, OocInfluenceWarning, cross_entropy, extract_gradients, token_cross_entropy
 from ooc_influence.errors import UnsupportedModelError
 from ooc_influence.extract.entries.func import FuncEntries, rows_of
-from ooc_influence.extract.layers import select_layers
+from ooc_influence.extract.selection import select_layers
 
 B = T = 6  # as many samples as tokens: what is only as long as the batch is told apart
 WIDTH = 4
@@ -211,3 +211,53 @@ def test_layers_of_more_than_32_bits_of_parameters():
     assert (place.parameter, place.places.tolist()) == ("last", [7])
     assert rows_of(2**31 - 1) == 1  # as stores have always had it
     assert rows_of(2**31 + 11) == 0  # a prime number: refused
+
+
+MIXERS = {
+    "mamba": ("MambaConfig", {"state_size": 4, "time_step_rank": 3}),
+    "mamba2": ("Mamba2Config", {"state_size": 4, "num_heads": 4, "head_dim": 8, "n_groups": 2, "chunk_size": 4}),
+    "qwen3-next": ("Qwen3NextConfig", {
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2, "linear_key_head_dim": 4, "linear_value_head_dim": 4, "num_experts": 4,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8,
+        "layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2,
+    }),
+}  # fmt: skip
+
+
+def mixer(name):
+    transformers = pytest.importorskip("transformers")
+    kind, options = MIXERS[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, kind)(**{"vocab_size": 13, "hidden_size": 16, "num_hidden_layers": 1, **options})
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    if name == "qwen3-next":
+        model.set_experts_implementation("eager")  # the default one takes no float64
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not name.endswith(("A_log", "norm.weight")):
+                parameter.normal_(std=0.3)
+    return model
+
+
+def tokens_loss(model, ids):
+    return token_cross_entropy(model(input_ids=ids).logits[:, :-1], ids[:, 1:])
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_what_a_mixer_uses_without_calling(tmp_path, name):
+    """Convolution and step projection of state space layers; the caches that their calls fill are not seen again."""
+    model = mixer(name)
+    with pytest.warns(OocInfluenceWarning, match=r"conv1d \(used inside \w+ without being called, [0-9.]+%\)"):
+        assert not any("conv1d" in layer.name or "dt_proj" in layer.name for layer in select_layers(model, None).layers)
+    ids = torch.randint(0, 13, (4, 7), generator=torch.Generator().manual_seed(1))
+    modules = ["*.mixer", "*.linear_attn", "*.in_proj*", "*.out_proj", "*.x_proj"]
+    layers = select_layers(model, modules, fallback=True).layers
+    store = extract_gradients(model, tokens_loss, list(ids.split([3, 1])), tmp_path / "s.zarr", dtype="float32",
+                              modules=modules, fallback=True,
+                              compressor=Dropout(k=sum(layer.entries for layer in layers)))  # fmt: skip
+    (own,) = [layer for layer in layers if layer.kind == "func"]
+    covered = FuncEntries.parameters(dict(model.named_modules())[own.name])
+    assert {"conv1d.weight", "A_log"} < set(covered)
+    tolerance = 1e-4 if name == "qwen3-next" else 2e-5  # its delta rule computes in float32, also for the oracle
+    oracle.assert_rows_are_located(store, model, tokens_loss, list(ids.split(1)), tolerance=tolerance)

@@ -15,8 +15,8 @@ from models import Mlp, make
 from threadpoolctl import threadpool_info
 
 from ooc_influence import stripes
-from ooc_influence.extract.layers import select_layers
-from ooc_influence.extract.taps import tapped
+from ooc_influence.extract.selection import select_layers
+from ooc_influence.extract.tapping import tapped
 from ooc_influence.linalg.engines import TorchEngine
 from ooc_influence.progress import Progress
 

@@ -14,10 +14,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ooc_influence.errors import OocInfluenceWarning, UnsupportedModelError
-from ooc_influence.extract.entries import KINDS, FuncEntries, computes_weights, own_parameters
+from ooc_influence.extract.entries import KINDS, FuncEntries, computes_weights, own_parameters, uncalled
 from ooc_influence.extract.layers import describe, named_layers, restrict
 from ooc_influence.store import LayerShape
 
@@ -114,12 +113,15 @@ class _Candidate:
         Its entry matrix; None of an unknown kind.
     parameters : dict of str to Parameter
         What belongs to its entries; of an unknown kind all that it owns.
+    used_in : str or None
+        The class of the module that uses it without calling it.
     """
 
     name: str
     module: nn.Module
     shape: LayerShape | None
     parameters: dict[str, nn.Parameter]
+    used_in: str | None = None
 
     @property
     def registers_only(self) -> bool:
@@ -178,13 +180,14 @@ def select_layers(
 
 def _candidates(model: nn.Module, fallback: bool, adjusted: Adjustments) -> Iterator[_Candidate]:
     inside = _inside_others(model, None if fallback else adjusted.fallback)
+    owners = {id(child): type(m).__name__ for m in model.modules() for child in uncalled(m).values()}
     for name, module in named_layers(model).items():
         if id(module) in inside:
             continue
         shape = None
         if name in adjusted.fallback:
             shape = FuncEntries.describe(name, module)
-        elif name not in adjusted.without:
+        elif name not in adjusted.without and id(module) not in owners:
             shape = describe(name, module, fallback=fallback)
         if shape is not None:
             parameters = KINDS[shape.kind].parameters(module)
@@ -193,7 +196,7 @@ def _candidates(model: nn.Module, fallback: bool, adjusted: Adjustments) -> Iter
         else:
             parameters = {n: p for n, p in module._parameters.items() if p is not None}
         if parameters or shape is not None:
-            yield _Candidate(name, module, shape, parameters)
+            yield _Candidate(name, module, shape, parameters, owners.get(id(module)))
 
 
 class _Wanted(NamedTuple):
@@ -279,8 +282,8 @@ def _missed(
 def _reason(each: _Candidate, left: Any, blocked: set[int], adjusted: Adjustments) -> str:
     if each.name in adjusted.without:
         return adjusted.without[each.name]
-    if isinstance(each.module, NonDynamicallyQuantizableLinear):
-        return "used inside MultiheadAttention without being called"
+    if each.used_in is not None and each.shape is None:
+        return f"used inside {each.used_in} without being called"
     if computes_weights(each.module):
         return "its weight is computed from other parameters"
     if each.shape is not None and left & blocked:

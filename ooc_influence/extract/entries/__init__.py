@@ -8,7 +8,7 @@ from ooc_influence.extract.entries.conv import ConvEntries
 from ooc_influence.extract.entries.embedding import EmbeddingEntries
 from ooc_influence.extract.entries.embedding_bag import EmbeddingBagEntries
 from ooc_influence.extract.entries.experts import ExpertEntries
-from ooc_influence.extract.entries.func import FuncEntries, own_parameters
+from ooc_influence.extract.entries.func import FuncEntries, own_parameters, uncalled
 from ooc_influence.extract.entries.linear import LinearEntries, TransposedLinearEntries
 from ooc_influence.extract.entries.norm import BatchNormEntries, GroupNormEntries, LayerNormEntries, RMSNormEntries
 from ooc_influence.extract.entries.recurrent import RecurrentEntries
@@ -24,5 +24,5 @@ KINDS: dict[str, type[Entries]] = {
 
 __all__ = [
     "KINDS", "BiasEntries", "Call", "Entries", "FuncEntries", "Moments", "Place", "computes_weights", "float_leaves",
-    "is_coded", "own_parameters",
+    "is_coded", "own_parameters", "uncalled",
 ]  # fmt: skip

@@ -45,7 +45,7 @@ class Call(NamedTuple):
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Tensor]) -> Call:
         """Return a call, everything in it detached."""
-        kept: Any = pytree.tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, (args, kwargs))
+        kept: Any = pytree.tree_map(_kept, (args, kwargs))
         device = outputs[0].device.type if outputs else "cpu"
         cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         return cls(kept[0], kept[1], [output.detach() for output in outputs], 0, cast)
@@ -58,6 +58,13 @@ class Call(NamedTuple):
         """Return the shapes of arguments and outputs in words."""
         inputs, outputs = (", ".join(str(tuple(v.shape)) for v in values) for values in (self.tensors(), self.outputs))
         return f"arguments of shape {inputs} and outputs of shape {outputs}, no part of which is one sample's alone"
+
+
+def _kept(value: Any) -> Any:
+    """Return an argument as it is kept; not Hugging Face's caches, which the call has filled meanwhile."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    return None if any(kind.__name__ == "Cache" for kind in type(value).__mro__) else value
 
 
 class Part(Protocol):
