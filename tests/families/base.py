@@ -1,10 +1,11 @@
 """What a model family is: a small random model, a loss of each sample, and batches of several shapes.
 
-A module of builders registers them with :func:`families_of`; the losses here are torch's own, written without the package's.
+A module of builders registers them with :func:`families_of`. The losses here are written without the package's.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,19 @@ CLASSES = 5
 SHAPES = ((3, 7), (5, 5), (1, 6), (2, 8))  # samples and tokens of the batches; of one they are as many
 
 Loss = Callable[[nn.Module, Any], Tensor]
+
+
+class Lazy:
+    """A library that is imported when something of it is needed: families are listed without it."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module(self._name), name)
+
+
+hf, peft = Lazy("transformers"), Lazy("peft")
 
 
 def cut(batch: Any, sample: int) -> Any:

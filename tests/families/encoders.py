@@ -5,8 +5,17 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import transformers
-from families.base import CLASSES, SHAPES, Case, class_loss, families_of, labelled, masked_loss, text_batches, tokens
+from families.base import (
+    CLASSES,
+    Case,
+    class_loss,
+    families_of,
+    hf,
+    labelled,
+    masked_loss,
+    text_batches,
+    tokens,
+)
 from families.decoders import COMMON
 
 family = families_of(__name__)
@@ -17,15 +26,16 @@ SMALL = {**COMMON, "type_vocab_size": 2}
 
 def masked_lm(name: str, **settings: Any) -> Case:
     """Return a masked language model of a configuration class."""
-    config = getattr(transformers, f"{name}Config")(**{**SMALL, **settings})
-    return Case(transformers.AutoModelForMaskedLM.from_config(config), masked_loss, text_batches())
+    config = getattr(hf, f"{name}Config")(**{**SMALL, **settings})
+    return Case(hf.AutoModelForMaskedLM.from_config(config), masked_loss, text_batches())
 
 
 def classifier(name: str, **settings: Any) -> Case:
     """Return a sequence classifier of a configuration class."""
-    common = {key: value for key, value in SMALL.items() if key not in settings.pop("without", ())}
-    config = getattr(transformers, f"{name}Config")(**{**common, "num_labels": CLASSES, **settings})
-    model = transformers.AutoModelForSequenceClassification.from_config(config)
+    without = settings.pop("without", ())
+    common = {key: value for key, value in SMALL.items() if key not in without}
+    config = getattr(hf, f"{name}Config")(**{**common, "num_labels": CLASSES, **settings})
+    model = hf.AutoModelForSequenceClassification.from_config(config)
     return Case(model, class_loss, labelled(text_batches()))
 
 
@@ -36,7 +46,8 @@ MASKED: dict[str, tuple[str, dict[str, Any]]] = {
     "albert-mlm": ("Albert", {"embedding_size": 12}),
     "distilbert-mlm": ("DistilBert", {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24}),
     "electra-mlm": ("Electra", {"embedding_size": 12}),
-    "deberta-v2-mlm": ("DebertaV2", {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 4}),
+    "deberta-v2-mlm": ("DebertaV2", {"relative_attention": True, "pos_att_type": ["p2c", "c2p"],
+        "position_buckets": 4}),
     "mpnet-mlm": ("MPNet", {}),
     "modernbert-mlm": ("ModernBert", {"global_attn_every_n_layers": 2, "local_attention": 4}),
     "esm-mlm": ("Esm", {"mask_token_id": 4, "position_embedding_type": "rotary"}),
@@ -57,10 +68,14 @@ CLASSIFIERS: dict[str, tuple[str, dict[str, Any]]] = {
     "electra": ("Electra", {"embedding_size": 12}),
     "deberta": ("Deberta", {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}),
     "deberta-v2": ("DebertaV2", {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 4}),
-    "deberta-v3": ("DebertaV2", {"relative_attention": True, "share_att_key": True, "norm_rel_ebd": "layer_norm", "pos_att_type": ["p2c", "c2p"], "position_biased_input": False}),
+    "deberta-v3": ("DebertaV2", {"relative_attention": True, "share_att_key": True, "norm_rel_ebd": "layer_norm",
+        "pos_att_type": ["p2c", "c2p"], "position_biased_input": False}),
     "mpnet": ("MPNet", {}),
-    "xlnet": ("XLNet", {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 24, "without": ["max_position_embeddings", "hidden_size", "num_hidden_layers", "num_attention_heads"]}),
-    "funnel": ("Funnel", {"block_sizes": [1, 1], "d_model": 16, "n_head": 2, "d_head": 8, "d_inner": 24, "num_decoder_layers": 1, "without": ["num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size"]}),
+    "xlnet": ("XLNet", {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 24,
+        "without": ["max_position_embeddings", "hidden_size", "num_hidden_layers", "num_attention_heads"]}),
+    "funnel": ("Funnel", {"block_sizes": [1, 1], "d_model": 16, "n_head": 2, "d_head": 8, "d_inner": 24,
+        "num_decoder_layers": 1, "without": ["num_hidden_layers", "hidden_size", "num_attention_heads",
+        "intermediate_size"]}),
     "longformer": ("Longformer", {"attention_window": [4, 4]}),
     "modernbert": ("ModernBert", {"global_attn_every_n_layers": 2, "local_attention": 4}),
     "esm": ("Esm", {"mask_token_id": 4, "position_embedding_type": "absolute", "token_dropout": True}),
@@ -80,11 +95,12 @@ for _name, (_config, _settings) in CLASSIFIERS.items():
 @family("big-bird-sparse")
 def big_bird_sparse() -> Case:
     """Sequences long enough for blocks of attention."""
-    config = transformers.BigBirdConfig(
-        **{**SMALL, "max_position_embeddings": 128, "attention_type": "block_sparse", "block_size": 4}, num_random_blocks=1,
+    config = hf.BigBirdConfig(
+        **{**SMALL, "max_position_embeddings": 128, "attention_type": "block_sparse", "block_size": 4},
+        num_random_blocks=1,
         num_labels=CLASSES,
     )  # fmt: skip
-    model = transformers.BigBirdForSequenceClassification(config)
+    model = hf.BigBirdForSequenceClassification(config)
     shapes = ((3, 64), (2, 60), (1, 64))
     return Case(model, class_loss, labelled([tokens(b, t) for b, t in shapes]))
 
@@ -92,11 +108,11 @@ def big_bird_sparse() -> Case:
 @family("canine")
 def canine() -> Case:
     """Characters, hashed into several embedding tables."""
-    config = transformers.CanineConfig(
+    config = hf.CanineConfig(
         **{**SMALL, "num_labels": CLASSES, "num_hash_functions": 4, "num_hash_buckets": 16, "downsampling_rate": 2,
            "upsampling_kernel_size": 2, "local_transformer_stride": 4, "max_position_embeddings": 64}
     )  # fmt: skip
-    return Case(transformers.CanineForSequenceClassification(config), class_loss, labelled(text_batches(high=500)))
+    return Case(hf.CanineForSequenceClassification(config), class_loss, labelled(text_batches(high=500)))
 
 
 @family("bert-token-types")
@@ -112,8 +128,8 @@ def bert_token_types() -> Case:
 @family("bert-token-classifier")
 def bert_token_classifier() -> Case:
     """A label for each token."""
-    config = transformers.BertConfig(**SMALL, num_labels=31)
-    return Case(transformers.BertForTokenClassification(config), masked_loss, text_batches())
+    config = hf.BertConfig(**SMALL, num_labels=31)
+    return Case(hf.BertForTokenClassification(config), masked_loss, text_batches())
 
 
 @family("bert-bitfit")

@@ -6,15 +6,16 @@ from functools import partial
 from typing import Any
 
 import torch
-import transformers
-from families.base import SHAPES, VOCABULARY, Case, families_of, token_loss, tokens
 from torch import Tensor, nn
+
+from families.base import SHAPES, VOCABULARY, Case, families_of, hf, token_loss, tokens
 
 family = families_of(__name__)
 
 T5 = {"vocab_size": VOCABULARY, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2,
       "relative_attention_num_buckets": 8, "pad_token_id": 1, "decoder_start_token_id": 0}  # fmt: skip
-BART = {"vocab_size": VOCABULARY, "d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2,
+BART = {"vocab_size": VOCABULARY, "d_model": 16, "encoder_layers": 2, "decoder_layers": 2,
+        "encoder_attention_heads": 2,
         "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "max_position_embeddings": 32,
         "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0}  # fmt: skip
 
@@ -40,8 +41,8 @@ def pair_batches(extra: int = -1) -> list[dict[str, Tensor]]:
 
 def translator(name: str, **settings: Any) -> Case:
     """Return an encoder-decoder of a configuration class."""
-    config = getattr(transformers, f"{name}Config")(**settings)
-    model = getattr(transformers, f"{name}ForConditionalGeneration", None) or getattr(transformers, f"{name}MTModel")
+    config = getattr(hf, f"{name}Config")(**settings)
+    model = getattr(hf, f"{name}ForConditionalGeneration", None) or getattr(hf, f"{name}MTModel")
     return Case(model(config), pair_loss, pair_batches())
 
 
@@ -58,8 +59,12 @@ SEQ2SEQ: dict[str, tuple[str, dict[str, Any]]] = {
     "blenderbot-small": ("BlenderbotSmall", BART),
     "plbart": ("PLBart", BART),
     "m2m-100": ("M2M100", BART),
-    "led": ("LED", {**BART, "attention_window": 4, "max_encoder_position_embeddings": 32, "max_decoder_position_embeddings": 32}),
-    "prophetnet": ("ProphetNet", {"vocab_size": VOCABULARY, "hidden_size": 16, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "num_encoder_layers": 2, "num_decoder_layers": 2, "num_encoder_attention_heads": 2, "num_decoder_attention_heads": 2, "max_position_embeddings": 32, "pad_token_id": 1, "relative_max_distance": 8, "num_buckets": 4}),
+    "led": ("LED", {**BART, "attention_window": 4, "max_encoder_position_embeddings": 32,
+        "max_decoder_position_embeddings": 32}),
+    "prophetnet": ("ProphetNet", {"vocab_size": VOCABULARY, "hidden_size": 16, "encoder_ffn_dim": 24,
+        "decoder_ffn_dim": 24, "num_encoder_layers": 2, "num_decoder_layers": 2, "num_encoder_attention_heads": 2,
+        "num_decoder_attention_heads": 2, "max_position_embeddings": 32, "pad_token_id": 1,
+        "relative_max_distance": 8, "num_buckets": 4}),
 }  # fmt: skip
 for _name, (_config, _settings) in SEQ2SEQ.items():
     family(_name, partial(translator, _config, **_settings))

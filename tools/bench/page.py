@@ -25,11 +25,12 @@ RESULTS = BENCH / "results.jsonl"
 PAGE = BENCH.parent.parent / "docs" / "benchmarks.md"
 MEANING = {"extraction": "of times, below 1 is quicker", "memory": "of peaks, the smaller the better"}
 BEGIN, END = "<!-- made by tools/bench/page.py -->\n", "<!-- end of what is made -->\n"
+OTHERWISE = ("families",)  # scripts whose results are a page of their own
 
 
 def benchmarks() -> list[str]:
     """Return the names of the scripts that measure."""
-    scripts = (path for path in BENCH.glob("*.py") if path != Path(__file__).resolve())
+    scripts = (p for p in BENCH.glob("*.py") if p != Path(__file__).resolve() and p.stem not in OTHERWISE)
     return sorted(path.stem for path in scripts if '"__main__"' in path.read_text("utf-8"))
 
 
@@ -78,9 +79,15 @@ def tables(runs: list[dict[str, Any]]) -> str:
 
 def render(page: str, runs: list[dict[str, Any]]) -> str:
     """Return a page with its made part made anew."""
-    before, _, rest = page.partition(BEGIN)
+    return replace_made(page, tables(runs), "tools/bench/page.py")
+
+
+def replace_made(page: str, made: str, script: str) -> str:
+    """Return a page with the part that a script makes replaced."""
+    begin = BEGIN.replace("tools/bench/page.py", script)
+    before, _, rest = page.partition(begin)
     after = rest.partition(END)[2]
-    return f"{before}{BEGIN}\n{tables(runs)}\n{END}{after}"
+    return f"{before}{begin}\n{made}\n{END}{after}"
 
 
 def measure(name: str, arguments: list[str], machine: str) -> None:
