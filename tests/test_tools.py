@@ -33,6 +33,7 @@ SMALL = {
     "memory": ["--rows", "600", "--k", "64"],
     "quality": ["--quick", "--data", ".", "--folder", "out", "--workers", "1"],
     "representations": ["--mib", "1", "--k", "100", "--repeats", "1"],
+    "rows_memory": ["--rows", "1000,3000"],
     "store": ["--mib", "32", "--chunks", "100", "--repeats", "1"],
 }
 NEEDS_INDEX = {"first_contact"}  # it installs
@@ -40,8 +41,9 @@ NO_BENCHMARK = {"page"}  # tests/test_bench_page.py
 SLOW = {
     "quality",
     "representations",
+    "rows_memory",
     "store",
-}  # tests/test_lds.py, test_formats.py and test_store.py have what they measure with
+}  # tests/test_lds.py, test_formats.py, test_repeats.py and test_store.py have what they measure with
 
 
 def write_images(folder: Path, n: int = 360) -> None:
