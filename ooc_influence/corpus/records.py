@@ -102,7 +102,7 @@ class Lines:
             return _line(data)
         if not self._separated:
             return parse_json(data, where)
-        with self._checked():
+        with self._checked(where):
             return self._named(next(csv.reader([data.decode()], **self._dialect)))
 
     def _split_cells(self, file: Any) -> Iterator[tuple[int, Parse]]:
@@ -118,7 +118,7 @@ class Lines:
         reader = csv.reader(lines(), **self._dialect)
         while True:
             start = position
-            with self._checked():
+            with self._checked(f"line {reader.line_num + 1} of {self._path}"):
                 cells = next(reader, None)
             if cells is None:
                 return
@@ -130,8 +130,8 @@ class Lines:
                 self.header = self._columns(cells)
 
     @contextlib.contextmanager
-    def _checked(self) -> Iterator[None]:
-        """Let a cell be long meanwhile; say what is wrong with a file in one line."""
+    def _checked(self, where: str) -> Iterator[None]:
+        """Let a cell be long meanwhile; say in one line what is wrong, and where."""
         try:
             with _limit_lifted:  # the process's, so for one record at a time
                 limit = csv.field_size_limit(sys.maxsize)
@@ -141,7 +141,7 @@ class Lines:
                     csv.field_size_limit(limit)
         except (csv.Error, UnicodeDecodeError) as error:
             raise InputError(
-                f"expected {self._path} as CSV in UTF-8; received {error}: save it again, texts with quotes in quotes"
+                f"expected CSV in UTF-8 from {where} on; received {error}: save it again, texts with quotes in quotes"
             ) from error
 
     def _columns(self, cells: list[str]) -> list[str]:
