@@ -381,3 +381,10 @@ def test_freed_memory_is_kept():
         assert done.returncode == 0, done.stderr
         found.append(int(done.stdout))
     assert found[1] < found[0] / 4
+
+
+def test_modules_are_left_out(run):
+    code, _, err = run("extract --recipe my_recipe:as_tuple --store s.zarr --k 50 --modules !last")
+    assert code == 0, err
+    names = [module.layer.name for module in GradientStore.open("s.zarr").mask.modules]
+    assert names == ["first", "second"]

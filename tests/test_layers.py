@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from ooc_influence import Dropout, OocInfluenceWarning, cross_entropy, extract_gradients, token_cross_entropy
-from ooc_influence.errors import MismatchError
+from ooc_influence.errors import MismatchError, UnsupportedModelError
 from ooc_influence.extract.selection import select_layers
 
 B = 7
@@ -240,6 +240,33 @@ def test_of_a_partly_frozen_model_the_trained_layers_are_tapped(tmp_path):
     assert [module.layer.name for module in store.mask.modules] == ["down", "up"]
     assert store.attrs["covered"] == 1
     assert [layer.name for layer in select_layers(model, "*").layers] == ["base", "down", "up"]
+
+
+@pytest.mark.parametrize(
+    ("modules", "expected"),
+    [
+        ("!2.*", "0 1 3"),
+        (["!2.*", "!1"], "0 3"),
+        (["!1", "?"], "0 3"),
+        (["?", "!1"], "0 3"),
+        (["2.*", "0", "!2.0"], "0 2.1"),
+        (["!none"], "0 1 2.0 2.1 3"),
+        (["[!1]"], "0 3"),
+    ],
+)
+def test_a_pattern_that_begins_with_an_exclamation_mark_leaves_layers_out(modules, expected):
+    def make(*inner):
+        return nn.Sequential(*inner)
+
+    model = make(nn.Linear(3, 3), nn.Linear(3, 3), make(nn.Linear(3, 3), nn.Linear(3, 3)), nn.Linear(3, 2))
+    assert " ".join(layer.name for layer in select_layers(model, modules).layers) == expected
+
+
+def test_what_is_left_out_of_a_partly_frozen_model_adds_no_frozen_layer():
+    assert [layer.name for layer in select_layers(Adapter(), "!up").layers] == ["down"]
+    assert [layer.name for layer in select_layers(Adapter(), ["*", "!up"]).layers] == ["base", "down"]
+    with pytest.raises(UnsupportedModelError, match="widen the selection"):
+        select_layers(Adapter(), "!*")
 
 
 class Scaled(nn.Module):

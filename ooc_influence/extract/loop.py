@@ -95,7 +95,7 @@ def extract_gradients(
         A train store whose mask to use instead: makes a query store. The model must be the same.
     modules : str, sequence of str, callable, optional
         Layers to tap: name patterns or a predicate ``(name, module) -> bool``; default every supported layer, or those
-        that are trained where the others are frozen.
+        that are trained where the others are frozen. Patterns that begin with ``!`` leave layers out.
     fallback : bool
         Tap selected layers of unknown kinds too, through ``torch.func``, at the cost of their full gradients.
     dtype : {"float16", "bfloat16", "float32", "int8", "int4"}

@@ -140,8 +140,9 @@ def select_layers(
         The model.
     modules : str, sequence of str, callable, sequence of LayerShape or None
         Name patterns (``"encoder.*.fc?"``) or a predicate ``(name, module) -> bool``; None selects every supported
-        layer, or, of a model with frozen and trained parameters, the trained ones. Layers that share a parameter with
-        a selected one are tapped with it.
+        layer, or, of a model with frozen and trained parameters, the trained ones. A pattern that begins with ``!``
+        leaves layers out: of those that the other patterns select, or by default would be. Layers that share a
+        parameter with a selected one are tapped with it.
     fallback : bool
         Tap layers of unknown kinds too, through ``torch.func``.
     adjusted : Adjustments, optional
@@ -207,7 +208,7 @@ class _Wanted(NamedTuple):
 
 
 def _wanted(model: nn.Module, modules: ModuleSelection, found: Sequence[_Candidate]) -> _Wanted:
-    trained = _trained(model) if modules is None else None
+    trained = _trained(model) if _by_default(modules) else None
     chosen = _predicate(modules)
     mine = [each for each in found if chosen(each.name, each.module)]
     ids = {id(p) for each in mine for p in each.parameters.values() if trained is None or id(p) in trained}
@@ -340,5 +341,24 @@ def _predicate(modules: ModuleSelection) -> Callable[[str, nn.Module], bool]:
         return lambda name, module: True
     if callable(modules):
         return modules
-    patterns = [modules] if isinstance(modules, str) else list(modules)
-    return lambda name, module: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)  # type: ignore[type-var]
+    named, left_out = _patterns(modules)
+
+    def matches(name: str, patterns: list[str]) -> bool:
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+    every = _by_default(modules)
+    return lambda name, module: (every or matches(name, named)) and not matches(name, left_out)
+
+
+def _patterns(modules: Any) -> tuple[list[str], list[str]]:
+    """Return patterns of what is selected, and of what is left out whatever the order."""
+    given = [modules] if isinstance(modules, str) else list(modules)
+    return [own for own in given if not own.startswith("!")], [own[1:] for own in given if own.startswith("!")]
+
+
+def _by_default(modules: ModuleSelection) -> bool:
+    """Return whether layers are chosen by default: nothing is said of them but, at most, which are left out."""
+    if modules is None or callable(modules):
+        return modules is None
+    named, left_out = _patterns(modules)
+    return bool(left_out) and not named
