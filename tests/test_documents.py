@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import datetime
 import gzip
 import json
@@ -39,6 +40,15 @@ def test_a_cell_is_text_whatever_it_looks_like(tmp_path, separator):
     path.write_bytes("\r\n".join([separator.join(("n", "text")), *lines]).encode("utf-8-sig"))
     assert read(path) == ODD
     assert [parse()["text"] for parse in open_records(path)] == ODD
+
+
+def test_reading_csv_leaves_the_limit_of_others_alone(tmp_path):
+    (tmp_path / "d.csv").write_text("text\n" + "a" * 2**18 + "\nb\n")
+    limit = csv.field_size_limit()
+    records = open_records(tmp_path / "d.csv")
+    assert len(next(records)()["text"]) == 2**18
+    assert csv.field_size_limit() == limit < 2**18
+    assert read(tmp_path / "d.csv")[1] == "b"
 
 
 def test_quotes_and_line_breaks_in_cells(tmp_path):
@@ -262,8 +272,10 @@ def test_kept_fields_of_every_kind(tmp_path):
     for name, (_, kind, expected) in KEPT.items():
         assert store.layout.columns[name] == kind, name
         np.testing.assert_array_equal(store.column(name).tolist(), expected, name)
-    with pytest.raises(InputError, match="field 'nothing'"):
-        samples(tmp_path, hf.Fields(text="text", keep=("nothing",)), rows)
+    for fields in ({"text": "nothing"}, {"text": "text", "keep": ("nothing",)}, {"text": "text", "id": "nothing"}):
+        for how in ("raise", "skip"):
+            with pytest.raises(InputError, match="expected a field 'nothing'; received documents with text, int, "):
+                samples(tmp_path, hf.Fields(**fields), rows, on_missing=how)
 
 
 def test_kept_dates_of_parquet_and_fields_that_come_late(tmp_path):

@@ -48,14 +48,23 @@ def without_bars(shown: bool, hide: Callable[[], None], show: Callable[[], None]
             show()
 
 
-def check_fields(documents: Documents, fields: Sequence[str]) -> None:
-    """Check that each of these fields is in some document.
+def check_fields(documents: Documents, everywhere: Sequence[str], somewhere: Sequence[str]) -> None:
+    """Check that fields are there, as far as that is seen before all documents are read.
+
+    Parameters
+    ----------
+    documents : Documents
+        What is read.
+    everywhere, somewhere : sequence of str
+        Fields that every document must have, so that the first ones tell, and fields that some must have.
 
     Raises
     ------
     InputError
         Naming the first that they lack, and those they have.
     """
-    for field in fields:
-        if not documents.has_field(field):
-            raise InputError(f"expected a field {field!r}; received documents with {', '.join(documents.column_names)}")
+    lacking = [field for field in everywhere if field not in documents.column_names]
+    lacking += [field for field in somewhere if not lacking and not documents.has_field(field)]
+    if lacking:
+        names = ", ".join(documents.column_names)
+        raise InputError(f"expected a field {lacking[0]!r}; received documents with {names}")

@@ -123,7 +123,10 @@ class Samples:
             raise InputError(f"expected max_length >= 2; received {max_length}")
         if on_missing not in ("raise", "skip"):
             raise InputError(f"expected on_missing 'raise' or 'skip'; received {on_missing!r}")
-        check_fields(documents, fields.used)
+        texts = list(fields.parts.values())
+        named = [field for field in (fields.label, fields.id) if field is not None]
+        missing = on_missing == "skip"  # then the first documents may lack their texts
+        check_fields(documents, named if missing else texts + named, [*(texts if missing else ()), *fields.keep])
         self._documents, self.fields, self._tokenise = documents, fields, Tokeniser(tokenizer, fields, max_length)
         self.documents, self.max_length, self._labels = len(documents), max_length, labels
         if fields.label is not None:
