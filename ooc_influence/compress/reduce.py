@@ -273,7 +273,7 @@ def _create(
 ) -> GradientStore:
     """Make the basis, and the empty store that has it."""
     source, path, reduction = job.source, None, None
-    is_wide = source.attrs.get("reduction") is None
+    is_wide = not source.is_reduced
     known = parse_representation(dtype or ("float16" if is_wide else source.layout.dtype))
     if job.like is not None:
         _check_room(source, job.like.k, means)
@@ -367,7 +367,7 @@ def _trace(store: GradientStore, weights: Weighting | None) -> float:
 def _turn(source: GradientStore, target: GradientStore) -> Rows:
     """Return what source rows are multiplied by: the new basis, or its coordinates in the source's own."""
     new = _vectors(target)
-    return new if source.attrs.get("reduction") is None else _vectors(source).T @ new
+    return new if not source.is_reduced else _vectors(source).T @ new
 
 
 def _finish(place: StorePath, job: _Job, found: Share) -> None:

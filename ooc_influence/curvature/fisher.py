@@ -227,7 +227,7 @@ def _parse_blocks(train: GradientStore, blocks: str | None, rank: int | None) ->
         return ((0, train.k),)
     if blocks != "module":
         raise InputError(f"expected blocks 'module', 'diagonal' or none; received {blocks!r}")
-    if train.reduction is not None:
+    if train.is_reduced:
         raise InputError(
             f"expected a store of kept entries for blocks='module'; received {train.path}, whose columns are reduced: "
             "fit the whole"

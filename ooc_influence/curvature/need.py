@@ -148,7 +148,7 @@ class FitShapes(NamedTuple):
     def of(cls, chosen: ChosenRows) -> FitShapes:
         """Return those of a fit of some rows."""
         train = chosen.store
-        modules = () if train.reduction is not None else module_ranges(train)
+        modules = () if train.is_reduced else module_ranges(train)
         return cls(train.k, chosen.count, train.reading_bytes, chosen.small_bytes, modules, str(train.path))
 
     @property

@@ -95,7 +95,7 @@ def module_columns(stores: Sequence[GradientStore]) -> tuple[list[str], Columns]
     """
     found: list[dict[str, slice]] = []
     for store in stores:
-        if store.reduction is not None:
+        if store.is_reduced:
             raise InputError(
                 f"expected rows that hold kept entries; received {store.path}, reduced to {store.k} numbers that mix "
                 "the modules: extract without a reduction (--dims 0)"

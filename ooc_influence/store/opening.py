@@ -45,6 +45,7 @@ def open_store(path: StorePath) -> tuple[dict[str, Any], Layout, Any, dict[str, 
     arrays = {name: open_array(group, name, path) for name in layout.arrays}
     for name, array in arrays.items():
         layout.check_array(name, array, path)
+    place.remember_opened(path)
     return attrs, layout, group, arrays
 
 
@@ -109,7 +110,7 @@ def read_attributes(path: StorePath) -> dict[str, Any]:
             "restore it from a backup"
         ) from error
     fits = isinstance(attrs, dict) and all(isinstance(attrs.get(name), kind) for name, kind in _REQUIRED.items())
-    if not fits or not isinstance(attrs["created"].get("id"), str):
+    if not fits or not isinstance(attrs["created"].get("id"), str) or not _tells_reduction(attrs.get("reduction")):
         raise StoreFormatError(
             f"expected a gradient store at {path}; received another Zarr group: give the folder that "
             "extract_gradients wrote"
@@ -125,6 +126,12 @@ def read_attributes(path: StorePath) -> dict[str, Any]:
             "damaged; restore it from a backup"
         )
     return dict(attrs)
+
+
+def _tells_reduction(facts: Any) -> bool:
+    return facts is None or (
+        isinstance(facts, dict) and all(isinstance(facts.get(name), str) for name in ("name", "digest"))
+    )
 
 
 def attributes_digest(attrs: Mapping[str, Any]) -> str:

@@ -76,6 +76,46 @@ def expand_home(path: str | os.PathLike[str]) -> Path:
         raise InputError(f"expected a path; received {text!r}, whose home folder is unknown") from error
 
 
+_opened: set[str] = set()  # by their user, in this process
+
+
+def remember_opened(path: StorePath) -> None:
+    """Note that the user has named a place: what a store says of it may be followed there."""
+    _opened.add(str(path))
+
+
+def parse_reference(path: object, home: StorePath) -> StorePath:
+    """Return the place that a store at ``home`` names in its attributes, which somebody else may have written.
+
+    It is followed on the file system the store is on (of an object store, in the same bucket), and to where the user
+    has opened a store in this process; nowhere else.
+
+    Raises
+    ------
+    InputError
+        For any other place.
+    """
+    text = path if isinstance(path, str) else repr(path)
+    protocol, apart, rest = text.partition("://")
+    if not isinstance(path, str) or text in _opened:
+        near = isinstance(path, str)
+    elif is_local(home):
+        near = not apart or protocol in ("file", "local")
+    else:
+        own, _, inside = str(home).partition("://")
+        near = bool(apart) and protocol == own and _bucket(rest) == _bucket(inside)
+    if not near:
+        raise InputError(
+            f"expected a store that refers to its own file system; received {home}, which refers to {text}: if you "
+            f"trust it, open that store first: GradientStore.open({text!r}), or --like {text}"
+        )
+    return parse_path(text)
+
+
+def _bucket(path: str) -> str:
+    return path.partition("/")[0]
+
+
 def is_local(path: StorePath) -> TypeGuard[Path]:
     """Return whether a place is on a file system that can be mapped."""
     return isinstance(path, Path)

@@ -16,9 +16,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from ooc_influence.errors import StoreDamagedError, StoreFormatError
+from ooc_influence.errors import (
+    OocInfluenceError,
+    StoreDamagedError,
+    StoreFormatError,
+    StoreNotFoundError,
+    StoreReadError,
+)
 from ooc_influence.store.arrays import CHUNK_TARGET, create_array, open_group, read_array
-from ooc_influence.store.place import array_store, parse_path
+from ooc_influence.store.place import StorePath, array_store, parse_reference
 
 if TYPE_CHECKING:
     from ooc_influence.store.mask import LayerShape
@@ -280,36 +286,58 @@ class LograReduction(GeneratedReduction):
 _GENERATED = {kind.name: kind for kind in (GaussianReduction, LograReduction, RademacherReduction, SjltReduction)}
 
 
-def load_reduction(group: Any, facts: Mapping[str, Any]) -> Reduction:
-    """Return the reduction that a store's attributes describe, from the store or where they say it is.
+def load_reduction(group: Any, facts: Mapping[str, Any], home: StorePath) -> Reduction:
+    """Return the reduction that the attributes of the store at ``home`` describe, from there or where they say it is.
 
     Raises
     ------
     StoreFormatError
-        For one of an unknown name.
+        For one of an unknown name, or settings that are none.
+    InputError
+        If it is said to be on another file system (:func:`parse_reference`).
+    StoreNotFoundError, StoreReadError
+        If it is not where it is said to be.
     StoreDamagedError
         If it is not the one that was recorded.
     """
     generated = _GENERATED.get(facts["name"])
     if generated is not None:
-        return generated(**{name: int(value) for name, value in facts.items() if name not in ("name", "digest")})
+        try:
+            return generated(**{name: int(value) for name, value in facts.items() if name not in ("name", "digest")})
+        except (TypeError, ValueError) as error:
+            raise StoreFormatError(
+                f"expected the settings of a reduction {facts['name']} in {home}; received others ({error}): restore "
+                "its zarr.json from a backup"
+            ) from error
     if facts["name"] != "eigenbasis":
         raise StoreFormatError(
             f"expected a reduction eigenbasis, {', '.join(_GENERATED)}; received {facts['name']!r}: upgrade "
             "ooc_influence"
         )
-    path = facts.get("path")
-    if path is not None:
-        group = open_group(array_store(parse_path(path), read_only=True), "r")
-    return StoredReduction.load(group, facts)
+    if facts.get("path") is None:
+        return StoredReduction.load(group, facts)
+    path = parse_reference(facts["path"], home)
+    try:
+        return StoredReduction.load(open_group(array_store(path, read_only=True), "r"), facts)
+    except OocInfluenceError:
+        raise
+    except (FileNotFoundError, KeyError) as error:
+        raise StoreNotFoundError(
+            f"expected the basis of {home} in the store {path}; received none: give that store back its place"
+        ) from error
+    except Exception as error:  # whatever an object store's client makes of a bucket, key or permission
+        raise StoreReadError(
+            f"expected to read the basis of {home} from {path}; received {type(error).__name__}: {error}: check the "
+            "path, the credentials and the connection"
+        ) from error
 
 
 def kept_at(store: StoreView) -> str | None:
     """Return where a store made like this one finds the basis, if that is too large to be copied; else None."""
-    reduction = store.reduction
-    if not isinstance(reduction, StoredReduction) or reduction.vectors.nbytes <= COPIED_BYTES:
+    facts = store.attrs.get("reduction") or {}
+    if facts.get("name") != "eigenbasis" or 4 * facts.get("rows", 0) * facts.get("columns", 0) <= COPIED_BYTES:
         return None
-    return str((store.attrs.get("reduction") or {}).get("path") or store.path)
+    return str(facts.get("path") or store.path)
 
 
 def columns_digest(mask_digest: str, reduction: Mapping[str, Any] | None) -> str:

@@ -200,10 +200,14 @@ class StoreView:
     @property
     def reduction(self) -> Reduction | None:
         """What masked rows were multiplied by (read on first use); None where rows hold the kept entries themselves."""
-        facts = self._attrs.get("reduction")
-        if facts is not None and self._reduction is None:
-            self._reduction = load_reduction(self._group, facts)
+        if self.is_reduced and self._reduction is None:
+            self._reduction = load_reduction(self._group, self._attrs["reduction"], self.path)
         return self._reduction
+
+    @property
+    def is_reduced(self) -> bool:
+        """Whether masked rows were multiplied by a reduction; nothing of it is read."""
+        return self._attrs.get("reduction") is not None
 
     @property
     def identity(self) -> str:
