@@ -88,6 +88,11 @@ _BLAS_THREADS = ProcessSetting(
 )
 
 
+def blas_limit() -> int | None:
+    """Return how many threads a BLAS call may use; None without a BLAS that tells."""
+    return min((library.num_threads for kind in (False, True) for library in _libraries(of_threads=kind)), default=None)
+
+
 @contextlib.contextmanager
 def limit_blas(threads: int) -> Iterator[None]:
     """Let BLAS calls use so many threads while the context is open."""

@@ -1,7 +1,7 @@
 """Progress of long work: rows done, rate and ETA on a terminal; silent in a library unless asked for.
 
 Block loops run inside Dask tasks, which cannot carry a progress bar. They call :func:`tick` with a key; a bar opened
-under that key in the same process shows it; on a Dask worker the tick travels as an event under the same name. A bar
+under that key in the same process shows it; on a Dask worker the tick travels as an event, with its key. A bar
 that closes early (an error, Ctrl-C) makes the next tick stop its task, and so does a task's being cancelled. Whoever
 shows progress elsewhere than on a terminal watches: :func:`watched`.
 """
@@ -22,6 +22,7 @@ _watcher: ContextVar[Watcher | None] = ContextVar("ooc_influence_watcher", defau
 _bars: dict[str, Progress] = {}
 _stopped: set[str] = set()
 _lock = threading.Lock()
+TOPIC = "ooc_influence"  # of events by which tasks on Dask workers tell of their progress
 
 
 class Progress:
@@ -119,8 +120,15 @@ def tick(key: str, rows: int) -> None:
         raise InterruptedError("the run this task belongs to was stopped")
     elif key and "distributed" in sys.modules:
         with contextlib.suppress(ValueError, AttributeError):  # not on a worker, or distributed half imported
-            sys.modules["distributed"].get_worker().log_event(key, rows)
+            sys.modules["distributed"].get_worker().log_event(TOPIC, (key, rows))
         check_cancelled()
+
+
+def show(key: str, rows: int) -> None:
+    """Advance the bar opened under ``key``, if it is one of this process: others' runs tell of theirs, too."""
+    bar = _bars.get(key)
+    if bar is not None:
+        bar.advance(rows)
 
 
 def check_cancelled() -> None:

@@ -9,10 +9,11 @@ what it started.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -25,8 +26,8 @@ from dask.delayed import delayed
 from ooc_influence.cgroup import cpu_share
 from ooc_influence.errors import ClusterError, InputError
 from ooc_influence.memory import DEFAULT_SHARE
-from ooc_influence.process import limit_blas
-from ooc_influence.progress import Progress
+from ooc_influence.process import blas_limit, limit_blas
+from ooc_influence.progress import TOPIC, Progress, show
 
 SENT_ONCE = 2**20  # bytes of an array from which on it is sent to a cluster's workers once, not with every task
 
@@ -45,6 +46,30 @@ def blas_threads(tasks: int) -> Any:
     """Return a context in which ``tasks`` concurrent BLAS calls share the cores: one thread pool at a time."""
     return limit_blas(max(1, cores() // max(1, tasks)))
 
+
+class _Sharers:
+    """Tasks of other schedulers than ours that run in this process."""
+
+    def __init__(self) -> None:
+        self._lock, self._running, self._most = threading.Lock(), 0, 1
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        with contextlib.ExitStack() as held:
+            with self._lock:  # until it is set: the later of two tasks sets less
+                if not self._running:
+                    self._most = min(cores(), blas_limit() or cores())  # a Dask worker's process may have been told one
+                self._running += 1
+                held.callback(self._leave)
+                held.enter_context(limit_blas(max(1, min(self._most, cores() // self._running))))
+            yield
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._running -= 1
+
+
+sharing_blas = _Sharers()  # a context: a task's BLAS calls share the cores with those of other tasks in this process
 
 _task = threading.local()  # the threads that the task running in this one may use
 
@@ -268,11 +293,31 @@ def _compute(tasks: list[Any], progress: Progress, slots: int) -> Any:
             raise
 
 
+_watching: dict[str, int] = {}  # runs that a client shows the progress of
+_watching_lock = threading.Lock()
+
+
+def _watch(client: Any) -> None:
+    """Show what this client's tasks tell of their progress: all runs have one topic, which the scheduler keeps."""
+    with _watching_lock:
+        _watching[client.id] = _watching.get(client.id, 0) + 1
+        if _watching[client.id] == 1:
+            client.subscribe_topic(TOPIC, lambda event: show(*event[1]))
+
+
+def _unwatch(client: Any) -> None:
+    with _watching_lock:
+        _watching[client.id] -= 1
+        if not _watching[client.id]:
+            del _watching[client.id]
+            client.unsubscribe_topic(TOPIC)
+
+
 def _compute_on_cluster(client: Any, tasks: list[Any], progress: Progress, each: Any) -> list[Any]:
     from distributed import CancelledError, as_completed
     from distributed.scheduler import KilledWorker
 
-    client.subscribe_topic(progress.key, lambda event: progress.advance(event[1]))
+    _watch(client)
     futures = client.compute(tasks, optimize_graph=False)
     try:
         if each is None:
@@ -296,4 +341,4 @@ def _compute_on_cluster(client: Any, tasks: list[Any], progress: Progress, each:
             ) from error
         raise
     finally:
-        client.unsubscribe_topic(progress.key)
+        _unwatch(client)

@@ -37,7 +37,7 @@ from ooc_influence import (
 )
 from ooc_influence.cli import cluster as cluster_room
 from ooc_influence.errors import ClusterError, InputError
-from ooc_influence.progress import Progress, tick
+from ooc_influence.progress import TOPIC, Progress, tick, watched
 from ooc_influence.store import LayerShape, Mask, ModuleMask
 from ooc_influence.store.claim import read_claims
 from ooc_influence.stripes import Stripe, ambient_client, check_workers, run_stripes, worker_memory
@@ -95,6 +95,22 @@ def test_two_workers_same_numbers(tmp_path, long_pair, client, monkeypatch):
     for name, call in calls.items():
         close(found[name], call())
     close(written, influence_scores(query, train, damping=dampings).compute())
+
+
+def topics(client):
+    return client.run_on_scheduler(lambda dask_scheduler: set(dask_scheduler._broker._topics))
+
+
+def test_runs_leave_one_topic_at_the_scheduler(long_pair, client):
+    """Which keeps every topic for good; and two clients do not count each other's rows."""
+    told = []
+    before = topics(client)
+    with client.as_current(), watched(lambda label, done, total: told.append((label, done, total))):
+        for _ in range(3):
+            self_influence(long_pair[1])
+    assert topics(client) - before <= {TOPIC, "scheduler"}
+    assert TOPIC in topics(client)
+    assert max(done for _, done, _ in told) == 40_000
 
 
 @pytest.mark.parametrize("way", ["sums", "tiles", "rows"])

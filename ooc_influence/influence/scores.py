@@ -22,7 +22,7 @@ from ooc_influence.influence.scoring import Normalize, Scoring
 from ooc_influence.influence.tiles import Columns, Costs, Work, score_tiles
 from ooc_influence.progress import Progress
 from ooc_influence.store import PathLike, StorePath, parse_path
-from ooc_influence.stripes import Stripe, check_workers, cores, cut_stripes, run_stripes
+from ooc_influence.stripes import Stripe, check_workers, cores, cut_stripes, run_stripes, sharing_blas
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -139,14 +139,15 @@ def _lazy_scores(scoring: Scoring, memory: int | str | None) -> da.Array:
 
 def _left_task(numbers: npt.NDArray[np.int64], scoring: Scoring) -> Floats:
     """Return preconditioned queries (L, q, k), those of several checkpoints side by side."""
-    arrays = scoring.left(int(numbers[0]), int(numbers[-1]) + 1).arrays
+    with sharing_blas():
+        arrays = scoring.left(int(numbers[0]), int(numbers[-1]) + 1).arrays
     return np.concatenate([array.reshape(scoring.lambdas, len(numbers), -1) for array in arrays], axis=2)
 
 
 def _score_task(lefts: Floats, rows: npt.NDArray[np.int64], work: Work, seen: Marks | None) -> Floats:
     edges = np.cumsum([store.k for store in work.stores])[:-1]
     parts = [np.ascontiguousarray(part).reshape(-1, part.shape[2]) for part in np.split(lefts, edges, axis=2)]
-    with make_engine(work.device) as engine:
+    with sharing_blas(), make_engine(work.device) as engine:
         (tile,) = score_tiles(engine, Stripe(int(rows[0]), int(rows[-1]) + 1), "", work, seen, parts)
         return engine.host(tile.scores)[:, 0]
 

@@ -1,9 +1,11 @@
-"""Which BLAS multiplies: the engines at hand, timed once a process, the fastest taken for C += XᵀX.
+"""Which BLAS multiplies C += XᵀX: SciPy's, or another one at hand that is much faster where they are timed.
 
-SciPy's ssyrk is there always. NumPy has a BLAS of its own, and PyTorch another, which counts only where it is loaded
-already: its matrix product of column tiles does little more than half of the arithmetic, as ssyrk does. PyTorch may
-also multiply in bfloat16 with sums in float32; that is taken only for rows that bfloat16 holds exactly, and only if a
-product of such rows agrees with ssyrk's.
+Two BLAS round differently, so a stopwatch that chose between equals would make the last bits of F vary from run to run.
+Timed once a process, another engine is taken only where it gains more than a busy machine can feign: a build without a
+good ssyrk, or units for bfloat16. SciPy's ssyrk is there always. NumPy has a BLAS of its own, and PyTorch another,
+which counts only where it is loaded already: its matrix product of column tiles does little more than half of the
+arithmetic, as ssyrk does. PyTorch may also multiply in bfloat16 with sums in float32; that is taken only for rows that
+bfloat16 holds exactly, and only if a product of such rows agrees with ssyrk's.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ _TILE = 512  # columns of a tile where only a general product is there
 _WIDTH = 1024  # of a temporary tile: 2 MiB, whatever k
 _TRIAL = (768, 1536)  # rows and columns of the block that engines are timed on
 _TRIALS = 7
-_HEAD_START = 0.9  # of the first engine, which needs no temporaries: others' times may be luck
+_GAIN = 1.5  # times as fast as SciPy's must another engine be: equals are within a quarter, units for bfloat16 beyond 2
 _WORTH_TIMING = 512  # columns; for narrower sums any engine does
 _AGREEMENT = 1e-6  # of the largest entry
 _BAND = 256  # columns of which a thread's part has at least so many
@@ -183,7 +185,7 @@ def product_pieces(
 
 
 def choose_engine(columns: int, *, bfloat16: bool = False, team: Team | None = None) -> Engine:
-    """Return the fastest engine at hand for sums of so many columns.
+    """Return the engine for sums of so many columns: SciPy's, where no other is much faster.
 
     Parameters
     ----------
@@ -221,7 +223,9 @@ def _fastest(bfloat16: bool, team: Team) -> Engine:
             agreeing.append(engine)
     rounds = [[_timed(engine, total, block, team) for engine in agreeing] for _ in range(_TRIALS)]
     seconds = dict(zip(agreeing, np.min(rounds, axis=0).tolist(), strict=True))
-    best = min(seconds, key=lambda engine: seconds[engine] * (_HEAD_START if engine is first else 1))
+    best = min(agreeing, key=lambda engine: seconds[engine])
+    if _GAIN * seconds[best] > seconds[first]:
+        best = first
     work = _TRIAL[0] * _TRIAL[1] ** 2 / 1e9
     logger.info(
         "products by %s (%s)",
