@@ -10,8 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from ooc_influence import Dropout, cross_entropy, extract_gradients
-from ooc_influence.errors import UnsupportedModelError
+from ooc_influence import Dropout, OocInfluenceWarning, cross_entropy, extract_gradients
 from ooc_influence.extract.selection import select_layers
 
 N, T, WIDTH = 8, 5, 4  # in batches of 5, 1 and 2: as many samples as steps, one, fewer
