@@ -27,6 +27,9 @@ def image_model(
     return Case(getattr(hf, f"{name}{model}")(config), class_loss, images(key, *shape))
 
 
+LEVIT = {"image_size": 32, "patch_size": 16, "hidden_sizes": [16, 16, 16], "num_attention_heads": [2,
+        2, 2], "depths": [1, 1, 1], "key_dim": [4, 4, 4], "down_ops": [["Subsample", 4, 4, 2, 2, 2], ["Subsample",
+        4, 4, 2, 2, 2], [""]]}  # fmt: skip
 CVT = {"patch_sizes": [3, 3], "patch_stride": [4, 2], "patch_padding": [1, 1], "embed_dim": [8, 16],
         "num_heads": [1, 2], "depth": [1, 2], "mlp_ratio": [2.0, 2.0], "drop_rate": [0.0, 0.0],
         "drop_path_rate": [0.0, 0.0], "qkv_bias": [True, True], "cls_token": [False, True],
@@ -72,9 +75,6 @@ VISION: dict[str, tuple[str, dict[str, Any]]] = {
     "segformer": ("Segformer", {"image_size": 32, "hidden_sizes": [8, 16], "num_encoder_blocks": 2, "depths": [1,
         1], "sr_ratios": [2, 1], "patch_sizes": [7, 3], "strides": [4, 2], "num_attention_heads": [1, 2],
         "mlp_ratios": [2, 2]}),
-    "levit": ("Levit", {"image_size": 32, "patch_size": 16, "hidden_sizes": [16, 16, 16], "num_attention_heads": [2,
-        2, 2], "depths": [1, 1, 1], "key_dim": [4, 4, 4], "down_ops": [["Subsample", 4, 4, 2, 2, 2], ["Subsample",
-        4, 4, 2, 2, 2], [""]]}),
     "poolformer": ("PoolFormer", {"hidden_sizes": [8, 16], "num_encoder_blocks": 2, "depths": [1, 1],
         "patch_sizes": [7, 3], "strides": [4, 2], "padding": [2, 1], "mlp_ratio": 2.0}),
     "dinov2": ("Dinov2", {**TRANSFORMER, "mlp_ratio": 2}),
@@ -103,6 +103,13 @@ VISION: dict[str, tuple[str, dict[str, Any]]] = {
         "num_pooler_layers": 1, "pred_hidden_size": 16, "pred_num_attention_heads": 2, "pred_num_hidden_layers": 1,
         "key": "pixel_values_videos", "shape": (4, 3, 16, 16), "model": "ForVideoClassification"}),
 }  # fmt: skip
+
+
+@family("levit")
+def levit() -> Case:
+    """Batch norm of flattened tokens; two samples at least (see ``twins``)."""
+    case = image_model("Levit", **LEVIT)
+    return replace(case, batches=images(sizes=(3, 5, 2)), cut=twins)
 
 
 @family("cvt")

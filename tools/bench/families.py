@@ -11,6 +11,7 @@ same loss by ``torch.autograd``, in float64, one sample in a batch by itself. Th
     overclaimed   the store says that it covers more than is right
     frozen        entries of frozen parameters are stored
     crashed       another error
+    unbuilt       this version of its library does not build or differentiate the family
 
 Findings are kept, a line each, in --kept; a family is examined again when the package's or the families' code has
 changed, or with --again. --page writes their table into docs/families.md.
@@ -37,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "tests"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from families import FAMILIES, FIELDS, MODES, QUICK, Family, examine, oracle
+from families import FAMILIES, FIELDS, MODES, QUICK, Family, Finding, examine, oracle
 from page import replace_made
 
 BENCH = Path(__file__).resolve().parent
@@ -93,17 +94,25 @@ def examine_all(families: Iterable[Family], path: Path, *, again: bool) -> list[
         code = digest(family)
         missing = [m for m in MODES if again or kept.get((family.name, m), {}).get("code") != code]
         if missing:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                case = family.case()
-                expected = oracle(case)
-            for mode in missing:
-                found = {**examine(family, mode, case, expected).to_dict(), "code": code}
-                kept[family.name, mode] = found
-                print(line(found), file=sys.stderr, flush=True)
+            for finding in examine_one(family, missing):
+                kept[family.name, finding.mode] = {**finding.to_dict(), "code": code}
+                print(line(kept[family.name, finding.mode]), file=sys.stderr, flush=True)
             keep(path, kept)
         results += [kept[family.name, mode] for mode in MODES]
     return results
+
+
+def examine_one(family: Family, modes: list[str]) -> list[Finding]:
+    """Examine a family; one that another version of its library does not build is said to be unbuilt."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            case = family.case()
+            expected = oracle(case)
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}".splitlines()[0]
+            return [Finding(family.name, family.field, mode, outcome="unbuilt", message=said) for mode in modes]
+    return [examine(family, mode, case, expected) for mode in modes]
 
 
 def line(found: Result) -> str:
@@ -180,6 +189,7 @@ def summary(results: list[Result]) -> Result:
         "refused_late": outcomes["refused late"],
         "silently_wrong": outcomes["wrong"] + outcomes["overclaimed"] + outcomes["frozen"],
         "crashed": outcomes["crashed"],
+        "unbuilt": outcomes["unbuilt"],
         "worst": max((result["worst"] for result in right), default=0.0),
         "bad": sorted({f"{result['family']} ({result['mode']}): {result['outcome']}" for result in bad}),
     }
