@@ -555,3 +555,27 @@ def test_a_weight_that_an_unknown_layer_shares_is_left_out_altogether(tmp_path):
     store = agree(tmp_path / "f.zarr", model, [tokens()], fallback=True)
     assert store.attrs["verification"]["share"] == 1
     assert select_layers(model, None, fallback=True).share == 1
+
+
+class Folded(nn.Module):
+    """Layers see (b · t, f): another t is another way of folding."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.inner, self.head = nn.Embedding(11, D), nn.Linear(D, D), nn.Linear(D, 11)
+
+    def forward(self, ids):
+        h = torch.tanh(self.inner(self.embed(ids).flatten(0, 1)))
+        return self.head(h.view(*ids.shape, D).cumsum(1))
+
+
+@pytest.mark.parametrize("first", [1, 3])
+def test_layers_that_fold_tokens_with_few_entries_kept(tmp_path, first):
+    """Where nothing is kept of a layer, it is not tapped after the first batch, and no later check misses it."""
+    torch.manual_seed(0)
+    model, (x, y), (longer, more) = Folded(), tokens(), tokens(4, 9)
+    source = [(x[:first], y[:first]), (x[first:], y[first:]), (longer, more)]
+    for k in (1, 3):
+        store = agree(tmp_path / f"{k}.zarr", model, source, language, compressor=Dropout(k=k, seed=3))
+        assert any(not len(module.rows) for module in store.mask.modules)
+        assert store.attrs["verification"]["share"] == 1

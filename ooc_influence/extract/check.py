@@ -11,7 +11,7 @@ the families of ``tools/bench/families.py``, is below a tenth of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -143,6 +143,8 @@ class GradientCheck:
         self.errors: dict[int, float] = {}
         self._references: list[_Reference] = []
         self._samples: list[int] = []
+        self._active: list[int] = []
+        self._followed = self._watched
         self._columns: dict[int, Numbers] = {}  # of the gathered rows: where each reference's entries are
 
     def _watch(self, number: int, shape: LayerShape, module: nn.Module) -> None:
@@ -178,13 +180,15 @@ class GradientCheck:
         """Take notice of the dtypes that the model computes in."""
         self._dtypes |= {t.dtype for t in tensors if isinstance(t, Tensor) and t.is_floating_point()}
 
-    def start(self, samples: Iterable[int]) -> None:
-        """Begin a check of some samples of a batch."""
+    def start(self, samples: Iterable[int], layers: Container[int] | None = None) -> None:
+        """Begin a check of some samples of a batch; of some layers only, or of all."""
         self._samples, self._references = list(samples), []
+        self._active = [number for number in sorted(self._layers) if layers is None or number in layers]
+        self._followed = [each for each in self._watched if layers is None or each[0] in layers]
 
     def differentiate(self, loss: Tensor, index: int, *, keep_graph: bool = False) -> None:
         """Read autograd's gradients of one sample's loss; ``index`` is which of the samples begun with."""
-        parameters = [p for _, _, p in self._watched]
+        parameters = [p for _, _, p in self._followed]
         if not parameters or not loss.requires_grad:
             return
         with self._reading(index):
@@ -193,22 +197,22 @@ class GradientCheck:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Have autograd follow the parameters; afterwards flags are as they were."""
-        flags = [p.requires_grad for _, _, p in self._watched]
+        flags = [p.requires_grad for _, _, p in self._followed]
         try:
-            for _, _, parameter in self._watched:
+            for _, _, parameter in self._followed:
                 parameter.requires_grad_(True)
             yield
         finally:
-            for flag, (_, _, parameter) in zip(flags, self._watched, strict=True):
+            for flag, (_, _, parameter) in zip(flags, self._followed, strict=True):
                 parameter.requires_grad_(flag)
 
     @contextmanager
     def _reading(self, index: int) -> Iterator[None]:
-        held = [p.grad for _, _, p in self._watched]
+        held = [p.grad for _, _, p in self._followed]
         reached: set[tuple[int, str]] = set()
         handles = []
         try:
-            for number, name, parameter in self._watched:
+            for number, name, parameter in self._followed:
                 parameter.grad = None
                 read = partial(self._read, number, name, index, reached)
                 handles.append(parameter.register_post_accumulate_grad_hook(read))
@@ -216,9 +220,9 @@ class GradientCheck:
         finally:
             for handle in handles:
                 handle.remove()
-            for grad, (_, _, parameter) in zip(held, self._watched, strict=True):
+            for grad, (_, _, parameter) in zip(held, self._followed, strict=True):
                 parameter.grad = grad
-        for number, name, parameter in self._watched:
+        for number, name, parameter in self._followed:
             if (number, name) not in reached:  # autograd never came by: its gradient is zero
                 self._references.append(self._at_random(number, name, index, parameter.numel()))
 
@@ -269,7 +273,8 @@ class GradientCheck:
         some = next(iter(self._layers.values()))[0]  # stands for layers that are not tapped
         modules = [ModuleMask(some, *_no_entries())] * (max(self._layers) + 1)
         first = 0
-        for number, (shape, module) in sorted(self._layers.items()):
+        for number in self._active:
+            shape, module = self._layers[number]
             modules[number] = self._entries_of(number, shape, module)
             self._columns[number] += first
             first += len(modules[number].rows)
@@ -310,7 +315,7 @@ class GradientCheck:
         gathered = found.cpu().numpy()
         scales = self._scales()
         disagree, tolerance = [], self.tolerance
-        for number in sorted(self._layers):
+        for number in self._active:
             errors, some, missing, first = [0.0], False, 0.0, 0
             for each in self._of_layer(number):
                 part = gathered[each.sample, self._columns[number][first : first + len(each.positions)]]

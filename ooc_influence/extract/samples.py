@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,14 @@ _CLOSE, _CLOSE_COARSE = 1e-3, 5e-2  # losses of one sample alone and in its batc
 
 
 def differentiate_samples(
-    check: GradientCheck, plain: Plain, batch: Any, losses: Tensor, state: Any, *, alone: bool = True
+    check: GradientCheck,
+    plain: Plain,
+    batch: Any,
+    losses: Tensor,
+    state: Any,
+    *,
+    alone: bool = True,
+    layers: Container[int] | None = None,
 ) -> bool:
     """Have a check read autograd's gradients of a batch's first and last loss.
 
@@ -39,6 +46,8 @@ def differentiate_samples(
         The random state before they were computed (:func:`random_state`).
     alone : bool
         Run each sample by itself where possible.
+    layers : container of int, optional
+        Check these only.
 
     Returns
     -------
@@ -47,7 +56,7 @@ def differentiate_samples(
     """
     b = len(losses)
     samples = sorted({0, b - 1})
-    check.start(samples)
+    check.start(samples, layers)
     with check.watching():
         left = []
         for index, sample in enumerate(samples):

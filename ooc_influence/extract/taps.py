@@ -244,7 +244,9 @@ class Taps:
             return True
         with self._pausing():
             plain = lambda part: _check_losses(per_sample_loss(self._model, part))  # noqa: E731
-            same = differentiate_samples(self.check, plain, batch, losses, state, alone=alone)
+            same = differentiate_samples(
+                self.check, plain, batch, losses, state, alone=alone, layers=self._to_check(b, folds)
+            )
         if not same and self._separation.give_up_spreading():
             return False
         probing, found = self.check.gather_into(b)
@@ -258,6 +260,14 @@ class Taps:
         self._pending, self._several, self._news = False, self._several or b > 1, True
         self._checked |= folds
         return True
+
+    def _to_check(self, b: int, folds: set[Any]) -> set[int] | None:
+        """Return the layers to compare with autograd: all at first, then those that fold in a new way."""
+        if self._pending:
+            return None
+        if b > 1 and not self._several:
+            return {use.layer for use in self._uses if use.layer not in self._skip}
+        return {self._uses[number].layer for number, *_ in folds - self._checked}
 
     def _settle(self, losses: Tensor, disagree: list[Disagreement]) -> bool:
         """Find out why layers disagree with autograd: return False to try again, or raise."""
