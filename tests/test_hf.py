@@ -304,7 +304,7 @@ def test_rows_with_random_signs_estimate_the_token_matrix(tmp_path):
 
 def gradients(model, job, mask, seed):
     from ooc_influence.extract.rows import RowGatherer
-    from ooc_influence.extract.taps import tapped
+    from ooc_influence.extract.tapping import tapped
 
     device = torch.device("cpu")
     gather = RowGatherer(mask, device)

@@ -132,7 +132,7 @@ def _load_model(
 def _check_whole(model: Any, base: str, facts: Any, supplied: dict[str, Any]) -> None:
     """Check that all of a model's weights came from its files, or will come from its adapter."""
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    others = [each for each in facts["mismatched_keys"] if each[0] not in supplied]
+    others = sorted(each for each in facts["mismatched_keys"] if each[0] not in supplied)
     if others:
         name, held, wanted = others[0]
         raise InputError(

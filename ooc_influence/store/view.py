@@ -297,21 +297,18 @@ class StoreView:
 
     def committed_chunk(self, chunk: int) -> npt.NDArray[Any]:
         """Return the stored form of a chunk's committed rows, from the cache where there is one."""
-        start = chunk * self.layout.chunk_rows
-        record = int(self._records[chunk])
+        start, record = chunk * self.layout.chunk_rows, int(self._records[chunk])
         files = self._group.store
         if isinstance(files, LocalArrayStore) and self.layout.codec is None:
             mapped = files.map_chunk(f"gradients/c.{chunk}.0")
             assert mapped is not None
             shape = (self.layout.chunk_rows, self.layout.encoding.columns)
             return mapped.view(self.layout.encoding.dtype).reshape(shape)[: record >> 32]
-
-        def read() -> npt.NDArray[Any]:
-            return self.read("gradients", slice(start, start + (record >> 32)), slice(0, self.layout.encoding.columns))
-
+        part = slice(start, start + (record >> 32)), slice(0, self.layout.encoding.columns)
         if self.cache is None:
-            return read()
-        return self.cache.get(f"{self.identity}-{chunk}-{record:016x}", record >> 32, self.layout, read)
+            return self.read("gradients", *part)
+        name = f"{self.identity}-{chunk}-{record:016x}"
+        return self.cache.get(name, record >> 32, self.layout, lambda: self.read("gradients", *part))
 
     @property
     def reading_bytes(self) -> int:
