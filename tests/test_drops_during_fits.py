@@ -13,6 +13,7 @@ from test_top import force
 from ooc_influence import Curvature, GradientStore, fit_fisher, fit_gram
 from ooc_influence.curvature import fisher, fitting, gram_fit, rows
 from ooc_influence.errors import StaleCurvatureError
+from ooc_influence.linalg import WeightedRows, spectrum
 
 DROPPED, LATER = [3, 150], [7, 120, 298]
 MOMENTS = {
@@ -133,3 +134,27 @@ def test_a_curvature_whose_sums_lack_rows_it_records_is_fitted_again(train):
     m, expected = live_fisher(train)
     assert again.rows == m
     assert_allclose(again.fisher(), expected, rtol=0, atol=1e-6 * expected.max())
+
+
+@pytest.mark.parametrize("way", ["Fisher", "Gram", "subspace"])
+def test_a_basis_is_of_one_set_of_rows(train, monkeypatch, way):
+    """Rows dropped between its passes, or between two tiles of one."""
+    m, expected = live_fisher(train)
+    chosen = WeightedRows(train, [(0, 100), (100, 300)])
+    assert chosen.live == m
+    plain, left = WeightedRows.read, [LATER]
+
+    def read(rows, low, high, out):
+        found = plain(rows, low, high, out)
+        if left:
+            GradientStore.open(train.path, "a").drop(left.pop())
+        return found
+
+    ways_of = spectrum.spectrum_ways
+    monkeypatch.setattr(spectrum, "spectrum_ways", lambda *a: [one for one in ways_of(*a) if one.name.startswith(way)])
+    monkeypatch.setattr(spectrum, "PRODUCT_ROWS", 64)
+    monkeypatch.setattr("ooc_influence.memory.BLOCK_BYTES", 2**10)
+    monkeypatch.setattr(WeightedRows, "read", read)
+    found = spectrum.top_spectrum(chosen, 4, progress=False)
+    assert not left
+    assert_allclose(found.eigenvalues, np.linalg.eigvalsh(expected)[::-1][:4], rtol=1e-4)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +14,7 @@ from ooc_influence.store import GradientStore, read_into
 Rows = npt.NDArray[np.float32]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class WeightedRows:
     """Some rows of a store, numbered from 0, each times √w; zero where dropped.
 
@@ -27,11 +26,19 @@ class WeightedRows:
         The rows, ascending.
     weights : {"ggn", "trak"} or None
         Their weights.
+    tombstones : (m,) bool or None
+        Which of them are dropped: looked at once, so that every pass over them multiplies the same rows.
     """
 
     store: GradientStore
     ranges: Sequence[tuple[int, int]]
     weights: Weighting | None = None
+    tombstones: npt.NDArray[np.bool_] | None = None
+
+    def __post_init__(self) -> None:
+        if self.tombstones is None and self.store.has_dropped and self.m:
+            found = np.concatenate([self.store.small("dropped", *part) for part in self._pieces()])
+            object.__setattr__(self, "tombstones", found)
 
     @property
     def path(self) -> object:
@@ -43,19 +50,22 @@ class WeightedRows:
         """Rows, dropped ones included."""
         return sum(stop - start for start, stop in self.ranges)
 
-    @cached_property
+    @property
     def live(self) -> int:
         """Rows that are not dropped."""
-        if not self.store.has_dropped:
-            return self.m
-        return self.m - sum(int(self.store.small("dropped", *part).sum()) for part in self._pieces())
+        return self.m - (0 if self.tombstones is None else int(self.tombstones.sum()))
 
     def clipped(self) -> int:
         """Return how many live rows' losses are so small that their weights are clipped."""
         if self.weights is None:
             return 0
-        return sum(clipped_rows(self.store.small("loss", *part)[self._kept(*part)], self.weights)
-                   for part in self._pieces())  # fmt: skip
+        total = first = 0
+        for start, stop in self._pieces():
+            losses, last = self.store.small("loss", start, stop), first + stop - start
+            if self.tombstones is not None:
+                losses = losses[~self.tombstones[first:last]]
+            total, first = total + clipped_rows(losses, self.weights), last
+        return total
 
     def _pieces(self) -> Iterator[tuple[int, int]]:
         """Yield the ranges in pieces whose small values take little memory."""
@@ -63,10 +73,6 @@ class WeightedRows:
         for start, stop in self.ranges:
             for low in range(start, stop, size):
                 yield low, min(stop, low + size)
-
-    def _kept(self, start: int, stop: int) -> npt.NDArray[np.bool_]:
-        """Return which rows of the store are live."""
-        return ~self.store.small("dropped", start, stop) if self.store.has_dropped else np.ones(stop - start, np.bool_)
 
     def buffer(self, rows: int) -> Rows:
         """Return room for blocks of at most ``rows`` rows, (rows, k)."""
@@ -85,6 +91,6 @@ class WeightedRows:
             read_into(self.store, a, b, part)
             if self.weights is not None:
                 part *= np.sqrt(row_weights(self.store.small("loss", a, b), self.weights))[:, None].astype(np.float32)
-            if self.store.has_dropped:
-                part[~self._kept(a, b)] = 0
+        if self.tombstones is not None:
+            out[:done][self.tombstones[low : low + done]] = 0
         return out[:done]
