@@ -144,6 +144,39 @@ def test_a_samples_part_is_found(tmp_path, name, k):
     oracle.assert_rows_are_located(store, model, loss, list(zip(x.split(1), y.split(1), strict=True)))
 
 
+class Everywhere(Weighted):
+    """Alike on every axis: from a square batch nothing tells samples and tokens apart."""
+
+    def forward(self, x):
+        return torch.tanh(x @ self.scale) * self.shift
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("first", [2, 5, B])
+def test_a_square_batch_is_read_by_the_probe_or_as_the_batches_before(tmp_path, first, axis):
+    torch.manual_seed(0)
+    model = Net(Call(Everywhere(), lambda layer, net, x: layer(x.transpose(0, axis)).transpose(0, axis)))
+    x, y = samples(first + 2 * B)
+    sizes = [first, B, 3, 3]
+    source = list(zip(x.split(sizes), y.split(sizes), strict=True))
+    store = extract_gradients(model, loss, source, tmp_path / "s.zarr", fallback=True, dtype="float32",
+                              compressor=Dropout(k=20))  # fmt: skip
+    oracle.assert_rows_are_located(store, model, loss, list(zip(x.split(1), y.split(1), strict=True)))
+
+
+def test_autocast_holds_when_a_layer_is_run_again(tmp_path):
+    def cast(model, batch):
+        with torch.autocast("cpu", torch.bfloat16):
+            return loss(model, batch).float()
+
+    model, (x, y) = make("in place"), samples()
+    store = extract_gradients(model, cast, [(x, y)], tmp_path / "s.zarr", fallback=True, dtype="float32",
+                              modules="layer*", compressor=Dropout(k=20))  # fmt: skip
+    oracle.assert_rows_are_located(
+        store, model, loss, list(zip(x.split(1), y.split(1), strict=True)), tolerance=0.05
+    )  # fmt: skip
+
+
 def test_importance_of_a_fallback_layer(tmp_path):
     model, (x, y) = make("table"), samples()
     store = extract_gradients(model, loss, [(x, y)], tmp_path / "s.zarr", fallback=True, dtype="float32",
@@ -210,7 +243,19 @@ def test_layers_of_more_than_32_bits_of_parameters():
     (place,) = [p for p in FuncEntries.locate(shape, layer, rows, cols) if len(p.at)]
     assert (place.parameter, place.places.tolist()) == ("last", [7])
     assert rows_of(2**31 - 1) == 1  # as stores have always had it
-    assert rows_of(2**31 + 11) == 0  # a prime number: refused
+    assert rows_of(2**31 + 11) == 0  # a prime number
+
+
+def test_a_layer_that_no_matrix_holds_is_left_out_with_the_reason():
+    class Prime(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.own = nn.Parameter(torch.empty(2**31 + 11))
+
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(3, 3), Prime())
+    with pytest.warns(OocInfluenceWarning, match="2147483659 parameters no matrix with 32-bit rows and columns holds"):
+        assert [layer.name for layer in select_layers(model, None, fallback=True).layers] == ["0"]
 
 
 MIXERS = {

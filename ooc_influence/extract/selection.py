@@ -17,6 +17,7 @@ from torch import nn
 
 from ooc_influence.errors import OocInfluenceWarning, UnsupportedModelError
 from ooc_influence.extract.entries import KINDS, FuncEntries, computes_weights, own_parameters, uncalled
+from ooc_influence.extract.entries.func import rows_of
 from ooc_influence.extract.layers import describe, named_layers, restrict
 from ooc_influence.store import LayerShape
 
@@ -289,6 +290,9 @@ def _reason(each: _Candidate, left: Any, blocked: set[int], adjusted: Adjustment
         return "its weight is computed from other parameters"
     if each.shape is not None and left & blocked:
         return _FOREIGN
+    numel = sum(p.numel() for p in own_parameters(each.module).values())
+    if numel and not rows_of(numel):
+        return f"{type(each.module).__name__}, whose {numel} parameters no matrix with 32-bit rows and columns holds"
     return type(each.module).__name__
 
 

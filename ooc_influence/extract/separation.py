@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from ooc_influence.errors import UnsupportedModelError
 from ooc_influence.extract.check import Disagreement
+from ooc_influence.extract.entries import FuncEntries
 from ooc_influence.extract.entries.embedding import EmbeddingEntries
 from ooc_influence.extract.layers import Use
 from ooc_influence.extract.layout import Layout, arrange, candidates, outside, time_major_modules, token_counts
@@ -166,18 +167,14 @@ class Probe:
         self._viable: dict[_Key, list[Layout]] = {}
         self._shapes: dict[_Key, tuple[int, ...]] = {}
         self._mixed: list[tuple[int, int]] = []  # (use, sample)
+        self._changed = False  # whether a layer that is run again found its samples elsewhere
 
     def receiver(self, sample: int) -> RawReceiver:
         """Return what takes the gradients of one sample's loss."""
 
         def receive(number: int, x: Any, delta: Any) -> None:
             if isinstance(delta, list):
-                use, call = self._separation._uses[number], x._replace(samples=self._b)
-                if use.kind.batched(use.module, call, delta, self._b):
-                    reached = use.kind.reached(use.module, call, delta, self._b)
-                    reached[sample] = False
-                    if bool(reached.any()):
-                        self._mixed.append((number, sample))
+                self._look_at_call(number, x._replace(samples=self._b), delta, sample)
                 return
             key = (number, x.dim())
             found = self._viable.get(key)
@@ -190,6 +187,20 @@ class Probe:
 
         return receive
 
+    def _look_at_call(self, number: int, call: Any, delta: Any, sample: int) -> None:
+        """See where a layer that is run again has its samples, which may be elsewhere than it seemed."""
+        use, b = self._separation._uses[number], self._b
+        if not use.kind.batched(use.module, call, delta, b):
+            return
+        if not issubclass(use.kind, FuncEntries):
+            if use.kind.strays(use.module, call, delta, b, sample):
+                self._mixed.append((number, sample))
+            return
+        before = use.kind.known_layout(use.module, call)
+        if use.kind.strays(use.module, call, delta, b, sample):
+            self._mixed.append((number, sample))
+        self._changed |= use.kind.known_layout(use.module, call) != before
+
     def conclude(self) -> bool:
         """Learn from the gradients; return whether another layout than the one assumed was found.
 
@@ -198,7 +209,7 @@ class Probe:
         UnsupportedModelError
             If samples influence each other.
         """
-        known, changed = self._separation, False
+        known, changed = self._separation, self._changed
         for key, viable in self._viable.items():
             number, dim = key
             if viable:

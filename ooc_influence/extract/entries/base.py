@@ -101,10 +101,11 @@ class Entries(ABC):
         return positions // width, positions % width
 
     @classmethod
-    def reached(cls, module: nn.Module, x: Any, delta: Any, b: int) -> Tensor:
-        """Return which of ``b`` samples have a gradient at the layer's output, (b,) bool."""
-        there: Tensor = (delta != 0) & delta.isfinite()
-        return there.reshape(b, -1).any(1)
+    def strays(cls, module: nn.Module, x: Any, delta: Any, b: int, sample: int) -> bool:
+        """Return whether δ, of one sample's loss, holds a finite number that is not zero at another of ``b`` places."""
+        there: Tensor = ((delta != 0) & delta.isfinite()).reshape(b, -1).any(1)
+        there[sample] = False
+        return bool(there.any())
 
     @classmethod
     @abstractmethod

@@ -8,7 +8,7 @@ and the last sample, run by themselves, give their part of what the layer gives 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
@@ -123,7 +123,9 @@ def float_leaves(output: Any) -> list[Tensor]:
     return [v for v in pytree.tree_leaves(output) if isinstance(v, Tensor) and v.is_floating_point()]
 
 
-def find_layout(module: nn.Module, call: Call, groups: int = 1) -> Layout | None:
+def find_layout(
+    module: nn.Module, call: Call, groups: int = 1, accept: Callable[[Layout], bool] | None = None
+) -> Layout | None:
     """Return where a call's samples are; None where no choice of axes gives each sample's output from its part.
 
     Parameters
@@ -134,6 +136,8 @@ def find_layout(module: nn.Module, call: Call, groups: int = 1) -> Layout | None
         Its call, of several samples or one.
     groups : int
         Into which axis 0 may be folded before the samples: experts that each see all tokens.
+    accept : callable (layout) -> bool, optional
+        What else has to hold. The layout is then looked for again, and kept if there is one.
     """
     b, tensors = call.samples, call.tensors()
     if b == 1:
@@ -145,8 +149,13 @@ def find_layout(module: nn.Module, call: Call, groups: int = 1) -> Layout | None
     spec = str(pytree.tree_structure((call.args, call.kwargs)))
     key = (spec, *(tuple(o) for o in options), *(tuple(o) for o in places), _unfolded(tensors, b))
     held = _found.setdefault(module, {})
-    if key not in held:
-        held[key] = _try_layouts(module, call, options, places)
+    if key not in held or accept is not None:
+        known = list(dict.fromkeys(layout for layout in held.values() if layout is not None))
+        found = _layouts(module, call, options, places, known)
+        layout = next((layout for layout in found if accept is None or accept(layout)), None)
+        if layout is None and accept is not None:
+            return None
+        held[key] = layout
     return held[key]
 
 
@@ -165,16 +174,40 @@ def _options(value: Tensor, b: int, groups: int) -> list[Axis]:
     return found
 
 
-def _try_layouts(module: nn.Module, call: Call, options: list[list[Axis]], places: list[list[Axis]]) -> Layout | None:
+def _layouts(
+    module: nn.Module, call: Call, options: list[list[Axis]], places: list[list[Axis]], known: list[Layout]
+) -> Iterator[Layout]:
+    """Yield the layouts that hold: those of earlier calls first, for lengths may agree in several ways."""
     with torch.no_grad(), running(module, call):
         whole = float_leaves(module(*call.args, **call.kwargs))  # again: the model may have changed its output in place
-        for inputs in itertools.islice(_choices(call, options), _TRIES):
-            found: list[list[Axis]] = places
-            for sample in (0, call.samples - 1):
-                found = _outputs(module, call, inputs, sample, whole, found)
-            if all(found):
-                return Layout(inputs, tuple(axes[0] for axes in found))
-    return None
+    for layout in known:
+        if _possible(layout.inputs, options) and _possible(layout.outputs, places):
+            own: Any = [[axis] for axis in layout.outputs]
+            if all(_outputs_alike(module, call, layout.inputs, whole, own)):
+                yield layout
+    for inputs in itertools.islice(_choices(call, options), _TRIES):
+        found = _outputs_alike(module, call, inputs, whole, places)
+        for outputs in itertools.islice(itertools.product(*found), _TRIES):
+            yield Layout(inputs, outputs)
+
+
+def _possible(parts: tuple[Part | None, ...], options: list[list[Axis]]) -> bool:
+    fits = (part is None or part in axes for part, axes in zip(parts, options, strict=False))
+    return len(parts) == len(options) and all(fits)
+
+
+def _outputs_alike(
+    module: nn.Module,
+    call: Call,
+    inputs: tuple[Part | None, ...],
+    whole: list[Tensor],
+    places: list[list[Axis]],
+) -> list[list[Axis]]:
+    """Return on which axes each output's parts of the first and last sample are what their parts alone give."""
+    with torch.no_grad(), running(module, call):
+        for sample in (0, call.samples - 1):
+            places = _outputs(module, call, inputs, sample, whole, places)
+    return places
 
 
 def _choices(call: Call, options: list[list[Axis]]) -> Iterator[tuple[Axis | None, ...]]:
@@ -194,7 +227,7 @@ def _choices(call: Call, options: list[list[Axis]]) -> Iterator[tuple[Axis | Non
 def _outputs(
     module: nn.Module,
     call: Call,
-    inputs: tuple[Axis | None, ...],
+    inputs: tuple[Part | None, ...],
     sample: int,
     whole: list[Tensor],
     places: list[list[Axis]],

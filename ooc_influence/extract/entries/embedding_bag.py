@@ -39,9 +39,9 @@ class EmbeddingBagEntries(EmbeddingEntries):
         return len(x.outputs[0]) > 0 and len(x.outputs[0]) % b == 0
 
     @classmethod
-    def reached(cls, module: nn.Module, x: Any, delta: Any, b: int) -> Tensor:
+    def strays(cls, module: nn.Module, x: Any, delta: Any, b: int, sample: int) -> bool:
         """See :class:`Entries`."""
-        return super().reached(module, x, delta[0], b)
+        return super().strays(module, x, delta[0], b, sample)
 
     @classmethod
     def moments(cls, layer: LayerShape, module: nn.Module, x: Any, delta: Any) -> Moments:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -48,10 +49,10 @@ class ExpertEntries(FuncEntries):
         return LayerShape(name, cls.kind, (numel // run, run), False) if numel // run < 2**31 else None
 
     @classmethod
-    def layout(cls, module: nn.Module, call: Call) -> Layout | None:
+    def layout(cls, module: nn.Module, call: Call, accept: Callable[[Layout], bool] | None = None) -> Layout | None:
         """See :class:`FuncEntries`; tokens may be there once for every expert (Llama 4)."""
         first = next(iter(cls.parameters(module).values()))
-        return find_layout(module, call, len(first) if first.dim() == 3 else 1)
+        return find_layout(module, call, len(first) if first.dim() == 3 else 1, accept)
 
     @classmethod
     def moments(cls, layer: LayerShape, module: nn.Module, x: Any, delta: Any) -> Moments:

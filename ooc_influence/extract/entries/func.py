@@ -8,6 +8,7 @@ parameter after the other, or several such rows where there are more than 32-bit
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -86,9 +87,9 @@ class FuncEntries(Entries):
         return LayerShape(name, cls.kind, (rows, numel // rows), False) if rows else None
 
     @classmethod
-    def layout(cls, module: nn.Module, call: Call) -> Layout | None:
-        """Return where a call's samples are; None where they cannot be told apart."""
-        return find_layout(module, call)
+    def layout(cls, module: nn.Module, call: Call, accept: Callable[[Layout], bool] | None = None) -> Layout | None:
+        """Return where a call's samples are; None where they cannot be told apart, or ``accept`` takes no way."""
+        return find_layout(module, call, accept=accept)
 
     @classmethod
     def batched(cls, module: nn.Module, x: Any, delta: Any, b: int) -> bool:
@@ -96,15 +97,19 @@ class FuncEntries(Entries):
         return cls.layout(module, x) is not None
 
     @classmethod
-    def reached(cls, module: nn.Module, x: Any, delta: Any, b: int) -> Tensor:
-        """See :class:`Entries`."""
-        layout = cls.known_layout(module, x)
-        parts = [
-            axis.reached(part, b)
-            for part, axis in zip(delta, layout.outputs, strict=True)
-            if part is not None and axis is not None
-        ]
-        return torch.stack(parts).any(0)
+    def strays(cls, module: nn.Module, x: Any, delta: Any, b: int, sample: int) -> bool:
+        """See :class:`Entries`; where several layouts hold, the one is taken in which δ is the sample's alone."""
+
+        def alone(layout: Layout) -> bool:
+            for part, place in zip(delta, layout.outputs, strict=True):
+                if part is not None and place is not None:
+                    reached = place.reached(part, b)
+                    reached[sample] = False
+                    if bool(reached.any()):
+                        return False
+            return True
+
+        return not alone(cls.known_layout(module, x)) and cls.layout(module, x, alone) is None
 
     @classmethod
     def known_layout(cls, module: nn.Module, call: Call) -> Layout:

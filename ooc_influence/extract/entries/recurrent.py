@@ -7,6 +7,7 @@ layer's full gradients.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -73,7 +74,7 @@ class RecurrentEntries(FuncEntries):
         return super().describe(name, module) if plain else None
 
     @classmethod
-    def layout(cls, module: nn.Module, call: Call) -> Layout | None:
+    def layout(cls, module: nn.Module, call: Call, accept: Callable[[Layout], bool] | None = None) -> Layout | None:
         """See :class:`FuncEntries`."""
         b, tensors = call.samples, call.tensors()
         if b == 1:
@@ -90,7 +91,8 @@ class RecurrentEntries(FuncEntries):
             first = [axis]
             fits = sequence.dim() == 3 and sequence.shape[axis.axis] % b == 0
         inputs = [*first, *[Axis(1)] * (len(tensors) - len(first))]
-        return Layout(tuple(inputs), (first[0], *states)) if fits else None
+        layout = Layout(tuple(inputs), (first[0], *states))
+        return layout if fits and (accept is None or accept(layout)) else None
 
 
 def _places(packed: PackedSequence) -> tuple[Tensor, ...]:
