@@ -1,4 +1,4 @@
-"""Image and video models of Hugging Face, as classifiers, and torch's own forms of older ones."""
+"""Image and video models of Hugging Face, as classifiers."""
 
 from __future__ import annotations
 

@@ -138,17 +138,28 @@ def remark(default: Result, fallback: Result) -> str:
         if found["outcome"] not in ("right",) and found["message"] not in "".join(parts):
             where = "with fallback: " if found is fallback else ""
             parts.append(f"{where}{_short(found['message'])}")
-    left = default["missing"] if default["outcome"] == "right" else {}
-    if left:
-        largest = sorted(left, key=lambda name: -left[name]["share"])[:2]
-        more = f" and {len(left) - 2} more" if len(left) > 2 else ""
-        parts.append("left out: " + ", ".join(f"`{name}` ({left[name]['share']:.1%})" for name in largest) + more)
-    return "; ".join(parts)
+    if default["outcome"] == "right":
+        parts.append(_left_out(default))
+    return "; ".join(filter(None, parts))
+
+
+def _left_out(found: Result) -> str:
+    """Return the largest layers that are left out, with the store's reason and their share."""
+    told = {name: (facts["share"], f"{facts['reason']}, ") for name, facts in found["left_out"].items()}
+    left = told or {name: (facts["share"], "") for name, facts in found["missing"].items()}
+    first = sorted(left, key=lambda name: -left[name][0])[:2]
+    named = ", ".join(f"`{name or '(the model)'}` ({left[name][1]}{left[name][0]:.1%})" for name in first)
+    more = f" and {len(left) - 2} more" if len(left) > 2 else ""
+    return f"left out: {named}{more}" if left else ""
+
+
+_DIFFERS = "expected the entries gathered from each layer to be autograd's gradients of the loss; received others of "
 
 
 def _short(message: str) -> str:
-    said = message.split(": leave the layer out")[0].split(": widen the selection")[0].replace("|", "\\|")
-    return said if len(said) <= 200 else said[:200].rsplit(" ", 1)[0] + " …"
+    said = message.split(": leave ")[0].split(": widen the selection")[0].replace("|", "\\|")
+    said = said.replace(_DIFFERS, "differs from autograd: ")
+    return said if len(said) <= 160 else said[:160].rsplit(" ", 1)[0] + " …"
 
 
 def table(kept: dict[tuple[str, str], Result]) -> str:
