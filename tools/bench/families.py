@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "tests"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from families import FAMILIES, FIELDS, MODES, QUICK, Family, Finding, examine, oracle
+from families import FAMILIES, FIELDS, MODES, QUICK, TOLERANCE, Family, Finding, examine, oracle
 from page import replace_made
 
 BENCH = Path(__file__).resolve().parent
@@ -201,7 +201,8 @@ def summary(results: list[Result]) -> Result:
         "silently_wrong": outcomes["wrong"] + outcomes["overclaimed"] + outcomes["frozen"],
         "crashed": outcomes["crashed"],
         "unbuilt": outcomes["unbuilt"],
-        "worst": max((result["worst"] for result in right), default=0.0),
+        "worst": (worst := max((result["worst"] for result in right), default=0.0)),
+        "worst_over_tolerance": worst / TOLERANCE,
         "bad": sorted({f"{result['family']} ({result['mode']}): {result['outcome']}" for result in bad}),
     }
 

@@ -27,6 +27,7 @@ MEANING = {
     "extraction": "of times, below 1 is quicker",
     "memory": "of peaks, the smaller the better",
     "rows_memory": "of peaks, 1 is flat",
+    "selfcheck": "of times, the smaller the better",
 }
 BEGIN, END = "<!-- made by tools/bench/page.py -->\n", "<!-- end of what is made -->\n"
 OTHERWISE = ("families",)  # scripts whose results are a page of their own
