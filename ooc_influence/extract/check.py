@@ -1,9 +1,10 @@
 """The self-check: entries that taps gather, compared with autograd's gradients of the caller's own loss.
 
-Recognising a layer by its class is a guess. So for the first and the last sample of the first batch, and of every batch
-whose layers fold samples in a way not seen before, an ordinary backward pass computes the gradients of the tapped
-layers' parameters. A hook reads a few hundred entries of each, among those kept and not kept, and frees the gradient at
-once: the memory is that of the largest weight. The taps' entries must agree with them.
+Recognising a layer by its class is a guess. So of the first batch, and of every batch whose layers fold samples in a way
+not seen before, the first and the last sample are run once more, without taps, and an ordinary backward pass computes
+the gradient of c_0 ℓ_0 + c_1 ℓ_1 with respect to the tapped layers' parameters, c_0 and c_1 being different numbers. A
+hook reads about a hundred entries of each, among those kept and not kept, and frees the gradient at once: the memory is
+that of the largest weight. The entries that taps gathered for both samples, times c_0 and c_1, must agree with it.
 
 Tolerances follow the coarsest dtype that the model computes in. Of correct layers the largest difference measured, over
 the families of ``tools/bench/families.py``, is below a tenth of them.
@@ -11,7 +12,7 @@ the families of ``tools/bench/families.py``, is below a tenth of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -99,14 +100,13 @@ def _received(each: Disagreement) -> str:
 
 @dataclass(frozen=True, eq=False)
 class _Reference:
-    """Autograd's gradient of one sample's loss at some entries of a parameter.
+    """Autograd's gradient of the samples' losses at some entries of a parameter.
 
     ``columns`` are the mask's, -1 for entries that are not kept.
     """
 
     layer: int
     parameter: str
-    sample: int
     positions: Numbers
     values: npt.NDArray[np.float64]
     columns: Numbers
@@ -143,6 +143,7 @@ class GradientCheck:
         self.errors: dict[int, float] = {}
         self._references: list[_Reference] = []
         self._samples: list[int] = []
+        self._factors: npt.NDArray[np.float64] = np.empty(0)
         self._active: list[int] = []
         self._followed = self._watched
         self._columns: dict[int, Numbers] = {}  # of the gathered rows: where each reference's entries are
@@ -172,6 +173,11 @@ class GradientCheck:
         return found
 
     @property
+    def verifiable(self) -> bool:
+        """Whether autograd has a gradient of any layer."""
+        return bool(self._watched)
+
+    @property
     def tolerance(self) -> float:
         """The largest difference allowed, of a parameter's largest entry."""
         return max((TOLERANCE.get(dtype, 0.0) for dtype in self._dtypes), default=TOLERANCE[torch.float32])
@@ -180,19 +186,21 @@ class GradientCheck:
         """Take notice of the dtypes that the model computes in."""
         self._dtypes |= {t.dtype for t in tensors if isinstance(t, Tensor) and t.is_floating_point()}
 
-    def start(self, samples: Iterable[int], layers: Container[int] | None = None) -> None:
-        """Begin a check of some samples of a batch; of some layers only, or of all."""
-        self._samples, self._references = list(samples), []
+    def start(self, factors: Mapping[int, float], layers: Container[int] | None = None) -> None:
+        """Begin a check of some samples of a batch, with the factor of each loss; of some layers only, or of all."""
+        self._samples, self._factors = list(factors), np.array(list(factors.values()))
+        self._references = []
         self._active = [number for number in sorted(self._layers) if layers is None or number in layers]
         self._followed = [each for each in self._watched if layers is None or each[0] in layers]
 
-    def differentiate(self, loss: Tensor, index: int, *, keep_graph: bool = False) -> None:
-        """Read autograd's gradients of one sample's loss; ``index`` is which of the samples begun with."""
+    def differentiate(self, losses: Tensor) -> None:
+        """Read autograd's gradients of the samples' losses, times their factors."""
+        loss = (losses * torch.from_numpy(self._factors).to(losses)).sum()
         parameters = [p for _, _, p in self._followed]
         if not parameters or not loss.requires_grad:
             return
-        with self._reading(index):
-            torch.autograd.backward(loss, inputs=parameters, retain_graph=keep_graph)
+        with self._reading():
+            torch.autograd.backward(loss, inputs=parameters)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -207,14 +215,14 @@ class GradientCheck:
                 parameter.requires_grad_(flag)
 
     @contextmanager
-    def _reading(self, index: int) -> Iterator[None]:
+    def _reading(self) -> Iterator[None]:
         held = [p.grad for _, _, p in self._followed]
         reached: set[tuple[int, str]] = set()
         handles = []
         try:
             for number, name, parameter in self._followed:
                 parameter.grad = None
-                read = partial(self._read, number, name, index, reached)
+                read = partial(self._read, number, name, reached)
                 handles.append(parameter.register_post_accumulate_grad_hook(read))
             yield
         finally:
@@ -224,14 +232,14 @@ class GradientCheck:
                 parameter.grad = grad
         for number, name, parameter in self._followed:
             if (number, name) not in reached:  # autograd never came by: its gradient is zero
-                self._references.append(self._at_random(number, name, index, parameter.numel()))
+                self._references.append(self._at_random(number, name, parameter.numel()))
 
-    def _at_random(self, number: int, name: str, index: int, size: int) -> _Reference:
+    def _at_random(self, number: int, name: str, size: int) -> _Reference:
         positions = self._random.integers(0, size, _OTHERS)
         none = np.full(_OTHERS, -1)
-        return _Reference(number, name, index, positions, np.zeros(_OTHERS), none, 0.0)
+        return _Reference(number, name, positions, np.zeros(_OTHERS), none, 0.0)
 
-    def _read(self, number: int, name: str, index: int, reached: set[tuple[int, str]], parameter: nn.Parameter) -> None:
+    def _read(self, number: int, name: str, reached: set[tuple[int, str]], parameter: nn.Parameter) -> None:
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
         reached.add((number, name))
@@ -247,7 +255,7 @@ class GradientCheck:
         values = flat[torch.from_numpy(positions).to(flat.device)].double().cpu().numpy()
         which = np.full(len(positions), -1)
         which[: len(chosen)] = columns[chosen]
-        self._references.append(_Reference(number, name, index, positions, values, which, float(peaks.max())))
+        self._references.append(_Reference(number, name, positions, values, which, float(peaks.max())))
 
     def _choose(self, flat: Tensor, positions: Numbers) -> Numbers:
         """Return which of some positions to compare: those with the largest gradients, and a few others."""
@@ -269,7 +277,7 @@ class GradientCheck:
         return np.asarray(some * rows.shape[1] + strongest, np.int64)
 
     def gather_into(self, b: int) -> tuple[Receiver, Tensor]:
-        """Return a receiver (use, x, δ) for the entries to compare, and the rows (samples, m) that it fills."""
+        """Return a receiver (use, x, δ) for the entries to compare, and what it fills: (m,), samples times factors."""
         some = next(iter(self._layers.values()))[0]  # stands for layers that are not tapped
         modules = [ModuleMask(some, *_no_entries())] * (max(self._layers) + 1)
         first = 0
@@ -280,18 +288,19 @@ class GradientCheck:
             first += len(modules[number].rows)
         mask = Mask(tuple(modules))
         gatherer, samples = MaskGatherer(mask, self._device), self._samples
-        out = torch.zeros((len(samples), mask.k), dtype=torch.float64, device=self._device)
+        factors = torch.from_numpy(self._factors).to(self._device)
+        out = torch.zeros(mask.k, dtype=torch.float64, device=self._device)
 
         def receive(use: Use, x: Any, delta: Any) -> None:
             self.see(x, delta)
             if not use.kind.whole_call and len(x) == b:
-                part = torch.zeros(out.shape, device=self._device)
+                part = torch.zeros((len(samples), mask.k), device=self._device)
                 gatherer.add(part, use, x[samples], delta[samples])
-                out.add_(part)
+                out.add_(factors @ part.double())
             else:
                 part = torch.zeros((b, mask.k), device=self._device)
                 gatherer.add(part, use, x, delta)
-                out.add_(part[samples])
+                out.add_(factors @ part[samples].double())
 
         return receive, out
 
@@ -311,57 +320,63 @@ class GradientCheck:
         return [each for each in self._references if each.layer == number]
 
     def compare(self, found: Tensor, rows: Tensor | None) -> list[Disagreement]:
-        """Compare gathered entries (samples, m), and kept ones (b, k), with autograd's; return layers that differ."""
-        gathered = found.cpu().numpy()
+        """Compare gathered entries (m,), and kept ones (b, k), with autograd's; return layers that differ."""
+        gathered, disagree = found.cpu().numpy(), []
         scales = self._scales()
-        disagree, tolerance = [], self.tolerance
         for number in self._active:
-            errors, some, missing, first = [0.0], False, 0.0, 0
-            for each in self._of_layer(number):
-                part = gathered[each.sample, self._columns[number][first : first + len(each.positions)]]
-                first += len(each.positions)
-                scale = scales[each.layer, each.sample, each.parameter]
-                if not np.isfinite(scale):
-                    continue  # a sample that is not finite: the run names it
-                pairs = [(part, each.values)]
-                if rows is not None and self._mask is not None:
-                    pairs.append(self._kept_pair(each, rows))
-                some |= any(bool(mine.any()) for mine, _ in pairs)
-                missing = max(missing, float(np.abs(each.values).max(initial=0.0)) / scale)
-                errors += [float(np.abs(mine - theirs).max(initial=0.0)) / scale for mine, theirs in pairs]
-            error = max(errors, key=lambda value: np.inf if np.isnan(value) else value)
+            error, silent = self._difference(number, gathered, rows, scales)
+            if error is None:
+                continue
             if number not in self.unverifiable:
                 self.errors[number] = max(error, self.errors.get(number, 0.0))
-            if not error <= tolerance:
+            if not error <= self.tolerance:
                 shape, module = self._layers[number]
-                reason = None
-                if not some and missing > tolerance:
-                    reason = "its weight is used without calling the layer"
+                reason = "its weight is used without calling the layer" if silent else None
                 disagree.append(Disagreement(shape.name or "(the model)", type(module).__name__, error, reason))
         return disagree
 
+    def _difference(
+        self,
+        number: int,
+        gathered: npt.NDArray[np.float64],
+        rows: Tensor | None,
+        scales: Mapping[tuple[int, str], float],
+    ) -> tuple[float | None, bool]:
+        """Return a layer's largest difference, and whether it gathered nothing; None where nothing is finite."""
+        errors, some, missing, first = [], False, 0.0, 0
+        for each in self._of_layer(number):
+            part = gathered[self._columns[number][first : first + len(each.positions)]]
+            first += len(each.positions)
+            scale = scales[each.layer, each.parameter]
+            if not np.isfinite(scale):
+                continue  # a sample is not finite: the run names it
+            pairs = [(part, each.values)]
+            if rows is not None and self._mask is not None:
+                pairs.append(self._kept_pair(each, rows))
+            some |= any(bool(mine.any()) for mine, _ in pairs)
+            missing = max(missing, float(np.abs(each.values).max(initial=0.0)) / scale)
+            errors += [float(np.abs(mine - theirs).max(initial=0.0)) / scale for mine, theirs in pairs]
+        if not errors:
+            return None, False
+        error = max(errors, key=lambda value: np.inf if np.isnan(value) else value)
+        return error, not some and missing > self.tolerance
+
     def _kept_pair(self, each: _Reference, rows: Tensor) -> tuple[Any, Any]:
-        assert self._mask is not None
         at = each.columns >= 0
         columns = each.columns[at]
-        values = rows[self._samples[each.sample]][torch.from_numpy(columns).to(rows.device)].double().cpu().numpy()
-        return values / self._weights[columns], each.values[at]
+        values = rows[self._samples][:, torch.from_numpy(columns).to(rows.device)].double().cpu().numpy()
+        return self._factors @ values / self._weights[columns], each.values[at]
 
-    def _scales(self) -> Mapping[tuple[int, int, str], float]:
+    def _scales(self) -> Mapping[tuple[int, str], float]:
         """Return what each difference is measured against: the parameter's largest gradient, but no rounding."""
-        of_layer: dict[tuple[int, int], float] = {}
-        of_model: dict[int, float] = {}
-        for each in self._references:
-            if np.isfinite(each.scale):
-                of_layer[each.layer, each.sample] = max(each.scale, of_layer.get((each.layer, each.sample), 0.0))
-                of_model[each.sample] = max(each.scale, of_model.get(each.sample, 0.0))
+        finite = [each for each in self._references if np.isfinite(each.scale)]
+        of_model = max((each.scale for each in finite), default=0.0)
+        of_layer: dict[int, float] = {}
+        for each in finite:
+            of_layer[each.layer] = max(each.scale, of_layer.get(each.layer, 0.0))
+        least = max(_MODEL_FLOOR * of_model, float(np.finfo(np.float32).tiny))
         return {
-            (each.layer, each.sample, each.parameter): max(
-                each.scale,
-                _LAYER_FLOOR * of_layer.get((each.layer, each.sample), 0.0),
-                _MODEL_FLOOR * of_model.get(each.sample, 0.0),
-                float(np.finfo(np.float32).tiny),
-            )
+            (each.layer, each.parameter): max(each.scale, _LAYER_FLOOR * of_layer.get(each.layer, 0.0), least)
             for each in self._references
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Container, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -29,8 +30,8 @@ def differentiate_samples(
 ) -> bool:
     """Have a check read autograd's gradients of a batch's first and last loss.
 
-    Each sample is run by itself where that is asked for, its batch can be cut, and its loss is then the same; else the
-    whole batch is run.
+    The two samples are run by themselves where that is asked for, their batch can be cut, and their losses are then the
+    same; else the whole batch is run.
 
     Parameters
     ----------
@@ -45,7 +46,7 @@ def differentiate_samples(
     state : any
         The random state before they were computed (:func:`random_state`).
     alone : bool
-        Run each sample by itself where possible.
+        Run the samples by themselves where possible.
     layers : container of int, optional
         Check these only.
 
@@ -54,41 +55,44 @@ def differentiate_samples(
     bool
         False where the tapped model's losses are not the model's.
     """
-    b = len(losses)
-    samples = sorted({0, b - 1})
-    check.start(samples, layers)
+    factors = _factors(losses.detach())
+    check.start(factors, layers)
+    chosen = list(factors)
+    if not chosen:
+        return True  # nothing is finite: the run names the samples
     with check.watching():
-        left = []
-        for index, sample in enumerate(samples):
-            loss = _alone(plain, batch, sample, losses) if alone or len(losses) == 1 else None
-            if loss is None:
-                left.append((index, sample))
-            else:
-                with explained():
-                    check.differentiate(loss, index)
-            del loss
-        if not left:
-            return True
-        set_random_state(state)
-        whole = plain(batch)
-        if not _close(whole, losses):
-            return False
-        for index, sample in left:
-            with explained():
-                check.differentiate(whole[sample], index, keep_graph=(index, sample) != left[-1])
+        found = _alone(plain, batch, chosen, losses) if alone and len(chosen) < len(losses) else None
+        if found is None:
+            set_random_state(state)
+            whole = plain(batch)
+            if not _close(whole, losses):
+                return False
+            found = whole[chosen]
+        with explained():
+            check.differentiate(found)
     return True
 
 
-def _alone(plain: Plain, batch: Any, sample: int, losses: Tensor) -> Tensor | None:
-    """Return the loss of one sample, run by itself; None where it cannot be, or is another."""
-    part = batch if len(losses) == 1 else one_sample(batch, sample, len(losses))
+def _factors(losses: Tensor) -> dict[int, float]:
+    """Return the samples to look at, and different factors that bring their losses to a similar size."""
+    values = {sample: float(losses[sample]) for sample in sorted({0, len(losses) - 1})}
+    finite = [sample for sample, value in values.items() if math.isfinite(value)]
+    if len(finite) < 2:
+        return dict.fromkeys(finite, 1.0)
+    first, last = (abs(values[sample]) + 1e-6 for sample in finite)
+    return {finite[0]: 1.0, finite[1]: -0.7 * min(max(first / last, 1e-2), 1e2)}
+
+
+def _alone(plain: Plain, batch: Any, chosen: list[int], losses: Tensor) -> Tensor | None:
+    """Return the losses of some samples, run without the others; None where they cannot be, or are others then."""
+    part = some_samples(batch, chosen, len(losses))
     if part is None:
         return None
     try:
         found = plain(part)
     except Exception:  # of the user's model, which may need its whole batch
         return None
-    return found[0] if len(found) == 1 and _close(found, losses[sample : sample + 1]) else None
+    return found if _close(found, losses[chosen]) else None
 
 
 def _close(one: Tensor, other: Tensor) -> bool:
@@ -100,30 +104,30 @@ def _close(one: Tensor, other: Tensor) -> bool:
     return bool(torch.allclose(one, other, rtol=share, atol=share * 1e-3, equal_nan=True))
 
 
-def one_sample(batch: Any, sample: int, b: int) -> Any:
-    """Return one sample of a batch of ``b``: of every tensor, array or list that has b entries the one it is.
+def some_samples(batch: Any, chosen: list[int], b: int) -> Any:
+    """Return some samples of a batch of ``b``: of every tensor, array or list that has b entries the ones they are.
 
     None where there is nothing to cut.
     """
-    found, cut = _cut(batch, sample, b)
+    found, cut = _cut(batch, chosen, b)
     return found if cut else None
 
 
-def _cut(value: Any, sample: int, b: int) -> tuple[Any, bool]:
+def _cut(value: Any, chosen: list[int], b: int) -> tuple[Any, bool]:
     if isinstance(value, (Tensor, np.ndarray)):
         here = value.ndim > 0 and len(value) == b
-        return (value[sample : sample + 1] if here else value), here
+        return (value[chosen] if here else value), here
     if isinstance(value, Mapping):
-        parts = {key: _cut(each, sample, b) for key, each in value.items()}
+        parts = {key: _cut(each, chosen, b) for key, each in value.items()}
         kept: Any = {key: each for key, (each, _) in parts.items()}
         return (kept if type(value) is dict else type(value)(kept)), any(cut for _, cut in parts.values())  # type: ignore[call-arg]
     if isinstance(value, (tuple, list)):
-        each = [_cut(item, sample, b) for item in value]
+        each = [_cut(item, chosen, b) for item in value]
         if any(cut for _, cut in each):
             items = [item for item, _ in each]
             return (type(value)._make(items) if hasattr(value, "_make") else type(value)(items)), True
         if len(value) == b and not hasattr(value, "_make"):
-            return type(value)(value[sample : sample + 1]), True
+            return type(value)(value[sample] for sample in chosen), True
     return value, False
 
 

@@ -257,7 +257,8 @@ class Taps:
         disagree = self.check.compare(found, None if rows is None else rows()) + guard.failed
         if disagree or self._separation.unseparated:
             return not alone and self._settle(losses, disagree)
-        self._pending, self._several, self._news = False, self._several or b > 1, True
+        self._pending = not self.check.errors and self.check.verifiable  # else no sample was finite
+        self._several, self._news = self._several or b > 1, True
         self._checked |= folds
         return True
 
