@@ -110,6 +110,9 @@ LAYERS = {
     "time-major": (TimeMajor, lambda layer, net, x: layer(x.transpose(0, 1))[0].transpose(0, 1)),
     "time-major, both": (TimeMajor, lambda layer, net, x: sum(
         v.transpose(0, 1) if v.dim() == 3 else v[:, None] for v in layer(x.transpose(0, 1)))),
+    "attention": (lambda: nn.MultiheadAttention(WIDTH, 2), lambda layer, net, x: layer(
+        *[x.transpose(0, 1)] * 3, attn_mask=net.mask, key_padding_mask=torch.zeros(x.shape[:2], dtype=x.dtype)
+    )[0].transpose(0, 1)),
     "folded": (Folded, lambda layer, net, x: layer(x.flatten(0, 1)).view_as(x)),
     "in place": (InPlace, lambda layer, net, x: layer(x).add_(x).mul_(0.5)),
     "containers": (Apart, lambda layer, net, x: layer(x)),

@@ -102,6 +102,15 @@ def test_recurrent_layers(tmp_path, name, k):
     oracle.assert_rows_are_located(store, model, loss, split(data, [1] * N))
 
 
+def test_the_model_is_left_as_it_was(tmp_path):
+    torch.manual_seed(0)
+    model = Sequences(nn.LSTM, "last", num_layers=2, dropout=0.5).eval()
+    data = torch.randn(N, T, WIDTH), torch.full((N,), T), torch.arange(N) % 3
+    extract_gradients(model, loss, [data], tmp_path / "s.zarr", compressor=Dropout(k=20))
+    assert model.layer.dropout == 0.5
+    assert not any(module.training for module in model.modules())
+
+
 def test_a_batch_on_the_other_axis_is_left_out(tmp_path):
     class Wrong(nn.Module):
         def __init__(self):

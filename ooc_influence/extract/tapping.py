@@ -75,6 +75,10 @@ def tapped(
         for context in _wrapper_contexts(model):
             undo.enter_context(context)
         model.eval()
+        for module in model.modules():
+            if isinstance(module, nn.RNNBase):  # cuDNN differentiates them in training mode only
+                undo.callback(setattr, module, "dropout", module.dropout)
+                module.dropout, module.training = 0.0, True
         for parameter in parameters:
             undo.callback(parameter.requires_grad_, parameter.requires_grad)
             parameter.requires_grad_(False)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-_TRIES = 64  # choices of axes before a layer is given up
+_TRIES = 64  # choices of axes before a layer is given up, and as many where large tensors disagree
 _TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
@@ -185,7 +185,7 @@ def _layouts(
             own: Any = [[axis] for axis in layout.outputs]
             if all(_outputs_alike(module, call, layout.inputs, whole, own)):
                 yield layout
-    for inputs in itertools.islice(_choices(call, options), _TRIES):
+    for inputs in _choices(call, options):
         found = _outputs_alike(module, call, inputs, whole, places)
         for outputs in itertools.islice(itertools.product(*found), _TRIES):
             yield Layout(inputs, outputs)
@@ -211,17 +211,39 @@ def _outputs_alike(
 
 
 def _choices(call: Call, options: list[list[Axis]]) -> Iterator[tuple[Axis | None, ...]]:
-    """Yield choices of an axis for each tensor, from the most to the least likely."""
+    """Yield choices of an axis for each tensor, from the most to the least likely.
+
+    First those that tensors of three axes and more, such as query, key and value, agree on.
+    """
     b, lengths = call.samples, {len(value) for value in call.outputs}
     likely: list[list[Axis | None]] = []
     for value, axes in zip(call.tensors(), options, strict=True):
         folded = Axis(0) in axes and len(value) > b and len(value) not in lengths
         likely.append([None, *axes] if folded else [*axes, None])
-    ranks = itertools.product(*(range(len(axes)) for axes in likely))
-    for chosen in sorted(ranks, key=lambda ranks: (sum(map(bool, ranks)), sum(ranks))):
-        choice = tuple(axes[rank] for axes, rank in zip(likely, chosen, strict=True))
-        if any(choice):
-            yield choice
+    large = [place for place, value in enumerate(call.tensors()) if value.dim() > 2 and len(likely[place]) > 1]
+    agreed = list(dict.fromkeys(axis for place in large for axis in likely[place]))
+    together = [{p: axis if axis in likely[p] else None for p in large} for axis in agreed]
+    apart: list[list[dict[int, Axis | None]]] = [[{p: axis} for axis in axes] for p, axes in enumerate(likely)]
+    small = [unit for place, unit in enumerate(apart) if place not in large]
+    seen = set()
+    for units in ([together, *small] if large else small, apart):
+        for found in itertools.islice(_by_deviation(units), _TRIES):
+            choice = tuple(found[place] for place in range(len(likely)))
+            if any(choice) and choice not in seen:
+                seen.add(choice)
+                yield choice
+
+
+def _by_deviation(units: list[list[dict[int, Axis | None]]]) -> Iterator[dict[int, Axis | None]]:
+    """Yield one of each unit's ways, joined: first ways of all, then those where one unit deviates, then two, ..."""
+    for count in range(len(units) + 1):
+        for places in itertools.combinations(range(len(units)), count):
+            for ways in itertools.product(*(units[place][1:] for place in places)):
+                taken = dict(zip(places, ways, strict=True))
+                joined: dict[int, Axis | None] = {}
+                for place, unit in enumerate(units):
+                    joined |= taken.get(place, unit[0])
+                yield joined
 
 
 def _outputs(
