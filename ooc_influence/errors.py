@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+_PACKAGE = f"{Path(__file__).parent}{os.sep}"
 _ADVICE = {  # by what the system says
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room"),
     errno.EFBIG: "lift the limit on the size of files",
@@ -37,6 +40,14 @@ class OocInfluenceError(Exception):
 
 class OocInfluenceWarning(UserWarning):
     """Something the user should know and the call can go on with."""
+
+
+def warn(message: str) -> None:
+    """Warn of something at the line of the caller's code that called this package."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, OocInfluenceWarning, stacklevel=level)
 
 
 class InputError(OocInfluenceError, ValueError):

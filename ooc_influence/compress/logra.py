@@ -11,7 +11,6 @@ layer is O(t (out out' + in in' + out' in')); the full gradient is never built.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -20,7 +19,7 @@ import numpy as np
 
 from ooc_influence.compress.dropout import parse_whole_numbers
 from ooc_influence.compress.projection import Whole
-from ooc_influence.errors import InputError, OocInfluenceWarning
+from ooc_influence.errors import InputError, warn
 from ooc_influence.store import LayerShape, LograReduction, Mask, ModuleMask, PilotMoments
 
 _KINDS = ("linear", "transposed_linear")
@@ -68,11 +67,7 @@ class LoGra(Whole):
         if others:
             share = sum(layer.entries for layer in others) / sum(layer.entries for layer in layers)
             names = ", ".join(layer.name for layer in others[:3]) + (", ..." if len(others) > 3 else "")
-            warnings.warn(
-                f"LoGra leaves out {len(others)} layers that are not linear, {share:.1%} of the entries: {names}",
-                OocInfluenceWarning,
-                stacklevel=5,
-            )
+            warn(f"LoGra leaves out {len(others)} layers that are not linear, {share:.1%} of the entries: {names}")
         return Mask(tuple(self._numbers(layer) for layer in layers))
 
     def _numbers(self, layer: LayerShape) -> ModuleMask:

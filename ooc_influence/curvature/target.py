@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-import warnings
 from typing import Any
 
 from ooc_influence.curvature.changes import Change
@@ -16,10 +15,10 @@ from ooc_influence.curvature.saved import check_replaceable, curvature_path
 from ooc_influence.errors import (
     CurvatureNotFoundError,
     InputError,
-    OocInfluenceWarning,
     StaleCurvatureError,
     StoreDamagedError,
     StoreExistsError,
+    warn,
 )
 from ooc_influence.store import GradientStore, PathLike, StorePath, parse_path
 
@@ -49,11 +48,7 @@ def warn_if_unfinished(train: GradientStore) -> None:
     """Warn where rows are missing between those that were extracted."""
     planned = train.layout.planned_rows or train.committed
     if train.n < planned:
-        warnings.warn(
-            f"{train.path} holds {train.n} of {planned} rows without a gap: the fit covers those",
-            OocInfluenceWarning,
-            stacklevel=3,
-        )
+        warn(f"{train.path} holds {train.n} of {planned} rows without a gap: the fit covers those")
 
 
 def fit_target(train: GradientStore, name: str, out: PathLike | None) -> StorePath:
@@ -129,8 +124,6 @@ def warn_of_dimension(found: Curvature) -> None:
         near, advice = f"the {found.d} stored columns", "more columns, or more damping, would say more"
     else:
         return
-    warnings.warn(
-        f"{found.path} has an effective dimension of {dimension:.1f} at the default damping, close to {near}: {advice}",
-        OocInfluenceWarning,
-        stacklevel=4,
+    warn(
+        f"{found.path} has an effective dimension of {dimension:.1f} at the default damping, close to {near}: {advice}"
     )

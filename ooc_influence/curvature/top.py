@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import pairwise
@@ -26,7 +25,7 @@ from ooc_influence.curvature.sums import Summing, sum_name
 from ooc_influence.curvature.tiled import block_moments, sum_fourth, sum_tiles
 from ooc_influence.curvature.unfinished import SavingClock, read_facts, save_result, write_slabs
 from ooc_influence.curvature.ways import PASSES, TopWay, iteration_columns
-from ooc_influence.errors import OocInfluenceWarning
+from ooc_influence.errors import warn
 from ooc_influence.linalg import (
     ProductAccumulator,
     Team,
@@ -261,11 +260,9 @@ def _iterate(fit: Fitting, rank: int, seed: int, multiply: Callable[[Floats], Ma
 
     top = find_top(multiply, basis, rank, PASSES, save, done, held)
     if not top.converged:
-        warnings.warn(
+        warn(
             f"the top {rank} eigenvalues of {fit.target} still grew by more than {TOLERANCE:.0e} of their sum in pass "
-            f"{top.passes}, the last: they are lower bounds; a larger rank converges sooner",
-            OocInfluenceWarning,
-            stacklevel=6,
+            f"{top.passes}, the last: they are lower bounds; a larger rank converges sooner"
         )
     return top
 

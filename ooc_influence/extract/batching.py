@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ooc_influence.errors import InputError, OocInfluenceWarning
+from ooc_influence.errors import InputError, warn
 
 Batches = Iterable[Any] | Callable[[int], Iterable[Any]]
 
@@ -121,11 +120,9 @@ def _warn_if_shuffled(batches: Any) -> None:
     data = torch.utils.data
     sampler = getattr(getattr(batches, "batch_sampler", None), "sampler", getattr(batches, "sampler", None))
     if isinstance(sampler, (data.RandomSampler, data.SubsetRandomSampler, data.WeightedRandomSampler)):
-        warnings.warn(
+        warn(
             "batches come from a shuffling DataLoader: row numbers will not be data set indices and a killed run "
-            "cannot resume; use shuffle=False",
-            OocInfluenceWarning,
-            stacklevel=5,
+            "cannot resume; use shuffle=False"
         )
 
 

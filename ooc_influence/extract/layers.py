@@ -6,13 +6,12 @@ it merely inherits from its class.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
 
-from ooc_influence.errors import MismatchError, OocInfluenceWarning
+from ooc_influence.errors import MismatchError, warn
 from ooc_influence.extract.entries import KINDS, BiasEntries, Entries, FuncEntries, computes_weights
 from ooc_influence.store import LayerShape
 
@@ -176,9 +175,7 @@ def warn_if_training(model: nn.Module) -> None:
     ]  # fmt: skip
     if drops:
         more = f" and {len(drops) - 1} more" if len(drops) > 1 else ""
-        warnings.warn(
+        warn(
             f"the model is in training mode with layers that behave otherwise there ({drops[0]}{more}): gradients are "
-            "those of evaluation mode",
-            OocInfluenceWarning,
-            stacklevel=3,
+            "those of evaluation mode"
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 
 from ooc_influence.compress import Compressor, Dropout, LoGra, Whole
-from ooc_influence.errors import InputError, MismatchError, OocInfluenceWarning, StoreNotFoundError
+from ooc_influence.errors import InputError, MismatchError, StoreNotFoundError, warn
 from ooc_influence.extract.fingerprint import fingerprint_as, short_fingerprint
 from ooc_influence.extract.layers import find_uses
 from ooc_influence.extract.metric import AdamMetric
@@ -231,10 +230,8 @@ def with_metric(plan: Plan, metric: AdamMetric | None, model: torch.nn.Module) -
         return plan
     mask, facts = metric.apply(plan.mask, model)
     if facts["never_updated"]:
-        warnings.warn(
-            f"{facts['never_updated']} of {mask.k} kept entries were never updated by the optimiser; their weight is 0",
-            OocInfluenceWarning,
-            stacklevel=5,
+        warn(
+            f"{facts['never_updated']} of {mask.k} kept entries were never updated by the optimiser; their weight is 0"
         )
     return replace(plan, mask=mask, attributes=plan.attributes | {"metric": facts})
 
@@ -307,11 +304,9 @@ def _same_model(store: GradientStore, model: dict[str, Any], check: bool) -> dic
             "shapes or values of its tensors differ): load the same checkpoint, or allow another with "
             "check_model=False (--other-model)"
         )
-    warnings.warn(
+    warn(
         f"the model is not the one that {store.path} was made with; its rows are taken as comparable because "
-        "check_model=False (--other-model) says so",
-        OocInfluenceWarning,
-        stacklevel=4,
+        "check_model=False (--other-model) says so"
     )
     recorded = store.attrs.get("model")
     expected: dict[str, Any] = dict(recorded) if isinstance(recorded, Mapping) else {"fingerprint": recorded}

@@ -7,7 +7,6 @@ writes beside both. A batch whose rows are all committed is passed over without 
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ooc_influence.errors import InputError, MemoryBudgetError, OocInfluenceWarning
+from ooc_influence.errors import InputError, MemoryBudgetError, warn
 from ooc_influence.extract.batching import Batches, batch_size, open_batches, to_device
 from ooc_influence.extract.budget import BudgetBatches, Numbers
 from ooc_influence.extract.device import out_of_memory
@@ -103,11 +102,7 @@ class Run:
             )
         self._taps.silent.clear()
         named = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        warnings.warn(
-            f"no gradient reached these layers in the first batch, their entries are zero there: {named}",
-            OocInfluenceWarning,
-            stacklevel=5,
-        )
+        warn(f"no gradient reached these layers in the first batch, their entries are zero there: {named}")
 
 
 class BatchRun(Run):

@@ -8,14 +8,13 @@ gradient would lack a part, so it is left out altogether.
 from __future__ import annotations
 
 import fnmatch
-import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from ooc_influence.errors import OocInfluenceWarning, UnsupportedModelError
+from ooc_influence.errors import UnsupportedModelError, warn
 from ooc_influence.extract.entries import KINDS, FuncEntries, computes_weights, own_parameters, uncalled
 from ooc_influence.extract.entries.func import rows_of
 from ooc_influence.extract.layers import describe, named_layers, restrict
@@ -302,11 +301,9 @@ def _warn_missed(missed: Mapping[str, tuple[str, float]], share: float) -> None:
     first = sorted(missed, key=lambda name: -missed[name][1])[:_NAMED]
     named = ", ".join(f"{name} ({missed[name][0]}, {missed[name][1]:.1%})" for name in first)
     more = f" and {len(missed) - _NAMED} more" if len(missed) > _NAMED else ""
-    warnings.warn(
+    warn(
         f"gradients cover {share:.1%} of the model's parameters; not covered: {named}{more}: fallback=True "
-        "(--fallback) covers layers of unknown kinds at the cost of their full gradients",
-        OocInfluenceWarning,
-        stacklevel=5,
+        "(--fallback) covers layers of unknown kinds at the cost of their full gradients"
     )
 
 

@@ -7,7 +7,6 @@ trained on part of the rows gives credit to those only: a row's score is the mea
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ooc_influence.curvature import Curvature, DampingMode, resolve_curvature
-from ooc_influence.errors import InputError, MismatchError, OocInfluenceWarning
+from ooc_influence.errors import InputError, MismatchError, warn
 from ooc_influence.store import GradientStore, PathLike
 
 Store = GradientStore | PathLike
@@ -171,11 +170,9 @@ def _first_difference(first: GradientStore, other: GradientStore) -> str | None:
     if first.layout.ids is not None:
         arrays = {"example_id": "ids"} | arrays
     if not arrays:
-        warnings.warn(
+        warn(
             f"the rows of {first.path} and {other.path} are taken for the same examples, in one order, because there "
-            f"are {first.n} of each: extract with ids (ids=, --id) to have it checked",
-            OocInfluenceWarning,
-            stacklevel=6,
+            f"are {first.n} of each: extract with ids (ids=, --id) to have it checked"
         )
     step = first.layout.group_rows
     for start in range(0, first.n, step):

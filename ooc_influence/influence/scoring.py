@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ooc_influence.curvature import Curvature, DampingMode
-from ooc_influence.errors import InputError, MemoryBudgetError, OocInfluenceWarning
+from ooc_influence.errors import InputError, MemoryBudgetError, warn
 from ooc_influence.influence.checkpoints import (
     AnyCurvature,
     Checkpoint,
@@ -314,11 +313,9 @@ class Scoring:
             advice = "no row of the fit speaks to that part; fit on more rows, or use a wider curvature"
             if any(own.curvature is not None and own.curvature.kind == "top" for own in self.checkpoints):
                 advice = "that part counts by the mean of the eigenvalues that are not kept; fit with a larger rank"
-            warnings.warn(
+            warn(
                 f"{beyond.sum()} of {self.q} queries have more than {OUTSIDE_WARNING:.0%} of their squared gradient "
-                f"outside the span of the training spectrum (up to {np.nanmax(outside):.0%}): {advice}",
-                OocInfluenceWarning,
-                stacklevel=3,
+                f"outside the span of the training spectrum (up to {np.nanmax(outside):.0%}): {advice}"
             )
 
 

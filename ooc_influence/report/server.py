@@ -14,13 +14,12 @@ import json
 import secrets
 import socket
 import sys
-import warnings
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from ooc_influence.errors import InputError, OocInfluenceWarning
+from ooc_influence.errors import InputError, warn
 from ooc_influence.report.folder import to_script
 from ooc_influence.report.jobs import Jobs
 
@@ -75,7 +74,7 @@ class PageServer(ThreadingHTTPServer):
         except (OSError, UnicodeError) as error:
             raise InputError(_refused(host, port, error)) from error
         if not ipaddress.ip_address(str(self.server_address[0])).is_loopback:
-            warnings.warn(_exposed(host, token), OocInfluenceWarning, stacklevel=2)
+            warn(_exposed(host, token))
         named = f"{host}:{self.server_port}"
         self.hosts = {f"{name}:{self.server_port}" for name in _LOOPBACK} if host in _LOOPBACK else None
         self.url = f"http://{named}/{self.token}/" if token else f"http://{named}/"

@@ -7,7 +7,6 @@ Top lists, self-influence and group sums are the public calls'. Queries are writ
 from __future__ import annotations
 
 import datetime
-import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import numpy.typing as npt
 
 from ooc_influence._version import __version__
 from ooc_influence.curvature import Curvature, resolve_curvature
-from ooc_influence.errors import InputError, OocInfluenceWarning
+from ooc_influence.errors import InputError, warn
 from ooc_influence.influence import TopInfluential, group_influence, self_influence, top_influential
 from ooc_influence.influence.groups import GroupInfluence
 from ooc_influence.notebook import optional_library
@@ -268,11 +267,9 @@ def write_pages(
         _write_suspects(report, folder, shown, chosen)
         unreadable = sum(pictures.unreadable for pictures in albums)
     if unreadable:
-        warnings.warn(
+        warn(
             f"not shown: {counted(unreadable, 'image')} that cannot be read, are not below the folder of the data, or "
-            "are too large: the pages say which",
-            OocInfluenceWarning,
-            stacklevel=3,
+            "are too large: the pages say which"
         )
     name = title or Path(str(train.path)).name
     folder.write_data("index", _index(report, chosen, sums, name) | {"ask": ask, "texts": texts})
