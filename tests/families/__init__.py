@@ -30,8 +30,7 @@ FIELDS = (
 QUICK = (
     "timm-batch-norm-act", "timm-std-conv-inside", "gated-rms-norm", "bit-linear", "bert-mlm", "mamba2", "mixtral",
     "lora-embedding", "prompt-tuning", "linear-shares-both", "conv-shares-weight", "tied-by-function",
-    "positions-expand", "positions-slice", "table-argument", "weight-decay-in-the-loss", "chosen-tokens", "attention",
-    "lstm-last-state",
+    "positions-expand", "positions-slice", "table-argument", "weight-decay-in-the-loss", "chosen-tokens",
 )  # fmt: skip
 
 __all__ = ["FAMILIES", "FIELDS", "MODES", "QUICK", "TOLERANCE", "Case", "Family", "Finding", "examine", "oracle"]

@@ -7,7 +7,9 @@ import re
 import tempfile
 import time
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,18 @@ from ooc_influence.extract.layers import find_uses
 
 MODES = ("default", "fallback")
 TOLERANCE = 2e-4  # of a layer's largest entry: float32 against float64
-_FLOOR = 1e-2  # of the sample's largest entry of all: smaller layers are measured against this
+# a layer is measured against its own largest entry, unless that is so small that float32 leaves nothing of it
+_NOISE = 1e5
 _MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # stores are small and many
-Gradients = list[dict[str, np.ndarray]]  # of every sample, by parameter
+
+
+class Sample(dict[str, np.ndarray]):
+    """One sample's gradients in float64 by parameter, with how far autograd is from them in float32."""
+
+    noise: Mapping[str, float] = {}
+
+
+Gradients = list[Sample]
 
 
 @dataclass
@@ -70,14 +81,18 @@ class Finding:
 
 def oracle(case: Case) -> list[Gradients]:
     """Return the gradients of every batch's samples, each in a batch by itself, in float64 where the model can."""
+    single = _autograd(case, torch.float32)
     try:
-        found = _autograd(case, torch.float64)
-        if all(np.isfinite(value).all() for batch in found for sample in batch for value in sample.values()):
-            return found  # others use float32's most negative number in float64
+        double = _autograd(case, torch.float64)
     except (RuntimeError, ValueError) as error:
         if not re.search("dtype|Double|double|Float", str(error)):
             raise
-    return _autograd(case, torch.float32)
+        return single
+    if not all(np.isfinite(value).all() for batch in double for sample in batch for value in sample.values()):
+        return single  # a model that uses float32's most negative number in float64
+    for sample, rounded in zip(chain(*double), chain(*single), strict=True):
+        sample.noise = {name: float(np.abs(value - rounded[name]).max(initial=0)) for name, value in sample.items()}
+    return double
 
 
 def _autograd(case: Case, dtype: torch.dtype) -> list[Gradients]:
@@ -95,9 +110,8 @@ def _autograd(case: Case, dtype: torch.dtype) -> list[Gradients]:
             assert losses.dim() == 1, losses.shape
             values = torch.autograd.grad(losses[0], list(trained.values()), allow_unused=True)
             pairs = zip(trained.items(), values, strict=True)
-            samples.append(
-                {n: (torch.zeros_like(p) if g is None else g).flatten().double().numpy() for (n, p), g in pairs}
-            )
+            flat = ((n, (torch.zeros_like(p) if g is None else g).flatten().double().numpy()) for (n, p), g in pairs)
+            samples.append(Sample(flat))
         found.append(samples)
     return found
 
@@ -165,7 +179,6 @@ def _compare(finding: Finding, model: nn.Module, store: Any, expected: Gradients
     names = {id(p): name for name, p in model.named_parameters()}
     right = {name: np.zeros(p.numel(), bool) for name, p in model.named_parameters() if p.requires_grad}
     rows = store.rows().astype(np.float64)
-    whole = [max((np.abs(g).max(initial=0) for g in sample.values()), default=0) for sample in expected]
     uses, start, frozen = find_uses(model, [kept.layer for kept in store.mask.modules]), 0, 0
     for number, kept in enumerate(store.mask.modules):
         use = next(use for use in uses if use.layer == number and use.shape.name == kept.layer.name)
@@ -178,7 +191,7 @@ def _compare(finding: Finding, model: nn.Module, store: Any, expected: Gradients
                 places.append((name, at, where))
             else:
                 frozen += len(at)
-        error = _error(stored, places, expected, whole)
+        error = _error(stored, places, expected)
         if error <= TOLERANCE:
             for name, _, where in places:
                 right[name][where] = True
@@ -187,11 +200,12 @@ def _compare(finding: Finding, model: nn.Module, store: Any, expected: Gradients
     _conclude(finding, store, right, expected, frozen)
 
 
-def _error(stored: np.ndarray, places: list[Any], expected: Gradients, whole: list[float]) -> float:
+def _error(stored: np.ndarray, places: list[Any], expected: Gradients) -> float:
     """Return a layer's largest error over all samples, relative to its largest entry."""
-    worst = 0.0
-    for row, sample, largest in zip(stored, expected, whole, strict=True):
-        scale = max([_FLOOR * largest, 1e-30, *(np.abs(sample[name]).max(initial=0) for name, _, _ in places)])
+    worst, names = 0.0, {name for name, _, _ in places}
+    for row, sample in zip(stored, expected, strict=True):
+        sizes = [np.abs(sample[name]).max(initial=0) for name in names]
+        scale = max([*sizes, *(_NOISE * sample.noise.get(name, 0.0) for name in names), 1e-30])
         for name, at, where in places:
             if len(at):
                 error = float(np.abs(row[at] - sample[name][where]).max()) / scale
