@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ooc_influence.errors import UnsupportedModelError
 from ooc_influence.extract.entries import KINDS, is_coded
@@ -183,9 +184,10 @@ class GradientCheck:
         """The largest difference allowed, of a parameter's largest entry."""
         return max((TOLERANCE.get(dtype, 0.0) for dtype in self._dtypes), default=TOLERANCE[torch.float32])
 
-    def see(self, *tensors: Any) -> None:
+    def see(self, *values: Any) -> None:
         """Take notice of the dtypes that the model computes in."""
-        self._dtypes |= {t.dtype for t in tensors if isinstance(t, Tensor) and t.is_floating_point()}
+        leaves = pytree.tree_leaves(values)
+        self._dtypes |= {leaf.dtype for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()}
 
     def start(self, factors: Mapping[int, float], layers: Container[int] | None = None) -> None:
         """Begin a check of some samples of a batch, with the factor of each loss; of some layers only, or of all."""

@@ -199,7 +199,7 @@ class Probe:
         before = use.kind.known_layout(use.module, call)
         if use.kind.strays(use.module, call, delta, b, sample):
             self._mixed.append((number, sample))
-        self._changed |= use.kind.known_layout(use.module, call) != before
+        self._changed |= use.kind.known_layout(use.module, call) is not before
 
     def conclude(self) -> bool:
         """Learn from the gradients; return whether another layout than the one assumed was found.
