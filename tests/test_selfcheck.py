@@ -579,3 +579,44 @@ def test_layers_that_fold_tokens_with_few_entries_kept(tmp_path, first):
         store = agree(tmp_path / f"{k}.zarr", model, source, language, compressor=Dropout(k=k, seed=3))
         assert any(not len(module.rows) for module in store.mask.modules)
         assert store.attrs["verification"]["share"] == 1
+
+
+class OwnLinear(nn.Linear):
+    """Falcon's: another forward of the same function."""
+
+    def forward(self, x):
+        return x @ self.weight.T + self.bias
+
+
+def test_a_linear_layer_written_otherwise(tmp_path):
+    torch.manual_seed(0)
+    store = agree(tmp_path / "s.zarr", Text(OwnLinear(D, D)), [tokens()])
+    assert store.attrs["verification"]["share"] == 1
+
+
+def test_a_head_that_registers_its_decoder_s_bias_needs_no_fallback(tmp_path):
+    torch.manual_seed(0)
+    store = agree(tmp_path / "s.zarr", Decoder(), [tokens()], language, fallback=True)
+    assert store.attrs["verification"]["share"] == 1
+    assert "func" not in {module.layer.kind for module in store.mask.modules}
+
+
+class Keys(nn.Module):
+    """The bias of attention's keys has a gradient of zero, but for rounding."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.query, self.key = nn.Embedding(11, 64), nn.Linear(64, 64), nn.Linear(64, 64)
+        self.head = nn.Linear(64, 11)
+
+    def forward(self, ids):
+        h = self.embed(ids)
+        scores = self.query(h) @ self.key(h).transpose(1, 2)
+        return self.head(scores.softmax(-1) @ h)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_gradient_that_is_zero_but_for_rounding_is_no_difference(tmp_path, seed):
+    torch.manual_seed(seed)
+    store = extract_gradients(Keys(), language, [tokens(8, 40)], tmp_path / "s.zarr", compressor=Dropout(k=200))
+    assert store.attrs["verification"]["share"] == 1

@@ -35,8 +35,9 @@ from ooc_influence.store import LayerShape, Mask, ModuleMask
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 _POOL = 1024  # entries of a parameter that are looked at; of these the largest and some others are compared
 _LARGEST, _OTHERS, _ROWS = 32, 16, 32
-# what is below these shares of the layer's and of the model's largest gradient is rounding
-_LAYER_FLOOR, _MODEL_FLOOR = 1e-3, 1e-6
+# differences are of a parameter's largest gradient, or of these shares of its layer's and the model's: a gradient that
+# is zero but for rounding (of the bias of attention's keys) has no scale of its own
+_LAYER_FLOOR, _MODEL_FLOOR = 0.1, 1e-4
 _NAMED = 6
 Numbers = npt.NDArray[np.int64]
 Receiver = Callable[[Use, Any, Any], None]

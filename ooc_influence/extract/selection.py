@@ -190,6 +190,8 @@ def _candidates(model: nn.Module, fallback: bool, adjusted: Adjustments) -> Iter
             shape = FuncEntries.describe(name, module)
         elif name not in adjusted.without and id(module) not in owners:
             shape = describe(name, module, fallback=fallback)
+        if shape is not None and shape.kind == FuncEntries.kind and _only_registers(module):
+            shape = None
         if shape is not None:
             parameters = KINDS[shape.kind].parameters(module)
         elif computes_weights(module):
@@ -198,6 +200,13 @@ def _candidates(model: nn.Module, fallback: bool, adjusted: Adjustments) -> Iter
             parameters = {n: p for n, p in module._parameters.items() if p is not None}
         if parameters or shape is not None:
             yield _Candidate(name, module, shape, parameters, owners.get(id(module)))
+
+
+def _only_registers(module: nn.Module) -> bool:
+    """Return whether all that a module owns is also owned by modules inside it, as a head owns its decoder's bias."""
+    own = {id(p) for p in module.parameters(recurse=False)}
+    inside = {id(p) for child in module.children() for p in child.parameters()}
+    return bool(own) and own <= inside
 
 
 class _Wanted(NamedTuple):

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F  # noqa: N812 - the community's name
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -198,8 +199,22 @@ def _grid(rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
 
 
 def _plain(module: nn.Module) -> bool:
-    exact = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-    return exact and not isinstance(module, NonDynamicallyQuantizableLinear)
+    """Return whether a module is torch's linear layer, or of a class with a forward that computes the same."""
+    if not isinstance(module, nn.Linear) or isinstance(module, NonDynamicallyQuantizableLinear):
+        return False
+    if type(module).forward is nn.Linear.forward:
+        return True
+    if module.weight.is_meta or is_coded(module.weight):
+        return False
+    x = torch.linspace(-1.0, 2.0, 2 * module.in_features).view(2, -1).to(module.weight)
+    with torch.inference_mode(False), torch.no_grad():
+        try:
+            found = module.forward(x)
+            expected = F.linear(x, module.weight, module.bias)
+        except Exception:  # it takes something else
+            return False
+    close = 1e-4 if found.dtype in (torch.float32, torch.float64) else 1e-2
+    return found.shape == expected.shape and torch.allclose(found, expected, rtol=close, atol=close)
 
 
 def _quantised(module: nn.Module) -> bool:
