@@ -25,8 +25,9 @@ from ooc_influence.extract.layers import find_uses
 
 MODES = ("default", "fallback")
 TOLERANCE = 2e-4  # of a layer's largest entry: float32 against float64
-# a layer is measured against its own largest entry, unless that is so small that float32 leaves nothing of it
-_NOISE = 1e5
+# A layer is measured against its own largest entry, unless that is below these: so many times what autograd loses in
+# float32, and such a part of the sample's largest entry of all.
+_NOISE, _FLOOR = 1e5, 1e-5
 _MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # stores are small and many
 
 
@@ -205,7 +206,8 @@ def _error(stored: np.ndarray, places: list[Any], expected: Gradients) -> float:
     worst, names = 0.0, {name for name, _, _ in places}
     for row, sample in zip(stored, expected, strict=True):
         sizes = [np.abs(sample[name]).max(initial=0) for name in names]
-        scale = max([*sizes, *(_NOISE * sample.noise.get(name, 0.0) for name in names), 1e-30])
+        largest = max((np.abs(value).max(initial=0) for value in sample.values()), default=0)
+        scale = max([*sizes, *(_NOISE * sample.noise.get(name, 0.0) for name in names), _FLOOR * largest, 1e-30])
         for name, at, where in places:
             if len(at):
                 error = float(np.abs(row[at] - sample[name][where]).max()) / scale

@@ -74,7 +74,6 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert-decoder": ("Bert", {"is_decoder": True}),
     "roberta-decoder": ("Roberta", {"is_decoder": True}),
     "electra-decoder": ("Electra", {"is_decoder": True, "embedding_size": 12}),
-    "xglm": ("XGLM", {"d_model": 16, "ffn_dim": 24, "num_layers": 2, "attention_heads": 2}),
     "biogpt": ("BioGpt", {}),
     "ctrl": ("CTRL", {"plain": True, "n_positions": 32, "n_embd": 16, "dff": 24, "n_layer": 2, "n_head": 2}),
     "openai-gpt": ("OpenAIGPT", {"plain": True, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2}),
