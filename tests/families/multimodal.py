@@ -24,6 +24,7 @@ def pairs(**extra: Tensor) -> list[dict[str, Tensor]]:
     for b, t in ((3, 7), (5, 5), (1, 6)):
         generator = torch.Generator().manual_seed(b)
         words = {name: value for name, value in tokens(b, t).items() if name != "labels"}
+        words["input_ids"][torch.arange(b), words["attention_mask"].sum(1) - 1] = 2  # the end, where CLIP looks
         found.append({**words, "pixel_values": torch.randn(b, 3, 16, 16, generator=generator), **extra})
     return labelled(found)
 
