@@ -16,6 +16,7 @@ family = families_of(__name__)
 PICTURE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24,
            "image_size": 16, "patch_size": 8, "projection_dim": 12}  # fmt: skip
 TEXT = {**SMALL, "projection_dim": 12}
+END = 30
 
 
 def pairs(**extra: Tensor) -> list[dict[str, Tensor]]:
@@ -23,8 +24,8 @@ def pairs(**extra: Tensor) -> list[dict[str, Tensor]]:
     found = []
     for b, t in ((3, 7), (5, 5), (1, 6)):
         generator = torch.Generator().manual_seed(b)
-        words = {name: value for name, value in tokens(b, t).items() if name != "labels"}
-        words["input_ids"][torch.arange(b), words["attention_mask"].sum(1) - 1] = 2  # the end, where CLIP looks
+        words = {name: value for name, value in tokens(b, t, high=END).items() if name != "labels"}
+        words["input_ids"][torch.arange(b), words["attention_mask"].sum(1) - 1] = END  # where CLIP looks
         found.append({**words, "pixel_values": torch.randn(b, 3, 16, 16, generator=generator), **extra})
     return labelled(found)
 
@@ -44,7 +45,7 @@ def contrast_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 def two_towers(name: str, **text: Any) -> Case:
     """Return a model of a text encoder and an image encoder."""
     config = getattr(hf, f"{name}Config")(
-        text_config={**TEXT, "eos_token_id": 2, **text}, vision_config=PICTURE, projection_dim=12
+        text_config={**TEXT, "eos_token_id": END, **text}, vision_config=PICTURE, projection_dim=12
     )
     return Case(getattr(hf, f"{name}Model")(config), likeness_loss, pairs())
 
