@@ -95,7 +95,7 @@ def examine_all(families: Iterable[Family], path: Path, *, again: bool) -> list[
         missing = [m for m in MODES if again or kept.get((family.name, m), {}).get("code") != code]
         if missing:
             for finding in examine_one(family, missing):
-                kept[family.name, finding.mode] = {**finding.to_dict(), "code": code}
+                kept[family.name, finding.mode] = shortened(finding.to_dict()) | {"code": code}
                 print(line(kept[family.name, finding.mode]), file=sys.stderr, flush=True)
             keep(path, kept)
         results += [kept[family.name, mode] for mode in MODES]
@@ -143,14 +143,20 @@ def remark(default: Result, fallback: Result) -> str:
     return "; ".join(filter(None, parts))
 
 
-def _left_out(found: Result) -> str:
-    """Return the largest layers that are left out, with the store's reason and their share."""
+def shortened(found: Result) -> Result:
+    """Return what is kept of a finding: of what is left out, how much it is, and the largest two with their reasons."""
     told = {name: (facts["share"], f"{facts['reason']}, ") for name, facts in found["left_out"].items()}
     left = told or {name: (facts["share"], "") for name, facts in found["missing"].items()}
     first = sorted(left, key=lambda name: -left[name][0])[:2]
-    named = ", ".join(f"`{name or '(the model)'}` ({left[name][1]}{left[name][0]:.1%})" for name in first)
-    more = f" and {len(left) - 2} more" if len(left) > 2 else ""
-    return f"left out: {named}{more}" if left else ""
+    named = [f"`{name or '(the model)'}` ({left[name][1]}{left[name][0]:.1%})" for name in first]
+    short = {key: value for key, value in found.items() if key not in ("warned", "missing", "left_out")}
+    return short | {"left_out": len(left), "largest_left_out": named}
+
+
+def _left_out(found: Result) -> str:
+    rest = found["left_out"] - len(found["largest_left_out"])
+    more = f" and {rest} more" if rest else ""
+    return f"left out: {', '.join(found['largest_left_out'])}{more}" if found["left_out"] else ""
 
 
 _DIFFERS = "expected the entries gathered from each layer to be autograd's gradients of the loss; received others of "
