@@ -144,6 +144,7 @@ class GradientCheck:
         self._kept = {} if mask is None else self._kept_positions(mask)
         self._dtypes = {p.dtype for _, _, p in self._watched}
         self.errors: dict[int, float] = {}
+        self._reached: set[tuple[int, str]] = set()  # parameters that autograd had a gradient of
         self._references: list[_Reference] = []
         self._samples: list[int] = []
         self._factors: npt.NDArray[np.float64] = np.empty(0)
@@ -234,6 +235,7 @@ class GradientCheck:
                 handle.remove()
             for grad, (_, _, parameter) in zip(held, self._followed, strict=True):
                 parameter.grad = grad
+        self._reached |= reached
         for number, name, parameter in self._followed:
             if (number, name) not in reached:  # autograd never came by: its gradient is zero
                 self._references.append(self._at_random(number, name, parameter.numel()))
@@ -389,13 +391,20 @@ class GradientCheck:
         right = [number for number, error in self.errors.items() if error <= self.tolerance]
         worst = max(right, key=lambda number: self.errors[number], default=None)
         names = {number: shape.name or "(the model)" for number, (shape, _) in self._layers.items()}
+        verified = [p for number, name, p in self._watched if number in right and (number, name) in self._reached]
+        unreached = {
+            f"{names[number]}.{name}": "the loss of the samples compared does not depend on it"
+            for number, name, _ in self._watched
+            if number in right and (number, name) not in self._reached
+        }
+        unverified = {names[number]: reason for number, reason in self.unverifiable.items()}
         return {
             "checked": True,
-            "share": self._trained.share(p for n in right for p in layer_parameters(*self._layers[n]).values()),
+            "share": self._trained.share(verified),
             "worst_error": None if worst is None else self.errors[worst],
             "worst_layer": None if worst is None else names[worst],
             "tolerance": self.tolerance,
-            "unverified": {names[number]: reason for number, reason in self.unverifiable.items()},
+            "unverified": unverified | unreached,
         }
 
 
