@@ -34,7 +34,7 @@ from ooc_influence.store import LayerShape, Mask, ModuleMask
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 _POOL = 1024  # entries of a parameter that are looked at; of these the largest and some others are compared
-_LARGEST, _OTHERS, _ROWS = 32, 16, 32
+_LARGEST, _OTHERS, _ROWS, _SEEN = 32, 16, 32, 8
 # differences are of a parameter's largest gradient, or of these shares of its layer's and the model's: a gradient that
 # is zero but for rounding (of the bias of attention's keys) has no scale of its own
 _LAYER_FLOOR, _MODEL_FLOOR = 0.1, 1e-4
@@ -113,7 +113,7 @@ class _Reference:
     positions: Numbers
     values: npt.NDArray[np.float64]
     columns: Numbers
-    scale: float
+    scale: float  # the largest of the values
 
 
 class GradientCheck:
@@ -253,15 +253,15 @@ class GradientCheck:
         gradient = gradient.to_dense() if gradient.layout != torch.strided else gradient
         flat = gradient.reshape(-1)
         rows = flat.view(len(gradient), -1) if gradient.dim() > 1 else flat.view(-1, 1)
-        peaks = torch.linalg.vector_norm(rows, float("inf"), dim=1)
         columns, kept = self._kept.get((number, name), (np.empty(0, np.int64), np.empty(0, np.int64)))
         some = self._random.integers(0, flat.numel(), min(_POOL, 4 * flat.numel()))
         chosen = self._choose(flat, kept)
-        positions = np.concatenate([kept[chosen], some[self._choose(flat, some)], self._of_rows(rows, peaks)])
+        positions = np.concatenate([kept[chosen], some[self._choose(flat, some)], self._of_rows(rows)])
         values = flat[torch.from_numpy(positions).to(flat.device)].double().cpu().numpy()
+        scale = float(np.abs(values).max())
         which = np.full(len(positions), -1)
         which[: len(chosen)] = columns[chosen]
-        self._references.append(_Reference(number, name, positions, values, which, float(peaks.max())))
+        self._references.append(_Reference(number, name, positions, values, which, scale))
 
     def _choose(self, flat: Tensor, positions: Numbers) -> Numbers:
         """Return which of some positions to compare: those with the largest gradients, and a few others."""
@@ -272,18 +272,19 @@ class GradientCheck:
         others = self._random.permutation(order[_LARGEST:])[:_OTHERS]
         return np.concatenate([order[:_LARGEST], others]).astype(np.int64)
 
-    def _of_rows(self, rows: Tensor, peaks: Tensor) -> Numbers:
+    def _of_rows(self, rows: Tensor) -> Numbers:
         """Return positions in rows that have a gradient: of an embedding these are few."""
-        count = len(peaks)
-        top = peaks.float().topk(min(_ROWS // 4, count)).indices.cpu().numpy()
+        thin = rows[:, :: max(1, rows.shape[1] // _SEEN)]  # a pass over all of a large gradient would take a while
+        peaks = thin.abs().amax(1)
+        top = peaks.float().topk(min(_ROWS // 4, len(peaks))).indices.cpu().numpy()
         moved = torch.nonzero(peaks).flatten().cpu().numpy()
         some = np.concatenate([top, self._random.permutation(moved)[:_ROWS]])
         at = torch.from_numpy(some).to(rows.device)
         strongest = rows[at].abs().argmax(1).cpu().numpy() if len(some) else np.empty(0, np.int64)
         return np.asarray(some * rows.shape[1] + strongest, np.int64)
 
-    def gather_into(self, b: int) -> tuple[Receiver, Tensor]:
-        """Return a receiver (use, x, δ) for the entries to compare, and what it fills: (m,), samples times factors."""
+    def gather_into(self, b: int) -> tuple[Receiver, Callable[[], Tensor]]:
+        """Return a receiver (use, x, δ) for the entries to compare, and what it has gathered: (m,), times factors."""
         some = next(iter(self._layers.values()))[0]  # stands for layers that are not tapped
         modules = [ModuleMask(some, *_no_entries())] * (max(self._layers) + 1)
         first = 0
@@ -295,20 +296,18 @@ class GradientCheck:
         mask = Mask(tuple(modules))
         gatherer, samples = MaskGatherer(mask, self._device), self._samples
         factors = torch.from_numpy(self._factors).to(self._device)
-        out = torch.zeros(mask.k, dtype=torch.float64, device=self._device)
+        rows = torch.zeros((len(samples), mask.k), device=self._device)
 
         def receive(use: Use, x: Any, delta: Any) -> None:
             self.see(x, delta)
             if not use.kind.whole_call and len(x) == b:
-                part = torch.zeros((len(samples), mask.k), device=self._device)
-                gatherer.add(part, use, x[samples], delta[samples])
-                out.add_(factors @ part.double())
+                gatherer.add(rows, use, x[samples], delta[samples])
             else:
                 part = torch.zeros((b, mask.k), device=self._device)
                 gatherer.add(part, use, x, delta)
-                out.add_(factors @ part[samples].double())
+                rows.add_(part[samples])
 
-        return receive, out
+        return receive, lambda: factors @ rows.double()
 
     def _entries_of(self, number: int, shape: LayerShape, module: nn.Module) -> ModuleMask:
         """Return the entries of a layer to compare, as a mask has them: in order, each once."""

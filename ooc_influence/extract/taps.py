@@ -254,7 +254,7 @@ class Taps:
         guard = _Guard(self._uses, main, probing)
         self._separation.unseparated.clear()
         self._backward(losses.sum(), guard.collecting(self._arranged(guard.both), self._separation), keep_graph=True)
-        disagree = self.check.compare(found, None if rows is None else rows()) + guard.failed
+        disagree = self.check.compare(found(), None if rows is None else rows()) + guard.failed
         if disagree or self._separation.unseparated:
             return not alone and self._settle(losses, disagree)
         self._pending = not self.check.errors and self.check.verifiable  # else no sample was finite
