@@ -30,10 +30,12 @@ SMALL = {
         "fisher,cold,scores,self_influence,naive,gpu",
     ],
     "extraction": ["--rounds", "1", "--k", "512", "--models", "cnn", "--samplings", "importance"],
+    "families": ["--only", "vgg", "--kept", "kept.jsonl"],
     "memory": ["--rows", "600", "--k", "64"],
     "quality": ["--quick", "--data", ".", "--folder", "out", "--workers", "1"],
     "representations": ["--mib", "1", "--k", "100", "--repeats", "1"],
     "rows_memory": ["--rows", "1000,3000"],
+    "selfcheck": ["--small", "--rounds", "1", "--models", "decoder", "--tokens", "8"],
     "store": ["--mib", "32", "--chunks", "100", "--repeats", "1"],
 }
 NEEDS_INDEX = {"first_contact"}  # it installs

@@ -116,7 +116,9 @@ class FuncEntries(Entries):
         """Return where a call's samples are, which :meth:`batched` has asked before."""
         layout = cls.layout(module, call)
         if layout is None:
-            raise UnsupportedModelError(f"expected a batch for {type(module).__name__}; received {call.told()}")
+            raise UnsupportedModelError(
+                f"expected a batch for {type(module).__name__}; received {call.told()}: leave it out with modules="
+            )
         return layout
 
     @classmethod
