@@ -13,6 +13,7 @@ import mmap
 import os
 import threading
 from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
@@ -42,6 +43,7 @@ class _AdoptingArray(cpu.NDBuffer):
             super().__setitem__(key, value)
 
 
+_FEW, _WRITERS = 64, 8  # small files that are written one after the other; threads for more of them
 MAPPED = BufferPrototype(buffer=cpu.Buffer, nd_buffer=_AdoptingArray)
 
 
@@ -158,6 +160,20 @@ class LocalArrayStore(LocalStore):
             self._gained(disk.make_folders(path.parent))
         disk.write_file(path, value.as_buffer_like())
         self._gained([path.parent])
+
+    def put_all(self, documents: Mapping[str, bytes]) -> None:
+        """Write many small values, each whole and on the disk: waiting for the disk once for several of them."""
+        paths = {self.root / key: data for key, data in documents.items()}
+        folders = sorted({path.parent for path in paths})
+        for folder in folders:
+            self._gained(disk.make_folders(folder))
+        if len(paths) <= _FEW:
+            for path, data in paths.items():
+                disk.write_file(path, data)
+        else:
+            with ThreadPoolExecutor(_WRITERS) as pool:
+                list(pool.map(disk.write_file, paths.keys(), paths.values()))
+        self._gained(folders)
 
     def link(self, source: Path, key: str) -> None:
         """Put a file that is on the disk already under ``key``, by a link where possible."""

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ooc_influence.errors import OocInfluenceError, StoreDamagedError
-from ooc_influence.store.arrays import create_array, read_array
+from ooc_influence.store.arrays import read_array, write_groups
 
 
 @dataclass(frozen=True)
@@ -133,26 +133,19 @@ class Mask:
 
     def save(self, group: Any) -> None:
         """Write the mask below Zarr group ``group``: a group ``mask/<number>`` a module."""
+        groups: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
         for number, module in enumerate(self.modules):
             layer = module.layer
-            target = group.create_group(f"mask/{number:05d}")
-            target.attrs.update(
-                {
-                    "module": layer.name,
-                    "kind": layer.kind,
-                    "shape": list(layer.shape),
-                    "bias": layer.bias,
-                    "tied": list(layer.tied),
-                }
-            )
-            for name in ("rows", "cols", "weight"):
-                values = getattr(module, name)
-                create_array(target, name, values.shape, values.shape, values.dtype, check=True)[...] = values
+            attributes = {
+                "module": layer.name, "kind": layer.kind, "shape": list(layer.shape), "bias": layer.bias,
+                "tied": list(layer.tied),
+            }  # fmt: skip
+            arrays = {name: getattr(module, name) for name in ("rows", "cols", "weight")}
+            groups[f"mask/{number:05d}"] = attributes, arrays
         for number, moments in enumerate(self.pilot):
-            target = group.create_group(f"pilot/{number:05d}", attributes={"layer": moments.layer})
-            for name in ("rows", "cols"):
-                values = getattr(moments, name)
-                create_array(target, name, values.shape, values.shape, values.dtype, check=True)[...] = values
+            arrays = {"rows": moments.rows, "cols": moments.cols}
+            groups[f"pilot/{number:05d}"] = {"layer": moments.layer}, arrays
+        write_groups(group, groups)
 
     @classmethod
     def load(cls, group: Any, digest: str) -> Mask:

@@ -6,14 +6,16 @@ rename does on a disk, the root's ``zarr.json`` does here: it is held back while
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Collection, Mapping
 from inspect import signature
 from typing import Self
 
 from upath import UPath
 from zarr.abc.store import ByteRequest
-from zarr.core.buffer import Buffer, BufferPrototype
+from zarr.core.buffer import Buffer, BufferPrototype, cpu
 from zarr.core.buffer.core import default_buffer_prototype
+from zarr.core.sync import sync
 from zarr.storage import FsspecStore
 
 from ooc_influence.errors import StoreDamagedError
@@ -101,6 +103,14 @@ class RemoteArrayStore(FsspecStore):
             self._held = value
         else:
             await super().set(key, value)
+
+    def put_all(self, documents: Mapping[str, bytes]) -> None:
+        """Write many small values at once."""
+
+        async def put() -> None:
+            await asyncio.gather(*(self.set(key, cpu.Buffer.from_bytes(data)) for key, data in documents.items()))
+
+        sync(put())
 
     def take_root(self) -> bytes:
         """Return the root's metadata as last set."""
