@@ -95,7 +95,7 @@ def blas_limit() -> int | None:
 
 @contextlib.contextmanager
 def limit_blas(threads: int) -> Iterator[None]:
-    """Let BLAS calls use so many threads while the context is open."""
+    """Let BLAS calls use a number of threads while the context is open."""
     own = [(library, library.num_threads) for library in _libraries(of_threads=True)]
     for library, _ in own:
         library.set_num_threads(threads)

@@ -17,7 +17,7 @@ from ooc_influence.errors import UnsupportedModelError
 from ooc_influence.extract.entries.func import FuncEntries, rows_of
 from ooc_influence.extract.selection import select_layers
 
-B = T = 6  # as many samples as tokens: what is only as long as the batch is told apart
+B = T = 6  # as many samples as tokens: what is only as long as the batch is not taken for it
 WIDTH = 4
 
 

@@ -177,7 +177,7 @@ def parse_json(line: bytes, where: str) -> dict[str, Any]:
     try:
         found = json.loads(line)
     except ValueError as error:
-        raise InputError(f"expected JSON in {where}; received {error}: mend the line") from error
+        raise InputError(f"expected JSON in {where}; received {error}: correct the line") from error
     if not isinstance(found, dict):
         raise InputError(f"expected an object in {where}; received {type(found).__name__}")
     return found

@@ -102,7 +102,7 @@ class RowRecord:
         return self.count - int(self.dropped.sum())
 
     def change(self, store: GradientStore, chosen: ChosenRows | None = None) -> Change:
-        """Return what became of the rows in the store they came from.
+        """Return how the rows have changed in the store they came from.
 
         ``chosen`` are those of a new fit with the same selection: then the answer is about these, as they were chosen.
         """

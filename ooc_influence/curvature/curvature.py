@@ -232,7 +232,7 @@ class Curvature(ABC):
             )
 
     def change(self, train: GradientStore, chosen: ChosenRows | None = None) -> Change:
-        """Return what became of its rows in the store it was fitted on, or by the time a new fit chose them."""
+        """Return how its rows have changed in the store it was fitted on, or by the time a new fit chose them."""
         digest = train.rows_digest() if chosen is None else chosen.rows_digest
         if self._attrs["format"] == 1 or chosen is None:
             if self._attrs["rows_digest"] == digest:

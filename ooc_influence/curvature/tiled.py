@@ -1,7 +1,7 @@
 """F summed tile by tile to the disk, where no task can hold all of it: each tile reads two panels of the rows' columns.
 
 A task sums one tile of some thousand columns over all rows and writes it; nothing travels. A tile that is finished is
-marked, with how many rows went into it: a run that was killed goes on with the others, by tiles of any side. Where an
+marked, with how many rows went into it: a run that was killed resumes with the others, by tiles of any side. Where an
 earlier sum is there, or sums over some rows that a run with more memory kept, each tile starts from these and reads
 only the other rows.
 """

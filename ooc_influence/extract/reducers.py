@@ -27,7 +27,7 @@ class SparseReducer:
     Parameters
     ----------
     reduction : SjltReduction
-        The map, (k', r). Held if it is small, else generated anew for every batch.
+        The map, (k', r). Held if it is small, else generated again for every batch.
     device : torch.device
         Where.
     """
@@ -70,7 +70,7 @@ class Reducer:
     Parameters
     ----------
     reduction : Reduction
-        The map, (k', r). Held on the device as float32 if it is stored or small, else generated anew for every batch.
+        The map, (k', r). Held on the device as float32 if it is stored or small, else generated again for every batch.
     device : torch.device
         Where.
     """

@@ -1,7 +1,7 @@
 """Padding of texts to be classified, such that a text's loss is the one it has alone.
 
 A classifier pads with its configuration's ``pad_token_id``: some count positions by it, some look for the last token
-before it. One that has none would refuse several texts at once; it is told a token that no text of the batch contains,
+before it. One that has none would refuse several texts at once; it is given a token that no text of the batch contains,
 for the duration of a call. Which side padding belongs on, or whether it changes the result on both, is tried out.
 """
 

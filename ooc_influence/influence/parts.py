@@ -108,7 +108,7 @@ class Parts:
         self.queries = None if settings is None else settings.get("queries")
 
     def begin(self, queries: int | None = None) -> None:
-        """Make the folder, for parts of so many ``queries`` at a time.
+        """Make the folder, for parts of ``queries`` queries at a time.
 
         Raises
         ------

@@ -185,7 +185,7 @@ def product_pieces(
 
 
 def choose_engine(columns: int, *, bfloat16: bool = False, team: Team | None = None) -> Engine:
-    """Return the engine for sums of so many columns: SciPy's, where no other is much faster.
+    """Return the engine for sums of a number of columns: SciPy's, where no other is much faster.
 
     Parameters
     ----------

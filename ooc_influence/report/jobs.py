@@ -118,7 +118,7 @@ class Jobs:
                 outcome = {"state": "stopped", "error": "stopped"}
             except OocInfluenceError as error:
                 outcome = {"state": "failed", "error": " ".join(str(error).split())}
-            except Exception as error:  # the page is told; the server stays up
+            except Exception as error:  # the page shows it; the server stays up
                 outcome = {"state": "failed", "error": f"unexpected {type(error).__name__}: {error}"}
             with self._changed:
                 if name in self._stopping:  # though it was done before it looked

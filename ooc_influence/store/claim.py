@@ -4,7 +4,7 @@ A claim is a small file ``commits/.claim-<name>.<generation>`` (inside an array'
 members) that says who holds it. It is created exclusively (a hard link, or a conditional PUT), so of two that want
 it one gets it. Who takes over creates the next generation; an owner that finds a later one than its own has lost the
 claim and must not write: it looks before every commit, before the data and before the record. Whether an owner is dead
-is told by its process where that is surely one of this machine: started since the same boot, and counted in the same
+is judged by its process where that is surely one of this machine: started since the same boot, and counted in the same
 namespace. Everywhere else its heartbeat tells: two machines may have one name.
 
 Ranges may be cut differently from run to run, so a new claim is checked against every other after it was made; of two

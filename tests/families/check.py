@@ -25,7 +25,7 @@ from ooc_influence.extract.layers import find_uses
 
 MODES = ("default", "fallback")
 TOLERANCE = 2e-4  # of a layer's largest entry: float32 against float64
-# A layer is measured against its own largest entry, unless that is below these: so many times what autograd loses in
+# A layer is measured against its own largest entry, unless that is below these multiples of what autograd loses in
 # float32, and such a part of the sample's largest entry of all.
 _NOISE, _FLOOR = 1e5, 2e-3
 _MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # stores are small and many

@@ -162,7 +162,7 @@ class BitNetLinear(nn.Module):
 
 
 def images_through(*layers: nn.Module, channels: int = 8) -> Case:
-    """Return layers between a stem of so many channels and a classifier."""
+    """Return layers between a stem of a number of channels and a classifier."""
     stem = nn.Conv2d(3, channels, 3, padding=1)
     model = nn.Sequential(stem, *layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.LazyLinear(CLASSES))
     case = Case(model, plain_loss, vectors(3, 8, 8))
