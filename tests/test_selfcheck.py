@@ -620,3 +620,30 @@ def test_a_gradient_that_is_zero_but_for_rounding_is_no_difference(tmp_path, see
     torch.manual_seed(seed)
     store = extract_gradients(Keys(), language, [tokens(8, 40)], tmp_path / "s.zarr", compressor=Dropout(k=200))
     assert store.attrs["verification"]["share"] == 1
+
+
+class Caching(nn.Module):
+    """LeViT's attention: what it makes of a parameter is computed once in evaluation mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias, self.kept = nn.Parameter(torch.randn(D, D)), nn.Parameter(torch.randn(D)), None
+
+    def train(self, mode=True):
+        if mode:
+            self.kept = None
+        return super().train(mode)
+
+    def forward(self, x):
+        if self.kept is None or self.training:
+            self.kept = self.bias.tanh()
+        return x @ self.weight + self.kept
+
+
+def test_what_a_layer_keeps_in_evaluation_mode_does_not_hide_a_gradient(tmp_path):
+    torch.manual_seed(0)
+    model = Text(Caching()).eval()
+    store = extract_gradients(model, classify, [tokens()], tmp_path / "s.zarr", compressor=Dropout(k=20))
+    assert list(store.attrs["verification"]["left_out"]) == ["layer"]
+    with pytest.raises(LayersDisagreeError, match=r"layer \(Caching\)"):
+        extract_gradients(model, classify, [tokens()], tmp_path / "f.zarr", compressor=Dropout(k=20), fallback=True)

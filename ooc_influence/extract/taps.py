@@ -242,7 +242,7 @@ class Taps:
         if self.check is None or not (self._pending or (b > 1 and not self._several) or folds - self._checked):
             self._backward(losses.sum(), self._arranged(receiver(b)))
             return True
-        with self._pausing():
+        with self._pausing(), _without_caches(self._model):
             plain = lambda part: _check_losses(per_sample_loss(self._model, part))  # noqa: E731
             same = differentiate_samples(
                 self.check, plain, batch, losses, state, alone=alone, layers=self._to_check(b, folds)
@@ -311,6 +311,29 @@ class Taps:
             return None
         self._news = False
         return {"checked": False} if self.check is None else self.check.facts()
+
+
+@contextmanager
+def _without_caches(model: nn.Module) -> Iterator[None]:
+    """Have modules forget, before and after, what they compute once in evaluation mode and keep (LeViT's biases).
+
+    Autograd would not come through it to the parameters. They forget when they are put in training mode.
+    """
+    keeping = [module for module in model.modules() if type(module).train is not nn.Module.train]
+
+    def forget() -> None:
+        for module in keeping:
+            modes = [(each, each.training) for each in module.modules()]
+            module.train()
+            module.eval()
+            for each, mode in modes:
+                each.training = mode
+
+    forget()
+    try:
+        yield
+    finally:
+        forget()
 
 
 class _Guard:

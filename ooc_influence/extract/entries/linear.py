@@ -213,8 +213,10 @@ def _plain(module: nn.Module) -> bool:
             expected = F.linear(x, module.weight, module.bias)
         except Exception:  # it takes something else
             return False
+    if not isinstance(found, Tensor) or found.shape != expected.shape:
+        return False
     close = 1e-4 if found.dtype in (torch.float32, torch.float64) else 1e-2
-    return found.shape == expected.shape and torch.allclose(found, expected, rtol=close, atol=close)
+    return torch.allclose(found, expected, rtol=close, atol=close)
 
 
 def _quantised(module: nn.Module) -> bool:
