@@ -378,6 +378,7 @@ def test_writers_share_a_store(tmp_path):
     assert_allclose(store.rows(), alone.rows(), atol=2e-3 * np.abs(alone.rows()).max())
 
 
+@pytest.mark.slow
 def test_shards(tmp_path, monkeypatch):
     """One after the other where no cluster is; by paths, relative ones too; a finished store is left alone."""
     monkeypatch.chdir(tmp_path)

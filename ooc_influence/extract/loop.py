@@ -127,7 +127,7 @@ def extract_gradients(
         Refuse another model than the one ``store`` or ``like`` was made with; False warns and records it instead.
     check_gradients : bool
         Compare entries of the first and the last sample of the first batch with autograd's gradients of the loss before
-        a row is stored, for about the cost of a training step of two samples; what was verified is recorded. A layer
+        a row is stored, for about one and a half training steps of two samples; what was verified is recorded. A layer
         whose samples cannot be told apart, or whose weight is used without calling it, is left out and named; one that
         differs goes through the fallback where that is allowed.
     origin : mapping, optional
