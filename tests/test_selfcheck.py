@@ -16,6 +16,7 @@ from torch import nn
 from ooc_influence import Dropout, Identity, OocInfluenceWarning, cross_entropy, extract_gradients, token_cross_entropy
 from ooc_influence.errors import UnsupportedModelError
 from ooc_influence.extract.check import LayersDisagreeError
+from ooc_influence.extract.samples import _factors
 from ooc_influence.extract.selection import select_layers
 
 B, T, D, CLASSES = 6, 5, 8, 5
@@ -408,6 +409,15 @@ def test_what_is_recorded(tmp_path):
     assert (model.embed.weight.grad == 1).all()
     assert model.head.weight.grad is None
     assert [p.requires_grad for p in model.parameters()] == flags
+
+
+@pytest.mark.parametrize("losses", [[1.0, 1.0], [3.0, 1e-9], [0.01, 40.0], [0.0, 2.0], [2.0, -2.1]])
+def test_factors_do_not_round(losses):
+    """Through a deep model in bfloat16, gradients times 0.7 would be rounded otherwise than those times one."""
+    found = _factors(torch.tensor(losses))
+    assert list(found) == [0, 1]
+    assert found[0] != found[1]
+    assert all(abs(np.frexp(value)[0]) == 0.5 for value in found.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

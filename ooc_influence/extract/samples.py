@@ -74,13 +74,17 @@ def differentiate_samples(
 
 
 def _factors(losses: Tensor) -> dict[int, float]:
-    """Return the samples to look at, and different factors that bring their losses to a similar size."""
+    """Return the samples to look at, and different factors that bring their losses to a similar size.
+
+    They are powers of two, by which numbers of few bits are multiplied without rounding.
+    """
     values = {sample: float(losses[sample]) for sample in sorted({0, len(losses) - 1})}
     finite = [sample for sample, value in values.items() if math.isfinite(value)]
     if len(finite) < 2:
         return dict.fromkeys(finite, 1.0)
     first, last = (abs(values[sample]) + 1e-6 for sample in finite)
-    return {finite[0]: 1.0, finite[1]: -0.7 * min(max(first / last, 1e-2), 1e2)}
+    power = min(max(round(math.log2(first / last)), -7), 7) or 1
+    return {finite[0]: 1.0, finite[1]: -(2.0**power)}
 
 
 def _alone(plain: Plain, batch: Any, chosen: list[int], losses: Tensor) -> Tensor | None:
