@@ -9,8 +9,7 @@ import torch
 from torch.func import functional_call, grad
 from torch.utils import _pytree as pytree
 
-from ooc_influence.extract.entries import KINDS
-from ooc_influence.extract.layers import find_uses, named_layers
+from ooc_influence.extract.layers import find_uses
 
 
 def per_sample_gradients(model, loss_of_sample, samples, layers):
@@ -32,31 +31,6 @@ def per_sample_gradients(model, loss_of_sample, samples, layers):
             found = grad(loss)(parameters, sample)
             parts = [entry_matrix(layer, found).flatten() for layer in layers]
             rows.append(torch.cat(parts).numpy())
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-    return np.stack(rows)
-
-
-def stored_entries(model, per_sample_loss, samples, mask):
-    """The masked, weighted entries (n, k) by autograd in float64: the caller's loss of each batch of one sample."""
-    double = copy.deepcopy(model).double().eval().requires_grad_(True)
-    modules = named_layers(double)
-    rows = []
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        for sample in samples:
-            double.zero_grad(set_to_none=True)
-            per_sample_loss(double, sample).sum().backward()
-            parts = []
-            for kept in mask.modules:
-                module, row = modules[kept.layer.name], np.zeros(len(kept.rows))
-                for name, at, places in KINDS[kept.layer.kind].locate(kept.layer, module, kept.rows, kept.cols):
-                    grad = dict(module.named_parameters())[name].grad
-                    if grad is not None:
-                        row[at] = grad.flatten()[torch.from_numpy(places)].numpy()
-                parts.append(row * kept.weight.astype(np.float64))
-            rows.append(np.concatenate(parts))
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
     return np.stack(rows)
@@ -119,7 +93,8 @@ def located_gradients(model, loss, samples, mask):
     for parameter in double.parameters():
         parameter.requires_grad_(True)
     places = []
-    for kept, use in zip(mask.modules, find_uses(double, [m.layer for m in mask.modules]), strict=True):
+    own = [use for use in find_uses(double, [m.layer for m in mask.modules]) if use.own]  # not what is tied to them
+    for kept, use in zip(mask.modules, own, strict=True):
         found = use.kind.locate(kept.layer, use.module, kept.rows, kept.cols)
         named = dict(use.module.named_parameters(remove_duplicate=False))
         places.append([(named[place.parameter], place) for place in found])

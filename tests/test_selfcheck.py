@@ -48,7 +48,7 @@ def agree(path, model, batches, loss=classify, **options):
     """Extract everything and compare with autograd; return the store."""
     options = {"compressor": Identity(), "dtype": "float32"} | options
     store = extract_gradients(model, loss, batches, path, **options)
-    expected = oracle.stored_entries(model, loss, [_double(part) for part in ones(batches)], store.mask)
+    expected = oracle.located_gradients(model, loss, [_double(part) for part in ones(batches)], store.mask)
     assert np.abs(expected).max() > 0
     assert_allclose(store.rows(), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
     return store
@@ -657,3 +657,23 @@ def test_what_a_layer_keeps_in_evaluation_mode_does_not_hide_a_gradient(tmp_path
     assert list(store.attrs["verification"]["left_out"]) == ["layer"]
     with pytest.raises(LayersDisagreeError, match=r"layer \(Caching\)"):
         extract_gradients(model, classify, [tokens()], tmp_path / "f.zarr", compressor=Dropout(k=20), fallback=True)
+
+
+class OfTwo(nn.Module):
+    """Two samples by themselves have the same losses as in a batch, and other gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Linear(D, D), nn.Linear(D, CLASSES)
+
+    def forward(self, x):
+        h = self.layer(x)
+        return self.head(torch.tanh(h + (h - h.detach()) * (0.1 if len(x) == 2 else 0.0)))
+
+
+def test_what_is_recorded_is_of_the_comparison_that_decided(tmp_path):
+    torch.manual_seed(0)
+    source = [(torch.randn(B, D), torch.arange(B) % CLASSES)]
+    store = extract_gradients(OfTwo(), classify, source, tmp_path / "s.zarr", compressor=Dropout(k=60))
+    assert store.attrs["verification"]["share"] == 1
+    assert store.attrs["verification"]["worst_error"] < 1e-5

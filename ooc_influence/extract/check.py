@@ -327,17 +327,20 @@ class GradientCheck:
     def compare(self, found: Tensor, rows: Tensor | None) -> list[Disagreement]:
         """Compare gathered entries (m,), and kept ones (b, k), with autograd's; return layers that differ."""
         gathered, disagree = found.cpu().numpy(), []
+        errors: dict[int, float] = {}
         scales = self._scales()
         for number in self._active:
             error, silent = self._difference(number, gathered, rows, scales)
             if error is None:
                 continue
             if number not in self.unverifiable:
-                self.errors[number] = max(error, self.errors.get(number, 0.0))
+                errors[number] = max(error, self.errors.get(number, 0.0))
             if not error <= self.tolerance:
                 shape, module = self._layers[number]
                 reason = "its weight is used without calling the layer" if silent else None
                 disagree.append(Disagreement(shape.name or "(the model)", type(module).__name__, error, reason))
+        if not disagree:  # else the batch is compared in another way, which decides
+            self.errors |= errors
         return disagree
 
     def _difference(
