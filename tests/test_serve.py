@@ -306,7 +306,7 @@ def ended(jobs, job):
 
 @pytest.mark.parametrize("text", ["looks", "does not look"])
 def test_a_stop_is_of_one_job_whenever_it_comes(held_jobs, text):
-    """Of one that waits, that runs, or whose last block is done; another's goes on."""
+    """Of one that waits, that runs, or whose last block is done; another person's keeps running."""
     running, other, waiting, last = (held_jobs.submit({"text": text}) for _ in range(4))
     assert held_jobs.stop(waiting["job"])  # right after the submit
     assert held_jobs.state(waiting["job"])["state"] == "stopped"

@@ -58,8 +58,8 @@ def test_a_killed_run_leaves_no_skipped_row_live(tmp_path, monkeypatch):
     assert np.flatnonzero(store.dropped).tolist() == [3, 30]
 
 
-@pytest.mark.parametrize("mended", [False, True])
-def test_a_sample_skipped_by_a_run_killed_before_the_commit_is_decided_again(tmp_path, monkeypatch, mended):
+@pytest.mark.parametrize("corrected", [False, True])
+def test_a_sample_skipped_by_a_run_killed_before_the_commit_is_decided_again(tmp_path, monkeypatch, corrected):
     x, y = data(Mlp, 40)
     bad = x.clone()
     bad[30] = float("nan")
@@ -72,10 +72,10 @@ def test_a_sample_skipped_by_a_run_killed_before_the_commit_is_decided_again(tmp
     assert GradientStore.open(path).n == 24
     with GradientStore.open(path, "a") as store:
         store.drop([20])  # by its user
-    given, mode = (x, "raise") if mended else (bad, "skip")
+    given, mode = (x, "raise") if corrected else (bad, "skip")
     store = extract_gradients(make(Mlp), loss, batches(given, y, 8), path, on_nonfinite=mode, **options)
     assert store.n == 40
-    assert np.flatnonzero(store.dropped).tolist() == ([20] if mended else [20, 30])
+    assert np.flatnonzero(store.dropped).tolist() == ([20] if corrected else [20, 30])
 
 
 def test_appended_rows_are_dropped_from_the_start(tmp_path):
