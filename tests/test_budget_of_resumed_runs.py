@@ -12,17 +12,17 @@ from test_fisher import count_rows
 from test_top import force
 
 from ooc_influence import fit_fisher, group_influence, self_influence, top_influential
-from ooc_influence.curvature import fisher, tiled, unfinished, ways
+from ooc_influence.curvature import checkpoint, costs, fit, primal
 from ooc_influence.errors import MemoryBudgetError
-from ooc_influence.influence import parts
+from ooc_influence.influence import checkpoint as parts
 
 N, K = 1024, 120
 
 
 @pytest.fixture
 def train(tmp_path, monkeypatch):
-    monkeypatch.setattr(unfinished, "INTERVAL", 0.0)
-    monkeypatch.setattr(unfinished, "_SHARE", 0)
+    monkeypatch.setattr(checkpoint, "INTERVAL", 0.0)
+    monkeypatch.setattr(checkpoint, "_SHARE", 0)
     monkeypatch.setattr("ooc_influence.linalg.accumulate.FOLD_ROWS", 64)
     return write_store(tmp_path / "train.zarr", random_rows(N, K))
 
@@ -74,8 +74,8 @@ def test_sums_of_another_way_are_gone_on_from(train, monkeypatch, then):
     assert list(train.path.glob("curvature/.default.partial/rows-*"))
     force(monkeypatch, then)
     read = []
-    plain = fisher.plan_top
-    monkeypatch.setattr(fisher, "plan_top", lambda *a, **o: read.append(plain(*a, **o)) or read[-1])
+    plain = fit.plan_top
+    monkeypatch.setattr(fit, "plan_top", lambda *a, **o: read.append(plain(*a, **o)) or read[-1])
     counted = count_rows(monkeypatch)
     found = fit_fisher(train, rank=K)
     assert read[0].name == then
@@ -90,7 +90,7 @@ def test_sums_of_another_way_are_gone_on_from(train, monkeypatch, then):
 def test_tiles_of_another_side_are_gone_on_from(train, monkeypatch, side):
     """Of 120 columns in tiles of 64: (0, 0), (1, 0), (1, 1); two are summed by the run that is stopped."""
     force(monkeypatch, "tiles")
-    plain, calls, left = tiled._sum_tile, [], [2]
+    plain, calls, left = primal._sum_tile, [], [2]
 
     def stopping(*arguments):
         left[0] -= 1
@@ -99,16 +99,20 @@ def test_tiles_of_another_side_are_gone_on_from(train, monkeypatch, side):
         calls.append(1)
         return plain(*arguments)
 
-    monkeypatch.setattr(tiled, "_sum_tile", stopping)
+    monkeypatch.setattr(primal, "_sum_tile", stopping)
     with pytest.raises(KeyboardInterrupt):
         fit_fisher(train, rank=K)
     square = not list(train.path.glob("curvature/.default.partial/done-64-120-0-64-0"))
     calls.clear()
     left[0] = 100
-    monkeypatch.setattr(ways, "_LARGEST_TILE", side)
-    tried = ways.fitting_rows
+    monkeypatch.setattr(costs, "_LARGEST_TILE", side)
+    tried = costs.fitting_rows
     if side != 64:  # what is there does not fit this budget
-        monkeypatch.setattr(ways, "fitting_rows", lambda need, *a: 0 if need.per_row == 2 * 4 * 64 else tried(need, *a))
+        monkeypatch.setattr(
+            costs,
+            "fitting_rows",
+            lambda need, *a: 0 if need.per_row == 2 * 4 * 64 else tried(need, *a),
+        )
     found = fit_fisher(train, rank=K)
     assert len(calls) == (1 if side == 64 else 4 if square else 3)  # a tile of 64 is 4 of 32, 3 on the diagonal
     exact = train.rows().astype(np.float64)
@@ -120,7 +124,7 @@ def test_the_way_that_can_use_what_is_there_is_taken(train, monkeypatch):
     """The quickest one that fits would start again."""
     with monkeypatch.context() as patch:
         force(patch, "tiles")
-        plain, left = tiled._sum_tile, [1]
+        plain, left = primal._sum_tile, [1]
 
         def stopping(*arguments):
             left[0] -= 1
@@ -128,17 +132,17 @@ def test_the_way_that_can_use_what_is_there_is_taken(train, monkeypatch):
                 raise KeyboardInterrupt
             return plain(*arguments)
 
-        patch.setattr(tiled, "_sum_tile", stopping)
+        patch.setattr(primal, "_sum_tile", stopping)
         with pytest.raises(KeyboardInterrupt):
             fit_fisher(train, rank=5)
-        patch.setattr(tiled, "_sum_tile", plain)
-        patch.setattr(ways, "top_ways", all_ways)
+        patch.setattr(primal, "_sum_tile", plain)
+        patch.setattr(costs, "top_ways", all_ways)
         found = fit_fisher(train, rank=5)
     assert found.attrs["way"] == "tiles"
     assert fit_fisher(train, rank=5, refit=True).attrs["way"] != "tiles"
 
 
-all_ways = ways.top_ways
+all_ways = costs.top_ways
 
 
 CALLS = {
@@ -188,7 +192,7 @@ def test_parts_keep_their_queries(tmp_path, pair, monkeypatch):
     """A larger budget takes more queries at a time, but for what is there; one that does not hold them is refused."""
     query, train = pair
     fit_fisher(train)
-    monkeypatch.setattr("ooc_influence.influence.scoring.LEFT_ROWS", 4)
+    monkeypatch.setattr("ooc_influence.influence.request.LEFT_ROWS", 4)
     monkeypatch.setattr("ooc_influence.memory.BLOCK_BYTES", 64 * 4 * train.k)
     monkeypatch.setattr(parts, "_PART_BYTES", 64 * train.layout.encoding.row_bytes)
     plain, written, folder = parts.write_bytes, [], tmp_path / "parts"
@@ -205,7 +209,7 @@ def test_parts_keep_their_queries(tmp_path, pair, monkeypatch):
     monkeypatch.setattr(parts, "write_bytes", plain)
     kept = list(folder.glob("0-4-*.npz"))
     assert len(kept) == 3
-    monkeypatch.setattr("ooc_influence.influence.scoring.LEFT_ROWS", 2048)
+    monkeypatch.setattr("ooc_influence.influence.request.LEFT_ROWS", 2048)
     with pytest.raises(MemoryBudgetError):
         top_influential(query, train, top=5, resume=folder, memory="1MiB")
     assert list(folder.glob("0-4-*.npz")) == kept

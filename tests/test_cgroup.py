@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from ooc_influence import cgroup, memory, stripes
+from ooc_influence import memory, parallel
 
 GIB = 2**30
 NONE_V1 = 9223372036854771712
@@ -92,11 +92,11 @@ MEMORY = {
 @pytest.mark.parametrize("case", MEMORY)
 def test_memory_left(tmp_path, case):
     own, mounts, groups, expected = MEMORY[case]
-    assert cgroup.memory_left(tree(tmp_path, own, mounts, groups)) == expected
+    assert memory.memory_left(tree(tmp_path, own, mounts, groups)) == expected
 
 
 def test_a_process_without_proc_has_no_limits(tmp_path):
-    assert (cgroup.memory_left(tmp_path), cgroup.cpu_share(tmp_path)) == (None, None)
+    assert (memory.memory_left(tmp_path), memory.cpu_share(tmp_path)) == (None, None)
 
 
 CPU = {
@@ -117,7 +117,7 @@ CPU = {
 @pytest.mark.parametrize("case", CPU)
 def test_cpu_share(tmp_path, case):
     own, mounts, groups, expected = CPU[case]
-    assert cgroup.cpu_share(tree(tmp_path, own, mounts, groups)) == expected
+    assert memory.cpu_share(tree(tmp_path, own, mounts, groups)) == expected
 
 
 def test_the_budget_and_the_cores_are_those_of_the_group(monkeypatch):
@@ -127,5 +127,5 @@ def test_the_budget_and_the_cores_are_those_of_the_group(monkeypatch):
     assert memory.available() > 12345
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     for share, expected in ((None, 8), (2.5, 2), (0.3, 1), (64.0, 8)):
-        monkeypatch.setattr(stripes, "cpu_share", lambda share=share: share)
-        assert stripes.cores() == expected
+        monkeypatch.setattr(parallel, "cpu_share", lambda share=share: share)
+        assert parallel.cores() == expected

@@ -7,7 +7,7 @@ from test_hf import own_cache, pytestmark, write
 
 from ooc_influence import hf
 from ooc_influence.errors import InputError
-from ooc_influence.hf.collator import IGNORED
+from ooc_influence.hf.padding import IGNORED
 
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")

@@ -422,7 +422,7 @@ def test_lists_of_labels_in_a_file(tmp_path):
 )
 def test_typed_queries(tmp_path, options, label, typed):
     """What is typed as a label means what it means in a file; several are separated by commas."""
-    from ooc_influence.report.asking import HuggingFaceModel
+    from ooc_influence.report.live_query import HuggingFaceModel
 
     model = named(["NEG", "POS"], **options)
     model.save_pretrained(tmp_path / "model")

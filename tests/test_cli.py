@@ -364,7 +364,7 @@ def test_freed_memory_is_kept():
     """Pages of a large block that was freed are not touched anew."""
     script = """if True:
         import resource
-        from ooc_influence.cli.allocator import keep_freed_memory
+        from ooc_influence.cli.options import keep_freed_memory
         faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         keep = KEEP and keep_freed_memory()
         before = faults()

@@ -15,8 +15,8 @@ tokenizers = pytest.importorskip("tokenizers")
 
 from ooc_influence import hf  # noqa: E402
 from ooc_influence.errors import InputError  # noqa: E402
-from ooc_influence.hf.context import longest_row  # noqa: E402
 from ooc_influence.hf.extraction import open_job  # noqa: E402
+from ooc_influence.hf.padding import longest_row  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),

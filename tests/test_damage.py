@@ -262,7 +262,7 @@ def test_nothing_in_a_store_can_be_a_pickle():
 )  # fmt: skip
 @pytest.mark.parametrize("digest", [True, False])
 def test_attributes_edited_by_hand(store, change, digest):
-    from ooc_influence.store.opening import attributes_digest
+    from ooc_influence.store.creation import attributes_digest
 
     path = store.path / "zarr.json"
     metadata = json.loads(path.read_text())
@@ -277,7 +277,7 @@ def test_attributes_edited_by_hand(store, change, digest):
 
 def test_numbers_that_are_not_finite_are_found(tmp_path):
     """Written by other hands, with a record that fits."""
-    from ooc_influence.store.committer import Slot
+    from ooc_influence.store.commits import Slot
 
     for dtype, bad in (("float32", np.nan), ("float16", np.inf), ("bfloat16", 0x7F80), ("int8", -128), ("int4", 0x88)):
         path = tmp_path / dtype
@@ -295,7 +295,7 @@ def test_numbers_that_are_not_finite_are_found(tmp_path):
 
 def test_repeated_ids_are_found(tmp_path, monkeypatch):
     for at_once in (100, 3):
-        monkeypatch.setattr("ooc_influence.store.lookup.IDS_AT_ONCE", at_once)
+        monkeypatch.setattr("ooc_influence.store.reader.IDS_AT_ONCE", at_once)
         path = tmp_path / str(at_once)
         with GradientStore.create(path, whole_mask(6), storage=STORAGE, ids="str") as store:
             for start in (0, 10, 20):

@@ -11,8 +11,7 @@ from numpy.testing import assert_array_equal
 from scipy.stats import spearmanr
 
 from ooc_influence import GradientStore, Storage, fit_fisher, influence_scores
-from ooc_influence.cli.demo import run_demo
-from ooc_influence.cli.demo.digits import FLIPPED_SHARE, TRAIN, load_digits
+from ooc_influence.cli.demo import FLIPPED_SHARE, TRAIN, load_digits, run_demo
 from ooc_influence.cli.main import main
 from ooc_influence.errors import MissingExtraError
 

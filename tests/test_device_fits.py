@@ -12,9 +12,9 @@ from test_top import force
 
 from ooc_influence import GradientStore, fit_fisher
 from ooc_influence.cli.main import main
-from ooc_influence.curvature import fit_gram, sums, unfinished
+from ooc_influence.curvature import checkpoint, fit_gram, sums
 from ooc_influence.errors import InputError, MemoryBudgetError
-from ooc_influence.linalg import accumulate, device, torch_rows
+from ooc_influence.linalg import accumulate, backend
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*effective dimension")
 DEVICES = ["cpu", pytest.param("cuda", marks=[
@@ -29,8 +29,8 @@ def assert_near(found, expected, share=1e-6):
 def small_blocks(monkeypatch):
     monkeypatch.setattr("ooc_influence.memory.BLOCK_BYTES", 2**14)
     monkeypatch.setattr(accumulate, "FOLD_ROWS", 100)
-    monkeypatch.setattr(torch_rows, "FOLD_ROWS", 100)
-    monkeypatch.setattr(torch_rows, "_TILE", 16)
+    monkeypatch.setattr(accumulate, "FOLD_ROWS", 100)
+    monkeypatch.setattr(accumulate, "_TILE", 16)
 
 
 @pytest.mark.parametrize("where", DEVICES)
@@ -98,8 +98,8 @@ def test_gram(tmp_path, where):
 
 
 def test_an_interrupted_fit_goes_on(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(unfinished, "INTERVAL", 0.0)
-    monkeypatch.setattr(unfinished, "_SHARE", 0)
+    monkeypatch.setattr(checkpoint, "INTERVAL", 0.0)
+    monkeypatch.setattr(checkpoint, "_SHARE", 0)
     train = write_store(tmp_path / "t.zarr", random_rows(2000, 30))
     plain, added = sums._Running.add, []
 
@@ -125,7 +125,7 @@ def test_refusals(tmp_path, monkeypatch, capsys):
     train = write_store(tmp_path / "t.zarr", random_rows(300, 40))
     with pytest.raises(InputError, match="expected a device such as"):
         fit_fisher(train, device="abacus")
-    monkeypatch.setattr(device, "free_bytes", lambda name: 2**14)
+    monkeypatch.setattr(backend, "free_bytes", lambda name: 2**14)
     with pytest.raises(MemoryBudgetError, match=r"fisher for k=40 needs .* on cpu, which has 16 KiB free: use fewer"):
         fit_fisher(train, device="cpu")
     with pytest.raises(MemoryBudgetError, match=r"gram for 300 rows of k=40 needs .* on cpu"):

@@ -37,10 +37,10 @@ from ooc_influence import (
 )
 from ooc_influence.cli import cluster as cluster_room
 from ooc_influence.errors import ClusterError, InputError
+from ooc_influence.parallel import Stripe, ambient_client, check_workers, run_stripes, worker_memory
 from ooc_influence.progress import TOPIC, Progress, tick, watched
 from ooc_influence.store import LayerShape, Mask, ModuleMask
 from ooc_influence.store.claim import read_claims
-from ooc_influence.stripes import Stripe, ambient_client, check_workers, run_stripes, worker_memory
 
 distributed = pytest.importorskip("distributed")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -74,7 +74,7 @@ def close(found, expected, tolerance=1e-6):
 
 
 def test_two_workers_same_numbers(tmp_path, long_pair, client, monkeypatch):
-    monkeypatch.setattr("ooc_influence.stripes.SENT_ONCE", 1000)  # bytes of the preconditioned queries are more
+    monkeypatch.setattr("ooc_influence.parallel.SENT_ONCE", 1000)  # bytes of the preconditioned queries are more
     query, train = long_pair
     dampings = [0.1, 1.0, 3.0, 5.0]
     calls = {
@@ -127,7 +127,7 @@ def test_a_top_of_the_spectrum_survives_a_worker(tmp_path, long_pair, client, mo
             killed.append(next(iter(pids.values())))
             os.kill(killed[0], signal.SIGKILL)
 
-    monkeypatch.setattr("ooc_influence.stripes.SENT_ONCE", 1000)  # bytes of the basis are more
+    monkeypatch.setattr("ooc_influence.parallel.SENT_ONCE", 1000)  # bytes of the basis are more
     monkeypatch.setattr(Progress, "advance", kill)
     with client.as_current():
         found = fit_fisher(train, rank=5, out=tmp_path / "there.zarr")
@@ -203,8 +203,8 @@ def test_a_worker_killed_in_a_gram_fit(tmp_path):
         pytest.MonkeyPatch.context() as patch,
     ):
         client.register_plugin(_DieAtATile(str(tmp_path / "died")))
-        patch.setattr("ooc_influence.curvature.gram_fit.KEPT_BYTES", 0)
-        patch.setattr("ooc_influence.linalg.triangle.TILE", 64)
+        patch.setattr("ooc_influence.curvature.dual.KEPT_BYTES", 0)
+        patch.setattr("ooc_influence.linalg.accumulate.TILE", 64)
         found = fit_gram(train)
     assert (tmp_path / "died").exists()
     g = train.rows().astype(np.float64)
@@ -222,7 +222,7 @@ class _DieAtATile(distributed.WorkerPlugin):
         self.mark = mark
 
     def setup(self, worker):
-        kernel = importlib.import_module("ooc_influence.curvature.kernel")
+        kernel = importlib.import_module("ooc_influence.curvature.dual")
         real, count, mark = kernel._multiply, [0], Path(self.mark)
 
         def dying(tile, how):
@@ -274,9 +274,9 @@ def test_a_worker_that_dies_in_a_second_pass(tmp_path, long_pair):
 
 def _die_once(mark):
     """Let the first of the workers to get to its third block die."""
-    from ooc_influence.compress import passes
+    from ooc_influence.compress import eigenbasis
 
-    real, count = passes._append, [0]
+    real, count = eigenbasis._append, [0]
 
     def dying(*given):
         count[0] += 1
@@ -285,7 +285,7 @@ def _die_once(mark):
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*given)
 
-    passes._append = dying
+    eigenbasis._append = dying
 
 
 def test_progress_crosses_the_cluster(long_pair, client, monkeypatch):

@@ -386,7 +386,7 @@ def test_processes_at_the_same_time_count_tokens_once(tmp_path, monkeypatch):
 
 
 def test_a_changed_file_is_counted_again(tmp_path, monkeypatch):
-    monkeypatch.setattr("ooc_influence.hf.index._WORTH_KEEPING", 1)
+    monkeypatch.setattr("ooc_influence.hf.samples._WORTH_KEEPING", 1)
     for n in (3, 4):
         found = samples(tmp_path, hf.Fields(text="text"), [{"text": f"w{n} w2"}] * n)
         assert len(found) == n

@@ -11,7 +11,7 @@ from numpy.testing import assert_allclose
 from test_top import force
 
 from ooc_influence import Curvature, GradientStore, fit_fisher, fit_gram
-from ooc_influence.curvature import fisher, fitting, gram_fit, rows
+from ooc_influence.curvature import dual, fit, primal, rows
 from ooc_influence.errors import StaleCurvatureError
 from ooc_influence.linalg import WeightedRows, spectrum
 
@@ -19,12 +19,12 @@ DROPPED, LATER = [3, 150], [7, 120, 298]
 MOMENTS = {
     "digest": [(GradientStore, "rows_digest")],
     "tombstones": [(rows.ChosenRows, "dropped_now")],
-    "chosen": [(fisher, "choose_rows"), (gram_fit, "choose_rows")],
-    "compared": [(fisher, "what_changed"), (gram_fit, "what_changed")],
-    "recorded": [(fitting.RowRecord, "of")],
-    "claimed": [(fisher, "Unfinished")],
+    "chosen": [(fit, "choose_rows"), (dual, "choose_rows")],
+    "compared": [(fit, "what_changed"), (dual, "what_changed")],
+    "recorded": [(primal.RowRecord, "of")],
+    "claimed": [(fit, "Unfinished")],
     "reading": [(rows, "read_blocks")],
-    "written": [(fisher, "write_curvature"), (gram_fit, "write_curvature")],
+    "written": [(fit, "write_curvature"), (dual, "write_curvature")],
 }
 
 
@@ -105,7 +105,7 @@ def test_partial_sums_that_hold_a_row_dropped_since_are_not_used(train, monkeypa
             yield block
 
     with monkeypatch.context() as patch:
-        patch.setattr("ooc_influence.curvature.fisher.plan_block_rows", lambda *args: 16)
+        patch.setattr("ooc_influence.curvature.fit.plan_block_rows", lambda *args: 16)
         patch.setattr("ooc_influence.linalg.accumulate.FOLD_ROWS", 16)
         drop_at(patch, "chosen", train.path, LATER)
         plain = rows.read_blocks

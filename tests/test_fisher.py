@@ -260,7 +260,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, rank, blocks, workers):
     """A pass over the 3000 rows is 47 blocks."""
     store = write_store(tmp_path / "t.zarr", spread_rows(3000, 90))
     monkeypatch.setattr("ooc_influence.memory.BLOCK_BYTES", 2**10)
-    monkeypatch.setattr("ooc_influence.curvature.ways.PRODUCT_ROWS", 64)
+    monkeypatch.setattr("ooc_influence.curvature.costs.PRODUCT_ROWS", 64)
     code = INTERRUPTED if rank is None else INTERRUPTED.replace("original, seen", ONLY_ROWS + "original, seen")
     command = ["fisher", str(store.path), "--workers", str(workers), *([] if rank is None else ["--rank", str(rank)])]
     process = subprocess.Popen(

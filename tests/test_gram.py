@@ -22,8 +22,8 @@ from ooc_influence import (
     self_influence,
 )
 from ooc_influence.cli.main import main
-from ooc_influence.curvature import Curvature, choose_side, fit_gram, gram, gram_fit, kernel
-from ooc_influence.curvature.need import FitShapes, fisher_need, gram_need, kernel_need
+from ooc_influence.curvature import Curvature, choose_side, dual, fit_gram
+from ooc_influence.curvature.costs import FitShapes, fisher_need, gram_need, kernel_need
 from ooc_influence.errors import (
     CurvatureNotFoundError,
     InputError,
@@ -34,8 +34,8 @@ from ooc_influence.errors import (
     StoreDamagedError,
     StoreExistsError,
 )
-from ooc_influence.linalg import triangle
-from ooc_influence.linalg.weights import LOSS_FLOOR
+from ooc_influence.linalg import accumulate
+from ooc_influence.linalg.rows import LOSS_FLOOR
 from ooc_influence.memory import Room
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*effective dimension")
@@ -49,8 +49,8 @@ def assert_near(found, expected, share=1e-5):
 @pytest.fixture
 def on_disk(monkeypatch):
     """Small tiles, and none of them kept in memory."""
-    monkeypatch.setattr(triangle, "TILE", 32)
-    monkeypatch.setattr(gram_fit, "KEPT_BYTES", 0)
+    monkeypatch.setattr(accumulate, "TILE", 32)
+    monkeypatch.setattr(dual, "KEPT_BYTES", 0)
 
 
 def slowly_decaying(n, k, seed=0):
@@ -61,8 +61,8 @@ def slowly_decaying(n, k, seed=0):
 @pytest.mark.parametrize("held", [True, False])
 def test_both_sides_agree(tmp_path, n, k, held, monkeypatch):
     if not held:  # eigenvectors stay on disk, and are read in slabs of a few rows
-        monkeypatch.setattr(gram, "HELD_BYTES", 0)
-        monkeypatch.setattr("ooc_influence.curvature.need.CHUNK_TARGET", 8 * 60 * 23)
+        monkeypatch.setattr(dual, "HELD_BYTES", 0)
+        monkeypatch.setattr("ooc_influence.curvature.costs.CHUNK_TARGET", 8 * 60 * 23)
     rng = np.random.default_rng(0)
     train = write_store(tmp_path / "t.zarr", slowly_decaying(n, k))
     gone = [4, 20] if n > 20 else []
@@ -129,11 +129,11 @@ def test_the_matrix_itself(tmp_path, on_disk, workers):
 def test_kept_in_memory_or_on_disk(tmp_path, monkeypatch):
     train = write_store(tmp_path / "t.zarr", random_rows(170, 200))
     small = fit_gram(train, out=tmp_path / "small.zarr")
-    monkeypatch.setattr(triangle, "TILE", 32)
-    monkeypatch.setattr(gram_fit, "KEPT_BYTES", 0)
+    monkeypatch.setattr(accumulate, "TILE", 32)
+    monkeypatch.setattr(dual, "KEPT_BYTES", 0)
     made = []
-    original = kernel._multiply
-    monkeypatch.setattr(kernel, "_multiply", lambda tile, how: made.append(tile) or original(tile, how))
+    original = dual._multiply
+    monkeypatch.setattr(dual, "_multiply", lambda tile, how: made.append(tile) or original(tile, how))
     tiled = fit_gram(train, out=tmp_path / "tiled.zarr", workers=2)
     assert len(made) == 21  # 6 strips
     assert_near(tiled.gram[...], small.gram[...], 1e-12)
@@ -147,14 +147,14 @@ def test_panels_of_eigenvectors(tmp_path, monkeypatch):
     """However wide they are made, and by however many tasks."""
     train = write_store(tmp_path / "t.zarr", random_rows(50, 300))
     whole = fit_gram(train, out=tmp_path / "whole.zarr")
-    for module in (gram_fit, kernel):
+    for module in (dual, dual):
         monkeypatch.setattr(module, "PANEL", 7)
-    monkeypatch.setattr("ooc_influence.curvature.need.CHUNK_TARGET", 8 * 50 * 3)
+    monkeypatch.setattr("ooc_influence.curvature.costs.CHUNK_TARGET", 8 * 50 * 3)
     stripes = []
-    original = gram_fit._lift
-    monkeypatch.setattr(gram_fit, "_lift", lambda stripe, *rest: stripes.append(stripe) or original(stripe, *rest))
-    fit = gram_fit._Fit
-    monkeypatch.setattr(gram_fit, "_Fit", lambda *given: fit(*given[:4], 0, given[5]))
+    original = dual._lift
+    monkeypatch.setattr(dual, "_lift", lambda stripe, *rest: stripes.append(stripe) or original(stripe, *rest))
+    fit = dual._Fit
+    monkeypatch.setattr(dual, "_Fit", lambda *given: fit(*given[:4], 0, given[5]))
     cut = fit_gram(train, out=tmp_path / "cut.zarr", workers=2)
     assert len(stripes) == 50  # of 6 columns, whole chunks of 3
     assert_near(np.abs(cut.eigenvectors), np.abs(whole.eigenvectors), 1e-9)
@@ -162,7 +162,7 @@ def test_panels_of_eigenvectors(tmp_path, monkeypatch):
 
 def stopping(monkeypatch, count):
     """Interrupt what multiplies after so many tiles, whose numbers are returned."""
-    original, made = kernel._multiply, []
+    original, made = dual._multiply, []
 
     def multiply(tile, how):
         if len(made) == count:
@@ -170,7 +170,7 @@ def stopping(monkeypatch, count):
         made.append(tile.number)
         return original(tile, how)
 
-    monkeypatch.setattr(kernel, "_multiply", multiply)
+    monkeypatch.setattr(dual, "_multiply", multiply)
     return original, made
 
 
@@ -183,7 +183,7 @@ def test_an_interrupted_fit_goes_on(tmp_path, on_disk, monkeypatch):
         gram_matrix(train, tmp_path / "k.zarr")
     partial = train.path / "curvature" / ".gram.partial"
     assert partial.exists()
-    monkeypatch.setattr(kernel, "_multiply", lambda tile, how: made.append(tile.number) or original(tile, how))
+    monkeypatch.setattr(dual, "_multiply", lambda tile, how: made.append(tile.number) or original(tile, how))
     found = fit_gram(train)
     assert sorted(made) == list(range(21))
     assert not partial.exists()
@@ -230,8 +230,8 @@ def test_one_process_at_a_time_writes_tiles(tmp_path, on_disk, monkeypatch):
                 other.append(True) or fit_gram(train)
         return original(tile, how)
 
-    original = kernel._multiply
-    monkeypatch.setattr(kernel, "_multiply", meanwhile)
+    original = dual._multiply
+    monkeypatch.setattr(dual, "_multiply", meanwhile)
     assert fit_gram(train).rows == 40
     assert other
 

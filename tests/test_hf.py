@@ -18,7 +18,7 @@ tokenizers = pytest.importorskip("tokenizers")
 
 from ooc_influence import Dropout, Eigenbasis, GradientStore, Storage, fit_fisher, hf, influence_scores  # noqa: E402
 from ooc_influence.errors import InputError, MissingExtraError  # noqa: E402
-from ooc_influence.hf.collator import IGNORED  # noqa: E402
+from ooc_influence.hf.padding import IGNORED  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:gradients cover"),
@@ -303,7 +303,7 @@ def test_rows_with_random_signs_estimate_the_token_matrix(tmp_path):
 
 
 def gradients(model, job, mask, seed):
-    from ooc_influence.extract.rows import RowGatherer
+    from ooc_influence.extract.run import RowGatherer
     from ooc_influence.extract.tapping import tapped
 
     device = torch.device("cpu")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy.stats import spearmanr
 
-import ooc_influence.curvature.fisher as fisher_room
+import ooc_influence.curvature.fit as fisher_room
 from ooc_influence import (
     Curvature,
     GradientStore,
@@ -33,10 +33,10 @@ from ooc_influence.errors import (
     StoreDamagedError,
     StoreExistsError,
 )
-from ooc_influence.influence.best import BestList, merge
 from ooc_influence.influence.engine import HostEngine
-from ooc_influence.influence.scoring import Scoring
+from ooc_influence.influence.request import Scoring
 from ooc_influence.influence.tiles import Costs
+from ooc_influence.influence.topk import BestList, merge
 from ooc_influence.memory import WORKING
 
 

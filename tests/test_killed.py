@@ -60,7 +60,7 @@ def write(path, start, stop, generator, pause, point="none", count=0):
 
 def arm(point, count):
     """Let the process die at the count-th time it gets to a point."""
-    from ooc_influence.store.committer import Committer
+    from ooc_influence.store.commits import Committer
     from ooc_influence.store.local import LocalArrayStore
 
     left = [count]

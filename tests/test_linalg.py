@@ -11,10 +11,9 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from ooc_influence.errors import InputError
 from ooc_influence.linalg import GramAccumulator, Team, symmetric_eigen
-from ooc_influence.linalg.blas import add_product
-from ooc_influence.linalg.engines import NumpyEngine, ScipyEngine, TorchEngine
+from ooc_influence.linalg.backend import NumpyEngine, ScipyEngine, TorchEngine, add_product
+from ooc_influence.parallel import Stripe, blas_threads, check_workers, cut_stripes, run_stripes
 from ooc_influence.progress import Progress, tick
-from ooc_influence.stripes import Stripe, blas_threads, check_workers, cut_stripes, run_stripes
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 4])

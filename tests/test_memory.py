@@ -72,7 +72,7 @@ def test_memory_that_was_freed_is_not_held():
     """The extraction commands keep it for the next batch; a budget sees what it may take, a loop keeps its pages."""
     script = """if True:
         import json
-        from ooc_influence.cli.allocator import keep_freed_memory
+        from ooc_influence.cli.options import keep_freed_memory
         from ooc_influence.memory import Need, Room, available, plan_block_rows, process_anonymous
         assert keep_freed_memory()
         start, found = process_anonymous(), {}

@@ -18,7 +18,7 @@ HERE = str(Path(__file__).parent)
 CHILD = f"import sys; sys.path.insert(0, {HERE!r})\n" + textwrap.dedent("""
     import json
     import ooc_influence as ooc
-    import ooc_influence.compress.reduce, ooc_influence.curvature.fisher, ooc_influence.influence
+    import ooc_influence.compress.reduce, ooc_influence.curvature.fit, ooc_influence.influence
     from ooc_influence import memory
     from ooc_influence.linalg import spectrum
     stage, query, train, workers, top = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5])

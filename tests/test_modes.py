@@ -25,7 +25,7 @@ from ooc_influence import (
     top_influential,
 )
 from ooc_influence.errors import InputError, MemoryBudgetError, MismatchError, SingularFisherError, StoreExistsError
-from ooc_influence.influence.parts import Parts
+from ooc_influence.influence.checkpoint import Parts
 from ooc_influence.store import GaussianReduction, LayerShape, Mask, ModuleMask
 
 pytestmark = [
@@ -455,7 +455,7 @@ def recording(computed, run, function, stripes, *args, **options):
 
 def test_finished_parts_are_not_computed_again(tmp_path, fit, monkeypatch):
     """A call that fails half way goes on where it was; another call's parts, or anything else, are refused."""
-    import ooc_influence.influence.parts as room
+    import ooc_influence.influence.checkpoint as room
 
     query, train = fit
     monkeypatch.setattr("ooc_influence.memory.BLOCK_BYTES", 2**13)

@@ -14,7 +14,7 @@ from test_memory_measured import write
 
 import ooc_influence as ooc
 from ooc_influence import GradientStore, fit_fisher
-from ooc_influence.curvature.leading import top_self_bytes, top_working_bytes
+from ooc_influence.curvature.low_rank import top_self_bytes, top_working_bytes
 from ooc_influence.curvature.spectral import self_bytes, working_bytes
 from ooc_influence.errors import InputError
 from ooc_influence.planning import Rates
@@ -26,7 +26,7 @@ CHILD = (
     + """
 import json, sys
 import ooc_influence as ooc
-import ooc_influence.curvature.fisher, ooc_influence.influence
+import ooc_influence.curvature.fit, ooc_influence.influence
 from ooc_influence.memory import PeakMemory
 stage, query, train, values = sys.argv[1], *sys.argv[2:4], int(sys.argv[4])
 store = ooc.GradientStore.open(train)

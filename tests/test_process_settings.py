@@ -14,10 +14,10 @@ from conftest import random_rows
 from models import Mlp, make
 from threadpoolctl import threadpool_info
 
-from ooc_influence import stripes
+from ooc_influence import parallel
 from ooc_influence.extract.selection import select_layers
 from ooc_influence.extract.tapping import tapped
-from ooc_influence.linalg.engines import TorchEngine
+from ooc_influence.linalg.backend import TorchEngine
 from ooc_influence.progress import Progress
 
 
@@ -59,37 +59,37 @@ def test_products_in_threads_leave_the_callers_precision(monkeypatch, own):
 def test_overlapping_runs_leave_the_threads_of_the_blas(monkeypatch):
     before = threads_of_blas()
     assert before
-    monkeypatch.setattr(stripes, "cores", lambda: 2)
+    monkeypatch.setattr(parallel, "cores", lambda: 2)
     gate, threads = threading.Barrier(2, timeout=30), {}
 
     def task(stripe, key, name):
         gate.wait()  # both have begun
-        threads[name] = stripes.task_threads()
+        threads[name] = parallel.task_threads()
         if name == "second":
             gate.wait()
             time.sleep(0.2)  # the first is over
-            threads["later"] = stripes.task_threads()
+            threads["later"] = parallel.task_threads()
         else:
             gate.wait()
 
     def run(name):
         with Progress(name, None, False) as bar:
-            stripes.run_stripes(task, [stripes.Stripe(0, 1)], bar, name, slots=1, own_threads=name == "first")
+            parallel.run_stripes(task, [parallel.Stripe(0, 1)], bar, name, slots=1, own_threads=name == "first")
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(run, ["first", "second"]))
     assert threads == {"first": 2, "second": 1, "later": 1}
     assert threads_of_blas() == before
-    assert stripes.task_threads() == 1
+    assert parallel.task_threads() == 1
 
 
 @pytest.mark.parametrize("slots", [1, 2])
 def test_tasks_know_their_threads(monkeypatch, slots):
-    monkeypatch.setattr(stripes, "cores", lambda: 4)
+    monkeypatch.setattr(parallel, "cores", lambda: 4)
     with Progress("x", None, False) as bar:
-        found = stripes.run_stripes(
-            lambda stripe, key: stripes.task_threads(), [stripes.Stripe(n, n + 1) for n in range(4)], bar, slots=slots,
-            own_threads=True,
+        found = parallel.run_stripes(
+            lambda stripe, key: parallel.task_threads(), [parallel.Stripe(n, n + 1) for n in range(4)], bar,
+            slots=slots, own_threads=True,
         )  # fmt: skip
     assert found == [4 // slots] * 4
 

@@ -13,11 +13,11 @@ from numpy.testing import assert_array_equal
 from test_second_pass import LOSS, ROWS, K, R, make_wide
 
 from ooc_influence import GradientStore, fit_curvature, fit_fisher, influence_scores, module_influence, reduce_store
-from ooc_influence.curvature.need import FitShapes
+from ooc_influence.curvature.costs import FitShapes
 from ooc_influence.curvature.rows import choose_rows
 from ooc_influence.errors import InputError, OocInfluenceError, StoreFormatError, StoreNotFoundError, StoreReadError
-from ooc_influence.store import kept_at, place, reduction
-from ooc_influence.store.opening import attributes_digest
+from ooc_influence.store import kept_at, paths, reduction
+from ooc_influence.store.creation import attributes_digest
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_a_foreign_store_makes_no_requests(stores, network):
 
 
 def test_what_its_user_has_opened_is_followed(stores, network, monkeypatch):
-    monkeypatch.setattr(place, "_opened", set())
+    monkeypatch.setattr(paths, "_opened", set())
     basis = GradientStore.open(stores[0]).reduction.vectors
     url = "memory://somewhere/train"
     fsspec.filesystem("memory").put(str(stores[0]) + "/", "/somewhere/train/", recursive=True)
@@ -113,10 +113,10 @@ def test_what_its_user_has_opened_is_followed(stores, network, monkeypatch):
 )  # fmt: skip
 def test_where_a_store_may_refer_to(home, path, follows, network):
     if follows:
-        assert str(place.parse_reference(path, place.parse_path(home))) in (path, path.removeprefix("file://"))
+        assert str(paths.parse_reference(path, paths.parse_path(home))) in (path, path.removeprefix("file://"))
     else:
         with pytest.raises(InputError, match="refers to"):
-            place.parse_reference(path, place.parse_path(home))
+            paths.parse_reference(path, paths.parse_path(home))
     assert network == []
 
 

@@ -22,15 +22,14 @@ from ooc_influence import (
     self_influence,
     top_influential,
 )
-from ooc_influence.curvature import gram_fit, kernel, sums
-from ooc_influence.curvature.need import FitShapes, fisher_need, gram_need
+from ooc_influence.curvature import dual, sums
+from ooc_influence.curvature.costs import FitShapes, fisher_need, gram_need
 from ooc_influence.errors import MemoryBudgetError, StoreDamagedError
-from ooc_influence.influence import scoring as scoring_room
-from ooc_influence.influence import tiles
+from ooc_influence.influence import request, tiles
+from ooc_influence.influence.request import Form
 from ooc_influence.influence.self_influence import _need as self_need
 from ooc_influence.influence.tiles import Costs
-from ooc_influence.influence.ways import Form
-from ooc_influence.linalg import triangle
+from ooc_influence.linalg import accumulate
 from ooc_influence.memory import Need, Room, WayOut, format_bytes, parse_bytes, plan_block_rows
 from ooc_influence.store import LayerShape, Mask, ModuleMask
 
@@ -148,7 +147,7 @@ def test_the_gram_side_offers_a_sample_and_fisher(tmp_path):
 
 def test_every_way_out_of_scoring_works(tmp_path, fitted):
     query, train = fitted
-    opened = scoring_room.Scoring.open(query, train, None, [0.1, 1.0], "relative")
+    opened = request.Scoring.open(query, train, None, [0.1, 1.0], "relative")
     need = opened.need("scores", 1, Costs(tile=12))
     budget, message = refuse(
         lambda memory: influence_scores(query, train, damping=[0.1, 1.0], memory=memory, out=tmp_path / "s.zarr"), need
@@ -177,10 +176,10 @@ def test_every_way_out_of_scoring_works(tmp_path, fitted):
 def test_other_scores_price_their_ways_too(fitted, what):
     query, train = fitted
     if what == "self":
-        opened = scoring_room.Scoring.open(None, train, None, None, "relative")
+        opened = request.Scoring.open(None, train, None, None, "relative")
         need = self_need(opened, 1, [Form.of(K, opened.checkpoints[0].curvature)])
     else:
-        opened = scoring_room.Scoring.open(query, train, None, None, "relative", normalize="cosine")
+        opened = request.Scoring.open(query, train, None, None, "relative", normalize="cosine")
         need = opened.need(what, 1, Costs())
     calls = {
         "self": lambda memory: self_influence(train, memory=memory),
@@ -193,7 +192,7 @@ def test_other_scores_price_their_ways_too(fitted, what):
 
 def test_plain_dot_products_offer_no_curvature(fitted):
     query, train = fitted
-    opened = scoring_room.Scoring.open(query, train, False, None, "relative")
+    opened = request.Scoring.open(query, train, False, None, "relative")
     need = opened.need("scores", 1, Costs())
     ways = list(need.ways(Room(Room(0, 0).price(need) - 1, 0)))
     assert {way.text.split()[0] for way in ways} <= {"reduce"}
@@ -226,15 +225,15 @@ def losing(train, monkeypatch, room):
 def test_a_chunk_lost_during_a_run(tmp_path, monkeypatch, what):
     self_room = importlib.import_module("ooc_influence.influence.self_influence")
     monkeypatch.setattr("ooc_influence.memory.BLOCK_BYTES", 2**14)
-    monkeypatch.setattr(triangle, "TILE", 64)
-    monkeypatch.setattr(gram_fit, "KEPT_BYTES", 0)
+    monkeypatch.setattr(accumulate, "TILE", 64)
+    monkeypatch.setattr(dual, "KEPT_BYTES", 0)
     train = write_store(tmp_path / "t.zarr", random_rows(450, 40))
     query = write_store(tmp_path / "q.zarr", random_rows(3, 40, 1))
     fit_fisher(train, out=tmp_path / "whole.zarr")
     data = (train.path / "gradients" / "c.6.0").read_bytes()
     calls = {
         "fisher": (sums, lambda: fit_fisher(train).eigenvalues),
-        "gram": (kernel, lambda: fit_gram(train).eigenvalues),
+        "gram": (dual, lambda: fit_gram(train).eigenvalues),
         "self": (self_room, lambda: self_influence(train, tmp_path / "whole.zarr")),
         "top": (tiles, lambda: top_influential(query, train, 3, tmp_path / "whole.zarr").proponents.scores),
     }

@@ -38,7 +38,7 @@ from ooc_influence import (
     self_influence,
     top_influential,
 )
-from ooc_influence.compress import passes
+from ooc_influence.compress import eigenbasis
 from ooc_influence.errors import (
     InputError,
     OocInfluenceError,
@@ -47,8 +47,8 @@ from ooc_influence.errors import (
     StoreExistsError,
     StoreNotFoundError,
 )
-from ooc_influence.influence import parts, tiles
-from ooc_influence.store import place
+from ooc_influence.influence import checkpoint, tiles
+from ooc_influence.store import paths
 
 ROWS = random_rows(90, 8)
 ROOT = os.environ.get("OOC_INFLUENCE_TEST_ROOT", "memory://test")
@@ -131,7 +131,7 @@ def test_interrupted_scores_and_lists_go_on(root, monkeypatch):
     }
     original = tiles.tick
     for room, name in ((tiles, "scores"), (sys.modules["ooc_influence.influence.self_influence"], "parts")):
-        monkeypatch.setattr(parts, "_PART_BYTES", 64)
+        monkeypatch.setattr(checkpoint, "_PART_BYTES", 64)
 
         def stop(key, rows):
             raise KeyboardInterrupt
@@ -143,7 +143,7 @@ def test_interrupted_scores_and_lists_go_on(root, monkeypatch):
         found = calls[name]()
         assert np.isfinite(found).all()
     assert zarr.open_array(f"{root}/scores", mode="r").attrs["complete"]
-    assert not place.exists(UPath(f"{root}/parts"))
+    assert not paths.exists(UPath(f"{root}/parts"))
     (UPath(f"{root}/scores") / "c.0.1").unlink()
     array = zarr.open_array(f"{root}/scores", mode="r+")
     array.attrs["complete"] = False
@@ -219,7 +219,7 @@ def test_merge_and_compact_across(root, tmp_path):
         assert_array_equal(made.rows(), np.delete(first.rows(), [0, 50], axis=0))
     with pytest.raises(InputError, match="is that of rows"):
         merge_stores([local, remote], f"{root}/twice")
-    assert not place.exists(place.parse_path(f"{root}/twice"))
+    assert not paths.exists(paths.parse_path(f"{root}/twice"))
     moved = merge_stores([remote], f"{root}/m", move=True)
     assert (moved.n, moved.verify(), moved.find([51]).tolist()) == (88, [], [49])
     with pytest.raises(StoreNotFoundError):
@@ -230,7 +230,7 @@ def test_reduce_and_rotate_across(root, tmp_path, monkeypatch):
     wide = write(f"{root}/wide", dtype="float32")
     local = reduce_store(wide, tmp_path / "local", 5, dtype="float32")
     with monkeypatch.context() as patch:
-        patch.setattr(passes, "_append", lambda *given: 1 / 0)
+        patch.setattr(eigenbasis, "_append", lambda *given: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             reduce_store(wide, f"{root}/s", 5, dtype="float32")
     with monkeypatch.context() as patch:
@@ -298,7 +298,7 @@ def test_one_writer_a_range(root):
     first.append(ROWS[:1], loss=[0.0])
     with pytest.raises(StoreBusyError, match="process"):
         GradientStore.open(f"{root}/s", "a").append(ROWS[:1], loss=[0.0])
-    (claim,) = [name for name in place.names(first.path / "commits") if name.startswith(".claim")]
+    (claim,) = [name for name in paths.names(first.path / "commits") if name.startswith(".claim")]
     record = (first.path / "commits" / claim).read_text()
     dead = record.replace(f'"pid": {os.getpid()}', '"pid": 4194305')  # above any pid there can be
     assert dead != record
@@ -313,11 +313,11 @@ def test_one_writer_a_range(root):
 
 
 def test_of_several_that_create_one_wins(root):
-    path = place.parse_path(f"{root}/new")
+    path = paths.parse_path(f"{root}/new")
     with ThreadPoolExecutor(8) as threads:
-        won = list(threads.map(lambda number: place.create_file(path, b"%d" % number), range(8)))
+        won = list(threads.map(lambda number: paths.create_file(path, b"%d" % number), range(8)))
     assert sorted(won) == [False] * 7 + [True]
-    assert place.read_bytes(path) == b"%d" % won.index(True)
+    assert paths.read_bytes(path) == b"%d" % won.index(True)
     GradientStore.create(f"{root}/s", whole_mask(8))
     with pytest.raises(StoreExistsError):
         GradientStore.create(f"{root}/s", whole_mask(8))
@@ -353,7 +353,7 @@ def test_options_travel_with_the_store(root):
 def test_memory_is_refused_on_other_processes(root, monkeypatch):
     if ROOT.startswith("s3"):
         pytest.skip("S3 is there for all")
-    from ooc_influence import stripes
+    from ooc_influence import parallel
 
     class Client:
         def scheduler_info(self, workers):
@@ -363,7 +363,7 @@ def test_memory_is_refused_on_other_processes(root, monkeypatch):
             return {"tcp://127.0.0.1:1": 1}
 
     store = write(f"{root}/s")
-    monkeypatch.setattr(stripes, "ambient_client", Client)
+    monkeypatch.setattr(parallel, "ambient_client", Client)
     for act in (fit_fisher, GradientStore.verify):
         with pytest.raises(InputError, match="in this process only"):
             act(store)

@@ -19,7 +19,7 @@ from conftest import random_rows, whole_mask
 from numpy.testing import assert_array_equal
 
 from ooc_influence import GradientStore, Storage, merge_stores
-from ooc_influence.store import disk
+from ooc_influence.store import local
 
 ROWS = random_rows(30, 4)
 
@@ -193,9 +193,9 @@ def recorded(tmp_path, monkeypatch):
     root = tmp_path / "recorded"
     root.mkdir()
     recorder = Recorder(root)
-    monkeypatch.setattr(disk, "os", recorder)
+    monkeypatch.setattr(local, "os", recorder)
     scenario(root / "s", lambda rows, dropped: recorder.note("returned", rows, dropped))
-    monkeypatch.setattr(disk, "os", os)
+    monkeypatch.setattr(local, "os", os)
     assert {event[0] for event in recorder.events} >= {"create", "write", "fsync", "rename", "mkdir", "returned"}
     return recorder.events, contents(root / "s")
 
@@ -255,13 +255,13 @@ def test_a_merged_store_is_whole_before_its_sources_may_go(tmp_path, monkeypatch
     root = tmp_path / "recorded"
     root.mkdir()
     recorder = Recorder(root)
-    monkeypatch.setattr(disk, "os", recorder)
+    monkeypatch.setattr(local, "os", recorder)
     for name, part in (("a", slice(0, 13)), ("b", slice(13, 30))):
         with GradientStore.create(root / name, whole_mask(4), dtype="float32", storage=Storage(3, 2)) as store:
             store.append(ROWS[part], loss=np.zeros(len(ROWS[part])))
     merge_stores([root / "a", root / "b"], root / "s")
     recorder.note("returned", 30, ())
-    monkeypatch.setattr(disk, "os", os)
+    monkeypatch.setattr(local, "os", os)
     assert sum(event[0] == "link" and "gradients" in event[2] for event in recorder.events) == 4
     assert replay(recorder.events, tmp_path, model) > 20
 

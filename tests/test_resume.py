@@ -21,7 +21,7 @@ from test_replay import Disk, Recorder, chooser, lay_out, losing
 from ooc_influence import fit_fisher, influence_scores, module_influence
 from ooc_influence.errors import MismatchError
 from ooc_influence.influence.output import Output
-from ooc_influence.store import disk
+from ooc_influence.store import local
 
 HERE = str(Path(__file__).parent)
 
@@ -38,7 +38,7 @@ def stores(tmp_path_factory):
 def small_blocks(monkeypatch):
     monkeypatch.setattr("ooc_influence.memory.BLOCK_BYTES", 64 * 4 * 6)  # 64 rows
     monkeypatch.setattr("ooc_influence.influence.output.CHUNK_TARGET", 4 * 64 * 4)  # and 4 queries in a chunk
-    monkeypatch.setattr("ooc_influence.influence.scoring.LEFT_ROWS", 8)  # 8 queries a pass
+    monkeypatch.setattr("ooc_influence.influence.request.LEFT_ROWS", 8)  # 8 queries a pass
 
 
 @pytest.fixture
@@ -47,9 +47,9 @@ def recorded(tmp_path, monkeypatch, stores, small_blocks):
     root = tmp_path / "recorded"
     root.mkdir()
     recorder = Recorder(root)
-    monkeypatch.setattr(disk, "os", recorder)
+    monkeypatch.setattr(local, "os", recorder)
     expected = influence_scores(*stores, out=root / "s")[...]
-    monkeypatch.setattr(disk, "os", os)
+    monkeypatch.setattr(local, "os", os)
     recorder.note("returned")
     assert sum(event[0] == "rename" and event[2].startswith("s/c.") for event in recorder.events) == 25
     made = str(Path(recorder.events[0][1]).parent)  # by Zarr, not by the module that is recorded
@@ -105,7 +105,7 @@ def test_a_missing_sync_would_be_found(recorded, tmp_path, kind):
 CHILD = f"import sys; sys.path.insert(0, {HERE!r})\n" + textwrap.dedent("""
     import time
     import ooc_influence as ooc
-    import ooc_influence.influence.output as output, ooc_influence.influence.scoring as scoring
+    import ooc_influence.influence.output as output, ooc_influence.influence.request as scoring
     import ooc_influence.influence.tiles as tiles, ooc_influence.memory as memory
     query, train, out, pause = *sys.argv[1:4], float(sys.argv[4])
     memory.BLOCK_BYTES, output.CHUNK_TARGET, scoring.LEFT_ROWS = 64 * 4 * 6, 4 * 64 * 4, 8
@@ -197,7 +197,7 @@ def test_a_smaller_budget_than_it_was_begun_with_is_refused(tmp_path, stores, sm
         influence_scores(*stores, out=tmp_path / "s")
     monkeypatch.undo()
     next((tmp_path / "s").glob("c.2.*")).unlink()
-    monkeypatch.setattr("ooc_influence.influence.scoring.LEFT_ROWS", 2)
+    monkeypatch.setattr("ooc_influence.influence.request.LEFT_ROWS", 2)
     with pytest.raises(MismatchError, match=r"room for 4 queries at a time.*give as much --memory"):
         influence_scores(*stores, out=tmp_path / "s")
     monkeypatch.undo()

@@ -31,9 +31,8 @@ from ooc_influence.errors import (
     StoreWriteError,
 )
 from ooc_influence.store import LayerShape, Mask, ModuleMask
-from ooc_influence.store.encoding import REPRESENTATIONS, Encoding
+from ooc_influence.store.encoding import BLOCK, REPRESENTATIONS, Encoding
 from ooc_influence.store.local import LocalArrayStore
-from ooc_influence.store.quantised import BLOCK
 
 ROWS = random_rows(60, 8)
 
@@ -260,10 +259,10 @@ def test_torch_takes_the_rows_without_a_copy(tmp_path, name):
 
 def test_a_caller_faster_than_the_disk_waits(tmp_path, monkeypatch):
     """Back-pressure: no more chunks in memory than the writer has buffers for."""
-    from ooc_influence.store import committer, writer
+    from ooc_influence.store import commits, writer
 
     gate, alive, most = threading.Event(), [0], [0]
-    put, empty = LocalArrayStore._put, committer.Slot.empty
+    put, empty = LocalArrayStore._put, commits.Slot.empty
 
     def slow(self, path, value):
         gate.wait(10)

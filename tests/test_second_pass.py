@@ -29,12 +29,12 @@ from ooc_influence import (
     reduce_store,
     self_influence,
 )
-from ooc_influence.compress import passes
+from ooc_influence.compress import eigenbasis
 from ooc_influence.errors import InputError, MemoryBudgetError, MismatchError, StoreBusyError, StoreExistsError
 from ooc_influence.linalg import row_weights, spectrum
 
 N, K, R = 300, 40, 12
-APPEND = passes._append
+APPEND = eigenbasis._append
 ROWS = random_rows(N, K)
 LOSS = np.linspace(0.1, 3, N).astype(np.float32)
 FACTS = {
@@ -65,7 +65,7 @@ def wide(tmp_path):
 
 
 def small_blocks(monkeypatch, rows=16):
-    for module in (passes, spectrum):
+    for module in (eigenbasis, spectrum):
         monkeypatch.setattr(module, "block_limit", lambda k, **least: rows)
 
 
@@ -164,7 +164,7 @@ def test_marks_are_there_before_the_rows(tmp_path, wide, monkeypatch):
         return real(target, *rest)
 
     small_blocks(monkeypatch)
-    monkeypatch.setattr(passes, "_append", look)
+    monkeypatch.setattr(eigenbasis, "_append", look)
     store = reduce_store(wide.path, tmp_path / "s.zarr", R, storage=Storage(16, 2))
     assert seen[0] == [3]
     assert np.flatnonzero(store.dropped).tolist() == [3, 100, 200]
@@ -214,7 +214,7 @@ def test_an_interrupted_run_goes_on_with_the_same_basis(tmp_path, wide, monkeypa
     options = {"dtype": "float32", "storage": Storage(24, 1)}  # 24 is no multiple of 16: blocks start anew in a group
     whole = reduce_store(wide, tmp_path / "whole", R, **options)
     first = Stopping(7)
-    monkeypatch.setattr(passes, "_append", first)
+    monkeypatch.setattr(eigenbasis, "_append", first)
     with pytest.raises((KeyboardInterrupt, InterruptedError)):
         reduce_store(wide, tmp_path / "s", R, workers=workers, **options)
     held = GradientStore.open(tmp_path / "s")
@@ -224,7 +224,7 @@ def test_an_interrupted_run_goes_on_with_the_same_basis(tmp_path, wide, monkeypa
     fits = []
     monkeypatch.setattr("ooc_influence.compress.reduce.fit_eigenbasis", lambda *a, **b: fits.append(1))
     second = Stopping(-1)
-    monkeypatch.setattr(passes, "_append", second)
+    monkeypatch.setattr(eigenbasis, "_append", second)
     found = reduce_store(wide, tmp_path / "s", R, workers=workers, **options)
     assert not fits
     assert second.rows == N - held.committed
@@ -236,7 +236,7 @@ def test_an_interrupted_run_goes_on_with_the_same_basis(tmp_path, wide, monkeypa
     assert_allclose(found.rows(), ROWS @ basis, atol=1e-6)
     assert found.verify() == []
     assert found.layout.planned_rows is None
-    monkeypatch.setattr(passes, "_append", None)  # a finished one does nothing
+    monkeypatch.setattr(eigenbasis, "_append", None)  # a finished one does nothing
     again = reduce_store(wide, tmp_path / "s")
     assert again.attrs == found.attrs
 
@@ -259,7 +259,7 @@ def test_a_killed_run_goes_on(tmp_path, wide):
 import sys
 sys.path.insert(0, sys.argv[1])
 import signal
-import ooc_influence.compress.passes as passes, ooc_influence.linalg.spectrum as spectrum
+import ooc_influence.compress.eigenbasis as passes, ooc_influence.linalg.spectrum as spectrum
 from test_second_pass import Stopping
 from ooc_influence import Storage, reduce_store
 passes.block_limit = spectrum.block_limit = lambda k, least: 16
@@ -283,18 +283,18 @@ def test_another_writer_is_waited_for_on_a_cluster_only(tmp_path, wide, monkeypa
     train = reduce_store(wide, tmp_path / "t", R, storage=Storage(32, 1))
     held = []
 
-    def claimed(store, stripe, real=passes._claim):
+    def claimed(store, stripe, real=eigenbasis._claim):
         if not held:
             held.append(GradientStore.open(store.path, "a"))
             held[0].writer(0, 64)
         return real(store, stripe)
 
-    monkeypatch.setattr(passes, "_claim", claimed)
+    monkeypatch.setattr(eigenbasis, "_claim", claimed)
     with pytest.raises(StoreBusyError):
         reduce_store(wide, tmp_path / "s", like=train, storage=Storage(32, 1))
-    monkeypatch.setattr(passes, "in_worker", lambda: True)
+    monkeypatch.setattr(eigenbasis, "in_worker", lambda: True)
     monkeypatch.setattr(
-        "ooc_influence.store.ranges.time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: held[0].close())
+        "ooc_influence.store.claim.time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: held[0].close())
     )
     found = reduce_store(wide, tmp_path / "s", like=train)
     assert_array_equal(found.rows(), train.rows())
@@ -488,7 +488,7 @@ def test_an_interrupted_rotation_goes_on(tmp_path, wide, monkeypatch):
     old = reduce_store(wide, tmp_path / "old", 20, rows=60, dtype="float32")
     whole = reduce_store(old, tmp_path / "whole", rotate=True, storage=Storage(24, 1))
     with monkeypatch.context() as patch:
-        patch.setattr(passes, "_append", Stopping(7))
+        patch.setattr(eigenbasis, "_append", Stopping(7))
         with pytest.raises(KeyboardInterrupt):
             reduce_store(old, tmp_path / "s", rotate=True, storage=Storage(24, 1))
     found = reduce_store(old, tmp_path / "s", rotate=True)

@@ -15,8 +15,7 @@ from torch import nn
 
 from ooc_influence import Dropout, Identity, OocInfluenceWarning, cross_entropy, extract_gradients, token_cross_entropy
 from ooc_influence.errors import UnsupportedModelError
-from ooc_influence.extract.check import LayersDisagreeError
-from ooc_influence.extract.samples import _factors
+from ooc_influence.extract.check import LayersDisagreeError, _factors
 from ooc_influence.extract.selection import select_layers
 
 B, T, D, CLASSES = 6, 5, 8, 5

@@ -26,10 +26,8 @@ import ooc_influence as ooc
 from ooc_influence.errors import InputError, OocInfluenceWarning
 from ooc_influence.progress import Progress, watched
 from ooc_influence.report import Corpus
-from ooc_influence.report.asking import RecipeModel
-from ooc_influence.report.jobs import Jobs
-from ooc_influence.report.serve import live_report
-from ooc_influence.report.server import LARGEST, PageServer
+from ooc_influence.report.live_query import Jobs, RecipeModel
+from ooc_influence.report.server import LARGEST, PageServer, live_report
 
 pytest.importorskip("jinja2")
 pytestmark = pytest.mark.filterwarnings("ignore::ooc_influence.OocInfluenceWarning")
@@ -413,7 +411,7 @@ def test_a_hugging_face_model_is_asked(tmp_path, monkeypatch):
     from test_hf import make_model
 
     from ooc_influence import hf
-    from ooc_influence.report.asking import HuggingFaceModel
+    from ooc_influence.report.live_query import HuggingFaceModel
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     make_model(tmp_path / "model")

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_info
 
-from ooc_influence import fit_fisher, influence_scores, stripes
+from ooc_influence import fit_fisher, influence_scores, parallel
 from ooc_influence.influence import scores
-from ooc_influence.linalg import Team, engines
+from ooc_influence.linalg import Team, backend
 from ooc_influence.process import limit_blas
 
 
@@ -26,7 +26,7 @@ def test_lazy_scores_use_the_cores_once(pair, monkeypatch, tasks, told, expected
     lazy = influence_scores(query, train)
     wanted = lazy.compute(scheduler="synchronous")
     monkeypatch.setattr("ooc_influence.memory.BLOCK_BYTES", 64 * 4 * train.k)
-    monkeypatch.setattr(stripes, "cores", lambda: 4)
+    monkeypatch.setattr(parallel, "cores", lambda: 4)
     lazy = influence_scores(query, train)
     assert lazy.numblocks[-1] == 8
     found, gate, plain = [], threading.Barrier(tasks, timeout=30), scores.score_tiles
@@ -50,10 +50,10 @@ def test_a_stopwatch_does_not_choose_between_equals(monkeypatch, gain):
     noise = np.random.default_rng(0)
 
     def timed(engine, total, block, team):
-        return (1.0 if isinstance(engine, engines.NumpyEngine) else gain) * noise.uniform(1, 1.2)
+        return (1.0 if isinstance(engine, backend.NumpyEngine) else gain) * noise.uniform(1, 1.2)
 
-    monkeypatch.setattr(engines, "_timed", timed)
-    monkeypatch.setattr(engines, "_TRIAL", (16, 32))
+    monkeypatch.setattr(backend, "_timed", timed)
+    monkeypatch.setattr(backend, "_TRIAL", (16, 32))
     with Team() as team:
-        chosen = {type(engines._fastest(False, team)) for _ in range(30)}
-    assert chosen == {engines.NumpyEngine if gain > 2 else engines.ScipyEngine}
+        chosen = {type(backend._fastest(False, team)) for _ in range(30)}
+    assert chosen == {backend.NumpyEngine if gain > 2 else backend.ScipyEngine}

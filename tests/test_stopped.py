@@ -53,7 +53,7 @@ def test_a_stop_is_told_as_a_stop(tmp_path, pair, monkeypatch, name):
     query, train = pair
     if name == "tiles":
         force(monkeypatch, "tiles")
-    monkeypatch.setattr("ooc_influence.curvature.gram_fit.KEPT_BYTES", 0)  # on disk
+    monkeypatch.setattr("ooc_influence.curvature.dual.KEPT_BYTES", 0)  # on disk
     fit_fisher(train)
     steps = 0
     for calls in range(100):
@@ -73,7 +73,7 @@ def test_the_writers_thread_tells_a_stop(tmp_path, monkeypatch):
 
     store = GradientStore.create(tmp_path / "s.zarr", whole_mask(6))
     store.append(random_rows(10, 6), loss=np.zeros(10))
-    monkeypatch.setattr("ooc_influence.store.committer.Committer._write_gradients", stopped)
+    monkeypatch.setattr("ooc_influence.store.commits.Committer._write_gradients", stopped)
     with pytest.raises(InterruptedError, match=r"^stopped$"):
         store.flush()
 

@@ -12,9 +12,9 @@ from models import Mlp, batches, data, loss, make
 from ooc_influence import GradientStore, extract_gradients
 from ooc_influence.compress import Dropout
 from ooc_influence.errors import InputError, StoreBusyError
-from ooc_influence.extract.target import _SKIPPED, Target
-from ooc_influence.store import make_claim, merge_stores, ranges
-from ooc_influence.store.committer import Committer
+from ooc_influence.extract.sink import _SKIPPED, Target
+from ooc_influence.store import make_claim, merge_stores, wait_for
+from ooc_influence.store.commits import Committer
 
 
 @pytest.fixture
@@ -157,7 +157,7 @@ def test_a_run_that_skips_waits_for_another_that_marks(tmp_path):
 
 def test_a_right_that_is_held_for_long_is_refused(tmp_path):
     path = write_store(tmp_path / "s.zarr", random_rows(10, 6)).path
-    claim = make_claim(path, name="drop")
+    taken = make_claim(path, name="drop")
     with pytest.raises(StoreBusyError, match="expected no other writer"):
-        ranges.wait_for(lambda: make_claim(path, name="drop"), patience=0.1)
-    claim.release()
+        wait_for(lambda: make_claim(path, name="drop"), patience=0.1)
+    taken.release()

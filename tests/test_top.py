@@ -14,11 +14,11 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from ooc_influence import GradientStore, fit_fisher, influence_scores, self_influence
 from ooc_influence.cli.main import main
+from ooc_influence.curvature import checkpoint, costs, low_rank, primal
 from ooc_influence.curvature import rows as rows_room
-from ooc_influence.curvature import tiled, top, unfinished, ways
-from ooc_influence.curvature.need import fisher_need
+from ooc_influence.curvature.costs import fisher_need
 from ooc_influence.errors import InputError, MemoryBudgetError, OocInfluenceWarning, SingularFisherError, StoreBusyError
-from ooc_influence.linalg import engines, subspace, triangle
+from ooc_influence.linalg import accumulate, backend, subspace
 from ooc_influence.memory import WORKING, process_anonymous
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*effective dimension")
@@ -28,15 +28,15 @@ WAYS = ["whole", "sums", "tiles", "rows"]
 
 def force(patch, name, *, patient=True):
     """Take one way only, with small tiles; iterate until nothing more is gained."""
-    plain = ways.top_ways
-    patch.setattr(ways, "top_ways", lambda *a, **o: [way for way in plain(*a, **o) if way.name == name])
-    patch.setattr(triangle, "TILE", 32)
-    patch.setattr(ways, "TILE", 32)
-    patch.setattr(ways, "_LARGEST_TILE", 64)
-    patch.setattr(ways, "EXTRA", 16)
+    plain = costs.top_ways
+    patch.setattr(costs, "top_ways", lambda *a, **o: [way for way in plain(*a, **o) if way.name == name])
+    patch.setattr(accumulate, "TILE", 32)
+    patch.setattr(costs, "TILE", 32)
+    patch.setattr(costs, "_LARGEST_TILE", 64)
+    patch.setattr(costs, "EXTRA", 16)
     if patient:
         patch.setattr(subspace, "TOLERANCE", 1e-12)
-        patch.setattr(top, "PASSES", 100)
+        patch.setattr(low_rank, "PASSES", 100)
 
 
 @pytest.fixture(params=WAYS)
@@ -220,7 +220,7 @@ def test_the_stated_tolerance(train, monkeypatch):
 
 def test_the_seed_decides(train, monkeypatch):
     force(monkeypatch, "rows")
-    monkeypatch.setattr(top, "PASSES", 2)
+    monkeypatch.setattr(low_rank, "PASSES", 2)
     with pytest.warns(OocInfluenceWarning, match="the last: they are lower bounds"):
         one, same, other = (
             fit_fisher(train, rank=20, seed=seed, name=name) for seed, name in ((1, "a"), (1, "b"), (2, "c"))
@@ -233,10 +233,10 @@ def test_the_seed_decides(train, monkeypatch):
 
 @pytest.mark.parametrize("way", ["tiles", "rows"], indirect=True)
 def test_tiles_and_passes_are_gone_on_from(train, monkeypatch, way, caplog):
-    monkeypatch.setattr(unfinished, "INTERVAL", 0.0)
-    monkeypatch.setattr(unfinished, "_SHARE", 0)
+    monkeypatch.setattr(checkpoint, "INTERVAL", 0.0)
+    monkeypatch.setattr(checkpoint, "_SHARE", 0)
     expected = fit_fisher(train, rank=5, name="expected")
-    module, name = (tiled, "_sum_tile") if way == "tiles" else (top, "_multiply_share")
+    module, name = (primal, "_sum_tile") if way == "tiles" else (low_rank, "_multiply_share")
     plain, left, calls = getattr(module, name), [2], []
 
     def stopping(*arguments):
@@ -267,7 +267,7 @@ def test_tiles_and_passes_are_gone_on_from(train, monkeypatch, way, caplog):
 
 def test_two_processes_do_not_sum_the_same_tiles(train, monkeypatch):
     force(monkeypatch, "tiles")
-    with unfinished.Unfinished(train.path / "curvature" / "default", {}), pytest.raises(StoreBusyError, match="wait"):
+    with checkpoint.Unfinished(train.path / "curvature" / "default", {}), pytest.raises(StoreBusyError, match="wait"):
         fit_fisher(train, rank=5)
 
 
@@ -283,8 +283,8 @@ def test_what_fits_decides(tmp_path, monkeypatch):
     assert "extract with a smaller k" in str(refused.value)
     found = fit_fisher(train, memory=room - 1, rank=128)
     assert found.attrs["way"] != "whole"
-    shapes = ways.Shapes(700, 300, 300, 2800, 1, train.reading_bytes, 0)
-    needs = [ways.sums_need(shapes, 10), ways.tiles_need(shapes, 10, 700), ways.rows_need(shapes, 10)]
+    shapes = costs.Shapes(700, 300, 300, 2800, 1, train.reading_bytes, 0)
+    needs = [costs.sums_need(shapes, 10), costs.tiles_need(shapes, 10, 700), costs.rows_need(shapes, 10)]
     least = min(need.peak(need.min_rows, 1, 0) for need in needs)
     assert fit_fisher(train, memory=least, rank=10, refit=True).attrs["way"] == "rows"
     with pytest.raises(MemoryBudgetError, match=r"fisher for k=700, rank=10 needs .*--rank 8 \([^)]* MiB\)"):
@@ -294,36 +294,36 @@ def test_what_fits_decides(tmp_path, monkeypatch):
 def test_needs_count_everything_once():
     """Sizes are primes, so that a missing or doubled term shows."""
     k = 10007
-    shapes = ways.Shapes(k, 997, 997, 2 * k, 3, 7, 11)
-    c = 5 + ways.EXTRA
+    shapes = costs.Shapes(k, 997, 997, 2 * k, 3, 7, 11)
+    c = 5 + costs.EXTRA
     assert shapes.columns(5) == c
-    rows = ways.rows_need(shapes, 5)
+    rows = costs.rows_need(shapes, 5)
     assert (rows.per_worker, rows.per_row) == (12 * k * c + 7, 4 * (k + c))
     assert rows.fixed == (4 + 8) * k * c + 11
-    sums = ways.sums_need(shapes, 5)
+    sums = costs.sums_need(shapes, 5)
     assert (sums.per_worker, sums.per_row, sums.fixed) == (12 * k**2 + 7, 4 * k, 8 * k**2 + 11)
-    tiles = ways.tiles_need(shapes, 5, 31)
+    tiles = costs.tiles_need(shapes, 5, 31)
     assert (tiles.per_worker, tiles.per_row) == (20 * 31**2 + 24 * 1024**2 + 7, 248)
     after = 16 * k * c + 40 * c**2 + 24 * 1024 * c + 8 * 1024 * (3 * 1024 + 2 * c)
-    assert ways.tiles_need(shapes._replace(workers=1), 5, 31).fixed == after - tiles.per_worker + 7 + 11 - 7
+    assert costs.tiles_need(shapes._replace(workers=1), 5, 31).fixed == after - tiles.per_worker + 7 + 11 - 7
 
 
 @pytest.mark.parametrize("way", ["sums", "tiles", "rows"])
 def test_memory_stays_below_the_projection(tmp_path, way, monkeypatch):
     k, rank = 1200, 60
     force(monkeypatch, way, patient=False)
-    monkeypatch.setattr(engines, "_chosen", {})
-    monkeypatch.setattr(engines, "_fastest", lambda *args: engines.ScipyEngine())  # others have a temporary tile
-    monkeypatch.setattr(triangle, "TILE", 256)
-    monkeypatch.setattr(ways, "TILE", 256)
-    monkeypatch.setattr(ways, "_LARGEST_TILE", 512)
+    monkeypatch.setattr(backend, "_chosen", {})
+    monkeypatch.setattr(backend, "_fastest", lambda *args: backend.ScipyEngine())  # others have a temporary tile
+    monkeypatch.setattr(accumulate, "TILE", 256)
+    monkeypatch.setattr(costs, "TILE", 256)
+    monkeypatch.setattr(costs, "_LARGEST_TILE", 512)
     rng = np.random.default_rng(0)
     rows = (rng.normal(size=(600, k)) / np.sqrt(1 + np.arange(k))).astype(np.float32)
     train = write_store(tmp_path / "t.zarr", rows, dtype="float16")
     fit_fisher(train, rank=rank)  # what is imported and allocated once
-    shapes = ways.Shapes(k, 600, 600, 2 * k, 1, train.reading_bytes, 0)
-    need = {"sums": ways.sums_need(shapes, rank), "tiles": ways.tiles_need(shapes, rank, 512),
-            "rows": ways.rows_need(shapes, rank)}[way]  # fmt: skip
+    shapes = costs.Shapes(k, 600, 600, 2 * k, 1, train.reading_bytes, 0)
+    need = {"sums": costs.sums_need(shapes, rank), "tiles": costs.tiles_need(shapes, rank, 512),
+            "rows": costs.rows_need(shapes, rank)}[way]  # fmt: skip
     tracemalloc.start()
     try:
         found = fit_fisher(train, rank=rank, refit=True, memory=process_anonymous() + 2**30)

@@ -9,36 +9,36 @@ import numpy as np
 import pytest
 
 from ooc_influence import Curvature, fit_fisher
-from ooc_influence.curvature import unfinished
+from ooc_influence.curvature import checkpoint
 from ooc_influence.errors import StoreWriteError
-from ooc_influence.store import create_array, disk
+from ooc_influence.store import create_array, local
 
 
 def keep(fit, name="sums"):
     """Save a result of a fit."""
-    unfinished.save_result(fit.path, name, 0, {}, lambda group: create_array(group, "x", (3,), (3,), np.float32))
+    checkpoint.save_result(fit.path, name, 0, {}, lambda group: create_array(group, "x", (3,), (3,), np.float32))
 
 
 def test_a_fit_that_ends_leaves_the_next_one_its_folder(tmp_path, monkeypatch):
-    first = unfinished.Unfinished(tmp_path / "f", {"of": 1})
+    first = checkpoint.Unfinished(tmp_path / "f", {"of": 1})
     keep(first)
-    assert not unfinished.Unfinished(tmp_path / "f", {"of": 1}).usable  # while the first holds the claim
+    assert not checkpoint.Unfinished(tmp_path / "f", {"of": 1}).usable  # while the first holds the claim
     next_one = []
 
     def remove_empty(folder):
         if not next_one:  # the first has given the folder back, and is about to remove it
-            next_one.append(unfinished.Unfinished(tmp_path / "f", {"of": 2}))
+            next_one.append(checkpoint.Unfinished(tmp_path / "f", {"of": 2}))
             keep(next_one[0])
         plain(folder)
 
-    plain = unfinished.remove_empty
-    monkeypatch.setattr(unfinished, "remove_empty", remove_empty)
+    plain = checkpoint.remove_empty
+    monkeypatch.setattr(checkpoint, "remove_empty", remove_empty)
     first.close(finished=True)
     (second,) = next_one
     assert second.usable
     assert list(second.results("sums")) == ["sums"]
     second.close(finished=False)
-    again = unfinished.Unfinished(tmp_path / "f", {"of": 2})
+    again = checkpoint.Unfinished(tmp_path / "f", {"of": 2})
     assert list(again.results("sums")) == ["sums"]
     again.close(finished=True)
     assert list(tmp_path.iterdir()) == []
@@ -53,23 +53,23 @@ def test_a_folder_that_goes_while_it_is_claimed_is_made_again(tmp_path, monkeypa
             shutil.rmtree(path)
         return plain(path, **how)
 
-    plain = unfinished.make_claim
-    monkeypatch.setattr(unfinished, "make_claim", make_claim)
-    with unfinished.Unfinished(tmp_path / "f", {}) as kept:
+    plain = checkpoint.make_claim
+    monkeypatch.setattr(checkpoint, "make_claim", make_claim)
+    with checkpoint.Unfinished(tmp_path / "f", {}) as kept:
         assert kept.usable
         keep(kept)
     assert list(tmp_path.iterdir()) == []
     left[0] = 1000
     with pytest.raises(StoreWriteError, match=r"expected to write the curvature to .*check the path"):
-        unfinished.Unfinished(tmp_path / "f", {})
+        checkpoint.Unfinished(tmp_path / "f", {})
 
 
 def test_results_of_other_settings_do_not_count(tmp_path):
-    first = unfinished.Unfinished(tmp_path / "f", {"of": 1})
+    first = checkpoint.Unfinished(tmp_path / "f", {"of": 1})
     keep(first)
     (first.path / ".settings.json.0.partial").write_text("of a crash")
     first.close(finished=False)
-    other = unfinished.Unfinished(tmp_path / "f", {"of": 2})
+    other = checkpoint.Unfinished(tmp_path / "f", {"of": 2})
     assert other.results("sums") == {}
     other.close(finished=False)
     assert list(tmp_path.iterdir()) == []  # it kept nothing
@@ -78,7 +78,7 @@ def test_results_of_other_settings_do_not_count(tmp_path):
 def test_there_is_a_finished_curvature_at_any_moment(tmp_path, pair):
     for name in "ab":
         (tmp_path / name).mkdir()
-    if not disk._swap(tmp_path / "a", tmp_path / "b"):
+    if not local._swap(tmp_path / "a", tmp_path / "b"):
         pytest.skip("this system, or the file system of the temporary folder, does not swap names")
     train = pair[1]
     place = fit_fisher(train).path
@@ -102,7 +102,7 @@ def test_there_is_a_finished_curvature_at_any_moment(tmp_path, pair):
 def test_a_curvature_is_replaced_without_swapping_names(pair, monkeypatch):
     train = pair[1]
     before = fit_fisher(train)
-    monkeypatch.setattr(disk, "_renameat2", lambda: None)
+    monkeypatch.setattr(local, "_renameat2", lambda: None)
     after = fit_fisher(train, refit=True)
     assert after.attrs["fit"] != before.attrs["fit"]
     assert Curvature.open(after.path).attrs["fit"] == after.attrs["fit"]

@@ -112,7 +112,7 @@ def _import_all() -> None:
             "datasets", "matplotlib.figure", "s3fs", "xarray", "pandas", "jinja2", "PIL.Image",
             "ooc_influence.cli.main", "ooc_influence.cli.extraction", "ooc_influence.cli.scoring", "ooc_influence.hf",
             "ooc_influence.evaluate",
-            "ooc_influence.report", "ooc_influence.cli.demo.digits",
+            "ooc_influence.report", "ooc_influence.cli.demo",
         ):  # fmt: skip
             with contextlib.suppress(ImportError):  # an extra that is not installed
                 importlib.import_module(name)

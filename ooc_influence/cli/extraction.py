@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ooc_influence.cli import options
-from ooc_influence.cli.allocator import keep_freed_memory
+from ooc_influence.cli.options import keep_freed_memory
 
 _FIELDS = ("text", "prompt", "completion", "messages", "label", "chat", "id", "keep")
 _PREPARING = (
@@ -174,9 +174,9 @@ def extract(shard: str | None, shards: int | None, on_nonfinite: str, as_json: b
     """
     from ooc_influence import extract_gradients, extract_shards
     from ooc_influence.errors import InputError
-    from ooc_influence.extract.recipe_file import choose_split, load_recipe, running
+    from ooc_influence.extract.recipe import choose_split, load_recipe, running
+    from ooc_influence.parallel import ambient_client
     from ooc_influence.report import describe, store_facts
-    from ooc_influence.stripes import ambient_client
 
     place = _parse_shard(shard)
     keep_freed_memory()
@@ -232,7 +232,7 @@ def init(rows: int | None, as_json: bool, **given: Any) -> None:
     from ooc_influence import init_store
     from ooc_influence.errors import InputError
     from ooc_influence.extract import row_types
-    from ooc_influence.extract.recipe_file import choose_split, load_recipe, running
+    from ooc_influence.extract.recipe import choose_split, load_recipe, running
     from ooc_influence.report import describe, store_facts
 
     keep_freed_memory()
@@ -255,3 +255,133 @@ def init(rows: int | None, as_json: bool, **given: Any) -> None:
                 per_sample_loss=recipe.per_sample_loss, pilot=data.batches, origin=_origin(given), **common,
             )  # fmt: skip
     options.print_result(as_json, store_facts(result), lambda: f"{describe(result)}, {wanted} rows planned")
+
+
+@click.command()
+@click.option("--rows", type=int, required=True, metavar="N", help="Train rows.")
+@click.option("--k", type=int, required=True, help="Gradient entries kept of each row.")
+@click.option("--queries", type=int, default=100, show_default=True, metavar="Q", help="Query rows.")
+@click.option("--dtype", type=click.Choice(["float16", "bfloat16", "float32", "int8", "int4"]), default="float16",
+              show_default=True, help="Representation on disk.")  # fmt: skip
+@click.option("--reduce", type=int, metavar="R", help="Numbers that kept entries are reduced to. Default: none.")
+@click.option("--top", type=int, default=100, show_default=True, help="Rows of a top list.")
+@click.option("--dampings", type=int, default=1, show_default=True, help="Damping values at once.")
+@options.memory
+@click.option("--workers", type=int, default=1, show_default=True, metavar="W", help="Row stripes at once.")
+@click.option("--gflops", type=float, help="10^9 float32 FLOP in a second. Default: measured here.")
+@click.option("--read-rate", metavar="SIZE", help="Bytes read from the disk in a second. Default: measured here.")
+@click.option(
+    "--folder",
+    default=".",
+    type=options.PATH,
+    metavar="DIR",
+    help="Where the stores will be: the disk measured. Default: here.",
+)
+@options.as_json
+def plan(as_json: bool, read_rate: str | None, **given: Any) -> int:
+    """Show what each stage will take: disk, memory, arithmetic, time. Exit code 1 where one does not fit the budget.
+
+    Nothing is written but a file of 128 MiB for the two seconds in which the machine is measured.
+    """
+    from ooc_influence.memory import parse_bytes
+    from ooc_influence.planning import plan as make_plan
+
+    found = make_plan(read_rate=None if read_rate is None else parse_bytes(read_rate), **given)
+    options.print_result(as_json, found.to_dict(), lambda: _text(found))
+    return 0 if found.fits else 1
+
+
+def _text(found: Any) -> str:
+    from ooc_influence.memory import format_bytes
+    from ooc_influence.report import table
+
+    lines = []
+    for stage in found.stages:
+        lines.append(
+            (
+                stage.name,
+                format_bytes(stage.disk) if stage.disk else "-",
+                "the model's" if stage.peak is None else format_bytes(stage.peak),
+                "the model's" if stage.flops is None else f"{stage.flops / 1e9:.3g}",
+                "the model's" if stage.seconds is None else _duration(stage.seconds),
+                "no" if stage.refusal else "yes" if stage.peak is not None else "",
+            )
+        )
+    header = ("stage", "disk", "peak memory", "GFLOP", "time", "fits")
+    notes = [f"{stage.name}: {stage.refusal or stage.note}" for stage in found.stages if stage.refusal or stage.note]
+    ends = [f"budget {format_bytes(found.budget)} a process", f"this machine: {found.rates}"]
+    return "\n".join([table(header, lines), "", *notes, *ends])
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+@click.command()
+@click.option(
+    "--store", required=True, type=options.PATH, metavar="PATH|URL", help="The store whose compression is looked at."
+)
+@click.option(
+    "--recipe",
+    "recipe_name",
+    type=options.PATH,
+    metavar="FILE.py:FUNCTION|MODULE:FUNCTION",
+    help="As the store was made with.",
+)
+@click.option(
+    "--model",
+    type=options.PATH,
+    metavar="DIR|ID",
+    help="Instead: a Hugging Face model, or a PEFT adapter; with --data.",
+)
+@click.option("--data", type=options.PATH, metavar="FILE", help="Documents, as for extract.")
+@click.option("--split", metavar="NAME", help="Which split, of a recipe or a datasets folder that has several.")
+@click.option(
+    "--rows", type=int, default=256, show_default=True, help="Samples to compare on; one in eight is a query."
+)
+@click.option("--damping", "dampings", type=float, multiple=True, metavar="X",
+              help="Relative dampings beside the default; may be repeated. Default: 0.01, 1, 10.")  # fmt: skip
+@click.option("--device", help="Where to run, such as cuda. Default: where the model is.")
+@options.memory
+@options.documents
+@options.as_json
+def check(rows: int, dampings: tuple[float, ...], memory: str | None, as_json: bool, **given: Any) -> None:
+    """Say how well the scores of a store agree with uncompressed ones, on a few hundred samples.
+
+    Gradients of the same samples are taken as the store has them, and whole; both are scored with the F of these rows.
+    """
+    from ooc_influence.evaluate.agreement import SWEEP
+    from ooc_influence.evaluate.agreement import check as run
+    from ooc_influence.extract.recipe import running
+
+    keep_freed_memory()
+    # what the user's code prints must not end up in our output
+    with contextlib.redirect_stdout(sys.stderr), running(given["recipe_name"]):
+        model, per_sample_loss, batches = _parts(given)
+        found = run(
+            given["store"], model, per_sample_loss, batches, rows=rows, dampings=dampings or SWEEP,
+            device=given["device"], memory=memory, progress=options.show_progress(),
+        )  # fmt: skip
+    options.print_result(as_json, found.to_dict(), lambda: str(found))
+
+
+def _parts(given: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """Return model, loss and batches."""
+    from ooc_influence.errors import InputError
+
+    check_source(given)
+    if given["output"] == "curvature":
+        raise InputError("expected gradients to check; received --output curvature: leave it out")
+    if given["recipe_name"] is not None:
+        from ooc_influence.extract.recipe import choose_split, load_recipe
+
+        recipe = load_recipe(given["recipe_name"])
+        return recipe.model, recipe.per_sample_loss, choose_split(recipe, given["split"]).batches
+    from ooc_influence.hf.extraction import open_job
+
+    kept = ("store", "recipe_name", "model", "data")
+    named = {name: value for name, value in given.items() if name not in kept and value not in (None, (), False)}
+    job = open_job(given["model"], given["data"], progress=options.show_progress(), **named)
+    return job.model, job.per_sample_loss, job.batches

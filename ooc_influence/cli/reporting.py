@@ -105,8 +105,8 @@ def serve(store: str, host: str, port: int, no_token: bool, as_json: bool, **giv
     """
     import signal
 
-    from ooc_influence.report.serve import live_report
-    from ooc_influence.report.serve import serve as run
+    from ooc_influence.report.server import live_report
+    from ooc_influence.report.server import serve as run
 
     loading = {name: given.pop(name) for name in _LOADING}
     model = _model(given.pop("model"), given.pop("recipe"), given.pop("typed"), loading)
@@ -123,7 +123,7 @@ def serve(store: str, host: str, port: int, no_token: bool, as_json: bool, **giv
 
 def _model(name: str | None, recipe: str | None, typed: str, loading: dict[str, Any]) -> Any:
     from ooc_influence.errors import InputError
-    from ooc_influence.report.asking import HuggingFaceModel, RecipeModel
+    from ooc_influence.report.live_query import HuggingFaceModel, RecipeModel
 
     if name is not None and recipe is not None:
         raise InputError("expected --model or --recipe; received both")
@@ -131,7 +131,7 @@ def _model(name: str | None, recipe: str | None, typed: str, loading: dict[str, 
         return HuggingFaceModel(name, typed, **loading)
     if recipe is None:
         return None
-    from ooc_influence.extract.recipe_file import load_recipe
+    from ooc_influence.extract.recipe import load_recipe
 
     with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints must not end up in our output
         return RecipeModel(load_recipe(recipe), recipe)

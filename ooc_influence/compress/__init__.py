@@ -1,12 +1,9 @@
 """Compressors: what is kept of a gradient."""
 
-from ooc_influence.compress.dropout import Dropout
-from ooc_influence.compress.eigenbasis import Eigenbasis, fit_eigenbasis
-from ooc_influence.compress.logra import LoGra
-from ooc_influence.compress.projection import Gaussian, Grass, Identity, Pca, Projection, Rademacher, Sjlt, Whole
+from ooc_influence.compress.dropout import Dropout, variance_factors
+from ooc_influence.compress.eigenbasis import Eigenbasis, Share, basis_weights, fit_eigenbasis
+from ooc_influence.compress.projection import Gaussian, Grass, Identity, LoGra, Pca, Projection, Rademacher, Sjlt, Whole
 from ooc_influence.compress.reduce import reduce_store
-from ooc_influence.compress.share import Share, basis_weights
-from ooc_influence.compress.variance import variance_factors
 from ooc_influence.store import PilotMoments
 
 Compressor = Dropout | Whole

@@ -1,18 +1,11 @@
-"""Dropout compression: keep k of p gradient entries (arXiv 2509.15651).
+"""Which entries are worth keeping: a mixture of product distributions over all entries of all layers.
 
-Entry e is kept with probability π_e and multiplied by 1/√π_e, so for gradients g and h::
+A pilot gives second moments of every layer's rows and columns. An entry's root mean square is estimated by
+√(E[δ_i²] · E[x_j²]), without any full gradient; entries are drawn with probability proportional to it, mixed with a
+uniform share: an entry that the pilot never saw move must keep a chance, or estimates are biased where it later moves.
 
-    E[Σ_kept g_e h_e / π_e] = Σ_e g_e h_e
-
-stored dot products estimate full ones without bias, whatever the π. Three ways of choosing entries:
-
-- uniform (the paper's): every set of k entries is as probable as any other, over all layers together; π = k/p.
-- importance: entries are drawn in proportion to their root mean square as a pilot estimates it
-  (:mod:`.distribution`). m draws, fixed beforehand, give π_e = 1 − (1 − q_e)^m; distinct entries are kept, about k.
-- grid: of each layer the product of some rows and some columns, whose entries are one small matrix product. Their
-  numbers are the ideal ones √(k/p)·size, rounded up or down at random so that π = k/p exactly.
-
-At k = p the mask is the identity with weight 1. Time and memory are O(k) and the layers' sides, never O(p).
+Each component of the mixture is a layer's (or, where a weight is tied, one of its uses') product of a distribution over
+rows and one over columns, so drawing costs O(k) and the memory of rows and columns, never that of all entries.
 """
 
 from __future__ import annotations
@@ -24,10 +17,126 @@ from typing import Any, Literal, Self
 import numpy as np
 import numpy.typing as npt
 
-from ooc_influence.compress.distribution import EntryDistribution, inclusion
 from ooc_influence.compress.eigenbasis import Eigenbasis
-from ooc_influence.errors import InputError
+from ooc_influence.errors import InputError, NonFiniteError
 from ooc_influence.store import LayerShape, Mask, ModuleMask, PilotMoments
+
+Floats = npt.NDArray[np.float64]
+UNIFORM_SHARE = 0.05
+_MOST_DRAWS = 16  # for each entry asked for: beyond that the distribution has too few entries that matter
+
+Places = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class _Component:
+    layer: int
+    mass: float
+    rows: Floats | None  # None: uniform
+    cols: Floats | None
+
+
+class EntryDistribution:
+    """A distribution over the entries of layers, to draw from and to ask for probabilities.
+
+    Parameters
+    ----------
+    layers : sequence of LayerShape
+        The layers.
+    moments : sequence of PilotMoments
+        At least one for every layer that is to be drawn more than uniformly.
+
+    Raises
+    ------
+    InputError
+        If moments do not fit the layers.
+    NonFiniteError
+        If they are not finite.
+    """
+
+    def __init__(self, layers: Sequence[LayerShape], moments: Sequence[PilotMoments]) -> None:
+        self._layers = layers
+        self._starts = np.cumsum([0, *(layer.entries for layer in layers)])
+        roots = []
+        for moment in moments:
+            shape = layers[moment.layer].shape
+            if (len(moment.rows), len(moment.cols)) != shape:
+                raise InputError(f"expected pilot moments of {shape}; received {len(moment.rows)}, {len(moment.cols)}")
+            root = (np.sqrt(moment.rows), np.sqrt(moment.cols))
+            if not all(np.isfinite(part).all() for part in root):
+                raise NonFiniteError("expected finite pilot gradients; received NaN or Inf: check the pilot data", [])
+            roots.append((moment.layer, *root, float(root[0].sum() * root[1].sum())))
+        total = sum(mass for *_, mass in roots)
+        share = UNIFORM_SHARE if total > 0 else 1.0
+        entries = self._starts[-1]
+        self._components = [
+            _Component(n, share * layer.entries / entries, None, None) for n, layer in enumerate(layers)
+        ]
+        self._components += [
+            _Component(number, (1 - share) * mass / total, rows / rows.sum(), cols / cols.sum())
+            for number, rows, cols, mass in roots
+            if mass > 0
+        ]
+
+    @property
+    def entries(self) -> int:
+        """Entries of all layers, p."""
+        return int(self._starts[-1])
+
+    def draw(self, draws: int, generator: np.random.Generator) -> Places:
+        """Draw entries independently, ``draws`` of them: places in the layers' entries laid end to end."""
+        mass = np.array([component.mass for component in self._components])
+        counts = generator.multinomial(draws, mass / mass.sum())
+        found = []
+        for component, count in zip(self._components, counts.tolist(), strict=True):
+            if count:
+                height, width = self._layers[component.layer].shape
+                rows = _draw_axis(component.rows, height, count, generator)
+                cols = _draw_axis(component.cols, width, count, generator)
+                found.append(self._starts[component.layer] + rows * width + cols)
+        return np.concatenate(found)
+
+    def probability(self, layer: int, rows: Places, cols: Places) -> Floats:
+        """Return the probability of a single draw for entries of a layer, (m,)."""
+        height, width = self._layers[layer].shape
+        found = np.zeros(len(rows))
+        for component in self._components:
+            if component.layer == layer:
+                at_rows = 1 / height if component.rows is None else component.rows[rows]
+                at_cols = 1 / width if component.cols is None else component.cols[cols]
+                found += component.mass * at_rows * at_cols
+        return found
+
+    def draws_for(self, k: int, generator: np.random.Generator) -> int:
+        """Return how many draws give about ``k`` distinct entries, from draws that are then thrown away.
+
+        The number is fixed before the draws that count, so inclusion probabilities stay exact.
+        """
+        trial = np.empty(0, np.int64)
+        while True:
+            trial = np.concatenate([trial, self.draw(max(k, 64), generator)])
+            generator.shuffle(trial[-max(k, 64) :])  # draws come component by component
+            first = np.sort(np.unique(trial, return_index=True)[1])
+            if len(first) >= k:
+                return int(first[k - 1]) + 1
+            if len(trial) >= _MOST_DRAWS * k:
+                return len(trial)
+
+
+def _draw_axis(weights: Floats | None, size: int, count: int, generator: np.random.Generator) -> Places:
+    if weights is None:
+        return np.asarray(generator.integers(0, size, count), np.int64)
+    edges = np.cumsum(weights)
+    places = np.searchsorted(edges, generator.random(count) * edges[-1], side="right")
+    return np.asarray(
+        np.minimum(places, int(np.flatnonzero(weights)[-1]))
+    )  # rounding must not reach an entry without weight
+
+
+def inclusion(probability: Floats, draws: int) -> Floats:
+    """Return π = 1 − (1 − q)^m, the chance that an entry is among m independent draws, to full precision."""
+    return np.asarray(-np.expm1(draws * np.log1p(-probability)))
+
 
 SAMPLINGS = ("uniform", "importance", "grid")
 PILOT_SAMPLES = 256  # for importance sampling; more change the probabilities by a few per cent
@@ -209,3 +318,41 @@ def _module_mask(
 ) -> ModuleMask:
     weights = np.broadcast_to(np.asarray(weight, np.float32), len(rows)).copy()
     return ModuleMask(layer, rows.astype(np.int32), cols.astype(np.int32), weights)
+
+
+def variance_factors(dropout: Dropout, layers: Sequence[LayerShape], moments: Sequence[PilotMoments] = ()) -> Floats:
+    """Return ν_e of every entry, (p,) float64, layer by layer; O(p) time and memory.
+
+    Parameters
+    ----------
+    dropout : Dropout
+        Uniform or importance sampling; a reduction after it is not looked at.
+    layers : sequence of LayerShape
+        All tapped layers, as a store's mask has them.
+    moments : sequence of PilotMoments
+        For importance sampling: the pilot's, as a store's mask keeps them.
+
+    Raises
+    ------
+    InputError
+        For sampling on a grid, whose entries are not drawn apart, a k above p, or missing moments.
+    """
+    p = sum(layer.entries for layer in layers)
+    if dropout.k > p or dropout.sampling == "grid" or (dropout.sampling == "importance" and not moments):
+        raise InputError(
+            f"expected uniform sampling of at most p = {p} entries, or importance sampling with its pilot's moments; "
+            f"received sampling={dropout.sampling!r}, k={dropout.k}, {len(moments)} moments"
+        )
+    if dropout.k == p:
+        return np.zeros(p)
+    if dropout.sampling == "uniform":
+        return np.full(p, (p / dropout.k - 1) * p / max(1, p - 1))
+    distribution = EntryDistribution(layers, moments)
+    draws = dropout.draws(distribution)
+    chances = []
+    for number, layer in enumerate(layers):
+        rows, cols = np.divmod(np.arange(layer.entries), layer.shape[1])
+        chances.append(distribution.probability(number, rows, cols))
+    chance = np.concatenate(chances)
+    alone = np.exp((draws - 1) * np.log1p(-chance))
+    return np.asarray(draws * chance * alone / np.square(inclusion(chance, draws)))

@@ -12,15 +12,19 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Self
 
+import numpy as np
+
 from ooc_influence.compress.dropout import Dropout, parse_whole_numbers
 from ooc_influence.compress.eigenbasis import Eigenbasis
-from ooc_influence.errors import InputError, MemoryBudgetError
+from ooc_influence.errors import InputError, MemoryBudgetError, warn
 from ooc_influence.memory import Need, Room, format_bytes
 from ooc_influence.store import (
     GaussianReduction,
     GeneratedReduction,
     LayerShape,
+    LograReduction,
     Mask,
+    ModuleMask,
     PilotMoments,
     RademacherReduction,
     SjltReduction,
@@ -236,3 +240,62 @@ class Grass(Sjlt):
     def draw(self, layers: Sequence[LayerShape], moments: Sequence[PilotMoments] = ()) -> Mask:
         """Return the mask of the kept entries."""
         return Dropout(k=self.kept, seed=self.seed).draw(layers)
+
+
+_KINDS = ("linear", "transposed_linear")
+
+
+@dataclass(frozen=True)
+class LoGra(Whole):
+    """Project the gradient of every linear layer from both sides; layers of other kinds are left out.
+
+    Parameters
+    ----------
+    rank_out, rank_in : int
+        Rows and columns of what is stored of a layer; a side that has no more than that is kept as it is.
+    seed : int
+        Seed of the projections.
+
+    Raises
+    ------
+    InputError
+        For a rank below 1 or a negative seed.
+    """
+
+    rank_out: int = 16
+    rank_in: int = 16
+    seed: int = 0
+
+    name: ClassVar[str] = "logra"
+
+    def __post_init__(self) -> None:
+        parse_whole_numbers(self, {"rank_out": 1, "rank_in": 1, "seed": 0})
+
+    def draw(self, layers: Sequence[LayerShape], moments: Sequence[PilotMoments] = ()) -> Mask:
+        """Return a mask that says which projected numbers of each layer are stored, in place of which entries.
+
+        Raises
+        ------
+        InputError
+            If no layer is linear.
+        """
+        others = [layer for layer in layers if layer.kind not in _KINDS]
+        if len(others) == len(layers):
+            raise InputError(
+                f"expected linear layers for LoGra; received none among {len(layers)} layers: use another compressor"
+            )
+        if others:
+            share = sum(layer.entries for layer in others) / sum(layer.entries for layer in layers)
+            names = ", ".join(layer.name for layer in others[:3]) + (", ..." if len(others) > 3 else "")
+            warn(f"LoGra leaves out {len(others)} layers that are not linear, {share:.1%} of the entries: {names}")
+        return Mask(tuple(self._numbers(layer) for layer in layers))
+
+    def _numbers(self, layer: LayerShape) -> ModuleMask:
+        height, width = (min(self.rank_out, layer.shape[0]), min(self.rank_in, layer.shape[1]))
+        count = height * width if layer.kind in _KINDS else 0
+        rows, cols = np.divmod(np.arange(count, dtype=np.int32), np.int32(width))
+        return ModuleMask(layer, rows, cols, np.ones(count, np.float32))
+
+    def generated(self, mask: Mask) -> LograReduction:
+        """Return the projections of the layers under ``mask``."""
+        return LograReduction(mask.k, mask.k, self.seed)

@@ -16,12 +16,21 @@ from typing import Any
 
 import numpy as np
 
-from ooc_influence.compress.eigenbasis import ALL_ROWS, ROWS_FOR_EACH, Eigenbasis, even_ranges, fit_eigenbasis
-from ooc_influence.compress.passes import fill, fill_need
-from ooc_influence.compress.share import Share, basis_weights
+from ooc_influence.compress.eigenbasis import (
+    ALL_ROWS,
+    ROWS_FOR_EACH,
+    Eigenbasis,
+    Share,
+    basis_weights,
+    even_ranges,
+    fill,
+    fill_need,
+    fit_eigenbasis,
+)
 from ooc_influence.errors import InputError, MismatchError, StoreExistsError, StoreNotFoundError
 from ooc_influence.linalg import Rows, WeightedRows, Weighting, parse_weighting, row_weights
 from ooc_influence.memory import PRODUCT_ROWS, Need, plan_block_rows
+from ooc_influence.parallel import check_workers, slots_per_process
 from ooc_influence.store import (
     GradientStore,
     PathLike,
@@ -37,7 +46,6 @@ from ooc_influence.store import (
     parse_path,
     parse_representation,
 )
-from ooc_influence.stripes import check_workers, slots_per_process
 
 logger = logging.getLogger("ooc_influence")
 
@@ -76,7 +84,7 @@ def reduce_store(
         Rows the basis is made from, spread evenly over the store; default all of them, up to 131,072 or 64 for each
         number kept. Fewer take less time, and leave out more of the other rows.
     weights : {"ggn", "trak"}, optional
-        Weights of these rows (:mod:`ooc_influence.linalg.weights`), for one-label cross-entropy.
+        Weights of these rows (:mod:`ooc_influence.linalg.rows`), for one-label cross-entropy.
     like : GradientStore or path, optional
         A reduced train store whose basis to use instead: makes a query store. ``wide`` has its mask; or is reduced with
         the basis that ``like`` was rotated from.

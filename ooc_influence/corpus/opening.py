@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ooc_influence.corpus.documents import Documents, check_some
-from ooc_influence.corpus.files import find_sources, local_path
 from ooc_influence.corpus.objects import DatasetDocuments, object_documents
+from ooc_influence.corpus.records import find_sources, local_path
 from ooc_influence.corpus.stored import FileDocuments
 from ooc_influence.errors import InputError
-from ooc_influence.notebook import optional_library
+from ooc_influence.progress import optional_library
 
 
 def open_documents(data: Any, split: str | None = None) -> Documents:

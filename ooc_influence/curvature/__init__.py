@@ -2,13 +2,10 @@
 
 from ooc_influence.curvature.curvature import Curvature, resolve_curvature
 from ooc_influence.curvature.damping import DampingMode
-from ooc_influence.curvature.diagonal import DiagonalCurvature
-from ooc_influence.curvature.fisher import fit_fisher
-from ooc_influence.curvature.gram import GramCurvature
-from ooc_influence.curvature.gram_fit import fit_gram, gram_matrix
-from ooc_influence.curvature.leading import TopCurvature
-from ooc_influence.curvature.side import choose_side, fit_curvature
-from ooc_influence.curvature.spectral import SpectralCurvature
+from ooc_influence.curvature.dual import GramCurvature, fit_gram, gram_matrix
+from ooc_influence.curvature.fit import choose_side, fit_curvature, fit_fisher
+from ooc_influence.curvature.low_rank import TopCurvature
+from ooc_influence.curvature.spectral import DiagonalCurvature, SpectralCurvature
 
 __all__ = [
     "Curvature", "DampingMode", "DiagonalCurvature", "GramCurvature", "SpectralCurvature", "TopCurvature",

@@ -20,9 +20,9 @@ import numpy.typing as npt
 
 from ooc_influence.errors import InputError
 from ooc_influence.linalg import Weighting, parse_weighting, row_weights
-from ooc_influence.linalg.weights import LOSS_FLOOR
+from ooc_influence.linalg.rows import LOSS_FLOOR
+from ooc_influence.parallel import Stripe
 from ooc_influence.store import Block, GradientStore, RawBlock, parse_numbers, read_blocks, read_raw_blocks
-from ooc_influence.stripes import Stripe
 
 Numbers = npt.NDArray[np.int64]
 Weights = npt.NDArray[np.float64]
@@ -172,7 +172,7 @@ class ChosenRows:
         """Yield what :meth:`blocks` does, as tensors on a device."""
         import torch
 
-        from ooc_influence.linalg.torch_rows import DeviceRows
+        from ooc_influence.linalg.accumulate import DeviceRows
 
         base, options = self._reading(start, stop)
         sender = DeviceRows(self.store, torch.device(device), max(1, min(block_rows, stop - start)))

@@ -260,3 +260,58 @@ def _write_square(group: Any, name: str, matrix: Matrix) -> None:
     target = create_array(group, name, matrix.shape, chunks, "float64", check=True)
     for start in range(0, len(matrix), chunks[0]):
         target[start : start + chunks[0]] = matrix[start : start + chunks[0]]
+
+
+_TILE_BYTES = 2**20  # of squared rows at a time: they stay in cache
+
+
+class DiagonalCurvature(SummedCurvature, kinds=("diagonal",)):
+    """A curvature of columns that have nothing to do with each other; its eigenvectors are the columns."""
+
+    def fisher(self) -> Matrix:
+        """Return F, (d, d)."""
+        return np.diag(self.eigenvalues)
+
+    def precondition(self, gradients: npt.NDArray[Any], values: Sequence[float]) -> Matrix:
+        """See :meth:`Curvature.precondition`."""
+        result = np.empty((len(values), *gradients.shape))
+        for out, value in zip(result, values, strict=True):
+            np.divide(gradients, self.eigenvalues + value, out=out)
+        return result
+
+    def working_bytes(self, queries: int, values: int) -> int:
+        """See :meth:`Curvature.working_bytes`."""
+        return 8 * self.d * (queries * values + 2)
+
+    def self_influence(self, gradients: npt.NDArray[np.float32], values: Sequence[float]) -> npt.NDArray[np.float32]:
+        """See :meth:`Curvature.self_influence`."""
+        weights = (1 / (self.eigenvalues[:, None] + np.asarray(values))).astype(np.float32)
+        result = np.empty((len(values), len(gradients)), np.float32)
+        step = _rows(self.d)
+        squares = np.empty((min(step, len(gradients)), self.d), np.float32)
+        for start in range(0, len(gradients), step):
+            part = gradients[start : start + step]
+            np.square(part, out=squares[: len(part)])
+            result[:, start : start + step] = (squares[: len(part)] @ weights).T
+        return result
+
+    def self_working_bytes(self, values: int) -> int:
+        """See :meth:`Curvature.self_working_bytes`."""
+        return 4 * self.d * (_rows(self.d) + 3 * values)
+
+    def outside_share(self, gradients: npt.NDArray[Any]) -> Matrix:
+        """See :meth:`Curvature.outside_share`."""
+        whole = np.asarray(gradients, np.float64)
+        span = resolved(self.eigenvalues)
+        return share_outside(np.square(whole[:, span]).sum(1), whole)
+
+
+def _rows(d: int) -> int:
+    return max(1, _TILE_BYTES // (4 * max(1, d)))
+
+
+def write_diagonal(group: Any, total: Sums) -> None:
+    """Write sums and their spectrum into a group."""
+    (square,) = total.squares
+    write_sum(group, 0, square)
+    create_array(group, "eigenvalues", square.shape, square.shape, "float64", check=True)[...] = square / total.live

@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ooc_influence.curvature import unfinished
+from ooc_influence.curvature import checkpoint
+from ooc_influence.curvature.checkpoint import SavingClock, Unfinished, latest_results, read_facts, save_result
 from ooc_influence.curvature.rows import ChosenRows, Range, Share, WeighedBlock, cut_shares
-from ooc_influence.curvature.unfinished import SavingClock, Unfinished, latest_results, read_facts, save_result
 from ooc_influence.linalg import DiagonalAccumulator, GramAccumulator, Team, TriangleTiles, choose_engine
-from ooc_influence.linalg.device import row_squares
+from ooc_influence.linalg.backend import row_squares
+from ooc_influence.parallel import run_stripes, subtract_ranges, task_threads
 from ooc_influence.progress import Progress, tick
 from ooc_influence.store import GradientStore, StorePath, array_store, create_array, open_group
-from ooc_influence.stripes import run_stripes, subtract_ranges, task_threads
 
 Matrix = npt.NDArray[np.float64]
 ROWS = "rows"  # of partial results
@@ -90,7 +90,7 @@ class Summing:
     diagonal: bool = False
     fourth: bool = False
     folder: StorePath | None = None
-    interval: float = unfinished.INTERVAL
+    interval: float = checkpoint.INTERVAL
     device: str | None = None
 
     def read(self, chosen: ChosenRows, start: int, threads: int) -> Iterator[WeighedBlock]:
@@ -201,7 +201,7 @@ class _Running:
     def _accumulators(self) -> list[Any]:
         sides = [last - first for first, last in self._how.blocks]
         if self._how.device is not None:
-            from ooc_influence.linalg.torch_rows import DeviceSum
+            from ooc_influence.linalg.accumulate import DeviceSum
 
             return [DeviceSum(side, side, self._how.device) for side in sides]
         if self._how.diagonal:

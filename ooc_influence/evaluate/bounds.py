@@ -10,7 +10,7 @@ Two identities (derived in docs/theory.md) bring all errors down to one matrix a
     s̃ − s = λ(K̃ + λI)⁻¹ η    ṽ − Sv = −(SFSᵀ + λI)⁻¹ SXᵀ η/n    η = X(SᵀS − I)v
 
 so ‖s̃ − s‖ ≤ ‖η‖ and ‖ṽ − Sv‖ ≤ ‖η‖/(2√(nλ)), whatever S is; E‖η‖² and E‖K̃ − K‖_F² are bounded in
-:mod:`ooc_influence.compress.variance`. By Jensen's inequality their roots bound mean errors, and by Markov's a root
+:mod:`ooc_influence.compress.dropout`. By Jensen's inequality their roots bound mean errors, and by Markov's a root
 over √δ bounds an error with probability 1 − δ. F and K have the same eigenvalues, so ‖K̃ − K‖_F bounds how far those of
 F move (Hoffman and Wielandt 1953).
 """

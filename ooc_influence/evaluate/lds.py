@@ -22,8 +22,8 @@ from scipy.stats import rankdata
 from ooc_influence.errors import InputError
 from ooc_influence.evaluate.runs import ranges
 from ooc_influence.memory import Need, plan_block_rows
+from ooc_influence.parallel import blas_threads, cores, tree_sum
 from ooc_influence.progress import Progress
-from ooc_influence.stripes import blas_threads, cores, tree_sum
 
 if TYPE_CHECKING:
     import dask.array as da

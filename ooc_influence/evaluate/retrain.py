@@ -29,8 +29,8 @@ from threadpoolctl import threadpool_limits
 
 from ooc_influence.errors import InputError, RunFailedError
 from ooc_influence.evaluate.runs import RunFolder, Runs, Subsets, ranges, run_digest
+from ooc_influence.parallel import cores
 from ooc_influence.progress import Progress
-from ooc_influence.stripes import cores
 
 Train = Callable[[npt.NDArray[np.int64]], Any]
 Measure = Callable[[Any], npt.ArrayLike]

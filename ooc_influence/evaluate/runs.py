@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ooc_influence.errors import InputError, MismatchError, StoreFormatError, StoreWriteError, refused
-from ooc_influence.store.disk import create_file, make_folders, sync_folders, write_file
+from ooc_influence.store.local import create_file, make_folders, sync_folders, write_file
 
 logger = logging.getLogger("ooc_influence")
 Rows = npt.NDArray[np.bool_]

@@ -1,7 +1,6 @@
 """Extraction: the torch models' side. Taps on layers, sampled per-sample gradients, the loop that fills a store."""
 
-from ooc_influence.extract.batching import Batching
-from ooc_influence.extract.budget import BudgetBatches
+from ooc_influence.extract.batching import Batching, BudgetBatches
 from ooc_influence.extract.initialise import init_store, row_types
 from ooc_influence.extract.loop import extract_gradients
 from ooc_influence.extract.losses import cross_entropy, token_cross_entropy

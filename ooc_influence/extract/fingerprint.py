@@ -18,7 +18,7 @@ from crc32c import crc32c
 from torch import Tensor, nn
 
 from ooc_influence.extract.layers import clean_name
-from ooc_influence.stripes import cores
+from ooc_influence.parallel import cores
 
 _TAG = "2:"  # how fingerprints of all bytes begin; those of format 1, of sampled entries, are bare SHA-256
 _PIECE = 8 * 2**20  # bytes that a thread copies from the device and sums up

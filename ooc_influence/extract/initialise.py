@@ -9,8 +9,7 @@ import torch
 
 from ooc_influence.compress import Compressor
 from ooc_influence.errors import InputError, MismatchError
-from ooc_influence.extract.batching import Batches, batch_size, count_rows
-from ooc_influence.extract.budget import BudgetBatches
+from ooc_influence.extract.batching import Batches, BudgetBatches, batch_size, count_rows
 from ooc_influence.extract.loop import PilotRun, adjusting, remove_pilot
 from ooc_influence.extract.metadata import RowMetadata, RowSource
 from ooc_influence.extract.metric import AdamMetric

@@ -16,20 +16,18 @@ import torch
 
 from ooc_influence.compress import Compressor, Dropout, Identity, fit_eigenbasis
 from ooc_influence.errors import InputError, MismatchError, StoreNotFoundError
-from ooc_influence.extract.batching import Batches, Batching, Shard, count_rows
-from ooc_influence.extract.budget import BudgetBatches
+from ooc_influence.extract.batching import Batches, Batching, BudgetBatches, Shard, count_rows
 from ooc_influence.extract.check import LayersDisagreeError
 from ooc_influence.extract.layers import warn_if_training
 from ooc_influence.extract.metadata import RowMetadata, RowSource
 from ooc_influence.extract.metric import AdamMetric
 from ooc_influence.extract.pilot import PilotData, pilot_path
 from ooc_influence.extract.plan import Plan, Settings, make_plan, parse_device, with_metric
-from ooc_influence.extract.rows import RowGatherer
-from ooc_influence.extract.run import BatchRun, BudgetRun
+from ooc_influence.extract.run import BatchRun, BudgetRun, RowGatherer
 from ooc_influence.extract.selection import Adjustments, ModuleSelection
+from ooc_influence.extract.sink import OnNonFinite, Target
 from ooc_influence.extract.tapping import tapped
 from ooc_influence.extract.taps import PerSampleLoss
-from ooc_influence.extract.target import OnNonFinite, Target
 from ooc_influence.progress import Progress
 from ooc_influence.store import (
     GradientStore,

@@ -17,8 +17,7 @@ import torch
 
 from ooc_influence.compress import PilotMoments
 from ooc_influence.errors import InputError, NonFiniteError
-from ooc_influence.extract.batching import Batches, batch_size, count_rows, to_device
-from ooc_influence.extract.budget import BudgetBatches
+from ooc_influence.extract.batching import Batches, BudgetBatches, batch_size, count_rows, to_device
 from ooc_influence.extract.entries import BiasEntries
 from ooc_influence.extract.layers import Use
 from ooc_influence.extract.tapping import tapped

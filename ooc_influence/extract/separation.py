@@ -13,8 +13,7 @@ from ooc_influence.errors import UnsupportedModelError
 from ooc_influence.extract.check import Disagreement
 from ooc_influence.extract.entries import FuncEntries
 from ooc_influence.extract.entries.embedding import EmbeddingEntries
-from ooc_influence.extract.layers import Use
-from ooc_influence.extract.layout import Layout, arrange, candidates, outside, time_major_modules, token_counts
+from ooc_influence.extract.layers import Layout, Use, arrange, candidates, outside, time_major_modules, token_counts
 
 RawReceiver = Callable[[int, Any, Any], None]  # the use's number, x and δ as the layer saw them
 _Key = tuple[int, int]  # a use, and the number of axes of its input

@@ -19,10 +19,10 @@ from ooc_influence.errors import ClusterError, InputError, StoreBusyError, Store
 from ooc_influence.extract.initialise import init_store, row_types
 from ooc_influence.extract.loop import extract_gradients
 from ooc_influence.extract.metric import AdamMetric
-from ooc_influence.extract.recipe_file import choose_split, load_recipe
+from ooc_influence.extract.recipe import choose_split, load_recipe
+from ooc_influence.parallel import ambient_client, check_workers
 from ooc_influence.progress import Progress, check_cancelled
 from ooc_influence.store import GradientStore, PathLike, StorePath, parse_path
-from ooc_influence.stripes import ambient_client, check_workers
 
 RESOURCE = "shard"
 _PATIENCE = 180.0  # seconds to wait for a dead writer's claim to run out

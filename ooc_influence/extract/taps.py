@@ -1,9 +1,4 @@
-"""Taps on a model's layers: one forward and one activation-only backward show every layer's input and output gradient.
-
-Each tapped layer's output passes through an identity in autograd that keeps the layer's input and, in the backward
-pass, hands input and output gradient to a receiver. No parameter requires a gradient meanwhile, so autograd computes
-activation gradients only, and none below the first tapped layer.
-"""
+"""What a device says of itself."""
 
 from __future__ import annotations
 
@@ -17,13 +12,25 @@ from torch.utils import _pytree as pytree
 
 from ooc_influence.errors import InputError, UnsupportedModelError
 from ooc_influence.extract.batching import batch_size
-from ooc_influence.extract.check import Disagreement, GradientCheck, LayersDisagreeError, Receiver
-from ooc_influence.extract.device import out_of_memory
+from ooc_influence.extract.check import (
+    Disagreement,
+    GradientCheck,
+    LayersDisagreeError,
+    Receiver,
+    differentiate_samples,
+    explained,
+    random_state,
+)
 from ooc_influence.extract.entries import Call, float_leaves
 from ooc_influence.extract.entries.embedding import EmbeddingEntries
 from ooc_influence.extract.layers import Use
-from ooc_influence.extract.samples import differentiate_samples, explained, random_state
 from ooc_influence.extract.separation import RawReceiver, Separation, UnseparatedError
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Return whether an error is the device's, or PyTorch's CPU allocator's, lack of memory."""
+    return isinstance(error, torch.cuda.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
 
 PerSampleLoss = Callable[[Any, Any], Tensor]
 _TRIES = 4  # of a batch: each of them learns where some layers' samples are

@@ -1,15 +1,12 @@
 """Hugging Face models: from a model and a file of documents to a gradient store. Needs the extra ``hf``."""
 
-from ooc_influence.hf.collator import Collator
-from ooc_influence.hf.context import context_length
-from ooc_influence.hf.documents import open_documents
 from ooc_influence.hf.extraction import Job, default_compressor, extract, extract_shards, prepare
-from ooc_influence.hf.fields import Fields
 from ooc_influence.hf.labels import Labels
 from ooc_influence.hf.losses import CausalLoss, ClassificationLoss, SignedLoss, classification_loss
-from ooc_influence.hf.models import Loaded, load
-from ooc_influence.hf.padding import ClassifierCollator
+from ooc_influence.hf.models import Loaded, load, open_documents
+from ooc_influence.hf.padding import ClassifierCollator, Collator, context_length
 from ooc_influence.hf.samples import Samples
+from ooc_influence.hf.tokens import Fields
 
 __all__ = [
     "CausalLoss", "ClassificationLoss", "ClassifierCollator", "Collator", "Fields", "Job", "Labels", "Loaded",

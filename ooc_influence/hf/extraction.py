@@ -19,15 +19,12 @@ from ooc_influence.extract import BudgetBatches, extract_gradients, init_store
 from ooc_influence.extract.plan import parse_device
 from ooc_influence.extract.selection import ModuleSelection
 from ooc_influence.extract.shards import by_path, loaded, run_shards
-from ooc_influence.hf.collator import Collator
-from ooc_influence.hf.context import context_length, longest_row
-from ooc_influence.hf.documents import open_documents
-from ooc_influence.hf.fields import Fields
 from ooc_influence.hf.labels import Labels
 from ooc_influence.hf.losses import CausalLoss, ClassificationLoss, SignedLoss, class_logits
-from ooc_influence.hf.models import Loaded, load
-from ooc_influence.hf.padding import ClassifierCollator, choose_side
+from ooc_influence.hf.models import Loaded, load, open_documents
+from ooc_influence.hf.padding import ClassifierCollator, Collator, choose_side, context_length, longest_row
 from ooc_influence.hf.samples import SPANS, Samples
+from ooc_influence.hf.tokens import Fields
 from ooc_influence.store import GradientStore, PathLike, StorePath, parse_path
 
 logger = logging.getLogger("ooc_influence")

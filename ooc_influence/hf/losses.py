@@ -12,9 +12,8 @@ import torch.nn.functional as F  # noqa: N812 - the community's name
 from torch import Tensor
 
 from ooc_influence.extract.losses import cross_entropy
-from ooc_influence.hf.collator import IGNORED
 from ooc_influence.hf.labels import LabelLoss
-from ooc_influence.hf.padding import PAD, told_padding
+from ooc_influence.hf.padding import IGNORED, PAD, told_padding
 
 
 def _token_losses(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

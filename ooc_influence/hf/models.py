@@ -1,17 +1,185 @@
-"""Loading Hugging Face models, safely by default: no code from the hub, weights from safetensors only."""
+"""Documents of any kind for a model: those of :mod:`ooc_influence.corpus`, with what they need to have."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import json
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
+from ooc_influence import corpus
+from ooc_influence.corpus import Documents
 from ooc_influence.errors import InputError
-from ooc_influence.hf.adapters import Adapter, Task, damaged, put_adapter
-from ooc_influence.hf.documents import need, without_bars
+from ooc_influence.progress import optional_library
+
+
+def need(name: str) -> Any:
+    """Import a library of the extra ``hf``.
+
+    Raises
+    ------
+    MissingExtraError
+        If it is not installed.
+    """
+    return optional_library(name, "Hugging Face models", "hf")
+
+
+def open_documents(data: Any, split: str | None = None) -> Documents:
+    """Return documents by number and field; see :func:`ooc_influence.corpus.open_documents`.
+
+    Raises
+    ------
+    InputError
+        If there is no such file, of no known kind, empty, or one that cannot be read.
+    MissingExtraError
+        Without ``datasets``.
+    """
+    need("datasets")  # its cache is where an index of the documents is kept
+    return corpus.open_documents(data, split)
+
+
+@contextlib.contextmanager
+def without_bars(shown: bool, hide: Callable[[], None], show: Callable[[], None]) -> Iterator[None]:
+    """Hide a library's progress bars meanwhile, where they are shown."""
+    hide()
+    try:
+        yield
+    finally:
+        if shown:
+            show()
+
+
+def check_fields(documents: Documents, everywhere: Sequence[str], somewhere: Sequence[str]) -> None:
+    """Check that fields are there, as far as that is seen before all documents are read.
+
+    Parameters
+    ----------
+    documents : Documents
+        What is read.
+    everywhere, somewhere : sequence of str
+        Fields that every document must have, so that the first ones tell, and fields that some must have.
+
+    Raises
+    ------
+    InputError
+        Naming the first that they lack, and those they have.
+    """
+    lacking = [field for field in everywhere if field not in documents.column_names]
+    lacking += [field for field in somewhere if not lacking and not documents.has_field(field)]
+    if lacking:
+        names = ", ".join(documents.column_names)
+        raise InputError(f"expected a field {lacking[0]!r}; received documents with {names}")
+
+
+Task = Literal["causal-lm", "classification"]
+_TASKS: dict[str, Task] = {"CAUSAL_LM": "causal-lm", "SEQ_CLS": "classification"}
+_PREFIX = "base_model.model."  # of what an adapter saves
+_UNLIKELY = 7919  # classes: where a shape says that, it means the classes
+
+
+class Adapter(NamedTuple):
+    """What an adapter says about its model.
+
+    Attributes
+    ----------
+    path : str
+        Its folder, or id of the hub.
+    base : str or None
+        The model it was trained on; None if it does not say.
+    task : {"causal-lm", "classification"} or None
+        What it was trained for; None if it does not say.
+    shapes : dict of str to tuple
+        The model's own parameters that it holds, such as a classifier's head, by their names there.
+    """
+
+    path: str
+    base: str | None
+    task: Task | None
+    shapes: dict[str, tuple[int, ...]]
+
+    @classmethod
+    def read(cls, path: str | Path) -> Adapter | None:
+        """Return what a folder says; None where it holds no adapter.
+
+        Raises
+        ------
+        InputError
+            If its configuration or its weights cannot be read.
+        """
+        file = Path(path) / "adapter_config.json"
+        if not file.is_file():
+            return None
+        try:
+            said = json.loads(file.read_text())
+            base, kind = said.get("base_model_name_or_path"), said.get("task_type")
+        except (OSError, ValueError, AttributeError) as error:
+            raise InputError(f"expected a PEFT adapter's configuration in {file}; received {error}") from error
+        return cls(str(path), str(base) if base else None, _TASKS.get(kind), _saved_shapes(Path(path)))
+
+    def classes(self, config: Any, **common: Any) -> int | None:
+        """Return the classes of the classifier's head that it holds; None if it holds none.
+
+        ``config`` is the base model's; ``common`` is for ``transformers``.
+        """
+        if self.task != "classification" or not self.shapes:
+            return None
+        transformers = need("transformers")
+        probe = type(config).from_dict({**config.to_dict(), "id2label": None, "label2id": None})
+        probe.num_labels = _UNLIKELY
+        with torch.device("meta"):
+            empty = transformers.AutoModelForSequenceClassification.from_config(probe, **common)
+        for name, parameter in empty.named_parameters():
+            if name in self.shapes and _UNLIKELY in parameter.shape:
+                return self.shapes[name][list(parameter.shape).index(_UNLIKELY)]
+        return None
+
+
+def put_adapter(model: Any, path: str) -> Any:
+    """Return ``model`` with the adapter of a folder or of the hub.
+
+    Raises
+    ------
+    InputError
+        If it cannot be read, or is not one for this model.
+    """
+    peft = need("peft")
+    from safetensors import SafetensorError
+
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            return peft.PeftModel.from_pretrained(model, path, is_trainable=True)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UserWarning) as error:
+        raise InputError(
+            f"expected a PEFT adapter for {type(model).__name__} at {path}; received {type(error).__name__}: {error}"
+        ) from error
+
+
+def _saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    from safetensors import SafetensorError, safe_open
+
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        return {}
+    try:
+        with safe_open(file, "pt") as held:
+            return {
+                name.removeprefix(_PREFIX): tuple(held.get_slice(name).get_shape())
+                for name in held.keys()  # noqa: SIM118 - it is no mapping
+                if "lora_" not in name
+            }
+    except SafetensorError as error:
+        raise InputError(damaged(file, error)) from error
+
+
+def damaged(file: Path, error: Exception) -> str:
+    """Return what to say of a file of weights that cannot be read."""
+    return f"expected weights in {file}; received a cut or damaged file ({error}): copy or download it again"
+
 
 _CLASSES = {"causal-lm": "AutoModelForCausalLM", "classification": "AutoModelForSequenceClassification"}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

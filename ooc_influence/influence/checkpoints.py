@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from ooc_influence.curvature import Curvature, DampingMode, resolve_curvature
 from ooc_influence.errors import InputError, MismatchError, warn
+from ooc_influence.linalg import check_one_label, row_errors
 from ooc_influence.store import GradientStore, PathLike
 
 Store = GradientStore | PathLike
@@ -234,3 +235,35 @@ def open_store(store: Store) -> GradientStore:
     if not opened.n:
         raise InputError(f"expected a store with committed rows; received {opened.path} with none: extract first")
     return opened
+
+
+Combine = Literal["mean", "query-margins", "margins"]
+WAYS: tuple[Combine, ...] = get_args(Combine)
+
+
+def parse_combine(combine: str, checkpoints: Sequence[Checkpoint], normalize: str | None) -> Combine:
+    """Return how checkpoints are combined, checked against their losses and the scores' unit.
+
+    Raises
+    ------
+    InputError
+        For another name, a loss that has no margin, or a unit in which errors cancel.
+    """
+    found = next((way for way in WAYS if way == combine), None)
+    if found is None:
+        raise InputError(f"expected combine {', '.join(map(repr, WAYS))}; received {combine!r}")
+    if found == "mean":
+        return found
+    if normalize is not None:
+        raise InputError(
+            f"expected combine={combine!r} without normalize; received {normalize!r}: leave one of them out"
+        )
+    for store in (store for own in checkpoints for store in (own.query, own.train) if store is not None):
+        check_one_label(store.attrs, f"combine={combine!r}", f" in {store.path}")
+    return found
+
+
+def margin_factors(stores: Sequence[GradientStore], start: int, stop: int) -> npt.NDArray[np.float64]:
+    """Return what turns each checkpoint's rows ``start`` to ``stop`` to margins, times the mean error, (C, b)."""
+    errors = np.stack([row_errors(store.small("loss", start, stop)) for store in stores])
+    return np.asarray(errors.mean(0) / errors)

@@ -1,7 +1,4 @@
-"""The arithmetic on a block of train rows: by NumPy's BLAS here, by torch on a device.
-
-Both work on blocks of one grid and return NumPy arrays; what lies between (the block, its products) is theirs.
-"""
+"""Sums of rows by group, one block at a time: a sparse matrix of weights times the block."""
 
 from __future__ import annotations
 
@@ -12,13 +9,75 @@ from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from ooc_influence.curvature import Curvature
-from ooc_influence.influence.aggregate import Codes, weighted_sums
-from ooc_influence.store import GradientStore, read_blocks
-from ooc_influence.stripes import cores, task_threads
+from ooc_influence.errors import InputError
+from ooc_influence.linalg.accumulate import DeviceRows, send_array
+from ooc_influence.parallel import cores, task_threads
+from ooc_influence.store import GradientStore, read_blocks, read_raw_blocks
 
 Floats = npt.NDArray[np.float32]
+Codes = npt.NDArray[np.int64]
+
+
+class Grouping(NamedTuple):
+    """Which group each row belongs to.
+
+    Attributes
+    ----------
+    names : (G,)
+        What the groups are called, in order.
+    codes : (n,) int64
+        Each row's place in ``names``.
+    """
+
+    names: npt.NDArray[Any]
+    codes: Codes
+
+
+def parse_groups(by: str | npt.ArrayLike, store: GradientStore) -> Grouping:
+    """Return the groups that a column of ``store``, its ids (``"id"``) or an array with a value for each row make.
+
+    Raises
+    ------
+    InputError
+        If there is no such column, or the array has another length.
+    """
+    if isinstance(by, str):
+        if by != "id" and by not in store.layout.columns:
+            known = ", ".join(["id", *store.layout.columns])
+            raise InputError(f"expected one of {known} to group {store.path} by; received {by!r}")
+        values = store.ids() if by == "id" else store.column(by)
+    else:
+        values = np.asarray(by)
+        if values.shape != (store.n,):
+            raise InputError(f"expected a group for each of {store.n} rows; received values of shape {values.shape}")
+    names, codes = np.unique(values, return_inverse=True)
+    return Grouping(names, codes.astype(np.int64))
+
+
+def weighted_sums(rows: Any, codes: Codes, weights: npt.NDArray[np.float32]) -> tuple[Codes, npt.NDArray[np.float32]]:
+    """Return the groups with rows of weight above zero, (d,), and Σ weight · row of each, (d, k) float32.
+
+    Parameters
+    ----------
+    rows : (b, k) float32
+        A block.
+    codes, weights : (b,)
+        Each row's group and weight.
+    """
+    from scipy.sparse import csr_array
+
+    held = np.flatnonzero(weights)
+    groups, places = np.unique(codes[held], return_inverse=True)
+    order = np.argsort(places, kind="stable")
+    ends = np.searchsorted(places[order], np.arange(len(groups) + 1))
+    shape = (len(groups), len(rows))
+    return groups, csr_array((weights[held][order], held[order], ends), shape=shape) @ rows
+
+
 _Result = TypeVar("_Result")
 _FEW = 256  # rows of the left factor up to which the product of the swapped factors, turned round, is quicker
 _PIECE = 512  # train rows multiplied at once, at least: fewer are slow
@@ -187,6 +246,86 @@ def make_engine(device: str | None) -> Engine:
     """Return what computes on a device; None: NumPy."""
     if device is None:
         return HostEngine()
-    from ooc_influence.influence.device import DeviceEngine
 
     return DeviceEngine(device)
+
+
+class DeviceEngine(Engine):
+    """Torch on one device.
+
+    Parameters
+    ----------
+    device : str
+        Its name.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._device = torch.device(device)
+        self._factors: dict[tuple[str, tuple[float, ...]], list[Tensor]] = {}
+        self._mode = torch.inference_mode()
+
+    def __enter__(self) -> Self:
+        self._mode.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """See :class:`Engine`."""
+        self._mode.__exit__(None, None, None)
+
+    def blocks(self, store: GradientStore, start: int, stop: int, block_rows: int) -> Iterator[Rows]:
+        """See :class:`Engine`."""
+        if start >= stop:
+            return
+        sender = DeviceRows(store, self._device, min(block_rows, stop - start))
+        for block, rows in sender.read(read_raw_blocks(store, start, stop, block_rows)):
+            yield Rows(block.start, block.stop, rows, block.dropped)
+
+    def array(self, values: npt.NDArray[Any]) -> Tensor:
+        """See :class:`Engine`."""
+        return send_array(values, self._device)
+
+    def empty(self, *shape: int) -> Tensor:
+        """See :class:`Engine`."""
+        return torch.empty(shape, device=self._device)
+
+    def multiply(self, left: Tensor, rows: Tensor, out: Tensor) -> None:
+        """See :class:`Engine`."""
+        torch.matmul(left, rows.T, out=out)
+
+    def sums(self, rows: Tensor, codes: Codes, weights: Floats) -> tuple[Codes, Tensor]:
+        """See :class:`Engine`."""
+        held = np.flatnonzero(weights)
+        groups, places = np.unique(codes[held], return_inverse=True)
+        chosen = rows[self.array(held)] * self.array(weights[held])[:, None]
+        total = torch.zeros((len(groups), rows.shape[1]), device=self._device)
+        return groups, total.index_add_(0, self.array(places), chosen)
+
+    def quadratic(self, curvature: Curvature | None, values: Sequence[float], rows: Tensor) -> Floats:
+        """See :class:`Engine`; of (F + λI)⁻¹ = C Cᵀ, factorised once on the host, it is ‖Cᵀg‖²."""
+        if curvature is None:
+            return self.host((rows * rows).sum(1))[None]
+        key = (str(curvature.path), tuple(values))
+        if key not in self._factors:
+            self._factors[key] = [self._factor(curvature, value) for value in values]
+        return np.stack([self.host((rows @ factor).square_().sum(1)) for factor in self._factors[key]])
+
+    def _factor(self, curvature: Curvature, value: float) -> Tensor:
+        inverse = curvature.precondition(np.eye(curvature.d), [value])[0]
+        inverse += inverse.T.copy()
+        return self.array(np.linalg.cholesky(inverse / 2).astype(np.float32))
+
+    def above(self, tile: Tensor, limits: Floats, most: int, sign: int) -> Found | None:
+        """See :class:`Engine`."""
+        limit = self.array(limits)[:, None]
+        exceeding = tile > limit if sign > 0 else tile < -limit
+        if int(exceeding.count_nonzero()) > most:
+            return None
+        places = torch.nonzero(exceeding)
+        numbers, columns = places[:, 0], places[:, 1]
+        values = self.host(tile[numbers, columns])
+        return Found(numbers.cpu().numpy(), columns.cpu().numpy(), values if sign > 0 else -values)
+
+    def host(self, tile: Tensor) -> Floats:
+        """See :class:`Engine`."""
+        found: Floats = tile.cpu().numpy()
+        return found

@@ -15,16 +15,14 @@ import numpy as np
 import numpy.typing as npt
 
 from ooc_influence.curvature import DampingMode
-from ooc_influence.influence.aggregate import Codes, parse_groups
+from ooc_influence.influence.checkpoint import Cutting, Part, Parts
 from ooc_influence.influence.checkpoints import AnyCurvature, Dampings, Marks, Stores
-from ooc_influence.influence.engine import Floats, make_engine
-from ooc_influence.influence.parts import Cutting, Part, Parts
-from ooc_influence.influence.scoring import Normalize, Scoring
+from ooc_influence.influence.engine import Codes, Floats, make_engine, parse_groups
+from ooc_influence.influence.request import Normalize, Scoring
 from ooc_influence.influence.tiles import Costs, Work, absent_rows, row_blocks, row_shares, row_weights
-from ooc_influence.notebook import html_table, optional_library
-from ooc_influence.progress import Progress, tick
+from ooc_influence.parallel import Stripe, check_workers
+from ooc_influence.progress import Progress, html_table, optional_library, tick
 from ooc_influence.store import PathLike
-from ooc_influence.stripes import Stripe, check_workers
 
 _SHOWN = 20  # queries and groups in a notebook's table
 

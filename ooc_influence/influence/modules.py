@@ -16,10 +16,10 @@ from ooc_influence.curvature import DampingMode
 from ooc_influence.errors import InputError, MismatchError
 from ooc_influence.influence.checkpoints import AnyCurvature, Dampings, Stores
 from ooc_influence.influence.ranking import TopInfluential
+from ooc_influence.influence.request import Normalize, Scoring
 from ooc_influence.influence.scores import write_scores
-from ooc_influence.influence.scoring import Normalize, Scoring
 from ooc_influence.influence.tiles import Columns
-from ooc_influence.influence.top import find_top
+from ooc_influence.influence.topk import find_top
 from ooc_influence.store import GradientStore, PathLike, parse_path
 
 

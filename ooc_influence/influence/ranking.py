@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ooc_influence.notebook import html_table, optional_library
+from ooc_influence.progress import html_table, optional_library
 
 _SHOWN = 20  # queries in a notebook's table
 

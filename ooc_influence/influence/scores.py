@@ -18,11 +18,11 @@ from ooc_influence.errors import OocInfluenceError
 from ooc_influence.influence.checkpoints import AnyCurvature, Dampings, Marks, Stores
 from ooc_influence.influence.engine import Floats, make_engine
 from ooc_influence.influence.output import Output, OutputWriter, write_error
-from ooc_influence.influence.scoring import Normalize, Scoring
+from ooc_influence.influence.request import Normalize, Scoring
 from ooc_influence.influence.tiles import Columns, Costs, Work, score_tiles
+from ooc_influence.parallel import Stripe, check_workers, cores, cut_stripes, run_stripes, sharing_blas
 from ooc_influence.progress import Progress
 from ooc_influence.store import PathLike, StorePath, parse_path
-from ooc_influence.stripes import Stripe, check_workers, cores, cut_stripes, run_stripes, sharing_blas
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -76,7 +76,7 @@ def influence_scores(
         where none did.
     combine : {"mean", "query-margins", "margins"}
         How several checkpoints are combined: by the mean of their scores; or, for one-label cross-entropy, by margins
-        of the queries, or of queries and rows as TRAK does (:mod:`ooc_influence.influence.margins`).
+        of the queries, or of queries and rows as TRAK does (:mod:`ooc_influence.influence.checkpoints`).
     device : str, optional
         Multiply blocks there with torch, such as ``"cuda"``; default NumPy's BLAS.
     workers : int, optional

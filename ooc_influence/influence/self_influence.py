@@ -15,16 +15,15 @@ import numpy as np
 import numpy.typing as npt
 
 from ooc_influence.curvature import DampingMode
+from ooc_influence.influence.checkpoint import Cutting, Part, Parts
 from ooc_influence.influence.checkpoints import AnyCurvature, Dampings, Marks, Stores
 from ooc_influence.influence.engine import make_engine
-from ooc_influence.influence.parts import Cutting, Part, Parts
-from ooc_influence.influence.scoring import Scoring
+from ooc_influence.influence.request import Form, Scoring, form_ways
 from ooc_influence.influence.tiles import Work, absent_rows, row_blocks, row_shares
-from ooc_influence.influence.ways import Form, form_ways
 from ooc_influence.memory import Need, Room, WayOut, block_limit, plan_block_rows
+from ooc_influence.parallel import Stripe, check_workers, slots_per_process, worker_memory
 from ooc_influence.progress import Progress, tick
 from ooc_influence.store import PathLike
-from ooc_influence.stripes import Stripe, check_workers, slots_per_process, worker_memory
 
 
 def self_influence(

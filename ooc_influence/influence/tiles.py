@@ -14,13 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ooc_influence.curvature import Curvature
-from ooc_influence.influence.checkpoints import Marks
+from ooc_influence.influence.checkpoints import Marks, margin_factors
 from ooc_influence.influence.engine import Engine, Floats, Rows
-from ooc_influence.influence.margins import margin_factors
 from ooc_influence.memory import Need, block_limit
+from ooc_influence.parallel import Stripe
 from ooc_influence.progress import tick
 from ooc_influence.store import GradientStore, StorePath
-from ooc_influence.stripes import Stripe
 
 Columns = tuple[tuple[slice, ...], ...]
 

@@ -1,14 +1,18 @@
 """BLAS, eigendecompositions, spectra, row weights: what compress, curvature and influence stand on."""
 
-from ooc_influence.linalg.accumulate import DiagonalAccumulator, GramAccumulator, ProductAccumulator
-from ooc_influence.linalg.eigen import symmetric_eigen
-from ooc_influence.linalg.engines import Team, choose_engine
-from ooc_influence.linalg.rows import Rows, WeightedRows
-from ooc_influence.linalg.spectrum import Spectrum, Way, spectrum_ways, top_spectrum
-from ooc_influence.linalg.subspace import Top, find_top, iteration_bytes, orthonormal_slabs, start_basis
-from ooc_influence.linalg.triangle import TriangleTiles, list_tiles, tile_side
-from ooc_influence.linalg.weights import (
+from ooc_influence.linalg.accumulate import (
+    DiagonalAccumulator,
+    GramAccumulator,
+    ProductAccumulator,
+    TriangleTiles,
+    list_tiles,
+    tile_side,
+)
+from ooc_influence.linalg.backend import Team, choose_engine
+from ooc_influence.linalg.rows import (
     ONE_LABEL,
+    Rows,
+    WeightedRows,
     Weighting,
     check_one_label,
     clipped_rows,
@@ -16,6 +20,8 @@ from ooc_influence.linalg.weights import (
     row_errors,
     row_weights,
 )
+from ooc_influence.linalg.spectrum import Spectrum, Way, spectrum_ways, symmetric_eigen, top_spectrum
+from ooc_influence.linalg.subspace import Top, find_top, iteration_bytes, orthonormal_slabs, start_basis
 
 __all__ = [
     "ONE_LABEL", "DiagonalAccumulator", "GramAccumulator", "ProductAccumulator", "Rows", "Spectrum", "Team", "Top",

@@ -1,21 +1,182 @@
-"""Sums of outer products over any number of rows: float32 inside a few thousand of them, float64 across.
+"""A symmetric matrix on disk: the square tiles of its lower triangle, float64.
 
-The float32 sum is added to the float64 one every :data:`FOLD_ROWS` rows, which costs a few per cent and keeps rounding
-independent of the number of rows.
+The array has shape (tiles, T, T). Tile I(I+1)/2 + J, J ≤ I, holds rows I·T to (I+1)·T and columns J·T to (J+1)·T, zero
+beyond the matrix. Each tile is one chunk with a checksum, so tiles are written, replaced and linked one by one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
-from ooc_influence.linalg.blas import Floats
-from ooc_influence.linalg.engines import Engine, Team, choose_engine, product_pieces, square_pieces
+from ooc_influence.linalg.backend import Engine, Floats, Team, choose_engine, product_pieces, square_pieces
+from ooc_influence.process import MATMUL_PRECISION
+from ooc_influence.store import (
+    GradientStore,
+    RawBlock,
+    StorePath,
+    array_store,
+    create_array,
+    open_group,
+    read_part,
+    writable_array,
+)
+from ooc_influence.store.encoding import FACTORS, Encoding
 
 Matrix = npt.NDArray[np.float64]
+TILE = 1024  # rows and columns of a tile: 8 MiB
+
+
+class Tile(NamedTuple):
+    """One tile of a triangle: its number, its rows and its columns."""
+
+    number: int
+    rows: slice
+    columns: slice
+
+
+def tile_side(side: int) -> int:
+    """Return the rows of a tile of a matrix of ``side`` rows."""
+    return max(1, min(TILE, side))
+
+
+def list_tiles(side: int) -> list[Tile]:
+    """Return the tiles of a matrix's lower triangle in order."""
+    size = tile_side(side)
+    cuts = [slice(start, min(side, start + size)) for start in range(0, side, size)]
+    return [
+        Tile(high * (high + 1) // 2 + low, cuts[high], cuts[low])
+        for high in range(len(cuts))
+        for low in range(high + 1)
+    ]
+
+
+class TriangleTiles:
+    """A symmetric matrix in tiles, in an array of a Zarr group.
+
+    Parameters
+    ----------
+    array : zarr.Array
+        (tiles, T, T) float64.
+    side : int
+        Rows of the matrix.
+    """
+
+    def __init__(self, array: Any, side: int) -> None:
+        self._array, self.side = array, side
+
+    @classmethod
+    def create(cls, group: Any, name: str, side: int) -> TriangleTiles:
+        """Make room for a matrix in a group."""
+        size = tile_side(side)
+        shape = (len(list_tiles(side)), size, size)
+        return cls(create_array(group, name, shape, (1, size, size), "float64", check=True), side)
+
+    @classmethod
+    def open(cls, path: StorePath, name: str, side: int) -> TriangleTiles:
+        """Open the matrix ``name`` of the group at ``path``; a missing tile is damage."""
+        return cls(open_group(array_store(path, read_only=True, chunk_bytes={}), "r")[name], side)
+
+    @classmethod
+    def open_to_write(cls, path: StorePath, name: str, side: int) -> TriangleTiles:
+        """Open the matrix ``name`` of the group at ``path``, to fill its tiles."""
+        return cls(writable_array(open_group(array_store(path), "r+"), name), side)
+
+    def write(self, tile: Tile, values: Matrix) -> None:
+        """Write one tile."""
+        size = self._array.shape[1]
+        whole = values
+        if values.shape != (size, size):
+            whole = np.zeros((size, size))
+            whole[: values.shape[0], : values.shape[1]] = values
+        self._array[tile.number] = whole
+
+    def read(self, tile: Tile) -> Matrix:
+        """Return one tile.
+
+        Raises
+        ------
+        StoreDamagedError
+            If it is missing or fails its checksum.
+        """
+        rows, columns = tile.rows.stop - tile.rows.start, tile.columns.stop - tile.columns.start
+        found: Matrix = read_part(self._array, tile.number)[:rows, :columns]
+        return found
+
+    def inside(self, rows: slice, columns: slice) -> list[Tile]:
+        """Return the tiles inside some rows and columns that begin and end with tiles."""
+        return [
+            tile
+            for tile in list_tiles(self.side)
+            if rows.start <= tile.rows.start < rows.stop and columns.start <= tile.columns.start < columns.stop
+        ]
+
+    def add_region(self, rows: slice, columns: slice, out: Matrix) -> None:
+        """Add what :meth:`inside` lists to ``out`` (rows, columns), in place; nothing above the matrix's diagonal."""
+        for tile in self.inside(rows, columns):
+            out[_moved(tile.rows, rows.start), _moved(tile.columns, columns.start)] += self.read(tile)
+
+    def write_region(self, rows: slice, columns: slice, values: Matrix) -> None:
+        """Write what :meth:`inside` lists out of ``values`` (rows, columns); it is on the disk when this returns."""
+        for tile in self.inside(rows, columns):
+            self.write(tile, values[_moved(tile.rows, rows.start), _moved(tile.columns, columns.start)])
+        self._array.store.sync_folders()
+
+    def copy_from(self, other: TriangleTiles) -> None:
+        """Write the tiles of a matrix of the same side."""
+        for tile in list_tiles(self.side):
+            self.write(tile, other.read(tile))
+
+    def multiply(self, columns: npt.NDArray[np.float32]) -> Matrix:
+        """Return the product with ``columns`` (side, c), transposed: (c, side) float64."""
+        total = np.zeros((columns.shape[1], self.side))
+        for tile in list_tiles(self.side):
+            values = self.read(tile)
+            total[:, tile.rows] += columns[tile.columns].T.astype(np.float64) @ values.T
+            if tile.rows != tile.columns:
+                total[:, tile.columns] += columns[tile.rows].T.astype(np.float64) @ values
+        return total
+
+    def moments(self) -> tuple[float, float]:
+        """Return the trace and the squared Frobenius norm."""
+        trace = norm = 0.0
+        for tile in list_tiles(self.side):
+            values, diagonal = self.read(tile), tile.rows == tile.columns
+            trace += float(np.trace(values)) if diagonal else 0.0
+            norm += (1 if diagonal else 2) * float(np.vdot(values, values))
+        return trace, norm
+
+    def write_upper(self, matrix: Matrix) -> None:
+        """Write a matrix of which the upper triangle is given."""
+        for tile in list_tiles(self.side):
+            self.write(tile, upper_tile(matrix, tile))
+
+    def add_to_upper(self, matrix: Matrix) -> None:
+        """Add this one to the upper triangle of ``matrix``, in place."""
+        for tile in list_tiles(self.side):
+            matrix[tile.columns, tile.rows] += self.read(tile).T
+
+
+def _moved(part: slice, start: int) -> slice:
+    return slice(part.start - start, part.stop - start)
+
+
+def upper_tile(matrix: Matrix, tile: Tile) -> Matrix:
+    """Return a tile's values out of a matrix of which the upper triangle is given."""
+    values = matrix[tile.columns, tile.rows].T
+    if tile.rows == tile.columns:
+        values = np.tril(values) + np.tril(values, -1).T
+    return values
+
+
 FOLD_ROWS = 8192  # rows summed in float32 before they are added to the float64 sum
 _FOLD_TILE = 256  # rows of the matrix folded at a time: the tile stays in cache
 
@@ -212,3 +373,185 @@ def mirror(matrix: Matrix) -> None:
         square = matrix[start:stop, start:stop]
         square[...] = np.triu(square) + np.triu(square, 1).T
         matrix[stop:, start:stop] = matrix[start:stop, stop:].T
+
+
+_TILE = 2048  # columns of a tile of a triangle
+
+
+def send_array(values: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """Return an array as a tensor on a device."""
+    whole: npt.NDArray[Any] = np.ascontiguousarray(values)
+    return torch.from_numpy(whole if whole.flags.writeable else whole.copy()).to(device)
+
+
+class _Slot:
+    """Host and device memory of one block on its way, and when each may be written again."""
+
+    def __init__(self, store: GradientStore, rows: int, device: torch.device) -> None:
+        raw = torch.from_numpy(store.raw_rows(0, 1))
+        pinned = device.type == "cuda"
+        shape = (rows, raw.shape[1])
+        self.raw = torch.empty(shape, dtype=raw.dtype, pin_memory=pinned)
+        self.scale = torch.empty(rows, pin_memory=pinned)
+        self.device_raw = torch.empty(shape, dtype=raw.dtype, device=device)
+        self.device_scale = torch.empty(rows, device=device)
+        self.sent = torch.cuda.Event() if pinned else None
+        self.decoded = torch.cuda.Event() if pinned else None
+
+
+class DeviceRows:
+    """The rows of blocks, decoded on a device.
+
+    Parameters
+    ----------
+    store : GradientStore
+        Where the blocks come from.
+    device : torch.device
+        The device.
+    block_rows : int
+        Rows of a block, at most.
+    """
+
+    def __init__(self, store: GradientStore, device: torch.device, block_rows: int) -> None:
+        self._form, self._device = store.layout.encoding, device
+        self._slots = [_Slot(store, block_rows, device) for _ in range(2)]
+        self._rows = torch.empty((block_rows, store.k), device=device)
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._column_scale = None if store.column_scale is None else send_array(store.column_scale, device)
+
+    def read(self, raw: Iterator[RawBlock]) -> Iterator[tuple[RawBlock, Tensor]]:
+        """Yield blocks and their rows (b, k) float32, which the next one overwrites."""
+        with ThreadPoolExecutor(1, "ooc_influence-device") as thread:
+            coming = thread.submit(self._send, raw, self._slots[0])
+            turn = 0
+            while (block := coming.result()) is not None:
+                slot = self._slots[turn % 2]
+                turn += 1
+                coming = thread.submit(self._send, raw, self._slots[turn % 2])
+                rows = self._rows[: block.stop - block.start]
+                self._decode(slot, rows)
+                yield block, rows
+
+    def multiply(self, rows: Tensor, factors: npt.NDArray[np.float32]) -> None:
+        """Multiply rows by factors (b,), in place."""
+        rows.mul_(send_array(factors, self._device)[:, None])
+
+    def clear(self, rows: Tensor, which: npt.NDArray[np.bool_]) -> None:
+        """Set some rows to zero, whatever they hold."""
+        rows[send_array(which, self._device)] = 0
+
+    def _send(self, raw: Iterator[RawBlock], slot: _Slot) -> RawBlock | None:
+        """Start the next block on its way; None behind the last."""
+        with torch.inference_mode():
+            if slot.sent is not None:
+                slot.sent.synchronize()
+            block = next(raw, None)
+            if block is None:
+                return None
+            first = 0
+            for part, scale in block.parts:
+                slot.raw[first : first + len(part)].copy_(torch.from_numpy(part))
+                slot.scale[first : first + len(part)].copy_(torch.from_numpy(scale))
+                first += len(part)
+            with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
+                if self._stream is not None and slot.decoded is not None:
+                    self._stream.wait_event(slot.decoded)
+                slot.device_raw[:first].copy_(slot.raw[:first], non_blocking=True)
+                slot.device_scale[:first].copy_(slot.scale[:first], non_blocking=True)
+                if slot.sent is not None:
+                    slot.sent.record()
+            return block
+
+    def _decode(self, slot: _Slot, out: Tensor) -> None:
+        """Write the values of a block that was sent into ``out`` (b, k); see :mod:`ooc_influence.store.encoding`."""
+        if slot.sent is not None:
+            torch.cuda.current_stream(self._device).wait_event(slot.sent)
+        form = self._form
+        raw, scale = slot.device_raw[: len(out)], slot.device_scale[: len(out), None]
+        if form.quantised:
+            self._restore(form, raw, scale, out)
+        else:
+            out.copy_(raw.view(torch.bfloat16) if form.name == "bfloat16" else raw)
+            if form.name == "float16":
+                out.mul_(scale)
+        if self._column_scale is not None:
+            out.mul_(self._column_scale)
+        if slot.decoded is not None:
+            slot.decoded.record()
+
+    def _restore(self, form: Encoding, raw: Tensor, scale: Tensor, out: Tensor) -> None:
+        """Turn whole numbers into what they stand for; see :mod:`ooc_influence.store.encoding`."""
+        numbers, codes = raw[:, : form.number_columns], raw[:, form.number_columns :].view(torch.uint8)
+        if form.name == "int4":
+            packed, half = numbers.view(torch.int8), form.number_columns
+            out[:, :half] = (packed << 4) >> 4
+            out[:, half:] = (packed >> 4)[:, : out.shape[1] - half]
+        else:
+            out.copy_(numbers)
+        out.mul_(out.abs().add_(0 if form.block is None else form.top))
+        if form.block is None:
+            out.mul_(scale)
+            return
+        steps = (scale * send_array(FACTORS, self._device)[codes.long()]).clamp_(min=torch.finfo(torch.float32).tiny)
+        out.mul_(steps.repeat_interleave(form.block, 1)[:, : out.shape[1]])
+
+
+class DeviceSum:
+    """The sum Σ XᵀY, or Σ XᵀX, of blocks on a device: in float32, not TF32, folded into float64 as on the host.
+
+    Parameters
+    ----------
+    a, b : int
+        Columns of X and Y. Holds a b float32 and a b float64 there.
+    device : str
+        The device.
+
+    Attributes
+    ----------
+    folded : int
+        Rows in the float64 sum.
+    """
+
+    def __init__(self, a: int, b: int, device: str) -> None:
+        self._single = torch.zeros((a, b), device=device)
+        self._double = torch.zeros((a, b), device=device, dtype=torch.float64)
+        self._pending = self.folded = 0
+        self._whole = True  # the float64 sum is not being changed
+
+    def add(self, left: Tensor, right: Tensor | None = None) -> None:
+        """Add leftᵀ right; without ``right``, the upper triangle of leftᵀ left."""
+        with MATMUL_PRECISION.held("highest"):
+            for start in range(0, len(self._single), _TILE):
+                stop = start + _TILE
+                tile = self._single[start:stop] if right is not None else self._single[start:stop, start:]
+                torch.addmm(tile, left[:, start:stop].T, left[:, start:] if right is None else right, out=tile)
+        self._pending += len(left)
+        if self._pending >= FOLD_ROWS:
+            self._fold()
+
+    def _fold(self) -> None:
+        self._whole = False
+        self._double += self._single
+        self._single.zero_()
+        self.folded += self._pending
+        self._pending = 0
+        self._whole = True
+
+    def restore(self, total: npt.NDArray[np.float64], rows: int) -> None:
+        """Go on from a sum over ``rows`` rows."""
+        self._double.copy_(torch.from_numpy(total))
+        self.folded = rows
+
+    def triangle(self) -> npt.NDArray[np.float64]:
+        """Return the sum, (a, b) float64; of a square, the upper triangle counts."""
+        if self._pending:
+            self._fold()
+        return self._host()
+
+    def peek(self) -> npt.NDArray[np.float64] | None:
+        """Return the float64 sum as of the last fold; None in the middle of one."""
+        return self._host() if self._whole else None
+
+    def _host(self) -> npt.NDArray[np.float64]:
+        found: npt.NDArray[np.float64] = self._double.cpu().numpy()
+        return found

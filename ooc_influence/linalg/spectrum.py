@@ -1,11 +1,4 @@
-"""The top of the spectrum of F = (1/m) Σ w_i g_i g_iᵀ over some rows of a store, in bounded memory.
-
-Three ways, by what fits: F itself, factorised, where k is at most m; the Gram matrix K = A Aᵀ (m, m) of the weighted
-rows A = diag(√w) G, whose eigenvectors U give V = Aᵀ U / √(eigenvalue), where m is smaller; and, where neither fits,
-block subspace iteration Q ← orth(AᵀA Q) with a Rayleigh-Ritz step at the end, whose memory is 2 k (r + 128) numbers.
-The first two agree to rounding. The third gives orthonormal directions that hold nearly as much of the trace, and their
-exact share of it.
-"""
+"""Eigendecomposition of symmetric matrices in float64: F = V diag(e) Vᵀ."""
 
 from __future__ import annotations
 
@@ -19,21 +12,24 @@ import scipy.linalg
 
 from ooc_influence.errors import InputError, MemoryBudgetError, NonFiniteError
 from ooc_influence.linalg.accumulate import GramAccumulator
-from ooc_influence.linalg.blas import add_product
+from ooc_influence.linalg.backend import add_product
 from ooc_influence.linalg.rows import Rows, WeightedRows
-from ooc_influence.memory import (
-    PRODUCT_ROWS,
-    Need,
-    block_limit,
-    budget_bytes,
-    format_bytes,
-    held_now,
-    plan_block_rows,
-)
+from ooc_influence.memory import PRODUCT_ROWS, Need, block_limit, budget_bytes, format_bytes, held_now, plan_block_rows
+from ooc_influence.parallel import Stripe, check_workers, cut_stripes, run_stripes, slots_per_process
 from ooc_influence.progress import Progress, tick
-from ooc_influence.stripes import Stripe, check_workers, cut_stripes, run_stripes, slots_per_process
 
 Matrix = npt.NDArray[np.float64]
+
+
+def symmetric_eigen(matrix: Matrix) -> tuple[Matrix, Matrix]:
+    """Return eigenvalues (d,), largest first, and eigenvectors (d, d) as columns; ``matrix`` is overwritten.
+
+    The matrix is positive semi-definite by construction; eigenvalues that rounding made negative become zero.
+    """
+    values, vectors = scipy.linalg.eigh(matrix.T, overwrite_a=True, check_finite=False, driver="evd")
+    return np.maximum(values[::-1], 0.0), vectors[:, ::-1]
+
+
 _EXTRA = 128  # columns beyond r in subspace iteration
 _PASSES = 4  # of subspace iteration over the rows
 _LARGEST_GRAM = 24576  # rows; beyond, its eigenvectors take longer than the iteration

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 
-from ooc_influence.linalg.blas import Floats
+from ooc_influence.linalg.backend import Floats
 
 Matrix = npt.NDArray[np.float64]
 TOLERANCE = 1e-4  # relative growth of the sum of eigenvalues in a pass below which it ends

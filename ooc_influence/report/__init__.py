@@ -1,9 +1,8 @@
 """Showing results: text for a terminal, facts of a store, pages to look at, figures (:mod:`.plot`)."""
 
 from ooc_influence.corpus import open_records
-from ooc_influence.report.decisions import Decision, read_decisions
 from ooc_influence.report.examples import Corpus
-from ooc_influence.report.facts import curvature_states, describe, layer_facts, store_facts
+from ooc_influence.report.facts import Decision, curvature_states, describe, layer_facts, read_decisions, store_facts
 from ooc_influence.report.terminal import counted, draw_images, table
 from ooc_influence.report.write import write_report
 

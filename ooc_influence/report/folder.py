@@ -1,8 +1,4 @@
-"""The folder of a page: its own files, and data as scripts that hand JSON to a function.
-
-A page opened from disk may not fetch, but it may load scripts from beside it. What is data stays data: JSON in ASCII
-with ``<`` escaped, so that no text can end the script or start another (nor can U+2028, a line end to some parsers).
-"""
+"""The list of a report's own files, kept in it: what may be removed when another report takes its place."""
 
 from __future__ import annotations
 
@@ -20,8 +16,72 @@ from typing import Any, Self
 
 from ooc_influence._version import __version__
 from ooc_influence.errors import OocInfluenceError, StoreExistsError, StoreWriteError, refused
-from ooc_influence.notebook import optional_library
-from ooc_influence.report.manifest import NAME, foreign_entries, read_manifest, remove_own, write_manifest
+from ooc_influence.progress import optional_library
+
+NAME = "report.json"
+_KIND = "ooc-influence-report"
+
+
+def write_manifest(folder: Path) -> None:
+    """List every file of a folder, in the folder."""
+    own = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    text = json.dumps({"kind": _KIND, "files": [*own, NAME]}, indent=0)
+    (folder / NAME).write_text(text + "\n", "utf-8")
+
+
+def read_manifest(folder: Path) -> frozenset[str] | None:
+    """Return the files that a report lists, relative to its folder; None where the folder is no report."""
+    try:
+        found = json.loads((folder / NAME).read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(found, dict) or found.get("kind") != _KIND or not isinstance(found.get("files"), list):
+        return None
+    return frozenset(name for name in found["files"] if isinstance(name, str))
+
+
+def foreign_entries(folder: Path, own: frozenset[str]) -> list[str]:
+    """Return what else is in a folder, relative to it: files, and whole folders where nothing in them is listed."""
+    above = {parent.as_posix() for name in own for parent in Path(name).parents}
+
+    def walk(part: Path) -> Iterator[str]:
+        for entry in sorted(part.iterdir()):
+            name = entry.relative_to(folder).as_posix()
+            folders = entry.is_dir() and not entry.is_symlink()
+            if folders and name in above:
+                yield from walk(entry)
+            elif folders or name not in own:
+                yield name
+
+    return list(walk(folder))
+
+
+def remove_own(folder: Path, own: frozenset[str]) -> None:
+    """Remove the listed files that are in a folder, and every folder that this leaves empty; what fails stays."""
+    for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
+        _remove(entry, folder, own)
+    _rmdir(folder)
+
+
+def _remove(entry: Path, folder: Path, own: frozenset[str]) -> None:
+    """Remove an entry if it is listed; a name that leads out of the folder is never met on the way through it."""
+    if entry.is_dir() and not entry.is_symlink():
+        for inner in sorted(entry.iterdir()):
+            _remove(inner, folder, own)
+        _rmdir(entry)
+    elif entry.relative_to(folder).as_posix() in own:
+        try:
+            entry.unlink()
+        except OSError:
+            return
+
+
+def _rmdir(folder: Path) -> None:
+    try:
+        folder.rmdir()
+    except OSError:
+        return
+
 
 SCRIPTS = ("core.js", "draw.js", "cards.js", "queries.js", "labels.js", "overview.js", "ask.js", "start.js")
 _DIGITS = 6  # of a number in a page
@@ -187,3 +247,61 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+LISTED_A_FILE = 5000  # lines
+_TEXTS_A_FILE = 2**20  # characters
+_SNIPPET = 160  # characters of a text in its line
+
+
+class QueryList:
+    """Writes ``list-<i>``, lines of queries, and ``texts-<i>``, [query, text] of each text longer than its line's.
+
+    White space counts as one blank in both. Memory holds a file of each.
+
+    Parameters
+    ----------
+    folder : PageFolder
+        Where.
+    """
+
+    def __init__(self, folder: PageFolder) -> None:
+        self._folder = folder
+        self._lines: list[list[Any]] = []
+        self._texts: list[tuple[int, str]] = []
+        self._lists = self._files = self._size = 0
+
+    def add(self, entry: dict[str, Any]) -> None:
+        """Add the next query, as its page takes it."""
+        text = " ".join((entry["text"] or "").split())
+        self._lines.append(_line(entry, text[:_SNIPPET]))
+        if len(self._lines) == LISTED_A_FILE:
+            self._write_lines()
+        if len(text) > _SNIPPET:
+            self._texts.append((entry["number"], text))
+            self._size += len(text)
+        if self._size >= _TEXTS_A_FILE:
+            self._write_texts()
+
+    def finish(self) -> int:
+        """Write what is left; return the number of files of texts."""
+        if self._lines:
+            self._write_lines()
+        if self._texts:
+            self._write_texts()
+        return self._files
+
+    def _write_lines(self) -> None:
+        self._folder.write_data(f"list-{self._lists}", self._lines)
+        self._lists, self._lines = self._lists + 1, []
+
+    def _write_texts(self) -> None:
+        self._folder.write_data(f"texts-{self._files}", self._texts)
+        self._files, self._size, self._texts = self._files + 1, 0, []
+
+
+def _line(entry: dict[str, Any], text: str) -> list[Any]:
+    """Return a query as a line: id, text, label, source, loss, best and worst score, image, 1 if it is dropped."""
+    best, worst = (entry[side][0][1] if entry[side] else None for side in ("proponents", "opponents"))
+    facts = [entry[name] for name in ("label", "source", "loss")]
+    return [entry["id"], text, *facts, best, worst, entry.get("image"), *([1] if entry["dropped"] else [])]

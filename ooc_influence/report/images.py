@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ooc_influence.errors import InputError, StoreWriteError, refused
-from ooc_influence.notebook import optional_library
+from ooc_influence.progress import optional_library
 
 LARGEST = 512  # pixels a side
 PIXELS = 2**26  # of an image that is decoded

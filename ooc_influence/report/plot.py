@@ -15,7 +15,7 @@ import numpy.typing as npt
 from ooc_influence.curvature import Curvature
 from ooc_influence.curvature.damping import resolved
 from ooc_influence.errors import InputError
-from ooc_influence.notebook import optional_library
+from ooc_influence.progress import optional_library
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,14 +11,13 @@ from ooc_influence.store.arrays import (
     writable_array,
 )
 from ooc_influence.store.cache import ChunkCache
-from ooc_influence.store.claim import Claim
-from ooc_influence.store.disk import remove_partial_files
+from ooc_influence.store.claim import Claim, make_claim, wait_for
 from ooc_influence.store.encoding import Representation, parse_representation
 from ooc_influence.store.gradient_store import GradientStore
 from ooc_influence.store.layout import Storage, column_dtype
-from ooc_influence.store.marks import copy_marks, mark_dropped, parse_numbers
+from ooc_influence.store.local import remove_partial_files
 from ooc_influence.store.mask import LayerShape, Mask, ModuleMask, PilotMoments
-from ooc_influence.store.place import (
+from ooc_influence.store.paths import (
     NewFolder,
     PathLike,
     StorePath,
@@ -35,8 +34,7 @@ from ooc_influence.store.place import (
     tree_bytes,
     write_bytes,
 )
-from ooc_influence.store.ranges import make_claim, wait_for
-from ooc_influence.store.reader import Block, RawBlock, read_blocks, read_into, read_raw_blocks
+from ooc_influence.store.reader import Block, RawBlock, check_finite, read_blocks, read_into, read_raw_blocks
 from ooc_influence.store.reduction import (
     GaussianReduction,
     GeneratedReduction,
@@ -49,7 +47,7 @@ from ooc_influence.store.reduction import (
     kept_at,
 )
 from ooc_influence.store.rewrite import compact_store, create_like, merge_stores
-from ooc_influence.store.rows import check_finite
+from ooc_influence.store.tombstones import copy_marks, mark_dropped, parse_numbers
 from ooc_influence.store.upgrade import upgrade_store
 from ooc_influence.store.verify import Damage
 from ooc_influence.store.writer import RangeWriter, missing_spans, writing_bytes

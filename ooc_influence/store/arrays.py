@@ -19,7 +19,7 @@ import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, ZstdCodec
 
 from ooc_influence.errors import InputError, StoreDamagedError
-from ooc_influence.store import disk
+from ooc_influence.store import local
 from ooc_influence.store.local import LocalArrayStore
 
 CHUNK_TARGET = 16 * 2**20  # bytes; the measured sweet spot of writing and reading
@@ -202,7 +202,7 @@ def _check_held(array: Any) -> None:
     """Check that an array's chunks can be on the disk before memory is taken for them: its shape may be edited."""
     store = array.store
     if isinstance(store, LocalArrayStore) and array.path not in store.may_lack:
-        held = disk.tree_bytes(store.root / array.path)
+        held = local.tree_bytes(store.root / array.path)
         if array.nbytes > held:
             raise ValueError(f"a shape of {array.shape}, and files of {held} bytes in all")
 

@@ -20,13 +20,13 @@ import numpy.typing as npt
 
 from ooc_influence.errors import InputError, refused
 from ooc_influence.memory import parse_bytes
-from ooc_influence.store import disk
+from ooc_influence.store import local
 from ooc_influence.store.layout import Layout
 from ooc_influence.store.local import map_file
 
 DEFAULT_LIMIT = "20GiB"
 _KEY = r"[0-9a-f]{32}-\d+-[0-9a-f]{16}"  # of a store drawn by this package: another one's id could be any path
-_OWN = re.compile(rf"{_KEY}\.chunk|\.{_KEY}\.chunk\.[0-9a-f]{{32}}{re.escape(disk.PARTIAL)}")
+_OWN = re.compile(rf"{_KEY}\.chunk|\.{_KEY}\.chunk\.[0-9a-f]{{32}}{re.escape(local.PARTIAL)}")
 
 
 class ChunkCache:
@@ -69,7 +69,7 @@ class ChunkCache:
         self.misses += 1
         with contextlib.suppress(OSError):  # a full or read-only cache costs time, nothing else
             self._make_room(found.nbytes)
-            disk.write_file(path, np.ascontiguousarray(found).reshape(-1).view(np.uint8))
+            local.write_file(path, np.ascontiguousarray(found).reshape(-1).view(np.uint8))
         return found
 
     def _make_room(self, wanted: int) -> None:

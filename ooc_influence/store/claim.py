@@ -22,16 +22,18 @@ import socket
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 
-from ooc_influence.errors import StoreBusyError
-from ooc_influence.store import place
-from ooc_influence.store.place import StorePath
+from ooc_influence.errors import InputError, StoreBusyError, StoreWriteError, refused
+from ooc_influence.store import local, paths
+from ooc_influence.store.layout import Layout
+from ooc_influence.store.paths import StorePath, is_local
 
 HEARTBEAT = 10.0  # seconds between signs of life
 STALE = 60.0  # seconds without one after which an owner that may be on another machine is taken for dead
@@ -106,7 +108,7 @@ class Owner:
 def read_claims(store: StorePath) -> dict[str, tuple[int, Owner]]:
     """Return every claim of a store by name: its latest generation and that one's owner."""
     latest: dict[str, int] = {}
-    for name in place.names(store / "commits"):
+    for name in paths.names(store / "commits"):
         match = _CLAIM.fullmatch(name)
         if match:
             latest[match[1]] = max(latest.get(match[1], 0), int(match[2]))
@@ -175,9 +177,9 @@ class Claim:
             generation, owner = read_claims(self._store).get(self._name, (0, None))
             if owner is not None and may_write(self._store, self._name, generation, owner):
                 raise StoreBusyError(self._busy(self._name, owner))
-            if place.create_file(self._path(generation + 1), _record(self._pid)):
+            if paths.create_file(self._path(generation + 1), _record(self._pid)):
                 for old in range(max(1, generation - 3), generation + 1):
-                    place.remove_file(self._path(old))
+                    paths.remove_file(self._path(old))
                 return generation + 1
         raise StoreBusyError(f"expected to claim {self._name} of {self._store}; received too many others: run again")
 
@@ -208,7 +210,7 @@ class Claim:
         StoreBusyError
             If another process took it over, having seen no sign of life from this one.
         """
-        if place.is_local(self._store):
+        if paths.is_local(self._store):
             lost = self._path(self._generation + 1).exists() or not self._path(self._generation).exists()
         elif time.monotonic() - self._heard < STALE / 2:
             lost = False  # nobody takes over from one that was heard of so recently
@@ -227,7 +229,7 @@ class Claim:
                 return True
             if read_claims(self._store).get(self._name, (0, None))[0] != self._generation:
                 return True
-            place.write_bytes(self._path(self._generation), _record(self._pid))
+            paths.write_bytes(self._path(self._generation), _record(self._pid))
             self._heard = time.monotonic()
             return False
 
@@ -259,11 +261,11 @@ def _give_back(
     with beating, contextlib.suppress(OSError):
         try:
             if remove:
-                place.remove_file(path)
-            elif place.exists(path):
-                place.write_bytes(path, _record(pid, released=True))
+                paths.remove_file(path)
+            elif paths.exists(path):
+                paths.write_bytes(path, _record(pid, released=True))
         except OSError:  # a full disk: removing takes no room
-            place.remove_file(path)
+            paths.remove_file(path)
 
 
 def _keep_alive(claim: weakref.ref[Claim], released: threading.Event) -> None:
@@ -278,7 +280,7 @@ def _keep_alive(claim: weakref.ref[Claim], released: threading.Event) -> None:
 
 
 def _read(store: StorePath, name: str, generation: int) -> Owner:
-    data = place.read_bytes(_claim_path(store, name, generation))
+    data = paths.read_bytes(_claim_path(store, name, generation))
     if data is None:
         return Owner({"released": True})
     try:
@@ -286,3 +288,80 @@ def _read(store: StorePath, name: str, generation: int) -> Owner:
     except ValueError:
         record = None
     return Owner(record if isinstance(record, dict) else {"released": False})
+
+
+PATIENCE = 120.0  # seconds: a dead owner elsewhere is known by a heartbeat that stands still for 60
+_FIRST_PAUSE, _LAST_PAUSE = 0.02, 5.0  # seconds between two tries
+_Claimed = TypeVar("_Claimed")
+
+
+def check_range(path: StorePath, layout: Layout, start: int, stop: int | None) -> None:
+    """Check that a writer may ask for rows ``start`` to ``stop``.
+
+    Raises
+    ------
+    InputError
+        If a store that grows is asked for a range, or a planned one for anything but whole groups.
+    """
+    planned, group = layout.planned_rows, layout.group_rows
+    if planned is None:
+        fits = start == 0 and stop is None
+    else:
+        fits = stop is not None and 0 <= start < stop <= planned
+        fits = fits and start % group == 0 and (stop == planned or (stop or 0) % group == 0)
+    if not fits:
+        wanted = "no range: the store grows" if planned is None else f"whole groups of {group} of {planned} rows"
+        raise InputError(f"expected a writer of {path} to ask for {wanted}; received {start} to {stop}")
+
+
+def make_claim(path: StorePath, start: int = 0, stop: int | None = None, *, name: str | None = None) -> Claim:
+    """Claim rows ``start`` to ``stop``, or something else by name.
+
+    Raises
+    ------
+    StoreBusyError
+        If another writer holds it.
+    StoreWriteError
+        If the store's folder cannot be written to.
+    """
+    try:
+        return Claim(path, start, stop, name=name)
+    except StoreBusyError:
+        raise
+    except OSError as error:
+        raise StoreWriteError(refused(f"to write to {path}", error, ", or choose another path")) from error
+
+
+def wait_for(claim: Callable[[], _Claimed], patience: float = PATIENCE) -> _Claimed:
+    """Return what ``claim`` returns, trying again for ``patience`` seconds while another process holds it.
+
+    Raises
+    ------
+    StoreBusyError
+        If it is held for longer.
+    """
+    last, pause = time.monotonic() + patience, _FIRST_PAUSE
+    while True:
+        try:
+            return claim()
+        except StoreBusyError:
+            if time.monotonic() >= last:
+                raise
+        time.sleep(pause)
+        pause = min(2 * pause, _LAST_PAUSE)
+
+
+def clear_range(path: StorePath, layout: Layout, start: int, stop: int | None) -> None:
+    """Delete what writes interrupted by a crash left behind in a range that the caller has claimed."""
+    if not is_local(path):
+        return
+    own_claim = f".claim-{claim_name(start, stop)}."
+    for name in ("gradients", "commits", "dropped", *layout.row_arrays):
+        size = layout.chunk_rows if name == "gradients" else layout.group_rows
+
+        def mine(file: str, size: int = size) -> bool:
+            number = file.split(".")[1] if file.startswith("c.") else ""
+            inside = number.isdigit() and stop is not None and start <= int(number) * size < stop
+            return stop is None or inside or file.startswith(own_claim)
+
+        local.remove_partial_files(path / name, mine)

@@ -8,12 +8,26 @@ back. Rewriting a part-filled last chunk keeps its first rows, so the old record
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import crc32c
 import numpy as np
 import numpy.typing as npt
+from zarr.core.buffer import cpu
+from zarr.core.sync import sync
+
+from ooc_influence.store.arrays import open_group, writable_array
+from ooc_influence.store.claim import Claim
+from ooc_influence.store.layout import Layout, numpy_dtype
+from ooc_influence.store.local import LocalArrayStore
+from ooc_influence.store.paths import ArrayStore
+from ooc_influence.store.tombstones import mark_dropped
 
 Records = npt.NDArray[np.uint64]
 
@@ -52,3 +66,191 @@ def leading_rows(records: Records, chunk_rows: int) -> int:
     short = np.flatnonzero(rows < chunk_rows)
     first = int(short[0]) if short.size else len(rows)
     return first * chunk_rows + (int(rows[first]) if first < len(rows) else 0)
+
+
+AT_ONCE = 4  # files written at the same time
+SmallValues = dict[str, npt.NDArray[Any]]
+
+
+@dataclass
+class Slot:
+    """Buffers for one chunk.
+
+    Attributes
+    ----------
+    gradients : (chunk_rows, columns)
+        Rows as stored.
+    small : dict of str to (chunk_rows,)
+        The other per-row values, by array path.
+    first : int
+        Row of the chunk's first place.
+    rows : int
+        Places filled, from the first.
+    source : Path or None
+        A file that holds exactly this chunk, to be linked instead of written.
+    dropped : list of int
+        Numbers of rows to be marked as dropped before the chunk is committed.
+    """
+
+    gradients: npt.NDArray[Any]
+    small: SmallValues
+    first: int = 0
+    rows: int = 0
+    source: Path | None = None
+    dropped: list[int] = field(default_factory=list)
+
+    @classmethod
+    def empty(cls, layout: Layout) -> Slot:
+        """Return buffers for chunks of a layout."""
+        return cls(
+            np.empty((layout.chunk_rows, layout.encoding.columns), layout.encoding.dtype),
+            {name: np.empty(layout.chunk_rows, numpy_dtype(dtype)) for name, dtype in layout.row_arrays.items()},
+        )
+
+    def checksum(self) -> int:
+        """Return the crc32c over the filled places."""
+        return checksum([self.gradients[: self.rows], *(values[: self.rows] for values in self.small.values())])
+
+
+@dataclass
+class Committer:
+    """Writes chunks of one range; used by one thread at a time.
+
+    Attributes
+    ----------
+    files : LocalArrayStore or RemoteArrayStore
+        What to write to.
+    layout : Layout
+        The store's geometry.
+    records : (chunks,) uint64
+        The commit records of the whole store as they were when the range was claimed.
+    claim : Claim
+        The right to write; looked at before every record.
+    """
+
+    files: ArrayStore
+    layout: Layout
+    records: Records
+    claim: Claim
+    _group: int = -1
+    _small: SmallValues = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._threads = ThreadPoolExecutor(AT_ONCE, "ooc_influence-files")  # a sync waits for the disk, not the CPU
+        group = open_group(self.files, "r+")
+        self._per_row = ("gradients", "dropped", *self.layout.row_arrays)
+        self._arrays = {name: writable_array(group, name) for name in (*self._per_row, "commits")}
+
+    def load(self, slot: Slot, first: int, rows: int) -> bool:
+        """Read the committed rows of a part-filled chunk into ``slot``; return whether they match their record."""
+        slot.first, slot.rows, slot.source, slot.dropped = first, rows, None, []
+        slot.gradients[:rows] = self._arrays["gradients"][first : first + rows]
+        for name, values in slot.small.items():
+            values[:rows] = self._arrays[name][first : first + rows]
+        return slot.checksum() == crc_of(int(self.records[first // self.layout.chunk_rows]))
+
+    def commit(self, slots: Sequence[Slot], *, grows: bool) -> dict[int, int]:
+        """Write chunks, make them durable, commit them; return their records by chunk number."""
+        fresh: dict[int, int] = {}
+        self.claim.check()  # also before any data: chunks are rewritten in place
+        for group, members in groupby(slots, key=lambda slot: slot.first // self.layout.group_rows):
+            chunks = list(members)
+            if grows:
+                self.make_room(max(slot.first + slot.rows for slot in chunks), (group + 1) * self.layout.group_rows)
+            self._open_group(group)
+            writes = [partial(self._write_gradients, slot) for slot in chunks]
+            writes += [partial(self._write_small, name, group, chunks) for name in self._small]
+            coming = [self._threads.submit(write) for write in writes]
+            written = {slot.first // self.layout.chunk_rows: pack(slot.rows, slot.checksum()) for slot in chunks}
+            wait(coming)  # for all of them, before an error of one is raised: nothing may be written after that
+            for write in coming:
+                write.result()
+            self.files.sync_folders()
+            dropped = [row for slot in chunks for row in slot.dropped]
+            if dropped:
+                mark_dropped(self.claim.store, self.layout, np.array(dropped))
+            self.claim.check()
+            self._write_records(group, written)
+            self.files.sync_folders()
+            fresh |= written
+        return fresh
+
+    def _write_gradients(self, slot: Slot) -> None:
+        chunk = slot.first // self.layout.chunk_rows
+        if slot.source is not None and isinstance(self.files, LocalArrayStore):
+            self.files.link(slot.source, f"gradients/c.{chunk}.0")
+            return
+        slot.gradients[slot.rows :] = self.layout.encoding.fill
+        if self.layout.codec is None:  # the chunk is these bytes: Zarr would copy them first
+            data = slot.gradients.reshape(-1).view(np.uint8)
+            sync(self.files.set(f"gradients/c.{chunk}.0", cpu.Buffer.from_array_like(data)))
+            return
+        stop = min(slot.first + self.layout.chunk_rows, self._arrays["gradients"].shape[0])
+        self._arrays["gradients"][slot.first : stop] = slot.gradients[: stop - slot.first]
+
+    def _open_group(self, group: int) -> None:
+        """Hold the small values of a group, those of its committed rows read from the disk."""
+        if group == self._group:
+            return
+        size, first = self.layout.group_rows, group * self.layout.group_rows
+        chunk = group * self.layout.group_chunks
+        self._small = {}
+        for name, dtype in self.layout.row_arrays.items():
+            kind: Any = numpy_dtype(dtype)
+            blank: Any = "" if kind is object else (np.nan if dtype.startswith("float") else 0)
+            self._small[name] = np.full(size, blank, kind)
+            if np.any(self.records[chunk : chunk + self.layout.group_chunks]):
+                found = self._arrays[name][first : first + size]
+                self._small[name][: len(found)] = found
+        self._group = group
+
+    def _write_small(self, name: str, group: int, slots: Sequence[Slot]) -> None:
+        first, values = group * self.layout.group_rows, self._small[name]
+        for slot in slots:
+            values[slot.first - first : slot.first - first + slot.rows] = slot.small[name][: slot.rows]
+        stop = min(first + self.layout.group_rows, self._arrays[name].shape[0])
+        self._arrays[name][first:stop] = values[: stop - first]
+
+    def _write_records(self, group: int, written: dict[int, int]) -> None:
+        stop = min((group + 1) * self.layout.group_chunks, self._arrays["commits"].shape[0])
+        if len(self.records) < stop:
+            self.records = np.concatenate([self.records, np.zeros(stop - len(self.records), np.uint64)])
+        self.records[list(written)] = list(written.values())
+        self.rewrite_records(group)
+
+    def rewrite_records(self, group: int) -> None:
+        """Write a group's file of records as :attr:`records` has them now; the folder is synced by the caller."""
+        first = group * self.layout.group_chunks
+        stop = min(first + self.layout.group_chunks, self._arrays["commits"].shape[0])
+        self._arrays["commits"][first:stop] = self.records[first:stop]
+
+    def make_room(self, rows: int, shape: int) -> None:
+        """Grow the arrays to ``shape`` rows unless they have room for ``rows``.
+
+        A crash may have left some of them short: Zarr clips what is written behind an array's end.
+        """
+        if min(self._stored_rows(), self._arrays["commits"].shape[0] * self.layout.chunk_rows) >= rows:
+            return
+        for group in range(-(-len(self.records) // self.layout.group_chunks), -(-rows // self.layout.group_rows)):
+            self._write_blank_records(group)  # first: a group that the arrays' shape tells of has its file
+        self.files.sync_folders()
+        self.resize(shape)
+
+    def _stored_rows(self) -> int:
+        return min(int(self._arrays[name].shape[0]) for name in self._per_row)
+
+    def _write_blank_records(self, group: int) -> None:
+        """Write a group's file of zero records, which Zarr cannot before the array is long enough."""
+        blank = np.zeros(self.layout.group_chunks, "<u8")
+        crc = checksum([blank]).to_bytes(4, "little")
+        sync(self.files.set(f"commits/c.{group}", cpu.Buffer.from_bytes(blank.tobytes() + crc)))
+
+    def resize(self, rows: int) -> None:
+        """Give all arrays this many rows, durably."""
+        for name in self._per_row:
+            if self._arrays[name].shape[0] != rows:
+                self._arrays[name].resize((rows, *self._arrays[name].shape[1:]))
+        chunks = -(-rows // self.layout.chunk_rows)
+        if self._arrays["commits"].shape[0] != chunks:
+            self._arrays["commits"].resize((chunks,))
+        self.files.sync_folders()

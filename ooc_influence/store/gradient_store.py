@@ -15,21 +15,18 @@ import numpy.typing as npt
 from ooc_influence.errors import InputError, StoreExistsError, StoreFormatError
 from ooc_influence.store import creation
 from ooc_influence.store.cache import ChunkCache
-from ooc_influence.store.claim import Claim
-from ooc_influence.store.committer import Committer
+from ooc_influence.store.claim import Claim, check_range, clear_range, make_claim
+from ooc_influence.store.commits import Committer
+from ooc_influence.store.creation import read_attributes
 from ooc_influence.store.encoding import Encoding, parse_representation
 from ooc_influence.store.layout import FORMAT_VERSION, Layout, Storage
-from ooc_influence.store.lookup import find_rows
-from ooc_influence.store.marks import mark_dropped, parse_marks, parse_numbers
 from ooc_influence.store.mask import Mask
-from ooc_influence.store.opening import read_attributes
-from ooc_influence.store.place import PathLike, array_store, parse_path
-from ooc_influence.store.ranges import check_range, clear_range, make_claim
+from ooc_influence.store.paths import PathLike, array_store, parse_path
+from ooc_influence.store.reader import find_rows, parse_rows
 from ooc_influence.store.reduction import Reduction, columns_digest
-from ooc_influence.store.rows import parse_rows
-from ooc_influence.store.tables import TabularView
+from ooc_influence.store.tombstones import mark_dropped, parse_marks, parse_numbers
 from ooc_influence.store.verify import Damage, verify_store
-from ooc_influence.store.view import Pin
+from ooc_influence.store.view import Pin, TabularView
 from ooc_influence.store.writer import RangeWriter
 
 

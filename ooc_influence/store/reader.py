@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 
+from ooc_influence.errors import InputError, NonFiniteError
 from ooc_influence.store.encoding import FloatRows, RawRows
-from ooc_influence.store.place import is_local
+from ooc_influence.store.layout import Layout, column_dtype, numpy_dtype
+from ooc_influence.store.paths import is_local
 
 if TYPE_CHECKING:
     from ooc_influence.store.view import StoreView
@@ -366,3 +368,158 @@ def _decode(store: StoreView, raw: RawRows, scale: FloatRows, out: FloatRows, co
         narrow = replace(form, k=last - first)
         narrow.decode_into(raw[:, first:last], scale, out[:, at : at + last - first], weights)
         at += last - first
+
+
+def parse_rows(
+    layout: Layout,
+    first_row: int,
+    gradients: npt.ArrayLike,
+    loss: npt.ArrayLike,
+    grad_norm: npt.ArrayLike | None,
+    metadata: Mapping[str, Any],
+) -> tuple[FloatRows, dict[str, npt.NDArray[Any]]]:
+    """Return float32 rows (b, k) and, by array path, their small values (b,).
+
+    Parameters
+    ----------
+    layout : Layout
+        Of the store they are for.
+    first_row : int
+        Number the first row will have; errors name rows by number.
+    gradients, loss, grad_norm
+        As for :meth:`GradientStore.append`.
+    metadata : mapping of str to (b,)
+        Ids and columns by array path.
+
+    Raises
+    ------
+    InputError
+        For a wrong shape or type, or missing or unknown ids or columns.
+    NonFiniteError
+        For NaN or Inf in a gradient or loss.
+    """
+    rows = np.ascontiguousarray(gradients, np.float32)
+    if rows.ndim != 2 or rows.shape[1] != layout.k:
+        raise InputError(f"expected gradients of shape (b, {layout.k}); received {rows.shape}")
+    if set(metadata) != set(layout.metadata):
+        raise InputError(
+            f"expected per-row values for {sorted(layout.metadata) or 'nothing'}; received {sorted(metadata)}: "
+            "ids and columns are fixed when a store is created"
+        )
+    losses, norms = np.asarray(loss, np.float32), _norms(rows)
+    small: dict[str, npt.NDArray[Any]] = {"loss": losses}
+    small["grad_norm"] = np.asarray(norms if grad_norm is None else grad_norm, np.float32)
+    if len(rows):
+        small |= {name: _parse_column(name, layout.metadata[name], values) for name, values in metadata.items()}
+    for name, values in small.items():
+        if values.shape != (len(rows),):
+            raise InputError(f"expected {name} of shape ({len(rows)},); received {values.shape}")
+    ids = small.get("example_id")
+    _refuse(first_row, ~(np.isfinite(norms) & np.isfinite(losses)), ids)
+    if ids is not None and len(set(ids.tolist())) < len(ids):
+        names = ids.tolist()
+        again = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"expected ids that do not repeat; received {again!r} for several rows")
+    return rows, small
+
+
+def _parse_column(name: str, dtype: str, values: Any) -> npt.NDArray[Any]:
+    received = column_dtype(values)
+    if received != dtype and not (dtype == "float64" and received == "int64"):
+        raise InputError(f"expected {name} of dtype {dtype}; received {received}")
+    if dtype == "str":
+        try:
+            "".join(map(str, values)).encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"expected {name} of text that UTF-8 can hold; received {error.object[error.start]!r}"
+            ) from error
+    return np.asarray(values, numpy_dtype(dtype))
+
+
+def _norms(rows: FloatRows) -> npt.NDArray[np.float64]:
+    norms: npt.NDArray[np.float64] = np.sqrt(np.einsum("ij,ij->i", rows, rows, dtype=np.float64))
+    return norms  # in float64: float32 squares under- and overflow
+
+
+def check_finite(first_row: int, rows: FloatRows, losses: FloatRows, ids: Sequence[Any] | None) -> None:
+    """Check gradients (b, k) and losses (b,) of rows from ``first_row`` on.
+
+    Raises
+    ------
+    NonFiniteError
+        Naming the rows, and their ids if given, with NaN or Inf.
+    """
+    _refuse(first_row, ~(np.isfinite(_norms(rows)) & np.isfinite(losses)), ids)
+
+
+def _refuse(first_row: int, bad: npt.NDArray[np.bool_], ids: Any) -> None:
+    if not bad.any():
+        return
+    places = np.flatnonzero(bad)
+    named = ", ".join(f"{first_row + at}" + ("" if ids is None else f" ({ids[at]})") for at in places[:10])
+    more = f" and {len(places) - 10} more" if len(places) > 10 else ""
+    raise NonFiniteError(
+        f"expected finite losses and gradients; received NaN or Inf in rows {named}{more}: mend or leave out these "
+        "samples, then run again",
+        [first_row + int(at) for at in places],
+    )
+
+
+IDS_AT_ONCE = 2**22  # hashes of ids held at a time: 32 MiB
+
+
+def find_rows(store: StoreView, ids: Any) -> npt.NDArray[np.int64]:
+    """Return the row number of each id, (m,) int64, -1 where none has it; see :meth:`GradientStore.find`."""
+    wanted = list(ids)
+    kind = store.layout.ids or "int64"
+    if wanted and column_dtype(wanted) != kind:
+        raise InputError(f"expected ids of type {kind}; received {column_dtype(wanted)}")
+    found: dict[Any, int] = {}
+    if store.layout.ids is None:
+        found = {number: number for number in wanted if 0 <= number < store.n}
+    else:
+        looked_for = set(wanted)
+        for start in range(0, store.n, store.layout.group_rows):
+            stop = min(store.n, start + store.layout.group_rows)
+            values = store.small("example_id", start, stop).tolist()
+            for at, value in enumerate(values):
+                if value in looked_for:
+                    if value in found:
+                        raise InputError(
+                            f"expected ids that do not repeat; received {value!r} for rows {found[value]} and "
+                            f"{start + at} of {store.path}: use row numbers"
+                        )
+                    found[value] = start + at
+    return np.array([found.get(value, -1) for value in wanted], np.int64)
+
+
+def repeated_ids(store: StoreView) -> Iterator[str]:
+    """Yield what to say of each id that several rows have: by hash, part of the hashes at a time, then by the ids."""
+    if store.layout.ids is None or store.n < 2:
+        return
+    passes = -(-store.n // IDS_AT_ONCE)
+    for number in range(passes):
+        hashes, rows = _hash_ids(store, number, passes)
+        order = np.argsort(hashes, kind="stable")
+        same = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])
+        for at in same[:1000].tolist():
+            pair = rows[order[at : at + 2]]
+            first, second = store.ids(pair).tolist()
+            if first == second:
+                yield f"id {first!r} is that of rows {pair[0]} and {pair[1]}"
+
+
+def _hash_ids(store: StoreView, number: int, passes: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Return 64-bit hashes of the ids whose hash falls into one of the passes, and their rows."""
+    hashes, rows = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    for start in range(0, store.n, store.layout.group_rows):
+        try:
+            values = store.small("example_id", start, min(store.n, start + store.layout.group_rows)).tolist()
+        except Exception:  # damaged, which the check of its chunks reports
+            continue
+        hashed = np.array([hash(value) for value in values], np.int64)
+        mine = np.flatnonzero(hashed % passes == number)
+        hashes.append(hashed[mine])
+        rows.append(start + mine)
+    return np.concatenate(hashes), np.concatenate(rows)

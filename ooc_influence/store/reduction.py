@@ -24,7 +24,7 @@ from ooc_influence.errors import (
     StoreReadError,
 )
 from ooc_influence.store.arrays import CHUNK_TARGET, create_array, open_group, read_array
-from ooc_influence.store.place import StorePath, array_store, parse_reference
+from ooc_influence.store.paths import StorePath, array_store, parse_reference
 
 if TYPE_CHECKING:
     from ooc_influence.store.mask import LayerShape

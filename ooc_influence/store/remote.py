@@ -19,8 +19,7 @@ from zarr.core.sync import sync
 from zarr.storage import FsspecStore
 
 from ooc_influence.errors import StoreDamagedError
-from ooc_influence.store.local import checked, is_chunk, missing_chunk, short_chunk
-from ooc_influence.store.metadata import METADATA
+from ooc_influence.store.local import METADATA, checked, is_chunk, missing_chunk, short_chunk
 
 
 class RemoteArrayStore(FsspecStore):

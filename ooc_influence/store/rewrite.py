@@ -15,13 +15,13 @@ import numpy as np
 
 from ooc_influence.errors import InputError, MismatchError, StoreDamagedError, StoreExistsError
 from ooc_influence.progress import Progress
-from ooc_influence.store import commits, place
-from ooc_influence.store.committer import SmallValues
+from ooc_influence.store import commits, paths
+from ooc_influence.store.commits import SmallValues
 from ooc_influence.store.creation import create_store, nothing_expected
 from ooc_influence.store.gradient_store import GradientStore
 from ooc_influence.store.layout import Storage
-from ooc_influence.store.lookup import repeated_ids
-from ooc_influence.store.place import PathLike, is_local, parse_path
+from ooc_influence.store.paths import PathLike, is_local, parse_path
+from ooc_influence.store.reader import repeated_ids
 from ooc_influence.store.writer import RangeWriter
 
 
@@ -81,11 +81,11 @@ def merge_stores(
     merged.reload()
     again = next(repeated_ids(merged), None)
     if again is not None:
-        place.remove_tree(merged.path)
+        paths.remove_tree(merged.path)
         raise InputError(f"expected ids that do not repeat; received stores where {again}: rename them, or compact one")
     if move:
         for store in stores:
-            place.remove_tree(store.path)
+            paths.remove_tree(store.path)
     return GradientStore.open(merged.path)
 
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from ooc_influence.store import commits, disk, place
+from ooc_influence.store import commits, local, paths
 from ooc_influence.store.arrays import open_group, writable_array
+from ooc_influence.store.claim import make_claim
 from ooc_influence.store.creation import write_attributes
 from ooc_influence.store.gradient_store import GradientStore
 from ooc_influence.store.layout import FORMAT_VERSION, MARKS
-from ooc_influence.store.marks import list_groups
-from ooc_influence.store.place import PathLike, array_store, is_local
-from ooc_influence.store.ranges import make_claim
+from ooc_influence.store.paths import PathLike, array_store, is_local
+from ooc_influence.store.tombstones import list_groups
 
 
 def upgrade_store(path: PathLike) -> bool:
@@ -51,8 +51,8 @@ def _upgrade_first(store: GradientStore) -> None:
     group.require_group(MARKS)
     list_groups(files, store.dropped_groups())
     if is_local(store.path):  # locks of the old format
-        for name in place.names(store.path / "commits"):
+        for name in paths.names(store.path / "commits"):
             if name.startswith(".claim-") and not name.rpartition(".")[2].isdigit():
-                place.remove_file(store.path / "commits" / name)
-        disk.sync_tree(store.path)
+                paths.remove_file(store.path / "commits" / name)
+        local.sync_tree(store.path)
     files.sync_folders()

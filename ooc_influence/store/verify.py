@@ -17,16 +17,7 @@ import numpy.typing as npt
 
 from ooc_influence.errors import InputError, OocInfluenceError
 from ooc_influence.memory import Need, plan_block_rows
-from ooc_influence.progress import Progress, tick
-from ooc_influence.store import commits, place
-from ooc_influence.store.arrays import open_group
-from ooc_influence.store.committer import Committer
-from ooc_influence.store.layout import ROW_ARRAYS, Layout
-from ooc_influence.store.lookup import IDS_AT_ONCE, repeated_ids
-from ooc_influence.store.place import array_store, is_local
-from ooc_influence.store.ranges import make_claim
-from ooc_influence.store.reader import ask_for_chunk
-from ooc_influence.stripes import (
+from ooc_influence.parallel import (
     Stripe,
     check_workers,
     cores,
@@ -35,6 +26,14 @@ from ooc_influence.stripes import (
     slots_per_process,
     worker_memory,
 )
+from ooc_influence.progress import Progress, tick
+from ooc_influence.store import commits, paths
+from ooc_influence.store.arrays import open_group
+from ooc_influence.store.claim import make_claim
+from ooc_influence.store.commits import Committer
+from ooc_influence.store.layout import ROW_ARRAYS, Layout
+from ooc_influence.store.paths import array_store, is_local
+from ooc_influence.store.reader import IDS_AT_ONCE, ask_for_chunk, repeated_ids
 
 if TYPE_CHECKING:
     from ooc_influence.store.view import StoreView
@@ -161,7 +160,7 @@ def _check_parts(store: StoreView) -> Iterator[Damage]:
             read()
         except (OocInfluenceError, ValueError, KeyError, TypeError) as error:
             yield Damage(None, None, f"{what}: {error}")
-    for name in place.names(store.path / "curvature"):
+    for name in paths.names(store.path / "curvature"):
         if not name.startswith(".") and name != "zarr.json":
             yield from _check_curvature(store, name)
 
@@ -182,7 +181,7 @@ def _read_dropped(store: StoreView) -> None:
 def _check_curvature(store: StoreView, name: str) -> Iterator[Damage]:
     path = store.path / "curvature" / name
     try:
-        names = [array for array in place.names(path) if array != "zarr.json"]
+        names = [array for array in paths.names(path) if array != "zarr.json"]
         files = array_store(path, read_only=True, chunk_bytes={})
         group = open_group(files, "r")
         for array_name in names:

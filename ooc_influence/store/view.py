@@ -11,19 +11,21 @@ import numpy as np
 import numpy.typing as npt
 
 from ooc_influence.errors import InputError, MismatchError, StoreDamagedError
-from ooc_influence.store import commits, place
+from ooc_influence.progress import html_table, optional_library
+from ooc_influence.store import commits, paths
 from ooc_influence.store.arrays import open_group, read_array
 from ooc_influence.store.cache import ChunkCache
+from ooc_influence.store.creation import check_lengths, open_store, read_damaged_records, read_records
 from ooc_influence.store.encoding import FloatRows
 from ooc_influence.store.local import MAPPED, LocalArrayStore
-from ooc_influence.store.marks import marked_groups
 from ooc_influence.store.mask import Mask
-from ooc_influence.store.opening import check_lengths, open_store, read_damaged_records, read_records
-from ooc_influence.store.place import PathLike, is_local, parse_path
+from ooc_influence.store.paths import PathLike, is_local, parse_path
 from ooc_influence.store.reader import ChunkStream, read_into
 from ooc_influence.store.reduction import Reduction, columns_digest, load_reduction
+from ooc_influence.store.tombstones import marked_groups
 
 if TYPE_CHECKING:
+    import dask.array as da
     import torch
 
 Pin = tuple[str, int, int]
@@ -90,7 +92,7 @@ class StoreView:
         StoreDamagedError
             If the marks of one of them are gone.
         """
-        names = set(place.names(self.path / "dropped"))
+        names = set(paths.names(self.path / "dropped"))
         if self._attrs["format"] == 1:
             return {int(name.removeprefix("c.")) for name in names if name.startswith("c.")}
         listed = set(marked_groups(self._group))
@@ -402,3 +404,69 @@ class StoreView:
 
     def __dask_tokenize__(self) -> tuple[str, str]:
         return self.identity, self.rows_digest()
+
+
+_SCALES = ("row_scale",)  # of the stored form, no property of the example
+
+
+class TabularView(StoreView):
+    """The committed rows of a store, for other libraries."""
+
+    def to_dask(self) -> da.Array:
+        """Return the rows as a lazy (n, k) float32 Dask array, chunks as on disk; tasks carry the path only."""
+        import dask.array as da
+
+        chunks = (self.layout.chunk_rows, self.k)
+        rows: da.Array = da.from_array(
+            self, chunks=chunks, asarray=False, fancy=False, name=f"gradients-{self.rows_digest()}"
+        )
+        return rows
+
+    def to_pandas(self) -> Any:
+        """Return a DataFrame with a line a row: id, loss, grad_norm, dropped and the store's columns.
+
+        Raises
+        ------
+        MissingExtraError
+            Without pandas.
+        """
+        pandas = optional_library("pandas", "tables")
+        frame = pandas.DataFrame({"id": self.ids(), **self._values()})
+        frame.index.name = "row"
+        return frame
+
+    def to_xarray(self) -> Any:
+        """Return a Dataset of dimensions (row, column): lazy float32 gradients, and what belongs to each row.
+
+        ``xarray.open_zarr(path, consolidated=False)`` opens the arrays as they are stored: with scales apart, rows that
+        are not committed, and those of quantised stores as whole numbers.
+
+        Raises
+        ------
+        MissingExtraError
+            Without xarray.
+        """
+        xarray = optional_library("xarray", "labelled arrays")
+        rows = {name: ("row", values) for name, values in self._values().items()}
+        coordinates = {"id": ("row", self.ids())} if self.layout.ids else {}
+        return xarray.Dataset(
+            {"gradients": (("row", "column"), self.to_dask()), **rows}, coordinates, {"store": str(self.path)}
+        )
+
+    def _values(self) -> dict[str, Any]:
+        kept = [name for name in self.layout.row_arrays if name not in (*_SCALES, "example_id")]
+        return {name.removeprefix("columns/"): self.small(name) for name in [*kept, "dropped"]}
+
+    def _repr_html_(self) -> str:
+        attrs, layout = self._attrs, self.layout
+        dropped = int(self.dropped.sum()) if self.has_dropped else 0
+        lines = [
+            ("rows", f"{self.n:,}" + (f", {dropped:,} of them dropped" if dropped else "")),
+            ("numbers a row", f"{self.k:,} of {attrs['p']:,} gradient entries, {layout.dtype}"),
+            ("ids", layout.ids or "row numbers"),
+            ("columns", ", ".join(layout.columns) or "none"),
+            ("loss", str(attrs.get("loss_kind") or "not said")),
+            ("chunks", f"{len(self.records):,} of {layout.chunk_rows:,} rows"),
+            ("format", f"{attrs['format']}, written by version {attrs['version']}"),
+        ]
+        return html_table(f"GradientStore {self.path}", None, lines)

@@ -21,10 +21,10 @@ import numpy.typing as npt
 
 from ooc_influence.errors import InputError, OocInfluenceError, StoreDamagedError, StoreWriteError, refused
 from ooc_influence.store import commits
-from ooc_influence.store.committer import AT_ONCE, Committer, Slot
+from ooc_influence.store.commits import AT_ONCE, Committer, Slot
 from ooc_influence.store.encoding import FloatRows, RawRows
 from ooc_influence.store.layout import Layout
-from ooc_influence.store.place import StorePath, is_local
+from ooc_influence.store.paths import StorePath, is_local
 
 BUFFERS = 3  # chunks in memory: one being filled, one being written, one to hand over meanwhile
 _TEXT_BYTES = 128  # of a string in memory, about

@@ -36,7 +36,7 @@ from store import chunk_files, drop_cache, timed, whole_mask
 from threadpoolctl import threadpool_info
 
 import ooc_influence as ooc
-from ooc_influence.influence.scoring import Scoring
+from ooc_influence.influence.request import Scoring
 from ooc_influence.memory import PeakMemory, format_bytes, parse_bytes
 from ooc_influence.progress import Progress
 

@@ -17,8 +17,8 @@ from store import chunk_files, drop_cache, map_converted, timed
 from threadpoolctl import threadpool_limits
 
 import ooc_influence as ooc
-from ooc_influence.linalg.engines import choose_engine
-from ooc_influence.stripes import cores
+from ooc_influence.linalg.backend import choose_engine
+from ooc_influence.parallel import cores
 
 _BLOCK_ROWS = 4096
 

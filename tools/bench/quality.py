@@ -45,7 +45,7 @@ import ooc_influence as ooc
 from ooc_influence.evaluate import Runs, finished_runs, lds, random_subsets, retrain
 from ooc_influence.evaluate.retrain import seeded
 from ooc_influence.report import table
-from ooc_influence.store.disk import write_file
+from ooc_influence.store.local import write_file
 
 RECIPE = {"dropout": 0.1, "lr": 0.01, "momentum": 0.9, "batch": 64, "pixels": [0.1307, 0.3081]}
 GRID = [10 ** (power / 2) for power in range(-6, 5)]  # 0.001 to 100

@@ -25,7 +25,7 @@ import torch  # noqa: F401 - there in every extraction; rounds to float16 faster
 from scipy.stats import spearmanr
 
 import ooc_influence as ooc
-from ooc_influence.extract.recipe_file import load_recipe
+from ooc_influence.extract.recipe import load_recipe
 from ooc_influence.store import read_blocks, tree_bytes
 
 KINDS = [
@@ -39,7 +39,7 @@ def extract(folder: Path, k: int) -> tuple[ooc.GradientStore, ooc.GradientStore]
     here = Path.cwd()
     os.chdir(folder)  # the recipe keeps its model there
     try:
-        recipe = load_recipe("ooc_influence.cli.demo.digits:recipe")
+        recipe = load_recipe("ooc_influence.cli.demo:recipe")
     finally:
         os.chdir(here)
     found = []

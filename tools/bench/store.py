@@ -32,8 +32,8 @@ import torch  # noqa: F401 - there in every extraction; rounds to float16 faster
 import zarr
 
 import ooc_influence as ooc
+from ooc_influence.parallel import cores
 from ooc_influence.store import LayerShape, Mask, ModuleMask, read_blocks, writer
-from ooc_influence.stripes import cores
 
 K = 4096
 Timed = Callable[[], float]

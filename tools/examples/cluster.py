@@ -22,7 +22,7 @@ from distributed import Client
 
 import ooc_influence as ooc
 
-RECIPE = "ooc_influence.cli.demo.digits:recipe"
+RECIPE = "ooc_influence.cli.demo:recipe"
 
 
 def command(*words: str) -> None:

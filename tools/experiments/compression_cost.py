@@ -32,7 +32,7 @@ from extraction import make
 from torch import nn
 
 import ooc_influence as ooc
-from ooc_influence.extract.rows import RowGatherer
+from ooc_influence.extract.run import RowGatherer
 from ooc_influence.extract.selection import select_layers
 from ooc_influence.extract.tapping import tapped
 from ooc_influence.memory import PeakMemory

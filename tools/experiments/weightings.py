@@ -3,7 +3,7 @@
 Truth: models trained on random halves of a task's train rows (tasks.py), measured by minus their loss on its test
 rows. Explained: models trained on all rows, and models trained on random halves of their own, each with curvature
 from, and credit to, its own rows only; several are summed as they are, and by their queries' margins. Where "combined"
-says margins, halves have curvature from, and give credit to, all rows (ooc_influence.influence.margins). Gradients:
+says margins, halves have curvature from, and give credit to, all rows (ooc_influence.influence.checkpoints). Gradients:
 importance dropout, then the eigenbasis of the curvature's own rows (at most 2500 of them for MNIST, else 1500). LDS of
 single models (mean over models) and of scores summed over all of them, for a grid of relative dampings, and for
 dampings from the spectrum alone: λ with d(λ) = share · min(m, r).

@@ -1,16 +1,19 @@
 """The layer kinds: what is a layer's entry matrix, and how its kept entries are gathered."""
 
-from ooc_influence.extract.entries.adapters import AdapterEntries
 from ooc_influence.extract.entries.base import Entries, Moments, Place, computes_weights, is_coded
-from ooc_influence.extract.entries.bias import BiasEntries
 from ooc_influence.extract.entries.calls import Call, float_leaves
 from ooc_influence.extract.entries.conv import ConvEntries
-from ooc_influence.extract.entries.embedding import EmbeddingEntries
-from ooc_influence.extract.entries.embedding_bag import EmbeddingBagEntries
+from ooc_influence.extract.entries.embedding import EmbeddingBagEntries, EmbeddingEntries
 from ooc_influence.extract.entries.experts import ExpertEntries
-from ooc_influence.extract.entries.func import FuncEntries, own_parameters, uncalled
+from ooc_influence.extract.entries.func import AdapterEntries, FuncEntries, own_parameters, uncalled
 from ooc_influence.extract.entries.linear import LinearEntries, TransposedLinearEntries
-from ooc_influence.extract.entries.norm import BatchNormEntries, GroupNormEntries, LayerNormEntries, RMSNormEntries
+from ooc_influence.extract.entries.norm import (
+    BatchNormEntries,
+    BiasEntries,
+    GroupNormEntries,
+    LayerNormEntries,
+    RMSNormEntries,
+)
 from ooc_influence.extract.entries.recurrent import RecurrentEntries
 
 KINDS: dict[str, type[Entries]] = {

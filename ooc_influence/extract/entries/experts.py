@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ooc_influence.extract.entries.base import Moments, wide
-from ooc_influence.extract.entries.calls import Call, Layout, find_layout
+from ooc_influence.extract.entries.calls import Call, Layout, Patch, find_layout, pull_back
 from ooc_influence.extract.entries.func import FuncEntries
-from ooc_influence.extract.entries.pullback import Patch, pull_back
 from ooc_influence.store import LayerShape
 
 _ROWS = 2**20  # runs of entries whose second moments a pilot tells apart, where the weights' widths allow it

@@ -24,9 +24,9 @@ import torch.nn.functional as F  # noqa: N812 - the community's name
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from ooc_influence.extract.entries import kernels
+from ooc_influence.extract.entries import base
 from ooc_influence.extract.entries.base import Entries, Moments, Place, is_coded, split_bias, wide
-from ooc_influence.store import LayerShape, ModuleMask
+from ooc_influence.store import LayerShape, LograReduction, ModuleMask
 
 _CPU_TILE = 2**19  # values of one gathered operand: two float32 tiles of 2 MiB stay in the shared cache
 _GPU_TILE = 2**25  # on a GPU, few large launches
@@ -83,8 +83,8 @@ class LinearEntries(Entries):
         """Return the entries, (b, m), of x (b, ..., in) and δ (b, ..., out)."""
         x = x.reshape(x.shape[0], -1, x.shape[-1])
         delta = delta.reshape(delta.shape[0], -1, delta.shape[-1])
-        if self._grid is None and self.entries and x.shape[1] > 1 and kernels.usable(x):
-            return kernels.sampled_outer(x, delta, *self._places)
+        if self._grid is None and self.entries and x.shape[1] > 1 and base.usable(x):
+            return base.sampled_outer(x, delta, *self._places)
         out = self._weights(x, delta)
         if len(self._bias_at):
             summed = delta.sum(1, dtype=wide(delta.dtype))
@@ -233,3 +233,43 @@ def _quantised(module: nn.Module) -> bool:
         return is_coded(weight)
     codes = (p for p in module.parameters(recurse=False) if p is not module._parameters.get("bias"))
     return all(is_coded(p) for p in codes) and any(part in type(module).__name__ for part in _QUANTISED)
+
+
+class LograEntries:
+    """What :class:`~ooc_influence.extract.entries.base.Entries` is for kept entries, for a layer's projected numbers.
+
+    Parameters
+    ----------
+    kept : ModuleMask
+        The layer, and which numbers are stored of it.
+    number : int
+        Which layer of the mask it is.
+    reduction : LograReduction
+        Where the projections come from.
+    device : torch.device
+        Where its activations are.
+    """
+
+    def __init__(self, kept: ModuleMask, number: int, reduction: LograReduction, device: torch.device) -> None:
+        self.entries, self._layer = len(kept.rows), kept.layer
+        self._left, self._right = (
+            torch.from_numpy(factor).to(device) for factor in reduction.factors(number, kept.layer, _ranks(kept))
+        )
+
+    def __call__(self, x: Any, delta: Any) -> Tensor:
+        """Return the numbers, (b, m) float32."""
+        x = x.reshape(x.shape[0], -1, x.shape[-1])
+        delta = delta.reshape(delta.shape[0], -1, delta.shape[-1])
+        inputs = x.shape[-1]
+        right = x.to(wide(x.dtype)) @ self._right[:inputs].to(wide(x.dtype))
+        if self._layer.bias:
+            right = right + self._right[inputs].to(right.dtype)
+        left = delta.to(wide(delta.dtype)) @ self._left.to(wide(delta.dtype))
+        return torch.einsum("bto,bti->boi", left, right.to(left.dtype)).reshape(len(x), -1).float()
+
+
+def _ranks(kept: ModuleMask) -> tuple[int, int]:
+    """Return the sides of what is stored of a layer."""
+    if not len(kept.rows):
+        return 0, 0
+    return int(kept.rows[-1]) + 1, int(kept.cols[-1]) + 1

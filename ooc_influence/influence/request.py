@@ -1,0 +1,461 @@
+"""Other ways to the same scores where a budget does not hold them: fewer columns, or another form of the curvature."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ooc_influence.curvature import Curvature, DampingMode
+from ooc_influence.curvature.costs import FitShapes, module_ranges
+from ooc_influence.curvature.dual import gram_self_bytes, gram_working_bytes
+from ooc_influence.curvature.rows import choose_rows
+from ooc_influence.curvature.spectral import self_bytes, working_bytes
+from ooc_influence.errors import InputError, MemoryBudgetError, warn
+from ooc_influence.influence.checkpoints import (
+    AnyCurvature,
+    Checkpoint,
+    Combine,
+    Dampings,
+    Marks,
+    Stores,
+    margin_factors,
+    open_checkpoints,
+    parse_combine,
+    parse_marks,
+)
+from ooc_influence.influence.engine import Floats, Grouping, parse_groups, weighted_sums
+from ooc_influence.influence.tiles import Columns, Costs, Work, pass_need, whole_rows
+from ooc_influence.linalg.backend import parse_device
+from ooc_influence.memory import Need, Room, WayOut, block_limit, plan_block_rows
+from ooc_influence.parallel import slots_per_process, worker_memory
+from ooc_influence.store import GradientStore, read_blocks
+
+
+class Form(NamedTuple):
+    """What rows and a curvature hold.
+
+    Attributes
+    ----------
+    columns : int
+        Stored numbers a row.
+    working : callable
+        Bytes to precondition, given queries and λs; see :meth:`Curvature.working_bytes`.
+    norms : callable
+        Bytes for self-influence, given λs; see :meth:`Curvature.self_working_bytes`.
+    curved : bool
+        Whether there is a curvature.
+    """
+
+    columns: int
+    working: Callable[[int, int], int]
+    norms: Callable[[int], int]
+    curved: bool = True
+
+    @classmethod
+    def of(cls, columns: int, curvature: Curvature | None) -> Form:
+        """Return the form of a curvature, or of none."""
+        if curvature is None:
+            return cls(columns, lambda queries, values: 0, lambda values: 0, False)
+        return cls(columns, curvature.working_bytes, curvature.self_working_bytes)
+
+    @classmethod
+    def spectral(cls, columns: int, squares: int | None = None) -> Form:
+        """Return the form of F's whole spectrum, in blocks of Σ d_b² = ``squares`` numbers."""
+        return cls(
+            columns, partial(working_bytes, columns, squares=squares), partial(self_bytes, columns, squares=squares)
+        )
+
+    @classmethod
+    def gram(cls, columns: int, rows: int) -> Form:
+        """Return the form of the spectrum of a Gram matrix of some rows."""
+        return cls(columns, partial(gram_working_bytes, columns, rows), partial(gram_self_bytes, columns, rows))
+
+
+def form_ways(own: Checkpoint, need: Callable[[Form], Need], room: Room) -> Iterator[WayOut]:
+    """Return the ways by other forms of a checkpoint's rows and curvature, given what a form would need."""
+    train, found = own.train, own.curvature
+    shapes = FitShapes.of(choose_rows(train))
+
+    def of_reduced(r: int) -> Need:
+        return need(Form.of(r, None) if found is None else Form.spectral(r))
+
+    yield from shapes.reduced(room, of_reduced)
+    if found is None or found.kind != "whole":
+        return
+    if len(shapes.modules) > 1:
+        squares = sum((last - first) ** 2 for first, last in module_ranges(train))
+        text = f"a curvature by module ({{}}: ooc-influence fisher {train.path} --blocks module)"
+        yield WayOut(text, need(Form.spectral(train.k, squares)))
+    if found.rows < train.k and room.fits(shapes.gram):
+        text = f"the Gram side ({{}}: ooc-influence fisher {train.path} --side gram)"
+        yield WayOut(text, max(shapes.gram, need(Form.gram(train.k, found.rows)), key=room.price))
+
+
+Factors = Callable[[int, int], npt.NDArray[np.float64]]
+_BLOCK_ROWS = 1024  # rows read at a time where they are averaged
+
+
+@dataclass(frozen=True, eq=False)
+class Queries:
+    """Rows of query stores, or their means.
+
+    Attributes
+    ----------
+    names : (q,)
+        Ids of the rows, or the names of the groups they are averaged in.
+    groups : Grouping or None
+        Those groups; None for every row by itself.
+    """
+
+    names: npt.NDArray[Any]
+    groups: Grouping | None
+
+    @classmethod
+    def of(cls, store: GradientStore, average: bool | str) -> Queries:
+        """Return every row of ``store``, the mean of all (True), or a mean for each value of a column (its name).
+
+        Raises
+        ------
+        InputError
+            If there is no such column.
+        """
+        if average is False:
+            return cls(store.ids(), None)
+        if average is True:
+            return cls(np.array(["mean"]), Grouping(np.array(["mean"]), np.zeros(store.n, np.int64)))
+        if not isinstance(average, str):
+            raise InputError(f"expected average_queries True, False or a column's name; received {average!r}")
+        groups = parse_groups(average, store)
+        return cls(groups.names, groups)
+
+    @classmethod
+    def none(cls) -> Queries:
+        """Return no queries."""
+        return cls(np.empty(0), None)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def reading_bytes(self, store: GradientStore) -> int:
+        """Return what :meth:`read` holds beside what it returns and its double."""
+        if self.groups is None:
+            return store.reading_bytes
+        return store.reading_bytes + 2 * 4 * store.k * min(_BLOCK_ROWS, block_limit(store.k), store.n)
+
+    def read(
+        self, store: GradientStore, start: int, stop: int, factors: Factors | None = None
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
+        """Return gradients ``start`` to ``stop``, (stop - start, k), and which of them are of dropped rows only.
+
+        ``factors`` gives what rows of the store are multiplied by, before they are averaged.
+        """
+        if self.groups is None:
+            dropped = store.small("dropped", start, stop) if store.has_dropped else np.zeros(stop - start, bool)
+            rows = store.rows(start, stop)
+            return rows if factors is None else rows * factors(start, stop)[:, None], dropped
+        sums, counts = np.zeros((stop - start, store.k)), np.zeros(stop - start)
+        for block in read_blocks(store, 0, store.n, min(_BLOCK_ROWS, block_limit(store.k))):
+            codes = self.groups.codes[block.start : block.stop] - start
+            inside = (codes >= 0) & (codes < stop - start)
+            if block.dropped is not None:
+                inside &= ~block.dropped
+            weights = np.where(inside, 1 if factors is None else factors(block.start, block.stop), 0)
+            found, part = weighted_sums(block.gradients, codes, weights.astype(np.float32))
+            sums[found] += part
+            counts += np.bincount(codes[inside], minlength=stop - start)
+        return sums / np.maximum(counts, 1)[:, None], counts == 0
+
+
+Normalize = Literal["cosine", "train"]
+LEFT_ROWS = 2048  # preconditioned queries a pass: more cost memory, fewer another pass over the train rows
+OUTSIDE_WARNING = 0.9  # share of a query's squared gradient outside the curvature's span, above which we say so
+
+
+@dataclass(frozen=True)
+class Left:
+    """Preconditioned queries ``start`` to ``stop``.
+
+    Attributes
+    ----------
+    start, stop : int
+        Query numbers.
+    arrays : list of (L · q, k) float32
+        For each checkpoint, λ by λ; NaN where a query is dropped.
+    outside : (q,) float64
+        Share of each query's squared gradient outside the span of the training spectrum; NaN without a curvature.
+    gone : (q,) bool
+        Queries that are dropped.
+    """
+
+    start: int
+    stop: int
+    arrays: list[Floats]
+    outside: npt.NDArray[np.float64]
+    gone: Marks
+
+
+@dataclass(frozen=True, eq=False)
+class Scoring:
+    """A call's checked input.
+
+    Attributes
+    ----------
+    checkpoints : tuple of Checkpoint
+        One, or several to average over.
+    queries : Queries
+        The left-hand rows.
+    seen : (C, n) bool or None
+        Which rows each checkpoint was trained on; None for all.
+    normalize : {"cosine", "train"} or None
+        The unit of the scores.
+    device : str or None
+        Where blocks are multiplied; None for NumPy.
+    several : bool
+        Whether dampings came as a list: results have an axis of λ.
+    combine : {"mean", "query-margins", "margins"}
+        How checkpoints are combined.
+    """
+
+    checkpoints: tuple[Checkpoint, ...]
+    queries: Queries
+    seen: Marks | None
+    normalize: Normalize | None
+    device: str | None
+    several: bool
+    combine: Combine = "mean"
+
+    @classmethod
+    def open(
+        cls,
+        query: Stores | None,
+        train: Stores,
+        curvature: AnyCurvature | Sequence[AnyCurvature],
+        damping: Dampings,
+        mode: DampingMode,
+        *,
+        normalize: Normalize | None = None,
+        average_queries: bool | str = False,
+        rows: Any = None,
+        device: str | None = None,
+        combine: str = "mean",
+    ) -> Scoring:
+        """Open and check everything; see :func:`influence_scores`. Without a query store, rows speak for themselves."""
+        if normalize not in (None, "cosine", "train"):
+            raise InputError(f"expected normalize 'cosine', 'train' or none; received {normalize!r}")
+        checkpoints = open_checkpoints(query, train, curvature, damping, mode)
+        first = checkpoints[0]
+        queries = Queries.none() if first.query is None else Queries.of(first.query, average_queries)
+        seen = parse_marks(rows, isinstance(train, (list, tuple)), len(checkpoints), first.train.n)
+        several = damping is not None and np.ndim(damping) == 1
+        known = parse_combine(combine, checkpoints, normalize)
+        return cls(checkpoints, queries, seen, normalize, parse_device(device), several, known)
+
+    @property
+    def q(self) -> int:
+        """Queries."""
+        return len(self.queries)
+
+    @property
+    def n(self) -> int:
+        """Train rows."""
+        return self.checkpoints[0].train.n
+
+    @property
+    def columns(self) -> int:
+        """Columns of the widest checkpoint's rows."""
+        return max(own.train.k for own in self.checkpoints)
+
+    @property
+    def lambdas(self) -> int:
+        """Dampings, L."""
+        return len(self.checkpoints[0].values)
+
+    @property
+    def damping(self) -> Any:
+        """λ itself: a number; (L,) for a list of dampings; one of these for each checkpoint where there are several."""
+        values = [list(own.values) if self.several else own.values[0] for own in self.checkpoints]
+        return values[0] if len(values) == 1 else values
+
+    def squeeze(self, values: Any) -> Any:
+        """Drop the axis of λ, the first, where one damping was given."""
+        return values if self.several else values[0]
+
+    def digest(self, **more: Any) -> str:
+        """Return a digest of all that the scores depend on: another one means other numbers."""
+        seen = None if self.seen is None else hashlib.sha256(np.packbits(self.seen).tobytes()).hexdigest()
+        codes = None if self.queries.groups is None else self.queries.groups.codes.tobytes()
+        facts = {
+            "checkpoints": [own.identity for own in self.checkpoints],
+            "average": None if codes is None else hashlib.sha256(codes).hexdigest(),
+            "seen": seen,
+            "normalize": self.normalize,
+            **({} if self.combine == "mean" else {"combine": self.combine}),
+            **more,
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def left(self, start: int, stop: int) -> Left:
+        """Return queries ``start`` to ``stop``, preconditioned."""
+        arrays, shares, dropped = [], [], np.zeros(stop - start, bool)
+        for number, own in enumerate(self.checkpoints):
+            assert own.query is not None
+            rows, gone = self.queries.read(own.query, start, stop, self._query_factors(number))
+            if own.curvature is None:
+                product = np.asarray(rows, np.float64)[None].copy()
+            else:
+                product = own.curvature.precondition(rows, own.values)
+            shares.append(_outside(own.curvature, rows, gone))
+            if self.normalize == "cosine":
+                norms = np.sqrt(np.maximum(np.einsum("qk,lqk->lq", rows, product), 0))
+                product /= np.where(norms > 0, norms, 1)[:, :, None]
+            if self.seen is None:
+                product /= len(self.checkpoints)  # with marks, each train row has its own number of checkpoints
+            product[:, gone] = np.nan
+            dropped |= gone
+            arrays.append(product.reshape(-1, product.shape[-1]).astype(np.float32))
+        return Left(start, stop, arrays, np.mean(shares, axis=0), dropped)
+
+    def _query_factors(self, number: int) -> Factors | None:
+        """Return what gives factors of a checkpoint's query rows, where it has any."""
+        if self.combine == "mean":
+            return None
+        stores = [own.query for own in self.checkpoints if own.query is not None]
+        return lambda start, stop: margin_factors(stores, start, stop)[number]
+
+    def outside(self, start: int, stop: int) -> npt.NDArray[np.float64]:
+        """Return the share of queries ``start`` to ``stop`` outside the span, (q,): see :attr:`Left.outside`."""
+        shares = []
+        for number, own in enumerate(self.checkpoints):
+            assert own.query is not None
+            rows, gone = self.queries.read(own.query, start, stop, self._query_factors(number))
+            shares.append(_outside(own.curvature, rows, gone))
+        return np.asarray(np.mean(shares, axis=0))
+
+    def form_norm_bytes(self, form: Form) -> int:
+        """Return what a process holds to find the norms of train rows by a curvature of some form."""
+        if self.device is None or not form.curved:
+            return form.norms(self.lambdas)
+        return form.working(form.columns, 1) + (32 + 4 * self.lambdas) * form.columns**2
+
+    def work(self, block_rows: int, columns: Columns | None = None, *, normalized: bool | None = None) -> Work:
+        """Return what tasks need to multiply train rows; ``columns`` are those of each module, for each checkpoint."""
+        normalized = self.normalize is not None if normalized is None else normalized
+        return Work(
+            tuple(own.train for own in self.checkpoints),
+            tuple(own.curvature for own in self.checkpoints) if normalized else None,
+            tuple(own.values for own in self.checkpoints),
+            columns or whole_rows(len(self.checkpoints)),
+            block_rows,
+            self.device,
+            self.combine == "margins",
+        )
+
+    def need(self, stage: str, queries: int, costs: Costs) -> Need:
+        """Return what a pass over the train rows for ``queries`` queries needs."""
+        forms = [Form.of(own.train.k, own.curvature) for own in self.checkpoints]
+        need = self._need(stage, queries, costs, self.lambdas, forms)
+        return replace(need, ways=partial(self._ways, stage, queries, costs))
+
+    def _ways(self, stage: str, queries: int, costs: Costs, room: Room) -> Iterator[WayOut]:
+        """Return other ways to the scores."""
+        forms = [Form.of(own.train.k, own.curvature) for own in self.checkpoints]
+        if self.lambdas > 1:
+            yield WayOut("one --damping at a time ({})", self._need(stage, queries, costs, 1, forms))
+        if len(forms) == 1:
+            yield from form_ways(
+                self.checkpoints[0], lambda form: self._need(stage, queries, costs, self.lambdas, [form]), room
+            )
+
+    def _need(self, stage: str, queries: int, costs: Costs, lambdas: int, forms: list[Form]) -> Need:
+        stores = [own.train for own in self.checkpoints]
+        preparing = max(
+            form.working(queries, lambdas)
+            + 8 * queries * form.columns * (2 + lambdas)
+            + (0 if own.query is None else self.queries.reading_bytes(own.query))
+            for own, form in zip(self.checkpoints, forms, strict=True)
+        )
+        norms = sum(self.form_norm_bytes(form) for form in forms) if self.normalize else 0
+        seen = 0 if self.seen is None else self.seen.nbytes
+        shares = 24 * len(forms) if self.combine == "margins" else 0
+        return pass_need(
+            f"{stage} for k={self.columns}",
+            [form.columns for form in forms],
+            lambdas * queries,
+            costs._replace(fixed=costs.fixed + seen + norms + preparing, row=costs.row + 16 * lambdas + shares),
+            reading=sum(store.reading_bytes for store in stores),
+            raw=[store.layout.encoding.row_bytes for store in stores] if self.device else [],
+        )
+
+    def plan(
+        self,
+        stage: str,
+        memory: int | str | None,
+        workers: int,
+        costs: Costs,
+        *,
+        block_rows: int | None = None,
+        queries: int | None = None,
+    ) -> tuple[list[tuple[int, int]], int]:
+        """Return the query blocks and the rows of a train block that fit the budget.
+
+        Parameters
+        ----------
+        stage : str
+            Its name, for a refusal.
+        memory : int, str or None
+            The budget.
+        workers : int
+            Row stripes at once.
+        costs : Costs
+            What the stage holds beside queries and rows.
+        block_rows : int, optional
+            Rows of a block, where they are fixed already.
+        queries : int, optional
+            Queries of a block, where they are.
+
+        Raises
+        ------
+        MemoryBudgetError
+            If not even one query at a time fits, or not those that are fixed.
+        """
+        shared, budget = slots_per_process(workers), worker_memory(memory)
+        limit = max(1, LEFT_ROWS // (self.lambdas * costs.modules))
+        fixed, largest = queries is not None, self.q if self.q <= limit else 1 << limit.bit_length() - 1
+        queries = queries or largest
+        while True:  # fewer queries at a time cost another pass over the train rows, a refusal costs the answer
+            need = self.need(stage, queries, costs)
+            if block_rows is not None:
+                need = need.of_rows(block_rows)
+            try:
+                rows = plan_block_rows(need, budget, shared)
+                break
+            except MemoryBudgetError:
+                if queries == 1 or fixed:
+                    raise
+                queries = 1 << (queries - 1).bit_length() - 1  # the next smaller power of two
+        return [(start, min(self.q, start + queries)) for start in range(0, self.q, queries)], rows
+
+    def warn_outside(self, outside: npt.NDArray[np.float64]) -> None:
+        """Warn where much of a query's gradient lies outside what the curvature has seen."""
+        beyond = outside > OUTSIDE_WARNING
+        if beyond.any():
+            advice = "no row of the fit speaks to that part; fit on more rows, or use a wider curvature"
+            if any(own.curvature is not None and own.curvature.kind == "top" for own in self.checkpoints):
+                advice = "that part counts by the mean of the eigenvalues that are not kept; fit with a larger rank"
+            warn(
+                f"{beyond.sum()} of {self.q} queries have more than {OUTSIDE_WARNING:.0%} of their squared gradient "
+                f"outside the span of the training spectrum (up to {np.nanmax(outside):.0%}): {advice}"
+            )
+
+
+def _outside(curvature: Curvature | None, rows: Any, gone: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
+    if curvature is None:
+        return np.full(len(rows), np.nan)
+    return np.where(gone, np.nan, curvature.outside_share(rows))

@@ -1,0 +1,287 @@
+"""The largest scores of each query, kept up to date tile by tile.
+
+A tile is compared with each query's limit, its ``top``-th best score so far, and only what exceeds it is looked at:
+about top · log(n / top) scores of a query in all. Those wait unsorted behind the list until there is no more room.
+Rows tie-break by number, smaller first, so the result is the same for every division of the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ooc_influence.curvature import DampingMode
+from ooc_influence.errors import InputError
+from ooc_influence.influence.checkpoint import Cutting, Part, Parts
+from ooc_influence.influence.checkpoints import AnyCurvature, Dampings, Marks, Stores
+from ooc_influence.influence.engine import Engine, Floats, Found, make_engine
+from ooc_influence.influence.ranking import Ranking, TopInfluential
+from ooc_influence.influence.request import Normalize, Scoring
+from ooc_influence.influence.tiles import Columns, Costs, Work, score_tiles
+from ooc_influence.parallel import Stripe, check_workers
+from ooc_influence.progress import Progress
+from ooc_influence.store import PathLike
+
+NO_ROW = np.iinfo(np.int64).max
+_CANDIDATES = 2**16  # scores taken from a tile at a time
+ENTRY_BYTES = 4 + 8  # a score and its row
+
+
+def capacity(top: int, rows: int) -> int:
+    """Return the places of a list of the best of ``rows``: those, and some that wait."""
+    return max(top, min(rows, max(2 * top, top + 64)))
+
+
+def list_bytes(top: int, rows: int) -> int:
+    """Return the bytes a query's list holds."""
+    return ENTRY_BYTES * capacity(top, rows)
+
+
+class BestList:
+    """The ``top`` largest scores of each query so far, with their rows.
+
+    Parameters
+    ----------
+    queries, top : int
+        Sizes.
+    rows : int
+        Train rows that will come.
+    """
+
+    def __init__(self, queries: int, top: int, rows: int) -> None:
+        self.top = top
+        self._scores = np.full((queries, capacity(top, rows)), -np.inf, np.float32)
+        self._rows = np.full((queries, capacity(top, rows)), NO_ROW, np.int64)
+        self._counts = np.zeros(queries, np.int64)
+        self._limits = np.full(queries, -np.inf, np.float32)
+
+    def add(self, tile: Any, first_row: int, engine: Engine, sign: int = 1) -> None:
+        """Take in ``sign`` · scores (q, rows) of train rows from ``first_row`` on, in order; NaN never enters."""
+        waiting = [(0, tile.shape[1])]
+        while waiting:
+            low, high = waiting.pop()
+            found = engine.above(tile[:, low:high], self._limits, max(_CANDIDATES, len(self._counts)), sign)
+            if found is None or not self._append(found, first_row + low):
+                middle = (low + high) // 2  # the first half raises the limits for the second
+                waiting += [(middle, high), (low, middle)]
+
+    def _append(self, found: Found, first_row: int) -> bool:
+        """Put candidates behind the lists; return False where one has no room for them."""
+        if not len(found.numbers):
+            return True
+        more = np.bincount(found.numbers, minlength=len(self._counts))
+        full = np.flatnonzero(self._counts + more > self._scores.shape[1])
+        if len(full):
+            self._compact(full)
+            if (self._counts[full] + more[full] > self._scores.shape[1]).any():
+                return False
+        starts = np.cumsum(more) - more
+        places = self._counts[found.numbers] + np.arange(len(found.numbers)) - starts[found.numbers]
+        self._scores[found.numbers, places] = found.values
+        self._rows[found.numbers, places] = first_row + found.columns
+        self._counts += more
+        return True
+
+    def _compact(self, numbers: npt.NDArray[np.int64]) -> None:
+        """Sort the lists of some queries, leaving the best: a score and its place in one whole number, largest last."""
+        step = max(1, _CANDIDATES // self._scores.shape[1])
+        for start in range(0, len(numbers), step):
+            part = numbers[start : start + step]
+            bits = (self._scores[part] + np.float32(0)).view(np.uint32)  # -0 as 0: they are equal
+            ascending = np.where(bits >> 31, ~bits, bits | np.uint32(2**31)).astype(np.uint64)
+            places = np.arange(bits.shape[1], dtype=np.uint64)  # rows ascend with them
+            keys = np.sort((~ascending << np.uint64(32)) | places, axis=1)[:, : self.top]
+            chosen = (keys & np.uint64(2**32 - 1)).astype(np.int64)
+            scores, rows = (np.take_along_axis(values[part], chosen, 1) for values in (self._scores, self._rows))
+            self._scores[part, : self.top], self._rows[part, : self.top] = scores, rows
+            self._scores[part, self.top :], self._rows[part, self.top :] = -np.inf, NO_ROW
+            self._counts[part] = (rows != NO_ROW).sum(1)
+            self._limits[part] = scores[:, -1]
+
+    def best(self) -> tuple[Floats, npt.NDArray[np.int64]]:
+        """Return scores and rows, (q, top) each, best first; -inf and :data:`NO_ROW` where there are fewer."""
+        self._compact(np.arange(len(self._counts)))
+        return self._scores[:, : self.top], self._rows[:, : self.top]
+
+
+Best = tuple[Floats, npt.NDArray[np.int64]]
+
+
+def merge(first: Best | None, other: Best) -> Best:
+    """Return the best of two sets of lists, scores and rows (q, top) each, of different train rows."""
+    if first is None:
+        return other
+    scores, rows = np.empty_like(other[0]), np.empty_like(other[1])
+    step = max(1, _CANDIDATES // (2 * scores.shape[1]))
+    for start in range(0, len(scores), step):
+        part = slice(start, start + step)
+        both = np.concatenate([first[0][part], other[0][part]], axis=1)
+        all_rows = np.concatenate([first[1][part], other[1][part]], axis=1)
+        order = np.lexsort((all_rows, -both))[:, : scores.shape[1]]
+        scores[part], rows[part] = np.take_along_axis(both, order, 1), np.take_along_axis(all_rows, order, 1)
+    return scores, rows
+
+
+_SIDES = ("proponents", "opponents")
+
+
+def top_influential(
+    query: Stores,
+    train: Stores,
+    top: int = 10,
+    curvature: AnyCurvature | Sequence[AnyCurvature] = None,
+    damping: Dampings = None,
+    damping_mode: DampingMode = "relative",
+    *,
+    normalize: Normalize | None = None,
+    average_queries: bool | str = False,
+    rows: Any = None,
+    combine: str = "mean",
+    device: str | None = None,
+    resume: PathLike | None = None,
+    workers: int | None = None,
+    memory: int | str | None = None,
+    progress: bool | None = None,
+) -> TopInfluential:
+    """Return each query's strongest proponents and opponents among the train rows.
+
+    Parameters
+    ----------
+    query, train : GradientStore or path, or lists of them
+        (q, k) and (n, k); lists for several checkpoints.
+    top : int
+        How many of each; fewer where the train store has fewer live rows.
+    curvature, damping, damping_mode, normalize, average_queries, rows, combine, device, workers, memory, progress
+        As for :func:`influence_scores`. Rows that no checkpoint saw (``rows=``) are in no list.
+    resume : path, optional
+        A folder to keep finished parts in: the same call, interrupted or killed, goes on from there. It is removed at
+        the end.
+
+    Returns
+    -------
+    TopInfluential
+        Row numbers, ids and scores, (q, top) each, or (L, q, top) for a list of dampings; ties in order of row number.
+
+    Raises
+    ------
+    InputError
+        For top < 1.
+    StoreExistsError
+        If ``resume`` holds something else than this call's parts.
+    MismatchError, CurvatureNotFoundError, StaleCurvatureError, SingularFisherError, MemoryBudgetError
+        As for :func:`influence_scores`.
+    """
+    scoring = Scoring.open(
+        query, train, curvature, damping, damping_mode, normalize=normalize, average_queries=average_queries, rows=rows,
+        device=device, combine=combine,
+    )  # fmt: skip
+    lists = find_top(scoring, top, None, resume=resume, workers=workers, memory=memory, progress=progress)
+    return lists.ranked(scoring, 0)
+
+
+class Lists(NamedTuple):
+    """Largest scores, and largest negated scores, with their rows.
+
+    Attributes
+    ----------
+    scores : (2, L, M, q, top) float32
+        For every λ, module and query; -inf where there are fewer.
+    rows : (2, L, M, q, top) int64
+        Row numbers; :data:`NO_ROW` where there are fewer.
+    outside : (q,) float64
+        See :class:`TopInfluential`.
+    """
+
+    scores: Floats
+    rows: npt.NDArray[np.int64]
+    outside: npt.NDArray[np.float64]
+
+    def ranked(self, scoring: Scoring, module: int) -> TopInfluential:
+        """Return one module's lists, cut to the longest."""
+        scores, rows = (scoring.squeeze(np.moveaxis(part[:, :, module], 0, 1)) for part in (self.scores, self.rows))
+        filled = rows != NO_ROW  # dropped rows leave lists short, a dropped query leaves its list empty
+        longest = int(filled.sum(-1).max())
+        scores, rows, filled = (part[..., :longest] for part in (scores, rows, filled))
+        ids = scoring.checkpoints[0].train.ids(np.where(filled, rows, 0))
+        rows, scores = np.where(filled, rows, -1), np.where(filled, scores, np.nan).astype(np.float32)
+        proponents, opponents = (
+            Ranking(rows[..., side, :, :], sign * scores[..., side, :, :], ids[..., side, :, :])
+            for side, sign in enumerate((np.float32(1), np.float32(-1)))
+        )
+        return TopInfluential(proponents, opponents, scoring.queries.names, scoring.damping, self.outside)
+
+
+def top_costs(top: int, left_rows: int, n: int, modules: int = 1) -> Costs:
+    """Return what top lists of ``n`` rows hold, ``left_rows`` preconditioned queries in all."""
+    both = 2 * ENTRY_BYTES * top  # a query's two lists
+    own = 2 * list_bytes(top, n) + 3 * both  # of the stripe; of those before, of one more, and merged
+    return Costs(tile=4 + 1, left=own, fixed=4 * both * left_rows * modules, modules=modules)  # and while ids are found
+
+
+def find_top(
+    scoring: Scoring,
+    top: int,
+    columns: Columns | None,
+    *,
+    resume: PathLike | None,
+    workers: int | None,
+    memory: int | str | None,
+    progress: bool | None,
+) -> Lists:
+    """Return the best lists of every query, for every λ and module.
+
+    Raises
+    ------
+    InputError, StoreExistsError, MemoryBudgetError
+        See :func:`top_influential`.
+    """
+    if top < 1:
+        raise InputError(f"expected top >= 1; received {top}")
+    slots, top = check_workers(workers), min(top, scoring.n)
+    modules = 1 if columns is None else len(columns[0])
+    parts = Parts(resume, scoring.digest(kind="top", top=top, modules=modules))
+    blocks, block_rows = scoring.plan(
+        "top", memory, slots, top_costs(top, scoring.lambdas * scoring.q, scoring.n, modules), queries=parts.queries
+    )
+    parts.begin(blocks[0][1])
+    work = scoring.work(block_rows, columns)
+    cutting = Cutting(scoring.n, block_rows, work.row_bytes)
+    shape = (len(_SIDES), scoring.lambdas, modules, scoring.q, top)
+    found = Lists(np.empty(shape, np.float32), np.empty(shape, np.int64), np.empty(scoring.q))
+    with Progress("top", len(blocks) * scoring.n, progress) as bar:
+        for start, stop in blocks:
+            left = scoring.left(start, stop)
+            found.outside[start:stop] = left.outside
+            lists: dict[str, Best] = {}
+
+            def take(stripe: Stripe, part: Part, lists: dict[str, Best] = lists) -> None:
+                for name in _SIDES:
+                    lists[name] = merge(lists.get(name), (part[f"{name}_scores"], part[f"{name}_rows"]))
+
+            parts.run(
+                f"{start}-{stop}", best_of_stripe, cutting, bar, work, top, scoring.seen, *left.arrays, slots=slots,
+                take=take,
+            )  # fmt: skip
+            for side, name in enumerate(_SIDES):
+                scores, numbers = (part.reshape(*shape[1:3], stop - start, top) for part in lists[name])
+                found.scores[side, :, :, start:stop], found.rows[side, :, :, start:stop] = scores, numbers
+    parts.remove()
+    scoring.warn_outside(found.outside)
+    return found
+
+
+def best_of_stripe(stripe: Stripe, key: str, work: Work, top: int, seen: Marks | None, *lefts: Floats) -> Part:
+    """Return the best lists of a stripe: largest scores, and largest negated scores."""
+    lists = [BestList(len(lefts[0]) * work.modules, top, stripe.stop - stripe.start) for _ in _SIDES]
+    with make_engine(work.device) as engine:
+        for tile in score_tiles(engine, stripe, key, work, seen, lefts):
+            scores = tile.scores.reshape(-1, tile.stop - tile.start)
+            for own, sign in zip(lists, (1, -1), strict=True):
+                own.add(scores, tile.start, engine, sign)
+    part: dict[str, npt.NDArray[Any]] = {}
+    for name, own in zip(_SIDES, lists, strict=True):
+        part[f"{name}_scores"], part[f"{name}_rows"] = own.best()
+    return part

@@ -1,0 +1,334 @@
+"""Typed queries as jobs, one after the other in a thread, with their progress; each can be stopped by its name.
+
+One that waits is taken out of the line; one that runs stops between blocks of rows.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import uuid
+from abc import ABC, abstractmethod
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ooc_influence.errors import InputError, MismatchError, OocInfluenceError
+from ooc_influence.progress import optional_library, watched
+from ooc_influence.report.examples import TEXT_LIMIT, Corpus, Examples
+from ooc_influence.report.images import ImageFolder
+from ooc_influence.report.write import Report
+from ooc_influence.store import GradientStore
+
+_WAITING = 8  # queries that may wait
+_KEPT = 20  # answers kept for their pages
+_UNFINISHED = ("waiting", "running")
+
+
+class Jobs:
+    """Runs what is submitted, in order. :meth:`close` ends the thread.
+
+    Parameters
+    ----------
+    answer : callable (mapping of str to str) -> dict
+        Does the work; an :class:`OocInfluenceError` is told as its message.
+    """
+
+    def __init__(self, answer: Callable[[Mapping[str, str]], dict[str, Any]]) -> None:
+        self._answer = answer
+        self._line: deque[tuple[str, Mapping[str, str]]] = deque()
+        self._states: OrderedDict[str, dict[str, Any]] = OrderedDict()
+        self._stopping: set[str] = set()  # of those that run, who is to stop
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="ooc_influence-jobs", daemon=True)
+        self._thread.start()
+
+    def submit(self, values: Mapping[str, str]) -> dict[str, Any]:
+        """Put a query in the line; return its state.
+
+        Raises
+        ------
+        InputError
+            If too many wait already.
+        """
+        name = uuid.uuid4().hex
+        with self._changed:
+            if len(self._line) >= _WAITING:
+                raise InputError(f"expected fewer than {_WAITING} queries waiting; received one more: wait")
+            self._states[name] = {"job": name, "state": "waiting", "stage": "", "done": 0, "total": None}
+            self._line.append((name, values))
+            self._forget()
+            state = self._state(name)
+            self._changed.notify()
+        return state
+
+    def state(self, name: str) -> dict[str, Any] | None:
+        """Return what is known of a job, with how many are ``ahead`` of it; None if nothing is known (any more)."""
+        with self._changed:
+            return self._state(name) if name in self._states else None
+
+    def stop(self, name: str) -> bool:
+        """Stop a job, before it begins or at its next block of rows; return whether it is known (still)."""
+        with self._changed:
+            if name not in self._states:
+                return False
+            if self._states[name]["state"] == "waiting":
+                self._line = deque(entry for entry in self._line if entry[0] != name)
+                self._end(name, state="stopped", error="stopped")
+            elif self._states[name]["state"] == "running":
+                self._stopping.add(name)
+            return True
+
+    def close(self, seconds: float = 10.0) -> None:
+        """Stop all, and wait so long for the thread to end."""
+        with self._changed:
+            self._closed = True
+            self._line.clear()
+            self._changed.notify()
+        self._thread.join(seconds)
+
+    def _state(self, name: str) -> dict[str, Any]:
+        earlier = takewhile(lambda own: own["job"] != name, self._states.values())
+        return self._states[name] | {"ahead": sum(own["state"] in _UNFINISHED for own in earlier)}
+
+    def _forget(self) -> None:
+        """Forget the oldest of those that have ended, from a number on."""
+        ended = [name for name, own in self._states.items() if own["state"] not in _UNFINISHED]
+        for name in ended[: max(0, len(ended) - _KEPT)]:
+            del self._states[name]
+
+    def _end(self, name: str, **values: Any) -> None:
+        self._states[name].update(values)
+        self._stopping.discard(name)
+
+    def _next(self) -> tuple[str, Mapping[str, str]] | None:
+        """Wait for a job, and mark it as running; None at the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._line or self._closed)
+            if self._closed:
+                return None
+            name, values = self._line.popleft()
+            self._states[name].update(state="running", stage="gradients")
+            return name, values
+
+    def _run(self) -> None:
+        while (entry := self._next()) is not None:
+            name, values = entry
+            try:
+                with watched(lambda *seen, name=name: self._watch(name, *seen)):
+                    found = self._answer(values)
+                outcome: dict[str, Any] = {"state": "done", "result": found}
+            except InterruptedError:
+                outcome = {"state": "stopped", "error": "stopped"}
+            except OocInfluenceError as error:
+                outcome = {"state": "failed", "error": " ".join(str(error).split())}
+            except Exception as error:  # the page shows it; the server stays up
+                outcome = {"state": "failed", "error": f"unexpected {type(error).__name__}: {error}"}
+            with self._changed:
+                if name in self._stopping:  # though it was done before it looked
+                    outcome = {"state": "stopped", "error": "stopped"}
+                self._end(name, **outcome)
+
+    def _watch(self, name: str, label: str, done: int, total: int | None) -> None:
+        """Note a job's progress.
+
+        Raises
+        ------
+        InterruptedError
+            If it is to stop.
+        """
+        with self._changed:
+            if name in self._stopping or self._closed:
+                raise InterruptedError("stopped")
+            self._states[name].update(stage=label, done=done, total=total)
+
+
+FORMS = {"text": ("text",), "prompt": ("prompt", "completion"), "chat": ("prompt", "completion")}
+
+
+class Model(ABC):
+    """What makes gradients of a typed query.
+
+    Attributes
+    ----------
+    name : str
+        What a page calls it.
+    fields : tuple of str
+        What is asked for: ``text``, or ``prompt`` and ``completion``; ``label``.
+    module : torch.nn.Module
+        The model itself.
+    """
+
+    name: str
+    fields: tuple[str, ...]
+    module: Any
+    checked = False  # whether a query's entries were compared with autograd: once a session
+
+    def facts(self) -> dict[str, Any]:
+        """Return what a page says of it."""
+        return {"model": self.name, "fields": list(self.fields)}
+
+    def check(self, train: GradientStore) -> None:
+        """Check that ``train`` was made with this model, as every query's extraction would.
+
+        Raises
+        ------
+        MismatchError
+            If it was not.
+        """
+        from ooc_influence.extract.fingerprint import fingerprint_as, short_fingerprint
+
+        expected = train.model_fingerprint
+        received = fingerprint_as(self.module, expected)
+        if expected != received:
+            raise MismatchError(
+                f"expected the model that {train.path} was made with, fingerprint {short_fingerprint(expected)}; "
+                f"received {self.name}, {short_fingerprint(received)}: name the model that extract was given (with "
+                "its --adapter, --revision, --model-dtype), or leave it out to serve the pages alone"
+            )
+
+    def _check_once(self) -> bool:
+        """Return whether to compare a query's entries with autograd: for the first of a session."""
+        first, self.checked = not self.checked, True
+        return first
+
+    @abstractmethod
+    def extract(self, values: Mapping[str, str], train: GradientStore, out: Path) -> GradientStore:
+        """Write the rows of a query, made as those of ``train``, and return their store.
+
+        Raises
+        ------
+        OocInfluenceError
+            For what the model cannot take.
+        """
+
+
+class RecipeModel(Model):
+    """The model of a recipe whose ``query`` makes a batch of a text.
+
+    Raises
+    ------
+    InputError
+        For a recipe without ``query``.
+    """
+
+    def __init__(self, recipe: Any, name: str) -> None:
+        if not callable(recipe.query):
+            raise InputError(
+                f"expected the recipe {name} with query=, a function that makes a batch of a typed text; received none"
+            )
+        self._recipe, self.name, self.fields = recipe, f"the recipe {name}", ("text",)
+        self.module = recipe.model
+
+    def extract(self, values: Mapping[str, str], train: GradientStore, out: Path) -> GradientStore:
+        """See :meth:`Model.extract`."""
+        from ooc_influence.extract import extract_gradients
+
+        recipe = self._recipe
+        try:
+            batch = recipe.query(values["text"])
+        except Exception as error:  # of the user's code, for a text that somebody typed
+            raise InputError(f"expected a query that {self.name} can read; received {error}") from error
+        return extract_gradients(
+            recipe.model, recipe.per_sample_loss, [batch], out, like=train, loss_kind=recipe.loss_kind,
+            check_gradients=self._check_once(),
+        )  # fmt: skip
+
+
+class HuggingFaceModel(Model):
+    """A Hugging Face model.
+
+    Parameters
+    ----------
+    model : str or path
+        As for :func:`ooc_influence.hf.extract`.
+    form : {"text", "prompt", "chat"}
+        What is typed: running text, or a prompt and a completion, whose loss alone counts; ``chat`` puts the two
+        through the tokenizer's chat template.
+    **loading
+        As for :func:`ooc_influence.hf.load`.
+    """
+
+    def __init__(self, model: str | Path, form: str = "text", **loading: Any) -> None:
+        from ooc_influence.hf import load
+
+        optional_library("datasets", "typed queries")
+        self._loaded, self._form, self.name = load(model, **loading), form, str(model)
+        self.module = self._loaded.model
+        self.fields = FORMS[form] + (("label",) if self._loaded.task == "classification" else ())
+
+    def extract(self, values: Mapping[str, str], train: GradientStore, out: Path) -> GradientStore:
+        """See :meth:`Model.extract`."""
+        from ooc_influence.hf import extract
+
+        record: dict[str, Any] = {name: values[name] for name in self.fields}
+        kind = str(train.attrs.get("loss_kind"))
+        if "label" in record and kind == "binary_cross_entropy":  # several classes
+            record["label"] = [name.strip() for name in record["label"].split(",")]
+        named: dict[str, Any] = {name: name for name in self.fields}
+        return extract(
+            self._loaded, [record], out, like=train, chat=self._form == "chat",
+            reduction="sum" if kind.endswith("_sum") else "mean", options={"check_gradients": self._check_once()},
+            **named,
+        )  # fmt: skip
+
+
+class Asker:
+    """Answers typed queries from a store. A context that holds a temporary file.
+
+    Parameters
+    ----------
+    report : Report
+        The train store and how it is scored.
+    model : Model
+        Makes gradients.
+    data : Corpus
+        Where the texts or images of train rows are.
+    pictures : ImageFolder
+        Where images are written.
+    """
+
+    def __init__(self, report: Report, model: Model, data: Corpus, pictures: ImageFolder) -> None:
+        quiet = report.settings.scoring | {"progress": None}
+        self._report, self._model, self._settings = report, model, replace(report.settings, scoring=quiet)
+        self._shown = Examples(report.train, data, np.arange(report.train.n), pictures)
+
+    def answer(self, values: Mapping[str, str]) -> dict[str, Any]:
+        """Return a query and the examples of its lists, as a page takes them.
+
+        Raises
+        ------
+        InputError
+            For a query that is empty, or that the model cannot take.
+        OocInfluenceError
+            See :func:`ooc_influence.top_influential`.
+        """
+        fields = self._model.fields
+        if not all(isinstance(values.get(name), str) and values[name].strip() for name in fields):
+            raise InputError(f"expected {' and '.join(fields)} of the new query; received an empty one")
+        report = self._report
+        with tempfile.TemporaryDirectory(prefix="ooc_influence-") as folder:
+            store = self._model.extract(values, report.train, Path(folder) / "query.zarr")
+            found = self._settings.find_top(store, report.train, average_queries=store.n > 1)
+            loss, norm = float(store.loss.mean()), float(store.grad_norm.mean())
+        entry = report.entry(found, 0)
+        text = "\n\n".join(values[name] for name in fields if name != "label")
+        query = {
+            "row": 0, "id": "typed", "loss": loss, "norm": norm, "dropped": False, "text": text[:TEXT_LIMIT],
+            "cut": max(0, len(text) - TEXT_LIMIT), "label": values.get("label"), "source": None,
+            "more": {"rows": store.n} if store.n > 1 else {}, "groups": {}, **entry,
+        }  # fmt: skip
+        rows = [row for side in ("proponents", "opponents") for row, _ in entry[side]]
+        return {"query": query, "examples": report.examples(self._shown, rows)}
+
+    def __enter__(self) -> Asker:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._shown.__exit__(*error)
