@@ -196,7 +196,7 @@ def _free() -> int:
 
 
 @dataclass(frozen=True)
-class Need:
+class MemoryModel:
     """What a stage needs, in bytes; see the module's formula.
 
     Attributes
@@ -220,26 +220,26 @@ class Need:
     min_rows: int = 16
     max_rows: int = 4096
     advice: str = ""
-    ways: Ways | None = None
+    alternatives: Ways | None = None
 
     def peak(self, block_rows: int, workers: int, reserved: int) -> int:
         """Return the projected peak in bytes."""
         return reserved + WORKING + self.fixed + workers * (self.per_worker + block_rows * self.per_row)
 
-    def of_rows(self, rows: int) -> Need:
+    def of_rows(self, rows: int) -> MemoryModel:
         """Return the same need for blocks of exactly ``rows``."""
         return replace(self, min_rows=rows, max_rows=rows)
 
 
-class WayOut(NamedTuple):
+class Alternative(NamedTuple):
     """Another way to a result: what to say, and what it needs. The first ``{}`` becomes the price in bytes."""
 
     text: str
-    need: Need
+    need: MemoryModel
 
 
 @dataclass(frozen=True)
-class Room:
+class MemoryBudget:
     """What a process may take.
 
     Attributes
@@ -252,19 +252,19 @@ class Room:
     held: int
 
     @classmethod
-    def of(cls, memory: int | str | None, held: int | None = None) -> Room:
+    def of(cls, memory: int | str | None, held: int | None = None) -> MemoryBudget:
         """Return the room in a budget; by default for this process as it is."""
         return cls(budget_bytes(memory), held_now() if held is None else held)
 
-    def price(self, need: Need, workers: int = 1) -> int:
+    def price(self, need: MemoryModel, workers: int = 1) -> int:
         """Return the least projected peak of a need."""
         return need.peak(need.min_rows, workers, self.held)
 
-    def fits(self, need: Need, workers: int = 1) -> bool:
+    def fits(self, need: MemoryModel, workers: int = 1) -> bool:
         """Return whether a need fits, with the smallest blocks."""
         return self.price(need, workers) <= self.budget
 
-    def largest(self, make: Callable[[int], Need], most: int) -> int:
+    def largest(self, make: Callable[[int], MemoryModel], most: int) -> int:
         """Return the largest power of two, at most ``most``, whose need fits; 0 where none does."""
         size = 1 << max(1, most).bit_length() - 1
         while size and not self.fits(make(size)):
@@ -272,7 +272,7 @@ class Room:
         return size
 
 
-Ways = Callable[[Room], Iterable[WayOut]]
+Ways = Callable[[MemoryBudget], Iterable[Alternative]]
 
 
 def budget_bytes(memory: int | str | None) -> int:
@@ -282,7 +282,7 @@ def budget_bytes(memory: int | str | None) -> int:
     return held_now() + int(available() * DEFAULT_SHARE)
 
 
-def plan_block_rows(need: Need, memory: int | str | None, workers: int = 1, reserved: int | None = None) -> int:
+def plan_block_rows(need: MemoryModel, memory: int | str | None, workers: int = 1, reserved: int | None = None) -> int:
     """Return how many rows a block may have so that ``need`` fits the budget: a power of two.
 
     Powers of two keep the grid of blocks, and with it every rounding, the same over a range of budgets.
@@ -292,7 +292,7 @@ def plan_block_rows(need: Need, memory: int | str | None, workers: int = 1, rese
     MemoryBudgetError
         If the smallest block does not fit; the message names the two numbers and the ways out.
     """
-    room = Room.of(memory, reserved)
+    room = MemoryBudget.of(memory, reserved)
     rows = need.max_rows
     while rows > need.min_rows and need.peak(rows, workers, room.held) > room.budget:
         rows = max(need.min_rows, rows // 2)
@@ -301,20 +301,20 @@ def plan_block_rows(need: Need, memory: int | str | None, workers: int = 1, rese
     return rows
 
 
-def _refusal(need: Need, room: Room, workers: int) -> str:
+def _refusal(need: MemoryModel, room: MemoryBudget, workers: int) -> str:
     """Return what a stage needs, the budget, and every way out with what it would need."""
     smallest = room.price(need, workers)
-    ways = [f"--memory {format_bytes(smallest * 1.05).replace(' ', '')}"]
+    alternatives = [f"--memory {format_bytes(smallest * 1.05).replace(' ', '')}"]
     if workers > 1 and room.fits(need):
-        ways.insert(0, f"--workers 1 ({format_bytes(room.price(need))})")
-    for way in need.ways(room) if need.ways is not None else ():
+        alternatives.insert(0, f"--workers 1 ({format_bytes(room.price(need))})")
+    for way in need.alternatives(room) if need.alternatives is not None else ():
         if room.fits(way.need):
-            ways.append(way.text.replace("{}", format_bytes(room.price(way.need)), 1))
+            alternatives.append(way.text.replace("{}", format_bytes(room.price(way.need)), 1))
     if need.advice:
-        ways.append(need.advice)
+        alternatives.append(need.advice)
     return (
         f"{need.stage} needs {format_bytes(smallest)} with {workers} worker{'s' if workers > 1 else ''}, "
-        f"budget {format_bytes(room.budget)}: use {', or '.join(ways)}"
+        f"budget {format_bytes(room.budget)}: use {', or '.join(alternatives)}"
     )
 
 

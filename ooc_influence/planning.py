@@ -15,24 +15,24 @@ from typing import Any
 import numpy as np
 
 from ooc_influence.curvature import costs
-from ooc_influence.curvature.costs import FitShapes, fisher_need, gram_need
+from ooc_influence.curvature.costs import FitShapes, fisher_memory, gram_memory
 from ooc_influence.curvature.low_rank import top_self_bytes, top_working_bytes
 from ooc_influence.curvature.spectral import self_bytes, working_bytes
 from ooc_influence.errors import InputError, MemoryBudgetError
 from ooc_influence.influence.request import LEFT_ROWS
-from ooc_influence.influence.self_influence import self_need
-from ooc_influence.influence.tiles import Costs, pass_need
+from ooc_influence.influence.self_influence import self_memory
+from ooc_influence.influence.tiles import TileMemory, pass_need
 from ooc_influence.influence.topk import top_costs
-from ooc_influence.linalg import spectrum_ways, symmetric_eigen
+from ooc_influence.linalg import spectrum_solvers, symmetric_eigen
 from ooc_influence.linalg.accumulate import tile_side
 from ooc_influence.linalg.backend import choose_engine
-from ooc_influence.memory import Need, budget_bytes, format_bytes, held_now, plan_block_rows
+from ooc_influence.memory import MemoryModel, budget_bytes, format_bytes, held_now, plan_block_rows
 from ooc_influence.parallel import blas_threads
 from ooc_influence.store import PathLike, Storage, parse_representation
 from ooc_influence.store.encoding import Encoding
 from ooc_influence.store.layout import Layout
 from ooc_influence.store.local import map_file
-from ooc_influence.store.verify import verify_need
+from ooc_influence.store.verify import verify_memory
 from ooc_influence.store.writer import BUFFERS
 
 _SIDE = 1024  # of the matrices multiplied
@@ -245,7 +245,7 @@ class Shapes:
         small = groups * (layout.group_rows * sum(4 for _ in layout.row_arrays) + 8 * layout.group_chunks)
         return chunks * layout.chunk_bytes + small
 
-    def fit(self, need: Need) -> tuple[int, int | None, str | None]:
+    def fit(self, need: MemoryModel) -> tuple[int, int | None, str | None]:
         """Return the peak bytes of a stage, the rows of its blocks, and its refusal where it does not fit."""
         try:
             rows = plan_block_rows(need, self.memory, self.workers, self.held)
@@ -278,7 +278,7 @@ def query_extraction(shapes: Shapes) -> Stage:
 def basis(shapes: Shapes, rates: Rates) -> Stage:
     """Return the reduction: the pilot's wide rows and the top of their spectrum, by the cheapest way that fits."""
     pilot = min(shapes.rows, 4 * shapes.dims)
-    ways = spectrum_ways(shapes.k, pilot, shapes.dims)
+    ways = spectrum_solvers(shapes.k, pilot, shapes.dims)
     found = [(way, *shapes.fit(way.need)) for way in ways]
     way, peak, _, refusal = next((fit for fit in found if fit[3] is None), min(found, key=lambda fit: fit[1]))
     read = way.passes * shapes.store_bytes(pilot, shapes.k)
@@ -291,7 +291,9 @@ def basis(shapes: Shapes, rates: Rates) -> Stage:
 def fisher(shapes: Shapes, rates: Rates) -> Stage:
     """Return the Fisher matrix and its factorisation."""
     n, d = shapes.rows, shapes.dims
-    peak, _, refusal = shapes.fit(replace(fisher_need(d, shapes.workers), ways=shapes.fit_shapes.fisher_ways))
+    peak, _, refusal = shapes.fit(
+        replace(fisher_memory(d, shapes.workers), alternatives=shapes.fit_shapes.fisher_alternatives)
+    )
     sums, factoring = float(n) * d * d, 9.0 * d**3
     read = shapes.store_bytes(n, d)
     seconds = _pass(shapes, rates, read, sums / rates.syrk) + factoring / rates.eigen
@@ -306,7 +308,7 @@ def top_fisher(shapes: Shapes, rates: Rates) -> Stage | None:
     rank = costs.largest_rank(sizes, budget, shapes.held)
     if not rank:
         return None
-    way = costs.top_ways(sizes, rank, fisher_need(d, shapes.workers), budget, shapes.held)[0]
+    way = costs.low_rank_plans(sizes, rank, fisher_memory(d, shapes.workers), budget, shapes.held)[0]
     seconds = _pass(shapes, rates, int(way.read), way.flops / rates.gemm)
     disk = 8 * d * (rank + (0 if way.name == "rows" else d // 2))
     note = f"instead of fisher, --rank {rank}; by {way.name}, in about {costs.USUAL_PASSES} passes"
@@ -317,7 +319,7 @@ def top_fisher(shapes: Shapes, rates: Rates) -> Stage | None:
 def gram(shapes: Shapes, rates: Rates) -> Stage:
     """Return the Gram matrix of the rows: what the other side of Woodbury's identity costs."""
     n, d = shapes.rows, shapes.dims
-    need = replace(gram_need(n, d, shapes.workers), ways=shapes.fit_shapes.gram_ways)
+    need = replace(gram_memory(n, d, shapes.workers), alternatives=shapes.fit_shapes.gram_alternatives)
     peak, rows, refusal = shapes.fit(need)
     side = tile_side(n)
     strips, blocks = -(-n // side), -(-side // (rows or need.min_rows))
@@ -330,7 +332,7 @@ def gram(shapes: Shapes, rates: Rates) -> Stage:
 def scores(shapes: Shapes, rates: Rates) -> Stage:
     """Return the whole matrix of scores, on disk."""
     out = 4 * shapes.queries * shapes.rows * shapes.dampings
-    return _scored("scores", shapes, rates, lambda queries: Costs(tile=12), out)
+    return _scored("scores", shapes, rates, lambda queries: TileMemory(tile=12), out)
 
 
 def top(shapes: Shapes, rates: Rates) -> Stage:
@@ -340,7 +342,7 @@ def top(shapes: Shapes, rates: Rates) -> Stage:
     return _scored(f"top {count}", shapes, rates, lambda queries: costs, 0)
 
 
-def _scored(name: str, shapes: Shapes, rates: Rates, costs: Callable[[int], Costs], out: int) -> Stage:
+def _scored(name: str, shapes: Shapes, rates: Rates, costs: Callable[[int], TileMemory], out: int) -> Stage:
     """Return a pass over the train rows, with as many queries at a time as fit."""
     n, d, values = shapes.rows, shapes.dims, shapes.dampings
     limit = max(1, LEFT_ROWS // values)
@@ -380,7 +382,7 @@ def self_influence(shapes: Shapes, rates: Rates) -> Stage:
     n, d = shapes.rows, shapes.dims
     rank, values = shapes.rank, shapes.dampings
     norms = self_bytes(d, values) if rank is None else top_self_bytes(d, rank, values)
-    peak, _, refusal = shapes.fit(self_need([d], n, values, norms=norms))
+    peak, _, refusal = shapes.fit(self_memory([d], n, values, norms=norms))
     products, read = 2.0 * n * d * (rank or d), shapes.store_bytes(n, d)
     seconds = _pass(shapes, rates, read, products / rates.gemm)
     return Stage("self-influence", 4 * n * shapes.dampings, peak, read, products, seconds, refusal)
@@ -389,7 +391,7 @@ def self_influence(shapes: Shapes, rates: Rates) -> Stage:
 def verify(shapes: Shapes, rates: Rates) -> Stage:
     """Return the check of every committed chunk."""
     layout, read = shapes.layout(shapes.dims), shapes.store_bytes(shapes.rows, shapes.dims)
-    peak, _, refusal = shapes.fit(verify_need(layout, shapes.rows, 0))
+    peak, _, refusal = shapes.fit(verify_memory(layout, shapes.rows, 0))
     return Stage("verify", 0, peak, read, 0.0, read / rates.read, refusal)
 
 

@@ -13,7 +13,7 @@ import ooc_influence
 
 PACKAGE = Path(ooc_influence.__file__).parent
 ROOMS = [
-    {"_version", "errors"}, {"memory", "process", "progress", "scratch", "texts"}, {"repeats"}, {"parallel"},
+    {"_version", "errors"}, {"memory", "process", "progress", "scratch", "document_text"}, {"repeats"}, {"parallel"},
     {"store"}, {"corpus"}, {"linalg"}, {"compress"}, {"extract"}, {"hf"}, {"curvature"}, {"influence"},
     {"planning"}, {"evaluate"}, {"report"}, {"cli"}, {"__main__"},
 ]  # fmt: skip

@@ -227,7 +227,7 @@ def test_rows_that_were_not_finite_are_dropped_by_the_next_run(tmp_path, monkeyp
     x[5] = float("nan")
     options = {"compressor": Dropout(k=100), "on_nonfinite": "skip"}
     with monkeypatch.context() as patch:
-        patch.setattr("ooc_influence.extract.sink.Target._drop_skipped", lambda self: None)
+        patch.setattr("ooc_influence.extract.sink.Sink._drop_skipped", lambda self: None)
         patch.setattr("ooc_influence.store.commits.mark_dropped", lambda *given: None)
         store = extract_gradients(make(Mlp), loss, batches(x, y, 8), tmp_path / "s.zarr", **options)
     assert not store.has_dropped

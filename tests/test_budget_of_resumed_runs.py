@@ -74,8 +74,8 @@ def test_sums_of_another_way_are_gone_on_from(train, monkeypatch, then):
     assert list(train.path.glob("curvature/.default.partial/rows-*"))
     force(monkeypatch, then)
     read = []
-    plain = fit.plan_top
-    monkeypatch.setattr(fit, "plan_top", lambda *a, **o: read.append(plain(*a, **o)) or read[-1])
+    plain = fit.plan_low_rank
+    monkeypatch.setattr(fit, "plan_low_rank", lambda *a, **o: read.append(plain(*a, **o)) or read[-1])
     counted = count_rows(monkeypatch)
     found = fit_fisher(train, rank=K)
     assert read[0].name == then
@@ -136,13 +136,13 @@ def test_the_way_that_can_use_what_is_there_is_taken(train, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             fit_fisher(train, rank=5)
         patch.setattr(primal, "_sum_tile", plain)
-        patch.setattr(costs, "top_ways", all_ways)
+        patch.setattr(costs, "low_rank_plans", all_ways)
         found = fit_fisher(train, rank=5)
     assert found.attrs["way"] == "tiles"
     assert fit_fisher(train, rank=5, refit=True).attrs["way"] != "tiles"
 
 
-all_ways = costs.top_ways
+all_ways = costs.low_rank_plans
 
 
 CALLS = {

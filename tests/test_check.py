@@ -54,7 +54,7 @@ def test_against_the_dense_formula(tmp_path, kind, compressor, monkeypatch):
         expected = oracle(stored, full, each.damping)
         assert_allclose([each.scores, each.top, each.self_influence], expected, atol=2e-3)
     monkeypatch.setattr(agreement, "_ENTRY_BYTES", 10**9)  # layer by layer
-    monkeypatch.setattr(agreement.Room, "of", lambda memory: agreement.Room(10**12, 0))
+    monkeypatch.setattr(agreement.MemoryBudget, "of", lambda memory: agreement.MemoryBudget(10**12, 0))
     apart = check(store, *parts(kind), rows=N, dampings=(0.01, 3.0), folder=tmp_path)
     assert_allclose([a.scores for a in apart.agreement], [a.scores for a in found.agreement], atol=1e-6)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []

@@ -144,9 +144,7 @@ def test_the_package_that_zst_needs_is_named(tmp_path, monkeypatch):
 
 
 def test_a_json_list_longer_than_what_is_read_at_a_time(tmp_path, monkeypatch):
-    from ooc_influence.corpus import records
-
-    monkeypatch.setattr(records, "_READ", 7)
+    monkeypatch.setattr("ooc_influence.corpus.corpus_file._READ", 7)
     rows = [{"text": "]},{[" * n, "deep": [{"a": [1, {}]}], "n": n} for n in range(20)]
     (tmp_path / "d.json").write_text(json.dumps(rows))
     assert [hf.open_documents(tmp_path / "d.json")[n] for n in range(20)] == rows

@@ -150,8 +150,10 @@ def test_a_basis_is_of_one_set_of_rows(train, monkeypatch, way):
             GradientStore.open(train.path, "a").drop(left.pop())
         return found
 
-    ways_of = spectrum.spectrum_ways
-    monkeypatch.setattr(spectrum, "spectrum_ways", lambda *a: [one for one in ways_of(*a) if one.name.startswith(way)])
+    ways_of = spectrum.spectrum_solvers
+    monkeypatch.setattr(
+        spectrum, "spectrum_solvers", lambda *a: [one for one in ways_of(*a) if one.name.startswith(way)]
+    )
     monkeypatch.setattr(spectrum, "PRODUCT_ROWS", 64)
     monkeypatch.setattr("ooc_influence.memory.BLOCK_BYTES", 2**10)
     monkeypatch.setattr(WeightedRows, "read", read)

@@ -286,8 +286,8 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, rank, blocks, workers):
 
 ONLY_ROWS = """
 from ooc_influence.curvature import ways
-ways.PRODUCT_ROWS, ways.EXTRA, plain = 64, 16, ways.top_ways
-ways.top_ways = lambda *a, **o: [way for way in plain(*a, **o) if way.name == "rows"]
+ways.PRODUCT_ROWS, ways.EXTRA, plain = 64, 16, ways.low_rank_plans
+ways.low_rank_plans = lambda *a, **o: [way for way in plain(*a, **o) if way.name == "rows"]
 """
 
 

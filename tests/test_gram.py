@@ -23,7 +23,7 @@ from ooc_influence import (
 )
 from ooc_influence.cli.main import main
 from ooc_influence.curvature import Curvature, choose_side, dual, fit_gram
-from ooc_influence.curvature.costs import FitShapes, fisher_need, gram_need, kernel_need
+from ooc_influence.curvature.costs import FitShapes, fisher_memory, gram_memory, kernel_memory
 from ooc_influence.errors import (
     CurvatureNotFoundError,
     InputError,
@@ -36,7 +36,7 @@ from ooc_influence.errors import (
 )
 from ooc_influence.linalg import accumulate
 from ooc_influence.linalg.rows import LOSS_FLOOR
-from ooc_influence.memory import Room
+from ooc_influence.memory import MemoryBudget
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*effective dimension")
 ONE_LABEL = {"loss_kind": "cross_entropy"}
@@ -355,15 +355,15 @@ def test_which_side(tmp_path):
 def test_the_side_that_fits_is_taken(tmp_path, caplog):
     caplog.set_level("INFO", "ooc_influence")
     train = write_store(tmp_path / "t.zarr", random_rows(80, 50))
-    needs = {"fisher": fisher_need(3000, 1), "gram": gram_need(2500, 3000)}
-    room = Room.of(roomy())
+    needs = {"fisher": fisher_memory(3000, 1), "gram": gram_memory(2500, 3000)}
+    room = MemoryBudget.of(roomy())
     assert room.price(needs["gram"]) < room.price(needs["fisher"])  # the smaller matrix is the smaller need
 
     def side(**options):
         return fit_curvature(train, memory=room.budget, **options).kind
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FitShapes, "gram", property(lambda self: gram_need(10**5, 50)))
+        patch.setattr(FitShapes, "gram", property(lambda self: gram_memory(10**5, 50)))
         assert side(rows=(0, 30)) == "whole"
     assert "the gram side needs 2" in caplog.text
     assert side(rows=(0, 30)) == "gram"
@@ -371,13 +371,13 @@ def test_the_side_that_fits_is_taken(tmp_path, caplog):
 
 def test_needs_are_sums_of_their_parts():
     kept = 8 * 2003**2
-    need = kernel_need(2003, 5003, 3, 7, 11)
+    need = kernel_memory(2003, 5003, 3, 7, 11)
     assert (need.fixed, need.per_worker) == (11 + kept, 32 * 1024**2 + 2 * 7)
     assert need.per_row == 2 * (4 * 5003 + 8 * 1024)
-    assert kernel_need(20011, 5003).fixed == 0  # on disk
-    need = gram_need(20011, 5003, 3, 7, 11)
+    assert kernel_memory(20011, 5003).fixed == 0  # on disk
+    need = gram_memory(20011, 5003, 3, 7, 11)
     assert need.fixed == 11 + 24 * 20011**2 + 24 * 1024**2 - 3 * (32 * 1024**2 + 2 * 7)
-    assert gram_need(31, 100_003, 2).fixed > gram_need(31, 1009, 2).fixed  # eigenvectors' panels
+    assert gram_memory(31, 100_003, 2).fixed > gram_memory(31, 1009, 2).fixed  # eigenvectors' panels
 
 
 def test_a_small_budget_is_refused(tmp_path):

@@ -34,9 +34,9 @@ from ooc_influence.errors import (
     StoreExistsError,
 )
 from ooc_influence.influence.engine import HostEngine
-from ooc_influence.influence.request import Scoring
-from ooc_influence.influence.tiles import Costs
-from ooc_influence.influence.topk import BestList, merge
+from ooc_influence.influence.request import ScoreRequest
+from ooc_influence.influence.tiles import TileMemory
+from ooc_influence.influence.topk import TopKHeap, merge
 from ooc_influence.memory import WORKING
 
 
@@ -261,7 +261,7 @@ def test_best_list_is_a_stable_sort(values, top, cuts, split):
     scores = np.array([values], np.float32)
     halves = []
     for low, high in ((0, min(split, len(values))), (min(split, len(values)), len(values))):
-        best = BestList(1, top, high - low)
+        best = TopKHeap(1, top, high - low)
         edges = sorted({low, high, *(cut for cut in cuts if low < cut < high)})
         for first, last in pairwise(edges):
             best.add(scores[:, first:last], first, HostEngine())
@@ -280,7 +280,7 @@ def test_best_lists_of_many_scores(order):
     if order != "random":
         scores.sort(axis=1)
     scores = {"descending": scores[:, ::-1], "level": np.round(scores)}.get(order, scores)
-    best = BestList(40, 70, 3000)
+    best = TopKHeap(40, 70, 3000)
     for first in range(0, 3000, 700):
         best.add(np.ascontiguousarray(scores[:, first : first + 700]), first, HostEngine())
     expected = np.argsort(-scores, axis=1, kind="stable")[:, :70]
@@ -361,17 +361,17 @@ def test_bad_input(tmp_path, pair):
 def test_fewer_queries_at_a_time_before_a_refusal(large, monkeypatch):
     query, train = large
     monkeypatch.setattr("ooc_influence.memory.process_anonymous", lambda: 0)
-    scoring = Scoring.open(query, train, None, None, "relative")
+    scoring = ScoreRequest.open(query, train, None, None, "relative")
 
     def budget(queries):
         working = scoring.checkpoints[0].curvature.working_bytes(queries, 1) + queries * 2000 * (8 * 3 + 4)
         return WORKING + working + 16 * (4 * 2000 + 16 + 8 * queries)
 
-    blocks, rows = scoring.plan("scores", budget(8), 1, Costs(tile=8))
+    blocks, rows = scoring.plan("scores", budget(8), 1, TileMemory(tile=8))
     assert (blocks, rows) == ([(0, 8), (8, 16), (16, 20)], 16)
-    assert len(scoring.plan("scores", budget(1), 1, Costs(tile=8))[0]) == 20
+    assert len(scoring.plan("scores", budget(1), 1, TileMemory(tile=8))[0]) == 20
     with pytest.raises(MemoryBudgetError, match="scores for k=2000 needs"):
-        scoring.plan("scores", budget(1) - 1, 1, Costs(tile=8))
+        scoring.plan("scores", budget(1) - 1, 1, TileMemory(tile=8))
 
 
 def test_a_curvature_of_another_model_is_refused(tmp_path):

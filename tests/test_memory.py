@@ -12,7 +12,7 @@ import pytest
 from ooc_influence.errors import InputError, MemoryBudgetError
 from ooc_influence.memory import (
     WORKING,
-    Need,
+    MemoryModel,
     PeakMemory,
     block_limit,
     budget_bytes,
@@ -23,7 +23,9 @@ from ooc_influence.memory import (
 )
 
 # distinct primes: a term that is missing or counted twice shows
-NEED = Need("stage for k=5", fixed=1_000_003, per_worker=100_003, per_row=10_007, max_rows=1024, advice="reduce k")
+NEED = MemoryModel(
+    "stage for k=5", fixed=1_000_003, per_worker=100_003, per_row=10_007, max_rows=1024, advice="reduce k"
+)
 
 
 @pytest.mark.parametrize(

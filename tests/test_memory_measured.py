@@ -31,9 +31,9 @@ CHILD = f"import sys; sys.path.insert(0, {HERE!r})\n" + textwrap.dedent("""
         if name.startswith("ooc_influence.") and hasattr(module, "plan_block_rows"):
             module.plan_block_rows = record
     options = {"workers": workers, "memory": "3GiB"}
-    ways = spectrum.spectrum_ways
+    ways = spectrum.spectrum_solvers
     if query.startswith("_by_"):  # the one way to an eigenbasis that is looked at
-        spectrum.spectrum_ways = lambda *sizes: [way for way in ways(*sizes) if way.run.__name__ == query]
+        spectrum.spectrum_solvers = lambda *sizes: [way for way in ways(*sizes) if way.run.__name__ == query]
     with memory.PeakMemory(interval=0.0005) as watch:
         if stage == "fisher":
             ooc.fit_fisher(train, refit=True, **options)

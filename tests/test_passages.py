@@ -9,9 +9,9 @@ import pytest
 from test_hf import SMALL, documents, make_model, make_tokenizer, own_cache, pytestmark, samples, texts, write
 
 from ooc_influence import hf, merge_stores
+from ooc_influence.document_text import text_digest, text_of
 from ooc_influence.errors import InputError, MismatchError
 from ooc_influence.report import Corpus, write_report
-from ooc_influence.texts import text_digest, text_of
 
 assert own_cache, pytestmark  # used by their names
 

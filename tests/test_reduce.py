@@ -143,8 +143,8 @@ def test_quantised_columns_have_the_scale_of_the_basis(tmp_path, dtype):
 
 def only(monkeypatch, way):
     """Let one way to the spectrum fit, in blocks of 16 rows."""
-    ways = spectrum.spectrum_ways
-    monkeypatch.setattr(spectrum, "spectrum_ways", lambda *sizes: [x for x in ways(*sizes) if x.run.__name__ == way])
+    ways = spectrum.spectrum_solvers
+    monkeypatch.setattr(spectrum, "spectrum_solvers", lambda *sizes: [x for x in ways(*sizes) if x.run.__name__ == way])
     monkeypatch.setattr(spectrum, "block_limit", lambda k, **least: 16)
 
 

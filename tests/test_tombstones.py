@@ -12,7 +12,7 @@ from models import Mlp, batches, data, loss, make
 from ooc_influence import GradientStore, extract_gradients
 from ooc_influence.compress import Dropout
 from ooc_influence.errors import InputError, StoreBusyError
-from ooc_influence.extract.sink import _SKIPPED, Target
+from ooc_influence.extract.sink import _SKIPPED, Sink
 from ooc_influence.store import make_claim, merge_stores, wait_for
 from ooc_influence.store.commits import Committer
 
@@ -50,7 +50,7 @@ def test_a_killed_run_leaves_no_skipped_row_live(tmp_path, monkeypatch):
     x[[3, 30]] = float("nan")
     options = {"compressor": Dropout(k=100), "on_nonfinite": "skip"}
     with monkeypatch.context() as patch:
-        patch.setattr(Target, "_drop_skipped", lambda self: 1 / 0)  # what a killed run does not come to
+        patch.setattr(Sink, "_drop_skipped", lambda self: 1 / 0)  # what a killed run does not come to
         with pytest.raises(ZeroDivisionError):
             extract_gradients(make(Mlp), loss, batches(x, y, 8), tmp_path / "s.zarr", **options)
     store = GradientStore.open(tmp_path / "s.zarr")

@@ -16,7 +16,7 @@ from ooc_influence import GradientStore, fit_fisher, influence_scores, self_infl
 from ooc_influence.cli.main import main
 from ooc_influence.curvature import checkpoint, costs, low_rank, primal
 from ooc_influence.curvature import rows as rows_room
-from ooc_influence.curvature.costs import fisher_need
+from ooc_influence.curvature.costs import fisher_memory
 from ooc_influence.errors import InputError, MemoryBudgetError, OocInfluenceWarning, SingularFisherError, StoreBusyError
 from ooc_influence.linalg import accumulate, backend, subspace
 from ooc_influence.memory import WORKING, process_anonymous
@@ -28,8 +28,8 @@ WAYS = ["whole", "sums", "tiles", "rows"]
 
 def force(patch, name, *, patient=True):
     """Take one way only, with small tiles; iterate until nothing more is gained."""
-    plain = costs.top_ways
-    patch.setattr(costs, "top_ways", lambda *a, **o: [way for way in plain(*a, **o) if way.name == name])
+    plain = costs.low_rank_plans
+    patch.setattr(costs, "low_rank_plans", lambda *a, **o: [way for way in plain(*a, **o) if way.name == name])
     patch.setattr(accumulate, "TILE", 32)
     patch.setattr(costs, "TILE", 32)
     patch.setattr(costs, "_LARGEST_TILE", 64)
@@ -267,7 +267,10 @@ def test_tiles_and_passes_are_gone_on_from(train, monkeypatch, way, caplog):
 
 def test_two_processes_do_not_sum_the_same_tiles(train, monkeypatch):
     force(monkeypatch, "tiles")
-    with checkpoint.Unfinished(train.path / "curvature" / "default", {}), pytest.raises(StoreBusyError, match="wait"):
+    with (
+        checkpoint.FitCheckpoint(train.path / "curvature" / "default", {}),
+        pytest.raises(StoreBusyError, match="wait"),
+    ):
         fit_fisher(train, rank=5)
 
 
@@ -275,7 +278,7 @@ def test_what_fits_decides(tmp_path, monkeypatch):
     """Sizes at which each of the ways is the only one that fits, or the quickest."""
     monkeypatch.setattr("ooc_influence.memory.process_anonymous", lambda: 0)
     train = write_store(tmp_path / "t.zarr", random_rows(300, 700))
-    whole = fisher_need(700, 1, train.reading_bytes)
+    whole = fisher_memory(700, 1, train.reading_bytes)
     room = whole.peak(whole.min_rows, 1, 0)
     assert fit_fisher(train, memory=room).kind == "whole"
     with pytest.raises(MemoryBudgetError, match=r"fisher for k=700 needs .* --rank 128 \(") as refused:

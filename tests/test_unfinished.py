@@ -20,14 +20,14 @@ def keep(fit, name="sums"):
 
 
 def test_a_fit_that_ends_leaves_the_next_one_its_folder(tmp_path, monkeypatch):
-    first = checkpoint.Unfinished(tmp_path / "f", {"of": 1})
+    first = checkpoint.FitCheckpoint(tmp_path / "f", {"of": 1})
     keep(first)
-    assert not checkpoint.Unfinished(tmp_path / "f", {"of": 1}).usable  # while the first holds the claim
+    assert not checkpoint.FitCheckpoint(tmp_path / "f", {"of": 1}).usable  # while the first holds the claim
     next_one = []
 
     def remove_empty(folder):
         if not next_one:  # the first has given the folder back, and is about to remove it
-            next_one.append(checkpoint.Unfinished(tmp_path / "f", {"of": 2}))
+            next_one.append(checkpoint.FitCheckpoint(tmp_path / "f", {"of": 2}))
             keep(next_one[0])
         plain(folder)
 
@@ -38,7 +38,7 @@ def test_a_fit_that_ends_leaves_the_next_one_its_folder(tmp_path, monkeypatch):
     assert second.usable
     assert list(second.results("sums")) == ["sums"]
     second.close(finished=False)
-    again = checkpoint.Unfinished(tmp_path / "f", {"of": 2})
+    again = checkpoint.FitCheckpoint(tmp_path / "f", {"of": 2})
     assert list(again.results("sums")) == ["sums"]
     again.close(finished=True)
     assert list(tmp_path.iterdir()) == []
@@ -55,21 +55,21 @@ def test_a_folder_that_goes_while_it_is_claimed_is_made_again(tmp_path, monkeypa
 
     plain = checkpoint.make_claim
     monkeypatch.setattr(checkpoint, "make_claim", make_claim)
-    with checkpoint.Unfinished(tmp_path / "f", {}) as kept:
+    with checkpoint.FitCheckpoint(tmp_path / "f", {}) as kept:
         assert kept.usable
         keep(kept)
     assert list(tmp_path.iterdir()) == []
     left[0] = 1000
     with pytest.raises(StoreWriteError, match=r"expected to write the curvature to .*check the path"):
-        checkpoint.Unfinished(tmp_path / "f", {})
+        checkpoint.FitCheckpoint(tmp_path / "f", {})
 
 
 def test_results_of_other_settings_do_not_count(tmp_path):
-    first = checkpoint.Unfinished(tmp_path / "f", {"of": 1})
+    first = checkpoint.FitCheckpoint(tmp_path / "f", {"of": 1})
     keep(first)
     (first.path / ".settings.json.0.partial").write_text("of a crash")
     first.close(finished=False)
-    other = checkpoint.Unfinished(tmp_path / "f", {"of": 2})
+    other = checkpoint.FitCheckpoint(tmp_path / "f", {"of": 2})
     assert other.results("sums") == {}
     other.close(finished=False)
     assert list(tmp_path.iterdir()) == []  # it kept nothing

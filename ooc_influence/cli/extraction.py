@@ -17,7 +17,7 @@ _PREPARING = (
     "trust_remote_code", "allow_pickle", "output", "documents", "weights", "sign_seed", "on_missing",
 )  # fmt: skip
 _MASK = ("compressor", "k", "sampling", "dims", "pilot", "basis_weights", "nonzeros", "rank_out", "rank_in", "seed")
-_RIVALS = {  # the options that each takes, by the names of its arguments
+_BASELINES = {  # the options that each takes, by the names of its arguments
     "gaussian": {"k": "k", "seed": "seed"},
     "rademacher": {"k": "k", "seed": "seed"},
     "sjlt": {"k": "k", "seed": "seed", "nonzeros": "nonzeros"},
@@ -74,7 +74,7 @@ def _rival(name: str, given: dict[str, Any], asked: list[str]) -> Any:
     import ooc_influence
     from ooc_influence.errors import InputError
 
-    taken = _RIVALS[name]
+    taken = _BASELINES[name]
     foreign = [option for option in asked if option not in ("compressor", *taken.values())]
     if foreign:
         known = ", ".join(f"--{option.replace('_', '-')}" for option in taken.values()) or "no further options"

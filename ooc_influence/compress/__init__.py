@@ -1,12 +1,22 @@
 """Compressors: what is kept of a gradient."""
 
 from ooc_influence.compress.dropout import Dropout, variance_factors
-from ooc_influence.compress.eigenbasis import Eigenbasis, Share, basis_weights, fit_eigenbasis
-from ooc_influence.compress.projection import Gaussian, Grass, Identity, LoGra, Pca, Projection, Rademacher, Sjlt, Whole
+from ooc_influence.compress.eigenbasis import Eigenbasis, RetainedEnergy, basis_weights, fit_eigenbasis
+from ooc_influence.compress.projection import (
+    FullGradient,
+    Gaussian,
+    Grass,
+    Identity,
+    LoGra,
+    Pca,
+    Projection,
+    Rademacher,
+    Sjlt,
+)
 from ooc_influence.compress.reduce import reduce_store
 from ooc_influence.store import PilotMoments
 
-Compressor = Dropout | Whole
+Compressor = Dropout | FullGradient
 DEFAULT_WIDE, DEFAULT_REDUCED = 65536, 4096  # entries kept and numbers stored, for language models
 
 __all__ = [
@@ -15,6 +25,7 @@ __all__ = [
     "Compressor",
     "Dropout",
     "Eigenbasis",
+    "FullGradient",
     "Gaussian",
     "Grass",
     "Identity",
@@ -23,9 +34,8 @@ __all__ = [
     "PilotMoments",
     "Projection",
     "Rademacher",
-    "Share",
+    "RetainedEnergy",
     "Sjlt",
-    "Whole",
     "basis_weights",
     "fit_eigenbasis",
     "reduce_store",

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from ooc_influence.errors import InputError
 from ooc_influence.linalg import ONE_LABEL, Rows, WeightedRows, Weighting, parse_weighting, row_weights, top_spectrum
-from ooc_influence.memory import PRODUCT_ROWS, Need, block_limit, plan_block_rows
+from ooc_influence.memory import PRODUCT_ROWS, MemoryModel, block_limit, plan_block_rows
 from ooc_influence.parallel import Stripe, check_workers, cut_stripes, in_worker, run_stripes, slots_per_process
 from ooc_influence.progress import Progress, tick
 from ooc_influence.store import (
@@ -35,7 +35,7 @@ from ooc_influence.store import (
 logger = logging.getLogger("ooc_influence")
 
 
-class Share(NamedTuple):
+class RetainedEnergy(NamedTuple):
     """How much of some live rows was kept: sums of their squared norms, weighted.
 
     Attributes
@@ -54,26 +54,26 @@ class Share(NamedTuple):
     def of(
         cls, reduced: npt.NDArray[Any], norms: npt.NDArray[Any], losses: npt.NDArray[Any],
         live: npt.NDArray[np.bool_], weights: Weighting | None,
-    ) -> Share:  # fmt: skip
+    ) -> RetainedEnergy:  # fmt: skip
         """Return the share of reduced rows (b, r) whose masked rows had ``norms`` (b,)."""
         weight = np.where(live, row_weights(losses, weights), 0)
         kept = np.einsum("ij,ij->i", reduced, reduced).astype(np.float64)
         whole = np.where(live, norms, 0).astype(np.float64)
         return cls(float(weight @ kept), float(weight @ np.square(whole)), int(live.sum()))
 
-    def plus(self, other: Share) -> Share:
+    def plus(self, other: RetainedEnergy) -> RetainedEnergy:
         """Return the share of both sets of rows together."""
-        return Share(self.kept + other.kept, self.whole + other.whole, self.rows + other.rows)
+        return RetainedEnergy(self.kept + other.kept, self.whole + other.whole, self.rows + other.rows)
 
     @property
     def left_out(self) -> float:
         """The share of the trace that was left out."""
         return max(0.0, 1 - self.kept / self.whole) if self.whole > 0 else 0.0
 
-    def record(self, store: GradientStore) -> Share:
+    def record(self, store: GradientStore) -> RetainedEnergy:
         """Add this to what a store's attribute ``measured`` says of the rows written before; return the sum."""
         held = store.attrs.get("measured") or {}
-        total = self.plus(Share(*(held.get(name, 0) for name in Share._fields)))
+        total = self.plus(RetainedEnergy(*(held.get(name, 0) for name in RetainedEnergy._fields)))
         if self.rows:
             store.record(measured=total._asdict() | {"left_out": total.left_out})
         return total
@@ -85,9 +85,9 @@ def basis_weights(attributes: Any, facts: Any) -> Weighting | None:
     return found if attributes.get("loss_kind") == ONE_LABEL else None
 
 
-def fill_need(source: GradientStore, r: int, writing: int, held: int = 0) -> Need:
+def fill_memory(source: GradientStore, r: int, writing: int, held: int = 0) -> MemoryModel:
     """Return what :func:`fill` needs: ``writing`` bytes a task holds to write; ``held``: of M, if not yet in memory."""
-    return Need(
+    return MemoryModel(
         f"reducing {source.k} numbers to {r}",
         held,
         source.reading_bytes + writing,
@@ -106,7 +106,7 @@ def fill(
     workers: int | None,
     memory: int | str | None,
     progress: bool | None,
-) -> Share:
+) -> RetainedEnergy:
     """Write source rows times ``turn`` (k, r), and what belongs to them, to the rows of ``target`` that are missing.
 
     Returns
@@ -124,7 +124,7 @@ def fill(
         See :meth:`GradientStore.append`.
     """
     slots, size = check_workers(workers), target.layout.group_rows
-    need = fill_need(source, target.k, writing_bytes(target.layout, target.path))
+    need = fill_memory(source, target.k, writing_bytes(target.layout, target.path))
     step = plan_block_rows(need, memory, slots_per_process(slots))
     spans = [(start, stop or source.n) for start, stop in missing_spans(target.records, target.layout, 0, source.n)]
     groups = sorted({group for start, stop in spans for group in range(start // size, -(-stop // size))})
@@ -136,14 +136,14 @@ def fill(
     with Progress("reduce", source.n, progress) as bar:
         bar.advance(source.n - sum(stop - start for start, stop in spans))
         parts = run_stripes(_fill_stripe, stripes, bar, source, target.path, turn, step, weights, slots=slots)
-    return reduce(Share.plus, parts, Share())
+    return reduce(RetainedEnergy.plus, parts, RetainedEnergy())
 
 
 def _fill_stripe(
     stripe: Stripe, key: str, source: GradientStore, out: StorePath, turn: Rows, step: int, weights: Weighting | None
-) -> Share:
+) -> RetainedEnergy:
     """Write what is missing of a stripe's groups."""
-    share, product = Share(), np.empty((step, turn.shape[1]), np.float32)
+    share, product = RetainedEnergy(), np.empty((step, turn.shape[1]), np.float32)
     with GradientStore.open(out, "a") as target:
         writer = _claim(target, stripe)
         while writer.room:  # a gap at a time
@@ -178,13 +178,15 @@ def _grid(first: int, stop: int, group: int, step: int) -> Iterator[tuple[int, i
         first = high
 
 
-def _append(target: GradientStore, rows: Rows, small: dict[str, npt.NDArray[Any]], weights: Weighting | None) -> Share:
+def _append(
+    target: GradientStore, rows: Rows, small: dict[str, npt.NDArray[Any]], weights: Weighting | None
+) -> RetainedEnergy:
     """Append reduced rows with what belongs to them; return what was kept of the live ones."""
     live = ~small.pop("dropped") if "dropped" in small else np.ones(len(rows), np.bool_)
     loss, norm, ids = small.pop("loss"), small.pop("grad_norm"), small.pop("example_id", None)
     columns = {name.removeprefix("columns/"): values for name, values in small.items()}
     target.append(rows, loss=loss, grad_norm=norm, ids=ids, columns=columns, dropped=~live)
-    return Share.of(rows, norm, loss, live, weights)
+    return RetainedEnergy.of(rows, norm, loss, live, weights)
 
 
 def mean_squares(
@@ -198,7 +200,7 @@ def mean_squares(
         If the budget does not hold a block.
     """
     slots = check_workers(workers)
-    step = plan_block_rows(fill_need(rows.store, vectors.shape[1], 0), memory, slots_per_process(slots))
+    step = plan_block_rows(fill_memory(rows.store, vectors.shape[1], 0), memory, slots_per_process(slots))
     stripes = cut_stripes(0, rows.m, step, slots)
     with Progress("mean squares", rows.m, progress) as bar:
         total = run_stripes(_square_stripe, stripes, bar, rows, step, vectors, slots=slots, reduce=np.add)

@@ -17,7 +17,7 @@ import numpy as np
 from ooc_influence.compress.dropout import Dropout, parse_whole_numbers
 from ooc_influence.compress.eigenbasis import Eigenbasis
 from ooc_influence.errors import InputError, MemoryBudgetError, warn
-from ooc_influence.memory import Need, Room, format_bytes
+from ooc_influence.memory import MemoryBudget, MemoryModel, format_bytes
 from ooc_influence.store import (
     GaussianReduction,
     GeneratedReduction,
@@ -34,7 +34,7 @@ _MASK_BYTES, _ROW_BYTES = 12, 4  # of an entry: in the mask; in a row
 
 
 @dataclass(frozen=True)
-class Whole:
+class FullGradient:
     """What compressors have in common that look at every entry."""
 
     name: ClassVar[str]
@@ -77,8 +77,8 @@ class Whole:
             If mask and rows do not fit half of the memory that is free.
         """
         p = sum(layer.entries for layer in layers)
-        need = Need(f"{self.name} of all p = {p} entries", _MASK_BYTES * p, 0, _ROW_BYTES * p, min_rows=2)
-        room = Room.of(None)
+        need = MemoryModel(f"{self.name} of all p = {p} entries", _MASK_BYTES * p, 0, _ROW_BYTES * p, min_rows=2)
+        room = MemoryBudget.of(None)
         if not room.fits(need):
             raise MemoryBudgetError(
                 f"{need.stage} needs {format_bytes(room.price(need))} for the mask and two rows, budget "
@@ -92,14 +92,14 @@ class Whole:
 
 
 @dataclass(frozen=True)
-class Identity(Whole):
+class Identity(FullGradient):
     """Keep every entry of the gradient: exact, p numbers a row."""
 
     name: ClassVar[str] = "identity"
 
 
 @dataclass(frozen=True)
-class Pca(Whole):
+class Pca(FullGradient):
     """Reduce full gradients to their top ``r`` principal directions, those of the Fisher matrix of a pilot's rows.
 
     For models small enough: the pilot's rows are p numbers each, on disk, and the basis takes 4 p r bytes. It is
@@ -122,12 +122,12 @@ class Pca(Whole):
 
     @property
     def reduce(self) -> Eigenbasis:
-        """See :class:`Whole`."""
+        """See :class:`FullGradient`."""
         return Eigenbasis(self.r, self.pilot, self.weights)
 
 
 @dataclass(frozen=True)
-class Projection(Whole):
+class Projection(FullGradient):
     """A projection of full gradients to ``k`` numbers."""
 
     k: int = 4096
@@ -139,7 +139,7 @@ class Projection(Whole):
         parse_whole_numbers(self, {"k": 1, "seed": 0})
 
     def draw(self, layers: Sequence[LayerShape], moments: Sequence[PilotMoments] = ()) -> Mask:
-        """See :meth:`Whole.draw`."""
+        """See :meth:`FullGradient.draw`."""
         p = sum(layer.entries for layer in layers)
         if self.k > p:
             raise InputError(f"expected k <= p = {p}; received k = {self.k}: use Identity() to keep all entries")
@@ -246,7 +246,7 @@ _KINDS = ("linear", "transposed_linear")
 
 
 @dataclass(frozen=True)
-class LoGra(Whole):
+class LoGra(FullGradient):
     """Project the gradient of every linear layer from both sides; layers of other kinds are left out.
 
     Parameters

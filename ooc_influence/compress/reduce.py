@@ -20,16 +20,16 @@ from ooc_influence.compress.eigenbasis import (
     ALL_ROWS,
     ROWS_FOR_EACH,
     Eigenbasis,
-    Share,
+    RetainedEnergy,
     basis_weights,
     even_ranges,
     fill,
-    fill_need,
+    fill_memory,
     fit_eigenbasis,
 )
 from ooc_influence.errors import InputError, MismatchError, StoreExistsError, StoreNotFoundError
 from ooc_influence.linalg import Rows, WeightedRows, Weighting, parse_weighting, row_weights
-from ooc_influence.memory import PRODUCT_ROWS, Need, plan_block_rows
+from ooc_influence.memory import PRODUCT_ROWS, MemoryModel, plan_block_rows
 from ooc_influence.parallel import check_workers, slots_per_process
 from ooc_influence.store import (
     GradientStore,
@@ -38,7 +38,7 @@ from ooc_influence.store import (
     Storage,
     StoredReduction,
     StorePath,
-    copy_marks,
+    copy_tombstones,
     create_like,
     is_file,
     kept_at,
@@ -128,8 +128,8 @@ def reduce_store(
     target = _earlier(place, job, dtype, storage)
     if target is None:
         target = _create(place, job, dtype, storage, means)
-    copy_marks(job.source, target)  # before the rows: none of them is ever seen as live
-    found = Share()
+    copy_tombstones(job.source, target)  # before the rows: none of them is ever seen as live
+    found = RetainedEnergy()
     if target.n < job.source.n:
         weighting = basis_weights(target.attrs, target.attrs["reduction"])
         found = fill(job.source, target, _turn(job.source, target), weighting, **means)
@@ -332,10 +332,10 @@ def _make_basis(job: _Job, means: dict[str, Any]) -> tuple[StoredReduction, dict
 def _check_room(source: GradientStore, r: int, means: dict[str, Any]) -> None:
     """Check, before the basis is made, that there will be memory to use it."""
     shared = slots_per_process(check_workers(means["workers"]))
-    plan_block_rows(fill_need(source, r, 0, 4 * source.k * r), means["memory"], shared)
+    plan_block_rows(fill_memory(source, r, 0, 4 * source.k * r), means["memory"], shared)
     known = source.attrs.get("reduction")
     if known is not None:
-        need = Need(f"rotating a basis of {known['rows']} entries", 4 * known["rows"] * (source.k + r), 0, 0)
+        need = MemoryModel(f"rotating a basis of {known['rows']} entries", 4 * known["rows"] * (source.k + r), 0, 0)
         plan_block_rows(need, means["memory"])
 
 
@@ -378,10 +378,10 @@ def _turn(source: GradientStore, target: GradientStore) -> Rows:
     return new if not source.is_reduced else _vectors(source).T @ new
 
 
-def _finish(place: StorePath, job: _Job, found: Share) -> None:
+def _finish(place: StorePath, job: _Job, found: RetainedEnergy) -> None:
     """Mark what was dropped meanwhile, record what was measured, and let the store grow if its source does."""
     target = GradientStore.open(place, "a")
-    copy_marks(job.source, target)
+    copy_tombstones(job.source, target)
     share = found.record(target)
     if found.rows:
         logger.info("%s: %.2g of the trace of %d rows is left out", place, share.left_out, share.rows)

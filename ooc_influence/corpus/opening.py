@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ooc_influence.corpus.corpus_file import find_sources, local_path
 from ooc_influence.corpus.documents import Documents, check_some
 from ooc_influence.corpus.objects import DatasetDocuments, object_documents
-from ooc_influence.corpus.records import find_sources, local_path
 from ooc_influence.corpus.stored import FileDocuments
 from ooc_influence.errors import InputError
 from ooc_influence.progress import optional_library

@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ooc_influence.corpus.corpus_file import Lines, Source, is_json_list, json_list, opened, parquet_batches
 from ooc_influence.corpus.documents import Documents, first_fields
-from ooc_influence.corpus.records import Lines, Source, is_json_list, json_list, opened, parquet_batches
 from ooc_influence.errors import InputError, OocInfluenceError, StoreWriteError, refused
 from ooc_influence.progress import optional_library
 from ooc_influence.scratch import ArrayFile, map_array

@@ -4,10 +4,20 @@ from ooc_influence.curvature.curvature import Curvature, resolve_curvature
 from ooc_influence.curvature.damping import DampingMode
 from ooc_influence.curvature.dual import GramCurvature, fit_gram, gram_matrix
 from ooc_influence.curvature.fit import choose_side, fit_curvature, fit_fisher
-from ooc_influence.curvature.low_rank import TopCurvature
+from ooc_influence.curvature.low_rank import LowRankCurvature
 from ooc_influence.curvature.spectral import DiagonalCurvature, SpectralCurvature
 
 __all__ = [
-    "Curvature", "DampingMode", "DiagonalCurvature", "GramCurvature", "SpectralCurvature", "TopCurvature",
-    "choose_side", "fit_curvature", "fit_fisher", "fit_gram", "gram_matrix", "resolve_curvature",
+    "Curvature",
+    "DampingMode",
+    "DiagonalCurvature",
+    "GramCurvature",
+    "LowRankCurvature",
+    "SpectralCurvature",
+    "choose_side",
+    "fit_curvature",
+    "fit_fisher",
+    "fit_gram",
+    "gram_matrix",
+    "resolve_curvature",
 ]  # fmt: skip

@@ -43,7 +43,7 @@ _SETTINGS, _CLAIMS = "settings.json", "commits"
 _FACTS = "ooc_influence_partial"
 
 
-class Unfinished:
+class FitCheckpoint:
     """The partial results of one fit.
 
     Parameters
@@ -117,7 +117,7 @@ class Unfinished:
             remove_empty(self.path / _CLAIMS)
             remove_empty(self.path)
 
-    def __enter__(self) -> Unfinished:
+    def __enter__(self) -> FitCheckpoint:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:

@@ -20,10 +20,18 @@ from ooc_influence.linalg import (
     GramAccumulator,
     ProductAccumulator,
     iteration_bytes,
-    spectrum_ways,
+    spectrum_solvers,
 )
 from ooc_influence.linalg.accumulate import TILE, tile_side
-from ooc_influence.memory import PRODUCT_ROWS, Need, Room, WayOut, Ways, block_limit, plan_block_rows
+from ooc_influence.memory import (
+    PRODUCT_ROWS,
+    Alternative,
+    MemoryBudget,
+    MemoryModel,
+    Ways,
+    block_limit,
+    plan_block_rows,
+)
 from ooc_influence.store import CHUNK_TARGET, GradientStore
 from ooc_influence.store.writer import BUFFERS
 
@@ -84,7 +92,7 @@ class Preferred(NamedTuple):
     tile: int = 0
 
 
-class TopWay(NamedTuple):
+class LowRankPlan(NamedTuple):
     """A way to the top of a spectrum.
 
     Attributes
@@ -102,7 +110,7 @@ class TopWay(NamedTuple):
     """
 
     name: str
-    need: Need
+    need: MemoryModel
     block_rows: int
     read: float
     flops: float
@@ -131,41 +139,41 @@ def check_rank(shapes: Shapes, rank: int) -> None:
         )
 
 
-def sums_need(shapes: Shapes, rank: int, *, update: bool = False) -> Need:
+def sums_need(shapes: Shapes, rank: int, *, update: bool = False) -> MemoryModel:
     """Return what summing F in memory and multiplying it there needs: first the one, then the other."""
     k, c = shapes.k, shapes.columns(rank)
     held = shapes.workers * GramAccumulator.nbytes(k)
     after = 8 * k * k + 8 * k * c + iteration_bytes(k, c)
     several = 8 * k * k * ((shapes.workers > 1) + update)
     fixed = max(0, after - held) + several + shapes.small
-    return Need(_stage(k, rank), fixed, GramAccumulator.nbytes(k) + shapes.reading, 4 * k + shapes.sent,
+    return MemoryModel(_stage(k, rank), fixed, GramAccumulator.nbytes(k) + shapes.reading, 4 * k + shapes.sent,
                 max_rows=block_limit(k))  # fmt: skip
 
 
-def tiles_need(shapes: Shapes, rank: int, tile: int) -> Need:
+def tiles_need(shapes: Shapes, rank: int, tile: int) -> MemoryModel:
     """Return what summing F in tiles of so many columns and multiplying it from the disk needs."""
     k, c = shapes.k, shapes.columns(rank)
     own = ProductAccumulator.nbytes(tile, tile) + 8 * tile * tile + 3 * 8 * tile_side(k) ** 2 + shapes.reading
     after = iteration_bytes(k, c) + 8 * tile_side(k) * (3 * tile_side(k) + 2 * c)
     fixed = max(0, after - shapes.workers * own) + shapes.small
-    return Need(_stage(k, rank), fixed, own, 2 * 4 * tile, max_rows=block_limit(2 * tile))
+    return MemoryModel(_stage(k, rank), fixed, own, 2 * 4 * tile, max_rows=block_limit(2 * tile))
 
 
-def rows_need(shapes: Shapes, rank: int) -> Need:
+def rows_need(shapes: Shapes, rank: int) -> MemoryModel:
     """Return what multiplying the rows once a pass needs."""
     k, c = shapes.k, shapes.columns(rank)
     own = ProductAccumulator.nbytes(c, k)
     several = 8 * k * c if shapes.workers > 1 else 0
     fixed = max(4 * k * c + several, iteration_bytes(k, c) - shapes.workers * own) + shapes.small
     limit = block_limit(k, least=PRODUCT_ROWS)
-    return Need(_stage(k, rank), fixed, own + shapes.reading, 4 * (k + c) + shapes.sent, max_rows=limit)
+    return MemoryModel(_stage(k, rank), fixed, own + shapes.reading, 4 * (k + c) + shapes.sent, max_rows=limit)
 
 
 def _stage(k: int, rank: int) -> str:
     return f"fisher for k={k}, rank={rank}"
 
 
-def fitting_rows(need: Need, workers: int, budget: int, held: int) -> int:
+def fitting_rows(need: MemoryModel, workers: int, budget: int, held: int) -> int:
     """Return the rows of the largest block that fits, 0 where none does."""
     rows = need.max_rows
     while rows > need.min_rows and need.peak(rows, workers, held) > budget:
@@ -173,9 +181,9 @@ def fitting_rows(need: Need, workers: int, budget: int, held: int) -> int:
     return rows if need.peak(rows, workers, held) <= budget else 0
 
 
-def top_ways(
-    shapes: Shapes, rank: int, square: Need, budget: int, held: int, *, update: bool = False, tile: int = 0
-) -> list[TopWay]:
+def low_rank_plans(
+    shapes: Shapes, rank: int, square: MemoryModel, budget: int, held: int, *, update: bool = False, tile: int = 0
+) -> list[LowRankPlan]:
     """Return all ways to the top ``rank`` eigenpairs, those that fit first, the quickest of them first of all.
 
     Parameters
@@ -198,10 +206,10 @@ def top_ways(
     summing, multiplying = shapes.changed * k * k, USUAL_PASSES * 2 * k * k * c
     found = []
 
-    def add(name: str, need: Need, read: float, singles: float, doubles: float, side: int = 0) -> None:
+    def add(name: str, need: MemoryModel, read: float, singles: float, doubles: float, side: int = 0) -> None:
         rows = fitting_rows(need, workers, budget, held)
         seconds = singles / _OPERATIONS + doubles / _DOUBLE + read / _READING
-        found.append(TopWay(name, need, rows, read, singles + doubles, seconds, side))
+        found.append(LowRankPlan(name, need, rows, read, singles + doubles, seconds, side))
 
     if shapes.k <= _EXACT_SIDE or 4 * rank >= shapes.k:
         add("whole", square, fresh, summing, 9 * k**3)
@@ -233,16 +241,16 @@ def _largest_tile(shapes: Shapes, rank: int, budget: int, held: int) -> int:
     return tile
 
 
-def plan_top(
+def plan_low_rank(
     shapes: Shapes,
     rank: int,
-    square: Need,
+    square: MemoryModel,
     memory: int | str | None,
     outs: Ways,
     *,
     update: bool = False,
     prefer: Preferred | None = None,
-) -> TopWay:
+) -> LowRankPlan:
     """Return the quickest way that fits, of those preferred if one of them does.
 
     Raises
@@ -250,16 +258,18 @@ def plan_top(
     MemoryBudgetError
         If none does: with what the one that takes least needs, and the ways ``outs``.
     """
-    room = Room.of(memory)
+    room = MemoryBudget.of(memory)
     prefer = prefer or Preferred()
-    found = top_ways(shapes, rank, square, room.budget, room.held, update=update, tile=prefer.tile)
+    found = low_rank_plans(shapes, rank, square, room.budget, room.held, update=update, tile=prefer.tile)
     if not found[0].block_rows:
         need = min((way.need for way in found), key=lambda need: room.price(need, shapes.workers))
-        plan_block_rows(replace(need, ways=outs, advice="extract with a smaller k"), memory, shapes.workers, room.held)
+        plan_block_rows(
+            replace(need, alternatives=outs, advice="extract with a smaller k"), memory, shapes.workers, room.held
+        )
     return next((way for way in found if way.block_rows and way.name in prefer.names), found[0])
 
 
-def least_need(shapes: Shapes, rank: int) -> Need:
+def least_memory(shapes: Shapes, rank: int) -> MemoryModel:
     """Return what the way that takes least needs, of those that fit any number of columns."""
     needs = [rows_need(shapes, rank), tiles_need(shapes, rank, tile_side(shapes.k))]
     return min(needs, key=lambda need: need.peak(need.min_rows, shapes.workers, 0))
@@ -269,7 +279,7 @@ def largest_rank(shapes: Shapes, budget: int, held: int) -> int:
     """Return the largest rank, a power of two, that fits the budget; 0 where none does."""
     rank = 1 << min(_LARGEST_RANK, shapes.k, shapes.m).bit_length() - 1
     while rank:
-        if fitting_rows(least_need(shapes, rank), shapes.workers, budget, held):
+        if fitting_rows(least_memory(shapes, rank), shapes.workers, budget, held):
             return rank
         rank //= 2
     return 0
@@ -281,7 +291,7 @@ _GROUP = 2**21  # of the small values of rows on their way to a reduced store
 _TILES = 3  # copies of a tile while it is written: itself, its transpose, and the checksummed bytes
 
 
-def fisher_need(
+def fisher_memory(
     k: int,
     workers: int,
     reading: int = 0,
@@ -289,7 +299,7 @@ def fisher_need(
     ranges: Sequence[Range] | None = None,
     rows: int = 0,
     update: bool = False,
-) -> Need:
+) -> MemoryModel:
     """Return what :func:`fit_fisher` needs, in bytes.
 
     Two phases share the memory: accumulation (each worker's sums and block), then, alone, the factorisation.
@@ -311,7 +321,7 @@ def fisher_need(
     squares = sum(side**2 for side in sides)
     accumulators = workers * sum(GramAccumulator.nbytes(side) for side in sides)
     factorising = 8 * squares + 16 * max(sides) ** 2
-    return Need(
+    return MemoryModel(
         stage=f"fisher for k={k}" + (f" in {len(sides)} blocks" if ranges and len(sides) > 1 else ""),
         fixed=max(0, factorising - accumulators) + 8 * squares * ((workers > 1) + update) + rows,
         per_worker=sum(GramAccumulator.nbytes(side) for side in sides) + reading,
@@ -321,9 +331,9 @@ def fisher_need(
     )
 
 
-def diagonal_need(k: int, reading: int = 0, *, rows: int = 0) -> Need:
-    """Return what fitting the diagonal of F needs; see :func:`fisher_need`."""
-    return Need(
+def diagonal_need(k: int, reading: int = 0, *, rows: int = 0) -> MemoryModel:
+    """Return what fitting the diagonal of F needs; see :func:`fisher_memory`."""
+    return MemoryModel(
         stage=f"diagonal of fisher for k={k}",
         fixed=64 * k + rows,  # the sums of all tasks as they meet, and the spectrum
         per_worker=DiagonalAccumulator.nbytes(k) + reading,
@@ -333,7 +343,7 @@ def diagonal_need(k: int, reading: int = 0, *, rows: int = 0) -> Need:
     )
 
 
-def kernel_need(rows: int, k: int, workers: int = 1, reading: int = 0, small: int = 0) -> Need:
+def kernel_memory(rows: int, k: int, workers: int = 1, reading: int = 0, small: int = 0) -> MemoryModel:
     """Return what multiplying ``rows`` rows of ``k`` numbers into K needs: each worker's tile, and two blocks of rows.
 
     Parameters
@@ -346,7 +356,7 @@ def kernel_need(rows: int, k: int, workers: int = 1, reading: int = 0, small: in
         Bytes kept for each row, all together.
     """
     side = tile_side(rows)
-    return Need(
+    return MemoryModel(
         stage=f"gram for {rows} rows of k={k}",
         fixed=small + (8 * rows**2 if 8 * rows**2 <= KEPT_BYTES else 0),
         per_worker=8 * (_TILES + 1) * side**2 + 2 * reading,
@@ -357,9 +367,9 @@ def kernel_need(rows: int, k: int, workers: int = 1, reading: int = 0, small: in
     )
 
 
-def gram_need(rows: int, k: int, workers: int = 1, reading: int = 0, small: int = 0) -> Need:
-    """Return what :func:`fit_gram` needs: K as :func:`kernel_need`, then its factorisation, then F's eigenvectors."""
-    need = kernel_need(rows, k, workers, reading)
+def gram_memory(rows: int, k: int, workers: int = 1, reading: int = 0, small: int = 0) -> MemoryModel:
+    """Return what :func:`fit_gram` needs: K as :func:`kernel_memory`, then its factorisation, then F's eigenvectors."""
+    need = kernel_memory(rows, k, workers, reading)
     width = max(min(k, PANEL), slab_rows(k, rows))
     lifting = 8 * rows**2 + workers * 8 * rows * (2 * width + min(k, PANEL) + need.max_rows)
     alone = max(24 * rows**2 + 8 * _TILES * tile_side(rows) ** 2, lifting)
@@ -407,66 +417,66 @@ class FitShapes(NamedTuple):
         return cls(train.k, chosen.count, train.reading_bytes, chosen.small_bytes, modules, str(train.path))
 
     @property
-    def gram(self) -> Need:
+    def gram(self) -> MemoryModel:
         """What the Gram side needs, with one worker."""
-        return gram_need(self.rows, self.k, 1, self.reading, self.small)
+        return gram_memory(self.rows, self.k, 1, self.reading, self.small)
 
-    def reduced(self, room: Room, then: Callable[[int], Need] | None = None) -> Iterator[WayOut]:
+    def reduced(self, room: MemoryBudget, then: Callable[[int], MemoryModel] | None = None) -> Iterator[Alternative]:
         """Return the widest reduction of the store that fits, with F of it, and what comes ``then`` with r columns."""
 
-        def need(r: int) -> Need:
-            basis = min((way.need for way in spectrum_ways(self.k, self.rows, r, 1, self.reading)), key=room.price)
-            steps = [basis, self._rewriting(r), fisher_need(r, 1, self.reading, rows=self.small)]
+        def need(r: int) -> MemoryModel:
+            basis = min((way.need for way in spectrum_solvers(self.k, self.rows, r, 1, self.reading)), key=room.price)
+            steps = [basis, self._rewriting(r), fisher_memory(r, 1, self.reading, rows=self.small)]
             return max([*steps, *([] if then is None else [then(r)])], key=room.price)
 
         most = min(self.k - 1, self.rows)
         r = room.largest(need, most) if self.modules and most > 0 else 0
         if r:
             text = f"reduce to {r} columns ({{}}: ooc-influence reduce {self.path} OUT --dims {r})"
-            yield WayOut(text, need(r))
+            yield Alternative(text, need(r))
 
-    def _rewriting(self, r: int) -> Need:
+    def _rewriting(self, r: int) -> MemoryModel:
         """Return about what writing the rows with r columns needs: the basis, and chunks of float16 on their way."""
         chunk = min(CHUNK_TARGET, 2 * r * max(PRODUCT_ROWS, self.rows // 64))
-        return Need("", 4 * self.k * r + BUFFERS * chunk + _GROUP, self.reading, 4 * (self.k + 2 * r))
+        return MemoryModel("", 4 * self.k * r + BUFFERS * chunk + _GROUP, self.reading, 4 * (self.k + 2 * r))
 
-    def ranked(self, room: Room, text: str = "--rank {}") -> Iterator[WayOut]:
+    def ranked(self, room: MemoryBudget, text: str = "--rank {}") -> Iterator[Alternative]:
         """Return the largest top of F's spectrum that fits."""
         shapes = Shapes(self.k, self.rows, self.rows, 0, 1, self.reading, self.small)
         rank = largest_rank(shapes, room.budget, room.held)
         if rank:
-            yield WayOut(text.format(rank) + " ({})", least_need(shapes, rank))
+            yield Alternative(text.format(rank) + " ({})", least_memory(shapes, rank))
 
-    def fisher_ways(self, room: Room) -> Iterator[WayOut]:
+    def fisher_alternatives(self, room: MemoryBudget) -> Iterator[Alternative]:
         """Return the ways out where F whole does not fit."""
         yield from self.ranked(room)
         yield from self.reduced(room)
         if len(self.modules) > 1:
-            need = fisher_need(self.k, 1, self.reading, ranges=self.modules, rows=self.small)
-            yield WayOut("--blocks module ({})", need)
-        yield WayOut("--side gram ({})", self.gram)
+            need = fisher_memory(self.k, 1, self.reading, ranges=self.modules, rows=self.small)
+            yield Alternative("--blocks module ({})", need)
+        yield Alternative("--side gram ({})", self.gram)
 
-    def rank_ways(self, room: Room) -> Iterator[WayOut]:
+    def rank_ways(self, room: MemoryBudget) -> Iterator[Alternative]:
         """Return the ways out where the top of F's spectrum does not fit: less of it, or other columns or rows."""
         yield from self.ranked(room)
         yield from self.reduced(room)
-        yield WayOut("--side gram ({})", self.gram)
+        yield Alternative("--side gram ({})", self.gram)
 
-    def block_ways(self, room: Room) -> Iterator[WayOut]:
+    def block_ways(self, room: MemoryBudget) -> Iterator[Alternative]:
         """Return the ways out where F by module does not fit."""
         yield from self.ranked(room)
         yield from self.reduced(room)
-        yield WayOut("--side gram ({})", self.gram)
+        yield Alternative("--side gram ({})", self.gram)
 
-    def gram_ways(self, room: Room) -> Iterator[WayOut]:
+    def gram_alternatives(self, room: MemoryBudget) -> Iterator[Alternative]:
         """Return the ways out where K does not fit."""
         yield from self.sampled(room)
-        yield WayOut("--side fisher ({})", fisher_need(self.k, 1, self.reading, rows=self.small))
+        yield Alternative("--side fisher ({})", fisher_memory(self.k, 1, self.reading, rows=self.small))
         yield from self.ranked(room, "--side fisher --rank {}")
         yield from self.reduced(room)
 
-    def sampled(self, room: Room) -> Iterator[WayOut]:
+    def sampled(self, room: MemoryBudget) -> Iterator[Alternative]:
         """Return the largest sample of the rows whose K fits."""
-        rows = room.largest(lambda size: gram_need(size, self.k, 1, self.reading), self.rows - 1)
+        rows = room.largest(lambda size: gram_memory(size, self.k, 1, self.reading), self.rows - 1)
         if rows > 1:
-            yield WayOut(f"--sample {rows} ({{}})", gram_need(rows, self.k, 1, self.reading))
+            yield Alternative(f"--sample {rows} ({{}})", gram_memory(rows, self.k, 1, self.reading))

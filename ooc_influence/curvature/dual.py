@@ -20,8 +20,8 @@ import numpy.typing as npt
 import zarr
 
 from ooc_influence._version import __version__
-from ooc_influence.curvature.checkpoint import Unfinished
-from ooc_influence.curvature.costs import KEPT_BYTES, PANEL, FitShapes, gram_need, kernel_need, slab_rows
+from ooc_influence.curvature.checkpoint import FitCheckpoint
+from ooc_influence.curvature.costs import KEPT_BYTES, PANEL, FitShapes, gram_memory, kernel_memory, slab_rows
 from ooc_influence.curvature.curvature import Curvature, share_outside
 from ooc_influence.curvature.damping import resolved
 from ooc_influence.curvature.files import write_curvature, write_long
@@ -41,7 +41,7 @@ from ooc_influence.errors import (
 from ooc_influence.linalg import Weighting, symmetric_eigen
 from ooc_influence.linalg.accumulate import Tile, list_tiles, tile_side
 from ooc_influence.linalg.backend import Floats, check_room, parse_device
-from ooc_influence.memory import Room, plan_block_rows
+from ooc_influence.memory import MemoryBudget, plan_block_rows
 from ooc_influence.parallel import Stripe, check_workers, cut_stripes, run_stripes, slots_per_process
 from ooc_influence.progress import Progress, check_cancelled, tick
 from ooc_influence.store import (
@@ -468,12 +468,12 @@ def fit_gram(
         logger.info("%s is up to date", target)
         return found
     shared = slots_per_process(slots)
-    need = gram_need(chosen.count, train.k, shared, train.reading_bytes, chosen.small_bytes)
-    need = replace(need, ways=FitShapes.of(chosen).gram_ways)
+    need = gram_memory(chosen.count, train.k, shared, train.reading_bytes, chosen.small_bytes)
+    need = replace(need, alternatives=FitShapes.of(chosen).gram_alternatives)
     if device is not None:
         check_room(device, shared * device_bytes(chosen, need.max_rows), need.stage)
         need = replace(need, per_row=need.per_row + 2 * 4 * train.layout.encoding.row_bytes)
-    room = Room.of(memory)
+    room = MemoryBudget.of(memory)
     block_rows = plan_block_rows(need, room.budget, shared, room.held)
     free = room.budget - need.peak(block_rows, shared, room.held)
     _Fit(chosen, target, slots, block_rows, free // shared, progress, device).run()
@@ -527,7 +527,7 @@ def gram_matrix(
         raise InputError(f"expected a store with committed rows; received {train.path} with none: extract first")
     chosen = choose_rows(train, rows, sample, seed, weights, force_weights=force_weights)
     shared = slots_per_process(slots)
-    need = kernel_need(chosen.count, train.k, shared, train.reading_bytes, chosen.small_bytes)
+    need = kernel_memory(chosen.count, train.k, shared, train.reading_bytes, chosen.small_bytes)
     how = Multiplying(chosen, plan_block_rows(need, memory, shared), parse_path(out))
     facts = {"store": str(train.path), "weights": chosen.record(), "selection": dict(chosen.selection)}
     return multiply_on_disk(how, slots, progress, chosen.digest(), facts)
@@ -592,7 +592,7 @@ class _Fit:
             save(multiply_in_memory(how, self.slots, self.progress))
             return
         matter = chosen.digest()
-        with Unfinished(self.target, {"gram": matter}) as kept:
+        with FitCheckpoint(self.target, {"gram": matter}) as kept:
             if not kept.usable:
                 raise StoreBusyError(
                     f"expected to write the Gram matrix for {self.target}; received a folder that another process is "

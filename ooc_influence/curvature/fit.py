@@ -17,16 +17,16 @@ from typing import Any, Literal
 import numpy.typing as npt
 
 from ooc_influence.curvature import checkpoint
-from ooc_influence.curvature.checkpoint import Unfinished, begun
+from ooc_influence.curvature.checkpoint import FitCheckpoint, begun
 from ooc_influence.curvature.costs import (
     FitShapes,
+    LowRankPlan,
     Shapes,
-    TopWay,
     check_rank,
     diagonal_need,
-    fisher_need,
+    fisher_memory,
     module_ranges,
-    plan_top,
+    plan_low_rank,
 )
 from ooc_influence.curvature.curvature import Curvature
 from ooc_influence.curvature.dual import fit_gram
@@ -41,7 +41,7 @@ from ooc_influence.curvature.sums import Summing
 from ooc_influence.errors import InputError
 from ooc_influence.linalg import Weighting
 from ooc_influence.linalg.backend import check_room, parse_device
-from ooc_influence.memory import Room, format_bytes, plan_block_rows
+from ooc_influence.memory import MemoryBudget, format_bytes, plan_block_rows
 from ooc_influence.parallel import check_workers, slots_per_process
 from ooc_influence.store import GradientStore, PathLike, StorePath
 
@@ -145,7 +145,7 @@ def fit_fisher(
     if found is not None and change is not None and change.nothing and found.attrs.get("rank") == rank:
         logger.info("%s is up to date", target)
         return found
-    with Unfinished(target, settings) as kept:
+    with FitCheckpoint(target, settings) as kept:
         folder = kept.path if kept.usable else None
         how = Summing(
             train, ranges, way.block_rows, kind == "diagonal", sample is not None, folder, checkpoint.INTERVAL, device
@@ -169,16 +169,16 @@ def _choose_way(
     memory: int | str | None,
     device: str | None,
     results: Mapping[str, StorePath],
-) -> TopWay:
+) -> LowRankPlan:
     """Return how to fit within the budget; ``results`` are those of earlier runs, which the way should use."""
     train, shared = chosen.store, slots_per_process(slots)
     update = change is not None and bool(len(change.removed))
-    need = fisher_need(
+    need = fisher_memory(
         train.k, shared, train.reading_bytes, ranges=ranges, rows=chosen.small_bytes, update=change is not None
     )
     if kind == "diagonal":
         need = diagonal_need(train.k, train.reading_bytes, rows=chosen.small_bytes)
-        return TopWay(kind, need, plan_block_rows(need, memory, shared), 0.0, 0.0, 0.0)
+        return LowRankPlan(kind, need, plan_block_rows(need, memory, shared), 0.0, 0.0, 0.0)
     row_bytes, changed = train.layout.encoding.row_bytes, chosen.count
     sent = 0 if device is None else 4 * row_bytes  # two blocks in flight, and their copies where the device is the host
     need = replace(need, per_row=need.per_row + sent)
@@ -189,10 +189,10 @@ def _choose_way(
     priced = FitShapes.of(chosen)
     if rank is not None:
         check_rank(shapes, rank)
-        way = plan_top(shapes, rank, need, memory, priced.rank_ways, update=update, prefer=usable_ways(results))
+        way = plan_low_rank(shapes, rank, need, memory, priced.rank_ways, update=update, prefer=usable_ways(results))
     else:
-        need = replace(need, ways=priced.fisher_ways if len(ranges) == 1 else priced.block_ways)
-        way = TopWay("whole", need, plan_block_rows(need, memory, shared), 0.0, 0.0, 0.0)
+        need = replace(need, alternatives=priced.fisher_alternatives if len(ranges) == 1 else priced.block_ways)
+        way = LowRankPlan("whole", need, plan_block_rows(need, memory, shared), 0.0, 0.0, 0.0)
     if device is not None:
         check_room(
             device, shared * way.need.per_worker + way.block_rows * shared * (2 * row_bytes + 4 * train.k), need.stage
@@ -298,8 +298,8 @@ def _cheaper_side(train: GradientStore, options: dict[str, Any]) -> Literal["fis
     """Return the side of the smaller matrix, or the other one where only that fits the budget."""
     chosen = choose_rows(train, options.get("rows"), options.get("sample"), options.get("seed", 0))
     cheaper = choose_side(chosen.count, train.k)
-    room, shapes = Room.of(options.get("memory")), FitShapes.of(chosen)
-    needs = {"gram": shapes.gram, "fisher": fisher_need(train.k, 1, train.reading_bytes, rows=chosen.small_bytes)}
+    room, shapes = MemoryBudget.of(options.get("memory")), FitShapes.of(chosen)
+    needs = {"gram": shapes.gram, "fisher": fisher_memory(train.k, 1, train.reading_bytes, rows=chosen.small_bytes)}
     other: Literal["fisher", "gram"] = "fisher" if cheaper == "gram" else "gram"
     if not room.fits(needs[cheaper]) and room.fits(needs[other]):
         logger.info(

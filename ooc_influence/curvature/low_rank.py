@@ -20,11 +20,11 @@ import numpy.typing as npt
 
 from ooc_influence.curvature import checkpoint
 from ooc_influence.curvature.checkpoint import SavingClock, read_facts, save_result, write_slabs
-from ooc_influence.curvature.costs import PASSES, TopWay, iteration_columns
+from ooc_influence.curvature.costs import PASSES, LowRankPlan, iteration_columns
 from ooc_influence.curvature.curvature import dimension, share_outside
 from ooc_influence.curvature.files import write_curvature, write_long
 from ooc_influence.curvature.primal import Fitting, block_moments, squared_norm, sum_fourth, sum_tiles
-from ooc_influence.curvature.rows import Share, cut_shares
+from ooc_influence.curvature.rows import RowPartition, partition_rows
 from ooc_influence.curvature.spectral import SummedCurvature, self_rows
 from ooc_influence.curvature.sums import Summing, sum_name
 from ooc_influence.errors import InputError, warn
@@ -53,7 +53,7 @@ _reading = threading.Lock()  # threads that find norms read V once
 VECTORS = "eigenvectors"
 
 
-class TopCurvature(SummedCurvature, kinds=("top",)):
+class LowRankCurvature(SummedCurvature, kinds=("top",)):
     """A curvature of which the leading eigenvectors are kept.
 
     Attributes
@@ -227,7 +227,7 @@ class Found(NamedTuple):
     write: Callable[[Any], tuple[Matrix, dict[str, Any]]]
 
 
-def fit_top(fit: Fitting, way: TopWay, rank: int, seed: int) -> None:
+def fit_top(fit: Fitting, way: LowRankPlan, rank: int, seed: int) -> None:
     """Find the top ``rank`` eigenpairs of F and write them to the target."""
     began = time.monotonic()
     if way.name in ("whole", "sums"):
@@ -311,7 +311,7 @@ def _by_rows(fit: Fitting, rank: int, seed: int) -> Found:
     if fit.old is not None:
         logger.info("%s is found from all rows again: it keeps no sum of F to add rows to", fit.target)
     moments: Matrix = np.empty(0)
-    shares = cut_shares(fit.chosen, [(0, fit.chosen.count)], fit.how.block_rows, fit.slots)
+    shares = partition_rows(fit.chosen, [(0, fit.chosen.count)], fit.how.block_rows, fit.slots)
 
     def multiply(basis: Floats) -> Matrix:
         nonlocal moments
@@ -344,13 +344,13 @@ class Product(NamedTuple):
         return Product(self.total + other.total, self.moments + other.moments)
 
 
-def _multiply_share(share: Share, key: str, how: Summing, basis: Floats, measure: bool) -> Product:
+def _multiply_share(share: RowPartition, key: str, how: Summing, basis: Floats, measure: bool) -> Product:
     """Return the product of a share of the rows."""
     with Team(task_threads()) as team:
         return _multiply_with(team, share, key, how, basis, measure)
 
 
-def _multiply_with(team: Team, share: Share, key: str, how: Summing, basis: Floats, measure: bool) -> Product:
+def _multiply_with(team: Team, share: RowPartition, key: str, how: Summing, basis: Floats, measure: bool) -> Product:
     total, moments = _Products(team, how, basis), np.zeros(4)
     for _, chosen in share.parts:
         for block in how.read(chosen, 0, team.threads):

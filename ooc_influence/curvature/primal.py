@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ooc_influence.curvature.checkpoint import Unfinished, read_facts, save_result
+from ooc_influence.curvature.checkpoint import FitCheckpoint, read_facts, save_result
 from ooc_influence.curvature.costs import Preferred
 from ooc_influence.curvature.curvature import Curvature
 from ooc_influence.curvature.files import write_long
-from ooc_influence.curvature.rows import ChosenRows, Range, Share, cut_shares
+from ooc_influence.curvature.rows import ChosenRows, Range, RowPartition, partition_rows
 from ooc_influence.curvature.sink import fit_attributes
 from ooc_influence.curvature.spectral import SummedCurvature
 from ooc_influence.curvature.staleness import Change, RowRecord
@@ -61,7 +61,7 @@ class Fitting:
     how: Summing
     slots: int
     progress: bool | None
-    kept: Unfinished
+    kept: FitCheckpoint
     old: Curvature | None
     change: Change | None
 
@@ -361,12 +361,12 @@ def row_moments(
     chosen: ChosenRows, how: Summing, block_rows: int, slots: int, bar: Progress
 ) -> npt.NDArray[np.float64]:
     """Return, over some rows: how many are live, how many losses are clipped, Σ‖x‖², Σ‖x‖⁴."""
-    shares = cut_shares(chosen, [(0, chosen.count)], block_rows, slots)
+    shares = partition_rows(chosen, [(0, chosen.count)], block_rows, slots)
     found: npt.NDArray[np.float64] = run_stripes(_sum_moments, shares, bar, how, block_rows, slots=slots, reduce=np.add)
     return found
 
 
-def _sum_moments(share: Share, key: str, how: Summing, block_rows: int) -> npt.NDArray[np.float64]:
+def _sum_moments(share: RowPartition, key: str, how: Summing, block_rows: int) -> npt.NDArray[np.float64]:
     total = np.zeros(4)
     for _, chosen in share.parts:
         for block in chosen.blocks(0, chosen.count, block_rows, threads=task_threads()):

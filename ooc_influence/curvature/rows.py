@@ -219,13 +219,13 @@ class WeighedBlock(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Share(Stripe):
+class RowPartition(Stripe):
     """What one task sums: the rows at some ranges of places, each range by itself."""
 
     parts: tuple[tuple[int, ChosenRows], ...] = ()  # the first place, and the rows from there on
 
 
-def cut_shares(chosen: ChosenRows, ranges: Sequence[Range], block_rows: int, count: int) -> list[Share]:
+def partition_rows(chosen: ChosenRows, ranges: Sequence[Range], block_rows: int, count: int) -> list[RowPartition]:
     """Divide ranges of places among at most ``count`` tasks, in whole blocks."""
     blocks = [(low, min(stop, low + block_rows)) for start, stop in ranges for low in range(start, stop, block_rows)]
     count = max(1, min(count, len(blocks)))
@@ -240,7 +240,7 @@ def cut_shares(chosen: ChosenRows, ranges: Sequence[Range], block_rows: int, cou
                 joined.append([low, high])
         if joined:
             parts = tuple((low, chosen.part(low, high)) for low, high in joined)
-            shares.append(Share(joined[0][0], joined[-1][1], parts))
+            shares.append(RowPartition(joined[0][0], joined[-1][1], parts))
     return shares
 
 

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ooc_influence.curvature import checkpoint
-from ooc_influence.curvature.checkpoint import SavingClock, Unfinished, latest_results, read_facts, save_result
-from ooc_influence.curvature.rows import ChosenRows, Range, Share, WeighedBlock, cut_shares
+from ooc_influence.curvature.checkpoint import FitCheckpoint, SavingClock, latest_results, read_facts, save_result
+from ooc_influence.curvature.rows import ChosenRows, Range, RowPartition, WeighedBlock, partition_rows
 from ooc_influence.linalg import DiagonalAccumulator, GramAccumulator, Team, TriangleTiles, choose_engine
 from ooc_influence.linalg.backend import row_squares
 from ooc_influence.parallel import run_stripes, subtract_ranges, task_threads
@@ -115,14 +115,19 @@ def empty_sums(blocks: Sequence[Range], diagonal: bool) -> Sums:
 
 
 def sum_rows(
-    chosen: ChosenRows, how: Summing, slots: int, bar: Progress, ranges: Sequence[Range], kept: Unfinished | None = None
+    chosen: ChosenRows,
+    how: Summing,
+    slots: int,
+    bar: Progress,
+    ranges: Sequence[Range],
+    kept: FitCheckpoint | None = None,
 ) -> Sums:
     """Return the sums over some ranges of places, those that ``kept`` has from earlier runs included."""
     found = {} if kept is None else kept.results(ROWS)
     done = {path: read_facts(path) for path in found.values()}
     left = subtract_ranges(ranges, [tuple(part) for facts in done.values() for part in facts["ranges"]])
     bar.advance(sum(b - a for a, b in ranges) - sum(b - a for a, b in left))
-    shares = cut_shares(chosen, left, how.block_rows, slots)
+    shares = partition_rows(chosen, left, how.block_rows, slots)
     if shares:
         total: Sums = run_stripes(_sum_share, shares, bar, how, slots=slots, reduce=Sums.plus, own_threads=True)
     else:
@@ -191,7 +196,7 @@ def _fourth_powers(rows: Any, diagonal: bool) -> float:
 class _Running:
     """The sums of one task, which can be saved whenever they are consistent."""
 
-    def __init__(self, share: Share, how: Summing, team: Team) -> None:
+    def __init__(self, share: RowPartition, how: Summing, team: Team) -> None:
         self._share, self._how, self._team = share, how, team
         self._squares = self._accumulators()
         self._counts = (0, 0, 0.0)
@@ -269,13 +274,13 @@ class _Running:
         return Sums(squares, *self._counts)
 
 
-def _sum_share(share: Share, key: str, how: Summing) -> Sums:
+def _sum_share(share: RowPartition, key: str, how: Summing) -> Sums:
     """Return the sums over a share."""
     with Team(task_threads()) as team:
         return _sum_with(team, share, key, how)
 
 
-def _sum_with(team: Team, share: Share, key: str, how: Summing) -> Sums:
+def _sum_with(team: Team, share: RowPartition, key: str, how: Summing) -> Sums:
     running = _Running(share, how, team)
     clock = SavingClock(how.interval)
     skip = running.done

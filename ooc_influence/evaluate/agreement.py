@@ -30,7 +30,7 @@ from ooc_influence.extract import extract_gradients
 from ooc_influence.extract.pilot import PilotData
 from ooc_influence.extract.plan import parse_device
 from ooc_influence.extract.taps import PerSampleLoss
-from ooc_influence.memory import Room, format_bytes
+from ooc_influence.memory import MemoryBudget, format_bytes
 from ooc_influence.store import GradientStore, LayerShape, PathLike
 
 Matrix = npt.NDArray[np.float64]
@@ -154,7 +154,7 @@ def check(
     if any(not damping > 0 for damping in dampings):
         raise InputError(f"expected dampings > 0; received {list(dampings)}")
     layers = [module.layer for module in train.mask.modules]
-    room = Room.of(memory)
+    room = MemoryBudget.of(memory)
     groups = list(_groups(layers, rows, room.budget - room.held))
     data = PilotData(model, per_sample_loss, batches, parse_device(model, device), progress, memory)
     taken = data.part(rows)

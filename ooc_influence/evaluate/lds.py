@@ -21,7 +21,7 @@ from scipy.stats import rankdata
 
 from ooc_influence.errors import InputError
 from ooc_influence.evaluate.runs import ranges
-from ooc_influence.memory import Need, plan_block_rows
+from ooc_influence.memory import MemoryModel, plan_block_rows
 from ooc_influence.parallel import blas_threads, cores, tree_sum
 from ooc_influence.progress import Progress
 
@@ -191,7 +191,7 @@ def _array_parts(scores: Any, subsets: Any, memory: int | str | None) -> Iterato
     """Yield the sums of blocks of an array that is sliced: NumPy's or Zarr's."""
     (q, n), m = scores.shape, len(subsets)
     queries = min(q, _QUERIES)
-    need = Need(
+    need = MemoryModel(
         stage=f"lds of {q} queries and {m} subsets",
         fixed=8 * m * q * 8 + m * _ROWS * 9 + queries * _ROWS * 26,  # sums and ranks; a tile
         per_worker=0,

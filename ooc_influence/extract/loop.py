@@ -25,7 +25,7 @@ from ooc_influence.extract.pilot import PilotData, pilot_path
 from ooc_influence.extract.plan import Plan, Settings, make_plan, parse_device, with_metric
 from ooc_influence.extract.run import BatchRun, BudgetRun, RowGatherer
 from ooc_influence.extract.selection import Adjustments, ModuleSelection
-from ooc_influence.extract.sink import OnNonFinite, Target
+from ooc_influence.extract.sink import OnNonFinite, Sink
 from ooc_influence.extract.tapping import tapped
 from ooc_influence.extract.taps import PerSampleLoss
 from ooc_influence.progress import Progress
@@ -175,7 +175,7 @@ def extract_gradients(
         source = batches if pilot is None else pilot
         data = PilotData(model, per_sample_loss, source, device, progress, memory, check_gradients)
         plan = make_plan(model, settings, store, None if place else PilotRun(data, store))
-        target = Target(store, plan, metadata, batching, place, total, on_nonfinite)
+        target = Sink(store, plan, metadata, batching, place, total, on_nonfinite)
         try:
             if not target.finished:
                 fill(target, plan, data, batches, batching, known=total)
@@ -227,7 +227,7 @@ def _adjusted(settings: Settings, error: LayersDisagreeError) -> Adjustments:
 
 
 def fill(
-    target: Target,
+    target: Sink,
     plan: Plan,
     data: PilotData,
     batches: Batches | BudgetBatches,
@@ -317,7 +317,7 @@ class PilotRun:
         return replace(plan, reduction=reduction, attributes=plan.attributes | {"compressor": compressor.to_dict()})
 
     def _fill(self, plan: Plan, place: StorePath, rows: int) -> None:
-        target = Target(place, plan, RowMetadata.of(None, None), Batching(), None, None, "skip")
+        target = Sink(place, plan, RowMetadata.of(None, None), Batching(), None, None, "skip")
         try:
             known = min(rows, self._data.count() or rows)
             fill(

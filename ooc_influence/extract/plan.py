@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ooc_influence.compress import Compressor, Dropout, LoGra, Whole
+from ooc_influence.compress import Compressor, Dropout, FullGradient, LoGra
 from ooc_influence.errors import InputError, MismatchError, StoreNotFoundError, warn
 from ooc_influence.extract.fingerprint import fingerprint_as, short_fingerprint
 from ooc_influence.extract.layers import find_uses
@@ -194,7 +194,7 @@ def make_plan(model: torch.nn.Module, settings: Settings, path: PathLike, pilot:
         if settings.metric is not None and isinstance(chosen, LoGra):
             raise InputError("expected no metric with LoGra; received one: it weighs entries, which LoGra never sees")
         mask = chosen.draw(layers)
-        reduction = chosen.generated(mask) if isinstance(chosen, Whole) else None
+        reduction = chosen.generated(mask) if isinstance(chosen, FullGradient) else None
         return with_metric(replace(plan, mask=mask, reduction=reduction), settings.metric, model)
     if pilot is None:
         raise InputError(

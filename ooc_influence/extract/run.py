@@ -14,7 +14,7 @@ from torch import Tensor
 from ooc_influence.errors import InputError, MemoryBudgetError, warn
 from ooc_influence.extract.batching import Batches, BudgetBatches, Numbers, batch_size, open_batches, to_device
 from ooc_influence.extract.gather import MaskGatherer, make_reducer
-from ooc_influence.extract.sink import Computed, Target
+from ooc_influence.extract.sink import Computed, Sink
 from ooc_influence.extract.taps import PerSampleLoss, Taps, out_of_memory
 from ooc_influence.memory import BLOCK_BYTES, available, format_bytes
 from ooc_influence.progress import Progress
@@ -81,7 +81,7 @@ def _check_room(b: int, k: int) -> None:
     )
 
 
-class _OnItsWay:
+class PendingTransfer:
     """Losses, rows and norms of a batch, on their way from the device."""
 
     def __init__(self, *values: Tensor) -> None:
@@ -95,7 +95,8 @@ class _OnItsWay:
             self._sources, values = values, tuple(pinned)  # sources must outlive the copy
         self._values = values
 
-    def arrive(self) -> Computed:
+    def result(self) -> Computed:
+        """Wait for the copies to the host, and return them."""
         if self._event is not None:
             self._event.synchronize()
         return Computed(*(value.float().cpu().numpy() for value in self._values))
@@ -104,21 +105,21 @@ class _OnItsWay:
 class _Waiting(NamedTuple):
     batch: Any
     row: int
-    computed: _OnItsWay
+    computed: PendingTransfer
 
 
 class Run:
     """What both ways through the data share: the model's side, the progress line."""
 
     def __init__(
-        self, target: Target, taps: Taps, gatherer: RowGatherer, per_sample_loss: PerSampleLoss, device: torch.device,
+        self, target: Sink, taps: Taps, gatherer: RowGatherer, per_sample_loss: PerSampleLoss, device: torch.device,
         bar: Progress,
     ) -> None:  # fmt: skip
         self._target, self._taps, self._gatherer, self._loss = target, taps, gatherer, per_sample_loss
         self._device, self._bar = device, bar
         self._tokens, self._began = 0, time.perf_counter()
 
-    def _compute(self, batch: Any) -> tuple[int, _OnItsWay]:
+    def _compute(self, batch: Any) -> tuple[int, PendingTransfer]:
         """Run the model on a batch on the device; return its number of samples and what is on its way."""
         losses, rows, norms = self._gatherer(self._taps, self._loss, batch)
         if self._taps.silent:
@@ -126,7 +127,7 @@ class Run:
         facts = self._taps.verification()
         if facts is not None:
             self._target.verified(facts)
-        return len(losses), _OnItsWay(losses, rows, norms)
+        return len(losses), PendingTransfer(losses, rows, norms)
 
     def _report(self, rows: int, tokens: int | None) -> None:
         self._bar.advance(rows)
@@ -222,7 +223,7 @@ class BatchRun(Run):
         """Store the rows of the batch before, whose copy ran beside this one."""
         waiting, self._waiting = self._waiting, None
         if waiting is not None:
-            self._target.take(waiting.batch, waiting.row, waiting.computed.arrive())
+            self._target.take(waiting.batch, waiting.row, waiting.computed.result())
 
     def _check_size(self, size: int | None, count: int) -> None:
         if self._sizes_hold and size != count:
@@ -272,7 +273,7 @@ class BudgetRun(Run):
         numbers = np.arange(first, last)
         block = Computed.empty(end - low, k)
         todo = [part for part in source.cut(numbers) if ((part >= low) & (part < end)).any()]
-        waiting: tuple[Numbers, _OnItsWay] | None = None
+        waiting: tuple[Numbers, PendingTransfer] | None = None
         while todo:
             part = todo.pop(0)
             if source.halved and source.padded(part)[1] > (source.tokens or np.inf) and len(part) > 1:
@@ -288,17 +289,17 @@ class BudgetRun(Run):
             if count != len(part):
                 raise InputError(f"expected one loss for each of {len(part)} samples; received {count}")
             if waiting is not None:
-                block.put(waiting[0] - low, waiting[1].arrive())
+                block.put(waiting[0] - low, waiting[1].result())
             waiting = (part, computed)
             mine = (part >= low) & (part < end)
             self._report(int(mine.sum()), int(source.lengths[part[mine]].sum()))
         if waiting is not None:
-            block.put(waiting[0] - low, waiting[1].arrive())
+            block.put(waiting[0] - low, waiting[1].result())
         target.take(None, first_row + low, block)
         if source.halved:
             target.record(batching=source.settings())
 
-    def _compute_or_none(self, batch: Any) -> tuple[int, _OnItsWay] | None:
+    def _compute_or_none(self, batch: Any) -> tuple[int, PendingTransfer] | None:
         """Run the model on a batch; None where it does not fit. On return nothing holds its tensors any more."""
         try:
             return self._compute(to_device(batch, self._device))

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ooc_influence.compress import Share, basis_weights
+from ooc_influence.compress import RetainedEnergy, basis_weights
 from ooc_influence.errors import InputError, MismatchError
 from ooc_influence.extract.batching import Batching, Shard
 from ooc_influence.extract.metadata import RowMetadata
@@ -64,7 +64,7 @@ class Computed(NamedTuple):
         return Computed(*(values[low:high] for values in self))
 
 
-class Target:
+class Sink:
     """One writer's rows of a store, ``start`` to ``stop``.
 
     Attributes
@@ -89,7 +89,7 @@ class Target:
     ) -> None:
         if on_nonfinite not in ("raise", "skip"):
             raise InputError(f"expected on_nonfinite 'raise' or 'skip'; received {on_nonfinite!r}")
-        self._skip, self._share = on_nonfinite == "skip", Share()
+        self._skip, self._share = on_nonfinite == "skip", RetainedEnergy()
         self._path, self._plan, self._metadata = path, plan, metadata
         self._first_row, self._shard, self._total = batching.first_row, shard, total
         self.start: int = batching.first_row
@@ -250,7 +250,7 @@ class Target:
             logger.warning("rows %s are not finite: dropped", (first + np.flatnonzero(skipped)).tolist())
         if isinstance(self._plan.reduction, StoredReduction):
             weights = basis_weights(self._plan.attributes, self._plan.reduction.facts)
-            self._share = self._share.plus(Share.of(new.rows, new.norms, new.losses, ~skipped, weights))
+            self._share = self._share.plus(RetainedEnergy.of(new.rows, new.norms, new.losses, ~skipped, weights))
 
     def _without_nonfinite(self, found: Computed) -> Computed:
         """Return rows with zeros for those that are not finite, which their norm tells."""

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from ooc_influence.document_text import as_text
 from ooc_influence.errors import InputError
-from ooc_influence.texts import as_text
 
 _INTEGER = re.compile(r"0|-?[1-9][0-9]*")
 _EXACT = 2**53  # whole numbers up to here are floats without a loss

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ooc_influence.corpus import KeptFolder, kept_folder
+from ooc_influence.document_text import as_text, text_digest, text_of
 from ooc_influence.errors import InputError
 from ooc_influence.hf.labels import FieldKind, Labels, as_kind
 from ooc_influence.hf.models import check_fields
@@ -28,7 +29,6 @@ from ooc_influence.hf.tokens import Fields, Tokeniser, Tokens, check_room
 from ooc_influence.progress import Progress
 from ooc_influence.repeats import Repeats
 from ooc_influence.scratch import ArrayFile, map_array
-from ooc_influence.texts import as_text, text_digest, text_of
 
 COLUMNS = ("document", "piece", "start", "lengths", "n_tokens", "char_start", "char_stop", "text_digest")
 _CODE = ("chats", "fields", "index", "kinds", "making", "tokens", "truncation")
@@ -369,8 +369,8 @@ class Samples:
     piece : (n,) int64
         Which piece of its document; -1 where it is the only one.
     char_start, char_stop : (n,) int64
-        The characters of its document's text (:mod:`ooc_influence.texts`) that it is made from; -1 of a piece whose
-        tokens do not tell: a chat's, or of a tokenizer without offsets.
+        The characters of its document's text (:mod:`ooc_influence.document_text`) that it is made from; -1 for a chat,
+        or where the tokenizer has no offsets.
     text_digest : (n,) int64
         A digest of its document's text.
     documents, max_length : int

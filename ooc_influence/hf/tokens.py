@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ooc_influence.document_text import BETWEEN
 from ooc_influence.errors import InputError
-from ooc_influence.texts import BETWEEN
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from ooc_influence.curvature import DampingMode
 from ooc_influence.influence.checkpoint import Cutting, Part, Parts
 from ooc_influence.influence.checkpoints import AnyCurvature, Dampings, Marks, Stores
 from ooc_influence.influence.engine import Codes, Floats, make_engine, parse_groups
-from ooc_influence.influence.request import Normalize, Scoring
-from ooc_influence.influence.tiles import Costs, Work, absent_rows, row_blocks, row_shares, row_weights
+from ooc_influence.influence.request import Normalize, ScoreRequest
+from ooc_influence.influence.tiles import ScoreTask, TileMemory, absent_rows, row_blocks, row_shares, row_weights
 from ooc_influence.parallel import Stripe, check_workers
 from ooc_influence.progress import Progress, html_table, optional_library, tick
 from ooc_influence.store import PathLike
@@ -152,7 +152,7 @@ def group_influence(
     MismatchError, CurvatureNotFoundError, StaleCurvatureError, SingularFisherError, MemoryBudgetError
         As for :func:`influence_scores`.
     """
-    scoring = Scoring.open(
+    scoring = ScoreRequest.open(
         query, train, curvature, damping, damping_mode, normalize=normalize, average_queries=average_queries, rows=rows,
         device=device, combine=combine,
     )  # fmt: skip
@@ -188,9 +188,9 @@ def group_influence(
     return GroupInfluence(groups.names, scoring.squeeze(sums), counts, scoring.queries.names, scoring.damping, outside)
 
 
-def group_costs(groups: int, queries: int, values: int, n: int, k: int) -> Costs:
+def group_costs(groups: int, queries: int, values: int, n: int, k: int) -> TileMemory:
     """Return what sums over ``groups`` groups of ``n`` rows hold, for ``queries`` queries and ``values`` λs."""
-    return Costs(
+    return TileMemory(
         tile=4 + 4 + 8,  # products with a block's groups, and added to the sums
         left=2 * 8 * groups,  # a stripe's sums, and those that have arrived
         row=(1 + values) * 4 * k + 40,  # sums of a block's rows for each λ, and the weights that make them
@@ -198,7 +198,9 @@ def group_costs(groups: int, queries: int, values: int, n: int, k: int) -> Costs
     )
 
 
-def _stripe(stripe: Stripe, key: str, work: Work, size: int, codes: Codes, seen: Marks | None, *lefts: Floats) -> Part:
+def _stripe(
+    stripe: Stripe, key: str, work: ScoreTask, size: int, codes: Codes, seen: Marks | None, *lefts: Floats
+) -> Part:
     q = len(lefts[0]) // work.lambdas
     sums = np.zeros((work.lambdas, q, size))
     counts = np.zeros(size, np.int64)

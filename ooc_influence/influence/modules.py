@@ -16,7 +16,7 @@ from ooc_influence.curvature import DampingMode
 from ooc_influence.errors import InputError, MismatchError
 from ooc_influence.influence.checkpoints import AnyCurvature, Dampings, Stores
 from ooc_influence.influence.ranking import TopInfluential
-from ooc_influence.influence.request import Normalize, Scoring
+from ooc_influence.influence.request import Normalize, ScoreRequest
 from ooc_influence.influence.scores import write_scores
 from ooc_influence.influence.tiles import Columns
 from ooc_influence.influence.topk import find_top
@@ -69,7 +69,7 @@ def module_influence(
     """
     if (top is None) == (out is None):
         raise InputError("expected either top= or out= (--top or --out); received both or neither")
-    scoring = Scoring.open(
+    scoring = ScoreRequest.open(
         query, train, curvature, damping, damping_mode, normalize=normalize, average_queries=average_queries, rows=rows,
         device=device, combine=combine,
     )  # fmt: skip

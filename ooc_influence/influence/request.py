@@ -31,9 +31,9 @@ from ooc_influence.influence.checkpoints import (
     parse_marks,
 )
 from ooc_influence.influence.engine import Floats, Grouping, parse_groups, weighted_sums
-from ooc_influence.influence.tiles import Columns, Costs, Work, pass_need, whole_rows
+from ooc_influence.influence.tiles import Columns, ScoreTask, TileMemory, pass_need, whole_rows
 from ooc_influence.linalg.backend import parse_device
-from ooc_influence.memory import Need, Room, WayOut, block_limit, plan_block_rows
+from ooc_influence.memory import Alternative, MemoryBudget, MemoryModel, block_limit, plan_block_rows
 from ooc_influence.parallel import slots_per_process, worker_memory
 from ooc_influence.store import GradientStore, read_blocks
 
@@ -78,12 +78,12 @@ class Form(NamedTuple):
         return cls(columns, partial(gram_working_bytes, columns, rows), partial(gram_self_bytes, columns, rows))
 
 
-def form_ways(own: Checkpoint, need: Callable[[Form], Need], room: Room) -> Iterator[WayOut]:
+def form_ways(own: Checkpoint, need: Callable[[Form], MemoryModel], room: MemoryBudget) -> Iterator[Alternative]:
     """Return the ways by other forms of a checkpoint's rows and curvature, given what a form would need."""
     train, found = own.train, own.curvature
     shapes = FitShapes.of(choose_rows(train))
 
-    def of_reduced(r: int) -> Need:
+    def of_reduced(r: int) -> MemoryModel:
         return need(Form.of(r, None) if found is None else Form.spectral(r))
 
     yield from shapes.reduced(room, of_reduced)
@@ -92,10 +92,10 @@ def form_ways(own: Checkpoint, need: Callable[[Form], Need], room: Room) -> Iter
     if len(shapes.modules) > 1:
         squares = sum((last - first) ** 2 for first, last in module_ranges(train))
         text = f"a curvature by module ({{}}: ooc-influence fisher {train.path} --blocks module)"
-        yield WayOut(text, need(Form.spectral(train.k, squares)))
+        yield Alternative(text, need(Form.spectral(train.k, squares)))
     if found.rows < train.k and room.fits(shapes.gram):
         text = f"the Gram side ({{}}: ooc-influence fisher {train.path} --side gram)"
-        yield WayOut(text, max(shapes.gram, need(Form.gram(train.k, found.rows)), key=room.price))
+        yield Alternative(text, max(shapes.gram, need(Form.gram(train.k, found.rows)), key=room.price))
 
 
 Factors = Callable[[int, int], npt.NDArray[np.float64]]
@@ -179,7 +179,7 @@ OUTSIDE_WARNING = 0.9  # share of a query's squared gradient outside the curvatu
 
 
 @dataclass(frozen=True)
-class Left:
+class PreconditionedQueries:
     """Preconditioned queries ``start`` to ``stop``.
 
     Attributes
@@ -202,7 +202,7 @@ class Left:
 
 
 @dataclass(frozen=True, eq=False)
-class Scoring:
+class ScoreRequest:
     """A call's checked input.
 
     Attributes
@@ -245,7 +245,7 @@ class Scoring:
         rows: Any = None,
         device: str | None = None,
         combine: str = "mean",
-    ) -> Scoring:
+    ) -> ScoreRequest:
         """Open and check everything; see :func:`influence_scores`. Without a query store, rows speak for themselves."""
         if normalize not in (None, "cosine", "train"):
             raise InputError(f"expected normalize 'cosine', 'train' or none; received {normalize!r}")
@@ -301,7 +301,7 @@ class Scoring:
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
-    def left(self, start: int, stop: int) -> Left:
+    def left(self, start: int, stop: int) -> PreconditionedQueries:
         """Return queries ``start`` to ``stop``, preconditioned."""
         arrays, shares, dropped = [], [], np.zeros(stop - start, bool)
         for number, own in enumerate(self.checkpoints):
@@ -320,7 +320,7 @@ class Scoring:
             product[:, gone] = np.nan
             dropped |= gone
             arrays.append(product.reshape(-1, product.shape[-1]).astype(np.float32))
-        return Left(start, stop, arrays, np.mean(shares, axis=0), dropped)
+        return PreconditionedQueries(start, stop, arrays, np.mean(shares, axis=0), dropped)
 
     def _query_factors(self, number: int) -> Factors | None:
         """Return what gives factors of a checkpoint's query rows, where it has any."""
@@ -330,7 +330,7 @@ class Scoring:
         return lambda start, stop: margin_factors(stores, start, stop)[number]
 
     def outside(self, start: int, stop: int) -> npt.NDArray[np.float64]:
-        """Return the share of queries ``start`` to ``stop`` outside the span, (q,): see :attr:`Left.outside`."""
+        """Return the share of queries ``start`` to ``stop`` outside the span, (q,)."""
         shares = []
         for number, own in enumerate(self.checkpoints):
             assert own.query is not None
@@ -344,10 +344,10 @@ class Scoring:
             return form.norms(self.lambdas)
         return form.working(form.columns, 1) + (32 + 4 * self.lambdas) * form.columns**2
 
-    def work(self, block_rows: int, columns: Columns | None = None, *, normalized: bool | None = None) -> Work:
+    def work(self, block_rows: int, columns: Columns | None = None, *, normalized: bool | None = None) -> ScoreTask:
         """Return what tasks need to multiply train rows; ``columns`` are those of each module, for each checkpoint."""
         normalized = self.normalize is not None if normalized is None else normalized
-        return Work(
+        return ScoreTask(
             tuple(own.train for own in self.checkpoints),
             tuple(own.curvature for own in self.checkpoints) if normalized else None,
             tuple(own.values for own in self.checkpoints),
@@ -357,23 +357,23 @@ class Scoring:
             self.combine == "margins",
         )
 
-    def need(self, stage: str, queries: int, costs: Costs) -> Need:
+    def need(self, stage: str, queries: int, costs: TileMemory) -> MemoryModel:
         """Return what a pass over the train rows for ``queries`` queries needs."""
         forms = [Form.of(own.train.k, own.curvature) for own in self.checkpoints]
         need = self._need(stage, queries, costs, self.lambdas, forms)
-        return replace(need, ways=partial(self._ways, stage, queries, costs))
+        return replace(need, alternatives=partial(self._ways, stage, queries, costs))
 
-    def _ways(self, stage: str, queries: int, costs: Costs, room: Room) -> Iterator[WayOut]:
+    def _ways(self, stage: str, queries: int, costs: TileMemory, room: MemoryBudget) -> Iterator[Alternative]:
         """Return other ways to the scores."""
         forms = [Form.of(own.train.k, own.curvature) for own in self.checkpoints]
         if self.lambdas > 1:
-            yield WayOut("one --damping at a time ({})", self._need(stage, queries, costs, 1, forms))
+            yield Alternative("one --damping at a time ({})", self._need(stage, queries, costs, 1, forms))
         if len(forms) == 1:
             yield from form_ways(
                 self.checkpoints[0], lambda form: self._need(stage, queries, costs, self.lambdas, [form]), room
             )
 
-    def _need(self, stage: str, queries: int, costs: Costs, lambdas: int, forms: list[Form]) -> Need:
+    def _need(self, stage: str, queries: int, costs: TileMemory, lambdas: int, forms: list[Form]) -> MemoryModel:
         stores = [own.train for own in self.checkpoints]
         preparing = max(
             form.working(queries, lambdas)
@@ -398,7 +398,7 @@ class Scoring:
         stage: str,
         memory: int | str | None,
         workers: int,
-        costs: Costs,
+        costs: TileMemory,
         *,
         block_rows: int | None = None,
         queries: int | None = None,

@@ -18,8 +18,8 @@ from ooc_influence.errors import OocInfluenceError
 from ooc_influence.influence.checkpoints import AnyCurvature, Dampings, Marks, Stores
 from ooc_influence.influence.engine import Floats, make_engine
 from ooc_influence.influence.output import Output, OutputWriter, write_error
-from ooc_influence.influence.request import Normalize, Scoring
-from ooc_influence.influence.tiles import Columns, Costs, Work, score_tiles
+from ooc_influence.influence.request import Normalize, ScoreRequest
+from ooc_influence.influence.tiles import Columns, ScoreTask, TileMemory, score_tiles
 from ooc_influence.parallel import Stripe, check_workers, cores, cut_stripes, run_stripes, sharing_blas
 from ooc_influence.progress import Progress
 from ooc_influence.store import PathLike, StorePath, parse_path
@@ -107,7 +107,7 @@ def influence_scores(
     MemoryBudgetError
         If the budget is too small.
     """
-    scoring = Scoring.open(
+    scoring = ScoreRequest.open(
         query, train, curvature, damping, damping_mode, normalize=normalize, average_queries=average_queries, rows=rows,
         device=device, combine=combine,
     )  # fmt: skip
@@ -116,11 +116,11 @@ def influence_scores(
     return write_scores(scoring, parse_path(out), None, workers=workers, memory=memory, progress=progress)
 
 
-def _lazy_scores(scoring: Scoring, memory: int | str | None) -> da.Array:
+def _lazy_scores(scoring: ScoreRequest, memory: int | str | None) -> da.Array:
     """Build the graph: preconditioned query blocks times train blocks; tasks carry paths and row numbers."""
     import dask.array as da
 
-    blocks, block_rows = scoring.plan("scores", memory, cores(), Costs(tile=8))  # Dask computes with all of them
+    blocks, block_rows = scoring.plan("scores", memory, cores(), TileMemory(tile=8))  # Dask computes with all of them
     work = scoring.work(block_rows)
     numbers = da.arange(scoring.q, chunks=blocks[0][1])
     depth = sum(store.k for store in work.stores)
@@ -137,14 +137,14 @@ def _lazy_scores(scoring: Scoring, memory: int | str | None) -> da.Array:
     return found
 
 
-def _left_task(numbers: npt.NDArray[np.int64], scoring: Scoring) -> Floats:
+def _left_task(numbers: npt.NDArray[np.int64], scoring: ScoreRequest) -> Floats:
     """Return preconditioned queries (L, q, k), those of several checkpoints side by side."""
     with sharing_blas():
         arrays = scoring.left(int(numbers[0]), int(numbers[-1]) + 1).arrays
     return np.concatenate([array.reshape(scoring.lambdas, len(numbers), -1) for array in arrays], axis=2)
 
 
-def _score_task(lefts: Floats, rows: npt.NDArray[np.int64], work: Work, seen: Marks | None) -> Floats:
+def _score_task(lefts: Floats, rows: npt.NDArray[np.int64], work: ScoreTask, seen: Marks | None) -> Floats:
     edges = np.cumsum([store.k for store in work.stores])[:-1]
     parts = [np.ascontiguousarray(part).reshape(-1, part.shape[2]) for part in np.split(lefts, edges, axis=2)]
     with sharing_blas(), make_engine(work.device) as engine:
@@ -153,7 +153,7 @@ def _score_task(lefts: Floats, rows: npt.NDArray[np.int64], work: Work, seen: Ma
 
 
 def write_scores(
-    scoring: Scoring,
+    scoring: ScoreRequest,
     out: StorePath,
     columns: Columns | None,
     *,
@@ -171,7 +171,7 @@ def write_scores(
     """
     slots = check_workers(workers)
     modules = 1 if columns is None else len(columns[0])
-    costs = Costs(tile=12, modules=modules)  # two tiles, and the chunks of one while they are written
+    costs = TileMemory(tile=12, modules=modules)  # two tiles, and the chunks of one while they are written
     digest = scoring.digest(kind="scores", modules=modules)
     try:
         output = Output.find(out, digest)
@@ -196,7 +196,7 @@ def write_scores(
     return found
 
 
-def _facts(scoring: Scoring, leading: int) -> dict[str, Any]:
+def _facts(scoring: ScoreRequest, leading: int) -> dict[str, Any]:
     first = scoring.checkpoints[0]
     several = len(scoring.checkpoints) > 1
     paths: dict[str, list[Any]] = {
@@ -216,7 +216,12 @@ def _facts(scoring: Scoring, leading: int) -> dict[str, Any]:
 
 
 def _fill(
-    scoring: Scoring, output: Output, blocks: list[tuple[int, int]], work: Work, slots: int, progress: bool | None
+    scoring: ScoreRequest,
+    output: Output,
+    blocks: list[tuple[int, int]],
+    work: ScoreTask,
+    slots: int,
+    progress: bool | None,
 ) -> npt.NDArray[np.float64]:
     """Write the missing chunks; return the queries' shares outside the span, (q,)."""
     outside = np.empty(scoring.q)
@@ -250,7 +255,13 @@ def _fill(
 
 
 def _write_stripe(
-    stripe: Stripe, key: str, work: Work, output: Output, queries: tuple[int, int], seen: Marks | None, *lefts: Floats
+    stripe: Stripe,
+    key: str,
+    work: ScoreTask,
+    output: Output,
+    queries: tuple[int, int],
+    seen: Marks | None,
+    *lefts: Floats,
 ) -> None:
     with make_engine(work.device) as engine:
         for low, high in output.missing(*queries):  # again: where a worker died, part of a stripe is there already

@@ -18,9 +18,9 @@ from ooc_influence.curvature import DampingMode
 from ooc_influence.influence.checkpoint import Cutting, Part, Parts
 from ooc_influence.influence.checkpoints import AnyCurvature, Dampings, Marks, Stores
 from ooc_influence.influence.engine import make_engine
-from ooc_influence.influence.request import Form, Scoring, form_ways
-from ooc_influence.influence.tiles import Work, absent_rows, row_blocks, row_shares
-from ooc_influence.memory import Need, Room, WayOut, block_limit, plan_block_rows
+from ooc_influence.influence.request import Form, ScoreRequest, form_ways
+from ooc_influence.influence.tiles import ScoreTask, absent_rows, row_blocks, row_shares
+from ooc_influence.memory import Alternative, MemoryBudget, MemoryModel, block_limit, plan_block_rows
 from ooc_influence.parallel import Stripe, check_workers, slots_per_process, worker_memory
 from ooc_influence.progress import Progress, tick
 from ooc_influence.store import PathLike
@@ -62,10 +62,10 @@ def self_influence(
     StoreExistsError
         As for :func:`top_influential`.
     """
-    scoring = Scoring.open(None, train, curvature, damping, damping_mode, rows=rows, device=device)
+    scoring = ScoreRequest.open(None, train, curvature, damping, damping_mode, rows=rows, device=device)
     slots = check_workers(workers)
     need = _need(scoring, scoring.lambdas, [Form.of(own.train.k, own.curvature) for own in scoring.checkpoints])
-    need = replace(need, ways=partial(_ways, scoring))
+    need = replace(need, alternatives=partial(_ways, scoring))
     block_rows = plan_block_rows(need, worker_memory(memory), slots_per_process(slots))
     work = scoring.work(block_rows, normalized=True)
     parts = Parts(resume, scoring.digest(kind="self-influence"))
@@ -83,8 +83,8 @@ def self_influence(
     return result
 
 
-def _need(scoring: Scoring, lambdas: int, forms: list[Form]) -> Need:
-    return self_need(
+def _need(scoring: ScoreRequest, lambdas: int, forms: list[Form]) -> MemoryModel:
+    return self_memory(
         [form.columns for form in forms],
         scoring.n,
         lambdas,
@@ -94,19 +94,21 @@ def _need(scoring: Scoring, lambdas: int, forms: list[Form]) -> Need:
     )
 
 
-def _ways(scoring: Scoring, room: Room) -> Iterator[WayOut]:
+def _ways(scoring: ScoreRequest, room: MemoryBudget) -> Iterator[Alternative]:
     """Return other ways to the values."""
     forms = [Form.of(own.train.k, own.curvature) for own in scoring.checkpoints]
     if scoring.lambdas > 1:
-        yield WayOut("one --damping at a time ({})", _need(scoring, 1, forms))
+        yield Alternative("one --damping at a time ({})", _need(scoring, 1, forms))
     if len(forms) == 1:
         yield from form_ways(scoring.checkpoints[0], lambda form: _need(scoring, scoring.lambdas, [form]), room)
 
 
-def self_need(columns: Sequence[int], n: int, values: int, *, norms: int, fixed: int = 0, reading: int = 0) -> Need:
+def self_memory(
+    columns: Sequence[int], n: int, values: int, *, norms: int, fixed: int = 0, reading: int = 0
+) -> MemoryModel:
     """Return what self-influence of ``n`` rows needs; ``norms`` is what the curvatures hold for it."""
     k = max(columns)
-    return Need(
+    return MemoryModel(
         stage=f"self-influence for k={k}",
         fixed=fixed + 8 * values * n,  # the result, and the stripes'
         per_worker=norms + reading,
@@ -116,7 +118,7 @@ def self_need(columns: Sequence[int], n: int, values: int, *, norms: int, fixed:
     )
 
 
-def _stripe(stripe: Stripe, key: str, work: Work, seen: Marks | None) -> Part:
+def _stripe(stripe: Stripe, key: str, work: ScoreTask, seen: Marks | None) -> Part:
     assert work.curvatures is not None
     out = np.empty((work.lambdas, stripe.stop - stripe.start), np.float32)
     with make_engine(work.device) as engine:

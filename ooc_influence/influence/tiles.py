@@ -16,7 +16,7 @@ import numpy as np
 from ooc_influence.curvature import Curvature
 from ooc_influence.influence.checkpoints import Marks, margin_factors
 from ooc_influence.influence.engine import Engine, Floats, Rows
-from ooc_influence.memory import Need, block_limit
+from ooc_influence.memory import MemoryModel, block_limit
 from ooc_influence.parallel import Stripe
 from ooc_influence.progress import tick
 from ooc_influence.store import GradientStore, StorePath
@@ -30,7 +30,7 @@ def whole_rows(checkpoints: int) -> Columns:
 
 
 @dataclass(frozen=True, eq=False)
-class Work:
+class ScoreTask:
     """What a task needs to multiply train rows, beside the queries.
 
     Attributes
@@ -80,7 +80,7 @@ class Work:
         return len(self.columns[0])
 
 
-class Costs(NamedTuple):
+class TileMemory(NamedTuple):
     """Bytes a stage holds beside queries and train rows.
 
     Attributes
@@ -108,11 +108,11 @@ def pass_need(
     stage: str,
     columns: Sequence[int],
     left_rows: int,
-    costs: Costs,
+    costs: TileMemory,
     *,
     reading: int = 0,
     raw: Sequence[int] = (),
-) -> Need:
+) -> MemoryModel:
     """Return what a pass over train rows needs, in bytes, as a function of shapes.
 
     Parameters
@@ -132,7 +132,7 @@ def pass_need(
     """
     scores = left_rows * costs.modules
     second = 4 if len(columns) > 1 else 0  # the next checkpoint's tile
-    return Need(
+    return MemoryModel(
         stage=stage,
         fixed=costs.fixed + sum(4 * left_rows * k for k in columns),
         per_worker=costs.left * scores + reading,
@@ -151,7 +151,13 @@ class Tile(NamedTuple):
 
 
 def score_tiles(
-    engine: Engine, stripe: Stripe, key: str, work: Work, seen: Marks | None, lefts: Sequence[Floats], copies: int = 1
+    engine: Engine,
+    stripe: Stripe,
+    key: str,
+    work: ScoreTask,
+    seen: Marks | None,
+    lefts: Sequence[Floats],
+    copies: int = 1,
 ) -> Iterator[Tile]:
     """Yield the tiles of a stripe; ``copies`` of them are valid at a time."""
     queries = [engine.array(left) for left in lefts]
@@ -182,7 +188,7 @@ def score_tiles(
         tick(key, stop - start)
 
 
-def row_blocks(engine: Engine, stripe: Stripe, work: Work) -> Iterator[tuple[Rows, ...]]:
+def row_blocks(engine: Engine, stripe: Stripe, work: ScoreTask) -> Iterator[tuple[Rows, ...]]:
     """Yield the same rows of every checkpoint's train store, block by block."""
     streams = [engine.blocks(store, stripe.start, stripe.stop, work.block_rows) for store in work.stores]
     yield from zip(*streams, strict=True)
@@ -200,7 +206,7 @@ def _multiply(engine: Engine, left: Any, rows: Any, columns: Sequence[slice], ou
             engine.multiply(own[:, part], rows[:, part], out[number, module])
 
 
-def row_weights(engine: Engine, work: Work, shares: Floats | None, number: int, block: Rows) -> Floats | None:
+def row_weights(engine: Engine, work: ScoreTask, shares: Floats | None, number: int, block: Rows) -> Floats | None:
     """Return what a checkpoint's scores of each row are multiplied by, (L or 1, b); None for one.
 
     Its share, over the row's norm √(gᵀ (F + λI)⁻¹ g) where asked for; a row without gradient scores zero.
@@ -216,7 +222,7 @@ def row_weights(engine: Engine, work: Work, shares: Floats | None, number: int, 
     return own
 
 
-def row_shares(work: Work, seen: Marks | None, start: int, stop: int) -> Floats | None:
+def row_shares(work: ScoreTask, seen: Marks | None, start: int, stop: int) -> Floats | None:
     """Return each checkpoint's share of the scores of rows ``start`` to ``stop``, (C, b); None where all are alike.
 
     One over the checkpoints that saw a row, 0 for those that did not; times what makes margins of them.

@@ -19,8 +19,8 @@ from ooc_influence.influence.checkpoint import Cutting, Part, Parts
 from ooc_influence.influence.checkpoints import AnyCurvature, Dampings, Marks, Stores
 from ooc_influence.influence.engine import Engine, Floats, Found, make_engine
 from ooc_influence.influence.ranking import Ranking, TopInfluential
-from ooc_influence.influence.request import Normalize, Scoring
-from ooc_influence.influence.tiles import Columns, Costs, Work, score_tiles
+from ooc_influence.influence.request import Normalize, ScoreRequest
+from ooc_influence.influence.tiles import Columns, ScoreTask, TileMemory, score_tiles
 from ooc_influence.parallel import Stripe, check_workers
 from ooc_influence.progress import Progress
 from ooc_influence.store import PathLike
@@ -40,7 +40,7 @@ def list_bytes(top: int, rows: int) -> int:
     return ENTRY_BYTES * capacity(top, rows)
 
 
-class BestList:
+class TopKHeap:
     """The ``top`` largest scores of each query so far, with their rows.
 
     Parameters
@@ -174,7 +174,7 @@ def top_influential(
     MismatchError, CurvatureNotFoundError, StaleCurvatureError, SingularFisherError, MemoryBudgetError
         As for :func:`influence_scores`.
     """
-    scoring = Scoring.open(
+    scoring = ScoreRequest.open(
         query, train, curvature, damping, damping_mode, normalize=normalize, average_queries=average_queries, rows=rows,
         device=device, combine=combine,
     )  # fmt: skip
@@ -199,7 +199,7 @@ class Lists(NamedTuple):
     rows: npt.NDArray[np.int64]
     outside: npt.NDArray[np.float64]
 
-    def ranked(self, scoring: Scoring, module: int) -> TopInfluential:
+    def ranked(self, scoring: ScoreRequest, module: int) -> TopInfluential:
         """Return one module's lists, cut to the longest."""
         scores, rows = (scoring.squeeze(np.moveaxis(part[:, :, module], 0, 1)) for part in (self.scores, self.rows))
         filled = rows != NO_ROW  # dropped rows leave lists short, a dropped query leaves its list empty
@@ -214,15 +214,17 @@ class Lists(NamedTuple):
         return TopInfluential(proponents, opponents, scoring.queries.names, scoring.damping, self.outside)
 
 
-def top_costs(top: int, left_rows: int, n: int, modules: int = 1) -> Costs:
+def top_costs(top: int, left_rows: int, n: int, modules: int = 1) -> TileMemory:
     """Return what top lists of ``n`` rows hold, ``left_rows`` preconditioned queries in all."""
     both = 2 * ENTRY_BYTES * top  # a query's two lists
     own = 2 * list_bytes(top, n) + 3 * both  # of the stripe; of those before, of one more, and merged
-    return Costs(tile=4 + 1, left=own, fixed=4 * both * left_rows * modules, modules=modules)  # and while ids are found
+    return TileMemory(
+        tile=4 + 1, left=own, fixed=4 * both * left_rows * modules, modules=modules
+    )  # and while ids are found
 
 
 def find_top(
-    scoring: Scoring,
+    scoring: ScoreRequest,
     top: int,
     columns: Columns | None,
     *,
@@ -273,9 +275,9 @@ def find_top(
     return found
 
 
-def best_of_stripe(stripe: Stripe, key: str, work: Work, top: int, seen: Marks | None, *lefts: Floats) -> Part:
+def best_of_stripe(stripe: Stripe, key: str, work: ScoreTask, top: int, seen: Marks | None, *lefts: Floats) -> Part:
     """Return the best lists of a stripe: largest scores, and largest negated scores."""
-    lists = [BestList(len(lefts[0]) * work.modules, top, stripe.stop - stripe.start) for _ in _SIDES]
+    lists = [TopKHeap(len(lefts[0]) * work.modules, top, stripe.stop - stripe.start) for _ in _SIDES]
     with make_engine(work.device) as engine:
         for tile in score_tiles(engine, stripe, key, work, seen, lefts):
             scores = tile.scores.reshape(-1, tile.stop - tile.start)

@@ -20,12 +20,35 @@ from ooc_influence.linalg.rows import (
     row_errors,
     row_weights,
 )
-from ooc_influence.linalg.spectrum import Spectrum, Way, spectrum_ways, symmetric_eigen, top_spectrum
+from ooc_influence.linalg.spectrum import Solver, Spectrum, spectrum_solvers, symmetric_eigen, top_spectrum
 from ooc_influence.linalg.subspace import Top, find_top, iteration_bytes, orthonormal_slabs, start_basis
 
 __all__ = [
-    "ONE_LABEL", "DiagonalAccumulator", "GramAccumulator", "ProductAccumulator", "Rows", "Spectrum", "Team", "Top",
-    "TriangleTiles", "Way", "WeightedRows", "Weighting", "check_one_label", "choose_engine", "clipped_rows", "find_top",
-    "iteration_bytes", "list_tiles", "orthonormal_slabs", "parse_weighting", "row_errors", "row_weights",
-    "spectrum_ways", "start_basis", "symmetric_eigen", "tile_side", "top_spectrum",
+    "ONE_LABEL",
+    "DiagonalAccumulator",
+    "GramAccumulator",
+    "ProductAccumulator",
+    "Rows",
+    "Solver",
+    "Spectrum",
+    "Team",
+    "Top",
+    "TriangleTiles",
+    "WeightedRows",
+    "Weighting",
+    "check_one_label",
+    "choose_engine",
+    "clipped_rows",
+    "find_top",
+    "iteration_bytes",
+    "list_tiles",
+    "orthonormal_slabs",
+    "parse_weighting",
+    "row_errors",
+    "row_weights",
+    "spectrum_solvers",
+    "start_basis",
+    "symmetric_eigen",
+    "tile_side",
+    "top_spectrum",
 ]  # fmt: skip

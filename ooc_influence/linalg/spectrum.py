@@ -14,7 +14,15 @@ from ooc_influence.errors import InputError, MemoryBudgetError, NonFiniteError
 from ooc_influence.linalg.accumulate import GramAccumulator
 from ooc_influence.linalg.backend import add_product
 from ooc_influence.linalg.rows import Rows, WeightedRows
-from ooc_influence.memory import PRODUCT_ROWS, Need, block_limit, budget_bytes, format_bytes, held_now, plan_block_rows
+from ooc_influence.memory import (
+    PRODUCT_ROWS,
+    MemoryModel,
+    block_limit,
+    budget_bytes,
+    format_bytes,
+    held_now,
+    plan_block_rows,
+)
 from ooc_influence.parallel import Stripe, check_workers, cut_stripes, run_stripes, slots_per_process
 from ooc_influence.progress import Progress, tick
 
@@ -57,7 +65,7 @@ class Spectrum(NamedTuple):
     rows: int
 
 
-class Way(NamedTuple):
+class Solver(NamedTuple):
     """A way to the top of a spectrum: ``run(rows, r, step, slots, bar) -> (eigenvalues, vectors, trace)``.
 
     Attributes
@@ -76,21 +84,21 @@ class Way(NamedTuple):
 
     name: str
     run: Callable[..., tuple[Matrix, Rows, float]]
-    need: Need
+    need: MemoryModel
     passes: int
     flops: float
     factoring: float
 
 
-def spectrum_ways(k: int, m: int, r: int, slots: int = 1, reading: int = 0) -> list[Way]:
+def spectrum_solvers(k: int, m: int, r: int, slots: int = 1, reading: int = 0) -> list[Solver]:
     """Return the ways to the top r eigenpairs of m rows of k numbers, the quickest first.
 
     ``slots`` share a process, each of which holds ``reading`` bytes to read the store.
     """
 
-    def need(fixed: int, per_row: int) -> Need:
+    def need(fixed: int, per_row: int) -> MemoryModel:
         stage = f"an eigenbasis of {r} of {k} entries"
-        return Need(
+        return MemoryModel(
             stage, fixed, reading, per_row, max_rows=block_limit(k, least=PRODUCT_ROWS), advice="a smaller r or k"
         )
 
@@ -100,15 +108,15 @@ def spectrum_ways(k: int, m: int, r: int, slots: int = 1, reading: int = 0) -> l
     if k <= m:
         sums = slots * GramAccumulator.nbytes(k) + several * 8 * k * k
         held = need(max(sums, 8 * k * k + 12 * k * r), 4 * k)
-        found.append(Way("Fisher matrix", _by_fisher, held, 1, float(m) * k * k, 9.0 * k**3))
+        found.append(Solver("Fisher matrix", _by_fisher, held, 1, float(m) * k * k, 9.0 * k**3))
     if m <= _LARGEST_GRAM:
         lifting = 4 * m * r + (slots + several) * 4 * k * r
         held = need(max(10 * m * m, 8 * m * (m + r), 12 * m * r, lifting, 8 * k * r), 2 * 4 * k)
-        found.append(Way("Gram matrix", _by_gram, held, 2, float(m) * m * k + 2.0 * m * k * r, 9.0 * m**3))
+        found.append(Solver("Gram matrix", _by_gram, held, 2, float(m) * m * k + 2.0 * m * k * r, 9.0 * m**3))
     multiplying = (1 + slots + several) * 4 * k * c
     held = need(max(multiplying, 4 * k * c + 4 * k * r) + 40 * c * c, 4 * k + 4 * c)
     flops, factoring = 4.0 * _PASSES * m * k * c, 4.0 * _PASSES * k * c**2
-    found.append(Way("subspace iteration", _by_iteration, held, _PASSES, flops, factoring))
+    found.append(Solver("subspace iteration", _by_iteration, held, _PASSES, flops, factoring))
     return found
 
 
@@ -134,7 +142,7 @@ def top_spectrum(
         )
     slots = check_workers(workers)
     shared = slots_per_process(slots)
-    ways = spectrum_ways(k, m, r, shared, rows.store.reading_bytes)
+    ways = spectrum_solvers(k, m, r, shared, rows.store.reading_bytes)
     room = budget_bytes(memory) - held_now()
     chosen = next((way for way in ways if way.need.peak(way.need.min_rows, shared, 0) <= room), None)
     if chosen is None:

@@ -19,10 +19,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ooc_influence.corpus import open_records
+from ooc_influence.document_text import USUAL, as_text, text_digest, text_of
 from ooc_influence.errors import InputError, MismatchError, OocInfluenceWarning
 from ooc_influence.report.images import ImageFolder, open_images
 from ooc_influence.store import GradientStore
-from ooc_influence.texts import USUAL, as_text, text_digest, text_of
 
 Key = int | str
 

@@ -279,7 +279,7 @@ class HuggingFaceModel(Model):
         )  # fmt: skip
 
 
-class Asker:
+class LiveQuery:
     """Answers typed queries from a store. A context that holds a temporary file.
 
     Parameters
@@ -327,7 +327,7 @@ class Asker:
         rows = [row for side in ("proponents", "opponents") for row, _ in entry[side]]
         return {"query": query, "examples": report.examples(self._shown, rows)}
 
-    def __enter__(self) -> Asker:
+    def __enter__(self) -> LiveQuery:
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -47,7 +47,7 @@ from ooc_influence.store.reduction import (
     kept_at,
 )
 from ooc_influence.store.rewrite import compact_store, create_like, merge_stores
-from ooc_influence.store.tombstones import copy_marks, mark_dropped, parse_numbers
+from ooc_influence.store.tombstones import copy_tombstones, mark_dropped, parse_numbers
 from ooc_influence.store.upgrade import upgrade_store
 from ooc_influence.store.verify import Damage
 from ooc_influence.store.writer import RangeWriter, missing_spans, writing_bytes
@@ -57,7 +57,7 @@ __all__ = [
     "GradientStore", "LayerShape", "LograReduction", "Mask", "ModuleMask", "NewFolder", "PathLike", "PilotMoments",
     "RademacherReduction", "RangeWriter", "RawBlock", "Reduction", "Representation", "SjltReduction", "Storage",
     "StorePath", "StoredReduction", "array_store", "check_finite", "column_dtype", "columns_digest", "compact_store",
-    "copy_marks", "create_array", "create_like", "exists", "expand_home", "find_array", "is_file", "is_local",
+    "copy_tombstones", "create_array", "create_like", "exists", "expand_home", "find_array", "is_file", "is_local",
     "kept_at", "make_claim", "mark_dropped", "merge_stores", "missing_spans", "names", "open_group", "parse_numbers",
     "parse_path", "parse_representation", "read_array", "read_blocks", "read_bytes", "read_into", "read_part",
     "read_raw_blocks", "remove_empty", "remove_partial_files", "remove_tree", "square_chunks", "tree_bytes",

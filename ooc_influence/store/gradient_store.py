@@ -251,9 +251,9 @@ class GradientStore(TabularView):
         metadata = {} if ids is None else {"example_id": ids}
         metadata |= {f"columns/{name}": values for name, values in (columns or {}).items()}
         rows, small = parse_rows(self.layout, first_row, gradients, loss, grad_norm, metadata)
-        marks = None if dropped is None else parse_marks(dropped, len(rows))
+        tombstones = None if dropped is None else parse_marks(dropped, len(rows))
         writer = self.writer()
-        writer.append(rows, small, marks)
+        writer.append(rows, small, tombstones)
         self._refresh(writer)
 
     def _refresh(self, writer: RangeWriter) -> None:

@@ -11,7 +11,7 @@ grad_norm           (n,)         float32 Euclidean norm of the row before it was
                                  gradient's squared norm without bias (at k = p it is that norm)
 column_scale        (k,)         optional: float32 numbers that rows are divided by before they are encoded
 dropped             (n,)         bool: the row is removed; its number stays. Attribute ``dropped`` of the Zarr group
-                                 ``marks`` lists the groups that have such rows; only their files exist
+                                 ``tombstones`` lists the groups that have such rows; only their files exist
 example_id          (n,)         optional: the user's name of the row, str or int64
 columns/<name>      (n,)         optional: what users group and filter by
 commits             (chunks,)    uint64 commit records (:mod:`.commits`), one a gradients chunk

@@ -256,16 +256,16 @@ def read_blocks(
     """
     width = store.k if columns is None else sum(last - first for first, last in columns)
     buffer: npt.NDArray[Any] = np.empty((min(block_rows, max(0, stop - start)), width), np.float32)
-    marks, losses = np.zeros(len(buffer), np.bool_), np.empty(len(buffer), np.float32)
+    tombstones, losses = np.zeros(len(buffer), np.bool_), np.empty(len(buffer), np.float32)
     with ThreadPoolExecutor(max(1, threads - 1), "ooc_influence-decoder") as pool:
         for part in _block_parts(store, start, stop, block_rows, numbers, loss, columns):
             rows = slice(part.start - part.first, part.stop - part.first)
             _decode_together(store, part, buffer[rows], columns, pool, threads)
-            marks[rows] = False if part.dropped is None else part.dropped
+            tombstones[rows] = False if part.dropped is None else part.dropped
             if part.loss is not None:
                 losses[rows] = part.loss
             if part.stop == part.last:
-                dropped = marks[: part.last - part.first]
+                dropped = tombstones[: part.last - part.first]
                 yield Block(
                     part.first, part.last, buffer[: len(dropped)], dropped if dropped.any() else None,
                     losses[: len(dropped)] if loss else None,

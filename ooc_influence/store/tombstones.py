@@ -38,7 +38,7 @@ def parse_numbers(rows: npt.ArrayLike, n: int) -> npt.NDArray[Any]:
     return numbers
 
 
-def parse_marks(marks: npt.ArrayLike, rows: int) -> npt.NDArray[np.bool_]:
+def parse_marks(tombstones: npt.ArrayLike, rows: int) -> npt.NDArray[np.bool_]:
     """Return (rows,) marks of dropped rows.
 
     Raises
@@ -46,7 +46,7 @@ def parse_marks(marks: npt.ArrayLike, rows: int) -> npt.NDArray[np.bool_]:
     InputError
         For anything else.
     """
-    given = np.asarray(marks)
+    given = np.asarray(tombstones)
     if given.dtype != bool or given.shape != (rows,):
         raise InputError(f"expected dropped of shape ({rows},) and dtype bool; received {given.shape}, {given.dtype}")
     return given
@@ -98,7 +98,7 @@ def mark_dropped(path: StorePath, layout: Layout, numbers: npt.NDArray[Any], *, 
         claim.release()
 
 
-def copy_marks(source: StoreView, target: StoreView) -> None:
+def copy_tombstones(source: StoreView, target: StoreView) -> None:
     """Mark the rows of ``target`` that are dropped in ``source``, row by row the same; also rows still to be written.
 
     Raises

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ooc_influence.errors import InputError, OocInfluenceError
-from ooc_influence.memory import Need, plan_block_rows
+from ooc_influence.memory import MemoryModel, plan_block_rows
 from ooc_influence.parallel import (
     Stripe,
     check_workers,
@@ -58,11 +58,11 @@ class Damage(NamedTuple):
     reason: str
 
 
-def verify_need(layout: Layout, rows: int, reading: int) -> Need:
+def verify_memory(layout: Layout, rows: int, reading: int) -> MemoryModel:
     """Return what checking a store of ``rows`` rows needs; ``reading`` is what a worker holds to read chunks."""
     ids = min(rows, IDS_AT_ONCE) * 8 * 5 if layout.ids else 0  # hashes and rows, joined and sorted
     small = 2 * layout.group_rows * 8 * (2 + len(layout.row_arrays))  # what belongs to the rows of two chunks
-    return Need("verify", ids, reading + small + 2**20, 0, min_rows=1, max_rows=1, advice="smaller chunks")
+    return MemoryModel("verify", ids, reading + small + 2**20, 0, min_rows=1, max_rows=1, advice="smaller chunks")
 
 
 def verify_store(
@@ -71,7 +71,7 @@ def verify_store(
     """Check a store, and give up its damaged chunks if asked; see :meth:`GradientStore.verify`."""
     size = store.layout.chunk_rows
     slots = cores() if workers is None and check_workers(None) == 1 else check_workers(workers)
-    need = verify_need(store.layout, store.committed, store.reading_bytes)
+    need = verify_memory(store.layout, store.committed, store.reading_bytes)
     plan_block_rows(need, worker_memory(memory), slots_per_process(slots))
     chunks = np.flatnonzero(store.records)
     found = [Damage(*rows, reason) for rows, reason in store.damaged_records]

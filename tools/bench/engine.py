@@ -36,7 +36,7 @@ from store import chunk_files, drop_cache, timed, whole_mask
 from threadpoolctl import threadpool_info
 
 import ooc_influence as ooc
-from ooc_influence.influence.request import Scoring
+from ooc_influence.influence.request import ScoreRequest
 from ooc_influence.memory import PeakMemory, format_bytes, parse_bytes
 from ooc_influence.progress import Progress
 
@@ -78,7 +78,7 @@ def passes() -> Iterator[list[float]]:
 
 def ours(call: Callable[[], object], prepared: list[float] | None = None) -> float:
     """Return the seconds of a call's passes; those of preconditioning go to ``prepared`` instead, where it is given."""
-    left, spent = Scoring.left, 0.0
+    left, spent = ScoreRequest.left, 0.0
 
     def timed_left(self: Any, *args: Any) -> Any:
         nonlocal spent
@@ -89,12 +89,12 @@ def ours(call: Callable[[], object], prepared: list[float] | None = None) -> flo
             spent += time.perf_counter() - began
 
     if prepared is not None:
-        Scoring.left = timed_left
+        ScoreRequest.left = timed_left
     try:
         with passes() as found:
             call()
     finally:
-        Scoring.left = left
+        ScoreRequest.left = left
     if prepared is not None:
         prepared.append(spent)
     return sum(found) - spent
