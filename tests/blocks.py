@@ -7,6 +7,7 @@ A mark is an HTML comment on the line before a block:
 ``<!-- run slow -->``   the same under ``-m slow``, with all others of the page
 ``<!-- syntax: ... -->``  is parsed only, for the reason given
 ``<!-- needs: ... -->``   is parsed only, for want of the thing named
+``<!-- prints -->``     consecutive lines that the blocks above it on the page print, compared with what they do
 ``<!-- output -->``     nobody types it: output, a drawing
 ======================  ===============================================================================================
 
@@ -23,9 +24,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-_MARK = re.compile(r"<!-- (run|run slow|output|syntax: .+|needs: .+) -->")
+_MARK = re.compile(r"<!-- (run|run slow|prints|output|syntax: .+|needs: .+) -->")
 _SETUP = re.compile(r"^<!-- setup: (.+) -->$", re.M)
-LANGUAGES = {"run": ("bash", "python"), "syntax": ("bash", "python"), "needs": ("bash", "python"), "output": ("text",)}
+CODE, TEXT = ("bash", "python"), ("text",)
+LANGUAGES = {"run": CODE, "syntax": CODE, "needs": CODE, "prints": TEXT, "output": TEXT}
 
 
 class BlockError(ValueError):
@@ -44,7 +46,7 @@ class Block:
 
     @property
     def kind(self) -> str:
-        """run, run slow, syntax, needs or output."""
+        """run, run slow, syntax, needs, prints or output."""
         return self.mark.split(":")[0]
 
     @property
@@ -91,5 +93,6 @@ def summary(blocks: list[Block]) -> str:
     named = ", ".join(f"{what} {count}" for what, count in sorted(needs.items()))
     return (
         f"{kinds['run']} are run, {kinds['run slow']} more with `-m slow`, {kinds['syntax']} are parsed only, "
-        f"{kinds['needs']} need something ({named}), {kinds['output']} are output."
+        f"{kinds['needs']} need something ({named}), {kinds['output'] + kinds['prints']} are output, "
+        f"{kinds['prints']} of it compared with what is printed."
     )
