@@ -140,6 +140,11 @@ class NonFiniteError(OocInfluenceError, ArithmeticError):
         return type(self), (str(self), self.rows), self.__dict__
 
 
+def counted(count: int, noun: str, many: str | None = None) -> str:
+    """Return a number with its noun: ``1 row``, ``2 rows``."""
+    return f"{count} {noun if count == 1 else many or noun + 's'}"
+
+
 def refused(what: str, error: OSError, then: str = "") -> str:
     """Return the message for something that the system refused: its reason, and the advice that fits.
 

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from ooc_influence.cli import options
+from ooc_influence.errors import counted
 
 
 @click.command()
@@ -37,8 +38,6 @@ def score(query: str, train: str, out: str, as_json: bool, **given: Any) -> None
 
 
 def _print_scores(scores: Any, out: str, as_json: bool) -> None:
-    from ooc_influence.report import counted
-
     sizes = dict(zip(scores.attrs["dims"], scores.shape, strict=True))
     facts = {"scores": out, "queries": sizes["query"], "rows": sizes["train"], "damping": scores.attrs["damping"]}
     facts |= {"normalize": scores.attrs["normalize"], "outside_share": scores.attrs["outside_share"]}
@@ -89,8 +88,6 @@ def _lists(asked: int, found: Any) -> str:
 
 
 def _found(count: int, side: str) -> str:
-    from ooc_influence.report import counted
-
     return f"only {counted(count, side[:-1])}" if count else f"no {side}"
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from ooc_influence.cli import options
+from ooc_influence.errors import counted
 
 
 @click.command()
@@ -42,7 +43,6 @@ def info(store: str, as_json: bool) -> None:
 def verify(store: str, repair: bool, workers: int | None, memory: str | None, as_json: bool) -> int:
     """Check every committed chunk of STORE. Exit code 1 and a list of bad rows where something is wrong."""
     from ooc_influence import GradientStore
-    from ooc_influence.report import counted
 
     opened = GradientStore.open(store, "a" if repair else "r", damaged=True)
     checked = opened.committed
@@ -111,7 +111,7 @@ def drop(
     """
     from ooc_influence import GradientStore
     from ooc_influence.errors import InputError
-    from ooc_influence.report import counted, read_decisions
+    from ooc_influence.report import read_decisions
 
     named = [*rows, *(line.strip() for line in file or () if line.strip())]
     if not named and decisions is None:

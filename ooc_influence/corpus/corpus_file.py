@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ooc_influence.errors import InputError, refused
+from ooc_influence.errors import InputError, counted, refused
 from ooc_influence.progress import optional_library
 from ooc_influence.store import expand_home
 
@@ -88,7 +88,8 @@ def find_sources(path: Path) -> list[Source]:
         raise InputError(f"expected files of documents; received {path}, which none matches")
     names = ", ".join(str(source.path) for source in files[:_NAMED])
     more = f" and {len(files) - _NAMED} more" if len(files) > _NAMED else ""
-    logger.info("%d %s %s: %s%s", len(files), "file matches" if len(files) == 1 else "files match", path, names, more)
+    matched = counted(len(files), "file matches", "files match")
+    logger.info("%s %s: %s%s", matched, path, names, more)
     return files
 
 

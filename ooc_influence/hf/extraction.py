@@ -14,7 +14,7 @@ import torch
 
 from ooc_influence.compress import DEFAULT_REDUCED, DEFAULT_WIDE, Compressor, Dropout, Eigenbasis
 from ooc_influence.corpus import local_path
-from ooc_influence.errors import InputError, StoreNotFoundError
+from ooc_influence.errors import InputError, StoreNotFoundError, counted
 from ooc_influence.extract import BudgetBatches, extract_gradients, init_store
 from ooc_influence.extract.plan import parse_device
 from ooc_influence.extract.selection import ModuleSelection
@@ -115,11 +115,10 @@ def prepare(
     )
     for count, lack in ((samples.without_target, "a target token"), (samples.missing, "a text")):
         if count:
-            logger.warning("%d %s without %s %s left out", count, "document" if count == 1 else "documents", lack,
-                           "is" if count == 1 else "are")  # fmt: skip
-    cut = samples.truncated
-    if cut:
-        logger.warning("%d %s cut to %d tokens", cut, "text is" if cut == 1 else "texts are", length)
+            without = f"without {lack}"
+            logger.warning(counted(count, f"document {without} is left out", f"documents {without} are left out"))
+    if samples.truncated:
+        logger.warning("%s cut to %d tokens", counted(samples.truncated, "text is", "texts are"), length)
     collate: Any = Collator(_pad(found.tokenizer), sign_seed if output == "curvature" else None)
     if labels is not None:
         collate = _classifier_collator(found, samples, batch_size)

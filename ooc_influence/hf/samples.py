@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +32,6 @@ from ooc_influence.repeats import Repeats
 from ooc_influence.scratch import ArrayFile, map_array
 
 COLUMNS = ("document", "piece", "start", "lengths", "n_tokens", "char_start", "char_stop", "text_digest")
-_CODE = ("chats", "fields", "index", "kinds", "making", "tokens", "truncation")
 _WORTH_KEEPING = 4096  # documents; the rows of fewer are made in a second or two
 
 Numbers = npt.NDArray[np.int64]
@@ -124,8 +124,8 @@ def open_index(documents: Any, settings: dict[str, Any], tokenizer: Any, make: C
 @functools.cache
 def _code_digest() -> str:
     """Return a digest of the modules that decide what rows are: other versions of them make other rows."""
-    files = (Path(__file__).with_name(f"{name}.py") for name in _CODE)
-    return hashlib.blake2b(b"".join(file.read_bytes() for file in files), digest_size=16).hexdigest()
+    modules = dict.fromkeys(inspect.getfile(code) for code in (RowMaker, Tokeniser, FieldKind, text_of))
+    return hashlib.blake2b(b"".join(Path(file).read_bytes() for file in modules), digest_size=16).hexdigest()
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

@@ -26,11 +26,6 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     )
 
 
-def counted(count: int, noun: str, many: str | None = None) -> str:
-    """Return a number with its noun: ``1 row``, ``2 rows``."""
-    return f"{count} {noun if count == 1 else many or noun + 's'}"
-
-
 def _cell(value: Any) -> str:
     if isinstance(value, (float, np.floating)):
         return f"{value:.4g}"

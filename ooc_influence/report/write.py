@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from ooc_influence._version import __version__
 from ooc_influence.curvature import Curvature, resolve_curvature
-from ooc_influence.errors import InputError, warn
+from ooc_influence.errors import InputError, counted, warn
 from ooc_influence.influence import TopInfluential, group_influence, self_influence, top_influential
 from ooc_influence.influence.groups import GroupInfluence
 from ooc_influence.progress import Progress, optional_library
@@ -27,7 +27,6 @@ from ooc_influence.report.examples import Corpus, Examples
 from ooc_influence.report.facts import curvature_states, heat_map, histogram, layer_facts, spectrum_points, store_facts
 from ooc_influence.report.folder import LISTED_A_FILE, PageFolder, QueryList, check_free
 from ooc_influence.report.images import ImageFolder
-from ooc_influence.report.terminal import counted
 from ooc_influence.store import GradientStore, PathLike
 
 QUERIES_A_FILE = 20
