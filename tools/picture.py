@@ -18,7 +18,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from ooc_influence.cli.demo.digits import Digits, load_digits
+from ooc_influence.cli.demo import Digits, load_digits
 
 PICTURE = Path(__file__).resolve().parent.parent / "docs" / "img" / "answer.png"
 GREEN, RED, GREY = "#1a7f37", "#cf222e", "#57606a"
