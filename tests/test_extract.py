@@ -29,7 +29,7 @@ from ooc_influence import (
     influence_scores,
     token_cross_entropy,
 )
-from ooc_influence.errors import InputError, MismatchError, NonFiniteError, UnsupportedModelError
+from ooc_influence.errors import InputError, MismatchError, NonFiniteError, StoreExistsError, UnsupportedModelError
 from ooc_influence.extract.batching import Shard
 from ooc_influence.extract.selection import select_layers
 
@@ -475,7 +475,7 @@ def test_something_else_at_the_path(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "file").write_text("x")
     for name in ("file", "folder"):
-        with pytest.raises(InputError, match="received something else"):
+        with pytest.raises(StoreExistsError, match="received something else"):
             extract(tmp_path / name)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -110,9 +109,10 @@ def self_influence_command(
 
     from ooc_influence import self_influence
     from ooc_influence.report import table
+    from ooc_influence.store import check_writable
 
     if out is not None:
-        _check_writable(Path(out))
+        check_writable(Path(out), missing_folders=False)
     arguments = _common((train, *also), given)
     values = self_influence(**arguments)
     if out is not None:
@@ -135,20 +135,6 @@ def self_influence_command(
         facts = {"n": store.n, "damping": arguments["damping"], "by_damping": lists}
         parts = [f"damping {value}\n\n{part}" for value, part in zip(arguments["damping"], parts, strict=True)]
     options.print_result(as_json, facts, lambda: "\n\n".join(parts))
-
-
-def _check_writable(out: Path) -> None:
-    """Check, before a long run, that its values can be written to a file."""
-    from ooc_influence.errors import InputError
-
-    folder = out.absolute().parent
-    if not folder.is_dir():
-        raise InputError(f"expected a folder to write {out} to; received none: make it first")
-    if not os.access(out if out.exists() else folder, os.W_OK):
-        raise InputError(
-            f"expected to write {out}; received a place where this user may not write: change the permissions, or "
-            "choose another path"
-        )
 
 
 def _save(out: Path, values: Any) -> None:

@@ -27,7 +27,7 @@ from ooc_influence.compress.eigenbasis import (
     fill_memory,
     fit_eigenbasis,
 )
-from ooc_influence.errors import InputError, MismatchError, StoreExistsError, StoreNotFoundError
+from ooc_influence.errors import InputError, MismatchError, StoreNotFoundError
 from ooc_influence.linalg import Rows, WeightedRows, Weighting, parse_weighting, row_weights
 from ooc_influence.memory import PRODUCT_ROWS, MemoryModel, plan_block_rows
 from ooc_influence.parallel import check_workers, slots_per_process
@@ -38,11 +38,10 @@ from ooc_influence.store import (
     Storage,
     StoredReduction,
     StorePath,
+    check_free,
     copy_tombstones,
     create_like,
-    is_file,
     kept_at,
-    names,
     parse_path,
     parse_representation,
 )
@@ -237,10 +236,7 @@ def _earlier(place: StorePath, job: _Job, dtype: str | None, storage: Storage | 
     try:
         found = GradientStore.open(place, "a")
     except StoreNotFoundError:
-        if is_file(place) or names(place):
-            raise StoreExistsError(
-                f"expected a store or nothing at {place}; received something else: choose another path"
-            ) from None
+        check_free(place, "a store or nothing")
         return None
     held, wanted, layout = found.attrs.get("reduced") or {}, job.record, found.layout
     asked = storage or Storage()

@@ -11,16 +11,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ooc_influence._version import __version__
-from ooc_influence.errors import InputError, StoreExistsError, StoreWriteError, refused
+from ooc_influence.errors import InputError, StoreWriteError, refused
 from ooc_influence.store import (
     GradientStore,
     NewFolder,
     StorePath,
     array_store,
+    check_free,
     create_array,
-    exists,
     is_file,
-    names,
+    is_free,
     open_group,
 )
 
@@ -76,13 +76,9 @@ def check_replaceable(path: StorePath) -> None:
         If something else is there.
     """
     for _ in range(10):  # another fit may be replacing one at this moment
-        empty = not exists(path) or (not is_file(path) and not names(path))
-        if empty or _attributes(path) is not None:
-            break
-    else:
-        raise StoreExistsError(
-            f"expected a curvature or nothing at {path}; received something else: choose another path"
-        )
+        if _attributes(path) is not None or is_free(path):
+            return
+    check_free(path, "a curvature or nothing")
 
 
 def complete_attributes(path: StorePath) -> dict[str, Any] | None:

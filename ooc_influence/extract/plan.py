@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -26,9 +25,9 @@ from ooc_influence.store import (
     Representation,
     Storage,
     StoredReduction,
-    StorePath,
+    check_free,
+    check_writable,
     columns_digest,
-    is_local,
     kept_at,
     parse_path,
     parse_representation,
@@ -324,7 +323,8 @@ def open_existing(path: PathLike, plan: Plan) -> GradientStore | None:
     try:
         store = GradientStore.open(path, mode="a")
     except StoreNotFoundError:
-        _check_free(parse_path(path))
+        check_free(parse_path(path), "a store or nothing")
+        check_writable(parse_path(path))
         return None
     attrs, layout, wanted = store.attrs, store.layout, plan.storage
     for what, expected, received in (
@@ -345,22 +345,6 @@ def open_existing(path: PathLike, plan: Plan) -> GradientStore | None:
     if store.model_fingerprint != plan.model["fingerprint"]:
         store.record(model=_same_model(store, plan.model, plan.check_model))
     return store
-
-
-def _check_free(path: StorePath) -> None:
-    """Check, before a model runs for hours, that a store can be made at ``path``."""
-    if not is_local(path):
-        return  # only a write tells
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise InputError(f"expected a store or nothing at {path}; received something else: choose another path")
-    parent = next(folder for folder in path.parents if folder.exists())
-    if not parent.is_dir():
-        raise InputError(f"expected a folder to write to above {path}; received {parent}, which is not one")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise InputError(
-            f"expected a folder to write to above {path}; received {parent}, where this user may not write: change its "
-            "permissions, or choose another path"
-        )
 
 
 def _differing(expected: Any, received: Any) -> tuple[str, str]:

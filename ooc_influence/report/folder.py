@@ -17,6 +17,7 @@ from typing import Any, Self
 from ooc_influence._version import __version__
 from ooc_influence.errors import OocInfluenceError, StoreExistsError, StoreWriteError, refused
 from ooc_influence.progress import optional_library
+from ooc_influence.store import check_free
 
 NAME = "report.json"
 _KIND = "ooc-influence-report"
@@ -112,7 +113,7 @@ class PageFolder:
     def __init__(self, target: Path) -> None:
         self._target = target.resolve()
         with self._writing():
-            check_free(self._target)
+            replaceable_files(self._target)
             self._target.parent.mkdir(parents=True, exist_ok=True)
             self.path = Path(
                 tempfile.mkdtemp(prefix=f".{self._target.name}.", suffix=".partial", dir=self._target.parent)
@@ -164,7 +165,7 @@ class PageFolder:
         if not self._target.exists():
             self.path.rename(self._target)
             return
-        own, earlier = check_free(self._target), self.path.with_suffix(".earlier")
+        own, earlier = replaceable_files(self._target), self.path.with_suffix(".earlier")
         self._target.rename(earlier)
         try:
             kept = foreign_entries(earlier, own)
@@ -188,23 +189,18 @@ class PageFolder:
             )
 
 
-def check_free(target: Path) -> frozenset[str]:
-    """Check that a page may be written at a place; return the files there that it may remove.
+def replaceable_files(target: Path) -> frozenset[str]:
+    """Return the files of an earlier page at a path, which a new one may remove.
 
     Raises
     ------
     StoreExistsError
         If something is there that is no earlier page.
     """
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return frozenset()
     own = read_manifest(target)
     if own is None:
-        raise StoreExistsError(
-            f"expected nothing or an earlier report (a folder with its {NAME}) at {target}; received something else: "
-            "choose another folder"
-        )
-    return own
+        check_free(target, f"nothing or an earlier report (a folder with its {NAME})")
+    return own or frozenset()
 
 
 def to_script(value: Any) -> str:

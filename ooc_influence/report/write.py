@@ -25,7 +25,7 @@ from ooc_influence.influence.groups import GroupInfluence
 from ooc_influence.progress import Progress, optional_library
 from ooc_influence.report.examples import Corpus, Examples
 from ooc_influence.report.facts import curvature_states, heat_map, histogram, layer_facts, spectrum_points, store_facts
-from ooc_influence.report.folder import LISTED_A_FILE, PageFolder, QueryList, check_free
+from ooc_influence.report.folder import LISTED_A_FILE, PageFolder, QueryList, replaceable_files
 from ooc_influence.report.images import ImageFolder
 from ooc_influence.store import GradientStore, PathLike
 
@@ -195,7 +195,7 @@ def write_report(
     OocInfluenceError
         See :func:`top_influential`.
     """
-    check_free(Path(out).resolve())
+    replaceable_files(Path(out).resolve())
     examples = check_queries(queries, query_data, by)
     report = open_report(store, queries, Settings(curvature, damping, top, normalize, scoring))
     with PageFolder(Path(out)) as folder:

@@ -255,11 +255,6 @@ def create_store(
             claim.release()
 
 
-def nothing_expected(path: StorePath) -> str:
-    """Return what to say where there is something at the path of a new store."""
-    return f"expected nothing at {path}; received something: choose another path or remove it"
-
-
 def _fixed(layout: Layout, mask: Mask, reduction: Reduction | Mapping[str, Any] | None) -> dict[str, Any]:
     created = {
         "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 import numpy as np
 import numpy.typing as npt
 
-from ooc_influence.errors import InputError, StoreExistsError, StoreFormatError
+from ooc_influence.errors import InputError, StoreFormatError
 from ooc_influence.store import creation
 from ooc_influence.store.cache import ChunkCache
 from ooc_influence.store.claim import Claim, check_range, clear_range, make_claim
@@ -21,7 +21,7 @@ from ooc_influence.store.creation import read_attributes
 from ooc_influence.store.encoding import Encoding, parse_representation
 from ooc_influence.store.layout import FORMAT_VERSION, Layout, Storage
 from ooc_influence.store.mask import Mask
-from ooc_influence.store.paths import PathLike, array_store, parse_path
+from ooc_influence.store.paths import PathLike, array_store, not_free, parse_path
 from ooc_influence.store.reader import find_rows, parse_rows
 from ooc_influence.store.reduction import Reduction, columns_digest
 from ooc_influence.store.tombstones import mark_dropped, parse_marks, parse_numbers
@@ -163,7 +163,7 @@ class GradientStore(TabularView):
         )  # fmt: skip
         published = creation.create_store(target, layout, mask, reduction, attributes or {}, scale)
         if not published and not (exist_ok and cls(target).columns_digest == columns_digest(mask.digest, facts)):
-            raise StoreExistsError(creation.nothing_expected(target))
+            raise not_free(target)
         return cls(target, "a")
 
     def __reduce__(self) -> tuple[Any, ...]:

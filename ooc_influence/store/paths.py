@@ -17,7 +17,14 @@ from typing import Any, TypeGuard
 import fsspec  # type: ignore[import-untyped]
 from upath import UPath
 
-from ooc_influence.errors import InputError, MissingExtraError, StoreReadError, install_extra, refused
+from ooc_influence.errors import (
+    InputError,
+    MissingExtraError,
+    StoreExistsError,
+    StoreReadError,
+    install_extra,
+    refused,
+)
 from ooc_influence.store import local
 from ooc_influence.store.local import METADATA, LocalArrayStore
 from ooc_influence.store.remote import RemoteArrayStore
@@ -160,6 +167,67 @@ def exists(path: StorePath) -> bool:
     """Return whether a file or folder is there."""
     with _looking(path):
         return path.exists() if isinstance(path, Path) else bool(_system(path).exists(path.path))
+
+
+def is_free(path: StorePath) -> bool:
+    """Return whether nothing is at a path, or an empty folder."""
+    return not exists(path) or (not is_file(path) and not names(path))
+
+
+def not_free(path: StorePath, expected: str = "nothing", received: str = "something else") -> StoreExistsError:
+    """Return the error for a path where something is that may not be overwritten.
+
+    Parameters
+    ----------
+    path : StorePath
+        Where something was to be made.
+    expected : str
+        What may be there: what the call would use or replace.
+    received : str
+        What is there.
+    """
+    return StoreExistsError(f"expected {expected} at {path}; received {received}: choose another path, or remove it")
+
+
+def check_free(path: StorePath, expected: str = "nothing", received: str = "something else") -> None:
+    """Check that nothing is at a path, or an empty folder; see :func:`not_free`.
+
+    Raises
+    ------
+    StoreExistsError
+        If something is there.
+    """
+    if not is_free(path):
+        raise not_free(path, expected, received)
+
+
+def check_writable(path: StorePath, *, missing_folders: bool = True) -> None:
+    """Check, before long work, that this user may write a file or make a folder at a path; a URL is not checked.
+
+    Parameters
+    ----------
+    path : StorePath
+        Where something is to be written.
+    missing_folders : bool
+        Whether the folders above it may be missing, since they will be made.
+
+    Raises
+    ------
+    InputError
+        If the folder it would be in is missing or a file, or this user may not write there.
+    """
+    if not is_local(path):
+        return
+    nearest = next(existing for existing in (path, *path.absolute().parents) if existing.exists())
+    if nearest != path and not nearest.is_dir():
+        raise InputError(f"expected a folder to write to above {path}; received {nearest}, which is a file")
+    if not missing_folders and nearest not in (path, path.absolute().parent):
+        raise InputError(f"expected a folder to write {path} to; received none: make it first")
+    if not os.access(nearest, os.W_OK | (os.X_OK if nearest.is_dir() else 0)):
+        raise InputError(
+            f"expected to write {path}; received {nearest}, where this user may not write: change its permissions, or "
+            "choose another path"
+        )
 
 
 def names(folder: StorePath) -> list[str]:

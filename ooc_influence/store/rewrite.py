@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from ooc_influence.errors import InputError, MismatchError, StoreDamagedError, StoreExistsError
+from ooc_influence.errors import InputError, MismatchError, StoreDamagedError
 from ooc_influence.progress import Progress
 from ooc_influence.store import commits, paths
 from ooc_influence.store.commits import SmallValues
-from ooc_influence.store.creation import create_store, nothing_expected
+from ooc_influence.store.creation import create_store
 from ooc_influence.store.gradient_store import GradientStore
 from ooc_influence.store.layout import Storage
-from ooc_influence.store.paths import PathLike, is_local, parse_path
+from ooc_influence.store.paths import PathLike, is_local, not_free, parse_path
 from ooc_influence.store.reader import repeated_ids
 from ooc_influence.store.writer import RangeWriter
 
@@ -147,7 +147,7 @@ def _create_same(store: GradientStore, out: PathLike, sources: list[str], ids: s
     layout = replace(store.layout, planned_rows=None, ids=store.layout.ids or ids)
     attributes = _inherited(store, sources)
     if not create_store(target, layout, store.mask, store.reduction, attributes, store.column_scale):
-        raise StoreExistsError(nothing_expected(target))
+        raise not_free(target)
     return GradientStore.open(target, "a")
 
 
