@@ -14,7 +14,7 @@ from ooc_influence import GradientStore, fit_fisher
 from ooc_influence.cli.main import main
 from ooc_influence.curvature import checkpoint, fit_gram, sums
 from ooc_influence.errors import InputError, MemoryBudgetError
-from ooc_influence.linalg import accumulate, backend
+from ooc_influence.linalg import accumulate, backend, device
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*effective dimension")
 DEVICES = ["cpu", pytest.param("cuda", marks=[
@@ -29,8 +29,8 @@ def assert_near(found, expected, share=1e-6):
 def small_blocks(monkeypatch):
     monkeypatch.setattr("ooc_influence.memory.BLOCK_BYTES", 2**14)
     monkeypatch.setattr(accumulate, "FOLD_ROWS", 100)
-    monkeypatch.setattr(accumulate, "FOLD_ROWS", 100)
-    monkeypatch.setattr(accumulate, "_TILE", 16)
+    monkeypatch.setattr(device, "FOLD_ROWS", 100)
+    monkeypatch.setattr(device, "_TILE", 16)
 
 
 @pytest.mark.parametrize("where", DEVICES)

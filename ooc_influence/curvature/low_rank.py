@@ -374,7 +374,7 @@ class _Products:
         else:
             import torch
 
-            from ooc_influence.linalg.accumulate import DeviceSum, send_array
+            from ooc_influence.linalg.device import DeviceSum, send_array
 
             self.sum = DeviceSum(basis.shape[1], len(basis), how.device)
             self._basis = send_array(basis, torch.device(how.device))

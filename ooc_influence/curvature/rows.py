@@ -172,7 +172,7 @@ class ChosenRows:
         """Yield what :meth:`blocks` does, as tensors on a device."""
         import torch
 
-        from ooc_influence.linalg.accumulate import DeviceRows
+        from ooc_influence.linalg.device import DeviceRows
 
         base, options = self._reading(start, stop)
         sender = DeviceRows(self.store, torch.device(device), max(1, min(block_rows, stop - start)))

@@ -206,7 +206,7 @@ class _Running:
     def _accumulators(self) -> list[Any]:
         sides = [last - first for first, last in self._how.blocks]
         if self._how.device is not None:
-            from ooc_influence.linalg.accumulate import DeviceSum
+            from ooc_influence.linalg.device import DeviceSum
 
             return [DeviceSum(side, side, self._how.device) for side in sides]
         if self._how.diagonal:

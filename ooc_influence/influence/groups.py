@@ -17,9 +17,17 @@ import numpy.typing as npt
 from ooc_influence.curvature import DampingMode
 from ooc_influence.influence.checkpoint import Cutting, Part, Parts
 from ooc_influence.influence.checkpoints import AnyCurvature, Dampings, Marks, Stores
-from ooc_influence.influence.engine import Codes, Floats, make_engine, parse_groups
+from ooc_influence.influence.engine import Codes, Floats, parse_groups
 from ooc_influence.influence.request import Normalize, ScoreRequest
-from ooc_influence.influence.tiles import ScoreTask, TileMemory, absent_rows, row_blocks, row_shares, row_weights
+from ooc_influence.influence.tiles import (
+    ScoreTask,
+    TileMemory,
+    absent_rows,
+    make_engine,
+    row_blocks,
+    row_shares,
+    row_weights,
+)
 from ooc_influence.parallel import Stripe, check_workers
 from ooc_influence.progress import Progress, html_table, optional_library, tick
 from ooc_influence.store import PathLike

@@ -16,10 +16,10 @@ import zarr
 from ooc_influence.curvature import DampingMode
 from ooc_influence.errors import OocInfluenceError
 from ooc_influence.influence.checkpoints import AnyCurvature, Dampings, Marks, Stores
-from ooc_influence.influence.engine import Floats, make_engine
+from ooc_influence.influence.engine import Floats
 from ooc_influence.influence.output import Output, OutputWriter, write_error
 from ooc_influence.influence.request import Normalize, ScoreRequest
-from ooc_influence.influence.tiles import Columns, ScoreTask, TileMemory, score_tiles
+from ooc_influence.influence.tiles import Columns, ScoreTask, TileMemory, make_engine, score_tiles
 from ooc_influence.parallel import Stripe, check_workers, cores, cut_stripes, run_stripes, sharing_blas
 from ooc_influence.progress import Progress
 from ooc_influence.store import PathLike, StorePath, parse_path

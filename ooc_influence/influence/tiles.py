@@ -15,11 +15,21 @@ import numpy as np
 
 from ooc_influence.curvature import Curvature
 from ooc_influence.influence.checkpoints import Marks, margin_factors
-from ooc_influence.influence.engine import Engine, Floats, Rows
+from ooc_influence.influence.engine import Engine, Floats, HostEngine, Rows
 from ooc_influence.memory import MemoryModel, block_limit
 from ooc_influence.parallel import Stripe
 from ooc_influence.progress import tick
 from ooc_influence.store import GradientStore, StorePath
+
+
+def make_engine(device: str | None) -> Engine:
+    """Return what computes on a device; None: NumPy."""
+    if device is None:
+        return HostEngine()
+    from ooc_influence.influence.device import DeviceEngine
+
+    return DeviceEngine(device)
+
 
 Columns = tuple[tuple[slice, ...], ...]
 

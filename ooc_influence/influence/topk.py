@@ -17,10 +17,10 @@ from ooc_influence.curvature import DampingMode
 from ooc_influence.errors import InputError
 from ooc_influence.influence.checkpoint import Cutting, Part, Parts
 from ooc_influence.influence.checkpoints import AnyCurvature, Dampings, Marks, Stores
-from ooc_influence.influence.engine import Engine, Floats, Found, make_engine
+from ooc_influence.influence.engine import Engine, Floats, Found
 from ooc_influence.influence.ranking import Ranking, TopInfluential
 from ooc_influence.influence.request import Normalize, ScoreRequest
-from ooc_influence.influence.tiles import Columns, ScoreTask, TileMemory, score_tiles
+from ooc_influence.influence.tiles import Columns, ScoreTask, TileMemory, make_engine, score_tiles
 from ooc_influence.parallel import Stripe, check_workers
 from ooc_influence.progress import Progress
 from ooc_influence.store import PathLike

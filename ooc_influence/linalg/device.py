@@ -1,0 +1,199 @@
+"""Rows and sums on a torch device: stored rows are sent as they are and decoded there, two blocks in flight."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ooc_influence.linalg.accumulate import FOLD_ROWS
+from ooc_influence.process import MATMUL_PRECISION
+from ooc_influence.store import GradientStore, RawBlock
+from ooc_influence.store.encoding import FACTORS, Encoding
+
+_TILE = 2048  # columns of a tile of a triangle
+
+
+def send_array(values: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """Return an array as a tensor on a device."""
+    whole: npt.NDArray[Any] = np.ascontiguousarray(values)
+    return torch.from_numpy(whole if whole.flags.writeable else whole.copy()).to(device)
+
+
+class _Slot:
+    """Host and device memory of one block on its way, and when each may be written again."""
+
+    def __init__(self, store: GradientStore, rows: int, device: torch.device) -> None:
+        raw = torch.from_numpy(store.raw_rows(0, 1))
+        pinned = device.type == "cuda"
+        shape = (rows, raw.shape[1])
+        self.raw = torch.empty(shape, dtype=raw.dtype, pin_memory=pinned)
+        self.scale = torch.empty(rows, pin_memory=pinned)
+        self.device_raw = torch.empty(shape, dtype=raw.dtype, device=device)
+        self.device_scale = torch.empty(rows, device=device)
+        self.sent = torch.cuda.Event() if pinned else None
+        self.decoded = torch.cuda.Event() if pinned else None
+
+
+class DeviceRows:
+    """The rows of blocks, decoded on a device.
+
+    Parameters
+    ----------
+    store : GradientStore
+        Where the blocks come from.
+    device : torch.device
+        The device.
+    block_rows : int
+        Rows of a block, at most.
+    """
+
+    def __init__(self, store: GradientStore, device: torch.device, block_rows: int) -> None:
+        self._form, self._device = store.layout.encoding, device
+        self._slots = [_Slot(store, block_rows, device) for _ in range(2)]
+        self._rows = torch.empty((block_rows, store.k), device=device)
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._column_scale = None if store.column_scale is None else send_array(store.column_scale, device)
+
+    def read(self, raw: Iterator[RawBlock]) -> Iterator[tuple[RawBlock, Tensor]]:
+        """Yield blocks and their rows (b, k) float32, which the next one overwrites."""
+        with ThreadPoolExecutor(1, "ooc_influence-device") as thread:
+            coming = thread.submit(self._send, raw, self._slots[0])
+            turn = 0
+            while (block := coming.result()) is not None:
+                slot = self._slots[turn % 2]
+                turn += 1
+                coming = thread.submit(self._send, raw, self._slots[turn % 2])
+                rows = self._rows[: block.stop - block.start]
+                self._decode(slot, rows)
+                yield block, rows
+
+    def multiply(self, rows: Tensor, factors: npt.NDArray[np.float32]) -> None:
+        """Multiply rows by factors (b,), in place."""
+        rows.mul_(send_array(factors, self._device)[:, None])
+
+    def clear(self, rows: Tensor, which: npt.NDArray[np.bool_]) -> None:
+        """Set some rows to zero, whatever they hold."""
+        rows[send_array(which, self._device)] = 0
+
+    def _send(self, raw: Iterator[RawBlock], slot: _Slot) -> RawBlock | None:
+        """Start the next block on its way; None behind the last."""
+        with torch.inference_mode():
+            if slot.sent is not None:
+                slot.sent.synchronize()
+            block = next(raw, None)
+            if block is None:
+                return None
+            first = 0
+            for part, scale in block.parts:
+                slot.raw[first : first + len(part)].copy_(torch.from_numpy(part))
+                slot.scale[first : first + len(part)].copy_(torch.from_numpy(scale))
+                first += len(part)
+            with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
+                if self._stream is not None and slot.decoded is not None:
+                    self._stream.wait_event(slot.decoded)
+                slot.device_raw[:first].copy_(slot.raw[:first], non_blocking=True)
+                slot.device_scale[:first].copy_(slot.scale[:first], non_blocking=True)
+                if slot.sent is not None:
+                    slot.sent.record()
+            return block
+
+    def _decode(self, slot: _Slot, out: Tensor) -> None:
+        """Write the values of a block that was sent into ``out`` (b, k); see :mod:`ooc_influence.store.encoding`."""
+        if slot.sent is not None:
+            torch.cuda.current_stream(self._device).wait_event(slot.sent)
+        form = self._form
+        raw, scale = slot.device_raw[: len(out)], slot.device_scale[: len(out), None]
+        if form.quantised:
+            self._restore(form, raw, scale, out)
+        else:
+            out.copy_(raw.view(torch.bfloat16) if form.name == "bfloat16" else raw)
+            if form.name == "float16":
+                out.mul_(scale)
+        if self._column_scale is not None:
+            out.mul_(self._column_scale)
+        if slot.decoded is not None:
+            slot.decoded.record()
+
+    def _restore(self, form: Encoding, raw: Tensor, scale: Tensor, out: Tensor) -> None:
+        """Turn whole numbers into what they stand for; see :mod:`ooc_influence.store.encoding`."""
+        numbers, codes = raw[:, : form.number_columns], raw[:, form.number_columns :].view(torch.uint8)
+        if form.name == "int4":
+            packed, half = numbers.view(torch.int8), form.number_columns
+            out[:, :half] = (packed << 4) >> 4
+            out[:, half:] = (packed >> 4)[:, : out.shape[1] - half]
+        else:
+            out.copy_(numbers)
+        out.mul_(out.abs().add_(0 if form.block is None else form.top))
+        if form.block is None:
+            out.mul_(scale)
+            return
+        steps = (scale * send_array(FACTORS, self._device)[codes.long()]).clamp_(min=torch.finfo(torch.float32).tiny)
+        out.mul_(steps.repeat_interleave(form.block, 1)[:, : out.shape[1]])
+
+
+class DeviceSum:
+    """The sum Σ XᵀY, or Σ XᵀX, of blocks on a device: in float32, not TF32, folded into float64 as on the host.
+
+    Parameters
+    ----------
+    a, b : int
+        Columns of X and Y. Holds a b float32 and a b float64 there.
+    device : str
+        The device.
+
+    Attributes
+    ----------
+    folded : int
+        Rows in the float64 sum.
+    """
+
+    def __init__(self, a: int, b: int, device: str) -> None:
+        self._single = torch.zeros((a, b), device=device)
+        self._double = torch.zeros((a, b), device=device, dtype=torch.float64)
+        self._pending = self.folded = 0
+        self._whole = True  # the float64 sum is not being changed
+
+    def add(self, left: Tensor, right: Tensor | None = None) -> None:
+        """Add leftᵀ right; without ``right``, the upper triangle of leftᵀ left."""
+        with MATMUL_PRECISION.held("highest"):
+            for start in range(0, len(self._single), _TILE):
+                stop = start + _TILE
+                tile = self._single[start:stop] if right is not None else self._single[start:stop, start:]
+                torch.addmm(tile, left[:, start:stop].T, left[:, start:] if right is None else right, out=tile)
+        self._pending += len(left)
+        if self._pending >= FOLD_ROWS:
+            self._fold()
+
+    def _fold(self) -> None:
+        self._whole = False
+        self._double += self._single
+        self._single.zero_()
+        self.folded += self._pending
+        self._pending = 0
+        self._whole = True
+
+    def restore(self, total: npt.NDArray[np.float64], rows: int) -> None:
+        """Go on from a sum over ``rows`` rows."""
+        self._double.copy_(torch.from_numpy(total))
+        self.folded = rows
+
+    def triangle(self) -> npt.NDArray[np.float64]:
+        """Return the sum, (a, b) float64; of a square, the upper triangle counts."""
+        if self._pending:
+            self._fold()
+        return self._host()
+
+    def peek(self) -> npt.NDArray[np.float64] | None:
+        """Return the float64 sum as of the last fold; None in the middle of one."""
+        return self._host() if self._whole else None
+
+    def _host(self) -> npt.NDArray[np.float64]:
+        found: npt.NDArray[np.float64] = self._double.cpu().numpy()
+        return found
