@@ -224,9 +224,8 @@ def class_labels(names, numbers):
     return datasets.Dataset.from_dict({"text": texts(len(numbers)), "y": numbers}, features=features)
 
 
-@pytest.mark.parametrize(
-    ("names", "labels", "expected"),
-    [
+def test_labels_of_one_class():
+    for names, labels, expected in [
         (["NEG", "POS"], ["POS", "NEG", "pos ", "Neg"], [1, 0, 1, 0]),
         (["NEG", "POS"], [1, 0], [1, 0]),
         (["NEG", "POS"], ["1", "0"], [1, 0]),
@@ -241,17 +240,14 @@ def class_labels(names, numbers):
         (["NEG", "POS"], class_labels(["POS", "NEG"], [0, 1, 0]), [1, 0, 1]),
         (["NEG", "POS"], class_labels(["0", "1"], [0, 1]), [0, 1]),
         (["LABEL_0", "LABEL_1"], class_labels(["POS", "NEG"], [0, 1]), [0, 1]),
-    ],
-)  # fmt: skip
-def test_labels_of_one_class(names, labels, expected):
-    found = classes(named(names), labels)
-    assert found == expected
-    assert all(type(label) is int for label in found)
+    ]:
+        found = classes(named(names), labels)
+        assert found == expected
+        assert all(type(label) is int for label in found)
 
 
-@pytest.mark.parametrize(
-    ("names", "labels", "message"),
-    [
+def test_labels_that_are_none_of_the_models():
+    for names, labels, message in [
         (["NEG", "POS"], [0, 1, -1], r"'y' of document 2; received -1: leave documents without"),
         (["NEG", "POS"], [0, -100], r"2 labels \(NEG, POS\) in field 'y' of document 1; received -100"),
         (["NEG", "POS"], [2, 0], r"document 0; received 2: give the model that has this class"),
@@ -266,11 +262,9 @@ def test_labels_of_one_class(names, labels, expected):
         (["A", "a", "b"], ["B", "Á"], r"document 1; received 'Á'"),
         (["NEG", "POS"], class_labels(["POS", "NEG", "MIXED"], [0, 2]), r"document 1; received 'MIXED', its number 2"),
         (["NEG", "POS"], class_labels(["POS", "NEG"], [0, -1]), r"document 1; received -1"),
-    ],
-)  # fmt: skip
-def test_labels_that_are_none_of_the_models(names, labels, message):
-    with pytest.raises(InputError, match=message):
-        job(named(names), labels)
+    ]:
+        with pytest.raises(InputError, match=message):
+            job(named(names), labels)
 
 
 def test_labels_are_checked_before_anything_runs():
@@ -320,9 +314,8 @@ def test_several_classes_by_class_label():
     assert [made.samples[row]["label"] for row in range(3)] == [[0, 1], [1, 0], [1, 1]]
 
 
-@pytest.mark.parametrize(
-    ("labels", "message"),
-    [
+def test_lists_that_are_no_classes():
+    for labels, message in [
         ([[0, 1], [1, 0]], "document 0; received .*look alike"),
         ([0, 1], "document 0; received 0: this model gives several labels"),
         (["a", "b"], "document 0; received 'a': this model gives several"),
@@ -331,11 +324,9 @@ def test_several_classes_by_class_label():
         ([[1, 1], [0]], "document 1; received .0.: list distinct classes"),
         ([["a"], ["c"]], "document 1; received .'c'.: rename"),
         ([[0.5, 1.5]], "document 0"),
-    ],
-)  # fmt: skip
-def test_lists_that_are_no_classes(labels, message):
-    with pytest.raises(InputError, match=message):
-        job(named(["a", "b"], problem_type="multi_label_classification"), labels)
+    ]:
+        with pytest.raises(InputError, match=message):
+            job(named(["a", "b"], problem_type="multi_label_classification"), labels)
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])

@@ -16,9 +16,8 @@ from ooc_influence.parallel import Stripe, blas_threads, check_workers, cut_stri
 from ooc_influence.progress import Progress, tick
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3, 4])
+@pytest.mark.parametrize(("k", "threads"), [(1, 4), (7, 1), (300, 2), (1100, 1), (1100, 3)])
 @pytest.mark.parametrize("engine", [ScipyEngine(), NumpyEngine(), TorchEngine()], ids=lambda engine: engine.name)
-@pytest.mark.parametrize("k", [1, 7, 300, 1100])
 def test_accumulator_is_the_dense_sum(k, engine, threads):
     importlib.import_module("torch")
     rows = random_rows(1000, k)

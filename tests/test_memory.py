@@ -28,18 +28,23 @@ NEED = MemoryModel(
 )
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [("4GiB", 2**32), ("1.5 kb", 1500), ("7", 7), (7, 7), ("2 MiB", 2**21), ("1t", 10**12), ("3Gi", 3 * 2**30)],
-)
-def test_sizes(text, expected):
-    assert parse_bytes(text) == expected
+def test_sizes():
+    for text, expected in [
+        ("4GiB", 2**32),
+        ("1.5 kb", 1500),
+        ("7", 7),
+        (7, 7),
+        ("2 MiB", 2**21),
+        ("1t", 10**12),
+        ("3Gi", 3 * 2**30),
+    ]:
+        assert parse_bytes(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "four", "-1GiB", "0", "4 XB", "iB"])
-def test_bad_sizes(text):
-    with pytest.raises(InputError, match="memory size"):
-        parse_bytes(text)
+def test_bad_sizes():
+    for text in ["", "four", "-1GiB", "0", "4 XB", "iB"]:
+        with pytest.raises(InputError, match="memory size"):
+            parse_bytes(text)
 
 
 def test_format():

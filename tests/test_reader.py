@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from conftest import random_rows, whole_mask
@@ -27,25 +29,25 @@ def store(tmp_path_factory, request):
     return GradientStore.open(folder / "s.zarr")
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("columns", [None, [(0, 23)], [(4, 11)], [(0, 5), (20, 23)]])
-@pytest.mark.parametrize("numbers", [None, [0, 3, 15, 16, 17, 40, 77, 99], [50], list(range(5, 64))])
-def test_some_rows_and_columns(store, threads, columns, numbers):
-    rows = np.arange(100) if numbers is None else np.array(numbers)
-    wanted = store.rows()[rows]
-    if columns is not None:
-        wanted = np.concatenate([wanted[:, first:last] for first, last in columns], axis=1)
-    options = {"numbers": None if numbers is None else rows, "columns": columns, "loss": True, "threads": threads}
-    at = 0
-    for block in read_blocks(store, 0, len(rows), 7, **options):
-        assert (block.start, block.stop) == (at, min(len(rows), at + 7))
-        here = slice(block.start, block.stop)
-        assert_array_equal(block.gradients, wanted[here])
-        assert_array_equal(block.loss, rows[here])
-        marks = np.zeros(len(rows[here]), bool) if block.dropped is None else block.dropped
-        assert_array_equal(marks, np.isin(rows[here], [3, 40, 41]))
-        at = block.stop
-    assert at == len(rows)
+def test_some_rows_and_columns(store):
+    ranges = [None, [(0, 23)], [(4, 11)], [(0, 5), (20, 23)]]
+    numbers = [None, [0, 3, 15, 16, 17, 40, 77, 99], [50], list(range(5, 64))]
+    for chosen, columns, threads in itertools.product(numbers, ranges, [1, 3]):
+        rows = np.arange(100) if chosen is None else np.array(chosen)
+        wanted = store.rows()[rows]
+        if columns is not None:
+            wanted = np.concatenate([wanted[:, first:last] for first, last in columns], axis=1)
+        options = {"numbers": None if chosen is None else rows, "columns": columns, "loss": True, "threads": threads}
+        start = 0
+        for block in read_blocks(store, 0, len(rows), 7, **options):
+            assert (block.start, block.stop) == (start, min(len(rows), start + 7))
+            here = slice(block.start, block.stop)
+            assert_array_equal(block.gradients, wanted[here])
+            assert_array_equal(block.loss, rows[here])
+            dropped = np.zeros(len(rows[here]), bool) if block.dropped is None else block.dropped
+            assert_array_equal(dropped, np.isin(rows[here], [3, 40, 41]))
+            start = block.stop
+        assert start == len(rows)
 
 
 def test_places_start_where_they_are_told(store):

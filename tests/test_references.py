@@ -102,22 +102,25 @@ def test_what_its_user_has_opened_is_followed(stores, network, monkeypatch):
     assert_array_equal(query.reduction.vectors, basis)
 
 
-@pytest.mark.parametrize(
-    ("home", "path", "follows"),
-    [
-        ("memory://bucket/q", "memory://bucket/t", True), ("memory://bucket/q", "memory://other/t", False),
-        ("memory://bucket/q", "/etc", False), ("memory://bucket/q", "evilnet://bucket/t", False),
-        ("/data/q", "/data/t", True), ("/data/q", "file:///data/t", True), ("/data/q", "http://x/t", False),
-        ("/data/q", 7, False), ("/data/q", None, False), ("/data/q", "simplecache::evilnet://x/t", False),
-    ],
-)  # fmt: skip
-def test_where_a_store_may_refer_to(home, path, follows, network):
-    if follows:
-        assert str(paths.parse_reference(path, paths.parse_path(home))) in (path, path.removeprefix("file://"))
-    else:
-        with pytest.raises(InputError, match="refers to"):
-            paths.parse_reference(path, paths.parse_path(home))
-    assert network == []
+def test_where_a_store_may_refer_to(network):
+    for home, path, follows in [
+        ("memory://bucket/q", "memory://bucket/t", True),
+        ("memory://bucket/q", "memory://other/t", False),
+        ("memory://bucket/q", "/etc", False),
+        ("memory://bucket/q", "evilnet://bucket/t", False),
+        ("/data/q", "/data/t", True),
+        ("/data/q", "file:///data/t", True),
+        ("/data/q", "http://x/t", False),
+        ("/data/q", 7, False),
+        ("/data/q", None, False),
+        ("/data/q", "simplecache::evilnet://x/t", False),
+    ]:
+        if follows:
+            assert str(paths.parse_reference(path, paths.parse_path(home))) in (path, path.removeprefix("file://"))
+        else:
+            with pytest.raises(InputError, match="refers to"):
+                paths.parse_reference(path, paths.parse_path(home))
+        assert network == []
 
 
 def test_a_basis_that_is_not_there(stores):

@@ -207,8 +207,11 @@ def test_quantised_rows_as_the_format_says(k, name):
     assert (out[3] == 0).all()
 
 
-@pytest.mark.parametrize("name", REPRESENTATIONS)
-@pytest.mark.parametrize("codec", [None, "zstd", "blosc", "lz4", "gzip"])
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [(name, None) for name in REPRESENTATIONS]
+    + list(zip(REPRESENTATIONS, ["zstd", "blosc", "lz4", "gzip", "zstd"], strict=True)),
+)
 def test_every_representation_and_codec(tmp_path, name, codec):
     k = 7
     rows = random_rows(50, k)
