@@ -181,9 +181,9 @@ KILLED = """
 import os, signal, sys
 import numpy as np
 import ooc_influence as ooc
-from ooc_influence.curvature import rows, unfinished
+from ooc_influence.curvature import checkpoint, rows
 from ooc_influence.linalg import accumulate
-unfinished.INTERVAL, accumulate.FOLD_ROWS, unfinished._SHARE = 0.0, 64, 0
+checkpoint.INTERVAL, accumulate.FOLD_ROWS, checkpoint._SHARE = 0.0, 64, 0
 original = rows.read_blocks
 def killed(*args, **options):
     for number, block in enumerate(original(*args, **options)):
@@ -230,9 +230,9 @@ def test_a_killed_fit_goes_on(tmp_path, monkeypatch, blocks):
 INTERRUPTED = """
 import sys, time
 from ooc_influence import memory
-from ooc_influence.curvature import rows, unfinished
+from ooc_influence.curvature import checkpoint, rows
 from ooc_influence.linalg import accumulate
-unfinished.INTERVAL, accumulate.FOLD_ROWS, unfinished._SHARE, memory.BLOCK_BYTES = 0.0, 64, 0, 2**10
+checkpoint.INTERVAL, accumulate.FOLD_ROWS, checkpoint._SHARE, memory.BLOCK_BYTES = 0.0, 64, 0, 2**10
 original, seen = rows.read_blocks, []
 import signal, threading
 interrupted = threading.Event()

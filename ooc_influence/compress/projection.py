@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Self
 
 import numpy as np
+from typing_extensions import override
 
 from ooc_influence.compress.dropout import Dropout, parse_whole_numbers
 from ooc_influence.compress.eigenbasis import Eigenbasis
@@ -121,8 +122,8 @@ class Pca(FullGradient):
         self.reduce  # noqa: B018 - it checks the settings
 
     @property
+    @override
     def reduce(self) -> Eigenbasis:
-        """See :class:`FullGradient`."""
         return Eigenbasis(self.r, self.pilot, self.weights)
 
 
@@ -138,8 +139,8 @@ class Projection(FullGradient):
     def __post_init__(self) -> None:
         parse_whole_numbers(self, {"k": 1, "seed": 0})
 
+    @override
     def draw(self, layers: Sequence[LayerShape], moments: Sequence[PilotMoments] = ()) -> Mask:
-        """See :meth:`FullGradient.draw`."""
         p = sum(layer.entries for layer in layers)
         if self.k > p:
             raise InputError(f"expected k <= p = {p}; received k = {self.k}: use Identity() to keep all entries")

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from typing_extensions import override
+
 from ooc_influence.corpus.documents import Documents, first_fields
 from ooc_influence.errors import InputError
 
@@ -61,8 +63,8 @@ class DatasetDocuments(Documents):
     def __len__(self) -> int:
         return len(self._dataset)
 
+    @override
     def read(self, numbers: Sequence[int], fields: Sequence[str]) -> list[dict[str, Any]]:
-        """See :meth:`Documents.read`."""
         names = [name for name in fields if name in self.column_names]
         if not names or not len(numbers):
             return [{} for _ in numbers]

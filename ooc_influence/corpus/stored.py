@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from typing_extensions import override
 
 from ooc_influence.corpus.corpus_file import Lines, Source, is_json_list, json_list, opened, parquet_batches
 from ooc_influence.corpus.documents import Documents, first_fields
@@ -189,8 +190,8 @@ class FileDocuments(Documents):
     def __len__(self) -> int:
         return int(self._starts[-1])
 
+    @override
     def read(self, numbers: Sequence[int], fields: Sequence[str]) -> list[dict[str, Any]]:
-        """See :meth:`Documents.read`."""
         wanted = np.asarray(numbers, np.int64)
         found: list[dict[str, Any]] = []
         owners = np.searchsorted(self._starts, wanted, side="right") - 1

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import zarr
+from typing_extensions import override
 
 from ooc_influence._version import __version__
 from ooc_influence.curvature.checkpoint import FitCheckpoint
@@ -351,8 +352,8 @@ class GramCurvature(Curvature, kinds=("gram",)):
         """Return F, (d, d), made of its spectrum."""
         return np.asarray((self.eigenvectors * self.eigenvalues) @ self.eigenvectors.T)
 
+    @override
     def precondition(self, gradients: npt.NDArray[Any], values: Sequence[float]) -> Matrix:
-        """See :meth:`Curvature.precondition`."""
         rotated = self._rotate(gradients)
         result = np.empty((len(values), *gradients.shape))
         for rows, vectors in self._slabs():
@@ -369,12 +370,12 @@ class GramCurvature(Curvature, kinds=("gram",)):
             rotated += np.asarray(gradients[:, rows], np.float64) @ vectors
         return rotated
 
+    @override
     def working_bytes(self, queries: int, values: int) -> int:
-        """See :meth:`Curvature.working_bytes`."""
         return gram_working_bytes(self.d, len(self.eigenvalues), queries, values)
 
+    @override
     def self_influence(self, gradients: npt.NDArray[np.float32], values: Sequence[float]) -> npt.NDArray[np.float32]:
-        """See :meth:`Curvature.self_influence`."""
         result = np.empty((len(values), len(gradients)), np.float32)
         for start in range(0, len(gradients), _ROWS):
             part = gradients[start : start + _ROWS]
@@ -385,12 +386,12 @@ class GramCurvature(Curvature, kinds=("gram",)):
                 out[start : start + _ROWS] = np.maximum(found, 0)
         return result
 
+    @override
     def self_working_bytes(self, values: int) -> int:
-        """See :meth:`Curvature.self_working_bytes`."""
         return gram_self_bytes(self.d, len(self.eigenvalues), values)
 
+    @override
     def outside_share(self, gradients: npt.NDArray[Any]) -> Matrix:
-        """See :meth:`Curvature.outside_share`."""
         span = resolved(self.eigenvalues)
         inside = np.square(self._rotate(gradients)[:, span]).sum(1)
         return share_outside(inside, np.asarray(gradients, np.float64))

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from typing_extensions import override
 
 from ooc_influence.curvature import checkpoint
 from ooc_influence.curvature.checkpoint import SavingClock, read_facts, save_result, write_slabs
@@ -69,8 +70,9 @@ class LowRankCurvature(SummedCurvature, kinds=("top",)):
         self.rest = float(self._attrs["rest"])
 
     @property
+    @override
     def keeps_sums(self) -> bool:
-        """See :class:`SummedCurvature`; not where the spectrum was found from the rows."""
+        """Not where the spectrum was found from the rows."""
         return bool(self._attrs["summed"])
 
     @property
@@ -117,8 +119,9 @@ class LowRankCurvature(SummedCurvature, kinds=("top",)):
         tail = self.rest * (self.d - len(self.eigenvalues))
         return dimension(self.eigenvalues, value) + (tail / (tail / others + value) if others > 0 and tail > 0 else 0)
 
+    @override
     def least_dimension(self, value: float) -> float:
-        """See :class:`Curvature`: the eigenvalues that are not known give least where they are as large as can be."""
+        """Assume the unknown eigenvalues as large as they can be, where they contribute least."""
         tail = self.rest * (self.d - len(self.eigenvalues))
         return dimension(self.eigenvalues, value) + (tail / (float(self.eigenvalues[-1]) + value) if tail > 0 else 0)
 
@@ -133,8 +136,9 @@ class LowRankCurvature(SummedCurvature, kinds=("top",)):
     def _is_whole(self) -> bool:
         return len(self.eigenvalues) == self.d
 
+    @override
     def precondition(self, gradients: npt.NDArray[Any], values: Sequence[float]) -> Matrix:
-        """See :meth:`Curvature.precondition`: V is read twice, a slab at a time, for all λ."""
+        """V is read twice, a slab at a time, for all λ."""
         whole = np.asarray(gradients, np.float64)
         rotated = self._rotate(whole)
         result = np.empty((len(values), *whole.shape))
@@ -147,14 +151,14 @@ class LowRankCurvature(SummedCurvature, kinds=("top",)):
         self.check_fit()
         return result
 
+    @override
     def working_bytes(self, queries: int, values: int) -> int:
-        """See :meth:`Curvature.working_bytes`."""
         r = len(self.eigenvalues)
         held = 8 * self.d * r if self._vectors is not None else 0
         return held + top_working_bytes(self.d, r, queries, values)
 
+    @override
     def self_influence(self, gradients: npt.NDArray[np.float32], values: Sequence[float]) -> npt.NDArray[np.float32]:
-        """See :meth:`Curvature.self_influence`."""
         result = np.empty((len(values), len(gradients)), np.float32)
         for start in range(0, len(gradients), _PANEL):  # float64: most of a norm may lie in the span
             part = gradients[start : start + _PANEL].astype(np.float64)
@@ -165,17 +169,19 @@ class LowRankCurvature(SummedCurvature, kinds=("top",)):
                 out[start : start + _PANEL] = squares @ (1 / (self.eigenvalues + value)) + rest
         return result
 
+    @override
     def self_working_bytes(self, values: int) -> int:
-        """See :meth:`Curvature.self_working_bytes`."""
         return top_self_bytes(self.d, len(self.eigenvalues), values)
 
+    @override
     def outside_share(self, gradients: npt.NDArray[Any]) -> Matrix:
-        """See :meth:`Curvature.outside_share`: outside what is known of the spectrum."""
+        """Outside what is known of the spectrum."""
         whole = np.asarray(gradients, np.float64)
         return share_outside(np.square(self._rotate(whole)).sum(1), whole)
 
+    @override
     def facts(self) -> dict[str, Any]:
-        """See :meth:`Curvature.facts`; with what is known of the rest of the spectrum."""
+        """Add what is known of the rest of the spectrum."""
         least = self.least_dimension(self.damping_value()) if self.trace > 0 else 0.0
         named = ("rank", "left_out", "rest", "passes", "residual", "converged", "way")
         found = super().facts() | {name: self._attrs[name] for name in named}

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from typing_extensions import override
 
 from ooc_influence.curvature.curvature import Curvature, Matrix, dimension, share_outside
 from ooc_influence.curvature.damping import DampingMode, damping_value, resolved
@@ -158,8 +159,8 @@ class SpectralCurvature(SummedCurvature, kinds=("whole", "module")):
         lambdas = self.lambdas(value)
         return sum(dimension(self.eigenvalues[a:b], own) for (a, b), own in zip(self.blocks, lambdas, strict=True))
 
+    @override
     def lambdas(self, value: float) -> tuple[float, ...]:
-        """See :meth:`Curvature.lambdas`."""
         return value.blocks if isinstance(value, BlockDamping) else (float(value),) * len(self.blocks)
 
     def _damped(self, values: Sequence[float], number: int) -> Matrix:
@@ -168,8 +169,9 @@ class SpectralCurvature(SummedCurvature, kinds=("whole", "module")):
         own = np.array([self.lambdas(value)[number] for value in values])
         return np.asarray(self.eigenvalues[first:last] + own[:, None])
 
+    @override
     def precondition(self, gradients: npt.NDArray[Any], values: Sequence[float]) -> Matrix:
-        """See :meth:`Curvature.precondition`: one rotation for all λ."""
+        """One rotation for all λ."""
         result = np.empty((len(values), *gradients.shape))
         for number, (first, last) in enumerate(self.blocks):
             vectors = self._block_vectors(number)
@@ -180,12 +182,13 @@ class SpectralCurvature(SummedCurvature, kinds=("whole", "module")):
                 np.matmul(damped, vectors.T, out=result[at][:, first:last])
         return result
 
+    @override
     def working_bytes(self, queries: int, values: int) -> int:
-        """See :meth:`Curvature.working_bytes`."""
         return working_bytes(self.d, queries, values, squares=self._squares)
 
+    @override
     def self_influence(self, gradients: npt.NDArray[np.float32], values: Sequence[float]) -> npt.NDArray[np.float32]:
-        """See :meth:`Curvature.self_influence`: one GEMM for all λ."""
+        """One GEMM for all λ."""
         result = np.zeros((len(values), len(gradients)), np.float32)
         step = self_rows(self.d)
         for number, (first, last) in enumerate(self.blocks):
@@ -202,12 +205,12 @@ class SpectralCurvature(SummedCurvature, kinds=("whole", "module")):
     def _squares(self) -> int:
         return sum((last - first) ** 2 for first, last in self.blocks)
 
+    @override
     def self_working_bytes(self, values: int) -> int:
-        """See :meth:`Curvature.self_working_bytes`."""
         return self_bytes(self.d, values, squares=self._squares)
 
+    @override
     def outside_share(self, gradients: npt.NDArray[Any]) -> Matrix:
-        """See :meth:`Curvature.outside_share`."""
         whole = np.asarray(gradients, np.float64)
         inside = np.zeros(len(whole))
         for number, (first, last) in enumerate(self.blocks):
@@ -272,19 +275,19 @@ class DiagonalCurvature(SummedCurvature, kinds=("diagonal",)):
         """Return F, (d, d)."""
         return np.diag(self.eigenvalues)
 
+    @override
     def precondition(self, gradients: npt.NDArray[Any], values: Sequence[float]) -> Matrix:
-        """See :meth:`Curvature.precondition`."""
         result = np.empty((len(values), *gradients.shape))
         for out, value in zip(result, values, strict=True):
             np.divide(gradients, self.eigenvalues + value, out=out)
         return result
 
+    @override
     def working_bytes(self, queries: int, values: int) -> int:
-        """See :meth:`Curvature.working_bytes`."""
         return 8 * self.d * (queries * values + 2)
 
+    @override
     def self_influence(self, gradients: npt.NDArray[np.float32], values: Sequence[float]) -> npt.NDArray[np.float32]:
-        """See :meth:`Curvature.self_influence`."""
         weights = (1 / (self.eigenvalues[:, None] + np.asarray(values))).astype(np.float32)
         result = np.empty((len(values), len(gradients)), np.float32)
         step = _rows(self.d)
@@ -295,12 +298,12 @@ class DiagonalCurvature(SummedCurvature, kinds=("diagonal",)):
             result[:, start : start + step] = (squares[: len(part)] @ weights).T
         return result
 
+    @override
     def self_working_bytes(self, values: int) -> int:
-        """See :meth:`Curvature.self_working_bytes`."""
         return 4 * self.d * (_rows(self.d) + 3 * values)
 
+    @override
     def outside_share(self, gradients: npt.NDArray[Any]) -> Matrix:
-        """See :meth:`Curvature.outside_share`."""
         whole = np.asarray(gradients, np.float64)
         span = resolved(self.eigenvalues)
         return share_outside(np.square(whole[:, span]).sum(1), whole)

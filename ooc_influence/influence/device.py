@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ooc_influence.curvature import Curvature
 from ooc_influence.influence.engine import Codes, Engine, Floats, Found, Rows
@@ -34,40 +35,41 @@ class DeviceEngine(Engine):
         self._mode.__enter__()
         return self
 
+    @override
     def __exit__(self, *error: object) -> None:
-        """See :class:`Engine`."""
         self._mode.__exit__(None, None, None)
 
+    @override
     def blocks(self, store: GradientStore, start: int, stop: int, block_rows: int) -> Iterator[Rows]:
-        """See :class:`Engine`."""
         if start >= stop:
             return
         sender = DeviceRows(store, self._device, min(block_rows, stop - start))
         for block, rows in sender.read(read_raw_blocks(store, start, stop, block_rows)):
             yield Rows(block.start, block.stop, rows, block.dropped)
 
+    @override
     def array(self, values: npt.NDArray[Any]) -> Tensor:
-        """See :class:`Engine`."""
         return send_array(values, self._device)
 
+    @override
     def empty(self, *shape: int) -> Tensor:
-        """See :class:`Engine`."""
         return torch.empty(shape, device=self._device)
 
+    @override
     def multiply(self, left: Tensor, rows: Tensor, out: Tensor) -> None:
-        """See :class:`Engine`."""
         torch.matmul(left, rows.T, out=out)
 
+    @override
     def sums(self, rows: Tensor, codes: Codes, weights: Floats) -> tuple[Codes, Tensor]:
-        """See :class:`Engine`."""
         held = np.flatnonzero(weights)
         groups, places = np.unique(codes[held], return_inverse=True)
         chosen = rows[self.array(held)] * self.array(weights[held])[:, None]
         total = torch.zeros((len(groups), rows.shape[1]), device=self._device)
         return groups, total.index_add_(0, self.array(places), chosen)
 
+    @override
     def quadratic(self, curvature: Curvature | None, values: Sequence[float], rows: Tensor) -> Floats:
-        """See :class:`Engine`; of (F + λI)⁻¹ = C Cᵀ, factorised once on the host, it is ‖Cᵀg‖²."""
+        """Of (F + λI)⁻¹ = C Cᵀ, factorised once on the host, it is ‖Cᵀg‖²."""
         if curvature is None:
             return self.host((rows * rows).sum(1))[None]
         key = (str(curvature.path), tuple(values))
@@ -80,8 +82,8 @@ class DeviceEngine(Engine):
         inverse += inverse.T.copy()
         return self.array(np.linalg.cholesky(inverse / 2).astype(np.float32))
 
+    @override
     def above(self, tile: Tensor, limits: Floats, most: int, sign: int) -> Found | None:
-        """See :class:`Engine`."""
         limit = self.array(limits)[:, None]
         exceeding = tile > limit if sign > 0 else tile < -limit
         if int(exceeding.count_nonzero()) > most:
@@ -91,7 +93,7 @@ class DeviceEngine(Engine):
         values = self.host(tile[numbers, columns])
         return Found(numbers.cpu().numpy(), columns.cpu().numpy(), values if sign > 0 else -values)
 
+    @override
     def host(self, tile: Tensor) -> Floats:
-        """See :class:`Engine`."""
         found: Floats = tile.cpu().numpy()
         return found

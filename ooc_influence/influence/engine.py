@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from typing_extensions import override
 
 from ooc_influence.curvature import Curvature
 from ooc_influence.errors import InputError
@@ -161,8 +162,8 @@ class HostEngine(Engine):
         self._threads = task_threads()
         self._pool = ThreadPoolExecutor(self._threads, "ooc_influence-engine")
 
+    @override
     def __exit__(self, *error: object) -> None:
-        """See :class:`Engine`."""
         self._pool.shutdown()
 
     def _each(self, work: Callable[[slice], _Result], count: int, step: int) -> list[_Result]:
@@ -176,21 +177,21 @@ class HostEngine(Engine):
         """Return a thread's share of so many things."""
         return max(1, -(-count // self._threads))
 
+    @override
     def blocks(self, store: GradientStore, start: int, stop: int, block_rows: int) -> Iterator[Rows]:
-        """See :class:`Engine`."""
         for block in read_blocks(store, start, stop, block_rows, threads=self._threads):
             yield Rows(block.start, block.stop, block.gradients, block.dropped)
 
+    @override
     def array(self, values: npt.NDArray[Any]) -> Any:
-        """See :class:`Engine`."""
         return values
 
+    @override
     def empty(self, *shape: int) -> Any:
-        """See :class:`Engine`."""
         return np.empty(shape, np.float32)
 
+    @override
     def multiply(self, left: Any, rows: Any, out: Any) -> None:
-        """See :class:`Engine`."""
 
         def work(part: slice) -> None:
             if len(left) <= _FEW:
@@ -201,12 +202,12 @@ class HostEngine(Engine):
         # by the machine's cores, whatever the threads: they must not change roundings
         self._each(work, len(rows), max(_PIECE, _ROWS_AT_ONCE // cores()))
 
+    @override
     def sums(self, rows: Any, codes: Codes, weights: Floats) -> tuple[Codes, Any]:
-        """See :class:`Engine`."""
         return weighted_sums(rows, codes, weights)
 
+    @override
     def quadratic(self, curvature: Curvature | None, values: Sequence[float], rows: Any) -> Floats:
-        """See :class:`Engine`."""
 
         def work(part: slice) -> Floats:
             if curvature is None:
@@ -217,8 +218,8 @@ class HostEngine(Engine):
         step = max(64, _ROTATED_BYTES // (4 * rows.shape[1] * self._threads))
         return np.concatenate(self._each(work, len(rows), min(step, self._share(len(rows)))), axis=1)
 
+    @override
     def above(self, tile: Any, limits: Floats, most: int, sign: int) -> Found | None:
-        """See :class:`Engine`."""
 
         def work(part: slice) -> Found | None:
             own, limit = tile[part], limits[part, None]
@@ -234,6 +235,6 @@ class HostEngine(Engine):
             return None
         return Found(*(np.concatenate(values) for values in zip(*(part for part in parts if part), strict=True)))
 
+    @override
     def host(self, tile: Any) -> Floats:
-        """See :class:`Engine`."""
         return np.asarray(tile)

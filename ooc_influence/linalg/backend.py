@@ -21,6 +21,7 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
+from typing_extensions import override
 
 from ooc_influence.errors import InputError, MemoryBudgetError, MissingExtraError
 from ooc_influence.memory import format_bytes
@@ -181,8 +182,8 @@ class NumpyEngine(_Tiled):
     name = "NumPy matmul"
     own_threads = False
 
+    @override
     def add_product(self, total: Floats, left: Floats, right: Floats, sign: float = 1.0) -> None:
-        """See :class:`Engine`."""
         for row in range(0, len(total), _TILE):
             for column in range(0, total.shape[1], _WIDTH):
                 product = left[:, row : row + _TILE].T @ right[:, column : column + _WIDTH]
@@ -206,8 +207,8 @@ class TorchEngine(_Tiled):
         self._precision = precision
         self.name = "PyTorch addmm" + (" in bfloat16" if precision == "medium" else "")
 
+    @override
     def add_product(self, total: Floats, left: Floats, right: Floats, sign: float = 1.0) -> None:
-        """See :class:`Engine`."""
         torch: Any = sys.modules["torch"]
         out = torch.from_numpy(total)
         with MATMUL_PRECISION.held(self._precision):

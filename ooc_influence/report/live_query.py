@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from typing_extensions import override
 
 from ooc_influence.errors import InputError, MismatchError, OocInfluenceError
 from ooc_influence.progress import optional_library, watched
@@ -226,8 +227,8 @@ class RecipeModel(Model):
         self._recipe, self.name, self.fields = recipe, f"the recipe {name}", ("text",)
         self.module = recipe.model
 
+    @override
     def extract(self, values: Mapping[str, str], train: GradientStore, out: Path) -> GradientStore:
-        """See :meth:`Model.extract`."""
         from ooc_influence.extract import extract_gradients
 
         recipe = self._recipe
@@ -263,8 +264,8 @@ class HuggingFaceModel(Model):
         self.module = self._loaded.model
         self.fields = FORMS[form] + (("label",) if self._loaded.task == "classification" else ())
 
+    @override
     def extract(self, values: Mapping[str, str], train: GradientStore, out: Path) -> GradientStore:
-        """See :meth:`Model.extract`."""
         from ooc_influence.hf import extract
 
         record: dict[str, Any] = {name: values[name] for name in self.fields}

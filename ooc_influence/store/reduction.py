@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
+from typing_extensions import override
 
 from ooc_influence.errors import (
     OocInfluenceError,
@@ -101,13 +102,13 @@ class StoredReduction(Reduction):
         return digest.hexdigest()
 
     @property
+    @override
     def facts(self) -> dict[str, Any]:
-        """See :class:`Reduction`."""
         fixed = {"name": "eigenbasis", "rows": self.rows, "columns": self.columns, "digest": self.digest}
         return {**self._facts, **fixed}
 
+    @override
     def blocks(self, step: int) -> Iterator[tuple[int, FloatRows]]:
-        """See :class:`Reduction`."""
         for first in range(0, self.rows, step):
             yield first, self.vectors[first : first + step]
 
@@ -163,8 +164,9 @@ class GeneratedReduction(Reduction):
     def __init__(self, rows: int, columns: int, seed: int) -> None:
         self.rows, self.columns, self.seed = rows, columns, seed
 
+    @override
     def save(self, group: Any) -> None:
-        """See :class:`Reduction`; there is nothing to write."""
+        """There is nothing to write."""
 
     @property
     def settings(self) -> dict[str, int]:
@@ -172,8 +174,8 @@ class GeneratedReduction(Reduction):
         return {"rows": self.rows, "columns": self.columns, "seed": self.seed}
 
     @property
+    @override
     def facts(self) -> dict[str, Any]:
-        """See :class:`Reduction`."""
         return {"name": self.name, **self.settings, "digest": self.digest}
 
     @property
@@ -181,8 +183,9 @@ class GeneratedReduction(Reduction):
         """SHA-256 of kind and settings."""
         return hashlib.sha256(repr((self.name, *self.settings.values())).encode()).hexdigest()
 
+    @override
     def blocks(self, step: int) -> Iterator[tuple[int, FloatRows]]:
-        """See :class:`Reduction`; ``step`` is rounded to whole blocks of the generator."""
+        """``step`` is rounded to whole blocks of the generator."""
         for first in range(0, self.rows, _BLOCK_ROWS):
             yield first, self.block(first)
 
@@ -200,8 +203,8 @@ class GaussianReduction(GeneratedReduction):
 
     name = "gaussian"
 
+    @override
     def block(self, first: int) -> FloatRows:
-        """See :class:`GeneratedReduction`."""
         generator = np.random.Generator(np.random.Philox(key=[self.seed, first]))
         drawn = generator.standard_normal((self.block_rows(first), self.columns), np.float32)
         drawn *= np.float32(self.columns**-0.5)
@@ -213,8 +216,8 @@ class RademacherReduction(GeneratedReduction):
 
     name = "rademacher"
 
+    @override
     def block(self, first: int) -> FloatRows:
-        """See :class:`GeneratedReduction`."""
         count = self.block_rows(first) * self.columns
         words = np.random.Philox(key=[self.seed, first]).random_raw(-(-count // 64))
         bits = np.unpackbits(words.astype("<u8").view(np.uint8), count=count, bitorder="little")
@@ -236,8 +239,8 @@ class SjltReduction(GeneratedReduction):
         self.nonzeros = nonzeros
 
     @property
+    @override
     def settings(self) -> dict[str, int]:
-        """See :class:`GeneratedReduction`."""
         return {**super().settings, "nonzeros": self.nonzeros}
 
     def entries(self, first: int) -> tuple[npt.NDArray[np.int64], FloatRows]:
@@ -249,8 +252,8 @@ class SjltReduction(GeneratedReduction):
         signs = ((words & np.uint64(1)).astype(np.float32) * 2 - 1) * np.float32(self.nonzeros**-0.5)
         return places.astype(np.int64), signs
 
+    @override
     def block(self, first: int) -> FloatRows:
-        """See :class:`GeneratedReduction`."""
         places, signs = self.entries(first)
         found = np.zeros((len(places), self.columns), np.float32)
         np.put_along_axis(found, places, signs, axis=1)
@@ -278,8 +281,8 @@ class LograReduction(GeneratedReduction):
             found.append(drawn * np.float32(max(1, rank) ** -0.5))
         return found[0], found[1]
 
+    @override
     def block(self, first: int) -> FloatRows:
-        """See :class:`GeneratedReduction`."""
         return np.eye(self.block_rows(first), self.columns, first, dtype=np.float32)
 
 

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+from typing_extensions import override
 
 from ooc_influence.extract.entries.base import Entries, Moments, Place, split_bias, wide
 from ooc_influence.store import LayerShape, ModuleMask
@@ -46,8 +47,8 @@ class ConvEntries(Entries):
                 self._offsets.append((offset, at, rows, inputs))
 
     @classmethod
+    @override
     def describe(cls, name: str, module: nn.Module) -> LayerShape | None:
-        """See :class:`Entries`."""
         kind = next((kind for kind in _CONVOLUTIONS if isinstance(module, kind)), None)
         if kind is None or type(module).forward is not kind.forward:
             return None
@@ -58,18 +59,19 @@ class ConvEntries(Entries):
         return LayerShape(name, cls.kind, (len(weight), weight[0].numel() + int(bias)), bias)
 
     @classmethod
+    @override
     def channels_first(cls, module: nn.Module) -> bool:
-        """See :class:`Entries`."""
         return True
 
     @classmethod
+    @override
     def batched(cls, module: nn.Module, x: Any, delta: Any, b: int) -> bool:
-        """See :class:`Entries`."""
         return bool(x.dim() == len(module.kernel_size) + 2)  # type: ignore[arg-type]
 
     @classmethod
+    @override
     def moments(cls, layer: LayerShape, module: nn.Module, x: Any, delta: Any) -> Moments:
-        """See :class:`Entries`; all places of the kernel see the same inputs, but for the border."""
+        """All places of the kernel see the same inputs, but for the border."""
         tokens = delta.numel() // delta.shape[1]
         rows = delta.transpose(0, 1).flatten(1).to(wide(delta.dtype)).square().sum(1, dtype=torch.float64)
         inputs = x.transpose(0, 1).flatten(1).to(wide(x.dtype)).square().mean(1, dtype=torch.float64) * tokens
@@ -81,10 +83,10 @@ class ConvEntries(Entries):
         return Moments(rows, cols, tokens)
 
     @classmethod
+    @override
     def locate(
         cls, layer: LayerShape, module: nn.Module, rows: npt.NDArray[np.int32], cols: npt.NDArray[np.int32]
     ) -> list[Place]:
-        """See :class:`Entries`."""
         at, places = split_bias(layer, rows, cols)
         width = layer.shape[1] - layer.bias
         return [Place("weight", at, rows[at].astype(np.int64) * width + cols[at]), *places]

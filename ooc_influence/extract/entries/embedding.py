@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from typing_extensions import override
 
 from ooc_influence.errors import UnsupportedModelError
 from ooc_influence.extract.entries.base import Entries, Moments, Place, wide
@@ -38,8 +39,8 @@ class EmbeddingEntries(Entries):
             self._count[padding] = 0
 
     @classmethod
+    @override
     def describe(cls, name: str, module: nn.Module) -> LayerShape | None:
-        """See :class:`Entries`."""
         if not isinstance(module, nn.Embedding) or module.scale_grad_by_freq or module.max_norm is not None:
             return None
         if _scale(module) is None:
@@ -47,17 +48,18 @@ class EmbeddingEntries(Entries):
         return LayerShape(name, cls.kind, (module.num_embeddings, module.embedding_dim), False)
 
     @classmethod
+    @override
     def moments(cls, layer: LayerShape, module: nn.Module, x: Any, delta: Any) -> Moments:
-        """See :class:`Entries`: rows are how often an id occurs, columns Σ δ_d²."""
+        """Rows are how often an id occurs, columns Σ δ_d²."""
         rows = torch.bincount(x.reshape(-1).long(), minlength=layer.shape[0]).double()
         d = delta.reshape(-1, delta.shape[-1])
         return Moments(rows, d.to(wide(d.dtype)).square().sum(0, dtype=torch.float64), x.numel())
 
     @classmethod
+    @override
     def locate(
         cls, layer: LayerShape, module: nn.Module, rows: npt.NDArray[np.int32], cols: npt.NDArray[np.int32]
     ) -> list[Place]:
-        """See :class:`Entries`."""
         return [Place("weight", np.arange(len(rows)), rows.astype(np.int64) * layer.shape[1] + cols)]
 
     def gather(self, x: Any, delta: Any) -> Tensor:
@@ -115,8 +117,9 @@ class EmbeddingBagEntries(EmbeddingEntries):
     whole_call = True
 
     @classmethod
+    @override
     def describe(cls, name: str, module: nn.Module) -> LayerShape | None:
-        """See :class:`Entries`; the maximum is left to the fallback."""
+        """Leave the maximum to the fallback."""
         if not isinstance(module, nn.EmbeddingBag) or type(module).forward is not nn.EmbeddingBag.forward:
             return None
         if module.scale_grad_by_freq or module.max_norm is not None or module.mode == "max":
@@ -124,18 +127,20 @@ class EmbeddingBagEntries(EmbeddingEntries):
         return LayerShape(name, cls.kind, (module.num_embeddings, module.embedding_dim), False)
 
     @classmethod
+    @override
     def batched(cls, module: nn.Module, x: Any, delta: Any, b: int) -> bool:
-        """See :class:`Entries`: every sample has as many bags, one as a rule."""
+        """Every sample has as many bags, one as a rule."""
         return len(x.outputs[0]) > 0 and len(x.outputs[0]) % b == 0
 
     @classmethod
+    @override
     def strays(cls, module: nn.Module, x: Any, delta: Any, b: int, sample: int) -> bool:
-        """See :class:`Entries`."""
         return super().strays(module, x, delta[0], b, sample)
 
     @classmethod
+    @override
     def moments(cls, layer: LayerShape, module: nn.Module, x: Any, delta: Any) -> Moments:
-        """See :class:`Entries`: rows are how often an id occurs, columns Σ (w δ_d)²."""
+        """Rows are how often an id occurs, columns Σ (w δ_d)²."""
         ids, d, _ = _tokens(module, x, delta[0])
         return super().moments(layer, module, ids, d)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from ooc_influence.extract.entries.base import Moments, wide
 from ooc_influence.extract.entries.calls import Call, Layout, Patch, find_layout, pull_back
@@ -36,8 +37,8 @@ class ExpertEntries(FuncEntries):
     kind = "experts"
 
     @classmethod
+    @override
     def describe(cls, name: str, module: nn.Module) -> LayerShape | None:
-        """See :class:`Entries`."""
         if not (_experts(module) or _router(module)):
             return None
         parameters = cls.parameters(module).values()
@@ -48,14 +49,16 @@ class ExpertEntries(FuncEntries):
         return LayerShape(name, cls.kind, (numel // run, run), False) if numel // run < 2**31 else None
 
     @classmethod
+    @override
     def layout(cls, module: nn.Module, call: Call, accept: Callable[[Layout], bool] | None = None) -> Layout | None:
-        """See :class:`FuncEntries`; tokens may be there once for every expert (Llama 4)."""
+        """Tokens may be there once for every expert (Llama 4)."""
         first = next(iter(cls.parameters(module).values()))
         return find_layout(module, call, len(first) if first.dim() == 3 else 1, accept)
 
     @classmethod
+    @override
     def moments(cls, layer: LayerShape, module: nn.Module, x: Any, delta: Any) -> Moments:
-        """See :class:`Entries`: of every weight the product of its δ's and its x's squares, averaged over each run."""
+        """Of every weight the product of its δ's and its x's squares, averaged over each run."""
         parameters, layout = cls.parameters(module), cls.known_layout(module, x)
         sums = _Squares(x.outputs[0].device)
         rows = torch.zeros(layer.shape[0], dtype=torch.float64, device=x.outputs[0].device)

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from ooc_influence.errors import UnsupportedModelError
 from ooc_influence.extract.entries.base import Entries, Moments, Place, computes_weights, wide
@@ -74,13 +75,13 @@ class FuncEntries(Entries):
         }
 
     @classmethod
+    @override
     def parameters(cls, module: nn.Module) -> dict[str, nn.Parameter]:
-        """See :class:`Entries`."""
         return own_parameters(module)
 
     @classmethod
+    @override
     def describe(cls, name: str, module: nn.Module) -> LayerShape | None:
-        """See :class:`Entries`."""
         numel = sum(p.numel() for p in cls.parameters(module).values())
         rows = rows_of(numel)
         return LayerShape(name, cls.kind, (rows, numel // rows), False) if rows else None
@@ -91,13 +92,15 @@ class FuncEntries(Entries):
         return find_layout(module, call, accept=accept)
 
     @classmethod
+    @override
     def batched(cls, module: nn.Module, x: Any, delta: Any, b: int) -> bool:
-        """See :class:`Entries`: the first and the last sample, run alone, give their part of the output."""
+        """Whether the first and the last sample, run alone, give their part of the output."""
         return cls.layout(module, x) is not None
 
     @classmethod
+    @override
     def strays(cls, module: nn.Module, x: Any, delta: Any, b: int, sample: int) -> bool:
-        """See :class:`Entries`; where several layouts hold, the one is taken in which δ is the sample's alone."""
+        """Where several layouts hold, the one is taken in which δ is the sample's alone."""
 
         def alone(layout: Layout) -> bool:
             for part, place in zip(delta, layout.outputs, strict=True):
@@ -121,8 +124,9 @@ class FuncEntries(Entries):
         return layout
 
     @classmethod
+    @override
     def moments(cls, layer: LayerShape, module: nn.Module, x: Any, delta: Any) -> Moments:
-        """See :class:`Entries`; exact in each column, since the whole gradient is there."""
+        """Exact in each column, since the whole gradient is there."""
         parameters, layout = cls.parameters(module), cls.known_layout(module, x)
         device = x.outputs[0].device
         sums = {name: torch.zeros(p.numel(), dtype=torch.float64, device=device) for name, p in parameters.items()}
@@ -134,10 +138,10 @@ class FuncEntries(Entries):
         return Moments(rows * x.samples, squares.mean(0), x.samples)
 
     @classmethod
+    @override
     def locate(
         cls, layer: LayerShape, module: nn.Module, rows: npt.NDArray[np.int32], cols: npt.NDArray[np.int32]
     ) -> list[Place]:
-        """See :class:`Entries`."""
         places, first = [], 0
         flat = rows.astype(np.int64) * layer.shape[1] + cols
         for name, parameter in cls.parameters(module).items():
@@ -148,10 +152,10 @@ class FuncEntries(Entries):
         return places
 
     @classmethod
+    @override
     def entries_at(
         cls, layer: LayerShape, module: nn.Module, parameter: str, positions: npt.NDArray[np.int64]
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """See :class:`Entries`."""
         first = 0
         for name, own in cls.parameters(module).items():
             if name == parameter:
@@ -227,8 +231,8 @@ class AdapterEntries(FuncEntries):
     kind = "adapter"
 
     @classmethod
+    @override
     def parameters(cls, module: nn.Module) -> dict[str, nn.Parameter]:
-        """See :class:`Entries`."""
         active: Any = getattr(module, "active_adapters", ())
         names: Any = getattr(module, "adapter_layer_names", ())
         wrapped = hasattr(module, "base_layer") and isinstance(names, (tuple, list))
@@ -243,8 +247,8 @@ class AdapterEntries(FuncEntries):
         return {name: p for name, p in found.items() if p.is_floating_point()}
 
     @classmethod
+    @override
     def describe(cls, name: str, module: nn.Module) -> LayerShape | None:
-        """See :class:`Entries`."""
         return super().describe(name, module) if hasattr(module, "adapter_layer_names") else None
 
 

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the community's name
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from typing_extensions import override
 
 from ooc_influence.extract.entries import base
 from ooc_influence.extract.entries.base import Entries, Moments, Place, is_coded, split_bias, wide
@@ -53,16 +54,16 @@ class LinearEntries(Entries):
         self._grid = _grid(self._rows, self._cols)
 
     @classmethod
+    @override
     def describe(cls, name: str, module: nn.Module) -> LayerShape | None:
-        """See :class:`Entries`."""
         if not (_plain(module) or _quantised(module)):
             return None
         bias = getattr(module, "bias", None) is not None
         return LayerShape(name, cls.kind, (int(module.out_features), int(module.in_features) + int(bias)), bias)  # type: ignore[arg-type]
 
     @classmethod
+    @override
     def moments(cls, layer: LayerShape, module: nn.Module, x: Any, delta: Any) -> Moments:
-        """See :class:`Entries`."""
         tokens = delta.numel() // delta.shape[-1]
         cols = x.reshape(-1, x.shape[-1]).to(wide(x.dtype)).square().sum(0, dtype=torch.float64)
         if layer.bias:
@@ -71,10 +72,10 @@ class LinearEntries(Entries):
         return Moments(rows, cols, tokens)
 
     @classmethod
+    @override
     def locate(
         cls, layer: LayerShape, module: nn.Module, rows: npt.NDArray[np.int32], cols: npt.NDArray[np.int32]
     ) -> list[Place]:
-        """See :class:`Entries`."""
         at, places = split_bias(layer, rows, cols)
         width = layer.shape[1] - layer.bias
         return [Place("weight", at, rows[at].astype(np.int64) * width + cols[at]), *places]
@@ -161,8 +162,8 @@ class TransposedLinearEntries(LinearEntries):
     kind = "transposed_linear"
 
     @classmethod
+    @override
     def describe(cls, name: str, module: nn.Module) -> LayerShape | None:
-        """See :class:`Entries`."""
         if type(module).__name__ != "Conv1D" or not hasattr(module, "nf") or getattr(module, "weight", None) is None:
             return None
         inputs, outputs = module.weight.shape  # type: ignore[misc]
@@ -170,18 +171,18 @@ class TransposedLinearEntries(LinearEntries):
         return LayerShape(name, cls.kind, (int(outputs), int(inputs) + int(bias)), bias)
 
     @classmethod
+    @override
     def locate(
         cls, layer: LayerShape, module: nn.Module, rows: npt.NDArray[np.int32], cols: npt.NDArray[np.int32]
     ) -> list[Place]:
-        """See :class:`Entries`."""
         at, places = split_bias(layer, rows, cols)
         return [Place("weight", at, cols[at].astype(np.int64) * layer.shape[0] + rows[at]), *places]
 
     @classmethod
+    @override
     def entries_at(
         cls, layer: LayerShape, module: nn.Module, parameter: str, positions: npt.NDArray[np.int64]
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """See :class:`Entries`."""
         if parameter == "bias":
             return super().entries_at(layer, module, parameter, positions)
         return positions % layer.shape[0], positions // layer.shape[0]

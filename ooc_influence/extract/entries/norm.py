@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+from typing_extensions import override
 
 from ooc_influence.extract.entries.base import Entries, Moments, Place, split_bias, wide
 from ooc_influence.store import LayerShape, ModuleMask
@@ -30,34 +31,35 @@ class BiasEntries(Entries):
         self._channels = self.channels_first(module)
 
     @classmethod
+    @override
     def describe(cls, name: str, module: nn.Module) -> LayerShape | None:
-        """See :class:`Entries`."""
         bias = module._parameters.get("bias")
         return None if bias is None else LayerShape(name, cls.kind, (bias.numel(), 1), True)
 
     @classmethod
+    @override
     def parameters(cls, module: nn.Module) -> dict[str, nn.Parameter]:
-        """See :class:`Entries`."""
         return {name: p for name, p in super().parameters(module).items() if name == "bias"}
 
     @classmethod
+    @override
     def channels_first(cls, module: nn.Module) -> bool:
-        """See :class:`Entries`; convolutions, batch and group normalisation."""
+        """Convolutions, batch and group normalisation."""
         return isinstance(module, (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm))
 
     @classmethod
+    @override
     def moments(cls, layer: LayerShape, module: nn.Module, x: Any, delta: Any) -> Moments:
-        """See :class:`Entries`."""
         d = _tokens(delta, layer.shape[0], cls.channels_first(module))
         tokens = d.shape[0] * d.shape[1]
         rows = d.to(wide(d.dtype)).square().sum((0, 1), dtype=torch.float64)
         return Moments(rows, rows.new_full((1,), float(tokens)), tokens)
 
     @classmethod
+    @override
     def locate(
         cls, layer: LayerShape, module: nn.Module, rows: npt.NDArray[np.int32], cols: npt.NDArray[np.int32]
     ) -> list[Place]:
-        """See :class:`Entries`."""
         return [Place("bias", np.arange(len(rows)), rows.astype(np.int64))]
 
     def gather(self, x: Any, delta: Any) -> Tensor:
@@ -100,18 +102,19 @@ class NormEntries(Entries):
         return value.reshape(value.shape[0], -1, layer.shape[0])
 
     @classmethod
+    @override
     def moments(cls, layer: LayerShape, module: nn.Module, x: Any, delta: Any) -> Moments:
-        """See :class:`Entries`; x̂ has unit variance by construction."""
+        """Moments of x̂, which has unit variance by construction."""
         d = cls.features(layer, delta)
         tokens = d.shape[0] * d.shape[1]
         rows = d.to(wide(d.dtype)).square().sum((0, 1), dtype=torch.float64)
         return Moments(rows, rows.new_full((layer.shape[1],), float(tokens)), tokens)
 
     @classmethod
+    @override
     def locate(
         cls, layer: LayerShape, module: nn.Module, rows: npt.NDArray[np.int32], cols: npt.NDArray[np.int32]
     ) -> list[Place]:
-        """See :class:`Entries`."""
         at, places = split_bias(layer, rows, cols)
         return [Place("weight", at, rows[at].astype(np.int64)), *places]
 
@@ -138,14 +141,14 @@ class LayerNormEntries(NormEntries):
     kind = "layer_norm"
 
     @classmethod
+    @override
     def describe(cls, name: str, module: nn.Module) -> LayerShape | None:
-        """See :class:`Entries`."""
         plain = isinstance(module, nn.LayerNorm) and type(module).forward is nn.LayerNorm.forward
         return cls.shape_of(name, module) if plain else None
 
     @classmethod
+    @override
     def normalised(cls, module: Any, x: Tensor, rows: Tensor) -> Tensor:
-        """See :class:`NormEntries`."""
         flat = x.reshape(len(x), -1, module.weight.numel())
         var, mean = torch.var_mean(flat.to(wide(x.dtype)), 2, correction=0, keepdim=True)
         return _scaled(flat, rows, mean, var, module.eps)
@@ -157,13 +160,13 @@ class RMSNormEntries(NormEntries):
     kind = "rms_norm"
 
     @classmethod
+    @override
     def describe(cls, name: str, module: nn.Module) -> LayerShape | None:
-        """See :class:`Entries`."""
         return cls.shape_of(name, module) if _is_rms_norm(module) else None
 
     @classmethod
+    @override
     def normalised(cls, module: Any, x: Tensor, rows: Tensor) -> Tensor:
-        """See :class:`NormEntries`."""
         eps = _eps(module)
         flat = x.reshape(len(x), -1, module.weight.numel())
         norm = torch.linalg.vector_norm(flat, dim=2, keepdim=True, dtype=wide(x.dtype))
@@ -177,24 +180,24 @@ class GroupNormEntries(NormEntries):
     kind = "group_norm"
 
     @classmethod
+    @override
     def describe(cls, name: str, module: nn.Module) -> LayerShape | None:
-        """See :class:`Entries`."""
         plain = isinstance(module, nn.GroupNorm) and type(module).forward is nn.GroupNorm.forward
         return cls.shape_of(name, module) if plain else None
 
     @classmethod
+    @override
     def channels_first(cls, module: nn.Module) -> bool:
-        """See :class:`Entries`."""
         return True
 
     @classmethod
+    @override
     def features(cls, layer: LayerShape, value: Tensor) -> Tensor:
-        """See :class:`NormEntries`."""
         return value.reshape(value.shape[0], value.shape[1], -1).transpose(1, 2)
 
     @classmethod
+    @override
     def normalised(cls, module: Any, x: Tensor, rows: Tensor) -> Tensor:
-        """See :class:`NormEntries`."""
         whole = F.group_norm(x.to(wide(x.dtype)), module.num_groups, eps=module.eps)
         return whole.flatten(2).transpose(1, 2).index_select(2, rows)
 
@@ -205,16 +208,16 @@ class BatchNormEntries(GroupNormEntries):
     kind = "batch_norm"
 
     @classmethod
+    @override
     def describe(cls, name: str, module: nn.Module) -> LayerShape | None:
-        """See :class:`Entries`."""
         if not isinstance(module, nn.modules.batchnorm._BatchNorm) or module.running_mean is None:
             return None
         plain = type(module).forward in (nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward)
         return cls.shape_of(name, module) if plain else None
 
     @classmethod
+    @override
     def normalised(cls, module: Any, x: Tensor, rows: Tensor) -> Tensor:
-        """See :class:`NormEntries`."""
         mean, var = (value[rows].to(wide(x.dtype)) for value in (module.running_mean, module.running_var))
         return _scaled(x.reshape(*x.shape[:2], -1).transpose(1, 2), rows, mean, var, module.eps)
 

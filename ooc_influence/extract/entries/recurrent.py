@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
+from typing_extensions import override
 
 from ooc_influence.extract.entries.calls import Axis, Call, Layout, Part
 from ooc_influence.extract.entries.func import FuncEntries
@@ -68,14 +69,14 @@ class RecurrentEntries(FuncEntries):
     kind = "recurrent"
 
     @classmethod
+    @override
     def describe(cls, name: str, module: nn.Module) -> LayerShape | None:
-        """See :class:`Entries`."""
         plain = isinstance(module, nn.RNNBase) and type(module).forward in _FORWARDS
         return super().describe(name, module) if plain else None
 
     @classmethod
+    @override
     def layout(cls, module: nn.Module, call: Call, accept: Callable[[Layout], bool] | None = None) -> Layout | None:
-        """See :class:`FuncEntries`."""
         b, tensors = call.samples, call.tensors()
         if b == 1:
             return Layout((None,) * len(tensors), (None,) * len(call.outputs))
