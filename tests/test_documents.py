@@ -39,14 +39,14 @@ def test_a_cell_is_text_whatever_it_looks_like(tmp_path, separator):
     lines = [separator.join((str(number), value)) for number, value in enumerate(ODD)]
     path.write_bytes("\r\n".join([separator.join(("n", "text")), *lines]).encode("utf-8-sig"))
     assert read(path) == ODD
-    assert [parse()["text"] for parse in open_records(path)] == ODD
+    assert [record["text"] for record in open_records(path)] == ODD
 
 
 def test_reading_csv_leaves_the_limit_of_others_alone(tmp_path):
     (tmp_path / "d.csv").write_text("text\n" + "a" * 2**18 + "\nb\n")
     limit = csv.field_size_limit()
     records = open_records(tmp_path / "d.csv")
-    assert len(next(records)()["text"]) == 2**18
+    assert len(next(records)["text"]) == 2**18
     assert csv.field_size_limit() == limit < 2**18
     assert read(tmp_path / "d.csv")[1] == "b"
 
@@ -85,7 +85,7 @@ def test_a_path_is_no_pattern(tmp_path, name):
     for other in ("part1.jsonl", "whatx.jsonl", "starry.jsonl"):
         write(tmp_path / other, [{"text": "another"}])
     assert read(tmp_path / name) == ["this"]
-    assert [parse()["text"] for parse in open_records(tmp_path / name)] == ["this"]
+    assert [record["text"] for record in open_records(tmp_path / name)] == ["this"]
 
 
 def test_a_pattern_is_all_files_that_match_sorted_and_listed(tmp_path, caplog, monkeypatch):
@@ -100,7 +100,7 @@ def test_a_pattern_is_all_files_that_match_sorted_and_listed(tmp_path, caplog, m
     assert "3 files match" in caplog.text
     assert caplog.text.index("p01") < caplog.text.index("p02") < caplog.text.index("p10")
     assert read(tmp_path / "p0*")[-1] == "3.0"
-    assert [parse()["text"] for parse in open_records(tmp_path / "*.jsonl")] == expected
+    assert [record["text"] for record in open_records(tmp_path / "*.jsonl")] == expected
     with pytest.raises(InputError, match="which none matches"):
         read(tmp_path / "*.parquet")
     with pytest.raises(InputError, match=r"folder.*give a pattern, such as"):
@@ -129,7 +129,7 @@ def test_packed_files_and_further_endings(tmp_path, name):
     path.write_bytes(data)
     expected = [row["text"] for row in rows]
     assert read(path) == expected
-    assert [parse()["text"] for parse in open_records(path)] == expected
+    assert [record["text"] for record in open_records(path)] == expected
     if path.suffix in (".gz", ".zst"):
         path.write_bytes(data[: len(data) // 2])
         with pytest.raises(InputError, match=rf"{name} as (gzip|zstd); received .*: compress it again"):
@@ -139,7 +139,7 @@ def test_packed_files_and_further_endings(tmp_path, name):
 def test_the_package_that_zst_needs_is_named(tmp_path, monkeypatch):
     (tmp_path / "d.jsonl.zst").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(MissingExtraError, match=r"'pyarrow' for files packed by zstd.*'parquet'"):
+    with pytest.raises(MissingExtraError, match=r"'pyarrow' for files compressed by zstd.*'parquet'"):
         read(tmp_path / "d.jsonl.zst")
 
 
@@ -433,7 +433,7 @@ def test_memory_does_not_grow_with_documents():
 
 
 def test_a_large_file_is_read_by_where_documents_begin(tmp_path, monkeypatch):
-    monkeypatch.setattr("ooc_influence.corpus.stored._SMALL", 0)
+    monkeypatch.setattr("ooc_influence.corpus.corpus_file._SMALL", 0)
     rows = [{"text": f"text {n}\n", "n": n} for n in range(3000)]
     for name in ("d.jsonl", "d.csv", "d.parquet"):
         documents = hf.open_documents(write(tmp_path / name, rows))

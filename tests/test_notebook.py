@@ -12,7 +12,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 import ooc_influence as ooc
 from ooc_influence.errors import InputError, MissingExtraError
-from ooc_influence.evaluate.mislabel import recall_at
+from ooc_influence.evaluate import recall_at
 
 FIXTURES = sorted((Path(__file__).parent / "fixtures").iterdir())
 HOSTILE = "<script>alert(1)</script>"

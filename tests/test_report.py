@@ -18,9 +18,10 @@ from pages import HOSTILE, hostile_pair, make_store
 from test_cli import run, stores  # noqa: F401 - fixtures
 
 import ooc_influence as ooc
+from ooc_influence.corpus import open_records
 from ooc_influence.errors import InputError, MismatchError, MissingExtraError, OocInfluenceWarning, StoreExistsError
 from ooc_influence.memory import PeakMemory
-from ooc_influence.report import Corpus, open_records, read_decisions, write_report
+from ooc_influence.report import Corpus, read_decisions, write_report
 from ooc_influence.report import write as writing
 from ooc_influence.report.folder import to_script
 
@@ -166,7 +167,7 @@ def test_a_file_that_is_not_gzip_or_ends_early(tmp_path, name):
     for data in (b'{"text": "a"}\n', whole[: len(whole) // 2], whole[:10] + b"\xff" * 20):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(InputError, match=rf"{name} as gzip; received .*: compress it again"):
-            [parse() for parse in open_records(tmp_path / name)]
+            list(open_records(tmp_path / name))
 
 
 def test_records_that_do_not_belong_are_refused(tmp_path):
@@ -247,7 +248,7 @@ def test_reading_csv_leaves_the_process_limit_to_others(tmp_path):
         (tmp_path / f"{name}.csv").write_text(f"id,text\n1,{long}\n2,{long}\n")
     first, second = (open_records(tmp_path / f"{name}.csv") for name in "ab")
     for reader in (first, second, first):
-        assert len(next(iter(reader))()["text"]) == len(long) > limit
+        assert len(next(iter(reader))["text"]) == len(long) > limit
         assert csv.field_size_limit() == limit
     with pytest.raises(csv.Error, match="field larger than field limit"):
         list(csv.reader([long]))

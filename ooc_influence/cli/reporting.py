@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from pathlib import Path
 from typing import Any
 
 import click
@@ -169,8 +168,8 @@ def arguments(store: str, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _fields_of(path: str, fields: dict[str, Any]) -> dict[str, Any]:
-    """Return those of the fields that a file's first record has."""
-    from ooc_influence.report import open_records
+    """Return those of the fields that a file's documents have."""
+    from ooc_influence.corpus import open_documents
 
-    first = next(iter(open_records(Path(path))), dict)()
-    return {name: field for name, field in fields.items() if field in first}
+    names = open_documents(path).column_names
+    return {name: field for name, field in fields.items() if field in names}

@@ -1,8 +1,11 @@
-"""Which files hold the documents that somebody names, of what kind, and how their bytes are read."""
+"""Files of documents: which ones somebody names, of what format, and their records by number.
+
+A record is read from the offset where it begins to the one where the next begins. Offsets are kept in a cache, as are
+an uncompressed copy of a compressed file or of a JSON list, and the columns of Parquet that are used.
+"""
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import csv
 import glob
@@ -12,21 +15,28 @@ import json
 import logging
 import os
 import re
+import shutil
 import sys
 import threading
 import zlib
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
+from ooc_influence.corpus.cache import CachedFolder, cached_folder
 from ooc_influence.errors import InputError, counted, refused
 from ooc_influence.progress import optional_library
+from ooc_influence.scratch import ArrayFile, map_array
 from ooc_influence.store import expand_home
 
 logger = logging.getLogger("ooc_influence")
 KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
-PACKED = (".gz", ".zst")
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+FIRST = 1024  # records whose fields are looked at
 _NAMED = 8  # files of a pattern that are named when they are listed
 
 
@@ -39,13 +49,13 @@ class Source(NamedTuple):
         The file.
     kind : str
         One of ``KINDS``, by its name.
-    packed : str
-        One of ``PACKED``, or empty.
+    compression : str
+        One of ``COMPRESSIONS``, or empty.
     """
 
     path: Path
     kind: str
-    packed: str = ""
+    compression: str = ""
 
     def key(self) -> dict[str, Any]:
         """Return what tells this file from another and from what it was before it was changed."""
@@ -65,11 +75,6 @@ def local_path(data: str | os.PathLike[str]) -> Path:
     return path if path.exists() else expand_home(data)
 
 
-def is_pattern(path: Path) -> bool:
-    """Return whether a path is a pattern: nothing has that very name, and it has ``*``, ``?`` or ``[``."""
-    return not path.exists() and glob.has_magic(str(path))
-
-
 def find_sources(path: Path) -> list[Source]:
     """Return the file of this name; of a pattern, such as ``dir/*.jsonl``, all that match, sorted by name.
 
@@ -78,7 +83,7 @@ def find_sources(path: Path) -> list[Source]:
     InputError
         If there is none, or one of another kind.
     """
-    if not is_pattern(path):
+    if path.exists() or not glob.has_magic(str(path)):
         if not path.is_file():
             raise InputError(f"expected a file or folder of documents; received {path}, where there is none")
         return [_source(path)]
@@ -88,190 +93,230 @@ def find_sources(path: Path) -> list[Source]:
         raise InputError(f"expected files of documents; received {path}, which none matches")
     names = ", ".join(str(source.path) for source in files[:_NAMED])
     more = f" and {len(files) - _NAMED} more" if len(files) > _NAMED else ""
-    matched = counted(len(files), "file matches", "files match")
-    logger.info("%s %s: %s%s", matched, path, names, more)
+    logger.info("%s %s: %s%s", counted(len(files), "file matches", "files match"), path, names, more)
     return files
 
 
 def _source(path: Path) -> Source:
     suffixes = [suffix.lower() for suffix in path.suffixes]
-    packed = suffixes.pop() if suffixes and suffixes[-1] in PACKED else ""
+    compression = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSIONS else ""
     kind = suffixes[-1] if suffixes else ""
     if kind not in KINDS:
         raise InputError(f"expected documents as {', '.join(KINDS)} (or .gz or .zst of these) or a datasets folder; "
                          f"received {path}")  # fmt: skip
-    return Source(path, kind, packed)
+    return Source(path, kind, compression)
 
 
 @contextlib.contextmanager
-def opened(source: Source, buffer: int = 2**18) -> Iterator[Any]:
-    """Open a file to read its unpacked bytes, ``buffer`` at a time.
+def _opened(source: Source, buffer: int = 2**18) -> Iterator[Any]:
+    """Open a file to read its uncompressed bytes, ``buffer`` at a time.
 
     Raises
     ------
     InputError
-        If it cannot be read, now or later, or is not packed as its name says.
+        If it cannot be read, now or later, or is not compressed as its name says.
     MissingExtraError
         For ``.zst``, without ``pyarrow``.
     """
     try:
-        if source.packed == ".zst":
-            inner: Any = optional_library("pyarrow", "files packed by zstd").input_stream(
-                str(source.path), compression="zstd"
-            )
+        if source.compression == ".zst":
+            library = optional_library("pyarrow", "files compressed by zstd")
+            raw: Any = library.input_stream(str(source.path), compression="zstd")
         else:
-            inner = gzip.GzipFile(source.path, "rb") if source.packed else io.FileIO(source.path)
+            raw = gzip.GzipFile(source.path, "rb") if source.compression else io.FileIO(source.path)
     except OSError as error:
         raise InputError(refused(f"to read {source.path}", error)) from error
-    with inner, io.BufferedReader(_Checked(inner, source), buffer) as file:
+    with raw, io.BufferedReader(_Checked(raw, source), buffer) as file:
         yield file
 
 
 class _Checked(io.RawIOBase):
     """A file whose errors while it is read are one line of the family."""
 
-    def __init__(self, inner: Any, source: Source) -> None:
-        self._inner, self._source = inner, source
+    def __init__(self, raw: Any, source: Source) -> None:
+        self._raw, self._source = raw, source
 
     def readable(self) -> bool:
         return True
 
     def seekable(self) -> bool:
-        return not self._source.packed
+        return not self._source.compression
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        return int(self._inner.seek(offset, whence))
+        return int(self._raw.seek(offset, whence))
 
     def tell(self) -> int:
-        return int(self._inner.tell())
+        return int(self._raw.tell())
 
     def readinto(self, buffer: Any) -> int:
+        path, suffix = self._source.path, self._source.compression
         try:
-            found = self._inner.read(len(buffer))
+            data = self._raw.read(len(buffer))
         except (gzip.BadGzipFile, EOFError, zlib.error, OSError) as error:
-            raise InputError(self._message(error)) from error
-        buffer[: len(found)] = found
-        return len(found)
-
-    def _message(self, error: Exception) -> str:
-        path, packed = self._source.path, self._source.packed
-        if isinstance(error, OSError) and error.errno is not None:
-            return refused(f"to read {path}", error)
-        name = {".gz": "gzip", ".zst": "zstd"}.get(packed, "a file")
-        return f"expected {path} as {name}; received {error}: compress it again, or leave {packed} out"
+            if isinstance(error, OSError) and error.errno is not None:
+                raise InputError(refused(f"to read {path}", error)) from error
+            raise InputError(f"expected {path} as {COMPRESSIONS.get(suffix, 'a file')}; received {error}: compress it "
+                             f"again, or leave {suffix} out") from error  # fmt: skip
+        buffer[: len(data)] = data
+        return len(data)
 
 
-Parse = Callable[[], dict[str, Any]]
-_limit_lifted = threading.Lock()  # of the csv module
-_BATCH = 512  # Parquet records read at a time
-_READ = 2**20  # characters of a JSON list read at a time
-_BETWEEN = re.compile(r"[\s,]*")
+class RecordFile:
+    """The records of one file, by number.
 
-
-def open_records(path: str | Path, split: str | None = None) -> Iterator[Parse]:
-    """Yield a function for each record that parses it.
-
-    Parameters
+    Attributes
     ----------
-    path : path
-        As for :func:`open_documents`. What is packed is read as it is, from start to end.
-    split : str, optional
-        Which split of a folder that has several.
-
-    Raises
-    ------
-    InputError
-        If there is none, or one of another kind; while reading, for a record that cannot be read.
-    MissingExtraError
-        If the library that reads it is not installed.
+    column_names : list of str
+        Fields; of JSON, those of the first 1024 records.
     """
-    path = local_path(path)
-    if path.is_dir():
-        from ooc_influence.corpus.opening import open_documents
 
-        documents = open_documents(path, split)
-        return (partial(documents.__getitem__, number) for number in range(len(documents)))
-    sources = find_sources(path)
-    return (parse for source in sources for parse in _records(source))
+    column_names: list[str]
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def read(self, numbers: Sequence[int], fields: Sequence[str] | None) -> Iterator[dict[str, Any]]:
+        """Yield these fields (None: all) of some records, those that each has."""
+        raise NotImplementedError
 
 
-def _records(source: Source) -> Iterator[Parse]:
+def open_file(source: Source) -> RecordFile:
+    """Return a file's records; see :func:`ooc_influence.corpus.open_documents` for what it may raise."""
     if source.kind == ".parquet":
-        yield from _parquet(source.path)
-        return
-    with opened(source) as file:
-        if is_json_list(source, file):
-            for record in json_list(source.path, file):
-                yield partial(dict, record)
-            return
-        for _, parse in Lines(source).split(file):
-            yield parse
+        return _ParquetFile(source)
+    return _CsvFile(source) if source.kind in (".csv", ".tsv") else _LineFile(source)
 
 
-class Lines:
-    """Records of a file of lines: what parses each, and where each begins.
+_SMALL = 2**22  # bytes of a file whose offsets are found each time it is opened, in no time, rather than kept
+_OFFSETS_AT_ONCE = 2**16  # written together
 
-    Parameters
-    ----------
-    source : Source
-        Which file, of any kind but Parquet or a JSON list.
-    """
+
+class _LineFile(RecordFile):
+    """A file with a record a line: JSON or text."""
 
     def __init__(self, source: Source) -> None:
-        self._path, self._kind = source.path, source.kind
-        self._separated = source.kind in (".csv", ".tsv")
-        self._dialect: dict[str, Any] = {"delimiter": "\t" if source.kind == ".tsv" else ",", "strict": True}
-        self.header: list[str] = []
+        self._source = source
+        self._plain, self._copy = _uncompressed(source)
+        self._header = self._read_header()
+        self._offsets = self._index()
+        first = self.read(range(min(len(self), FIRST)), None)
+        self.column_names = field_names([dict.fromkeys(self._header), *first])
 
-    def split(self, file: Any) -> Iterator[tuple[int, Parse]]:
-        """Yield for each record the byte it begins at, and what parses it."""
-        if self._separated:
-            yield from self._split_cells(file)
-            return
-        position = 0
-        for number, line in enumerate(file):
-            if self._kind == ".txt":
-                yield position, partial(_line, line)
-            elif line.strip():
-                yield position, partial(parse_json, line, f"line {number + 1} of {self._path}")
-            position += len(line)
+    def _read_header(self) -> list[str]:
+        return []
 
-    def parse(self, data: bytes, where: str) -> dict[str, Any]:
-        """Return the record that some bytes are: from where it begins to where the next one does."""
-        if self._kind == ".txt":
-            return _line(data)
-        if not self._separated:
-            return parse_json(data, where)
-        with self._checked(where):
-            return self._named(next(csv.reader([data.decode()], **self._dialect)))
+    def _index(self) -> npt.NDArray[np.int64]:
+        """Return the offset of each record, (n + 1,): the last is where the file ends."""
+        if self._plain.path.stat().st_size <= _SMALL:
+            return np.concatenate(list(self._offset_arrays()))
 
-    def _split_cells(self, file: Any) -> Iterator[tuple[int, Parse]]:
-        position = 0
+        def make(folder: Path) -> None:
+            with ArrayFile(np.int64, folder / "begins.i8") as array:
+                for offsets in self._offset_arrays():
+                    array.append(offsets)
+
+        self._cached_offsets = cached_folder("lines", self._source.key(), make)
+        return map_array(self._cached_offsets.path / "begins.i8", np.int64)
+
+    def _offset_arrays(self) -> Iterator[npt.NDArray[np.int64]]:
+        with _opened(self._plain) as file:
+            offsets = self._find_offsets(file)
+            while some := list(islice(offsets, _OFFSETS_AT_ONCE)):
+                yield np.array(some, np.int64)
+            yield np.array([file.tell()], np.int64)
+
+    def _find_offsets(self, file: Any) -> Iterator[int]:
+        offset = 0
+        for line in file:
+            if self._plain.kind == ".txt" or line.strip():
+                yield offset
+            offset += len(line)
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def read(self, numbers: Sequence[int], fields: Sequence[str] | None) -> Iterator[dict[str, Any]]:
+        with _opened(self._plain, io.DEFAULT_BUFFER_SIZE) as file:  # for a few records, here and there
+            for number in numbers:
+                start, stop = self._offsets[number : number + 2].tolist()
+                if file.tell() != start:
+                    file.seek(start)
+                data = file.read(stop - start)
+                if len(data) < stop - start:
+                    raise InputError(f"expected {self._source.path} as it was; received a shorter file: it has changed")
+                yield select(self._parse(data, start), fields)
+
+    def _parse(self, data: bytes, offset: int) -> dict[str, Any]:
+        try:
+            if self._plain.kind == ".txt":
+                return {"text": data.decode("utf-8-sig").rstrip("\r\n")}
+            record = json.loads(data)
+        except UnicodeDecodeError as error:
+            raise InputError(f"expected UTF-8 in {self._line(offset)}; received {error}: save it again") from error
+        except ValueError as error:
+            raise InputError(f"expected JSON in {self._line(offset)}; received {error}: correct the line") from error
+        if not isinstance(record, dict):
+            raise InputError(f"expected an object in {self._line(offset)}; received {type(record).__name__}")
+        return record
+
+    def _line(self, offset: int) -> str:
+        """Return what a message calls the line that begins at an offset."""
+        with _opened(self._plain) as file:
+            blocks = (file.read(min(2**20, offset - low)) for low in range(0, offset, 2**20))
+            number = 1 + sum(block.count(b"\n") for block in blocks)
+        return f"line {number} of {self._source.path}"
+
+
+class _CsvFile(_LineFile):
+    """A file of cells, separated by commas or tabs, under a header."""
+
+    def _read_header(self) -> list[str]:
+        with _opened(self._plain) as file:
+            header = next((cells for _, cells in self._records(file)), [])
+        repeated = next((name for name in header if name and header.count(name) > 1), None)
+        if repeated is not None:
+            raise InputError(f"expected columns of different names in {self._source.path}; received {repeated!r} twice")
+        return header
+
+    def _find_offsets(self, file: Any) -> Iterator[int]:
+        return (offset for offset, _ in islice(self._records(file), 1, None))
+
+    def _records(self, file: Any) -> Iterator[tuple[int, list[str]]]:
+        """Yield the offset and the cells of each record, the header among them."""
+        offset = 0
 
         def lines() -> Iterator[str]:
-            nonlocal position
+            nonlocal offset
             for line in file:
-                text = line.decode("utf-8-sig" if position == 0 else "utf-8")
-                position += len(line)
+                text = line.decode("utf-8-sig" if offset == 0 else "utf-8")
+                offset += len(line)
                 yield text
 
-        reader = csv.reader(lines(), **self._dialect)
+        reader = self._reader(lines())
         while True:
-            start = position
-            with self._checked(f"line {reader.line_num + 1} of {self._path}"):
+            start = offset
+            with self._checked(start):
                 cells = next(reader, None)
             if cells is None:
                 return
-            if not cells:
-                continue  # an empty line
-            if self.header:
-                yield start, partial(self._named, cells)
-            else:
-                self.header = self._columns(cells)
+            if cells:  # not an empty line
+                yield start, cells
+
+    def _reader(self, lines: Iterator[str]) -> Any:
+        return csv.reader(lines, delimiter="\t" if self._plain.kind == ".tsv" else ",", strict=True)
+
+    def _parse(self, data: bytes, offset: int) -> dict[str, Any]:
+        with self._checked(offset):
+            cells = next(self._reader(iter([data.decode()])))
+        if len(cells) > len(self._header):
+            raise InputError(
+                f"expected {len(self._header)} columns in {self._line(offset)}; received {len(cells)}: quote the text"
+            )
+        return dict(zip(self._header, cells, strict=False))  # a short line lacks the last ones
 
     @contextlib.contextmanager
-    def _checked(self, where: str) -> Iterator[None]:
-        """Let a cell be long meanwhile; say in one line what is wrong, and where."""
+    def _checked(self, offset: int) -> Iterator[None]:
+        """Lift the limit on the length of a cell meanwhile; say in one line what is wrong, and where."""
         try:
             with _limit_lifted:  # the process's, so for one record at a time
                 limit = csv.field_size_limit(sys.maxsize)
@@ -281,54 +326,39 @@ class Lines:
                     csv.field_size_limit(limit)
         except (csv.Error, UnicodeDecodeError) as error:
             raise InputError(
-                f"expected CSV in UTF-8 from {where} on; received {error}: save it again, texts with quotes in quotes"
+                f"expected CSV in UTF-8 from {self._line(offset)} on; received {error}: save it again, texts with "
+                "quotes in quotes"
             ) from error
 
-    def _columns(self, cells: list[str]) -> list[str]:
-        repeated = next((name for name in cells if name and cells.count(name) > 1), None)
-        if repeated is not None:
-            raise InputError(f"expected columns of different names in {self._path}; received {repeated!r} twice")
-        return cells
 
-    def _named(self, cells: list[str]) -> dict[str, Any]:
-        if len(cells) > len(self.header):
-            raise InputError(
-                f"expected {len(self.header)} columns in each record of {self._path}; received more near "
-                f"{cells[0][:40]!r}: quote the text"
-            )
-        return dict(zip(self.header, cells, strict=False))  # a short line lacks the last ones
+_limit_lifted = threading.Lock()  # of the csv module
 
 
-def _line(line: bytes) -> dict[str, Any]:
-    try:
-        return {"text": line.decode("utf-8-sig").rstrip("\r\n")}
-    except UnicodeDecodeError as error:
-        raise InputError(f"expected text in UTF-8; received {error} in {line[:40]!r}") from error
+def _uncompressed(source: Source) -> tuple[Source, CachedFolder | None]:
+    """Return a file that is not compressed and has a record a line: the file itself, or a copy in the cache."""
+    with _opened(source) as file:
+        listed = source.kind == ".json" and file.peek(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+    if not listed and not source.compression:
+        return source, None
+    kind = ".jsonl" if listed else source.kind
+
+    def make(folder: Path) -> None:
+        with _opened(source) as file, (folder / f"copy{kind}").open("wb") as copy:
+            if not listed:
+                shutil.copyfileobj(file, copy, 2**20)
+                return
+            for record in _json_list(source.path, file):
+                copy.write(json.dumps(record).encode() + b"\n")
+
+    cached = cached_folder("copy", source.key(), make)
+    return Source(cached.path / f"copy{kind}", kind), cached
 
 
-def parse_json(line: bytes, where: str) -> dict[str, Any]:
-    """Return the object that a line of JSON is.
-
-    Raises
-    ------
-    InputError
-        If it is none, naming ``where``.
-    """
-    try:
-        found = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"expected JSON in {where}; received {error}: correct the line") from error
-    if not isinstance(found, dict):
-        raise InputError(f"expected an object in {where}; received {type(found).__name__}")
-    return found
+_READ = 2**20  # characters of a JSON list read at a time
+_BETWEEN = re.compile(r"[\s,]*")
 
 
-def is_json_list(source: Source, file: Any) -> bool:
-    """Return whether a file is one list of objects, and not an object a line."""
-    return source.kind == ".json" and file.peek(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
-
-
-def json_list(path: Path, file: Any) -> Iterator[dict[str, Any]]:
+def _json_list(path: Path, file: Any) -> Iterator[dict[str, Any]]:
     """Yield the objects of a JSON list, of which only a part is in memory.
 
     Raises
@@ -337,22 +367,29 @@ def json_list(path: Path, file: Any) -> Iterator[dict[str, Any]]:
         If it is not JSON, or has something else than objects.
     """
     decoder, number = json.JSONDecoder(), 0
-    pieces = _characters(path, file)
-    text = next(pieces, "")
-    at = text.index("[") + 1
+    characters = io.TextIOWrapper(file, "utf-8-sig")
+
+    def more(rest: str) -> str:
+        """Return at least twice as much as the rest: what does not fit is not tried again for every piece."""
+        try:
+            return rest + characters.read(max(_READ, len(rest) + 1))
+        except UnicodeDecodeError as error:
+            raise InputError(f"expected {path} in UTF-8; received {error}") from error
+
+    text = more("")
+    offset = text.index("[") + 1
     while True:
-        between = _BETWEEN.match(text, at)
-        at = at if between is None else between.end()
-        if text.startswith("]", at):
+        if between := _BETWEEN.match(text, offset):
+            offset = between.end()
+        if text.startswith("]", offset):
             return
         try:
-            record, at = decoder.raw_decode(text, at)
+            record, offset = decoder.raw_decode(text, offset)
         except ValueError as error:
-            held = len(text) - at
-            more = "".join(_until(pieces, held))  # twice as much: what does not fit is not tried again for every piece
-            if not more:
+            rest = text[offset:]
+            text, offset = more(rest), 0
+            if len(text) == len(rest):
                 raise InputError(f"expected a list of objects in {path}; received {error} (object {number})") from error
-            text, at = text[at:] + more, 0
             continue
         if not isinstance(record, dict):
             raise InputError(f"expected objects in {path}; received {type(record).__name__}, number {number}")
@@ -360,46 +397,75 @@ def json_list(path: Path, file: Any) -> Iterator[dict[str, Any]]:
         yield record
 
 
-def _until(pieces: Iterator[str], length: int) -> Iterator[str]:
-    taken = 0
-    while taken <= length and (piece := next(pieces, None)) is not None:
-        taken += len(piece)
-        yield piece
+_BATCH = 512  # Parquet records read at a time
 
 
-def _characters(path: Path, file: Any) -> Iterator[str]:
-    decoder, size = codecs.getincrementaldecoder("utf-8-sig")(), _READ
-    try:
-        while data := file.read(size):
-            yield decoder.decode(data)
-    except UnicodeDecodeError as error:
-        raise InputError(f"expected {path} in UTF-8; received {error}") from error
+class _ParquetFile(RecordFile):
+    """A Parquet file: the columns that are used, copied to an Arrow file that is mapped."""
+
+    def __init__(self, source: Source) -> None:
+        if source.compression:
+            raise InputError(f"expected Parquet, which is compressed inside; received {source.path}: decompress it")
+        self._source = source
+        with self._parquet() as file:
+            self.column_names = list(file.schema_arrow.names)
+            self._length = int(file.metadata.num_rows)
+        self._mapped: dict[tuple[str, ...], tuple[Any, npt.NDArray[np.int64], CachedFolder]] = {}
+
+    @contextlib.contextmanager
+    def _parquet(self) -> Iterator[Any]:
+        library = optional_library("pyarrow.parquet", "Parquet files")
+        try:
+            with library.ParquetFile(self._source.path) as file:
+                yield file
+        except (OSError, ValueError) as error:
+            raise InputError(f"expected {self._source.path} as Parquet; received {error}") from error
+
+    def _batches(self, columns: tuple[str, ...]) -> Iterator[Any]:
+        with self._parquet() as file:
+            yield from file.iter_batches(_BATCH, columns=list(columns))
+
+    def __len__(self) -> int:
+        return self._length
+
+    def read(self, numbers: Sequence[int], fields: Sequence[str] | None) -> Iterator[dict[str, Any]]:
+        columns = tuple(name for name in self.column_names if fields is None or name in fields)
+        if not columns:
+            yield from ({} for _ in numbers)
+            return
+        reader, starts, _ = self._map(columns)
+        for number in numbers:
+            batch = int(np.searchsorted(starts, number, side="right")) - 1
+            yield reader.get_batch(batch).slice(number - int(starts[batch]), 1).to_pylist()[0]
+
+    def _map(self, columns: tuple[str, ...]) -> tuple[Any, npt.NDArray[np.int64], CachedFolder]:
+        """Return some columns' Arrow file, the first record of each of its batches, and the folder it is in."""
+        if columns not in self._mapped:
+            arrow = optional_library("pyarrow", "Parquet files")
+            key = {"columns": columns, **self._source.key()}
+            cached = cached_folder("arrow", key, lambda folder: self._copy(folder / "columns.arrow", columns))
+            reader = arrow.ipc.open_file(arrow.memory_map(str(cached.path / "columns.arrow")))
+            sizes = [reader.get_batch(batch).num_rows for batch in range(reader.num_record_batches)]
+            self._mapped[columns] = reader, np.cumsum([0, *sizes]), cached
+        return self._mapped[columns]
+
+    def _copy(self, path: Path, columns: tuple[str, ...]) -> None:
+        arrow = optional_library("pyarrow", "Parquet files")
+        writer = None
+        for batch in self._batches(columns):  # an Arrow file has one dictionary for all batches
+            values = [each.dictionary_decode() if arrow.types.is_dictionary(each.type) else each for each in batch]
+            plain = arrow.RecordBatch.from_arrays(values, names=batch.schema.names)
+            writer = writer or arrow.ipc.new_file(str(path), plain.schema)
+            writer.write_batch(plain)
+        if writer is not None:
+            writer.close()
 
 
-def _parquet(path: Path) -> Iterator[Parse]:
-    for batch in parquet_batches(path, None):
-        for place in range(batch.num_rows):
-            yield partial(_from_batch, batch, place)
+def field_names(records: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the fields of some records, in the order of their first appearance."""
+    return list(dict.fromkeys(name for record in records for name in record))
 
 
-def parquet_batches(path: Path, columns: list[str] | None) -> Iterator[Any]:
-    """Yield a Parquet file as Arrow batches, of some columns.
-
-    Raises
-    ------
-    InputError
-        If it cannot be read.
-    MissingExtraError
-        Without ``pyarrow``.
-    """
-    parquet = optional_library("pyarrow.parquet", "Parquet files")
-    try:
-        with parquet.ParquetFile(path) as file:
-            yield from file.iter_batches(_BATCH, columns=columns)
-    except (OSError, ValueError) as error:
-        raise InputError(f"expected {path} as Parquet; received {error}") from error
-
-
-def _from_batch(batch: Any, place: int) -> dict[str, Any]:
-    found: dict[str, Any] = batch.slice(place, 1).to_pylist()[0]
-    return found
+def select(record: Mapping[str, Any], fields: Sequence[str] | None) -> dict[str, Any]:
+    """Return those of the fields (None: all) that a record has."""
+    return dict(record) if fields is None else {name: record[name] for name in fields if name in record}

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import math
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
-from ooc_influence.errors import InputError
+import numpy as np
+from typing_extensions import override
 
-_LOOKED_AT = 1024  # documents whose fields are looked at first, and documents read at a time
+from ooc_influence.corpus.corpus_file import FIRST, Source, field_names, find_sources, local_path, open_file, select
+from ooc_influence.errors import InputError
+from ooc_influence.progress import optional_library
+
+_AT_ONCE = 1024  # documents read together
 
 
 class Documents(ABC):
@@ -43,8 +52,8 @@ class Documents(ABC):
         """Return how many there are."""
 
     @abstractmethod
-    def read(self, numbers: Sequence[int], fields: Sequence[str]) -> list[dict[str, Any]]:
-        """Return these fields of some documents; a document that lacks one has no such key.
+    def read(self, numbers: Sequence[int], fields: Sequence[str] | None) -> list[dict[str, Any]]:
+        """Return these fields (None: all) of some documents; a document that lacks one has no such key.
 
         Raises
         ------
@@ -52,40 +61,223 @@ class Documents(ABC):
             If a document cannot be read.
         """
 
+    def read_all(self, fields: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+        """Yield these fields (None: all) of every document, in order."""
+        for low in range(0, len(self), _AT_ONCE):
+            yield from self.read(range(low, min(len(self), low + _AT_ONCE)), fields)
+
     def has_field(self, field: str) -> bool:
-        """Return whether any document has a field; all are looked at if the first have it not."""
-        if field in self.column_names:
-            return True
-        return any(
-            field in record
-            for low in range(_LOOKED_AT, len(self), _LOOKED_AT)
-            for record in self.read(range(low, min(len(self), low + _LOOKED_AT)), [field])
-        )
+        """Return whether any document has a field; all of them are read if the first ones lack it."""
+        return field in self.column_names or any(field in record for record in self.read_all([field]))
 
     def __getitem__(self, key: int | str) -> Any:
         """Return the document of a number, or a field of all."""
         if isinstance(key, str):
-            starts = range(0, len(self), _LOOKED_AT)
-            parts = (self.read(range(low, min(len(self), low + _LOOKED_AT)), [key]) for low in starts)
-            return [record.get(key) for part in parts for record in part]
+            return [record.get(key) for record in self.read_all([key])]
         if not -len(self) <= key < len(self):
             raise IndexError(f"document {key} of {len(self)}")
-        return self.read([key % len(self)], self.column_names)[0]
+        return self.read([key % len(self)], None)[0]
 
 
-def first_fields(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the fields of some documents, in the order of their first appearance."""
-    return list(dict.fromkeys(name for record in records for name in record))
+def open_documents(data: Any, split: str | None = None) -> Documents:
+    """Return documents by number and field.
 
+    Parameters
+    ----------
+    data : path or object
+        A file: ``.jsonl``, ``.ndjson``, ``.json`` (a list of objects, or an object a line), ``.csv``, ``.tsv``,
+        ``.parquet``, ``.txt`` with one document a line; also ``.gz`` and ``.zst`` of these. A pattern such as
+        ``dir/*.jsonl``, where no file has that very name: all files that match, sorted by name. A folder written by
+        ``Dataset.save_to_disk``. Or an object: a ``datasets.Dataset`` or ``DatasetDict``, a pandas DataFrame, a PyArrow
+        Table, a list of dictionaries.
+    split : str, optional
+        Which split of a folder or ``DatasetDict`` that has several.
 
-def check_some(documents: Documents) -> Documents:
-    """Return the documents.
+    Returns
+    -------
+    Documents
+        Values as the file says: every cell of CSV as text, JSON's and Parquet's types as they are. Memory does not grow
+        with their number: where each one begins is kept in a cache (:mod:`ooc_influence.corpus.cache`), with an
+        uncompressed copy of compressed files and of JSON lists, and the Parquet columns that are used.
 
     Raises
     ------
     InputError
-        If there are none.
+        If there is no such file, of no known kind, empty, or one that cannot be read.
+    MissingExtraError
+        Without the library that reads it.
     """
+    documents = _open(data, split)
     if not len(documents):
         raise InputError(f"expected documents in {documents.name}; received none: it is empty")
     return documents
+
+
+def open_records(path: str | Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of files (see :func:`open_documents`), of which there may be none."""
+    return _open(path, None).read_all()
+
+
+def _open(data: Any, split: str | None) -> Documents:
+    if not isinstance(data, (str, os.PathLike)):
+        return _of_object(data, split, f"the {type(data).__name__} given")
+    path = local_path(data)
+    if not path.is_dir():
+        return _Files(str(path), find_sources(path))
+    library = optional_library("datasets", "folders of datasets", "hf")
+    try:
+        dataset = library.load_from_disk(str(path))
+    except (FileNotFoundError, ValueError) as error:
+        raise InputError(
+            f"expected a folder written by Dataset.save_to_disk; received {path}: {error}. For files in a folder "
+            f"give a pattern, such as '{path}/*.jsonl'"
+        ) from error
+    return _of_object(dataset, split, str(path))
+
+
+def _of_object(data: Any, split: str | None, name: str) -> Documents:
+    """Return the documents that an object of a program holds; ``name`` is what messages call it."""
+    kind, module = type(data).__name__, type(data).__module__.partition(".")[0]
+    if module == "datasets" and kind.startswith("Iterable"):
+        raise InputError(
+            f"expected documents by number; received {name}, which can only be read in order: load it without "
+            "streaming=True, or make a Dataset of it with datasets.Dataset.from_generator(lambda: iter(data))"
+        )
+    if module == "datasets":
+        return _Dataset(_choose(data, split, name) if isinstance(data, Mapping) else data, name)
+    if module == "pandas" and hasattr(data, "iloc"):
+        return _Frame(data, name)
+    if module == "pyarrow" and hasattr(data, "to_pylist"):
+        return _Table(data, name)
+    if isinstance(data, Sequence) and all(isinstance(record, Mapping) for record in data):
+        return _Records(data, name)
+    raise InputError(
+        "expected a path, a datasets.Dataset or DatasetDict, a pandas DataFrame, a PyArrow Table, or a list of "
+        f"dictionaries; received {kind}"
+    )
+
+
+def _choose(splits: Mapping[str, Any], split: str | None, name: str) -> Any:
+    if split is None and len(splits) == 1:
+        return next(iter(splits.values()))
+    if split is None or split not in splits:
+        raise InputError(f"expected one of the splits {', '.join(splits)} of {name} (--split); received {split!r}")
+    return splits[split]
+
+
+class _Columns(Documents):
+    """Documents whose fields are columns."""
+
+    @override
+    def read(self, numbers: Sequence[int], fields: Sequence[str] | None) -> list[dict[str, Any]]:
+        names = self.column_names if fields is None else [name for name in fields if name in self.column_names]
+        if not names or not len(numbers):
+            return [{} for _ in numbers]
+        columns = self._columns(list(numbers), names)
+        return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
+
+    @abstractmethod
+    def _columns(self, numbers: list[int], names: list[str]) -> list[list[Any]]:
+        """Return the values of some documents, by column."""
+
+
+class _Dataset(_Columns):
+    """A ``datasets.Dataset``."""
+
+    def __init__(self, dataset: Any, name: str) -> None:
+        super().__init__(name, dataset.column_names)
+        self._dataset = dataset.with_format(None)  # a user's format is for training
+        self._selected = self._dataset
+        self.features = dataset.features or {}
+        self.fingerprint = {"dataset": dataset._fingerprint}
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def _columns(self, numbers: list[int], names: list[str]) -> list[list[Any]]:
+        if names != self._selected.column_names:
+            self._selected = self._dataset.select_columns(names)  # other fields are not even decoded
+        batch = self._selected[numbers]
+        return [batch[name] for name in names]
+
+
+class _Table(_Columns):
+    """A PyArrow table."""
+
+    def __init__(self, table: Any, name: str) -> None:
+        super().__init__(name, table.column_names)
+        self._table = table
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    def _columns(self, numbers: list[int], names: list[str]) -> list[list[Any]]:
+        return list(self._table.select(names).take(numbers).to_pydict().values())
+
+
+class _Frame(_Columns):
+    """A pandas DataFrame; what it calls missing is missing."""
+
+    def __init__(self, frame: Any, name: str) -> None:
+        super().__init__(name, [str(column) for column in frame.columns])
+        self._frame = frame.set_axis(self.column_names, axis="columns")
+
+    def __len__(self) -> int:
+        return len(self._frame)
+
+    def _columns(self, numbers: list[int], names: list[str]) -> list[list[Any]]:
+        part = self._frame[names].iloc[numbers]
+        return [[None if _is_missing(value) else value for value in part[name].tolist()] for name in names]
+
+
+def _is_missing(cell: Any) -> bool:
+    return type(cell).__name__ in ("NAType", "NaTType") or (isinstance(cell, float) and math.isnan(cell))
+
+
+class _Records(Documents):
+    """A list of dictionaries."""
+
+    def __init__(self, records: Sequence[Mapping[str, Any]], name: str) -> None:
+        super().__init__(name, field_names(records[:FIRST]))
+        self._records = records
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    @override
+    def read(self, numbers: Sequence[int], fields: Sequence[str] | None) -> list[dict[str, Any]]:
+        return [select(self._records[number], fields) for number in numbers]
+
+
+class _Files(Documents):
+    """Documents of one or more files, numbered through.
+
+    Parameters
+    ----------
+    name : str
+        What messages call them.
+    sources : sequence of Source
+        The files.
+    """
+
+    def __init__(self, name: str, sources: Sequence[Source]) -> None:
+        self._files = [open_file(source) for source in sources]
+        super().__init__(name, field_names([dict.fromkeys(file.column_names) for file in self._files]))
+        self._starts = np.cumsum([0, *(len(file) for file in self._files)])
+        self.textual = all(source.kind in (".csv", ".tsv", ".txt") for source in sources)
+        self.fingerprint = {"files": [source.key() for source in sources]}
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @override
+    def read(self, numbers: Sequence[int], fields: Sequence[str] | None) -> list[dict[str, Any]]:
+        wanted = np.asarray(numbers, np.int64)
+        records: list[dict[str, Any]] = []
+        files = np.searchsorted(self._starts, wanted, side="right") - 1
+        edges = [0, *(np.flatnonzero(np.diff(files)) + 1).tolist(), len(wanted)]
+        for low, high in pairwise(edges):
+            if low < high:
+                file = int(files[low])
+                records += self._files[file].read((wanted[low:high] - self._starts[file]).tolist(), fields)
+        return records

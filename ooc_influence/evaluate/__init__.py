@@ -2,8 +2,7 @@
 
 from ooc_influence.evaluate.agreement import Agreement, CheckResult, check
 from ooc_influence.evaluate.bounds import CompressionErrors, ExactInfluence, reduction_bounds
-from ooc_influence.evaluate.lds import LdsResult, lds
-from ooc_influence.evaluate.mislabel import auc, recall_at
+from ooc_influence.evaluate.measures import LdsResult, auc, lds, recall_at
 from ooc_influence.evaluate.removal import LeaveOneOut, RemovalCurve, leave_one_out, removal_curve
 from ooc_influence.evaluate.retrain import finished_runs, random_subsets, retrain
 from ooc_influence.evaluate.runs import Runs

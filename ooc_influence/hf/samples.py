@@ -20,7 +20,7 @@ from typing import Any, Literal, Self
 import numpy as np
 import numpy.typing as npt
 
-from ooc_influence.corpus import KeptFolder, kept_folder
+from ooc_influence.corpus import CachedFolder, cached_folder
 from ooc_influence.document_text import as_text, text_digest, text_of
 from ooc_influence.errors import InputError
 from ooc_influence.hf.labels import FieldKind, Labels, as_kind
@@ -67,7 +67,7 @@ class RowIndex:
         What was seen while they were made.
     """
 
-    def __init__(self, folder: KeptFolder) -> None:
+    def __init__(self, folder: CachedFolder) -> None:
         self._folder = folder  # removed with it where it is temporary
         self.columns = {name: map_array(folder.path / f"{name}.i8", np.int64) for name in COLUMNS}
         self.counts = Counts(**json.loads((folder.path / "counts.json").read_text()))
@@ -118,7 +118,7 @@ def open_index(documents: Any, settings: dict[str, Any], tokenizer: Any, make: C
         libraries = {name: version(name) for name in ("transformers", "tokenizers")}
         key = {"documents": documents.fingerprint, "settings": settings, "libraries": libraries, "code": _code_digest(),
                "tokenizer": tokenizer_digest(tokenizer)}  # fmt: skip
-    return RowIndex(kept_folder("rows", key, make))
+    return RowIndex(cached_folder("rows", key, make))
 
 
 @functools.cache

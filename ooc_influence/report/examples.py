@@ -1,108 +1,28 @@
-"""Records of a corpus that are needed, copied to a temporary file in one pass, then found by key.
+"""Examples of a page: a row's text, found by number or id in the files that it was extracted from, and its image.
 
-Memory holds a key and a place for each record needed, never the corpus. Nothing needs to be seekable.
+No image is copied as it is: what a page shows was decoded by pillow, is a bitmap and at most :data:`LARGEST_IMAGE` a
+side. A file says its size before it is decoded; one of more than :data:`PIXELS` is not (a kilobyte can hold a
+gigapixel).
 """
 
 from __future__ import annotations
 
-import array
 import json
 import re
-import tempfile
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ooc_influence.corpus import open_records
+from ooc_influence.corpus import Documents, open_documents
 from ooc_influence.document_text import USUAL, as_text, text_digest, text_of
-from ooc_influence.errors import InputError, MismatchError, OocInfluenceWarning
-from ooc_influence.report.images import ImageFolder, open_images
+from ooc_influence.errors import InputError, MismatchError, StoreWriteError, refused, warn
+from ooc_influence.progress import optional_library
 from ooc_influence.store import GradientStore
-
-Key = int | str
-
-
-class Spool:
-    """Records copied to a temporary file, by key. A context that removes the file.
-
-    Attributes
-    ----------
-    count : int
-        Records read.
-    """
-
-    def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by the context
-        self._places: dict[Key, int] = {}
-        self._every = array.array("q")  # places by record number, where all are wanted
-        self.count = 0
-
-    @classmethod
-    def fill(cls, path: Path, wanted: Collection[Key], id_field: str | None, split: str | None = None) -> Self:
-        """Copy the records whose number, or whose ``id_field`` as text, is wanted; a range from 0: all numbers.
-
-        Raises
-        ------
-        InputError
-            As for :func:`open_records`; for records without that field, or an id that repeats.
-        """
-        spool = cls()
-        try:
-            for number, parse in enumerate(open_records(path, split)):
-                spool.count += 1
-                if id_field is None and number not in wanted:
-                    continue
-                if isinstance(wanted, range):
-                    spool._every.append(spool._write(parse()))
-                    continue
-                record = parse()
-                key: Key = number
-                if id_field is not None:
-                    if id_field not in record:
-                        raise InputError(
-                            f"expected a field {id_field!r} in record {number} of {path}; received {', '.join(record)}"
-                        )
-                    key = as_text(record[id_field])
-                if key in wanted:
-                    spool._add(key, record, path)
-        except BaseException:
-            spool.close()
-            raise
-        return spool
-
-    def _add(self, key: Key, record: dict[str, Any], path: Path) -> None:
-        if key in self._places:
-            raise InputError(f"expected ids that do not repeat in {path}; received {key!r} twice")
-        self._places[key] = self._write(record)
-
-    def _write(self, record: dict[str, Any]) -> int:
-        place = self._file.tell()
-        self._file.write(json.dumps(record, default=as_text).encode() + b"\n")
-        return place
-
-    def __contains__(self, key: Key) -> bool:
-        return key in self._places or (isinstance(key, int) and 0 <= key < len(self._every))
-
-    def __getitem__(self, key: Key) -> dict[str, Any]:
-        self._file.seek(self._places[key] if key in self._places else self._every[int(key)])
-        found: dict[str, Any] = json.loads(self._file.readline())
-        return found
-
-    def close(self) -> None:
-        """Remove the file."""
-        self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
 
 TEXT_LIMIT = 4000  # characters of an example in a page
 _AT_ONCE = 8192  # rows whose records are looked for
@@ -150,7 +70,9 @@ class Corpus:
 
 
 class Examples:
-    """Rows of a store as JSON-ready values. A context that holds a temporary file.
+    """Rows of a store as JSON-ready values.
+
+    Memory holds, where rows are matched by id, a name and a number for each row, never the documents.
 
     Parameters
     ----------
@@ -170,53 +92,70 @@ class Examples:
         self.store, self._corpus, self._pictures = store, corpus, pictures
         self._images = open_images(corpus.images, store.n)
         self._origin = store.attrs.get("origin") or {}
-        self._spool: Spool | None = None
+        usual = [name for form in USUAL for name in form.values()]
+        extracted = [name for name in self._origin.get("fields", {}).values() if isinstance(name, str)]
+        asked = [name for name in (corpus.text, corpus.label, corpus.source, corpus.image) if name is not None]
+        self._fields = list(dict.fromkeys([*asked, *extracted, *usual, "label", *_SOURCES]))
+        self._by_document = corpus.id is None and store.layout.columns.get("document") == "int64"
+        self._documents: Documents | None = None
         if corpus.path is not None:
-            self._spool = self._read(Path(corpus.path), rows)
+            self._documents = open_documents(corpus.path, corpus.split)
+            self._match(self._documents, rows)
 
-    def _read(self, path: Path, rows: npt.NDArray[np.int64]) -> Spool:
-        field = self._corpus.id
-        by_row = not self._by_document and field is None
-        if by_row and self.store.layout.ids is not None:
-            first = next(iter(open_records(path, self._corpus.split)), dict)()
-            field = "id" if "id" in first else None
-        self._id_field = field
-        every = field is None and len(rows) == self.store.n  # then numbers alone, 8 bytes a record
-        wanted: Collection[Key] = range(2**62) if every else {key for keys in self._keys(rows) for key in keys}
-        spool = Spool.fill(path, wanted, field, self._corpus.split)
-        expected, what = (self.store.n, "rows") if by_row else (self._origin.get("documents"), "documents")
-        if field is None and expected is not None and spool.count != expected:
-            spool.close()
+    def _match(self, documents: Documents, rows: npt.NDArray[np.int64]) -> None:
+        """Settle how the document of a row is found, and check that the rows' documents are there."""
+        store, path, self._id_field = self.store, self._corpus.path, self._corpus.id
+        by_row = not self._by_document and self._id_field is None
+        if by_row and store.layout.ids is not None and "id" in documents.column_names:
+            self._id_field = "id"
+        expected, what = (store.n, "rows") if by_row else (self._origin.get("documents"), "documents")
+        if self._id_field is not None:
+            self._numbers = self._find_ids(documents, self._id_field, rows)
+        elif expected is not None and len(documents) != expected:
             raise MismatchError(
-                f"expected a record for each of {expected} {what} of {self.store.path}; received {spool.count} in "
+                f"expected a record for each of {expected} {what} of {store.path}; received {len(documents)} in "
                 f"{path}: give the file the store was made from, or name the field with its ids (--id)"
             )
-        lacking = self._lacking(spool, rows)
+        parts = (rows[start : start + _AT_ONCE] for start in range(0, len(rows), _AT_ONCE))
+        lacking = sum(self._document_numbers(part).count(None) for part in parts)
         if len(rows) and lacking == len(rows):
-            spool.close()
             raise MismatchError(
-                f"expected records of the rows of {self.store.path} in {path}; received none of the {len(rows)} looked "
-                f"for, such as {self._keys(rows[:1])[0][0]!r}: give the field with the ids (--id), or another file"
+                f"expected records of the rows of {store.path} in {path}; received none of the {len(rows)} looked for, "
+                f"such as {store.ids(rows[:1]).tolist()[0]!r}: give the field with the ids (--id), or another file"
             )
         if lacking:
-            warnings.warn(f"{lacking} of {len(rows)} examples have no record in {path}", OocInfluenceWarning, 4)
-        return spool
+            warn(f"{lacking} of {len(rows)} examples have no record in {path}")
 
-    def _lacking(self, spool: Spool, rows: npt.NDArray[np.int64]) -> int:
+    def _find_ids(self, documents: Documents, field: str, rows: npt.NDArray[np.int64]) -> dict[str, int]:
+        """Return the numbers of the documents that rows are named after, by name."""
         parts = (rows[start : start + _AT_ONCE] for start in range(0, len(rows), _AT_ONCE))
-        return sum(all(key not in spool for key in keys) for part in parts for keys in self._keys(part))
+        wanted = {name for part in parts for names in self._names(part) for name in names}
+        numbers: dict[str, int] = {}
+        for number, record in enumerate(documents.read_all([field])):
+            if field not in record:
+                raise InputError(
+                    f"expected a field {field!r} in record {number} of {self._corpus.path}; received "
+                    f"{', '.join(documents[number])}"
+                )
+            name = as_text(record[field])
+            if name in numbers:
+                raise InputError(f"expected ids that do not repeat in {self._corpus.path}; received {name!r} twice")
+            if name in wanted:
+                numbers[name] = number
+        return numbers
 
-    @property
-    def _by_document(self) -> bool:
-        return self._corpus.id is None and self.store.layout.columns.get("document") == "int64"
+    def _names(self, rows: npt.NDArray[np.int64]) -> list[tuple[str, str]]:
+        """Return the names that the document of each row may have: the row's, and without the number of its piece."""
+        return [(str(name), _PIECE.sub("", str(name))) for name in self.store.ids(rows).tolist()]
 
-    def _keys(self, rows: npt.NDArray[np.int64]) -> list[list[Key]]:
-        """Return for each row the keys of its record, the likeliest first."""
+    def _document_numbers(self, rows: npt.NDArray[np.int64]) -> list[int | None]:
+        """Return the number of the document of each row; None where there is none."""
+        if self._documents is None:
+            return [None] * len(rows)
         if self._id_field is not None:
-            names = [str(name) for name in self.store.ids(rows).tolist()]
-            return [list(dict.fromkeys([name, _PIECE.sub("", name)])) for name in names]
+            return [self._numbers.get(name, self._numbers.get(whole)) for name, whole in self._names(rows)]
         numbers = self.store.values("columns/document", rows) if self._by_document else rows
-        return [[number] for number in numbers.tolist()]
+        return [number if number < len(self._documents) else None for number in numbers.tolist()]
 
     def describe(self, rows: npt.NDArray[np.int64]) -> list[dict[str, Any]]:
         """Return what a page shows of each of some rows."""
@@ -226,39 +165,41 @@ class Examples:
         columns = {name: store.values(f"columns/{name}", rows).tolist() for name in store.layout.columns}
         losses, norms = (store.values(name, rows).tolist() for name in ("loss", "grad_norm"))
         dropped = store.values("dropped", rows).tolist() if store.has_dropped else [False] * len(rows)
-        keys = self._keys(rows) if self._spool is not None else [[] for _ in rows]
-        found = []
-        for at, (row, name) in enumerate(zip(rows.tolist(), store.ids(rows).tolist(), strict=True)):
-            own = {column: values[at] for column, values in columns.items()}
-            key = next((key for key in keys[at] if self._spool is not None and key in self._spool), None)
-            record = {} if key is None or self._spool is None else self._spool[key]
-            entry = {"row": row, "id": str(name), "loss": losses[at], "norm": norms[at], "dropped": dropped[at]}
-            found.append(entry | self._details(row, own, record))
-        return found
+        names, documents = store.ids(rows).tolist(), self._document_numbers(rows)
+        return [
+            {"row": row, "id": str(names[index]), "loss": losses[index], "norm": norms[index],
+             "dropped": dropped[index],
+             **self._details(row, {name: values[index] for name, values in columns.items()}, documents[index])}
+            for index, row in enumerate(rows.tolist())
+        ]  # fmt: skip
 
-    def _details(self, row: int, own: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    def _details(self, row: int, columns: dict[str, Any], number: int | None) -> dict[str, Any]:
         corpus = self._corpus
-        text, where = self._passage(row, own, record) if record else (None, {})
+        record: dict[str, Any] = {}
+        text, where = None, dict[str, str]()
+        if self._documents is not None and number is not None:
+            record = self._documents.read([number], self._fields)[0]
+            text, where = self._passage(row, columns, record, number)
         labels = ("label", str(self._origin.get("fields", {}).get("label", "label")))
-        found: dict[str, Any] = {
+        details: dict[str, Any] = {
             "text": text if text is None else text[:TEXT_LIMIT],
             "cut": max(0, len(text or "") - TEXT_LIMIT),
-            "label": _first(own, record, corpus.label, labels),
-            "source": _first(own, record, corpus.source, _SOURCES),
-            "more": where | {name: value for name, value in own.items() if name not in _SHOWN_ELSEWHERE},
+            "label": self._first(columns, record, corpus.label, labels),
+            "source": self._first(columns, record, corpus.source, _SOURCES),
+            "more": where | {name: value for name, value in columns.items() if name not in _SHOWN_ELSEWHERE},
         }
         if self._images is not None:
-            found |= self._pictures.write(row, self._images[row])
-        elif corpus.image is not None and corpus.path is not None and record:
+            details |= self._pictures.write(row, self._images[row])
+        elif corpus.image is not None and corpus.path is not None and number is not None:
             if corpus.image not in record:
-                raise InputError(
-                    f"expected a field {corpus.image!r} (--image); received records with {', '.join(record)}"
-                )
-            place = record[corpus.image]
-            found |= self._pictures.copy(row, Path(corpus.path).parent, place) if place else {}
-        return found
+                raise self._lacking(f"{corpus.image!r} (--image)")
+            path = record[corpus.image]
+            details |= self._pictures.copy(row, Path(corpus.path).parent, path) if path else {}
+        return details
 
-    def _passage(self, row: int, own: dict[str, Any], record: dict[str, Any]) -> tuple[str, dict[str, str]]:
+    def _passage(
+        self, row: int, columns: dict[str, Any], record: dict[str, Any], number: int
+    ) -> tuple[str, dict[str, str]]:
         """Return the text that a row is made from, and which part of its document that is.
 
         Raises
@@ -268,52 +209,185 @@ class Examples:
         MismatchError
             If the document of this number is another one than the row was made from.
         """
-        chosen, extracted = self._corpus.text, text_of(record, self._origin.get("fields") or {})
-        same = extracted is not None and text_digest(extracted) == own.get("text_digest")
-        if self._by_document and extracted is not None and "text_digest" in own and not same:
+        extracted = text_of(record, self._origin.get("fields") or {})
+        same = extracted is not None and text_digest(extracted) == columns.get("text_digest")
+        if self._by_document and extracted is not None and "text_digest" in columns and not same:
             raise MismatchError(
-                f"expected in record {own['document']} of {self._corpus.path} the text that row {row} of "
-                f"{self.store.path} was made from; received another text: give the file the store was made from, or "
-                "name the field with its ids (--id)"
+                f"expected in record {number} of {self._corpus.path} the text that row {row} of {self.store.path} was "
+                "made from; received another text: give the file the store was made from, or name the field with its "
+                "ids (--id)"
             )
-        start, stop = own.get("char_start", -1), own.get("char_stop", -1)
-        if chosen is None and same and extracted is not None and 0 <= start < stop < len(extracted) + (start > 0):
+        if self._corpus.text is not None:
+            if self._corpus.text not in record:
+                raise self._lacking(f"{self._corpus.text!r} (--text)")
+            return as_text(record[self._corpus.text]), {}
+        start, stop = columns.get("char_start", -1), columns.get("char_stop", -1)
+        if same and extracted is not None and 0 <= start < stop < len(extracted) + (start > 0):
             return extracted[start:stop], {"characters": f"{start:,} to {stop:,} of {len(extracted):,}"}
-        return _shown(record, chosen, extracted), {}
+        texts = (extracted, *(text_of(record, fields) for fields in USUAL))
+        text = next((text for text in texts if text is not None), None)
+        if text is None and self._documents is not None:
+            text = json.dumps(self._documents[number], ensure_ascii=False, indent=1, default=as_text)
+        return text or "", {}
 
-    def __enter__(self) -> Self:
-        return self
+    def _first(
+        self, columns: dict[str, Any], record: dict[str, Any], field: str | None, names: tuple[str, ...]
+    ) -> str | None:
+        """Return the value of a field, or of the first of some names in the columns or the record, as text."""
+        if field is not None:
+            if record and field not in record and field not in columns:
+                raise self._lacking(repr(field))
+            names = (field,)
+        values = (each[name] for each in (columns, record) for name in names if each.get(name) is not None)
+        return next(map(as_text, values), None)
 
-    def __exit__(self, *error: object) -> None:
-        if self._spool is not None:
-            self._spool.close()
-
-
-def _first(own: dict[str, Any], record: dict[str, Any], field: str | None, names: tuple[str, ...]) -> str | None:
-    """Return the value of a field of the record, or the first found in the store's columns or the record, as text."""
-    if field is not None:
-        if record and field not in record and field not in own:
-            raise InputError(f"expected a field {field!r}; received records with {', '.join(record)}")
-        names = (field,)
-    for values in (own, record):
-        for name in names:
-            if values.get(name) is not None:
-                return as_text(values[name])
-    return None
+    def _lacking(self, field: str) -> InputError:
+        names = "" if self._documents is None else ", ".join(self._documents.column_names)
+        return InputError(f"expected a field {field}; received records with {names}")
 
 
-def _shown(record: dict[str, Any], field: str | None, extracted: str | None) -> str:
-    """Return the text of a record: of the field asked for, the fields it was extracted from, or the usual ones.
+LARGEST_IMAGE = 512  # pixels a side
+PIXELS = 2**26  # of an image that is decoded
+_TOO_LARGE = f"more than {PIXELS // 10**6} million pixels"
+_RUN_A_PROGRAM = ("EPS", "WMF")  # Ghostscript, the system's own
+_CHANNELS = (1, 3, 4)
+
+
+def open_images(images: Any, n: int) -> Any:
+    """Return images by row, mapped where they are in a ``.npy`` file; None where there are none.
 
     Raises
     ------
     InputError
-        If it has no such field.
+        If they are no array (n, h, w) or (n, h, w, c), or of another number of rows.
     """
-    if field is not None:
-        if field not in record:
-            raise InputError(f"expected a field {field!r} (--text); received records with {', '.join(record)}")
-        return as_text(record[field])
-    usual = (text_of(record, fields) for fields in USUAL)
-    found = extracted if extracted is not None else next((text for text in usual if text is not None), None)
-    return json.dumps(record, ensure_ascii=False, indent=1) if found is None else found
+    if images is None:
+        return None
+    found = images
+    if isinstance(images, (str, Path)):
+        try:
+            found = np.load(images, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise InputError(f"expected images as a .npy file; received {images}: {error}") from error
+    shape = np.shape(found)
+    if len(shape) not in (3, 4) or shape[0] != n or (len(shape) == 4 and not {shape[1], shape[3]} & set(_CHANNELS)):
+        raise InputError(f"expected images ({n}, h, w) or ({n}, h, w, 1, 3 or 4); received shape {shape}")
+    return found
+
+
+class UnseenError(ValueError):
+    """Why an image is not shown, in words for the page."""
+
+
+class ImageFolder:
+    """The images of one store in a page's folder. An image that cannot be shown is counted, and the page says why.
+
+    Parameters
+    ----------
+    folder : Path
+        The page's.
+    name : str
+        Of the folder of images within it.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self._folder, self._name = folder / "images" / name, f"images/{name}"
+        self._unseen: dict[int, str] = {}
+
+    @property
+    def unreadable(self) -> int:
+        """Images that are not shown."""
+        return len(self._unseen)
+
+    def write(self, row: int, image: Any) -> dict[str, str]:
+        """Write an array as the image of a row, once; return what an example says of it, see :meth:`copy`.
+
+        Raises
+        ------
+        StoreWriteError
+            If the system refuses.
+        """
+        library = optional_library("PIL.Image", "images")
+        return self._put(row, lambda: _as_bitmap(np.asarray(image), library))
+
+    def copy(self, row: int, root: Path, place: Any) -> dict[str, str]:
+        """Write an image file below ``root`` as the image of a row.
+
+        Returns
+        -------
+        dict
+            ``image``, its path in the page; or ``unseen``, why there is none.
+
+        Raises
+        ------
+        StoreWriteError
+            If the system refuses.
+        """
+        library = optional_library("PIL.Image", "images")
+        return self._put(row, lambda: _decode(library, root, place))
+
+    def _put(self, row: int, make: Callable[[], Any]) -> dict[str, str]:
+        target = self._folder / f"{row}.png"
+        if row in self._unseen:  # an example is on many pages
+            return {"unseen": self._unseen[row]}
+        if not target.exists():
+            try:
+                picture = make()
+                picture.thumbnail((LARGEST_IMAGE, LARGEST_IMAGE))
+            except Exception as error:  # whatever decoders raise: one bad file among thousands is no reason to stop
+                said = str(error) if isinstance(error, UnseenError) else type(error).__name__
+                self._unseen[row] = f"image not shown: {said}"
+                return {"unseen": self._unseen[row]}
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                picture.save(target, "PNG")
+            except OSError as error:
+                raise StoreWriteError(refused(f"to write an image to {self._folder}", error)) from error
+        return {"image": f"{self._name}/{row}.png"}
+
+
+def _decode(library: Any, root: Path, place: Any) -> Any:
+    """Return the image in a file, decoded no larger than it has to be.
+
+    Raises
+    ------
+    UnseenError
+        If it is none, or not to be opened.
+    Exception
+        Whatever else its decoder raises.
+    """
+    path = (root / str(place)).resolve()
+    if not path.is_relative_to(root.resolve()):  # a corpus names files: not any of the machine's
+        raise UnseenError("not below the folder of the data")
+    if not path.is_file():
+        raise UnseenError("no such file")
+    library.init()
+    formats = [name for name in library.ID if name not in _RUN_A_PROGRAM]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", library.DecompressionBombWarning)
+        try:
+            opened = library.open(path, formats=formats)
+        except (library.DecompressionBombError, library.DecompressionBombWarning) as error:
+            raise UnseenError(_TOO_LARGE) from error
+        except library.UnidentifiedImageError as error:
+            raise UnseenError("no image that can be read") from error
+    with opened as picture:
+        picture.draft(None, (LARGEST_IMAGE, LARGEST_IMAGE))  # a JPEG is decoded smaller
+        if picture.width * picture.height > PIXELS:
+            raise UnseenError(_TOO_LARGE)
+        return picture.convert("RGBA")
+
+
+def _as_bitmap(image: npt.NDArray[Any], library: Any) -> Any:
+    if image.ndim == 3 and image.shape[2] not in _CHANNELS:
+        image = np.moveaxis(image, 0, 2)  # channels first
+    if image.shape[0] * image.shape[1] > PIXELS:
+        raise UnseenError(_TOO_LARGE)
+    if image.ndim == 3 and image.shape[2] == 1:
+        image = image[:, :, 0]
+    if image.dtype.kind == "f":
+        finite = image[np.isfinite(image)]
+        low, high = float(finite.min(initial=0)), float(finite.max(initial=1))
+        image = np.nan_to_num((image.astype(np.float32) - low) / (high - low) * 255)
+    pixels = np.ascontiguousarray(np.clip(image, 0, 255).astype(np.uint8))
+    return library.fromarray(pixels)

@@ -57,7 +57,7 @@ def read_decisions(path: str | Path, store: GradientStore) -> list[Decision]:
     place = Path(path)
     if not {".csv", ".jsonl"} & {suffix.lower() for suffix in place.suffixes}:
         raise InputError(f"expected label-errors.csv or .jsonl, as a report exports it; received {place}")
-    found = [_decision(parse(), number, place) for number, parse in enumerate(open_records(place))]
+    found = [_decision(record, number, place) for number, record in enumerate(open_records(place))]
     if not found:
         raise InputError(f"expected rows in {place}; received none: tick some on the page of label errors, then export")
     rows = np.array([own.row for own in found], np.int64)

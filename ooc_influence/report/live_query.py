@@ -21,8 +21,7 @@ from typing_extensions import override
 
 from ooc_influence.errors import InputError, MismatchError, OocInfluenceError
 from ooc_influence.progress import optional_library, watched
-from ooc_influence.report.examples import TEXT_LIMIT, Corpus, Examples
-from ooc_influence.report.images import ImageFolder
+from ooc_influence.report.examples import TEXT_LIMIT, Corpus, Examples, ImageFolder
 from ooc_influence.report.write import Report
 from ooc_influence.store import GradientStore
 
@@ -281,7 +280,7 @@ class HuggingFaceModel(Model):
 
 
 class LiveQuery:
-    """Answers typed queries from a store. A context that holds a temporary file.
+    """Answers typed queries from a store.
 
     Parameters
     ----------
@@ -327,9 +326,3 @@ class LiveQuery:
         }  # fmt: skip
         rows = [row for side in ("proponents", "opponents") for row, _ in entry[side]]
         return {"query": query, "examples": report.examples(self._shown, rows)}
-
-    def __enter__(self) -> LiveQuery:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._shown.__exit__(*error)

@@ -24,9 +24,8 @@ from typing import Any
 
 from ooc_influence.curvature import Curvature
 from ooc_influence.errors import InputError, warn
-from ooc_influence.report.examples import Corpus
+from ooc_influence.report.examples import Corpus, ImageFolder
 from ooc_influence.report.folder import PageFolder, to_script
-from ooc_influence.report.images import ImageFolder
 from ooc_influence.report.live_query import Jobs, LiveQuery, Model
 from ooc_influence.report.write import Settings, check_queries, open_report, write_pages
 from ooc_influence.store import GradientStore, PathLike
@@ -262,8 +261,7 @@ def live_report(
             ask = None if model is None else model.facts()
             write_pages(report, folder, corpus, examples, suspects, by, title, ask=ask)
         if model is not None:
-            asker = stack.enter_context(LiveQuery(report, model, corpus, ImageFolder(place, "train")))
-            server.jobs = Jobs(asker.answer)
+            server.jobs = Jobs(LiveQuery(report, model, corpus, ImageFolder(place, "train")).answer)
             stack.callback(server.jobs.close)
         yield server
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,10 +22,9 @@ from ooc_influence.errors import InputError, counted, warn
 from ooc_influence.influence import TopInfluential, group_influence, self_influence, top_influential
 from ooc_influence.influence.groups import GroupInfluence
 from ooc_influence.progress import Progress, optional_library
-from ooc_influence.report.examples import Corpus, Examples
+from ooc_influence.report.examples import Corpus, Examples, ImageFolder
 from ooc_influence.report.facts import curvature_states, heat_map, histogram, layer_facts, spectrum_points, store_facts
 from ooc_influence.report.folder import LISTED_A_FILE, PageFolder, QueryList, replaceable_files
-from ooc_influence.report.images import ImageFolder
 from ooc_influence.store import GradientStore, PathLike
 
 QUERIES_A_FILE = 20
@@ -254,14 +252,12 @@ def write_pages(
     sums = {name: report.groups(name) for name in report.grouped_by(by)}
     albums = [ImageFolder(folder.path, "train"), ImageFolder(folder.path, "queries")]
     texts = 0
-    with ExitStack() as stack:
-        shown = stack.enter_context(Examples(train, data, needed[needed >= 0], albums[0]))
-        if query is not None and found is not None:
-            rows = np.arange(query.n)
-            asked = stack.enter_context(Examples(query, query_data, rows, albums[1]))
-            texts = _write_queries(report, folder, found, shown, asked, sums)
-        _write_suspects(report, folder, shown, chosen)
-        unreadable = sum(pictures.unreadable for pictures in albums)
+    shown = Examples(train, data, needed[needed >= 0], albums[0])
+    if query is not None and found is not None:
+        asked = Examples(query, query_data, np.arange(query.n), albums[1])
+        texts = _write_queries(report, folder, found, shown, asked, sums)
+    _write_suspects(report, folder, shown, chosen)
+    unreadable = sum(pictures.unreadable for pictures in albums)
     if unreadable:
         warn(
             f"not shown: {counted(unreadable, 'image')} that cannot be read, are not below the folder of the data, or "

@@ -1,6 +1,7 @@
-"""The linear datamodeling score (LDS): how well scores predict what models trained on parts of the data do.
+"""How good scores are: at finding known wrong labels (AUC, recall), at predicting retrained models (LDS).
 
-For query q and m models, each trained on a subset S_j of the rows and measured as o_j (larger = better fit)::
+The linear datamodeling score says how well scores predict what models trained on parts of the data do. For query q and
+m models, each trained on a subset S_j of the rows and measured as o_j (larger = better fit)::
 
     LDS(q) = Spearman over j of (Σ_{i in S_j} score(q, i), o_j)
 
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import rankdata
+from scipy.stats import mannwhitneyu, rankdata
 
 from ooc_influence.errors import InputError
 from ooc_influence.evaluate.runs import ranges
@@ -33,6 +34,58 @@ Floats = npt.NDArray[np.float64]
 _QUERIES = 1024  # of a block
 _ROWS = 1024  # of a tile in float64
 _TIE = 2.0**-40  # of Σ|score|: sums closer than this differ by rounding only
+
+
+def auc(scores: npt.ArrayLike, flagged: npt.ArrayLike) -> float:
+    """Return the probability that a flagged row scores above one that is not, a tie counted as half; NaN for NaN.
+
+    Parameters
+    ----------
+    scores : (n,) float
+        Higher is more suspect.
+    flagged : (n,) bool
+        The rows that are wrong.
+
+    Raises
+    ------
+    InputError
+        If shapes differ, or all rows or none are flagged.
+    """
+    values, marks = _checked(scores, flagged)
+    wins = mannwhitneyu(values[marks], values[~marks], method="asymptotic").statistic  # a tie is half of one
+    return float(wins / (marks.sum() * (~marks).sum()))
+
+
+def recall_at(scores: npt.ArrayLike, flagged: npt.ArrayLike, fraction: float) -> float:
+    """Return the share of flagged rows among the highest-scoring ``fraction`` of all rows.
+
+    Parameters
+    ----------
+    scores, flagged
+        As for :func:`auc`.
+    fraction : float
+        How much of the data is checked, in (0, 1].
+
+    Raises
+    ------
+    InputError
+        As for :func:`auc`, or for a fraction outside (0, 1].
+    """
+    values, marks = _checked(scores, flagged)
+    if not 0 < fraction <= 1:
+        raise InputError(f"expected a fraction in (0, 1]; received {fraction}")
+    checked = np.argsort(-values, kind="stable")[: round(fraction * len(values))]
+    return float(marks[checked].sum() / marks.sum())
+
+
+def _checked(scores: npt.ArrayLike, flagged: npt.ArrayLike) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
+    values, marks = np.asarray(scores, np.float64), np.asarray(flagged, bool)
+    if values.ndim != 1 or values.shape != marks.shape or not 0 < marks.sum() < len(marks):
+        raise InputError(
+            f"expected scores (n,) and flags (n,) with some rows flagged and some not; received {values.shape} and "
+            f"{marks.shape} with {int(marks.sum())} flagged"
+        )
+    return values, marks
 
 
 @dataclass(frozen=True, eq=False)
