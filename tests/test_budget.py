@@ -123,15 +123,15 @@ def test_out_of_memory_halves_the_budget(tmp_path, expected, monkeypatch, error)
 
 
 def test_rows_that_do_not_fit_the_host_are_refused_before_they_are_made(tmp_path, expected, monkeypatch):
-    monkeypatch.setattr("ooc_influence.extract.run.BLOCK_BYTES", 0)
-    monkeypatch.setattr("ooc_influence.extract.run.available", lambda need: 7 * 200 * 14)
+    monkeypatch.setattr("ooc_influence.extract.passes.BLOCK_BYTES", 0)
+    monkeypatch.setattr("ooc_influence.extract.passes.available", lambda need: 7 * 200 * 14)
     with pytest.raises(MemoryBudgetError, match=r"a batch of 10 samples with 200 entries .* batches of at most 7,"):
         extract(tmp_path / "u.zarr", [collate(sentences()[:10])])
     assert extract(tmp_path / "v.zarr", [collate(sentences()[:7])]).n == 7
     store = extract(tmp_path / "s.zarr", source(tokens=600))
     assert_allclose(store.rows(), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
     assert store.attrs["batching"]["halved"] > 0
-    monkeypatch.setattr("ooc_influence.extract.run.available", lambda need: 1000)
+    monkeypatch.setattr("ooc_influence.extract.passes.available", lambda need: 1000)
     with pytest.raises(MemoryBudgetError, match="free: use a compressor that keeps fewer"):
         extract(tmp_path / "w.zarr", [collate(sentences()[:1])], compressor=Identity())
 
@@ -151,7 +151,7 @@ def test_other_errors_of_the_model_are_its_own(tmp_path, monkeypatch):
 
 
 def test_a_stopped_run_goes_on_without_the_finished_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr("ooc_influence.extract.batching._BLOCK_ROWS", 64)
+    monkeypatch.setattr("ooc_influence.extract.data._BLOCK_ROWS", 64)
     storage = Storage(chunk_rows=10, group_chunks=2)
     whole = extract(tmp_path / "a.zarr", source(), storage=storage)
 

@@ -514,7 +514,7 @@ def test_shards_resume_where_a_worker_died(tmp_path, client, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "slow_recipe.py").write_text(SLOW)
     client.run(os.chdir, str(tmp_path))
-    monkeypatch.setattr("ooc_influence.extract.shards._POLL", 0.2)
+    monkeypatch.setattr("ooc_influence.extract.recipe._POLL", 0.2)
     options = {"storage": Storage(chunk_rows=4, group_chunks=2), "dtype": "float32", "compressor": Dropout(k=100)}
     store = tmp_path / "s.zarr"
     pids = client.run(os.getpid)

@@ -14,7 +14,7 @@ from ooc_influence import Dropout, OocInfluenceWarning, extract_gradients, token
 from ooc_influence.extract.entries import KINDS
 from ooc_influence.extract.pilot import MomentSums
 from ooc_influence.extract.selection import select_layers
-from ooc_influence.extract.tapping import tapped
+from ooc_influence.extract.taps import tapped
 
 transformers = pytest.importorskip("transformers")
 

@@ -30,7 +30,7 @@ from ooc_influence import (
     token_cross_entropy,
 )
 from ooc_influence.errors import InputError, MismatchError, NonFiniteError, StoreExistsError, UnsupportedModelError
-from ooc_influence.extract.batching import Shard
+from ooc_influence.extract.data import Shard
 from ooc_influence.extract.selection import select_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:gradients cover")

@@ -303,8 +303,8 @@ def test_rows_with_random_signs_estimate_the_token_matrix(tmp_path):
 
 
 def gradients(model, job, mask, seed):
-    from ooc_influence.extract.run import RowGatherer
-    from ooc_influence.extract.tapping import tapped
+    from ooc_influence.extract.passes import RowGatherer
+    from ooc_influence.extract.taps import tapped
 
     device = torch.device("cpu")
     gather = RowGatherer(mask, device)

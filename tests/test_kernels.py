@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from ooc_influence.extract.entries import base
+from ooc_influence.extract.entries import linear
 
 SHAPES = [(1, 1, 3, 4, 1), (3, 37, 20, 11, 300), (2, 70, 130, 5, 129), (4, 32, 8, 8, 128)]
 
@@ -34,8 +34,8 @@ def expected(x, delta, rows, cols):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_kernel(shape, dtype):
     given = case(*shape, dtype, "cpu")
-    assert base.usable(given[0])
-    assert_close(base.sampled_outer(*given).double(), expected(*given), rtol=1e-4, atol=1e-4)
+    assert linear.usable(given[0])
+    assert_close(linear.sampled_outer(*given).double(), expected(*given), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="is the interpreter")
@@ -51,8 +51,8 @@ def test_in_the_interpreter():
 
 def test_without_triton_or_gpu_torch_does_it():
     if os.environ.get("TRITON_INTERPRET") != "1":
-        assert not base.usable(torch.zeros(1))
-    assert not base.usable(torch.zeros(1, dtype=torch.float64))
+        assert not linear.usable(torch.zeros(1))
+    assert not linear.usable(torch.zeros(1, dtype=torch.float64))
 
 
 @pytest.mark.gpu
@@ -61,5 +61,5 @@ def test_without_triton_or_gpu_torch_does_it():
 @pytest.mark.parametrize("shape", [*SHAPES, (4, 2048, 4096, 4096, 4000), (1, 2048, 2048, 8192, 65536)])
 def test_on_a_gpu(shape, dtype):
     given = case(*shape, dtype, "cuda")
-    assert base.usable(given[0])
-    assert_close(base.sampled_outer(*given).double(), expected(*given), rtol=1e-3, atol=1e-2)
+    assert linear.usable(given[0])
+    assert_close(linear.sampled_outer(*given).double(), expected(*given), rtol=1e-3, atol=1e-2)

@@ -16,7 +16,7 @@ from threadpoolctl import threadpool_info
 
 from ooc_influence import parallel
 from ooc_influence.extract.selection import select_layers
-from ooc_influence.extract.tapping import tapped
+from ooc_influence.extract.taps import tapped
 from ooc_influence.linalg.backend import TorchEngine
 from ooc_influence.progress import Progress
 

@@ -116,7 +116,7 @@ def test_another_run_goes_on_with_the_basis(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         extract_gradients(make(Mlp), loss, batches_once, tmp_path / "b.zarr", **options)
     assert GradientStore.open(tmp_path / "b.zarr").n == 40
-    monkeypatch.setattr(pilot_module.PilotData, "moments", None)  # must not be needed again
+    monkeypatch.setattr(pilot_module.Pilot, "moments", None)  # must not be needed again
     found = extract_gradients(make(Mlp), loss, batches_once, tmp_path / "b.zarr", **options)
     assert_array_equal(found.rows(), whole.rows())
 

@@ -8,7 +8,7 @@ import torch
 
 from ooc_influence import repeats
 from ooc_influence.errors import InputError
-from ooc_influence.extract.metadata import RowMetadata
+from ooc_influence.extract.data import RowMetadata
 from ooc_influence.memory import PeakMemory
 
 
@@ -82,7 +82,7 @@ def test_memory_does_not_grow_with_ids():
 
 
 def test_a_long_list_has_the_type_of_all_its_values():
-    from ooc_influence.extract.metadata import _AT_ONCE
+    from ooc_influence.extract.data import _AT_ONCE
 
     for values, kind in (([1], "int64"), ([1.5], "float64"), ([True], "bool"), (["a"], "str")):
         source = [1] * _AT_ONCE + values

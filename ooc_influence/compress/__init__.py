@@ -1,5 +1,6 @@
 """Compressors: what is kept of a gradient."""
 
+from ooc_influence.compress.compressor import Compressor
 from ooc_influence.compress.dropout import Dropout, variance_factors
 from ooc_influence.compress.eigenbasis import Eigenbasis, RetainedEnergy, basis_weights, fit_eigenbasis
 from ooc_influence.compress.projection import (
@@ -16,7 +17,6 @@ from ooc_influence.compress.projection import (
 from ooc_influence.compress.reduce import reduce_store
 from ooc_influence.store import PilotMoments
 
-Compressor = Dropout | FullGradient
 DEFAULT_WIDE, DEFAULT_REDUCED = 65536, 4096  # entries kept and numbers stored, for language models
 
 __all__ = [

@@ -1,31 +1,35 @@
-"""Which entries are worth keeping: a mixture of product distributions over all entries of all layers.
+"""Gradient dropout: keep a random set of gradient entries, drawn uniformly, on a grid or by their importance.
 
-A pilot gives second moments of every layer's rows and columns. An entry's root mean square is estimated by
-√(E[δ_i²] · E[x_j²]), without any full gradient; entries are drawn with probability proportional to it, mixed with a
-uniform share: an entry that the pilot never saw move must keep a chance, or estimates are biased where it later moves.
+For importance sampling a pilot estimates second moments of every layer's rows and columns. An entry's root mean square
+is estimated by √(E[δ_i²] · E[x_j²]), without any full gradient; entries are drawn with probability proportional to it,
+mixed with a uniform share: an entry that the pilot never saw move must keep a chance, or estimates are biased where it
+later moves.
 
-Each component of the mixture is a layer's (or, where a weight is tied, one of its uses') product of a distribution over
-rows and one over columns, so drawing costs O(k) and the memory of rows and columns, never that of all entries.
+Each component of the mixture is the product, of a layer or of one use of a tied weight, of a distribution over rows and
+one over columns, so drawing costs O(k) and the memory of rows and columns, never that of all entries.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Self
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
+from typing_extensions import override
 
+from ooc_influence.compress.compressor import Compressor, parse_whole_numbers
 from ooc_influence.compress.eigenbasis import Eigenbasis
 from ooc_influence.errors import InputError, NonFiniteError
 from ooc_influence.store import LayerShape, Mask, ModuleMask, PilotMoments
 
 Floats = npt.NDArray[np.float64]
+Indices = npt.NDArray[np.int64]
+SAMPLINGS = ("uniform", "importance", "grid")
+PILOT_SAMPLES = 256  # for importance sampling; more samples change the probabilities by a few per cent
 UNIFORM_SHARE = 0.05
-_MOST_DRAWS = 16  # for each entry asked for: beyond that the distribution has too few entries that matter
-
-Places = npt.NDArray[np.int64]
+_MOST_DRAWS = 16  # per entry asked for: beyond that the distribution has too few entries that matter
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class _Component:
 
 
 class EntryDistribution:
-    """A distribution over the entries of layers, to draw from and to ask for probabilities.
+    """A distribution over the entries of layers, to draw from and to evaluate.
 
     Parameters
     ----------
@@ -62,53 +66,47 @@ class EntryDistribution:
             shape = layers[moment.layer].shape
             if (len(moment.rows), len(moment.cols)) != shape:
                 raise InputError(f"expected pilot moments of {shape}; received {len(moment.rows)}, {len(moment.cols)}")
-            root = (np.sqrt(moment.rows), np.sqrt(moment.cols))
-            if not all(np.isfinite(part).all() for part in root):
+            rows, cols = np.sqrt(moment.rows), np.sqrt(moment.cols)
+            if not (np.isfinite(rows).all() and np.isfinite(cols).all()):
                 raise NonFiniteError("expected finite pilot gradients; received NaN or Inf: check the pilot data", [])
-            roots.append((moment.layer, *root, float(root[0].sum() * root[1].sum())))
+            roots.append((moment.layer, rows, cols, float(rows.sum() * cols.sum())))
         total = sum(mass for *_, mass in roots)
         share = UNIFORM_SHARE if total > 0 else 1.0
-        entries = self._starts[-1]
         self._components = [
-            _Component(n, share * layer.entries / entries, None, None) for n, layer in enumerate(layers)
-        ]
-        self._components += [
+            _Component(number, share * layer.entries / self._starts[-1], None, None)
+            for number, layer in enumerate(layers)
+        ] + [
             _Component(number, (1 - share) * mass / total, rows / rows.sum(), cols / cols.sum())
             for number, rows, cols, mass in roots
             if mass > 0
         ]
 
-    @property
-    def entries(self) -> int:
-        """Entries of all layers, p."""
-        return int(self._starts[-1])
-
-    def draw(self, draws: int, generator: np.random.Generator) -> Places:
-        """Draw entries independently, ``draws`` of them: places in the layers' entries laid end to end."""
+    def draw(self, draws: int, generator: np.random.Generator) -> Indices:
+        """Draw ``draws`` entries independently: indices into the layers' entries, concatenated."""
         mass = np.array([component.mass for component in self._components])
         counts = generator.multinomial(draws, mass / mass.sum())
-        found = []
+        drawn = []
         for component, count in zip(self._components, counts.tolist(), strict=True):
             if count:
                 height, width = self._layers[component.layer].shape
                 rows = _draw_axis(component.rows, height, count, generator)
                 cols = _draw_axis(component.cols, width, count, generator)
-                found.append(self._starts[component.layer] + rows * width + cols)
-        return np.concatenate(found)
+                drawn.append(self._starts[component.layer] + rows * width + cols)
+        return np.concatenate(drawn)
 
-    def probability(self, layer: int, rows: Places, cols: Places) -> Floats:
+    def probability(self, layer: int, rows: Indices, cols: Indices) -> Floats:
         """Return the probability of a single draw for entries of a layer, (m,)."""
         height, width = self._layers[layer].shape
-        found = np.zeros(len(rows))
+        total = np.zeros(len(rows))
         for component in self._components:
             if component.layer == layer:
-                at_rows = 1 / height if component.rows is None else component.rows[rows]
-                at_cols = 1 / width if component.cols is None else component.cols[cols]
-                found += component.mass * at_rows * at_cols
-        return found
+                of_rows = 1 / height if component.rows is None else component.rows[rows]
+                of_cols = 1 / width if component.cols is None else component.cols[cols]
+                total += component.mass * of_rows * of_cols
+        return total
 
     def draws_for(self, k: int, generator: np.random.Generator) -> int:
-        """Return how many draws give about ``k`` distinct entries, from draws that are then thrown away.
+        """Return how many draws yield about ``k`` distinct entries, from trial draws that are discarded.
 
         The number is fixed before the draws that count, so inclusion probabilities stay exact.
         """
@@ -123,14 +121,12 @@ class EntryDistribution:
                 return len(trial)
 
 
-def _draw_axis(weights: Floats | None, size: int, count: int, generator: np.random.Generator) -> Places:
+def _draw_axis(weights: Floats | None, size: int, count: int, generator: np.random.Generator) -> Indices:
     if weights is None:
         return np.asarray(generator.integers(0, size, count), np.int64)
     edges = np.cumsum(weights)
-    places = np.searchsorted(edges, generator.random(count) * edges[-1], side="right")
-    return np.asarray(
-        np.minimum(places, int(np.flatnonzero(weights)[-1]))
-    )  # rounding must not reach an entry without weight
+    drawn = np.searchsorted(edges, generator.random(count) * edges[-1], side="right")
+    return np.asarray(np.minimum(drawn, np.flatnonzero(weights)[-1]))  # rounding must not reach an entry of weight 0
 
 
 def inclusion(probability: Floats, draws: int) -> Floats:
@@ -138,42 +134,23 @@ def inclusion(probability: Floats, draws: int) -> Floats:
     return np.asarray(-np.expm1(draws * np.log1p(-probability)))
 
 
-SAMPLINGS = ("uniform", "importance", "grid")
-PILOT_SAMPLES = 256  # for importance sampling; more change the probabilities by a few per cent
-
-
-def parse_whole_numbers(settings: Any, least: Mapping[str, int]) -> None:
-    """Check attributes of a frozen dataclass against their least values, and make them plain integers.
-
-    Raises
-    ------
-    InputError
-        If one is no whole number, or below its least value.
-    """
-    for name, bound in least.items():
-        value = getattr(settings, name)
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < bound:
-            raise InputError(f"expected a whole number {name} >= {bound}; received {value!r}")
-        object.__setattr__(settings, name, int(value))
-
-
 @dataclass(frozen=True)
-class Dropout:
+class Dropout(Compressor):
     """Keep ``k`` randomly chosen gradient entries.
 
     Parameters
     ----------
     k : int
-        Entries kept of each per-sample gradient; the numbers stored a row. With importance and grid sampling about so
-        many: the store says how many there are.
+        Entries kept of each per-sample gradient, which is the numbers stored per row. Importance and grid sampling keep
+        about k; the store records the exact number.
     sampling : {"uniform", "importance", "grid"}
         How they are chosen.
     seed : int
         Seed of the choice.
     pilot : int
-        Samples that importance sampling looks at beforehand.
+        Samples from which importance sampling estimates second moments.
     reduce : Eigenbasis, optional
-        Turn the k kept entries into the top of their eigenbasis before they are stored.
+        Reduce the k kept entries to the top of their eigenbasis before they are stored.
 
     Raises
     ------
@@ -187,6 +164,8 @@ class Dropout:
     pilot: int = PILOT_SAMPLES
     reduce: Eigenbasis | None = None
 
+    name: ClassVar[str] = "dropout"
+
     def __post_init__(self) -> None:
         parse_whole_numbers(self, {"k": 1, "seed": 0, "pilot": 1})
         if self.reduce is not None and self.reduce.r > self.k:
@@ -195,33 +174,19 @@ class Dropout:
             raise InputError(f"expected sampling one of {', '.join(SAMPLINGS)}; received {self.sampling!r}")
 
     @property
+    @override
     def pilot_samples(self) -> int:
-        """Samples whose moments :meth:`draw` needs; 0 where it needs none."""
         return self.pilot if self.sampling == "importance" else 0
 
+    @property
+    @override
+    def wide(self) -> Dropout:
+        return replace(self, reduce=None)
+
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings as JSON-ready values, with the compressor's name under ``"name"``."""
-        found: dict[str, Any] = {"name": "dropout", "k": self.k, "sampling": self.sampling, "seed": self.seed}
-        found |= {"pilot": self.pilot} if self.pilot_samples else {}
-        return found | ({"reduce": self.reduce.to_dict()} if self.reduce else {})
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Return the compressor that :meth:`to_dict` described.
-
-        Raises
-        ------
-        InputError
-            If it described another one.
-        """
-        settings = dict(values)
-        if settings.pop("name", None) != "dropout":
-            raise InputError(f"expected the settings of a dropout compressor; received {values!r}")
-        reduce = settings.pop("reduce", None)
-        try:
-            return cls(**settings, reduce=None if reduce is None else Eigenbasis.from_dict(reduce))
-        except TypeError as error:
-            raise InputError(f"expected the settings of a dropout compressor; received {values!r}") from error
+        """Return the settings that matter as JSON-ready values, with the compressor's name under ``"name"``."""
+        unused = {"pilot": not self.pilot_samples, "reduce": self.reduce is None}
+        return {name: value for name, value in super().to_dict().items() if not unused.get(name)}
 
     def draw(self, layers: Sequence[LayerShape], moments: Sequence[PilotMoments] = ()) -> Mask:
         """Draw the mask over all entries of ``layers``.
@@ -231,7 +196,7 @@ class Dropout:
         layers : sequence of LayerShape
             The layers.
         moments : sequence of PilotMoments
-            For importance sampling: what the pilot saw.
+            For importance sampling: the second moments that the pilot measured.
 
         Raises
         ------
@@ -246,19 +211,23 @@ class Dropout:
             )
         generator = np.random.Generator(np.random.PCG64(self.seed))
         if self.k == p:
-            return Mask(tuple(_whole(layer) for layer in layers))
+            return Mask(tuple(_all_entries(layer) for layer in layers))
         if self.sampling == "grid":
             return Mask(tuple(_grid(layer, self.k / p, generator) for layer in layers))
         if self.sampling == "uniform":
             kept = np.sort(generator.choice(p, self.k, replace=False, shuffle=False))
             weight = np.float32(np.sqrt(p / self.k))
-            return Mask(tuple(_module_mask(layer, rows, cols, weight) for layer, rows, cols in _cut(layers, kept)))
+            return Mask(tuple(_module_mask(layer, rows, cols, weight) for layer, rows, cols in _by_layer(layers, kept)))
         if not moments:
             raise InputError("expected pilot moments for importance sampling; received none")
         distribution = EntryDistribution(layers, moments)
         draws = self.draws(distribution)
         kept = np.unique(distribution.draw(draws, generator.spawn(2)[1]))
-        return Mask(_weigh(distribution, draws, layers, kept), tuple(moments))
+        modules = []
+        for number, (layer, rows, cols) in enumerate(_by_layer(layers, kept)):
+            chance = inclusion(distribution.probability(number, rows, cols), draws)
+            modules.append(_module_mask(layer, rows, cols, (1 / np.sqrt(chance)).astype(np.float32)))
+        return Mask(tuple(modules), tuple(moments))
 
     def draws(self, distribution: EntryDistribution) -> int:
         """Return how many draws importance sampling makes, from a generator of their own."""
@@ -266,21 +235,8 @@ class Dropout:
         return distribution.draws_for(self.k, trial)
 
 
-def _weigh(
-    distribution: EntryDistribution, draws: int, layers: Sequence[LayerShape], kept: npt.NDArray[np.int64]
-) -> tuple[ModuleMask, ...]:
-    """Return the kept entries of each layer, weighted by 1/√π."""
-    modules = []
-    for number, (layer, rows, cols) in enumerate(_cut(layers, kept)):
-        share = inclusion(distribution.probability(number, rows, cols), draws)
-        modules.append(_module_mask(layer, rows, cols, (1 / np.sqrt(share)).astype(np.float32)))
-    return tuple(modules)
-
-
-def _cut(
-    layers: Sequence[LayerShape], kept: npt.NDArray[np.int64]
-) -> Iterable[tuple[LayerShape, npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
-    """Yield each layer with the rows and columns of its kept entries; ``kept`` counts through all layers, sorted."""
+def _by_layer(layers: Sequence[LayerShape], kept: Indices) -> Iterator[tuple[LayerShape, Indices, Indices]]:
+    """Yield each layer with the rows and columns of its kept entries, given as sorted indices over all layers."""
     first = low = 0
     for layer in layers:
         high = low + int(np.searchsorted(kept[low:], first + layer.entries))
@@ -292,29 +248,25 @@ def _grid(layer: LayerShape, share: float, generator: np.random.Generator) -> Mo
     """Keep the product of random rows and columns, ``share`` of the entries on average."""
     height, width = layer.shape
     rows, cols = height * np.sqrt(share), width * np.sqrt(share)
-    if cols < 1:  # keep a column, of fewer rows: a layer dropped whole would cost more variance
+    if cols < 1:  # keep one column, of fewer rows: dropping the whole layer would cost more variance
         rows, cols = min(height, height * width * share), max(1.0, width * share)
     elif rows < 1:
         rows, cols = max(1.0, height * share), min(width, height * width * share)
     counts = [int(np.floor(ideal + generator.random())) for ideal in (rows, cols)]
     chosen = [
         np.sort(generator.choice(size, min(size, count), replace=False, shuffle=False))
-        for size, count in ((height, counts[0]), (width, counts[1]))
+        for size, count in zip((height, width), counts, strict=True)
     ]
     at_rows, at_cols = np.repeat(chosen[0], len(chosen[1])), np.tile(chosen[1], len(chosen[0]))
     return _module_mask(layer, at_rows, at_cols, np.float32(1 / np.sqrt((rows / height) * (cols / width))))
 
 
-def _whole(layer: LayerShape) -> ModuleMask:
-    rows, cols = np.divmod(np.arange(layer.entries), layer.shape[1])
-    return _module_mask(layer, rows, cols, np.float32(1))
+def _all_entries(layer: LayerShape) -> ModuleMask:
+    return _module_mask(layer, *np.divmod(np.arange(layer.entries), layer.shape[1]), np.float32(1))
 
 
 def _module_mask(
-    layer: LayerShape,
-    rows: npt.NDArray[np.int64],
-    cols: npt.NDArray[np.int64],
-    weight: np.float32 | npt.NDArray[np.float32],
+    layer: LayerShape, rows: Indices, cols: Indices, weight: np.float32 | npt.NDArray[np.float32]
 ) -> ModuleMask:
     weights = np.broadcast_to(np.asarray(weight, np.float32), len(rows)).copy()
     return ModuleMask(layer, rows.astype(np.int32), cols.astype(np.int32), weights)
@@ -326,16 +278,16 @@ def variance_factors(dropout: Dropout, layers: Sequence[LayerShape], moments: Se
     Parameters
     ----------
     dropout : Dropout
-        Uniform or importance sampling; a reduction after it is not looked at.
+        Uniform or importance sampling; a reduction that follows is ignored.
     layers : sequence of LayerShape
-        All tapped layers, as a store's mask has them.
+        All tapped layers, as in a store's mask.
     moments : sequence of PilotMoments
-        For importance sampling: the pilot's, as a store's mask keeps them.
+        For importance sampling: the pilot's, as in a store's mask.
 
     Raises
     ------
     InputError
-        For sampling on a grid, whose entries are not drawn apart, a k above p, or missing moments.
+        For sampling on a grid, whose entries are not drawn independently, a k above p, or missing moments.
     """
     p = sum(layer.entries for layer in layers)
     if dropout.k > p or dropout.sampling == "grid" or (dropout.sampling == "importance" and not moments):
@@ -349,10 +301,9 @@ def variance_factors(dropout: Dropout, layers: Sequence[LayerShape], moments: Se
         return np.full(p, (p / dropout.k - 1) * p / max(1, p - 1))
     distribution = EntryDistribution(layers, moments)
     draws = dropout.draws(distribution)
-    chances = []
-    for number, layer in enumerate(layers):
-        rows, cols = np.divmod(np.arange(layer.entries), layer.shape[1])
-        chances.append(distribution.probability(number, rows, cols))
-    chance = np.concatenate(chances)
+    chance = np.concatenate([
+        distribution.probability(number, *np.divmod(np.arange(layer.entries), layer.shape[1]))
+        for number, layer in enumerate(layers)
+    ])  # fmt: skip
     alone = np.exp((draws - 1) * np.log1p(-chance))
     return np.asarray(draws * chance * alone / np.square(inclusion(chance, draws)))

@@ -1,21 +1,22 @@
-"""Compressors that dropout is compared with: a mask, mostly of every entry, then a linear map drawn from a seed.
+"""The baselines that dropout is compared with: a mask, mostly of every entry, then a linear map drawn from a seed.
 
-A row of p gradient entries becomes row @ M with E[M Mᵀ] = I, so dot products are kept without bias. M is generated in
-blocks of 1024 entries, each a function of the seed and of its first entry; it is never stored, and held in memory
-where it takes less than a gigabyte. Full rows are put together in memory first: 4 p bytes a sample, and 12 p for the
-mask, which is refused where it does not fit.
+A row of p gradient entries becomes row @ M with E[M Mᵀ] = I, so dot products are estimated without bias. M is generated
+in blocks of 1024 entries, each a function of the seed and of its first entry; it is never stored, and held in memory
+if it takes less than a gigabyte. Full rows are put together in memory first: 4 p bytes a sample, and 12 p for the mask,
+which is refused if it does not fit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Self
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from typing_extensions import override
 
-from ooc_influence.compress.dropout import Dropout, parse_whole_numbers
+from ooc_influence.compress.compressor import Compressor, parse_whole_numbers
+from ooc_influence.compress.dropout import Dropout
 from ooc_influence.compress.eigenbasis import Eigenbasis
 from ooc_influence.errors import InputError, MemoryBudgetError, warn
 from ooc_influence.memory import MemoryBudget, MemoryModel, format_bytes
@@ -31,41 +32,12 @@ from ooc_influence.store import (
     SjltReduction,
 )
 
-_MASK_BYTES, _ROW_BYTES = 12, 4  # of an entry: in the mask; in a row
+_MASK_BYTES, _ROW_BYTES = 12, 4  # per entry: of the mask; of a row
 
 
 @dataclass(frozen=True)
-class FullGradient:
-    """What compressors have in common that look at every entry."""
-
-    name: ClassVar[str]
-    pilot_samples: ClassVar[int] = 0
-
-    @property
-    def reduce(self) -> Eigenbasis | None:
-        """The eigenbasis that rows are reduced to, from a pilot."""
-        return None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the settings as JSON-ready values, with the compressor's name under ``"name"``."""
-        return {"name": self.name, **asdict(self)}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Return the compressor that :meth:`to_dict` described.
-
-        Raises
-        ------
-        InputError
-            If it described another one.
-        """
-        settings = dict(values)
-        try:
-            if settings.pop("name", None) == cls.name:
-                return cls(**settings)
-        except TypeError:
-            pass
-        raise InputError(f"expected the settings of {cls.__name__}; received {values!r}")
+class FullGradient(Compressor):
+    """What compressors that keep every entry have in common."""
 
     def draw(self, layers: Sequence[LayerShape], moments: Sequence[PilotMoments] = ()) -> Mask:
         """Return the mask that keeps every entry.
@@ -75,21 +47,18 @@ class FullGradient:
         InputError
             For more numbers than there are entries.
         MemoryBudgetError
-            If mask and rows do not fit half of the memory that is free.
+            If mask and rows do not fit half of the free memory.
         """
         p = sum(layer.entries for layer in layers)
-        need = MemoryModel(f"{self.name} of all p = {p} entries", _MASK_BYTES * p, 0, _ROW_BYTES * p, min_rows=2)
-        room = MemoryBudget.of(None)
-        if not room.fits(need):
+        model = MemoryModel(f"{self.name} of all p = {p} entries", _MASK_BYTES * p, 0, _ROW_BYTES * p, min_rows=2)
+        budget = MemoryBudget.of(None)
+        if not budget.fits(model):
             raise MemoryBudgetError(
-                f"{need.stage} needs {format_bytes(room.price(need))} for the mask and two rows, budget "
-                f"{format_bytes(room.budget)}: use Dropout, or Grass, which keep some entries only, or fewer --modules"
+                f"{model.stage} needs {format_bytes(budget.price(model))} for the mask and two rows, budget "
+                f"{format_bytes(budget.budget)}: use Dropout, or Grass, which keep some entries only, or fewer "
+                "--modules"
             )
         return Dropout(k=p).draw(layers)
-
-    def generated(self, mask: Mask) -> GeneratedReduction | None:
-        """Return the map of rows under ``mask``; None where there is none, or it is made from a pilot."""
-        return None
 
 
 @dataclass(frozen=True)
@@ -103,8 +72,8 @@ class Identity(FullGradient):
 class Pca(FullGradient):
     """Reduce full gradients to their top ``r`` principal directions, those of the Fisher matrix of a pilot's rows.
 
-    For models small enough: the pilot's rows are p numbers each, on disk, and the basis takes 4 p r bytes. It is
-    :class:`Eigenbasis` without a mask before it: what dropout followed by an eigenbasis comes close to.
+    For small models: the pilot's rows are p numbers each, on disk, and the basis takes 4 p r bytes. It is
+    :class:`Eigenbasis` without a mask before it, which dropout followed by an eigenbasis approximates.
 
     Parameters
     ----------
@@ -126,6 +95,11 @@ class Pca(FullGradient):
     def reduce(self) -> Eigenbasis:
         return Eigenbasis(self.r, self.pilot, self.weights)
 
+    @property
+    @override
+    def wide(self) -> Identity:
+        return Identity()
+
 
 @dataclass(frozen=True)
 class Projection(FullGradient):
@@ -146,8 +120,8 @@ class Projection(FullGradient):
             raise InputError(f"expected k <= p = {p}; received k = {self.k}: use Identity() to keep all entries")
         return super().draw(layers, moments)
 
+    @override
     def generated(self, mask: Mask) -> GeneratedReduction:
-        """Return the projection of rows under ``mask``."""
         return self._map(mask.k, self.k, self.seed)
 
 
@@ -178,7 +152,7 @@ class Gaussian(Projection):
 class Rademacher(Projection):
     """Project with a dense matrix of independent signs over √k (Achlioptas 2003): see :class:`Gaussian`.
 
-    The cost is that of the Gaussian projection, but for drawing the matrix: one random bit an entry.
+    It costs what the Gaussian projection costs, except that drawing the matrix takes one random bit per entry.
     """
 
     name: ClassVar[str] = "rademacher"
@@ -189,15 +163,16 @@ class Rademacher(Projection):
 class Sjlt(Projection):
     """Project with a sparse matrix of ``nonzeros`` signs a row, over their root: O(p · nonzeros) a sample, whatever k.
 
-    One non-zero is CountSketch (Charikar, Chen and Farach-Colton 2002); more, one in each of as many ranges of the
-    stored numbers, are the sparse Johnson-Lindenstrauss transform's block construction (Kane and Nelson 2014).
+    One non-zero is CountSketch (Charikar, Chen and Farach-Colton 2002). Several non-zeros, one in each of as many
+    ranges of the stored numbers, are the block construction of the sparse Johnson-Lindenstrauss transform (Kane and
+    Nelson 2014).
 
     Parameters
     ----------
     k, seed
         As for :class:`Gaussian`.
     nonzeros : int
-        Of each entry; at most k.
+        Signs per entry; at most k.
     """
 
     nonzeros: int = 1
@@ -211,8 +186,8 @@ class Sjlt(Projection):
         if self.nonzeros > self.k:
             raise InputError(f"expected nonzeros <= k = {self.k}; received {self.nonzeros}")
 
+    @override
     def generated(self, mask: Mask) -> SjltReduction:
-        """Return the projection of rows under ``mask``."""
         return SjltReduction(mask.k, self.k, self.seed, self.nonzeros)
 
 
@@ -220,7 +195,7 @@ class Sjlt(Projection):
 class Grass(Sjlt):
     """Keep ``kept`` entries drawn uniformly, then project them sparsely to ``k`` numbers (GraSS, arXiv 2505.18976).
 
-    O(kept · nonzeros) a sample beside what dropout costs; the full gradient is never built.
+    Costs O(kept · nonzeros) per sample more than dropout; the full gradient is never built.
 
     Parameters
     ----------
@@ -253,7 +228,7 @@ class LoGra(FullGradient):
     Parameters
     ----------
     rank_out, rank_in : int
-        Rows and columns of what is stored of a layer; a side that has no more than that is kept as it is.
+        Rows and columns stored of each layer; a dimension that is no larger is kept as it is.
     seed : int
         Seed of the projections.
 
@@ -269,11 +244,16 @@ class LoGra(FullGradient):
 
     name: ClassVar[str] = "logra"
 
+    @property
+    @override
+    def weighs_entries(self) -> bool:
+        return False
+
     def __post_init__(self) -> None:
         parse_whole_numbers(self, {"rank_out": 1, "rank_in": 1, "seed": 0})
 
     def draw(self, layers: Sequence[LayerShape], moments: Sequence[PilotMoments] = ()) -> Mask:
-        """Return a mask that says which projected numbers of each layer are stored, in place of which entries.
+        """Return a mask that holds the indices of each layer's projected numbers instead of kept entries.
 
         Raises
         ------
@@ -289,14 +269,14 @@ class LoGra(FullGradient):
             share = sum(layer.entries for layer in others) / sum(layer.entries for layer in layers)
             names = ", ".join(layer.name for layer in others[:3]) + (", ..." if len(others) > 3 else "")
             warn(f"LoGra leaves out {len(others)} layers that are not linear, {share:.1%} of the entries: {names}")
-        return Mask(tuple(self._numbers(layer) for layer in layers))
+        return Mask(tuple(self._projected(layer) for layer in layers))
 
-    def _numbers(self, layer: LayerShape) -> ModuleMask:
+    def _projected(self, layer: LayerShape) -> ModuleMask:
         height, width = (min(self.rank_out, layer.shape[0]), min(self.rank_in, layer.shape[1]))
         count = height * width if layer.kind in _KINDS else 0
         rows, cols = np.divmod(np.arange(count, dtype=np.int32), np.int32(width))
         return ModuleMask(layer, rows, cols, np.ones(count, np.float32))
 
+    @override
     def generated(self, mask: Mask) -> LograReduction:
-        """Return the projections of the layers under ``mask``."""
         return LograReduction(mask.k, mask.k, self.seed)

@@ -27,8 +27,8 @@ from ooc_influence.compress import Identity
 from ooc_influence.curvature.damping import DEFAULT_DAMPING
 from ooc_influence.errors import InputError, MemoryBudgetError
 from ooc_influence.extract import extract_gradients
-from ooc_influence.extract.pilot import PilotData
-from ooc_influence.extract.plan import parse_device
+from ooc_influence.extract.extraction import parse_device
+from ooc_influence.extract.pilot import part_of
 from ooc_influence.extract.taps import PerSampleLoss
 from ooc_influence.memory import MemoryBudget, format_bytes
 from ooc_influence.store import GradientStore, LayerShape, PathLike
@@ -156,11 +156,10 @@ def check(
     layers = [module.layer for module in train.mask.modules]
     room = MemoryBudget.of(memory)
     groups = list(_groups(layers, rows, room.budget - room.held))
-    data = PilotData(model, per_sample_loss, batches, parse_device(model, device), progress, memory)
-    taken = data.part(rows)
+    taken = part_of(batches, rows)
     with tempfile.TemporaryDirectory(prefix=".ooc_influence-check-", dir=folder) as name:
         place = Path(name)
-        options: dict[str, Any] = {"device": data.device, "progress": progress}
+        options: dict[str, Any] = {"device": parse_device(model, device), "progress": progress}
         own = extract_gradients(
             model, per_sample_loss, taken, place / "stored", like=train, dtype=train.layout.dtype, **options
         )

@@ -1,84 +1,119 @@
 """The pilot: a look at some samples before the mask is drawn and the basis chosen.
 
 For importance sampling, one pass sums squares of every layer's inputs and output gradients. For a reduction, wide rows
-of more samples go into a store of their own beside the one to be made, which a killed run finds again; their
-eigenbasis then becomes part of the real store, and the pilot's is removed.
+of more samples go into a temporary store beside the one to be made, so that a killed run can resume them; their
+eigenbasis becomes part of the real store, and the pilot's rows are removed.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from ooc_influence.compress import PilotMoments
-from ooc_influence.errors import InputError, NonFiniteError
-from ooc_influence.extract.batching import Batches, BudgetBatches, batch_size, count_rows, to_device
+from ooc_influence.compress import Compressor, PilotMoments, fit_eigenbasis
+from ooc_influence.errors import InputError, MismatchError, NonFiniteError, StoreNotFoundError
+from ooc_influence.extract.data import Batches, Batching, BudgetBatches, RowMetadata, batch_size, count_rows, to_device
 from ooc_influence.extract.entries import BiasEntries
 from ooc_influence.extract.layers import Use
-from ooc_influence.extract.tapping import tapped
-from ooc_influence.extract.taps import PerSampleLoss
+from ooc_influence.extract.metric import AdamMetric
+from ooc_influence.extract.passes import ModelSetup, fill
+from ooc_influence.extract.sink import Sink, StorePlan
+from ooc_influence.extract.taps import tapped
 from ooc_influence.memory import parse_bytes
 from ooc_influence.progress import Progress
-from ooc_influence.store import LayerShape, StorePath
+from ooc_influence.store import GradientStore, LayerShape, PathLike, Storage, StorePath, exists, parse_path, remove_tree
 
 logger = logging.getLogger("ooc_influence")
 
 
 @dataclass(frozen=True)
-class PilotData:
-    """What a pilot is run on.
+class Pilot:
+    """What a pilot is run on, and what it is run for.
 
     Attributes
     ----------
-    model : nn.Module
-        The model.
-    per_sample_loss : callable
-        Its loss.
+    setup : ModelSetup
+        The model and its loss.
     batches : iterable or callable
         The pilot's own batches, or the data to take some from.
-    device : torch.device
-        Where to run.
-    progress : bool or None
-        Show a progress line.
     memory : int, str or None
-        Budget for what is made of the pilot's rows.
-    check : bool
-        Compare what layers hand over with autograd.
+        Budget for fitting the eigenbasis of the pilot's rows.
     verification : dict
-        What that found, once a pass was made.
+        Result of the comparison with autograd, once a pass was made.
     """
 
-    model: torch.nn.Module
-    per_sample_loss: PerSampleLoss
+    setup: ModelSetup
     batches: Batches | BudgetBatches
-    device: torch.device
-    progress: bool | None
     memory: int | str | None = None
-    check: bool = True
     verification: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.memory is not None:
-            parse_bytes(self.memory)  # a mistake is told before the model runs
+            parse_bytes(self.memory)  # an invalid budget is refused before the model runs
 
-    def take(self, samples: int) -> Iterator[Any]:
-        """Yield batches with at least ``samples`` samples, spread over the data where they can be addressed."""
-        return take_evenly(self.batches, samples)
+    def run(
+        self, plan: StorePlan, compressor: Compressor, layers: list[LayerShape], metric: AdamMetric | None,
+        store: PathLike,
+    ) -> StorePlan:  # fmt: skip
+        """Return the plan of ``store`` with the mask and the reduction that the compressor makes from the pilot."""
+        basis, total = compressor.reduce, self.count()
+        if basis is not None and total is not None and total < basis.r:
+            raise InputError(
+                f"expected at least r = {basis.r} samples to make an eigenbasis from; received {total}: use a smaller "
+                "r (--dims), or no reduction"
+            )
+        wide, path = compressor.wide, pilot_path(store)
+        plan = replace(plan, attributes=plan.attributes | {"compressor": wide.to_dict()})
+        earlier = self._earlier_mask(path, wide, layers, metric)
+        if earlier is None:
+            moments = self.moments(layers, wide.pilot_samples) if wide.pilot_samples else ()
+            plan = replace(plan, mask=wide.draw(layers, moments)).weighted_by(metric, self.setup.model)
+        else:
+            facts = earlier.attrs.get("metric")
+            plan = replace(plan, mask=earlier.mask, attributes=plan.attributes | {"metric": facts})
+        plan.attributes["verification"] |= self.verification
+        if basis is None:
+            return plan
+        wide_plan = replace(plan, storage=Storage(), dtype="float16")
+        try:
+            self._fill(wide_plan, path, basis.pilot_rows)
+        except MismatchError:  # rows of other data, or another model
+            remove_tree(path)
+            self._fill(wide_plan, path, basis.pilot_rows)
+        reduction = fit_eigenbasis(
+            GradientStore.open(path), basis.r, weights=basis.weights, memory=self.memory, progress=self.setup.progress
+        )
+        return replace(plan, reduction=reduction, attributes=plan.attributes | {"compressor": compressor.to_dict()})
+
+    def _earlier_mask(
+        self, path: StorePath, wide: Compressor, layers: list[LayerShape], metric: AdamMetric | None
+    ) -> GradientStore | None:
+        """Return the wide store of a killed run with the same compressor, layers and metric."""
+        try:
+            store = GradientStore.open(path)
+        except StoreNotFoundError:
+            return None
+        same = store.attrs.get("compressor") == wide.to_dict()
+        same &= (store.attrs.get("metric") is None) == (metric is None)
+        return store if same and [module.layer for module in store.mask.modules] == layers else None
+
+    def _fill(self, plan: StorePlan, path: StorePath, rows: int) -> None:
+        sink = Sink(path, plan, RowMetadata.of(None, None), Batching(), None, None, "skip")
+        setup = replace(self.setup, check=self.setup.check and not self.verification)
+        try:
+            total = min(rows, self.count() or rows)
+            fill(sink, plan, setup, part_of(self.batches, rows), Batching(), total=total, label="pilot rows")
+        finally:
+            sink.close()
 
     def count(self) -> int | None:
         """Return how many samples there are, where that is known without reading them."""
         return len(self.batches) if isinstance(self.batches, BudgetBatches) else count_rows(self.batches)
-
-    def part(self, samples: int) -> Batches | BudgetBatches:
-        """Return the batches of :meth:`take`, to be read as often as needed and never held all at once."""
-        if isinstance(self.batches, BudgetBatches):
-            return self.batches.part(np.array(_even(len(self.batches), samples), np.int64))
-        return _Taken(self.batches, samples)
 
     def moments(self, layers: Sequence[LayerShape], samples: int) -> list[PilotMoments]:
         """Return second moments of every layer's rows and columns over ``samples`` samples.
@@ -94,12 +129,12 @@ class PilotData:
         """
         sums, skipped = MomentSums(layers), 0
         with (
-            tapped(self.model, layers, self.device, probe=True, check=self.check) as taps,
-            Progress("pilot", samples, self.progress) as bar,
+            tapped(self.setup.model, layers, self.setup.device, probe=True, check=self.setup.check) as taps,
+            Progress("pilot", samples, self.setup.progress) as bar,
         ):
-            for batch in self.take(samples):
+            for batch in take_evenly(self.batches, samples):
                 part = MomentSums(layers)
-                losses = taps.run(self.per_sample_loss, to_device(batch, self.device), part.receiver)
+                losses = taps.run(self.setup.per_sample_loss, to_device(batch, self.setup.device), part.receiver)
                 part.samples = len(losses)
                 if part.finite:
                     sums.join(part)
@@ -123,11 +158,19 @@ class PilotData:
         InputError, UnsupportedModelError
             See :meth:`Taps.run`.
         """
-        with tapped(self.model, layers, self.device, check=True) as taps:
-            for batch in self.take(2):
-                taps.run(self.per_sample_loss, to_device(batch, self.device), lambda b: lambda use, x, delta: None)
+        with tapped(self.setup.model, layers, self.setup.device, check=True) as taps:
+            for batch in take_evenly(self.batches, 2):
+                moved = to_device(batch, self.setup.device)
+                taps.run(self.setup.per_sample_loss, moved, lambda b: lambda use, x, delta: None)
                 break
             self.verification.update(taps.verification() or {})
+
+
+def part_of(batches: Batches | BudgetBatches, samples: int) -> Batches | BudgetBatches:
+    """Return the batches of :func:`take_evenly`, to be read as often as needed and never held all at once."""
+    if isinstance(batches, BudgetBatches):
+        return batches.part(np.array(_even(len(batches), samples), np.int64))
+    return _Taken(batches, samples)
 
 
 class _Taken:
@@ -231,6 +274,14 @@ class MomentSums:
         return found
 
 
-def pilot_path(path: StorePath) -> StorePath:
-    """Return where the pilot's wide rows are kept until the store at ``path`` is there."""
+def pilot_path(store: PathLike) -> StorePath:
+    """Return where the pilot's wide rows are kept until ``store`` has their basis."""
+    path = parse_path(store)
     return path.with_name(f"{path.name}.pilot")
+
+
+def remove_pilot(store: PathLike) -> None:
+    """Remove the pilot's wide rows, now that the store has their basis."""
+    path = pilot_path(store)
+    if exists(path):
+        remove_tree(path)

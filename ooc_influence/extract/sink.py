@@ -1,45 +1,213 @@
-"""The store an extraction writes: created once the first batch worked, claimed, filled row by row, resumed."""
+"""The store an extraction writes: planned before it starts, created once the first batch worked, filled, resumed."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from ooc_influence.compress import RetainedEnergy, basis_weights
-from ooc_influence.errors import InputError, MismatchError
-from ooc_influence.extract.batching import Batching, Shard
-from ooc_influence.extract.metadata import RowMetadata
-from ooc_influence.extract.plan import Plan, open_existing
+from ooc_influence.errors import InputError, MismatchError, StoreNotFoundError, warn
+from ooc_influence.extract.data import Batching, RowMetadata, Shard
+from ooc_influence.extract.fingerprint import short_fingerprint
+from ooc_influence.extract.metric import AdamMetric
 from ooc_influence.store import (
     GradientStore,
+    Mask,
     PathLike,
+    Reduction,
+    Representation,
     Storage,
     StoredReduction,
     check_finite,
+    check_free,
+    check_writable,
+    columns_digest,
     mark_dropped,
     missing_spans,
+    parse_path,
 )
 
 logger = logging.getLogger("ooc_influence")
 Floats = npt.NDArray[np.float32]
-_SKIPPED = np.finfo(np.float32).max  # the norm of a row that was not finite
+_SKIPPED = np.finfo(np.float32).max  # the norm recorded for a row that was not finite
 OnNonFinite = Literal["raise", "skip"]
 
 
+@dataclass(frozen=True)
+class StorePlan:
+    """Everything that determines what a store will hold.
+
+    Attributes
+    ----------
+    mask : Mask
+        The kept entries.
+    reduction : Reduction or None
+        The map that masked rows are multiplied by.
+    dtype : str
+        Representation of the rows.
+    attributes : dict
+        What the store records about how its rows are made.
+    storage : Storage
+        Chunking and codec, where the caller chose them.
+    check_model : bool
+        Whether another model than the store's is an error, or a warning.
+    kept_at : str or None
+        The store that holds the reduction, if this one only refers to it.
+    """
+
+    mask: Mask
+    reduction: Reduction | None
+    dtype: Representation
+    attributes: dict[str, Any]
+    storage: Storage
+    check_model: bool
+    kept_at: str | None = None
+
+    @property
+    def k(self) -> int:
+        """Numbers stored per row."""
+        return self.mask.k if self.reduction is None else self.reduction.columns
+
+    @property
+    def columns_digest(self) -> str:
+        """Digest of what the columns mean: :attr:`GradientStore.columns_digest`."""
+        return columns_digest(self.mask.digest, None if self.reduction is None else self.reduction.facts)
+
+    @property
+    def create_options(self) -> dict[str, Any]:
+        """Arguments of :meth:`GradientStore.create`."""
+        reduction: Any = self.reduction
+        scale = None
+        if isinstance(reduction, StoredReduction) and self.dtype in ("int8", "int4"):
+            scale = reduction.column_scale()  # columns of an eigenbasis differ by orders of magnitude
+        if self.kept_at is not None:
+            reduction = {**reduction.facts, "path": self.kept_at}
+        return {"dtype": self.dtype, "reduction": reduction, "column_scale": scale, "attributes": self.attributes}
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """What is recorded about the model."""
+        recorded: dict[str, Any] = self.attributes["model"]
+        return recorded
+
+    def weighted_by(self, metric: AdamMetric | None, model: torch.nn.Module) -> StorePlan:
+        """Return the plan with the metric, if there is one, multiplied into the mask's weights."""
+        if metric is None:
+            return self
+        mask, facts = metric.apply(self.mask, model)
+        if facts["never_updated"]:
+            warn(
+                f"{facts['never_updated']} of {mask.k} kept entries were never updated by the optimiser; their weight "
+                "is 0"
+            )
+        return replace(self, mask=mask, attributes=self.attributes | {"metric": facts})
+
+
+def same_model(store: GradientStore, model: dict[str, Any], check: bool) -> dict[str, Any]:
+    """Return what to record about a model that has to be the one of ``store``.
+
+    Raises
+    ------
+    MismatchError
+        If it is another, and that was not allowed.
+    """
+    if store.model_fingerprint == model["fingerprint"]:
+        return model
+    if check:
+        raise MismatchError(
+            f"expected the model that {store.path} was made with, model fingerprint "
+            f"{short_fingerprint(store.model_fingerprint)}; received {short_fingerprint(model['fingerprint'])} (names, "
+            "shapes or values of its tensors differ): load the same checkpoint, or allow another with "
+            "check_model=False (--other-model)"
+        )
+    warn(
+        f"the model is not the one that {store.path} was made with; its rows are taken as comparable because "
+        "check_model=False (--other-model) says so"
+    )
+    recorded = store.attrs.get("model")
+    expected: dict[str, Any] = dict(recorded) if isinstance(recorded, Mapping) else {"fingerprint": recorded}
+    return {**expected, "other": [*expected.get("other", []), model["fingerprint"]]}
+
+
+def open_existing(path: PathLike, plan: StorePlan) -> GradientStore | None:
+    """Open the store of an earlier run to go on with it; None where there is none.
+
+    Raises
+    ------
+    MismatchError
+        If it was made with other settings or, unless that is allowed, another model.
+    """
+    try:
+        store = GradientStore.open(path, mode="a")
+    except StoreNotFoundError:
+        check_free(parse_path(path), "a store or nothing")
+        check_writable(parse_path(path))
+        return None
+    attrs, layout, wanted = store.attrs, store.layout, plan.storage
+    for what, expected, received in (
+        ("compressor", attrs.get("compressor"), plan.attributes["compressor"]),
+        ("selected layers (digest of mask and basis)", store.columns_digest, plan.columns_digest),
+        ("dtype", layout.dtype, plan.dtype),
+        ("chunk_rows", layout.chunk_rows, wanted.chunk_rows or layout.chunk_rows),
+        ("group_chunks", layout.group_chunks, wanted.group_chunks or layout.group_chunks),
+        ("codec", layout.codec, wanted.codec or layout.codec),
+        ("loss_kind", attrs.get("loss_kind"), plan.attributes["loss_kind"]),
+    ):
+        if expected != received:
+            one, other = _differing(expected, received)
+            raise MismatchError(
+                f"expected the {what} of the store at {path} ({one}); received {other}: extract to another path, or "
+                "remove the store"
+            )
+    if store.model_fingerprint != plan.model["fingerprint"]:
+        store.record(model=same_model(store, plan.model, plan.check_model))
+    return store
+
+
+def _differing(expected: Any, received: Any) -> tuple[str, str]:
+    """Return in words what two settings are; of mappings, the entries that differ."""
+    if not isinstance(expected, Mapping) or not isinstance(received, Mapping):
+        return _short(expected), _short(received)
+    names = [name for name in {**expected, **received} if expected.get(name) != received.get(name)]
+    pairs = [(name, expected.get(name), received.get(name)) for name in names]
+    return (
+        ", ".join(_entry(name, own, other) for name, own, other in pairs),
+        ", ".join(_entry(name, own, other) for name, other, own in pairs),
+    )
+
+
+def _entry(name: str, value: Any, other: Any) -> str:
+    """Return an entry of settings in words; of one that holds settings itself, what differs from ``other``."""
+    if value is None:
+        return f"no {name}"
+    if not isinstance(value, Mapping):
+        return f"{name} {value}"
+    kept = {key: own for key, own in value.items() if own is not None}
+    text, _ = _differing(value, other) if isinstance(other, Mapping) else _differing(kept, {})
+    return f"{name} with {text}"
+
+
+def _short(value: Any) -> str:
+    """Return a setting in words, a digest by its beginning."""
+    text = "none" if value is None else str(value)
+    return text[:12] if len(text) == 64 else text
+
+
 class Computed(NamedTuple):
-    """What is computed of some samples, on the host.
+    """Results for some samples, on the host.
 
     Attributes
     ----------
     losses : (b,) float32
         Per-sample losses.
     rows : (b, k) float32
-        What is stored of their gradients.
+        The numbers stored of their gradients.
     norms : (b,) float32
         Norms of the masked gradients, before any reduction.
     """
@@ -50,18 +218,29 @@ class Computed(NamedTuple):
 
     @classmethod
     def empty(cls, rows: int, k: int) -> Computed:
-        """Return room for ``rows`` rows of ``k`` numbers."""
+        """Return uninitialised arrays for ``rows`` rows of ``k`` numbers."""
         return cls(np.empty(rows, np.float32), np.empty((rows, k), np.float32), np.empty(rows, np.float32))
 
-    def put(self, places: npt.NDArray[np.int64], found: Computed) -> None:
-        """Write what was found at ``places``; those outside are left out."""
-        inside = (places >= 0) & (places < len(self.losses))
-        for mine, values in zip(self, found, strict=True):
-            mine[places[inside]] = values[inside]
+    def put(self, indices: npt.NDArray[np.int64], computed: Computed) -> None:
+        """Write results at ``indices``; those out of range are ignored."""
+        inside = (indices >= 0) & (indices < len(self.losses))
+        for mine, values in zip(self, computed, strict=True):
+            mine[indices[inside]] = values[inside]
 
     def part(self, low: int, high: int) -> Computed:
         """Return samples ``low`` to ``high``."""
         return Computed(*(values[low:high] for values in self))
+
+    def zeroing_nonfinite(self) -> Computed:
+        """Return the results with zeros for rows that are not finite, marked by the norm ``_SKIPPED``."""
+        bad = ~(np.isfinite(self.losses) & np.isfinite(self.norms) & np.isfinite(self.rows).all(axis=1))
+        if not bad.any():
+            return self
+        return Computed(
+            np.where(bad, 0, self.losses).astype(np.float32),
+            np.where(bad[:, None], 0, self.rows).astype(np.float32),
+            np.where(bad, _SKIPPED, self.norms).astype(np.float32),
+        )
 
 
 class Sink:
@@ -70,26 +249,20 @@ class Sink:
     Attributes
     ----------
     store : GradientStore or None
-        None until the first batch has been computed, where there was none before.
+        None until the first batch of a new store has been computed.
     start : int
         First row of this writer.
     stop : int or None
-        Row behind its last one; None for a store that grows.
+        End of its rows, exclusive; None for a store that grows.
     """
 
     def __init__(
-        self,
-        path: PathLike,
-        plan: Plan,
-        metadata: RowMetadata,
-        batching: Batching,
-        shard: Shard | None,
-        total: int | None,
-        on_nonfinite: OnNonFinite = "raise",
-    ) -> None:
+        self, path: PathLike, plan: StorePlan, metadata: RowMetadata, batching: Batching, shard: Shard | None,
+        total: int | None, on_nonfinite: OnNonFinite = "raise",
+    ) -> None:  # fmt: skip
         if on_nonfinite not in ("raise", "skip"):
             raise InputError(f"expected on_nonfinite 'raise' or 'skip'; received {on_nonfinite!r}")
-        self._skip, self._share = on_nonfinite == "skip", RetainedEnergy()
+        self._skip, self._energy = on_nonfinite == "skip", RetainedEnergy()
         self._path, self._plan, self._metadata = path, plan, metadata
         self._first_row, self._shard, self._total = batching.first_row, shard, total
         self.start: int = batching.first_row
@@ -97,23 +270,19 @@ class Sink:
         self.store = open_existing(path, plan)
         if self.store is not None:
             self._claim(self.store)
-        elif shard is not None:
-            if total is None:
-                raise InputError(
-                    f"expected a store at {path} for several writers, since the number of samples is not known; "
-                    "received none: make it with init_store ('ooc-influence init') and give the rows"
-                )
-            self._set_range(total, self._layout_sizes(total))
-        else:
+        elif shard is None:
             self._check_gap(0)
-
-    def _layout_sizes(self, rows: int) -> int:
-        """Return the rows of a group, in a store that is still to be made for several writers."""
-        chunk_rows, group_chunks = self._storage(rows).sizes(self._plan.k, self._plan.dtype, rows)
-        return chunk_rows * group_chunks
+        elif total is None:
+            raise InputError(
+                f"expected a store at {path} for several writers, since the number of samples is not known; "
+                "received none: make it with init_store ('ooc-influence init') and give the rows"
+            )
+        else:
+            chunk_rows, group_chunks = self._storage(total).sizes(plan.k, plan.dtype, total)
+            self._set_range(total, chunk_rows * group_chunks)
 
     def _storage(self, rows: int | None) -> Storage:
-        """Return the chunking to make a store with: groups small enough that every writer gets a share."""
+        """Return the chunking of a new store: with groups small enough that every writer gets a share."""
         storage = self._plan.storage
         if self._shard is None or rows is None:
             return storage
@@ -130,7 +299,7 @@ class Sink:
         if self._total is not None and self._total != planned:
             raise InputError(
                 f"expected {planned} samples, the rows planned for {self._path}; received batches with {self._total}: "
-                "init_store ('ooc-influence init') with more rows makes room"
+                "init_store ('ooc-influence init') with more rows extends the plan"
             )
 
     def _claim(self, store: GradientStore) -> None:
@@ -138,7 +307,7 @@ class Sink:
         if planned is not None:
             self._set_range(planned, store.layout.group_rows)
             if self.start == self.stop:
-                return  # more writers than groups of rows: nothing for this one
+                return  # there are more writers than groups of rows: none is left for this one
             writer = store.writer(self.start, self.stop)
         elif self._shard is not None:
             raise InputError(
@@ -147,26 +316,28 @@ class Sink:
             )
         else:
             writer = store.writer()
-        self._decide_again(store)
+        self._restore_uncommitted(store)
         try:
             self._check_gap(writer.next_row)
         except InputError:
             store.close()
             raise
 
-    def _decide_again(self, store: GradientStore) -> None:
-        """Unmark rows that a run skipped which was killed before it committed them: their samples may be others now."""
+    def _restore_uncommitted(self, store: GradientStore) -> None:
+        """Remove tombstones of rows that a killed run skipped but did not commit: their samples may have changed."""
         size, missing = store.layout.group_rows, missing_spans(store.records, store.layout, self.start, self.stop)
         for group in sorted(store.dropped_groups()) if missing else ():
             rows = slice(group * size, min((group + 1) * size, store.stored_rows))
-            numbers = rows.start + np.flatnonzero(store.read("dropped", rows))
-            numbers = numbers[
-                [any(a <= row and (b is None or row < b) for a, b in missing) for row in numbers.tolist()]
-            ]
-            if numbers.size:
-                numbers = numbers[store.read("grad_norm", rows)[numbers - rows.start] == _SKIPPED]
-            if numbers.size:
-                mark_dropped(store.path, store.layout, numbers, dropped=False)
+            dropped = rows.start + np.flatnonzero(store.read("dropped", rows))
+            uncommitted = [
+                any(start <= row and (stop is None or row < stop) for start, stop in missing)
+                for row in dropped.tolist()
+            ]  # fmt: skip
+            dropped = dropped[uncommitted]
+            if dropped.size:
+                dropped = dropped[store.read("grad_norm", rows)[dropped - rows.start] == _SKIPPED]
+            if dropped.size:
+                mark_dropped(store.path, store.layout, dropped, dropped=False)
                 store.reload()
 
     def _check_gap(self, committed: int) -> None:
@@ -178,18 +349,18 @@ class Sink:
 
     @property
     def next_row(self) -> int:
-        """Number of the next row to be written: the first that is missing."""
+        """The first row that is missing, which is written next."""
         if self.store is None or self.start == self.stop:
             return self.start
         return self.store.writer(self.start, self.stop).next_row
 
     @property
     def finished(self) -> bool:
-        """Whether nothing is missing of a range that has an end."""
+        """Whether the writer has an end and no row before it is missing."""
         return self.store is not None and self.stop is not None and self.next_row >= self.stop
 
     def own(self, row: int, count: int) -> int:
-        """Return how many of ``count`` rows from ``row`` on are this writer's."""
+        """Return how many of ``count`` rows from ``row`` on belong to this writer."""
         last = row + count if self.stop is None else min(row + count, self.stop)
         return max(0, last - max(row, self.start))
 
@@ -199,69 +370,66 @@ class Sink:
         return 0.0 if self.store is None else self.store.waited
 
     def record(self, **attributes: Any) -> None:
-        """Record something in the store's attributes, where this is its only writer."""
+        """Record something in the store's attributes, if this is its only writer."""
         if self.store is not None and self._shard is None:
             self.store.record(**attributes)
 
     def verified(self, facts: Mapping[str, Any]) -> None:
-        """Record what the check of the gathered entries found; of several writers, the first does."""
+        """Record the result of comparing gathered entries with autograd; of several writers, the first does."""
         recorded = {**(self._plan.attributes.get("verification") or {}), **facts}
         self._plan.attributes["verification"] = recorded
         if self.store is not None and (self._shard is None or self._shard.index == 0):
             self.store.record(verification=recorded)
 
-    def take(self, batch: Any, row: int, found: Computed) -> None:
-        """Append what of a batch is new and this writer's; ``row`` is the store row of its first sample.
+    def take(self, batch: Any, row: int, computed: Computed) -> None:
+        """Append the rows of a batch that are missing and belong to this writer.
+
+        Parameters
+        ----------
+        batch : any
+            The batch, for ids and columns that are functions of it.
+        row : int
+            Store row of its first sample.
+        computed : Computed
+            Its losses, rows and norms.
 
         Raises
         ------
         NonFiniteError
             For NaN or Inf in what would be appended.
         MismatchError
-            If rows that are committed already have other losses in the store.
+            If committed rows have other losses or ids in the store.
         """
-        count = len(found.losses)
-        small = self._metadata.take(batch, row - self._first_row, count)
+        count = len(computed.losses)
+        metadata = self._metadata.take(batch, row - self._first_row, count)
         end = row + count if self.stop is None else min(row + count, self.stop)
         if self._skip:
-            found = self._without_nonfinite(found)
+            computed = computed.zeroing_nonfinite()
         if self.store is None:
             low = max(0, self.next_row - row)
-            new, ids = found.part(low, end - row), small.get("example_id")
+            new, ids = computed.part(low, end - row), metadata.get("example_id")
             check_finite(row + low, new.rows, new.losses, ids[low : end - row] if ids else None)
-            self._create(small)
+            self._create(metadata)
         assert self.store is not None
-        self.check_same_data(batch, row, found.losses, min(max(0, self.next_row - row), count))
+        self.check_same_data(batch, row, computed.losses, min(max(0, self.next_row - row), count))
         while self.next_row < end:  # more than once where a repair left several gaps
-            low = max(0, self.next_row - row)
-            high = end - row
+            low, high = max(0, self.next_row - row), end - row
             room = self.store.writer().room
             if room is not None:
                 high = min(high, low + room)
-            self._append({name: values[low:high] for name, values in small.items()}, found.part(low, high))
+            self._append({name: values[low:high] for name, values in metadata.items()}, computed.part(low, high))
 
-    def _append(self, small: Mapping[str, list[Any]], new: Computed) -> None:
+    def _append(self, metadata: Mapping[str, list[Any]], new: Computed) -> None:
         assert self.store is not None
-        values = {name.removeprefix("columns/"): found for name, found in small.items()}
-        ids = values.pop("example_id", None)
+        columns = {name.removeprefix("columns/"): values for name, values in metadata.items()}
+        ids = columns.pop("example_id", None)
         skipped, first = new.norms == _SKIPPED, self.next_row
-        self.store.append(new.rows, loss=new.losses, grad_norm=new.norms, ids=ids, columns=values, dropped=skipped)
+        self.store.append(new.rows, loss=new.losses, grad_norm=new.norms, ids=ids, columns=columns, dropped=skipped)
         if skipped.any():
             logger.warning("rows %s are not finite: dropped", (first + np.flatnonzero(skipped)).tolist())
         if isinstance(self._plan.reduction, StoredReduction):
             weights = basis_weights(self._plan.attributes, self._plan.reduction.facts)
-            self._share = self._share.plus(RetainedEnergy.of(new.rows, new.norms, new.losses, ~skipped, weights))
-
-    def _without_nonfinite(self, found: Computed) -> Computed:
-        """Return rows with zeros for those that are not finite, which their norm tells."""
-        bad = ~(np.isfinite(found.losses) & np.isfinite(found.norms) & np.isfinite(found.rows).all(axis=1))
-        if not bad.any():
-            return found
-        return Computed(
-            np.where(bad, 0, found.losses).astype(np.float32),
-            np.where(bad[:, None], 0, found.rows).astype(np.float32),
-            np.where(bad, _SKIPPED, found.norms).astype(np.float32),
-        )
+            self._energy = self._energy.plus(RetainedEnergy.of(new.rows, new.norms, new.losses, ~skipped, weights))
 
     def _drop_skipped(self) -> None:
         """Drop the rows that were not finite in a run of an earlier version, killed before it could mark them."""
@@ -276,20 +444,19 @@ class Sink:
                 store.drop(start + np.flatnonzero(bad))
                 logger.warning("rows %s are not finite: dropped", (start + np.flatnonzero(bad)).tolist())
 
-    def _create(self, small: Mapping[str, list[Any]]) -> None:
-        dtypes = {name.removeprefix("columns/"): dtype for name, dtype in self._metadata.dtypes(small).items()}
-        plan = self._plan
+    def _create(self, metadata: Mapping[str, list[Any]]) -> None:
+        dtypes = {name.removeprefix("columns/"): dtype for name, dtype in self._metadata.dtypes(metadata).items()}
         GradientStore.create(
             self._path,
-            plan.mask,
+            self._plan.mask,
             storage=self._storage(self._total),
             planned_rows=self._total if self._shard is not None else None,
             ids=dtypes.pop("example_id", None),
             columns=dtypes,
             exist_ok=True,  # another writer may have been first: open_existing checks that it is the same store
-            **plan.create_options,
+            **self._plan.create_options,
         )
-        store = open_existing(self._path, plan)
+        store = open_existing(self._path, self._plan)
         assert store is not None
         self._claim(store)
         self.store = store
@@ -306,24 +473,23 @@ class Sink:
         if self.store is None or low >= high or self.store.n < high:
             return
         stored = self.store.small("loss", low, high)
-        losses = np.where(np.isfinite(losses), losses, 0)  # as rows that were skipped have
-        if not np.allclose(stored, losses[low - row : high - row], rtol=1e-2, atol=1e-6):
-            raise MismatchError(
-                f"expected rows {low}-{high} to have the losses stored in {self.store.path}; received others: the "
-                "batches or their order changed since; extract to another path"
-            )
-
+        losses = np.where(np.isfinite(losses), losses, 0)  # the loss stored for rows that were skipped
         ids = self._metadata.take(batch, row - self._first_row, len(losses)).get("example_id")
-        if ids is not None and self.store.ids(np.arange(low, high)).tolist() != ids[low - row : high - row]:
+        differing = None
+        if not np.allclose(stored, losses[low - row : high - row], rtol=1e-2, atol=1e-6):
+            differing = ("losses", "batches")
+        elif ids is not None and self.store.ids(np.arange(low, high)).tolist() != ids[low - row : high - row]:
+            differing = ("ids", "ids")
+        if differing is not None:
             raise MismatchError(
-                f"expected rows {low}-{high} to have the ids stored in {self.store.path}; received others: the ids or "
-                "their order changed since; extract to another path"
+                f"expected rows {low}-{high} to have the {differing[0]} stored in {self.store.path}; received others: "
+                f"the {differing[1]} or their order changed since; extract to another path"
             )
 
     def close(self) -> None:
-        """Commit what is finished, and let others write."""
+        """Commit what is finished, and release the claim."""
         if self.store is not None:
             self.store.close()
             self._drop_skipped()
-            if self._shard is None:  # several writers would write over each other's
-                self._share.record(self.store)
+            if self._shard is None:  # several writers would overwrite each other's sums
+                self._energy.record(self.store)

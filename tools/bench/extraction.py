@@ -33,10 +33,10 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 import ooc_influence as ooc
+from ooc_influence.extract.passes import RowGatherer
 from ooc_influence.extract.pilot import MomentSums
-from ooc_influence.extract.run import RowGatherer
 from ooc_influence.extract.selection import select_layers
-from ooc_influence.extract.tapping import tapped
+from ooc_influence.extract.taps import tapped
 
 
 class Block(nn.Module):

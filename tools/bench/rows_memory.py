@@ -69,7 +69,7 @@ class Peaks:
 
 
 def check_ids(n: int) -> None:
-    from ooc_influence.extract.metadata import RowMetadata
+    from ooc_influence.extract.data import RowMetadata
 
     RowMetadata.of(Ids(n), None).check_ids()
 

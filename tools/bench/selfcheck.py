@@ -32,9 +32,9 @@ from extraction import Case, clock, language
 from torch import Tensor, nn
 
 import ooc_influence as ooc
-from ooc_influence.extract.run import RowGatherer
+from ooc_influence.extract.passes import RowGatherer
 from ooc_influence.extract.selection import select_layers
-from ooc_influence.extract.tapping import tapped
+from ooc_influence.extract.taps import tapped
 
 LLAMA = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
          "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}  # fmt: skip

@@ -32,9 +32,9 @@ from extraction import make
 from torch import nn
 
 import ooc_influence as ooc
-from ooc_influence.extract.run import RowGatherer
+from ooc_influence.extract.passes import RowGatherer
 from ooc_influence.extract.selection import select_layers
-from ooc_influence.extract.tapping import tapped
+from ooc_influence.extract.taps import tapped
 from ooc_influence.memory import PeakMemory
 
 COLUMNS = ("model", "p", "k", "method", "stored", "over a step", "extra MiB")

@@ -5,7 +5,7 @@ from ooc_influence.extract.entries.calls import Call, float_leaves
 from ooc_influence.extract.entries.conv import ConvEntries
 from ooc_influence.extract.entries.embedding import EmbeddingBagEntries, EmbeddingEntries
 from ooc_influence.extract.entries.experts import ExpertEntries
-from ooc_influence.extract.entries.func import AdapterEntries, FuncEntries, own_parameters, uncalled
+from ooc_influence.extract.entries.func import AdapterEntries, FuncEntries, RecurrentEntries, own_parameters, uncalled
 from ooc_influence.extract.entries.linear import LinearEntries, TransposedLinearEntries
 from ooc_influence.extract.entries.norm import (
     BatchNormEntries,
@@ -14,7 +14,6 @@ from ooc_influence.extract.entries.norm import (
     LayerNormEntries,
     RMSNormEntries,
 )
-from ooc_influence.extract.entries.recurrent import RecurrentEntries
 
 KINDS: dict[str, type[Entries]] = {
     kind.kind: kind

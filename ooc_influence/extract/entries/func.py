@@ -9,17 +9,17 @@ parameter after the other, or several such rows where there are more than 32-bit
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from typing_extensions import override
+from torch.nn.utils.rnn import PackedSequence
 
 from ooc_influence.errors import UnsupportedModelError
 from ooc_influence.extract.entries.base import Entries, Moments, Place, computes_weights, wide
-from ooc_influence.extract.entries.calls import Call, Layout, Patch, find_layout, pull_back
+from ooc_influence.extract.entries.calls import Axis, Call, Layout, Part, Patch, find_layout, pull_back
 from ooc_influence.extract.entries.linear import LinearEntries
 from ooc_influence.store import LayerShape, ModuleMask
 
@@ -75,13 +75,13 @@ class FuncEntries(Entries):
         }
 
     @classmethod
-    @override
     def parameters(cls, module: nn.Module) -> dict[str, nn.Parameter]:
+        """See :class:`Entries`."""
         return own_parameters(module)
 
     @classmethod
-    @override
     def describe(cls, name: str, module: nn.Module) -> LayerShape | None:
+        """See :class:`Entries`."""
         numel = sum(p.numel() for p in cls.parameters(module).values())
         rows = rows_of(numel)
         return LayerShape(name, cls.kind, (rows, numel // rows), False) if rows else None
@@ -92,15 +92,13 @@ class FuncEntries(Entries):
         return find_layout(module, call, accept=accept)
 
     @classmethod
-    @override
     def batched(cls, module: nn.Module, x: Any, delta: Any, b: int) -> bool:
-        """Whether the first and the last sample, run alone, give their part of the output."""
+        """See :class:`Entries`: the first and the last sample, run alone, give their part of the output."""
         return cls.layout(module, x) is not None
 
     @classmethod
-    @override
     def strays(cls, module: nn.Module, x: Any, delta: Any, b: int, sample: int) -> bool:
-        """Where several layouts hold, the one is taken in which δ is the sample's alone."""
+        """See :class:`Entries`; where several layouts hold, the one is taken in which δ is the sample's alone."""
 
         def alone(layout: Layout) -> bool:
             for part, place in zip(delta, layout.outputs, strict=True):
@@ -124,9 +122,8 @@ class FuncEntries(Entries):
         return layout
 
     @classmethod
-    @override
     def moments(cls, layer: LayerShape, module: nn.Module, x: Any, delta: Any) -> Moments:
-        """Exact in each column, since the whole gradient is there."""
+        """See :class:`Entries`; exact in each column, since the whole gradient is there."""
         parameters, layout = cls.parameters(module), cls.known_layout(module, x)
         device = x.outputs[0].device
         sums = {name: torch.zeros(p.numel(), dtype=torch.float64, device=device) for name, p in parameters.items()}
@@ -138,10 +135,10 @@ class FuncEntries(Entries):
         return Moments(rows * x.samples, squares.mean(0), x.samples)
 
     @classmethod
-    @override
     def locate(
         cls, layer: LayerShape, module: nn.Module, rows: npt.NDArray[np.int32], cols: npt.NDArray[np.int32]
     ) -> list[Place]:
+        """See :class:`Entries`."""
         places, first = [], 0
         flat = rows.astype(np.int64) * layer.shape[1] + cols
         for name, parameter in cls.parameters(module).items():
@@ -152,10 +149,10 @@ class FuncEntries(Entries):
         return places
 
     @classmethod
-    @override
     def entries_at(
         cls, layer: LayerShape, module: nn.Module, parameter: str, positions: npt.NDArray[np.int64]
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """See :class:`Entries`."""
         first = 0
         for name, own in cls.parameters(module).items():
             if name == parameter:
@@ -231,8 +228,8 @@ class AdapterEntries(FuncEntries):
     kind = "adapter"
 
     @classmethod
-    @override
     def parameters(cls, module: nn.Module) -> dict[str, nn.Parameter]:
+        """See :class:`Entries`."""
         active: Any = getattr(module, "active_adapters", ())
         names: Any = getattr(module, "adapter_layer_names", ())
         wrapped = hasattr(module, "base_layer") and isinstance(names, (tuple, list))
@@ -247,8 +244,8 @@ class AdapterEntries(FuncEntries):
         return {name: p for name, p in found.items() if p.is_floating_point()}
 
     @classmethod
-    @override
     def describe(cls, name: str, module: nn.Module) -> LayerShape | None:
+        """See :class:`Entries`."""
         return super().describe(name, module) if hasattr(module, "adapter_layer_names") else None
 
 
@@ -263,3 +260,88 @@ def _adapter(container: nn.Module | None, name: str) -> nn.Module | nn.Parameter
 def _decomposed(module: nn.Module, adapter: str) -> bool:
     """Return whether an adapter's layers are called with something else than tokens (DoRA's norm of their product)."""
     return _adapter(module._modules.get("lora_magnitude_vector"), adapter) is not None
+
+
+_FORWARDS = (nn.LSTM.forward, nn.GRU.forward, nn.RNN.forward)
+
+
+class Steps(NamedTuple):
+    """The steps of each sample in the data of a packed sequence."""
+
+    places: tuple[Tensor, ...]
+
+    def take(self, value: Tensor, sample: int, b: int) -> Tensor:
+        """See :class:`Part`."""
+        return value.index_select(0, self.places[sample].to(value.device))
+
+    def reached(self, value: Tensor, b: int) -> Tensor:
+        """See :class:`Part`."""
+        there = ((value != 0) & value.isfinite()).flatten(1).any(1)
+        return torch.stack([there[places.to(there.device)].any() for places in self.places])
+
+
+class Sizes(NamedTuple):
+    """How many samples have each step, of a packed sequence: of one sample one."""
+
+    places: tuple[Tensor, ...]
+
+    def take(self, value: Tensor, sample: int, b: int) -> Tensor:
+        """See :class:`Part`."""
+        return value.new_ones(len(self.places[sample]))
+
+    def reached(self, value: Tensor, b: int) -> Tensor:
+        """See :class:`Part`; no output is one."""
+        raise NotImplementedError
+
+
+class Order(NamedTuple):
+    """How samples were sorted by length: one is by itself."""
+
+    def take(self, value: Tensor, sample: int, b: int) -> Tensor:
+        """See :class:`Part`."""
+        return value.new_zeros(1)
+
+    def reached(self, value: Tensor, b: int) -> Tensor:
+        """See :class:`Part`; no output is one."""
+        raise NotImplementedError
+
+
+class RecurrentEntries(FuncEntries):
+    """``nn.LSTM``, ``nn.GRU``, ``nn.RNN``: any number of layers and directions, projections, states in and out."""
+
+    kind = "recurrent"
+
+    @classmethod
+    def describe(cls, name: str, module: nn.Module) -> LayerShape | None:
+        """See :class:`Entries`."""
+        plain = isinstance(module, nn.RNNBase) and type(module).forward in _FORWARDS
+        return super().describe(name, module) if plain else None
+
+    @classmethod
+    def layout(cls, module: nn.Module, call: Call, accept: Callable[[Layout], bool] | None = None) -> Layout | None:
+        """See :class:`FuncEntries`."""
+        b, tensors = call.samples, call.tensors()
+        if b == 1:
+            return Layout((None,) * len(tensors), (None,) * len(call.outputs))
+        sequence: Any = call.args[0] if call.args else call.kwargs["input"]
+        states: list[Part | None] = [Axis(1)] * (len(call.outputs) - 1)
+        if isinstance(sequence, PackedSequence):
+            places = _places(sequence)
+            first: list[Part | None] = [Steps(places), Sizes(places)]
+            first += [Order()] * sum(order is not None for order in sequence[2:])
+            fits = len(places) == b
+        else:
+            axis = Axis(0 if module.batch_first else 1)
+            first = [axis]
+            fits = sequence.dim() == 3 and sequence.shape[axis.axis] % b == 0
+        inputs = [*first, *[Axis(1)] * (len(tensors) - len(first))]
+        layout = Layout(tuple(inputs), (first[0], *states))
+        return layout if fits and (accept is None or accept(layout)) else None
+
+
+def _places(packed: PackedSequence) -> tuple[Tensor, ...]:
+    """Return where each sample's steps are in the data, for the samples in the order of the batch."""
+    sizes = packed.batch_sizes.cpu()
+    starts = sizes.cumsum(0) - sizes
+    ranks = range(int(sizes[0])) if packed.unsorted_indices is None else packed.unsorted_indices.tolist()
+    return tuple((starts + rank)[sizes > rank] for rank in ranks)

@@ -7,13 +7,15 @@ computing them, chosen by their cost:
 - token-major: for a few samples at a time, columns of δ and x are gathered, multiplied and summed over t;
 - feature-major: x and δ are transposed once, then each entry is a dot product of two runs of t numbers
   (``torch.sparse.sampled_addmm``), where kept entries are many against the features;
-- on a GPU with Triton, one kernel does the gathering and the sum (:mod:`.kernels`);
+- on a GPU with Triton, one kernel does the gathering and the sum;
 - product: one small GEMM a sample over the distinct rows and columns of the kept entries, where these are few against
   the entries: a grid, a mask that keeps nearly everything, importance sampling of a layer with a few strong features.
 """
 
 from __future__ import annotations
 
+import functools
+import os
 import warnings
 from typing import Any
 
@@ -25,7 +27,6 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from typing_extensions import override
 
-from ooc_influence.extract.entries import base
 from ooc_influence.extract.entries.base import Entries, Moments, Place, is_coded, split_bias, wide
 from ooc_influence.store import LayerShape, LograReduction, ModuleMask
 
@@ -84,8 +85,8 @@ class LinearEntries(Entries):
         """Return the entries, (b, m), of x (b, ..., in) and δ (b, ..., out)."""
         x = x.reshape(x.shape[0], -1, x.shape[-1])
         delta = delta.reshape(delta.shape[0], -1, delta.shape[-1])
-        if self._grid is None and self.entries and x.shape[1] > 1 and base.usable(x):
-            return base.sampled_outer(x, delta, *self._places)
+        if self._grid is None and self.entries and x.shape[1] > 1 and usable(x):
+            return sampled_outer(x, delta, *self._places)
         out = self._weights(x, delta)
         if len(self._bias_at):
             summed = delta.sum(1, dtype=wide(delta.dtype))
@@ -274,3 +275,85 @@ def _ranks(kept: ModuleMask) -> tuple[int, int]:
     if not len(kept.rows):
         return 0, 0
     return int(kept.rows[-1]) + 1, int(kept.cols[-1]) + 1
+
+
+_BLOCK_ENTRIES, _BLOCK_TOKENS = 128, 32
+_PROGRAMS = 1024  # enough of them to fill a large GPU
+
+
+@functools.cache
+def _kernel() -> Any:
+    """Return the compiled kernel; None where Triton is not installed."""
+    try:
+        import triton
+        import triton.language as tl
+    except ImportError:
+        return None
+
+    @triton.jit
+    def sampled_outer_kernel(
+        x, delta, rows, cols, out, tokens, entries, inputs, span,
+        x_sample, x_token, x_feature, d_sample, d_token, d_feature,
+        BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr,
+    ):  # fmt: skip
+        sample = tl.program_id(0).to(tl.int64)
+        part = tl.program_id(2)
+        places = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+        there = places < entries
+        row = tl.load(rows + places, mask=there, other=0).to(tl.int64)
+        col = tl.load(cols + places, mask=there, other=0).to(tl.int64)
+        bias = col == inputs
+        first = part * span
+        last = tl.minimum(tokens, first + span)
+        total = tl.zeros([BLOCK_E], dtype=tl.float32)
+        for start in range(first, last, BLOCK_T):
+            token = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
+            inside = (token < last)[:, None] & there[None, :]
+            d = tl.load(
+                delta + sample * d_sample + token[:, None] * d_token + row[None, :] * d_feature, mask=inside, other=0.0
+            )
+            a = tl.load(
+                x + sample * x_sample + token[:, None] * x_token + col[None, :] * x_feature,
+                mask=inside & (bias == 0)[None, :], other=1.0,
+            )  # fmt: skip
+            total += tl.sum(d.to(tl.float32) * a.to(tl.float32), axis=0)
+        samples = tl.num_programs(0)
+        tl.store(out + (part * samples + sample) * entries + places, total, mask=there)
+
+    return sampled_outer_kernel
+
+
+def usable(x: Tensor) -> bool:
+    """Return whether the kernel runs where ``x`` is: on a GPU with Triton, or under Triton's interpreter."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    small = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return small and (x.is_cuda or interpreted) and _kernel() is not None
+
+
+def sampled_outer(x: Tensor, delta: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+    """Return sampled entries of every sample's outer product.
+
+    Parameters
+    ----------
+    x : (b, t, in)
+        Inputs, of any strides.
+    delta : (b, t, out)
+        Output gradients.
+    rows, cols : (m,) int32
+        Which entries; ``cols == in`` is the bias.
+
+    Returns
+    -------
+    (b, m) float32
+    """
+    (b, t, inputs), entries = x.shape, len(rows)
+    blocks = -(-entries // _BLOCK_ENTRIES)
+    parts = max(1, min(-(-t // _BLOCK_TOKENS), _PROGRAMS // max(1, b * blocks)))
+    span = -(-t // (parts * _BLOCK_TOKENS)) * _BLOCK_TOKENS
+    parts = -(-t // span)
+    out = torch.empty((parts, b, entries), dtype=torch.float32, device=x.device)
+    _kernel()[(b, blocks, parts)](
+        x, delta, rows, cols, out, t, entries, inputs, span, *x.stride(), *delta.stride(),
+        BLOCK_E=_BLOCK_ENTRIES, BLOCK_T=_BLOCK_TOKENS,
+    )  # fmt: skip
+    return out[0] if parts == 1 else out.sum(0)

@@ -1,28 +1,60 @@
-"""Compressed gradients of a batch: what the taps hand over, gathered into the columns of the mask."""
+"""Passes over the data: the model runs over batches, and the gathered rows go to the sink."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from ooc_influence.errors import InputError, MemoryBudgetError, warn
-from ooc_influence.extract.batching import Batches, BudgetBatches, Numbers, batch_size, open_batches, to_device
+from ooc_influence.extract.data import (
+    Batches,
+    Batching,
+    BudgetBatches,
+    Numbers,
+    batch_size,
+    open_batches,
+    to_device,
+)
 from ooc_influence.extract.gather import MaskGatherer, make_reducer
-from ooc_influence.extract.sink import Computed, Sink
-from ooc_influence.extract.taps import PerSampleLoss, Taps, out_of_memory
+from ooc_influence.extract.sink import Computed, Sink, StorePlan
+from ooc_influence.extract.taps import PerSampleLoss, Taps, out_of_memory, tapped
 from ooc_influence.memory import BLOCK_BYTES, available, format_bytes
 from ooc_influence.progress import Progress
 from ooc_influence.store import LograReduction, Mask, Reduction
 
-Floats = npt.NDArray[np.float32]
-# of a batch's rows at the peak, on the host: themselves, a layer's part, the writer's (measured: 3.3 to 3.5)
+# copies of a batch's rows on the host at the peak: themselves, a layer's part, the writer's (measured: 3.3 to 3.5)
 _COPIES = 3.5
+
+
+@dataclass(frozen=True)
+class ModelSetup:
+    """A model, its loss, and how it is run.
+
+    Attributes
+    ----------
+    model : nn.Module
+        The model.
+    per_sample_loss : callable
+        Its loss.
+    device : torch.device
+        Where it runs.
+    progress : bool or None
+        Whether to show progress lines.
+    check : bool
+        Whether gathered entries are compared with autograd.
+    """
+
+    model: torch.nn.Module
+    per_sample_loss: PerSampleLoss
+    device: torch.device
+    progress: bool | None = None
+    check: bool = True
 
 
 class RowGatherer:
@@ -108,14 +140,14 @@ class _Waiting(NamedTuple):
     computed: PendingTransfer
 
 
-class Run:
-    """What both ways through the data share: the model's side, the progress line."""
+class DataPass:
+    """What both kinds of passes share: running the model, the progress line."""
 
     def __init__(
-        self, target: Sink, taps: Taps, gatherer: RowGatherer, per_sample_loss: PerSampleLoss, device: torch.device,
+        self, sink: Sink, taps: Taps, gatherer: RowGatherer, per_sample_loss: PerSampleLoss, device: torch.device,
         bar: Progress,
     ) -> None:  # fmt: skip
-        self._target, self._taps, self._gatherer, self._loss = target, taps, gatherer, per_sample_loss
+        self._sink, self._taps, self._gatherer, self._loss = sink, taps, gatherer, per_sample_loss
         self._device, self._bar = device, bar
         self._tokens, self._began = 0, time.perf_counter()
 
@@ -126,25 +158,25 @@ class Run:
             self._warn_silent()
         facts = self._taps.verification()
         if facts is not None:
-            self._target.verified(facts)
+            self._sink.verified(facts)
         return len(losses), PendingTransfer(losses, rows, norms)
 
     def _report(self, rows: int, tokens: int | None) -> None:
         self._bar.advance(rows)
         self._tokens += tokens or 0
         passed = max(1e-9, time.perf_counter() - self._began)
-        notes = {"disk wait": f"{self._target.waited / passed:.0%}"}
+        notes = {"disk wait": f"{self._sink.waited / passed:.0%}"}
         if self._tokens:
             notes["tokens/s"] = f"{self._tokens / passed:.3g}"
         self._bar.note(**notes)
 
     def _check_end(self, row: int) -> None:
-        target = self._target
-        if target.store is None:
+        sink = self._sink
+        if sink.store is None:
             raise InputError("expected batches with samples; received none: the data set is empty")
-        if target.stop is not None and target.next_row < target.stop:
+        if sink.stop is not None and sink.next_row < sink.stop:
             raise InputError(
-                f"expected samples for rows up to {target.stop}; received {row}: give batches of the whole data set"
+                f"expected samples for rows up to {sink.stop}; received {row}: give batches of the whole data set"
             )
 
     def _warn_silent(self) -> None:
@@ -160,7 +192,7 @@ class Run:
         warn(f"no gradient reached these layers in the first batch, their entries are zero there: {named}")
 
 
-class BatchRun(Run):
+class BatchPass(DataPass):
     """Through the caller's own batches, in their order."""
 
     _sizes_hold: bool | None = None  # whether a batch's first tensor tells its size; known after one batch
@@ -174,11 +206,11 @@ class BatchRun(Run):
         InputError
             If there are none, or too few for the range.
         """
-        target = self._target
-        row, source = open_batches(batches, first_row, target.next_row)
-        self._bar.advance(target.own(first_row, row - first_row))
+        sink = self._sink
+        row, source = open_batches(batches, first_row, sink.next_row)
+        self._bar.advance(sink.own(first_row, row - first_row))
         for batch in source:
-            if target.stop is not None and row >= target.stop:
+            if sink.stop is not None and row >= sink.stop:
                 break
             try:
                 count = self._one(batch, row)
@@ -189,7 +221,7 @@ class BatchRun(Run):
                     f"expected the batch of rows from {row} on to fit the device; received out of memory: use smaller "
                     "batches, or BudgetBatches, whose budget shrinks by itself"
                 ) from error
-            self._report(target.own(row, count), token_count(batch))
+            self._report(sink.own(row, count), token_count(batch))
             row += count
         self._finish()
         self._check_end(row)
@@ -200,15 +232,15 @@ class BatchRun(Run):
         The first batch is always looked at: its losses show whether the data is still the same.
         """
         size = None if self._sizes_hold is False else batch_size(batch)
-        done = size is not None and row + size <= self._target.next_row
+        done = size is not None and row + size <= self._sink.next_row
         if done and self._sizes_hold:
             return size or 0
         moved = to_device(batch, self._device)
-        look = done or (size is None and row < self._target.next_row)
+        look = done or (size is None and row < self._sink.next_row)
         losses = self._taps.losses(self._loss, moved) if look else None
-        if losses is not None and row + len(losses) <= self._target.next_row:
+        if losses is not None and row + len(losses) <= self._sink.next_row:
             count = len(losses)
-            self._target.check_same_data(batch, row, losses.float().cpu().numpy())
+            self._sink.check_same_data(batch, row, losses.float().cpu().numpy())
         else:
             count, computed = self._compute(moved)
             self._check_size(size, count)
@@ -223,7 +255,7 @@ class BatchRun(Run):
         """Store the rows of the batch before, whose copy ran beside this one."""
         waiting, self._waiting = self._waiting, None
         if waiting is not None:
-            self._target.take(waiting.batch, waiting.row, waiting.computed.result())
+            self._sink.take(waiting.batch, waiting.row, waiting.computed.result())
 
     def _check_size(self, size: int | None, count: int) -> None:
         if self._sizes_hold and size != count:
@@ -233,7 +265,7 @@ class BatchRun(Run):
             )
 
 
-class BudgetRun(Run):
+class BudgetPass(DataPass):
     """Through samples batched by a budget, block by block."""
 
     def read(self, source: BudgetBatches, k: int, first_row: int) -> None:
@@ -244,11 +276,11 @@ class BudgetRun(Run):
         InputError
             If there are none, or a sample does not fit the device.
         """
-        target = self._target
-        stop = first_row + len(source) if target.stop is None else min(target.stop, first_row + len(source))
-        self._bar.advance(target.own(first_row, target.next_row - first_row))
+        sink = self._sink
+        stop = first_row + len(source) if sink.stop is None else min(sink.stop, first_row + len(source))
+        self._bar.advance(sink.own(first_row, sink.next_row - first_row))
         self._check_start(source, first_row)
-        for first, last in source.blocks(k, max(target.start, target.next_row) - first_row):
+        for first, last in source.blocks(k, max(sink.start, sink.next_row) - first_row):
             if first + first_row >= stop:
                 break
             self._block(source, k, first, last, first_row)
@@ -256,20 +288,20 @@ class BudgetRun(Run):
 
     def _check_start(self, source: BudgetBatches, first_row: int) -> None:
         """Check that a few finished rows have the losses stored: that it is still the same data."""
-        target = self._target
-        finished = np.arange(target.start, target.next_row) - first_row
+        sink = self._sink
+        finished = np.arange(sink.start, sink.next_row) - first_row
         finished = finished[finished >= 0][-4:]
-        if target.store is None or not len(finished):
+        if sink.store is None or not len(finished):
             return
         batch = to_device(source.load(finished), self._device)
         losses = self._taps.losses(self._loss, batch).float().cpu().numpy()
-        target.check_same_data(None, first_row + int(finished[0]), losses)
+        sink.check_same_data(None, first_row + int(finished[0]), losses)
 
     def _block(self, source: BudgetBatches, k: int, first: int, last: int, first_row: int) -> None:
         """Compute a block's missing rows, and store them in the caller's order."""
-        target = self._target
-        low = max(first, target.next_row - first_row)
-        end = last if target.stop is None else min(last, target.stop - first_row)
+        sink = self._sink
+        low = max(first, sink.next_row - first_row)
+        end = last if sink.stop is None else min(last, sink.stop - first_row)
         numbers = np.arange(first, last)
         block = Computed.empty(end - low, k)
         todo = [part for part in source.cut(numbers) if ((part >= low) & (part < end)).any()]
@@ -295,9 +327,9 @@ class BudgetRun(Run):
             self._report(int(mine.sum()), int(source.lengths[part[mine]].sum()))
         if waiting is not None:
             block.put(waiting[0] - low, waiting[1].result())
-        target.take(None, first_row + low, block)
+        sink.take(None, first_row + low, block)
         if source.halved:
-            target.record(batching=source.settings())
+            sink.record(batching=source.settings())
 
     def _compute_or_none(self, batch: Any) -> tuple[int, PendingTransfer] | None:
         """Run the model on a batch; None where it does not fit. On return nothing holds its tensors any more."""
@@ -320,3 +352,28 @@ def token_count(batch: Any) -> int | None:
         ids = batch.get("input_ids")
         return ids.numel() if isinstance(ids, Tensor) else None
     return None
+
+
+def fill(
+    sink: Sink, plan: StorePlan, setup: ModelSetup, batches: Batches | BudgetBatches, batching: Batching, *,
+    total: int | None, label: str = "extract",
+) -> None:  # fmt: skip
+    """Run the model over the batches whose rows are missing; ``total``: their samples, where that is known."""
+    with (
+        tapped(
+            setup.model,
+            [module.layer for module in plan.mask.modules],
+            setup.device,
+            skip=plan.mask.empty_modules,
+            probe=batching.check_independence,
+            check=setup.check,
+            mask=None if isinstance(plan.reduction, LograReduction) else plan.mask,
+        ) as taps,
+        Progress(label, total if sink.stop is None else sink.own(0, sink.stop), setup.progress) as bar,
+    ):
+        gatherer = RowGatherer(plan.mask, setup.device, plan.reduction)
+        parts = (sink, taps, gatherer, setup.per_sample_loss, setup.device, bar)
+        if isinstance(batches, BudgetBatches):
+            BudgetPass(*parts).read(batches, plan.k, batching.first_row)
+        else:
+            BatchPass(*parts).read(batches, batching.first_row)

@@ -1,0 +1,539 @@
+"""Extraction: what a store will hold is planned, with a pilot if the compressor needs one, and its rows are computed.
+
+Rows are those of the caller's batches in their order. A resumed run skips batches whose rows are committed; the batch
+that straddles the boundary is computed completely and its committed rows are discarded, so that the rows equal those of
+an uninterrupted run bit for bit on the same machine.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import torch
+
+from ooc_influence.compress import Compressor, Dropout
+from ooc_influence.errors import InputError, MismatchError, StoreNotFoundError
+from ooc_influence.extract.check import LayersDisagreeError
+from ooc_influence.extract.data import (
+    Batches,
+    Batching,
+    BudgetBatches,
+    RowMetadata,
+    RowSource,
+    Shard,
+    batch_size,
+    count_rows,
+)
+from ooc_influence.extract.fingerprint import fingerprint_as
+from ooc_influence.extract.layers import find_uses, warn_if_training
+from ooc_influence.extract.metric import AdamMetric
+from ooc_influence.extract.passes import ModelSetup, fill
+from ooc_influence.extract.pilot import Pilot, remove_pilot
+from ooc_influence.extract.selection import Adjustments, ModuleSelection, select_layers
+from ooc_influence.extract.sink import OnNonFinite, Sink, StorePlan, open_existing, same_model
+from ooc_influence.extract.taps import PerSampleLoss, parameter_sequence
+from ooc_influence.store import (
+    GradientStore,
+    LayerShape,
+    Mask,
+    PathLike,
+    Representation,
+    Storage,
+    kept_at,
+    parse_path,
+    parse_representation,
+)
+
+logger = logging.getLogger("ooc_influence")
+
+
+def extract_gradients(
+    model: torch.nn.Module,
+    per_sample_loss: PerSampleLoss,
+    batches: Batches | BudgetBatches,
+    store: PathLike,
+    *,
+    compressor: Compressor | Callable[[int], Compressor] | None = None,
+    like: GradientStore | PathLike | None = None,
+    modules: ModuleSelection = None,
+    fallback: bool = False,
+    dtype: str = "float16",
+    device: torch.device | str | None = None,
+    ids: RowSource | None = None,
+    columns: Mapping[str, RowSource] | None = None,
+    loss_kind: str | None = None,
+    batching: Batching | None = None,
+    storage: Storage | None = None,
+    shard: tuple[int, int] | None = None,
+    pilot: Batches | BudgetBatches | None = None,
+    metric: AdamMetric | None = None,
+    on_nonfinite: OnNonFinite = "raise",
+    check_model: bool = True,
+    check_gradients: bool = True,
+    origin: Mapping[str, Any] | None = None,
+    memory: int | str | None = None,
+    progress: bool | None = None,
+) -> GradientStore:
+    """Extract compressed per-sample gradients of a model into a store on disk, or go on where a run stopped.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A trained model. It is put in evaluation mode meanwhile and comes back as it was.
+    per_sample_loss : callable (model, batch) -> (b,) tensor
+        The loss of each sample. Sample s of a batch must be at place s of axis 0 in every tapped layer.
+    batches : iterable, callable start_row -> iterable, or BudgetBatches
+        Batches in a fixed order (a DataLoader without shuffling). Tensors, tuples, dicts and objects with ``.to`` are
+        moved to the device. A callable is given the number of samples already done and returns the batches after them.
+        :class:`BudgetBatches` cuts samples by a budget of tokens and halves it where the device runs out of memory.
+    store : path
+        The store to write: a folder, or an fsspec URL. A store of the same run is continued: its finished rows are not
+        computed again.
+    compressor : Dropout, Gaussian, Rademacher, Sjlt, Grass, LoGra, Pca or Identity, optional
+        What to keep of each gradient; default ``Dropout()``. Also a function of p, the entries of the tapped layers,
+        that returns one.
+    like : GradientStore or path, optional
+        A train store whose mask to use instead: makes a query store. The model must be the same.
+    modules : str, sequence of str, callable, optional
+        Layers to tap: name patterns or a predicate ``(name, module) -> bool``; default every supported layer, or those
+        that are trained where the others are frozen. Patterns that begin with ``!`` leave layers out.
+    fallback : bool
+        Tap selected layers of unknown kinds too, through ``torch.func``, at the cost of their full gradients.
+    dtype : {"float16", "bfloat16", "float32", "int8", "int4"}
+        Representation on disk; float16, int8 and int4 have a float32 scale a row.
+    device : torch.device or str, optional
+        Where to run; default where the model is.
+    ids : sequence or callable, optional
+        An id (str or int) for each sample: indexed by sample number, or ``batch -> sequence`` (not with a budget).
+    columns : mapping of str to sequence or callable, optional
+        Further per-row values (bool, int, float, str), given like ``ids``.
+    loss_kind : str, optional
+        Which loss it is, recorded: ``"cross_entropy"`` for one-label cross-entropy; row weights need to know.
+    batching : Batching, optional
+        Where the samples go in the store; checks.
+    storage : Storage, optional
+        Chunking and codec.
+    shard : (int, int), optional
+        This process is writer i of N (from 0) that fill one store together, on one machine or several that see the same
+        folder or object store. The number of rows has to be known: from the batches, or from :func:`init_store`. A
+        writer whose share is finished does nothing.
+    pilot : iterable or callable, optional
+        Batches for the pilot that importance sampling and an eigenbasis need; by default some of ``batches``, spread
+        evenly where they can be addressed (a list, a DataLoader, a budget), else the first ones.
+    metric : AdamMetric, optional
+        Weigh entries as the optimiser that trained the model did.
+    on_nonfinite : {"raise", "skip"}
+        What to do with a sample whose loss or gradient has NaN or Inf: stop and name it, or record it as a dropped row.
+    check_model : bool
+        Refuse another model than the one ``store`` or ``like`` was made with; False warns and records it instead.
+    check_gradients : bool
+        Compare entries of the first and the last sample of the first batch with autograd's gradients of the loss before
+        a row is stored, for about one and a half training steps of two samples; what was verified is recorded. A layer
+        whose samples cannot be told apart, or whose weight is used without calling it, is left out and named; one that
+        differs goes through the fallback where that is allowed.
+    origin : mapping, optional
+        What a new store's rows are made from, JSON values by name, such as the model's path and the data's: recorded,
+        and shown by ``info`` and on a report's page.
+    memory : int or str, optional
+        Budget for the process while it makes an eigenbasis of the pilot's rows, such as ``"4GiB"``; by default half of
+        what is free. Batches have a budget of their own (:class:`BudgetBatches`); rows on their way to the disk are a
+        few chunks.
+    progress : bool, optional
+        Show a progress line; silent by default.
+
+    Returns
+    -------
+    GradientStore
+        Open for reading; (n, k).
+
+    Raises
+    ------
+    InputError
+        For an empty data set, a loss of the wrong shape, k larger than p, ids or columns that do not match.
+    UnsupportedModelError
+        If no layer can be tapped, samples of a batch influence each other, or a layer's entries differ from autograd's
+        gradients.
+    NonFiniteError
+        For NaN or Inf in a loss or gradient; the batches before it are committed.
+    MismatchError
+        If ``store`` or ``like`` belongs to another mask, model or setting.
+    StoreBusyError
+        If another process writes the same range.
+    StoreWriteError
+        If the disk refuses; a later run goes on from the last commit.
+    MemoryBudgetError
+        If an eigenbasis does not fit the budget, or a batch's rows the memory that is free.
+    """
+    batching = batching or Batching()
+    setup = ModelSetup(model, per_sample_loss, parse_device(model, device), progress, check_gradients)
+    settings = Settings(compressor, like, modules, fallback, dtype, loss_kind, storage, check_model, metric, origin)
+    writer = Shard.parse(shard)
+    warn_if_training(model)
+    total = len(batches) if isinstance(batches, BudgetBatches) else count_rows(batches)
+    metadata = RowMetadata.of(ids, columns)
+    metadata.check_length(total)
+    metadata.check_ids()
+
+    def attempt(settings: Settings) -> None:
+        source = batches if pilot is None else pilot
+        plan = plan_store(model, settings, store, None if writer else Pilot(setup, source, memory))
+        sink = Sink(store, plan, metadata, batching, writer, total, on_nonfinite)
+        try:
+            if not sink.finished:
+                fill(sink, plan, setup, batches, batching, total=total)
+        except LayersDisagreeError as error:
+            error.final = sink.store is not None
+            raise
+        finally:
+            sink.close()
+            logger.info("%s: finished rows are committed", store)
+
+    adjusting(settings, attempt)
+    remove_pilot(store)
+    return GradientStore.open(store)
+
+
+def init_store(
+    model: torch.nn.Module,
+    store: PathLike,
+    rows: int,
+    *,
+    compressor: Compressor | None = None,
+    like: GradientStore | PathLike | None = None,
+    modules: ModuleSelection = None,
+    fallback: bool = False,
+    dtype: str = "float16",
+    ids: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    loss_kind: str | None = None,
+    storage: Storage | None = None,
+    check_model: bool = True,
+    check_gradients: bool = True,
+    origin: Mapping[str, Any] | None = None,
+    per_sample_loss: PerSampleLoss | None = None,
+    pilot: Batches | BudgetBatches | None = None,
+    metric: AdamMetric | None = None,
+    device: torch.device | str | None = None,
+    memory: int | str | None = None,
+    progress: bool | None = None,
+) -> GradientStore:
+    """Make an empty store of ``rows`` rows for ``extract_gradients(..., shard=(i, N))`` to fill.
+
+    What is fixed here once: the rows, the mask, the basis, the representation, what belongs to each row. On a store
+    that is there already, of the same settings, more rows make room for further data; readers opened before see what
+    they opened.
+
+    Parameters
+    ----------
+    model, store, compressor, like, modules, fallback, dtype, loss_kind, storage, check_model, check_gradients, origin
+        As for :func:`extract_gradients`. Without a pilot, the model's weights are looked at for the fingerprint only.
+    rows : int
+        Rows of the whole store, n.
+    ids : {"str", "int64"}, optional
+        Type of the rows' ids, where they will have some.
+    columns : mapping of str to {"bool", "int64", "float64", "str"}, optional
+        Types of further per-row values, by name.
+    per_sample_loss, pilot, metric, device, memory, progress
+        As for :func:`extract_gradients`: for the pilot of importance sampling or an eigenbasis. ``pilot`` may be the
+        whole data; some of it is taken.
+
+    Returns
+    -------
+    GradientStore
+        Open for reading, (0, k) when new.
+
+    Raises
+    ------
+    InputError
+        For rows below one or below those planned already, or types that are not known, or a compressor that needs a
+        pilot without data for one.
+    MismatchError
+        If a store is there that was made with other settings or another model.
+    StoreWriteError
+        If the disk refuses.
+    """
+    if type(rows) is not int or rows < 1:
+        raise InputError(f"expected rows >= 1; received {rows!r}")
+    for name, kind, known in [("ids", ids or "str", ("str", "int64"))] + [
+        (f"column {name}", kind, ("bool", "int64", "float64", "str")) for name, kind in (columns or {}).items()
+    ]:
+        if kind not in known:
+            raise InputError(f"expected {name} of type {', '.join(known)}; received {kind!r}")
+    settings = Settings(compressor, like, modules, fallback, dtype, loss_kind, storage, check_model, metric, origin)
+    pilot_run = None
+    if per_sample_loss is not None and pilot is not None:
+        setup = ModelSetup(model, per_sample_loss, parse_device(model, device), progress, check_gradients)
+        pilot_run = Pilot(setup, pilot, memory)
+
+    def attempt(settings: Settings) -> StorePlan:
+        plan = plan_store(model, settings, store, pilot_run)
+        if pilot_run is not None and check_gradients and not pilot_run.verification:
+            pilot_run.verify([module.layer for module in plan.mask.modules])
+            plan.attributes["verification"] |= pilot_run.verification
+        return plan
+
+    plan = adjusting(settings, attempt)
+    found = open_existing(store, plan)
+    if found is None:
+        GradientStore.create(
+            store,
+            plan.mask,
+            storage=plan.storage,
+            planned_rows=rows,
+            ids=ids,
+            columns=columns,
+            **plan.create_options,
+        ).close()
+        remove_pilot(store)
+        return GradientStore.open(store)
+    kinds = (found.layout.ids, found.layout.columns)
+    if kinds != (ids, dict(columns or {})):
+        raise MismatchError(
+            f"expected ids and columns as in the store at {store}, {kinds}; received {(ids, dict(columns or {}))}: "
+            "give the same, or another path"
+        )
+    found.grow(rows)
+    return GradientStore.open(store)
+
+
+def row_types(
+    batches: Batches, ids: RowSource | None, columns: Mapping[str, RowSource] | None
+) -> tuple[int | None, str | None, dict[str, str]]:
+    """Return the number of samples, where it is known, and the types of ids and columns that the samples have.
+
+    Where they are functions of a batch, the first batch is read.
+
+    Raises
+    ------
+    InputError
+        If there is no first batch, or values have no type that can be stored.
+    """
+    metadata = RowMetadata.of(ids, columns)
+    taken = {}
+    if any(callable(source) for source in metadata.sources.values()):
+        batch = next(iter(batches(0) if callable(batches) else batches), None)
+        size = None if batch is None else batch_size(batch)
+        if size is None:
+            raise InputError("expected a first batch that tells its size; received none: give ids and columns as lists")
+        taken = metadata.take(batch, 0, size)
+    types = {name.removeprefix("columns/"): kind for name, kind in metadata.dtypes(taken).items()}
+    return count_rows(batches), types.pop("example_id", None), types
+
+
+T = TypeVar("T")
+
+
+def adjusting(settings: Settings, attempt: Callable[[Settings], T]) -> T:
+    """Attempt something, again without layers that the first batch showed to be others than they seemed.
+
+    Raises
+    ------
+    LayersDisagreeError
+        Where another attempt would not help.
+    """
+    while True:
+        try:
+            return attempt(settings)
+        except LayersDisagreeError as error:
+            if error.final or settings.like is not None:
+                raise
+            settings = replace(settings, adjusted=_adjusted(settings, error))
+
+
+def _adjusted(settings: Settings, error: LayersDisagreeError) -> Adjustments:
+    """Return what leaves out, or puts through the fallback, the layers that an error names; else raise it."""
+    without, through = dict(settings.adjusted.without), list(settings.adjusted.fallback)
+    for each in error.layers:
+        name = "" if each.name == "(the model)" else each.name
+        if each.reason is not None and name not in without:
+            without[name] = each.reason
+        elif each.reason is None and settings.fallback and name not in through:
+            through.append(name)
+            logger.warning("layer %s differs from what its class suggests: it goes through the fallback", each.name)
+        else:
+            raise error
+    return Adjustments(without, tuple(through))
+
+
+def parse_device(model: torch.nn.Module, device: torch.device | str | None) -> torch.device:
+    """Return where to run: the device asked for, if it is there, or the model's.
+
+    Raises
+    ------
+    InputError
+        For a device that is not known or not there.
+    """
+    home = parameter_sequence(model)[0].device
+    try:
+        chosen = home if device is None else torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"expected a device such as 'cuda' or 'cpu'; received {device!r}") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            f"expected a device that is there; received {str(chosen)!r} and PyTorch sees no GPU: use 'cpu'"
+        )
+    return chosen
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a caller asks a store to be; see :func:`extract_gradients`.
+
+    Attributes
+    ----------
+    compressor, like, modules, fallback, dtype, loss_kind, storage, check_model, metric, origin
+        As given.
+    adjusted : Adjustments
+        What the first batch showed of the model's layers.
+    """
+
+    compressor: Compressor | Callable[[int], Compressor] | None = None
+    like: GradientStore | PathLike | None = None
+    modules: ModuleSelection = None
+    fallback: bool = False
+    dtype: str = "float16"
+    loss_kind: str | None = None
+    storage: Storage | None = None
+    check_model: bool = True
+    metric: AdamMetric | None = None
+    origin: Mapping[str, Any] | None = None
+    adjusted: Adjustments = field(default_factory=Adjustments)
+
+
+def plan_store(model: torch.nn.Module, settings: Settings, path: PathLike, pilot: Pilot | None) -> StorePlan:
+    """Fix mask, reduction and attributes: from the train store, an earlier run's store, or by drawing them.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model.
+    settings : Settings
+        What is asked for.
+    path : path
+        The store to be made, or gone on with.
+    pilot : callable (plan, pilot samples) -> StorePlan or None
+        Runs the pilot that a compressor may need; None where there is no data for one.
+
+    Raises
+    ------
+    InputError, MismatchError, UnsupportedModelError
+        See :func:`extract_gradients`.
+    """
+    representation = parse_representation(settings.dtype)
+    kind = settings.loss_kind
+    if kind is not None and not isinstance(kind, str):
+        raise InputError(f"expected loss_kind as a string; received {type(kind).__name__}")
+    attributes: dict[str, Any] = {
+        "model": {"fingerprint": _fingerprint(model, settings.like, path), "class": type(model).__name__},
+        "loss_kind": kind,
+        "origin": _parse_origin(settings.origin),
+    }
+    if settings.like is not None:
+        return _plan_like(model, settings, representation, path, attributes)
+    existing = _existing(path)
+    adjusted = settings.adjusted
+    if existing is not None and not adjusted:
+        adjusted = Adjustments.of(existing.attrs.get("adjusted"))
+    layers, share, missed = select_layers(model, settings.modules, fallback=settings.fallback, adjusted=adjusted)
+    chosen = settings.compressor or Dropout()
+    if callable(chosen):
+        chosen = chosen(sum(layer.entries for layer in layers))
+    left_out = {name: {"reason": reason, "share": part} for name, (reason, part) in missed.items()}
+    attributes |= {
+        "compressor": chosen.to_dict(), "covered": share, "verification": {"checked": False, "left_out": left_out},
+    }  # fmt: skip
+    if adjusted:
+        attributes["adjusted"] = adjusted.to_dict()
+    plan = StorePlan(Mask(()), None, representation, attributes, settings.storage or Storage(), settings.check_model)
+    if existing is not None and _same_run(existing, layers, attributes):
+        return _same_metric(replace(plan, mask=existing.mask, reduction=existing.reduction), existing, settings)
+    if settings.metric is not None and not chosen.weighs_entries:
+        raise InputError(
+            f"expected no metric with {type(chosen).__name__}; received one: it weighs entries, which "
+            f"{type(chosen).__name__} never sees"
+        )
+    if not chosen.pilot_samples and chosen.reduce is None:
+        mask = chosen.draw(layers)
+        plan = replace(plan, mask=mask, reduction=chosen.generated(mask))
+        return plan.weighted_by(settings.metric, model)
+    if pilot is None:
+        raise InputError(
+            f"expected data for the pilot that {chosen!r} needs; received none: give per_sample_loss= and pilot= to "
+            "init_store, or sampling='uniform' without reduce"
+        )
+    return pilot.run(plan, chosen, layers, settings.metric, path)
+
+
+def _fingerprint(model: torch.nn.Module, like: GradientStore | PathLike | None, path: PathLike) -> str:
+    """Return the model's fingerprint, in the form of the store that it will be compared with."""
+    try:
+        store = like if isinstance(like, GradientStore) else GradientStore.open(path if like is None else like)
+    except StoreNotFoundError:
+        return fingerprint_as(model, None)
+    return fingerprint_as(model, store.model_fingerprint)
+
+
+def _parse_origin(origin: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    if origin is None:
+        return None
+    try:
+        return dict(json.loads(json.dumps(dict(origin))))
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"expected origin as a mapping of names to JSON values; received {origin!r}: {error}"
+        ) from error
+
+
+def _same_metric(plan: StorePlan, earlier: GradientStore, settings: Settings) -> StorePlan:
+    """Return the plan of a run that goes on, its metric checked against the one that the mask carries."""
+    held, attributes = earlier.attrs.get("metric"), plan.attributes
+    if (held is None) != (settings.metric is None):
+        raise MismatchError(
+            f"expected metric= as in the run that {earlier.path} is from, {(held or {}).get('name')}; received "
+            f"{'one' if settings.metric else 'none'}: give the same, or another path"
+        )
+    return plan if held is None else replace(plan, attributes=attributes | {"metric": held})
+
+
+def _plan_like(
+    model: torch.nn.Module,
+    settings: Settings,
+    dtype: Representation,
+    path: PathLike,
+    attributes: dict[str, Any],
+) -> StorePlan:
+    """Return the plan of a query store: mask, reduction and scaling of its train store."""
+    if settings.compressor is not None or settings.modules is not None or settings.fallback or settings.metric:
+        raise InputError(
+            "expected either like= or compressor=, modules=, fallback= and metric=; received both: like fixes the mask"
+        )
+    assert settings.like is not None
+    train = settings.like if isinstance(settings.like, GradientStore) else GradientStore.open(settings.like)
+    if train.path == parse_path(path):
+        raise InputError(f"expected a query store apart from its train store; received {path} for both")
+    attributes["model"] = same_model(train, attributes["model"], settings.check_model)
+    attributes |= {name: train.attrs.get(name) for name in ("compressor", "covered", "metric")}
+    left_out = (train.attrs.get("verification") or {}).get("left_out", {})
+    attributes["verification"] = {"checked": False, "left_out": left_out}
+    find_uses(model, [module.layer for module in train.mask.modules])
+    return StorePlan(
+        train.mask, train.reduction, dtype, attributes, settings.storage or Storage(), settings.check_model,
+        kept_at(train),
+    )  # fmt: skip
+
+
+def _existing(path: PathLike) -> GradientStore | None:
+    try:
+        return GradientStore.open(path)
+    except StoreNotFoundError:
+        return None
+
+
+def _same_run(store: GradientStore, layers: list[LayerShape], attributes: dict[str, Any]) -> bool:
+    """Return whether a store is of an earlier run with the same compressor and layers, whose mask is to be kept."""
+    alike = store.attrs.get("compressor") == attributes["compressor"]
+    return bool(alike and [module.layer for module in store.mask.modules] == layers)
