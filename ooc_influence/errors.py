@@ -6,11 +6,12 @@ builtin a caller would reach for (``ValueError``, ``FileNotFoundError``, ...), s
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,23 @@ class NonFiniteError(OocInfluenceError, ArithmeticError):
 def counted(count: int, noun: str, many: str | None = None) -> str:
     """Return a number with its noun: ``1 row``, ``2 rows``."""
     return f"{count} {noun if count == 1 else many or noun + 's'}"
+
+
+@contextlib.contextmanager
+def writing(what: str, then: str = "") -> Iterator[None]:
+    """Raise what the system refuses in the context as a :class:`StoreWriteError`; arguments as of :func:`refused`.
+
+    Raises
+    ------
+    StoreWriteError
+        If the system refuses something. Errors of the family pass as they are.
+    """
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, OocInfluenceError):
+            raise
+        raise StoreWriteError(refused(what, error, then)) from error
 
 
 def refused(what: str, error: OSError, then: str = "") -> str:

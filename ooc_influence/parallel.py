@@ -223,7 +223,7 @@ def run_stripes(
     *args: Any,
     slots: int,
     reduce: Callable[[Any, Any], Any] | None = None,
-    each: Callable[[Stripe, Any], None] | None = None,
+    on_result: Callable[[Stripe, Any], None] | None = None,
     own_threads: bool = False,
 ) -> Any:
     """Run ``function(stripe, progress_key, *args)`` for every stripe.
@@ -236,8 +236,8 @@ def run_stripes(
         Tasks at once, on this machine.
     reduce : callable, optional
         Adds two results without changing them; the sum is returned.
-    each : callable, optional
-        Is given every stripe with its result, here and one at a time, as they come; nothing is returned.
+    on_result : callable, optional
+        Called with every stripe and its result, in this process and one at a time, as they come; nothing is returned.
     own_threads : bool
         The function uses :func:`task_threads` threads itself; the BLAS then has one.
 
@@ -254,7 +254,7 @@ def run_stripes(
     client = ambient_client()
     _check_reach(args)
     if client is None:
-        function, sharing = function if each is None else _handing(function, each), slots
+        function, sharing = function if on_result is None else _calling(function, on_result), slots
     else:
         args, sharing = tuple(_place(client, arg) for arg in args), _slots_on_a_host(client)
     task = delayed(_sharing, pure=False, traverse=False)
@@ -264,18 +264,18 @@ def run_stripes(
         with limit_blas(1 if own_threads else max(1, cores() // slots)):  # once, not for each of many tasks
             results = _compute(tasks, progress, slots)
     else:
-        results = _compute_on_cluster(client, tasks, progress, each and (each, stripes))
+        results = _compute_on_cluster(client, tasks, progress, on_result and (on_result, stripes))
     return results[0] if reduce is not None else list(results)
 
 
-def _handing(function: Callable[..., Any], each: Callable[[Stripe, Any], None]) -> Callable[..., None]:
-    """Return ``function`` with its result handed to ``each``, one at a time."""
+def _calling(function: Callable[..., Any], on_result: Callable[[Stripe, Any], None]) -> Callable[..., None]:
+    """Return ``function`` with its result passed to ``on_result``, one at a time."""
     guard = threading.Lock()
 
     def call(stripe: Stripe, *args: Any) -> None:
         result = function(stripe, *args)
         with guard:
-            each(stripe, result)
+            on_result(stripe, result)
 
     return call
 
@@ -312,19 +312,19 @@ def _unwatch(client: Any) -> None:
             client.unsubscribe_topic(TOPIC)
 
 
-def _compute_on_cluster(client: Any, tasks: list[Any], progress: Progress, each: Any) -> list[Any]:
+def _compute_on_cluster(client: Any, tasks: list[Any], progress: Progress, on_result: Any) -> list[Any]:
     from distributed import CancelledError, as_completed
     from distributed.scheduler import KilledWorker
 
     _watch(client)
     futures = client.compute(tasks, optimize_graph=False)
     try:
-        if each is None:
+        if on_result is None:
             return [future.result() for future in futures]
-        take, stripes = each
+        call, stripes = on_result
         stripe_of = {future.key: stripe for future, stripe in zip(futures, stripes, strict=True)}
         for future in as_completed(futures):
-            take(stripe_of[future.key], future.result())
+            call(stripe_of[future.key], future.result())
             future.release()
         return []
     except BaseException as error:

@@ -14,7 +14,7 @@ import ooc_influence
 PACKAGE = Path(ooc_influence.__file__).parent
 ROOMS = [
     {"_version", "errors"}, {"memory", "process", "progress", "scratch", "document_text"}, {"repeats"}, {"parallel"},
-    {"store"}, {"corpus"}, {"linalg"}, {"compress"}, {"extract"}, {"hf"}, {"curvature"}, {"influence"},
+    {"store"}, {"checkpoint"}, {"corpus"}, {"linalg"}, {"compress"}, {"extract"}, {"hf"}, {"curvature"}, {"influence"},
     {"planning"}, {"evaluate"}, {"report"}, {"cli"}, {"__main__"},
 ]  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}

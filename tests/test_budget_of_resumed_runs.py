@@ -11,10 +11,11 @@ from numpy.testing import assert_allclose
 from test_fisher import count_rows
 from test_top import force
 
+from ooc_influence import checkpoint as files
 from ooc_influence import fit_fisher, group_influence, self_influence, top_influential
 from ooc_influence.curvature import checkpoint, costs, fit, primal
 from ooc_influence.errors import MemoryBudgetError
-from ooc_influence.influence import checkpoint as parts
+from ooc_influence.influence import tiles
 
 N, K = 1024, 120
 
@@ -158,7 +159,7 @@ def test_parts_of_other_blocks_and_workers_are_used(tmp_path, pair, monkeypatch,
     fit_fisher(train)
     call, row = partial(CALLS[name], query, train), train.layout.encoding.row_bytes
     expected = call()
-    folder, plain, written = tmp_path / "parts", parts.write_bytes, []
+    folder, plain, written = tmp_path / "parts", files.write_bytes, []
 
     def stopping(path, data):
         if len(written) == 4:
@@ -167,19 +168,19 @@ def test_parts_of_other_blocks_and_workers_are_used(tmp_path, pair, monkeypatch,
         plain(path, data)
 
     monkeypatch.setattr("ooc_influence.memory.BLOCK_BYTES", 64 * 4 * train.k)
-    monkeypatch.setattr(parts, "_PART_BYTES", 64 * row)
-    monkeypatch.setattr(parts, "write_bytes", stopping)
+    monkeypatch.setattr(tiles, "_PART_BYTES", 64 * row)
+    monkeypatch.setattr(files, "write_bytes", stopping)
     with pytest.raises(KeyboardInterrupt):
         call(resume=folder)
-    monkeypatch.setattr(parts, "write_bytes", plain)
+    monkeypatch.setattr(files, "write_bytes", plain)
     kept = list(folder.glob("*.npz"))
     assert len(kept) == 3
     rows = [int(stop) - int(start) for *_, start, stop in (path.stem.split("-") for path in kept)]
     monkeypatch.setattr("ooc_influence.memory.BLOCK_BYTES", 128 * 4 * train.k)
     (folder / "notes.txt").write_text("of its user")
-    computed, run = [], parts.run_stripes
+    computed, run = [], tiles.run_stripes
     monkeypatch.setattr(
-        parts,
+        tiles,
         "run_stripes",
         lambda function, stripes, *a, **o: computed.extend(stripes) or run(function, stripes, *a, **o),
     )
@@ -194,8 +195,8 @@ def test_parts_keep_their_queries(tmp_path, pair, monkeypatch):
     fit_fisher(train)
     monkeypatch.setattr("ooc_influence.influence.request.LEFT_ROWS", 4)
     monkeypatch.setattr("ooc_influence.memory.BLOCK_BYTES", 64 * 4 * train.k)
-    monkeypatch.setattr(parts, "_PART_BYTES", 64 * train.layout.encoding.row_bytes)
-    plain, written, folder = parts.write_bytes, [], tmp_path / "parts"
+    monkeypatch.setattr(tiles, "_PART_BYTES", 64 * train.layout.encoding.row_bytes)
+    plain, written, folder = files.write_bytes, [], tmp_path / "parts"
 
     def stopping(path, data):
         if len(written) == 4:
@@ -203,20 +204,18 @@ def test_parts_keep_their_queries(tmp_path, pair, monkeypatch):
         written.append(path)
         plain(path, data)
 
-    monkeypatch.setattr(parts, "write_bytes", stopping)
+    monkeypatch.setattr(files, "write_bytes", stopping)
     with pytest.raises(KeyboardInterrupt):
         top_influential(query, train, top=5, resume=folder)
-    monkeypatch.setattr(parts, "write_bytes", plain)
+    monkeypatch.setattr(files, "write_bytes", plain)
     kept = list(folder.glob("0-4-*.npz"))
     assert len(kept) == 3
     monkeypatch.setattr("ooc_influence.influence.request.LEFT_ROWS", 2048)
     with pytest.raises(MemoryBudgetError):
         top_influential(query, train, top=5, resume=folder, memory="1MiB")
     assert list(folder.glob("0-4-*.npz")) == kept
-    read, plain_read = [], parts.Parts._read
-    monkeypatch.setattr(
-        parts.Parts, "_read", lambda own, name, stripe: read.append(name) or plain_read(own, name, stripe)
-    )
+    read, plain_read = [], tiles.ScoreParts.get
+    monkeypatch.setattr(tiles.ScoreParts, "get", lambda own, name: read.append(name) or plain_read(own, name))
     found = top_influential(query, train, top=5, resume=folder, memory=roomy())
-    assert read == ["0-4"] * 3
+    assert sorted(read) == sorted(path.stem for path in kept)
     assert_allclose(found.proponents.scores, top_influential(query, train, top=5).proponents.scores, rtol=1e-6)

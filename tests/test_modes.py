@@ -25,7 +25,7 @@ from ooc_influence import (
     top_influential,
 )
 from ooc_influence.errors import InputError, MemoryBudgetError, MismatchError, SingularFisherError, StoreExistsError
-from ooc_influence.influence.checkpoint import Parts
+from ooc_influence.influence.tiles import ScoreParts
 from ooc_influence.store import GaussianReduction, LayerShape, Mask, ModuleMask
 
 pytestmark = [
@@ -455,11 +455,14 @@ def recording(computed, run, function, stripes, *args, **options):
 
 def test_finished_parts_are_not_computed_again(tmp_path, fit, monkeypatch):
     """A call that fails half way goes on where it was; another call's parts, or anything else, are refused."""
-    import ooc_influence.influence.checkpoint as room
+    import ooc_influence.checkpoint
+    import ooc_influence.influence.tiles
+
+    files, tiles = ooc_influence.checkpoint, ooc_influence.influence.tiles
 
     query, train = fit
     monkeypatch.setattr("ooc_influence.memory.BLOCK_BYTES", 2**13)
-    monkeypatch.setattr(room, "_PART_BYTES", 64 * 4 * K)  # a part a block
+    monkeypatch.setattr(tiles, "_PART_BYTES", 64 * 4 * K)  # a part a block
     calls = {
         "top": lambda **more: top_influential(query, train, top=5, memory=roomy(), **more).proponents.rows,
         "self": lambda **more: self_influence(train, damping=DAMPINGS, memory=roomy(), **more),
@@ -469,7 +472,7 @@ def test_finished_parts_are_not_computed_again(tmp_path, fit, monkeypatch):
         folder = tmp_path / name
         expected = call()
         written = []
-        original = room.write_bytes
+        original = files.write_bytes
 
         def fails(path, data, written=written, original=original):
             if len(written) == 5:
@@ -477,19 +480,19 @@ def test_finished_parts_are_not_computed_again(tmp_path, fit, monkeypatch):
             written.append(path)
             original(path, data)
 
-        monkeypatch.setattr(room, "write_bytes", fails)
+        monkeypatch.setattr(files, "write_bytes", fails)
         with pytest.raises(KeyboardInterrupt):
             call(resume=folder)
-        monkeypatch.setattr(room, "write_bytes", original)
+        monkeypatch.setattr(files, "write_bytes", original)
         kept = {path: path.stat().st_mtime_ns for path in folder.glob("*.npz")}
         assert len(kept) == 4
         with pytest.raises(StoreExistsError, match="of another call"):
             self_influence(train, damping=0.7, resume=folder)
         computed = []
-        run = room.run_stripes
-        monkeypatch.setattr(room, "run_stripes", partial(recording, computed, run))
+        run = tiles.run_stripes
+        monkeypatch.setattr(tiles, "run_stripes", partial(recording, computed, run))
         assert_allclose(call(resume=folder), expected, rtol=1e-12)
-        monkeypatch.setattr(room, "run_stripes", run)
+        monkeypatch.setattr(tiles, "run_stripes", run)
         assert len(computed) == 8 - 4
         assert not folder.exists()
     (tmp_path / "other").mkdir()
@@ -506,7 +509,7 @@ def test_settings_of_something_else(tmp_path, fit, text):
     folder = tmp_path / "runs"
     folder.mkdir()
     (folder / "settings.json").write_text(text, encoding="latin-1")
-    with pytest.raises(StoreExistsError, match="received something else: choose another folder"):
+    with pytest.raises(StoreExistsError, match="received something else: choose another path"):
         self_influence(fit[1], resume=folder)
     assert (folder / "settings.json").read_text(encoding="latin-1") == text
 
@@ -515,7 +518,7 @@ def test_what_others_put_beside_the_parts_stays(tmp_path, fit):
     folder = tmp_path / "parts"
     self_influence(fit[1], resume=folder)
     assert not folder.exists()
-    parts = Parts(folder, "digest")
+    parts = ScoreParts(folder, "digest")
     parts.begin()
     (folder / "notes.txt").write_text("mine")
     for name in ("values-0-64.npz", "0-7-64-128.npz"):

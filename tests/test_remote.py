@@ -47,7 +47,7 @@ from ooc_influence.errors import (
     StoreExistsError,
     StoreNotFoundError,
 )
-from ooc_influence.influence import checkpoint, tiles
+from ooc_influence.influence import tiles
 from ooc_influence.store import paths
 
 ROWS = random_rows(90, 8)
@@ -131,7 +131,7 @@ def test_interrupted_scores_and_lists_go_on(root, monkeypatch):
     }
     original = tiles.tick
     for room, name in ((tiles, "scores"), (sys.modules["ooc_influence.influence.self_influence"], "parts")):
-        monkeypatch.setattr(checkpoint, "_PART_BYTES", 64)
+        monkeypatch.setattr(tiles, "_PART_BYTES", 64)
 
         def stop(key, rows):
             raise KeyboardInterrupt

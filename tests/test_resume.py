@@ -19,8 +19,8 @@ from numpy.testing import assert_array_equal
 from test_replay import Disk, Recorder, chooser, lay_out, losing
 
 from ooc_influence import fit_fisher, influence_scores, module_influence
+from ooc_influence.checkpoint import ResumableArray
 from ooc_influence.errors import MismatchError
-from ooc_influence.influence.output import Output
 from ooc_influence.store import local
 
 HERE = str(Path(__file__).parent)
@@ -37,7 +37,7 @@ def stores(tmp_path_factory):
 @pytest.fixture
 def small_blocks(monkeypatch):
     monkeypatch.setattr("ooc_influence.memory.BLOCK_BYTES", 64 * 4 * 6)  # 64 rows
-    monkeypatch.setattr("ooc_influence.influence.output.CHUNK_TARGET", 4 * 64 * 4)  # and 4 queries in a chunk
+    monkeypatch.setattr("ooc_influence.influence.scores.CHUNK_TARGET", 4 * 64 * 4)  # and 4 queries in a chunk
     monkeypatch.setattr("ooc_influence.influence.request.LEFT_ROWS", 8)  # 8 queries a pass
 
 
@@ -105,8 +105,9 @@ def test_a_missing_sync_would_be_found(recorded, tmp_path, kind):
 CHILD = f"import sys; sys.path.insert(0, {HERE!r})\n" + textwrap.dedent("""
     import time
     import ooc_influence as ooc
-    import ooc_influence.influence.output as output, ooc_influence.influence.request as scoring
+    import ooc_influence.influence.request as scoring
     import ooc_influence.influence.tiles as tiles, ooc_influence.memory as memory
+    output = sys.modules["ooc_influence.influence.scores"]
     query, train, out, pause = *sys.argv[1:4], float(sys.argv[4])
     memory.BLOCK_BYTES, output.CHUNK_TARGET, scoring.LEFT_ROWS = 64 * 4 * 6, 4 * 64 * 4, 8
     original = tiles.tick
@@ -192,7 +193,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, stores):
 
 
 def test_a_smaller_budget_than_it_was_begun_with_is_refused(tmp_path, stores, small_blocks, monkeypatch):
-    monkeypatch.setattr(Output, "finish", lambda self, **facts: 1 / 0)
+    monkeypatch.setattr(ResumableArray, "finish", lambda self, **facts: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         influence_scores(*stores, out=tmp_path / "s")
     monkeypatch.undo()

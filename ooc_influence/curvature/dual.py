@@ -122,7 +122,7 @@ def multiply_in_memory(how: Multiplying, slots: int, progress: bool | None) -> M
         found[tile.columns, tile.rows] = values.T
 
     with Progress("gram", len(stripes), progress, "tile") as bar:
-        run_stripes(_one_tile, stripes, bar, how, slots=slots, each=take)
+        run_stripes(_one_tile, stripes, bar, how, slots=slots, on_result=take)
     return found
 
 
@@ -644,7 +644,7 @@ class _Fit:
 
         with Progress("gram: eigenvectors", len(stripes) * self.chosen.count, self.progress) as bar:
             how = Multiplying(self.chosen, self.block_rows)
-            run_stripes(_lift, stripes, bar, how, turn, slots=self.slots, each=take)
+            run_stripes(_lift, stripes, bar, how, turn, slots=self.slots, on_result=take)
 
 
 def _lift(stripe: Stripe, key: str, how: Multiplying, turn: Matrix) -> Matrix:

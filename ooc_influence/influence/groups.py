@@ -15,11 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ooc_influence.curvature import DampingMode
-from ooc_influence.influence.checkpoint import Cutting, Part, Parts
 from ooc_influence.influence.checkpoints import AnyCurvature, Dampings, Marks, Stores
 from ooc_influence.influence.engine import Codes, Floats, parse_groups
 from ooc_influence.influence.request import Normalize, ScoreRequest
 from ooc_influence.influence.tiles import (
+    Part,
+    ScoreParts,
     ScoreTask,
     TileMemory,
     absent_rows,
@@ -167,12 +168,11 @@ def group_influence(
     groups = parse_groups(by, scoring.checkpoints[0].train)
     size, slots = len(groups.names), check_workers(workers)
     made = hashlib.sha256(groups.codes.tobytes()).hexdigest()
-    parts = Parts(resume, scoring.digest(kind="groups", groups=made))
+    parts = ScoreParts(resume, scoring.digest(kind="groups", groups=made))
     costs = group_costs(size, scoring.q, scoring.lambdas, scoring.n, scoring.columns)
     blocks, block_rows = scoring.plan("group sums", memory, slots, costs, queries=parts.queries)
-    parts.begin(blocks[0][1])
+    parts.begin()
     work = scoring.work(block_rows)
-    cutting = Cutting(scoring.n, block_rows, work.row_bytes)
     sums = np.zeros((scoring.lambdas, scoring.q, size))
     counts = np.zeros(size, np.int64)
     outside = np.empty(scoring.q)
@@ -187,8 +187,8 @@ def group_influence(
                 counts[:] += part["counts"]
 
             parts.run(
-                f"{start}-{stop}", _stripe, cutting, bar, work, size, groups.codes, scoring.seen, *left.arrays,
-                slots=slots, take=add,
+                f"{start}-{stop}", _stripe, work, bar, size, groups.codes, scoring.seen, *left.arrays,
+                slots=slots, on_result=add,
             )  # fmt: skip
             sums[:, start:stop][:, left.gone] = np.nan  # of groups without a row in any block, too
     parts.remove()

@@ -6,23 +6,26 @@ negative one an opponent. (Koh and Liang, arXiv 1703.04730, use the opposite sig
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import math
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import zarr
 
+from ooc_influence.checkpoint import ResumableArray
 from ooc_influence.curvature import DampingMode
-from ooc_influence.errors import OocInfluenceError
+from ooc_influence.errors import MismatchError, writing
 from ooc_influence.influence.checkpoints import AnyCurvature, Dampings, Marks, Stores
 from ooc_influence.influence.engine import Floats
-from ooc_influence.influence.output import Output, OutputWriter, write_error
 from ooc_influence.influence.request import Normalize, ScoreRequest
 from ooc_influence.influence.tiles import Columns, ScoreTask, TileMemory, make_engine, score_tiles
 from ooc_influence.parallel import Stripe, check_workers, cores, cut_stripes, run_stripes, sharing_blas
 from ooc_influence.progress import Progress
-from ooc_influence.store import PathLike, StorePath, parse_path
+from ooc_influence.store import CHUNK_TARGET, PathLike, StorePath, array_store, create_array, parse_path, writable_array
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -173,27 +176,68 @@ def write_scores(
     modules = 1 if columns is None else len(columns[0])
     costs = TileMemory(tile=12, modules=modules)  # two tiles, and the chunks of one while they are written
     digest = scoring.digest(kind="scores", modules=modules)
-    try:
-        output = Output.find(out, digest)
+    with writing(f"to write scores to {out}", ", then run the same call again: it resumes"):
+        output = ResumableArray.find(out, "scores", digest)
         if output is not None and output.complete:
             return output.open()
-        width = None if output is None else output.chunks[1]
+        width = None if output is None else output.chunks[-1]
         blocks, block_rows = scoring.plan("scores", memory, slots, costs, block_rows=width)
         if output is None:
             leading = ([scoring.lambdas] if scoring.several else []) + ([modules] if columns else [])
             shape = (*leading, scoring.q, scoring.n)
-            output = Output.create(
-                out, shape, (blocks[0][1], block_rows), digest, _facts(scoring, len(leading)) | facts
-            )
-        output.check_queries(blocks[0][1])
-        outside = _fill(scoring, output, blocks, scoring.work(output.chunks[1], columns), slots, progress)
-        found = output.finish(outside_share=[None if np.isnan(value) else value for value in outside.tolist()])
-    except OSError as error:
-        if isinstance(error, OocInfluenceError):
-            raise
-        raise write_error(out, error) from error
+            output = _create(out, digest, shape, (blocks[0][1], block_rows), _facts(scoring, len(leading)) | facts)
+        _check_queries(output, blocks[0][1])
+        outside = _fill(scoring, output, blocks, scoring.work(output.chunks[-1], columns), slots, progress)
+        output.finish(outside_share=[None if np.isnan(value) else value for value in outside.tolist()])
     scoring.warn_outside(outside)
-    return found
+    return output.open()
+
+
+def _create(
+    path: StorePath, digest: str, shape: tuple[int, ...], block: tuple[int, int], facts: Mapping[str, Any]
+) -> ResumableArray:
+    """Create an array for scores (..., q, n), NaN where missing; ``block`` is what is written at once, (queries, rows).
+
+    The leading axes are λ and module, where there are several; a chunk holds one entry of them.
+    """
+    width = min(block[1], shape[-1])
+    height = max(1, min(block[0], 1 << (CHUNK_TARGET // (4 * width)).bit_length() - 1))
+    chunks = (1,) * (len(shape) - 2) + (height, width)
+
+    def make(parent: Any) -> Any:
+        return create_array(parent, None, shape, chunks, "float32", fill=float("nan"), dims=facts["dims"])
+
+    return ResumableArray.create(path, "scores", digest, facts, make)
+
+
+def _check_queries(output: ResumableArray, queries: int) -> None:
+    """Check that blocks of so many queries are whole chunks.
+
+    Raises
+    ------
+    MismatchError
+        If they are not.
+    """
+    height = output.chunks[-2]
+    if queries % height and queries < output.shape[-2]:
+        raise MismatchError(
+            f"expected room for {height} queries at a time, with which {output.path} was begun; received a budget for "
+            f"{queries}: give as much --memory as then, or remove it"
+        )
+
+
+def _missing(output: ResumableArray, start: int, stop: int) -> list[tuple[int, int]]:
+    """Return the row ranges of queries ``start`` to ``stop`` of which a chunk is missing, joined."""
+    *leading, _, rows = output.shape
+    height, width = output.chunks[-2:]
+    first, last = start // height, -(-stop // height)
+    finished = np.zeros(-(-rows // width), np.int64)
+    for *_, query, row in output.finished_chunks():
+        if first <= query < last:
+            finished[row] += 1
+    lacking = np.concatenate([[False], finished < math.prod(leading) * (last - first), [False]])
+    edges = np.flatnonzero(lacking[1:] != lacking[:-1]).reshape(-1, 2) * width
+    return [(int(low), min(int(high), rows)) for low, high in edges]
 
 
 def _facts(scoring: ScoreRequest, leading: int) -> dict[str, Any]:
@@ -217,7 +261,7 @@ def _facts(scoring: ScoreRequest, leading: int) -> dict[str, Any]:
 
 def _fill(
     scoring: ScoreRequest,
-    output: Output,
+    output: ResumableArray,
     blocks: list[tuple[int, int]],
     work: ScoreTask,
     slots: int,
@@ -227,7 +271,7 @@ def _fill(
     outside = np.empty(scoring.q)
     with Progress("scores", len(blocks) * scoring.n, progress) as bar:
         for start, stop in blocks:
-            missing = output.missing(start, stop)
+            missing = _missing(output, start, stop)
             left_out = sum(high - low for low, high in missing)
             bar.advance(scoring.n - left_out)
             if not missing:
@@ -258,16 +302,58 @@ def _write_stripe(
     stripe: Stripe,
     key: str,
     work: ScoreTask,
-    output: Output,
+    output: ResumableArray,
     queries: tuple[int, int],
     seen: Marks | None,
     *lefts: Floats,
 ) -> None:
     with make_engine(work.device) as engine:
-        for low, high in output.missing(*queries):  # again: where a worker died, part of a stripe is there already
+        for low, high in _missing(output, *queries):  # again: where a worker died, part of a stripe is there already
             part = Stripe(max(low, stripe.start), min(high, stripe.stop))
             if part.start >= part.stop:
                 continue
             with OutputWriter(output, queries[0]) as writer:
                 for tile in score_tiles(engine, part, key, work, seen, lefts, copies=2):
                     writer.write(tile.start, engine.host(tile.scores))
+
+
+class OutputWriter:
+    """Writes tiles of an output in a thread, one while the next is computed. A context.
+
+    Parameters
+    ----------
+    output : ResumableArray
+        The scores (..., q, n).
+    first_query : int
+        The tiles' first query, at the start of a chunk.
+    """
+
+    def __init__(self, output: ResumableArray, first_query: int) -> None:
+        self._files = array_store(output.path)
+        self._array = writable_array(self._files)
+        self._leading, self._first = output.shape[:-2], first_query
+        self._thread = ThreadPoolExecutor(1, "ooc_influence-scores")
+        self._task: Future[None] | None = None
+
+    def write(self, first_row: int, tile: Floats) -> None:
+        """Write scores (L, M, q, rows); the tile before is written then, so two may be in use."""
+        self.wait()
+        queries, rows = tile.shape[-2:]
+        place = (slice(self._first, self._first + queries), slice(first_row, first_row + rows))
+        whole = tile.reshape(*self._leading, queries, rows)
+        self._task = self._thread.submit(self._array.__setitem__, (..., *place), whole)
+
+    def wait(self) -> None:
+        """Wait until what was given is written."""
+        task, self._task = self._task, None
+        if task is not None:
+            task.result()
+
+    def __enter__(self) -> OutputWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        with contextlib.suppress(BaseException) if kind is not None else contextlib.nullcontext():
+            self.wait()
+        self._thread.shutdown()
+        self._files.sync_folders()

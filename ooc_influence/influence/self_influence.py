@@ -15,10 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ooc_influence.curvature import DampingMode
-from ooc_influence.influence.checkpoint import Cutting, Part, Parts
 from ooc_influence.influence.checkpoints import AnyCurvature, Dampings, Marks, Stores
 from ooc_influence.influence.request import Form, ScoreRequest, form_ways
-from ooc_influence.influence.tiles import ScoreTask, absent_rows, make_engine, row_blocks, row_shares
+from ooc_influence.influence.tiles import Part, ScoreParts, ScoreTask, absent_rows, make_engine, row_blocks, row_shares
 from ooc_influence.memory import Alternative, MemoryBudget, MemoryModel, block_limit, plan_block_rows
 from ooc_influence.parallel import Stripe, check_workers, slots_per_process, worker_memory
 from ooc_influence.progress import Progress, tick
@@ -67,16 +66,15 @@ def self_influence(
     need = replace(need, alternatives=partial(_ways, scoring))
     block_rows = plan_block_rows(need, worker_memory(memory), slots_per_process(slots))
     work = scoring.work(block_rows, normalized=True)
-    parts = Parts(resume, scoring.digest(kind="self-influence"))
+    parts = ScoreParts(resume, scoring.digest(kind="self-influence"))
     parts.begin()
-    cutting = Cutting(scoring.n, block_rows, work.row_bytes)
     found = np.empty((scoring.lambdas, scoring.n), np.float32)
 
-    def take(stripe: Stripe, part: Part) -> None:
+    def put(stripe: Stripe, part: Part) -> None:
         found[:, stripe.start : stripe.stop] = part["values"]
 
     with Progress("self-influence", scoring.n, progress) as bar:
-        parts.run("values", _stripe, cutting, bar, work, scoring.seen, slots=slots, take=take)
+        parts.run("values", _stripe, work, bar, scoring.seen, slots=slots, on_result=put)
     parts.remove()
     result: npt.NDArray[np.float32] = scoring.squeeze(found)
     return result

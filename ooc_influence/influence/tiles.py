@@ -7,19 +7,22 @@ checkpoint saw it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
+from ooc_influence.checkpoint import ResumableOutput
 from ooc_influence.curvature import Curvature
 from ooc_influence.influence.checkpoints import Marks, margin_factors
 from ooc_influence.influence.engine import Engine, Floats, HostEngine, Rows
 from ooc_influence.memory import MemoryModel, block_limit
-from ooc_influence.parallel import Stripe
-from ooc_influence.progress import tick
-from ooc_influence.store import GradientStore, StorePath
+from ooc_influence.parallel import Stripe, cut_stripes, run_stripes, subtract_ranges
+from ooc_influence.progress import Progress, tick
+from ooc_influence.store import GradientStore, PathLike, StorePath, parse_path
 
 
 def make_engine(device: str | None) -> Engine:
@@ -73,6 +76,11 @@ class ScoreTask:
     def paths(self) -> list[StorePath]:
         """What workers must be able to see."""
         return [store.path for store in self.stores]
+
+    @property
+    def rows(self) -> int:
+        """Train rows, n."""
+        return self.stores[0].n
 
     @property
     def row_bytes(self) -> int:
@@ -258,3 +266,88 @@ def absent_rows(blocks: Sequence[Rows], seen: Marks | None) -> Marks | None:
     if seen is not None:
         absent |= ~seen[:, start:stop].any(0)
     return absent if absent.any() else None
+
+
+Part = Mapping[str, npt.NDArray[Any]]
+_PART_BYTES = 2 * 2**30  # stored rows that one part stands for
+_QUERIES = re.compile(r"(\d+)-(\d+)-\d+-\d+")  # names of parts of a block of queries
+
+
+class ScoreParts(ResumableOutput):
+    """Results of finished stripes of one call, written by the process that made it.
+
+    The name of a part says of which queries and rows it is. What a budget decides is not in the settings: rows that
+    lack a part are cut as the call at hand would, and the queries taken at a time stay those of the parts that exist.
+
+    Parameters
+    ----------
+    folder : path or None
+        Where they are kept; None: nowhere, and an interrupted call starts again.
+    digest : str
+        Of all that the result depends on.
+
+    Raises
+    ------
+    StoreExistsError
+        If something else than parts of this very call is there.
+    StoreWriteError
+        If nothing can be written there.
+    """
+
+    def __init__(self, folder: PathLike | None, digest: str) -> None:
+        super().__init__(None if folder is None else parse_path(folder), {"digest": digest})
+        self.check()
+
+    @property
+    def queries(self) -> int | None:
+        """Queries at a time in the parts that exist; None where there are none."""
+        matches = [_QUERIES.fullmatch(name) for name in self.part_names()]
+        return max((int(match[2]) - int(match[1]) for match in matches if match), default=None)
+
+    def run(
+        self,
+        name: str,
+        function: Callable[..., Part],
+        work: ScoreTask,
+        progress: Progress,
+        *args: Any,
+        slots: int,
+        on_result: Callable[[Stripe, Part], None],
+    ) -> None:
+        """Run ``function`` for stripes of the rows that have no part; ``on_result`` gets every part, in any order."""
+        finished: list[Stripe] = []
+        for stripe in self._stripes(name):
+            part = self.get(_part_name(name, stripe)) if not finished or finished[-1].stop <= stripe.start else None
+            if part is not None:
+                finished.append(stripe)
+                progress.advance(stripe.stop - stripe.start)
+                on_result(stripe, part)
+
+        def finish(stripe: Stripe, part: Part) -> None:
+            self.put(_part_name(name, stripe), part)
+            on_result(stripe, part)
+
+        stripes = self._cut(work, finished, slots)
+        run_stripes(function, stripes, progress, work, *args, slots=slots, on_result=finish, own_threads=True)
+
+    def _stripes(self, name: str) -> list[Stripe]:
+        """Return the stripes that have a part, in order; of those that start at a row, the longest first."""
+        matches = [re.fullmatch(re.escape(name) + r"-(\d+)-(\d+)", part) for part in self.part_names()]
+        return sorted(
+            (Stripe(int(match[1]), int(match[2])) for match in matches if match),
+            key=lambda stripe: (stripe.start, -stripe.stop),
+        )
+
+    def _cut(self, work: ScoreTask, finished: list[Stripe], slots: int) -> list[Stripe]:
+        """Return the stripes still to work on: together one a slot, or more where each is to be kept."""
+        gaps = subtract_ranges([(0, work.rows)], [(part.start, part.stop) for part in finished])
+        missing = sum(high - low for low, high in gaps)
+        stripes = []
+        for low, high in gaps:
+            least = 1 if self.path is None else -(-(high - low) * work.row_bytes // _PART_BYTES)
+            stripes += cut_stripes(low, high, work.block_rows, max(least, round(slots * (high - low) / missing)))
+        return stripes
+
+
+def _part_name(name: str, stripe: Stripe) -> str:
+    return f"{name}-{stripe.start}-{stripe.stop}"

@@ -15,12 +15,11 @@ import numpy.typing as npt
 
 from ooc_influence.curvature import DampingMode
 from ooc_influence.errors import InputError
-from ooc_influence.influence.checkpoint import Cutting, Part, Parts
 from ooc_influence.influence.checkpoints import AnyCurvature, Dampings, Marks, Stores
 from ooc_influence.influence.engine import Engine, Floats, Found
 from ooc_influence.influence.ranking import Ranking, TopInfluential
 from ooc_influence.influence.request import Normalize, ScoreRequest
-from ooc_influence.influence.tiles import Columns, ScoreTask, TileMemory, make_engine, score_tiles
+from ooc_influence.influence.tiles import Columns, Part, ScoreParts, ScoreTask, TileMemory, make_engine, score_tiles
 from ooc_influence.parallel import Stripe, check_workers
 from ooc_influence.progress import Progress
 from ooc_influence.store import PathLike
@@ -244,13 +243,12 @@ def find_top(
         raise InputError(f"expected top >= 1; received {top}")
     slots, top = check_workers(workers), min(top, scoring.n)
     modules = 1 if columns is None else len(columns[0])
-    parts = Parts(resume, scoring.digest(kind="top", top=top, modules=modules))
+    parts = ScoreParts(resume, scoring.digest(kind="top", top=top, modules=modules))
     blocks, block_rows = scoring.plan(
         "top", memory, slots, top_costs(top, scoring.lambdas * scoring.q, scoring.n, modules), queries=parts.queries
     )
-    parts.begin(blocks[0][1])
+    parts.begin()
     work = scoring.work(block_rows, columns)
-    cutting = Cutting(scoring.n, block_rows, work.row_bytes)
     shape = (len(_SIDES), scoring.lambdas, modules, scoring.q, top)
     found = Lists(np.empty(shape, np.float32), np.empty(shape, np.int64), np.empty(scoring.q))
     with Progress("top", len(blocks) * scoring.n, progress) as bar:
@@ -259,13 +257,13 @@ def find_top(
             found.outside[start:stop] = left.outside
             lists: dict[str, Best] = {}
 
-            def take(stripe: Stripe, part: Part, lists: dict[str, Best] = lists) -> None:
+            def add(stripe: Stripe, part: Part, lists: dict[str, Best] = lists) -> None:
                 for name in _SIDES:
                     lists[name] = merge(lists.get(name), (part[f"{name}_scores"], part[f"{name}_rows"]))
 
             parts.run(
-                f"{start}-{stop}", best_of_stripe, cutting, bar, work, top, scoring.seen, *left.arrays, slots=slots,
-                take=take,
+                f"{start}-{stop}", best_of_stripe, work, bar, top, scoring.seen, *left.arrays, slots=slots,
+                on_result=add,
             )  # fmt: skip
             for side, name in enumerate(_SIDES):
                 scores, numbers = (part.reshape(*shape[1:3], stop - start, top) for part in lists[name])

@@ -261,6 +261,12 @@ def write_bytes(path: StorePath, data: bytes) -> None:
         path.fs.pipe_file(path.path, data)
 
 
+def make_folder(folder: StorePath) -> None:
+    """Make a folder and what is missing above it, durably; an object store has none."""
+    if isinstance(folder, Path):
+        local.sync_folders(local.make_folders(folder))
+
+
 def create_file(path: StorePath, data: bytes) -> bool:
     """Write a file that nobody else may have written; return False where one is there.
 
