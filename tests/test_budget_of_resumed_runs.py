@@ -11,9 +11,8 @@ from numpy.testing import assert_allclose
 from test_fisher import count_rows
 from test_top import force
 
-from ooc_influence import checkpoint as files
-from ooc_influence import fit_fisher, group_influence, self_influence, top_influential
-from ooc_influence.curvature import checkpoint, costs, fit, primal
+from ooc_influence import checkpoint, fit_fisher, group_influence, self_influence, top_influential
+from ooc_influence.curvature import costs, fit, primal
 from ooc_influence.errors import MemoryBudgetError
 from ooc_influence.influence import tiles
 
@@ -159,7 +158,7 @@ def test_parts_of_other_blocks_and_workers_are_used(tmp_path, pair, monkeypatch,
     fit_fisher(train)
     call, row = partial(CALLS[name], query, train), train.layout.encoding.row_bytes
     expected = call()
-    folder, plain, written = tmp_path / "parts", files.write_bytes, []
+    folder, plain, written = tmp_path / "parts", checkpoint.write_bytes, []
 
     def stopping(path, data):
         if len(written) == 4:
@@ -169,10 +168,10 @@ def test_parts_of_other_blocks_and_workers_are_used(tmp_path, pair, monkeypatch,
 
     monkeypatch.setattr("ooc_influence.memory.BLOCK_BYTES", 64 * 4 * train.k)
     monkeypatch.setattr(tiles, "_PART_BYTES", 64 * row)
-    monkeypatch.setattr(files, "write_bytes", stopping)
+    monkeypatch.setattr(checkpoint, "write_bytes", stopping)
     with pytest.raises(KeyboardInterrupt):
         call(resume=folder)
-    monkeypatch.setattr(files, "write_bytes", plain)
+    monkeypatch.setattr(checkpoint, "write_bytes", plain)
     kept = list(folder.glob("*.npz"))
     assert len(kept) == 3
     rows = [int(stop) - int(start) for *_, start, stop in (path.stem.split("-") for path in kept)]
@@ -196,7 +195,7 @@ def test_parts_keep_their_queries(tmp_path, pair, monkeypatch):
     monkeypatch.setattr("ooc_influence.influence.request.LEFT_ROWS", 4)
     monkeypatch.setattr("ooc_influence.memory.BLOCK_BYTES", 64 * 4 * train.k)
     monkeypatch.setattr(tiles, "_PART_BYTES", 64 * train.layout.encoding.row_bytes)
-    plain, written, folder = files.write_bytes, [], tmp_path / "parts"
+    plain, written, folder = checkpoint.write_bytes, [], tmp_path / "parts"
 
     def stopping(path, data):
         if len(written) == 4:
@@ -204,10 +203,10 @@ def test_parts_keep_their_queries(tmp_path, pair, monkeypatch):
         written.append(path)
         plain(path, data)
 
-    monkeypatch.setattr(files, "write_bytes", stopping)
+    monkeypatch.setattr(checkpoint, "write_bytes", stopping)
     with pytest.raises(KeyboardInterrupt):
         top_influential(query, train, top=5, resume=folder)
-    monkeypatch.setattr(files, "write_bytes", plain)
+    monkeypatch.setattr(checkpoint, "write_bytes", plain)
     kept = list(folder.glob("0-4-*.npz"))
     assert len(kept) == 3
     monkeypatch.setattr("ooc_influence.influence.request.LEFT_ROWS", 2048)

@@ -10,9 +10,9 @@ from numpy.testing import assert_allclose
 from test_fisher import modules  # noqa: F401 - a fixture
 from test_top import force
 
-from ooc_influence import GradientStore, fit_fisher
+from ooc_influence import GradientStore, checkpoint, fit_fisher
 from ooc_influence.cli.main import main
-from ooc_influence.curvature import checkpoint, fit_gram, sums
+from ooc_influence.curvature import fit_gram, sums
 from ooc_influence.errors import InputError, MemoryBudgetError
 from ooc_influence.linalg import accumulate, backend, device
 

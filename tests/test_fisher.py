@@ -181,7 +181,8 @@ KILLED = """
 import os, signal, sys
 import numpy as np
 import ooc_influence as ooc
-from ooc_influence.curvature import checkpoint, rows
+from ooc_influence import checkpoint
+from ooc_influence.curvature import rows
 from ooc_influence.linalg import accumulate
 checkpoint.INTERVAL, accumulate.FOLD_ROWS, checkpoint._SHARE = 0.0, 64, 0
 original = rows.read_blocks
@@ -230,7 +231,8 @@ def test_a_killed_fit_goes_on(tmp_path, monkeypatch, blocks):
 INTERRUPTED = """
 import sys, time
 from ooc_influence import memory
-from ooc_influence.curvature import checkpoint, rows
+from ooc_influence import checkpoint
+from ooc_influence.curvature import rows
 from ooc_influence.linalg import accumulate
 checkpoint.INTERVAL, accumulate.FOLD_ROWS, checkpoint._SHARE, memory.BLOCK_BYTES = 0.0, 64, 0, 2**10
 original, seen = rows.read_blocks, []

@@ -12,9 +12,9 @@ import pytest
 from conftest import random_rows, write_store
 from numpy.testing import assert_allclose, assert_array_equal
 
-from ooc_influence import GradientStore, fit_fisher, influence_scores, self_influence
+from ooc_influence import GradientStore, checkpoint, fit_fisher, influence_scores, self_influence
 from ooc_influence.cli.main import main
-from ooc_influence.curvature import checkpoint, costs, low_rank, primal
+from ooc_influence.curvature import costs, low_rank, primal
 from ooc_influence.curvature import rows as rows_room
 from ooc_influence.curvature.costs import fisher_memory
 from ooc_influence.errors import InputError, MemoryBudgetError, OocInfluenceWarning, SingularFisherError, StoreBusyError
@@ -268,7 +268,7 @@ def test_tiles_and_passes_are_gone_on_from(train, monkeypatch, way, caplog):
 def test_two_processes_do_not_sum_the_same_tiles(train, monkeypatch):
     force(monkeypatch, "tiles")
     with (
-        checkpoint.FitCheckpoint(train.path / "curvature" / "default", {}),
+        checkpoint.ClaimedOutput(train.path / "curvature" / "default", {}),
         pytest.raises(StoreBusyError, match="wait"),
     ):
         fit_fisher(train, rank=5)

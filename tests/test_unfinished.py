@@ -8,26 +8,25 @@ import threading
 import numpy as np
 import pytest
 
-from ooc_influence import Curvature, fit_fisher
-from ooc_influence.curvature import checkpoint
+from ooc_influence import Curvature, checkpoint, fit_fisher
 from ooc_influence.errors import StoreWriteError
 from ooc_influence.store import create_array, local
 
 
 def keep(fit, name="sums"):
     """Save a result of a fit."""
-    checkpoint.save_result(fit.path, name, 0, {}, lambda group: create_array(group, "x", (3,), (3,), np.float32))
+    fit.put_group(name, 0, {}, lambda group: create_array(group, "x", (3,), (3,), np.float32))
 
 
 def test_a_fit_that_ends_leaves_the_next_one_its_folder(tmp_path, monkeypatch):
-    first = checkpoint.FitCheckpoint(tmp_path / "f", {"of": 1})
+    first = checkpoint.ClaimedOutput(tmp_path / "f", {"of": 1})
     keep(first)
-    assert not checkpoint.FitCheckpoint(tmp_path / "f", {"of": 1}).usable  # while the first holds the claim
+    assert checkpoint.ClaimedOutput(tmp_path / "f", {"of": 1}).path is None  # while the first holds the claim
     next_one = []
 
     def remove_empty(folder):
         if not next_one:  # the first has given the folder back, and is about to remove it
-            next_one.append(checkpoint.FitCheckpoint(tmp_path / "f", {"of": 2}))
+            next_one.append(checkpoint.ClaimedOutput(tmp_path / "f", {"of": 2}))
             keep(next_one[0])
         plain(folder)
 
@@ -35,11 +34,11 @@ def test_a_fit_that_ends_leaves_the_next_one_its_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "remove_empty", remove_empty)
     first.close(finished=True)
     (second,) = next_one
-    assert second.usable
-    assert list(second.results("sums")) == ["sums"]
+    assert second.path is not None
+    assert list(second.groups("sums")) == ["sums"]
     second.close(finished=False)
-    again = checkpoint.FitCheckpoint(tmp_path / "f", {"of": 2})
-    assert list(again.results("sums")) == ["sums"]
+    again = checkpoint.ClaimedOutput(tmp_path / "f", {"of": 2})
+    assert list(again.groups("sums")) == ["sums"]
     again.close(finished=True)
     assert list(tmp_path.iterdir()) == []
 
@@ -55,22 +54,22 @@ def test_a_folder_that_goes_while_it_is_claimed_is_made_again(tmp_path, monkeypa
 
     plain = checkpoint.make_claim
     monkeypatch.setattr(checkpoint, "make_claim", make_claim)
-    with checkpoint.FitCheckpoint(tmp_path / "f", {}) as kept:
-        assert kept.usable
+    with checkpoint.ClaimedOutput(tmp_path / "f", {}) as kept:
+        assert kept.path is not None
         keep(kept)
     assert list(tmp_path.iterdir()) == []
     left[0] = 1000
     with pytest.raises(StoreWriteError, match=r"expected to write the curvature to .*check the path"):
-        checkpoint.FitCheckpoint(tmp_path / "f", {})
+        checkpoint.ClaimedOutput(tmp_path / "f", {})
 
 
 def test_results_of_other_settings_do_not_count(tmp_path):
-    first = checkpoint.FitCheckpoint(tmp_path / "f", {"of": 1})
+    first = checkpoint.ClaimedOutput(tmp_path / "f", {"of": 1})
     keep(first)
     (first.path / ".settings.json.0.partial").write_text("of a crash")
     first.close(finished=False)
-    other = checkpoint.FitCheckpoint(tmp_path / "f", {"of": 2})
-    assert other.results("sums") == {}
+    other = checkpoint.ClaimedOutput(tmp_path / "f", {"of": 2})
+    assert other.groups("sums") == {}
     other.close(finished=False)
     assert list(tmp_path.iterdir()) == []  # it kept nothing
 

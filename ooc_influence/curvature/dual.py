@@ -20,8 +20,7 @@ import numpy.typing as npt
 import zarr
 from typing_extensions import override
 
-from ooc_influence._version import __version__
-from ooc_influence.curvature.checkpoint import FitCheckpoint
+from ooc_influence.checkpoint import ClaimedOutput, ResumableArray
 from ooc_influence.curvature.costs import KEPT_BYTES, PANEL, FitShapes, gram_memory, kernel_memory, slab_rows
 from ooc_influence.curvature.curvature import Curvature, share_outside
 from ooc_influence.curvature.damping import resolved
@@ -33,11 +32,8 @@ from ooc_influence.errors import (
     CurvatureNotFoundError,
     InputError,
     NonFiniteError,
-    OocInfluenceError,
     StoreBusyError,
-    StoreExistsError,
-    StoreWriteError,
-    refused,
+    writing,
 )
 from ooc_influence.linalg import Weighting, symmetric_eigen
 from ooc_influence.linalg.accumulate import Tile, list_tiles, tile_side
@@ -47,26 +43,20 @@ from ooc_influence.parallel import Stripe, check_workers, cut_stripes, run_strip
 from ooc_influence.progress import Progress, check_cancelled, tick
 from ooc_influence.store import (
     GradientStore,
-    NewFolder,
     PathLike,
     StorePath,
     array_store,
     create_array,
     exists,
     find_array,
-    is_file,
-    is_local,
-    names,
     open_group,
     parse_path,
     read_part,
-    remove_partial_files,
     writable_array,
 )
 
 Matrix = npt.NDArray[np.float64]
 logger = logging.getLogger("ooc_influence")
-_ATTRIBUTES = "ooc_influence_gram"
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,28 +143,21 @@ def multiply_on_disk(
     """
     path, m = how.path, how.chosen.count
     assert path is not None
-    digest += f"-{tile_side(m)}"
-    try:
-        _make_room(path, m, digest, facts)
+    side = tile_side(m)
+    digest += f"-{side}"
+    with writing(f"to write the Gram matrix to {path}", ", then run the same call again: it resumes"):
+        output = ResumableArray.find(path, "gram", digest)
+        if output is None:
+            output = ResumableArray.create(path, "gram", digest, facts, lambda parent: create_matrix(parent, None, m))
         tiles = list_tiles(m)
-        missing = _missing(path, tiles, tile_side(m))
+        missing = _missing(output, tiles)
         cuts = cut_stripes(0, len(missing), 1, slots) if missing else []
         stripes = [_Tiles(cut.start, cut.stop, tuple(missing[cut.start : cut.stop])) for cut in cuts]
         with Progress("gram", len(tiles), progress, "tile") as bar:
             bar.advance(len(tiles) - len(missing))
             if stripes:
-                run_stripes(_some_tiles, stripes, bar, how, slots=slots)
-        if is_local(path):
-            remove_partial_files(path, lambda name: name.startswith("c."))
-        files = array_store(path)
-        writable_array(files).attrs["complete"] = True
-        files.sync_folders()
-    except OSError as error:
-        if isinstance(error, OocInfluenceError):
-            raise
-        raise StoreWriteError(
-            refused(f"to write the Gram matrix to {path}", error, ", then run the same call again: it goes on")
-        ) from error
+                run_stripes(_some_tiles, stripes, bar, how, output, slots=slots)
+        output.finish()
     return open_matrix(path)
 
 
@@ -183,58 +166,30 @@ def open_matrix(path: StorePath) -> zarr.Array[Any]:
     return zarr.open_array(array_store(path, read_only=True, chunk_bytes={}), mode="r")
 
 
-def _make_room(path: StorePath, m: int, digest: str, facts: Mapping[str, Any]) -> None:
-    """Create an empty array, unless the same call began one."""
-    if exists(path) and (is_file(path) or names(path)):
-        found = _attributes(path)
-        if found is None or found["digest"] != digest:
-            received = "something" if found is None else "the Gram matrix of another call (other rows or weights)"
-            raise StoreExistsError(
-                f"expected nothing at {path}, or the Gram matrix begun by the same call; received {received}: choose "
-                "another path or remove it"
-            )
-        return
-    with NewFolder(path) as folder:
-        array = create_matrix(folder.arrays, None, m)
-        marks = {"version": __version__, "complete": False, _ATTRIBUTES: {"digest": digest}}
-        array.attrs.update({**facts, **marks})
-        if not folder.publish():
-            raise StoreExistsError(f"expected nothing at {path}; received something meanwhile: choose another path")
-
-
 def create_matrix(parent: Any, name: str | None, m: int) -> Any:
     """Create an array for K in a group, or as the root of a store: a chunk is a tile, with a checksum."""
     side = tile_side(m)
     return create_array(parent, name, (m, m), (side, side), "float64", check=True)
 
 
-def _attributes(path: StorePath) -> dict[str, Any] | None:
-    try:
-        found = dict(zarr.open_array(array_store(path, read_only=True), mode="r").attrs).get(_ATTRIBUTES)
-    except Exception:  # no array, a damaged one, or something else altogether
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def _missing(path: StorePath, tiles: Sequence[Tile], side: int) -> list[Tile]:
+def _missing(output: ResumableArray, tiles: Sequence[Tile]) -> list[Tile]:
     """Return the tiles that are not there; the lower one of a pair is written last."""
-    there = set(names(path))
+    side, finished = output.chunks[0], output.finished_chunks()
 
-    def is_there(rows: slice, columns: slice) -> bool:
-        return f"c.{rows.start // side}.{columns.start // side}" in there
+    def index(tile: Tile) -> tuple[int, int]:
+        return tile.rows.start // side, tile.columns.start // side
 
-    return [tile for tile in tiles if not (is_there(tile.rows, tile.columns) and is_there(tile.columns, tile.rows))]
+    return [tile for tile in tiles if not {index(tile), index(tile)[::-1]} <= finished]
 
 
-def _some_tiles(stripe: _Tiles, key: str, how: Multiplying) -> None:
+def _some_tiles(stripe: _Tiles, key: str, how: Multiplying, output: ResumableArray) -> None:
     """Write tiles that are not there: where a worker died, some of them are."""
-    assert how.path is not None
-    files = array_store(how.path)
+    files = array_store(output.path)
     array = writable_array(files)
-    left = _missing(how.path, stripe.tiles, array.chunks[0])
-    tick(key, len(stripe.tiles) - len(left))
+    missing = _missing(output, stripe.tiles)
+    tick(key, len(stripe.tiles) - len(missing))
     try:
-        for tile in left:
+        for tile in missing:
             values = _multiply(tile, how)
             if tile.rows != tile.columns:
                 array[tile.columns, tile.rows] = values.T
@@ -593,13 +548,13 @@ class _Fit:
             save(multiply_in_memory(how, self.slots, self.progress))
             return
         matter = chosen.digest()
-        with FitCheckpoint(self.target, {"gram": matter}) as kept:
-            if not kept.usable:
+        with ClaimedOutput(self.target, {"gram": matter}) as partial:
+            if partial.path is None:
                 raise StoreBusyError(
                     f"expected to write the Gram matrix for {self.target}; received a folder that another process is "
                     "writing it to: wait for that fit, or give another place with out="
                 )
-            how = Multiplying(chosen, self.block_rows, kept.path / "gram-0", self.device)
+            how = Multiplying(chosen, self.block_rows, partial.path / "gram-0", self.device)
             save(multiply_on_disk(how, self.slots, self.progress, matter, {}))
 
     def _write_spectrum(self, group: Any, gram: Any, live: int) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 import numpy.typing as npt
 
-from ooc_influence.curvature import checkpoint
-from ooc_influence.curvature.checkpoint import FitCheckpoint, begun
+from ooc_influence import checkpoint
+from ooc_influence.checkpoint import ClaimedOutput, kept_groups
 from ooc_influence.curvature.costs import (
     FitShapes,
     LowRankPlan,
@@ -141,16 +141,15 @@ def fit_fisher(
         "since": None if change is None or found is None else found.attrs["fit"],
     }  # fmt: skip
     earlier = found if change is not None else None
-    way = _choose_way(chosen, kind, ranges, rank, earlier, change, slots, memory, device, begun(target, settings))
+    way = _choose_way(chosen, kind, ranges, rank, earlier, change, slots, memory, device, kept_groups(target, settings))
     if found is not None and change is not None and change.nothing and found.attrs.get("rank") == rank:
         logger.info("%s is up to date", target)
         return found
-    with FitCheckpoint(target, settings) as kept:
-        folder = kept.path if kept.usable else None
+    with ClaimedOutput(target, settings) as partial:
         how = Summing(
-            train, ranges, way.block_rows, kind == "diagonal", sample is not None, folder, checkpoint.INTERVAL, device
+            train, ranges, way.block_rows, kind == "diagonal", sample is not None, partial, checkpoint.INTERVAL, device
         )
-        fit = Fitting(target, chosen, how, slots, progress, kept, earlier, change)
+        fit = Fitting(target, chosen, how, slots, progress, partial, earlier, change)
         if rank is None:
             _fit_square(fit, kind)
         else:

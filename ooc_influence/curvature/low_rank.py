@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import override
 
-from ooc_influence.curvature import checkpoint
-from ooc_influence.curvature.checkpoint import SavingClock, read_facts, save_result, write_slabs
+from ooc_influence import checkpoint
+from ooc_influence.checkpoint import SavingClock, read_facts
 from ooc_influence.curvature.costs import PASSES, LowRankPlan, iteration_columns
 from ooc_influence.curvature.curvature import dimension, share_outside
 from ooc_influence.curvature.files import write_curvature, write_long
@@ -401,7 +401,7 @@ def _iterate(fit: Fitting, rank: int, seed: int, multiply: Callable[[Floats], Ma
     """Run the subspace iteration, from the pass that an earlier run saved."""
     k, done, held = fit.chosen.store.k, 0, 0.0
     name = f"{_BASIS}-{rank}-{seed}"
-    found = fit.kept.results(_BASIS).get(name)
+    found = fit.partial.groups(_BASIS).get(name)
     if found is None:
         basis = start_basis(k, iteration_columns(k, fit.chosen.count, rank), seed)
     else:
@@ -412,10 +412,10 @@ def _iterate(fit: Fitting, rank: int, seed: int, multiply: Callable[[Floats], Ma
     clock = SavingClock(checkpoint.INTERVAL)
 
     def save(passes: int, held: float, basis: Floats) -> None:
-        if fit.kept.usable and clock.due():
+        if fit.partial.path is not None and clock.due():
             facts = {"passes": passes, "held": held}
             clock.run(
-                lambda: save_result(fit.kept.path, name, passes, facts, lambda group: write_slabs(group, _BASIS, basis))
+                lambda: fit.partial.put_group(name, passes, facts, lambda group: write_slabs(group, _BASIS, basis))
             )
 
     top = find_top(multiply, basis, rank, PASSES, save, done, held)
@@ -437,3 +437,12 @@ def _write_vectors(group: Any, shape: tuple[int, ...], parts: Iterable[tuple[sli
     array = create_array(group, VECTORS, shape, (min(shape[0], slab_rows(shape[1])), shape[1]), "float64", check=True)
     for rows, values in parts:
         array[rows] = values
+
+
+def write_slabs(group: Any, name: str, matrix: npt.NDArray[Any]) -> None:
+    """Write a matrix in chunks of whole rows, with checksums."""
+    rows, columns = matrix.shape
+    step = max(1, min(rows, CHUNK_TARGET // max(1, columns * matrix.itemsize)))
+    array = create_array(group, name, matrix.shape, (step, columns), matrix.dtype, check=True)
+    for start in range(0, rows, step):
+        array[start : start + step] = matrix[start : start + step]

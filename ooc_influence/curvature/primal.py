@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ooc_influence.curvature.checkpoint import FitCheckpoint, read_facts, save_result
+from ooc_influence.checkpoint import ResumableOutput, read_facts
 from ooc_influence.curvature.costs import Preferred
 from ooc_influence.curvature.curvature import Curvature
 from ooc_influence.curvature.files import write_long
@@ -48,7 +48,7 @@ class Fitting:
         Tasks at once.
     progress : bool or None
         Show progress lines.
-    kept : Unfinished
+    partial : ResumableOutput
         Partial results.
     old : Curvature or None
         An earlier fit of the same kind, whose rows are still there.
@@ -61,7 +61,7 @@ class Fitting:
     how: Summing
     slots: int
     progress: bool | None
-    kept: FitCheckpoint
+    partial: ResumableOutput
     old: Curvature | None
     change: Change | None
 
@@ -94,7 +94,7 @@ class Fitting:
         found = None if self.base is None else self._updated(self.base)
         if found is None:
             with Progress("fisher", self.chosen.count, self.progress) as bar:
-                found = sum_rows(self.chosen, self.how, self.slots, bar, [(0, self.chosen.count)], self.kept), 0.0
+                found = sum_rows(self.chosen, self.how, self.slots, bar, [(0, self.chosen.count)]), 0.0
         return found
 
     def _updated(self, base: SummedCurvature) -> tuple[Sums, float] | None:
@@ -102,7 +102,7 @@ class Fitting:
         removed, taken = None, float(base.attrs.get("taken", 0.0))
         added = None if self.change is None else self.change.added
         if self.gone is not None:
-            plain = replace(self.how, fourth=False, folder=None)
+            plain = replace(self.how, fourth=False, partial=ResumableOutput())
             with Progress("fisher: dropped rows", self.gone.count, self.progress) as bar:
                 removed = sum_rows(self.gone, plain, self.slots, bar, [(0, self.gone.count)])
             now = self.taken(removed.trace())
@@ -113,7 +113,7 @@ class Fitting:
             total = base.sums()
         else:
             with Progress("fisher: new rows", added[1] - added[0], self.progress) as bar:
-                total = sum_rows(self.chosen, self.how, self.slots, bar, [added], self.kept)
+                total = sum_rows(self.chosen, self.how, self.slots, bar, [added])
             base.add_sums_to(total)
         if removed is not None:
             for square, part in zip(total.squares, removed.squares, strict=True):
@@ -181,7 +181,7 @@ class TileSum:
 
     Attributes
     ----------
-    folder : StorePath
+    partial : ResumableOutput
         Partial results: marks of finished tiles.
     group : StorePath
         Where the tiles are.
@@ -197,7 +197,7 @@ class TileSum:
         Rows read at a time; columns of a tile.
     """
 
-    folder: StorePath
+    partial: ResumableOutput
     group: StorePath
     chosen: ChosenRows
     places: Sequence[Range]
@@ -210,7 +210,7 @@ class TileSum:
     @property
     def paths(self) -> list[object]:
         """What workers must be able to see."""
-        return [self.chosen.store.path, self.folder]
+        return [self.chosen.store.path, self.group]
 
     def regions(self) -> list[Region]:
         """Return the tiles of the lower triangle: rows and columns of F."""
@@ -236,10 +236,10 @@ def sum_tiles(fit: Fitting, side: int) -> SummedTiles:
     StoreBusyError
         If another process is at it.
     """
-    if not fit.kept.usable:
+    if fit.partial.path is None:
         raise StoreBusyError(
-            f"expected to sum F on disk in {fit.kept.path}; received a folder that another process is fitting in: wait "
-            "for it, give another name or out=, or more memory"
+            f"expected to sum F on disk beside {fit.target}; received another process that is fitting it: wait for it, "
+            "give another name or out=, or more memory"
         )
     k, base, gone, taken = fit.chosen.store.k, fit.base, fit.gone, 0.0
     if base is not None:
@@ -250,14 +250,14 @@ def sum_tiles(fit: Fitting, side: int) -> SummedTiles:
     places: Sequence[Range] = [(0, fit.chosen.count)]
     if base is not None:
         places = [] if fit.change is None or fit.change.added is None else [fit.change.added]
-    if not fit.kept.results(_TILES):
-        save_result(fit.kept.path, _TILES, 0, {}, lambda group: _make_room(group, k))
-    group = fit.kept.results(_TILES)[_TILES]
-    partial = {path: read_facts(path) for path in fit.kept.results(ROWS).values()}
+    if not fit.partial.groups(_TILES):
+        fit.partial.put_group(_TILES, 0, {}, lambda group: _create_tiles(group, k))
+    group = fit.partial.groups(_TILES)[_TILES]
+    partial = {path: read_facts(path) for path in fit.partial.groups(ROWS).values()}
     places = subtract_ranges(places, [tuple(part) for facts in partial.values() for part in facts["ranges"]])
     counts = tuple(sum(int(facts[name]) for facts in partial.values()) for name in ("live", "clipped"))
     bases = [*([] if base is None else [base.path]), *partial]
-    how = TileSum(fit.kept.path, group, fit.chosen, places, gone, bases, counts, fit.how.block_rows, side)  # type: ignore[arg-type]
+    how = TileSum(fit.partial, group, fit.chosen, places, gone, bases, counts, fit.how.block_rows, side)  # type: ignore[arg-type]
     live, clipped = _run(fit, how)
     if base is not None:
         live, clipped = live + base.rows, clipped + int(base.attrs["clipped"])
@@ -265,21 +265,21 @@ def sum_tiles(fit: Fitting, side: int) -> SummedTiles:
     return SummedTiles(TriangleTiles.open(group, _F, k), live, clipped, taken)
 
 
-def _make_room(group: Any, k: int) -> None:
+def _create_tiles(group: Any, k: int) -> None:
     TriangleTiles.create(group, _F, k)
 
 
 def _run(fit: Fitting, how: TileSum) -> tuple[int, int]:
     """Sum what is not done yet; return the rows and clipped losses that went into every tile."""
     regions, unit = how.regions(), tile_side(how.chosen.store.k)
-    done = _units(unit, *(read_facts(path)["region"] for path in fit.kept.results(_DONE).values()))
+    done = _units(unit, *(read_facts(path)["region"] for path in fit.partial.groups(_DONE).values()))
     left = [number for number, part in enumerate(regions) if not _units(unit, _region(*part)) <= done]
     rows = sum(b - a for a, b in how.places) + (0 if how.gone is None else how.gone.count)
     with Progress("fisher tiles", rows * len(regions), fit.progress) as bar:
         bar.advance(rows * (len(regions) - len(left)))
         stripes = [Stripe(number, number + 1) for number in left]
         run_stripes(_sum_tile, stripes, bar, how, slots=fit.slots, own_threads=True)
-    facts = read_facts(next(iter(fit.kept.results(_DONE).values())))
+    facts = read_facts(next(iter(fit.partial.groups(_DONE).values())))
     return int(facts["live"]), int(facts["clipped"])
 
 
@@ -340,7 +340,7 @@ def _sum_with(team: Team, number: int, key: str, how: TileSum) -> None:
         TriangleTiles.open_to_write(how.group, _F, k).write_region(rows, columns, found)
         region = _region(rows, columns)
         facts = {"live": live, "clipped": clipped, "region": region, "side": how.side}
-        save_result(how.folder, "-".join(map(str, (_DONE, *region))), 0, facts, lambda group: None)
+        how.partial.put_group("-".join(map(str, (_DONE, *region))), 0, facts, lambda group: None)
     except OSError as error:
         then = " (8 k² bytes are taken while fitting), or give another place with out= (--out)"
         raise StoreWriteError(refused(f"to write tiles of F to {how.group}", error, then)) from error

@@ -8,14 +8,14 @@ there if it runs again; what earlier runs saved is added at the end.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ooc_influence.curvature import checkpoint
-from ooc_influence.curvature.checkpoint import FitCheckpoint, SavingClock, latest_results, read_facts, save_result
+from ooc_influence import checkpoint
+from ooc_influence.checkpoint import ResumableOutput, SavingClock, read_facts
 from ooc_influence.curvature.rows import ChosenRows, Range, RowPartition, WeighedBlock, partition_rows
 from ooc_influence.linalg import DiagonalAccumulator, GramAccumulator, Team, TriangleTiles, choose_engine
 from ooc_influence.linalg.backend import row_squares
@@ -76,7 +76,7 @@ class Summing:
         Sum the diagonal only.
     fourth : bool
         Sum fourth powers too.
-    folder : StorePath or None
+    partial : ResumableOutput
         Where to save partial results.
     interval : float
         Seconds between two savings.
@@ -89,7 +89,7 @@ class Summing:
     block_rows: int
     diagonal: bool = False
     fourth: bool = False
-    folder: StorePath | None = None
+    partial: ResumableOutput = field(default_factory=ResumableOutput)
     interval: float = checkpoint.INTERVAL
     device: str | None = None
 
@@ -120,11 +120,9 @@ def sum_rows(
     slots: int,
     bar: Progress,
     ranges: Sequence[Range],
-    kept: FitCheckpoint | None = None,
 ) -> Sums:
-    """Return the sums over some ranges of places, those that ``kept`` has from earlier runs included."""
-    found = {} if kept is None else kept.results(ROWS)
-    done = {path: read_facts(path) for path in found.values()}
+    """Return the sums over some ranges of places, those that earlier runs saved included."""
+    done = {path: read_facts(path) for path in how.partial.groups(ROWS).values()}
     left = subtract_ranges(ranges, [tuple(part) for facts in done.values() for part in facts["ranges"]])
     bar.advance(sum(b - a for a, b in ranges) - sum(b - a for a, b in left))
     shares = partition_rows(chosen, left, how.block_rows, slots)
@@ -137,7 +135,7 @@ def sum_rows(
     return total
 
 
-def save_sums(folder: StorePath, total: Sums, ranges: Sequence[Range]) -> None:
+def save_sums(partial: ResumableOutput, total: Sums, ranges: Sequence[Range]) -> None:
     """Save sums over some ranges of places; a later one with the same first place replaces this."""
     facts = {"ranges": [list(part) for part in ranges], "live": total.live, "clipped": total.clipped,
              "fourth": total.fourth}  # fmt: skip
@@ -146,7 +144,7 @@ def save_sums(folder: StorePath, total: Sums, ranges: Sequence[Range]) -> None:
         for number, square in enumerate(total.squares):
             write_sum(group, number, square)
 
-    save_result(folder, f"{ROWS}-{ranges[0][0]}", sum(b - a for a, b in ranges), facts, write)
+    partial.put_group(f"{ROWS}-{ranges[0][0]}", sum(b - a for a, b in ranges), facts, write)
 
 
 def _add_saved(total: Sums, path: StorePath, facts: dict[str, Any]) -> None:
@@ -218,10 +216,8 @@ class _Running:
 
     def _resume(self) -> int:
         """Go on from what this very task saved before it was killed; return its places done."""
-        if self._how.folder is None:
-            return 0
         name = f"{ROWS}-{self._share.start}"
-        path = latest_results(self._how.folder, name).get(name)
+        path = self._how.partial.groups(name).get(name)
         if path is None:
             return 0
         facts, total = read_facts(path), self._how.nothing()
@@ -256,14 +252,14 @@ class _Running:
         squares = [square.peek() for square in self._squares]
         rows, counts = self._folded
         consistent = all(square.folded == rows for square in self._squares) and all(s is not None for s in squares)
-        if self._how.folder is None or not rows or not consistent:
+        if self._how.partial.path is None or not rows or not consistent:
             return
         ranges, left = [], rows
         for low, chosen in self._share.parts:
             if left > 0:
                 ranges.append((low, low + min(left, chosen.count)))
                 left -= chosen.count
-        save_sums(self._how.folder, Sums([square for square in squares if square is not None], *counts), ranges)
+        save_sums(self._how.partial, Sums([square for square in squares if square is not None], *counts), ranges)
 
     def total(self) -> Sums:
         """Return the sums; the accumulators are used up."""
@@ -290,7 +286,7 @@ def _sum_with(team: Team, share: RowPartition, key: str, how: Summing) -> Sums:
             tick(key, start)
             for block in how.read(chosen, start, team.threads):
                 running.add(block.rows, block.live, block.clipped)
-                if how.folder is not None and clock.due():
+                if clock.due():
                     clock.run(running.save)
                 tick(key, block.stop - block.start)
     except (KeyboardInterrupt, InterruptedError):
