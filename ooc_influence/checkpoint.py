@@ -25,7 +25,7 @@ import numpy.typing as npt
 import zarr
 
 from ooc_influence._version import __version__
-from ooc_influence.errors import StoreBusyError, writing
+from ooc_influence.errors import StoreBusyError, StoreWriteError, refused, writing
 from ooc_influence.store import (
     Claim,
     NewFolder,
@@ -117,16 +117,18 @@ class ResumableOutput:
                 raise not_free(self.path, "the partial results of this call", _OTHER_CALL)
 
     def begin(self) -> None:
-        """Make the folder and write the settings, unless that was done before.
+        """Make the folder and write the settings, unless some are there.
 
         Raises
         ------
         StoreWriteError
             If nothing can be written there.
         """
-        if self.path is None or self.kept_settings is not None:
+        if self.path is None:
             return
         with self._writing():
+            if exists(self.path / _SETTINGS):
+                return
             make_folder(self.path)
             write_bytes(self.path / _SETTINGS, json.dumps(self.settings, sort_keys=True, indent=1).encode())
 
@@ -235,16 +237,18 @@ class ClaimedOutput(ResumableOutput):
     def __init__(self, target: StorePath, settings: Settings) -> None:
         super().__init__(_beside(target), settings)
         self._claim: Claim | None = None
-        with writing(f"to write the curvature to {target}", ", or give another place with out= (--out)"):
-            try:
-                self._claim = self._make_claim()
-            except StoreBusyError:
-                logger.info("another process is fitting %s: this one keeps no partial results", target)
-                self.path = None
-                return
+        try:
+            self._claim = self._make_claim()
             if self.kept_settings != self.settings:
                 self._clear()
                 self.begin()
+        except StoreBusyError:
+            logger.info("another process is fitting %s: this one keeps no partial results", target)
+            self.path = None
+        except OSError as error:
+            raise StoreWriteError(
+                refused(f"to write the curvature to {target}", error, ", or give another path with out= (--out)")
+            ) from error
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ResumableOutput, (self.path,)

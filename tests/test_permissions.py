@@ -50,7 +50,7 @@ CASES = {
     "score test.zarr train.zarr --out shut/scores.zarr": ("permission denied: change the permissions, then run the",),
     "compact train.zarr shut/new.zarr": ("permission denied: change the permissions, or choose another path",),
     "reduce train.zarr shut/new.zarr --dims 3": ("permission denied: change the permissions, or choose another path",),
-    "fisher train.zarr --out shut/f.zarr": ("permission denied: change the permissions, or give another place",),
+    "fisher train.zarr --out shut/f.zarr": ("permission denied: change the permissions, or give another path",),
     "fisher train.zarr --side gram --out shut/f.zarr": ("permission denied: change the permissions, or give another",),
     "demo --out shut/demo": ("expected a folder to write to at shut/demo; received permission denied",),
     "info folder.zarr": ("expected to read the store at ", "received permission denied (", ": change the"),

@@ -172,12 +172,12 @@ def test_a_run_that_fails_is_named_and_the_others_are_kept(tmp_path):
 
 
 def test_a_full_disk_is_said(tmp_path, monkeypatch):
-    from ooc_influence.evaluate import runs
+    from ooc_influence import checkpoint
 
     def full(path, data):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(runs, "write_file", full)
+    monkeypatch.setattr(checkpoint, "write_bytes", full)
     with pytest.raises(StoreWriteError, match=r"no space left.*make room"):
         retrain(train, measure, random_subsets(N, 2), tmp_path / "runs")
 

@@ -56,7 +56,7 @@ def write_curvature(path: StorePath, attributes: Mapping[str, Any], write: Calla
             folder.publish()
     except OSError as error:
         raise StoreWriteError(
-            refused(f"to write the curvature to {path}", error, ", or give another place with out= (--out)")
+            refused(f"to write the curvature to {path}", error, ", or give another path with out= (--out)")
         ) from error
 
 

@@ -342,7 +342,7 @@ def _sum_with(team: Team, number: int, key: str, how: TileSum) -> None:
         facts = {"live": live, "clipped": clipped, "region": region, "side": how.side}
         how.partial.put_group("-".join(map(str, (_DONE, *region))), 0, facts, lambda group: None)
     except OSError as error:
-        then = " (8 k² bytes are taken while fitting), or give another place with out= (--out)"
+        then = " (8 k² bytes are taken while fitting), or give another path with out= (--out)"
         raise StoreWriteError(refused(f"to write tiles of F to {how.group}", error, then)) from error
 
 

@@ -1,16 +1,13 @@
 """Retraining runs on disk: a local folder with one file a finished run, whole and durable or not there.
 
 ``settings.json`` holds what all runs have in common; ``run-00007.npz`` what run 7 measured, how long it took, and a
-digest of the rows and the seed it was trained with, so that a folder is never gone on with for other subsets.
+digest of the rows and the seed it was trained with, so that a folder is never resumed for other subsets.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
-import json
 import logging
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +16,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ooc_influence.errors import InputError, MismatchError, StoreFormatError, StoreWriteError, refused
-from ooc_influence.store.local import create_file, make_folders, sync_folders, write_file
+from ooc_influence.checkpoint import ResumableOutput
+from ooc_influence.errors import InputError, MismatchError, StoreFormatError
 
 logger = logging.getLogger("ooc_influence")
 Rows = npt.NDArray[np.bool_]
 Subsets = npt.NDArray[np.bool_] | Sequence[npt.NDArray[np.bool_]]
 _FORMAT = 1
-_SETTINGS = "settings.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +59,7 @@ class Runs:
         return f"<Runs of {self.outcomes.shape[1]} outcomes, {lines}>"
 
 
-class RunFolder:
+class RunFolder(ResumableOutput):
     """A folder of finished runs.
 
     Parameters
@@ -86,39 +82,25 @@ class RunFolder:
     """
 
     def __init__(self, folder: str | Path, settings: Mapping[str, Any]) -> None:
-        self.path = Path(folder)
         try:
-            text = json.dumps({"format": _FORMAT, **settings}, sort_keys=True, indent=1)
+            super().__init__(Path(folder), {"format": _FORMAT, **settings})
         except TypeError as error:
             raise InputError(f"expected settings of JSON values; received {settings!r}: {error}") from error
-        place = self.path / _SETTINGS
-        try:
-            parents = make_folders(self.path)
-            made = not place.exists() and create_file(place, text.encode())
-            sync_folders([self.path, *parents] if made else [])
-            held = place.read_text()
-        except (FileExistsError, NotADirectoryError) as error:
-            raise InputError(f"expected a folder for runs at {self.path}; received a file: choose another") from error
-        except OSError as error:
-            raise StoreWriteError(
-                refused(f"to write runs to {self.path}", error, ", or choose another folder")
-            ) from error
-        self._check(held, json.loads(text))
-
-    def _check(self, held: str, asked: dict[str, Any]) -> None:
-        try:
-            found = json.loads(held)
-            names = sorted(found.keys() | asked.keys())
-        except (ValueError, AttributeError) as error:
+        if Path(folder).is_file():
+            raise InputError(f"expected a folder for runs at {self.path}; received a file: choose another")
+        self.begin()
+        kept = self.kept_settings
+        if kept is None:
             raise StoreFormatError(
-                f"expected the settings of runs in {self.path / _SETTINGS}; received something else: choose another "
+                f"expected the settings of runs in {self.path}/settings.json; received something else: choose another "
                 "folder"
-            ) from error
-        other = [name for name in names if found.get(name) != asked.get(name)]
+            )
+        names = sorted(kept.keys() | self.settings.keys())
+        other = [name for name in names if kept.get(name) != self.settings.get(name)]
         if other:
             raise MismatchError(
-                f"expected the {' and '.join(other)} of the runs in {self.path}, {_short(found, other)}; received "
-                f"{_short(asked, other)}: give the same, or another folder"
+                f"expected the {' and '.join(other)} of the runs in {self.path}, {_short(kept, other)}; received "
+                f"{_short(self.settings, other)}: give the same, or another folder"
             )
 
     def read(self, run: int, digest: str) -> tuple[npt.NDArray[np.float64], float] | None:
@@ -129,21 +111,15 @@ class RunFolder:
         MismatchError
             If it was trained on other rows or with another seed than ``digest`` says.
         """
-        place = self._place(run)
-        try:
-            with np.load(io.BytesIO(place.read_bytes()), allow_pickle=False) as held:
-                found, outcome, seconds = str(held["digest"]), held["outcome"], float(held["seconds"])
-        except FileNotFoundError:
+        arrays = self.get(_name(run))
+        if arrays is None or not {"digest", "outcome", "seconds"} <= arrays.keys():
             return None
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            logger.warning("%s cannot be read (%s): the run is counted as missing", place, error)
-            return None
-        if found != digest:
+        if str(arrays["digest"]) != digest:
             raise MismatchError(
                 f"expected run {run} in {self.path} to be one on these rows and with this seed; received another: give "
                 "the same subsets and seeds, or another folder"
             )
-        return outcome, seconds
+        return arrays["outcome"], float(arrays["seconds"])
 
     def write(self, run: int, digest: str, outcome: npt.NDArray[np.float64], seconds: float) -> None:
         """Write what a run measured, (q,): durable when this returns.
@@ -153,17 +129,7 @@ class RunFolder:
         StoreWriteError
             If the disk refuses.
         """
-        held = io.BytesIO()
-        np.savez(held, outcome=outcome, digest=np.array(digest), seconds=np.array(seconds))
-        try:
-            write_file(self._place(run), held.getbuffer())
-            sync_folders([self.path])
-        except OSError as error:
-            then = " and call again, finished runs are kept"
-            raise StoreWriteError(refused(f"to write run {run} to {self.path}", error, then)) from error
-
-    def _place(self, run: int) -> Path:
-        return self.path / f"run-{run:05d}.npz"
+        self.put(_name(run), {"outcome": outcome, "digest": np.array(digest), "seconds": np.array(seconds)})
 
     def collect(self, subsets: Subsets, seeds: Sequence[int]) -> Runs:
         """Return what is finished of the runs on ``subsets``.
@@ -173,19 +139,23 @@ class RunFolder:
         MismatchError
             If finished runs are not of these subsets and seeds, or measured different numbers of outcomes.
         """
-        found = [self.read(run, run_digest(subsets[run], seeds[run])) for run in range(len(subsets))]
-        widths = {len(held[0]) for held in found if held is not None}
+        runs = [self.read(run, run_digest(subsets[run], seeds[run])) for run in range(len(subsets))]
+        widths = {len(run[0]) for run in runs if run is not None}
         if len(widths) > 1:
             raise MismatchError(
                 f"expected as many outcomes of every run; received {sorted(widths)} in {self.path}: measure the same "
                 "rows after every run, in another folder"
             )
-        outcomes = np.full((len(found), max(widths, default=0)), np.nan)
-        seconds = np.full(len(found), np.nan)
-        for run, held in enumerate(found):
-            if held is not None:
-                outcomes[run], seconds[run] = held
+        outcomes = np.full((len(runs), max(widths, default=0)), np.nan)
+        seconds = np.full(len(runs), np.nan)
+        for number, run in enumerate(runs):
+            if run is not None:
+                outcomes[number], seconds[number] = run
         return Runs(subsets, outcomes, seconds)
+
+
+def _name(run: int) -> str:
+    return f"run-{run:05d}"
 
 
 def run_digest(rows: Rows, seed: int) -> str:
