@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 import re
 import time
 import zipfile
@@ -88,6 +89,11 @@ class ResumableOutput:
     def __init__(self, path: StorePath | None = None, settings: Settings | None = None) -> None:
         self.path = path
         self.settings: dict[str, Any] = json.loads(json.dumps(settings or {}))
+        self._interval = INTERVAL
+
+    def clock(self) -> SavingClock:
+        """Return a clock that says when to save a partial result: never without a folder."""
+        return SavingClock(math.inf if self.path is None else self._interval)
 
     @property
     def kept_settings(self) -> dict[str, Any] | None:
@@ -251,7 +257,7 @@ class ClaimedOutput(ResumableOutput):
             ) from error
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ResumableOutput, (self.path,)
+        return ResumableOutput, (self.path, self.settings), {"_interval": self._interval}
 
     def _make_claim(self, tries: int = 20) -> Claim:
         assert self.path is not None

@@ -20,7 +20,7 @@ from ooc_influence.curvature.low_rank import top_self_bytes, top_working_bytes
 from ooc_influence.curvature.spectral import self_bytes, working_bytes
 from ooc_influence.errors import InputError, MemoryBudgetError
 from ooc_influence.influence.request import LEFT_ROWS
-from ooc_influence.influence.self_influence import self_memory
+from ooc_influence.influence.self_scores import self_memory
 from ooc_influence.influence.tiles import TileMemory, pass_need
 from ooc_influence.influence.topk import top_costs
 from ooc_influence.linalg import spectrum_solvers, symmetric_eigen

@@ -22,7 +22,7 @@ MOMENTS = {
     "chosen": [(fit, "choose_rows"), (dual, "choose_rows")],
     "compared": [(fit, "what_changed"), (dual, "what_changed")],
     "recorded": [(primal.RowRecord, "of")],
-    "claimed": [(fit, "Unfinished")],
+    "claimed": [(fit, "ClaimedOutput")],
     "reading": [(rows, "read_blocks")],
     "written": [(fit, "write_curvature"), (dual, "write_curvature")],
 }

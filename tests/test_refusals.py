@@ -27,7 +27,7 @@ from ooc_influence.curvature.costs import FitShapes, fisher_memory, gram_memory
 from ooc_influence.errors import MemoryBudgetError, StoreDamagedError
 from ooc_influence.influence import request, tiles
 from ooc_influence.influence.request import Form
-from ooc_influence.influence.self_influence import _need as self_memory
+from ooc_influence.influence.self_scores import _need as self_memory
 from ooc_influence.influence.tiles import TileMemory
 from ooc_influence.linalg import accumulate
 from ooc_influence.memory import Alternative, MemoryBudget, MemoryModel, format_bytes, parse_bytes, plan_block_rows
@@ -233,7 +233,7 @@ def losing(train, monkeypatch, room):
 
 @pytest.mark.parametrize("what", ["fisher", "gram", "self", "top"])
 def test_a_chunk_lost_during_a_run(tmp_path, monkeypatch, what):
-    self_room = importlib.import_module("ooc_influence.influence.self_influence")
+    self_room = importlib.import_module("ooc_influence.influence.self_scores")
     monkeypatch.setattr("ooc_influence.memory.BLOCK_BYTES", 2**14)
     monkeypatch.setattr(accumulate, "TILE", 64)
     monkeypatch.setattr(dual, "KEPT_BYTES", 0)

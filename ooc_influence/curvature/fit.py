@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import numpy.typing as npt
 
-from ooc_influence import checkpoint
 from ooc_influence.checkpoint import ClaimedOutput, kept_groups
 from ooc_influence.curvature.costs import (
     FitShapes,
@@ -146,9 +145,7 @@ def fit_fisher(
         logger.info("%s is up to date", target)
         return found
     with ClaimedOutput(target, settings) as partial:
-        how = Summing(
-            train, ranges, way.block_rows, kind == "diagonal", sample is not None, partial, checkpoint.INTERVAL, device
-        )
+        how = Summing(train, ranges, way.block_rows, kind == "diagonal", sample is not None, partial, device)
         fit = Fitting(target, chosen, how, slots, progress, partial, earlier, change)
         if rank is None:
             _fit_square(fit, kind)

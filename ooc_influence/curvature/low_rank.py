@@ -19,8 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import override
 
-from ooc_influence import checkpoint
-from ooc_influence.checkpoint import SavingClock, read_facts
+from ooc_influence.checkpoint import read_facts
 from ooc_influence.curvature.costs import PASSES, LowRankPlan, iteration_columns
 from ooc_influence.curvature.curvature import dimension, share_outside
 from ooc_influence.curvature.files import write_curvature, write_long
@@ -409,10 +408,10 @@ def _iterate(fit: Fitting, rank: int, seed: int, multiply: Callable[[Floats], Ma
         done, held = int(facts["passes"]), float(facts["held"])
         array: Any = open_group(array_store(found, read_only=True), "r")[_BASIS]
         basis = np.asarray(read_part(array, ...), np.float32, order="F")
-    clock = SavingClock(checkpoint.INTERVAL)
+    clock = fit.partial.clock()
 
     def save(passes: int, held: float, basis: Floats) -> None:
-        if fit.partial.path is not None and clock.due():
+        if clock.due():
             facts = {"passes": passes, "held": held}
             clock.run(
                 lambda: fit.partial.put_group(name, passes, facts, lambda group: write_slabs(group, _BASIS, basis))

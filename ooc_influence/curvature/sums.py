@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ooc_influence import checkpoint
-from ooc_influence.checkpoint import ResumableOutput, SavingClock, read_facts
+from ooc_influence.checkpoint import ResumableOutput, read_facts
 from ooc_influence.curvature.rows import ChosenRows, Range, RowPartition, WeighedBlock, partition_rows
 from ooc_influence.linalg import DiagonalAccumulator, GramAccumulator, Team, TriangleTiles, choose_engine
 from ooc_influence.linalg.backend import row_squares
@@ -78,8 +77,6 @@ class Summing:
         Sum fourth powers too.
     partial : ResumableOutput
         Where to save partial results.
-    interval : float
-        Seconds between two savings.
     device : str or None
         Where to multiply; None for the BLAS.
     """
@@ -90,7 +87,6 @@ class Summing:
     diagonal: bool = False
     fourth: bool = False
     partial: ResumableOutput = field(default_factory=ResumableOutput)
-    interval: float = checkpoint.INTERVAL
     device: str | None = None
 
     def read(self, chosen: ChosenRows, start: int, threads: int) -> Iterator[WeighedBlock]:
@@ -278,7 +274,7 @@ def _sum_share(share: RowPartition, key: str, how: Summing) -> Sums:
 
 def _sum_with(team: Team, share: RowPartition, key: str, how: Summing) -> Sums:
     running = _Running(share, how, team)
-    clock = SavingClock(how.interval)
+    clock = how.partial.clock()
     skip = running.done
     try:
         for _, chosen in share.parts:

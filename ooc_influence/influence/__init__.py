@@ -1,11 +1,9 @@
 """Influence: scores, top-k, self-influence: store against store, never the model again."""
 
 from ooc_influence.influence.groups import GroupInfluence, group_influence
-from ooc_influence.influence.modules import module_influence
-from ooc_influence.influence.ranking import Ranking, TopInfluential
-from ooc_influence.influence.scores import influence_scores
-from ooc_influence.influence.self_influence import self_influence
-from ooc_influence.influence.topk import top_influential
+from ooc_influence.influence.scores import influence_scores, module_influence
+from ooc_influence.influence.self_scores import self_influence
+from ooc_influence.influence.topk import Ranking, TopInfluential, top_influential
 
 __all__ = [
     "GroupInfluence", "Ranking", "TopInfluential", "group_influence", "influence_scores", "module_influence",

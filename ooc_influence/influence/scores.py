@@ -18,14 +18,24 @@ import zarr
 
 from ooc_influence.checkpoint import ResumableArray
 from ooc_influence.curvature import DampingMode
-from ooc_influence.errors import MismatchError, writing
+from ooc_influence.errors import InputError, MismatchError, writing
 from ooc_influence.influence.checkpoints import AnyCurvature, Dampings, Marks, Stores
 from ooc_influence.influence.engine import Floats
 from ooc_influence.influence.request import Normalize, ScoreRequest
 from ooc_influence.influence.tiles import Columns, ScoreTask, TileMemory, make_engine, score_tiles
+from ooc_influence.influence.topk import TopInfluential, find_top
 from ooc_influence.parallel import Stripe, check_workers, cores, cut_stripes, run_stripes, sharing_blas
 from ooc_influence.progress import Progress
-from ooc_influence.store import CHUNK_TARGET, PathLike, StorePath, array_store, create_array, parse_path, writable_array
+from ooc_influence.store import (
+    CHUNK_TARGET,
+    GradientStore,
+    PathLike,
+    StorePath,
+    array_store,
+    create_array,
+    parse_path,
+    writable_array,
+)
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -357,3 +367,96 @@ class OutputWriter:
             self.wait()
         self._thread.shutdown()
         self._files.sync_folders()
+
+
+def module_influence(
+    query: Stores,
+    train: Stores,
+    curvature: AnyCurvature | Sequence[AnyCurvature] = None,
+    damping: Dampings = None,
+    damping_mode: DampingMode = "relative",
+    *,
+    top: int | None = None,
+    out: PathLike | None = None,
+    normalize: Normalize | None = None,
+    average_queries: bool | str = False,
+    rows: Any = None,
+    combine: str = "mean",
+    device: str | None = None,
+    workers: int | None = None,
+    memory: int | str | None = None,
+    progress: bool | None = None,
+) -> Mapping[str, TopInfluential] | zarr.Array[Any]:
+    """Return the influence that runs through each module, as top lists or as scores on disk.
+
+    Parameters
+    ----------
+    query, train : GradientStore or path, or lists of them
+        (q, k) and (n, k), not reduced; lists for several checkpoints.
+    top : int, optional
+        Return so many proponents and opponents of each query by each module.
+    out : path, optional
+        Write all scores there instead; goes on where an interrupted call was, as for :func:`influence_scores`.
+    curvature, damping, damping_mode, normalize, average_queries, rows, combine, device, workers, memory, progress
+        As for :func:`influence_scores`; norms are those of whole rows, so the parts still add up to the score.
+
+    Returns
+    -------
+    mapping of str to TopInfluential, or (M, q, n) float32
+        By module name; or the Zarr array written, its attribute ``modules`` the names in order, (L, M, q, n) for a list
+        of dampings.
+
+    Raises
+    ------
+    InputError
+        For reduced stores, or both or neither of ``top`` and ``out``.
+    MismatchError, CurvatureNotFoundError, StaleCurvatureError, SingularFisherError, StoreExistsError, MemoryBudgetError
+        As for :func:`influence_scores`.
+    """
+    if (top is None) == (out is None):
+        raise InputError("expected either top= or out= (--top or --out); received both or neither")
+    scoring = ScoreRequest.open(
+        query, train, curvature, damping, damping_mode, normalize=normalize, average_queries=average_queries, rows=rows,
+        device=device, combine=combine,
+    )  # fmt: skip
+    names, columns = module_columns([own.train for own in scoring.checkpoints])
+    if out is not None:
+        return write_scores(
+            scoring, parse_path(out), columns, workers=workers, memory=memory, progress=progress, modules=names
+        )
+    assert top is not None
+    lists = find_top(scoring, top, columns, resume=None, workers=workers, memory=memory, progress=progress)
+    return {name: lists.ranked(scoring, number) for number, name in enumerate(names)}
+
+
+def module_columns(stores: Sequence[GradientStore]) -> tuple[list[str], Columns]:
+    """Return the names of the modules that keep entries, and each one's columns in each store.
+
+    Raises
+    ------
+    InputError
+        If rows are reduced.
+    MismatchError
+        If the stores' modules differ.
+    """
+    found: list[dict[str, slice]] = []
+    for store in stores:
+        if store.is_reduced:
+            raise InputError(
+                f"expected rows that hold kept entries; received {store.path}, reduced to {store.k} numbers that mix "
+                "the modules: extract without a reduction (--dims 0)"
+            )
+        edges = np.cumsum([0, *(len(module.rows) for module in store.mask.modules)]).tolist()
+        found.append(
+            {
+                module.layer.name: slice(edges[number], edges[number + 1])
+                for number, module in enumerate(store.mask.modules)
+                if len(module.rows)
+            }
+        )
+    if any(list(own) != list(found[0]) for own in found):
+        raise MismatchError(
+            "expected the same modules in every checkpoint's store; received stores that differ: extract them with the "
+            "same modules="
+        )
+    return list(found[0]), tuple(tuple(own.values()) for own in found)
