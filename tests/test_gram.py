@@ -96,7 +96,7 @@ def test_scores_of_both_sides_agree(tmp_path, dtype, n, k):
     train = write_store(tmp_path / "t.zarr", slowly_decaying(n, k), dtype=dtype)
     query = write_store(tmp_path / "q.zarr", slowly_decaying(5, k, 1), dtype=dtype)
     sides = [fit_gram(train, memory=roomy()), fit_fisher(train, memory=roomy())]
-    found, expected = (influence_scores(query, train, side, memory=roomy()).compute() for side in sides)
+    found, expected = (influence_scores(query, train, curvature=side, memory=roomy()).compute() for side in sides)
     assert_near(found, expected)
     g = train.rows().astype(np.float64)
     assert_near(found, oracle.scores(query.rows(), g, sides[0].damping_value()))

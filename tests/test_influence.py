@@ -361,7 +361,7 @@ def test_bad_input(tmp_path, pair):
 def test_fewer_queries_at_a_time_before_a_refusal(large, monkeypatch):
     query, train = large
     monkeypatch.setattr("ooc_influence.memory.process_anonymous", lambda: 0)
-    scoring = ScoreRequest.open(query, train, None, None, "relative")
+    scoring = ScoreRequest.open(query, train, {})
 
     def budget(queries):
         working = scoring.checkpoints[0].curvature.working_bytes(queries, 1) + queries * 2000 * (8 * 3 + 4)

@@ -147,7 +147,7 @@ def test_the_gram_side_offers_a_sample_and_fisher(tmp_path):
 
 def test_every_way_out_of_scoring_works(tmp_path, fitted):
     query, train = fitted
-    opened = request.ScoreRequest.open(query, train, None, [0.1, 1.0], "relative")
+    opened = request.ScoreRequest.open(query, train, {"damping": [0.1, 1.0]})
     need = opened.need("scores", 1, TileMemory(tile=12))
     budget, message = refuse(
         lambda memory: influence_scores(query, train, damping=[0.1, 1.0], memory=memory, out=tmp_path / "s.zarr"), need
@@ -164,7 +164,7 @@ def test_every_way_out_of_scoring_works(tmp_path, fitted):
     influence_scores(query, train, damping=0.1, **options | {"out": tmp_path / "one.zarr"})
     for number, other in enumerate(({"side": "gram"}, {"blocks": "module"})):
         curvature = fit_curvature(train, memory=budget, out=tmp_path / f"c{number}.zarr", **other)
-        found = influence_scores(query, train, curvature, **both | {"out": tmp_path / f"{number}.zarr"})
+        found = influence_scores(query, train, curvature=curvature, **both | {"out": tmp_path / f"{number}.zarr"})
         assert found.shape == (2, 3, N)
     reduced = reduce_store(train, tmp_path / "r.zarr", r, memory=budget)
     fit_fisher(reduced, memory=budget)
@@ -176,10 +176,10 @@ def test_every_way_out_of_scoring_works(tmp_path, fitted):
 def test_other_scores_price_their_ways_too(fitted, what):
     query, train = fitted
     if what == "self":
-        opened = request.ScoreRequest.open(None, train, None, None, "relative")
+        opened = request.ScoreRequest.open(None, train, {})
         need = self_memory(opened, 1, [Form.of(K, opened.checkpoints[0].curvature)])
     else:
-        opened = request.ScoreRequest.open(query, train, None, None, "relative", normalize="cosine")
+        opened = request.ScoreRequest.open(query, train, {"normalize": "cosine"})
         need = opened.need(what, 1, TileMemory())
     calls = {
         "self": lambda memory: self_influence(train, memory=memory),
@@ -192,7 +192,7 @@ def test_other_scores_price_their_ways_too(fitted, what):
 
 def test_plain_dot_products_offer_no_curvature(fitted):
     query, train = fitted
-    opened = request.ScoreRequest.open(query, train, False, None, "relative")
+    opened = request.ScoreRequest.open(query, train, {"curvature": False})
     need = opened.need("scores", 1, TileMemory())
     ways = list(need.alternatives(MemoryBudget(MemoryBudget(0, 0).price(need) - 1, 0)))
     assert {way.text.split()[0] for way in ways} <= {"reduce"}
@@ -244,8 +244,8 @@ def test_a_chunk_lost_during_a_run(tmp_path, monkeypatch, what):
     calls = {
         "fisher": (sums, lambda: fit_fisher(train).eigenvalues),
         "gram": (dual, lambda: fit_gram(train).eigenvalues),
-        "self": (self_room, lambda: self_influence(train, tmp_path / "whole.zarr")),
-        "top": (tiles, lambda: top_influential(query, train, 3, tmp_path / "whole.zarr").proponents.scores),
+        "self": (self_room, lambda: self_influence(train, curvature=tmp_path / "whole.zarr")),
+        "top": (tiles, lambda: top_influential(query, train, 3, curvature=tmp_path / "whole.zarr").proponents.scores),
     }
     room, call = calls[what]
     with pytest.MonkeyPatch.context() as patch:

@@ -1,7 +1,6 @@
 """Curvature: the compressed Fisher matrix or the Gram matrix, their spectra, damping."""
 
 from ooc_influence.curvature.curvature import Curvature, resolve_curvature
-from ooc_influence.curvature.damping import DampingMode
 from ooc_influence.curvature.dual import GramCurvature, fit_gram, gram_matrix
 from ooc_influence.curvature.fit import choose_side, fit_curvature, fit_fisher
 from ooc_influence.curvature.low_rank import LowRankCurvature
@@ -9,7 +8,6 @@ from ooc_influence.curvature.spectral import DiagonalCurvature, SpectralCurvatur
 
 __all__ = [
     "Curvature",
-    "DampingMode",
     "DiagonalCurvature",
     "GramCurvature",
     "LowRankCurvature",

@@ -14,11 +14,12 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from ooc_influence.curvature.damping import DampingMode, damping_value
+from ooc_influence.curvature.damping import damping_value
 from ooc_influence.curvature.files import READABLE, complete_attributes, curvature_path
 from ooc_influence.curvature.rows import ChosenRows
 from ooc_influence.curvature.staleness import Change, RowRecord
 from ooc_influence.errors import CurvatureNotFoundError, InputError, MismatchError, StaleCurvatureError
+from ooc_influence.options import DampingMode
 from ooc_influence.progress import html_table, optional_library
 from ooc_influence.store import (
     GradientStore,

@@ -14,9 +14,10 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from ooc_influence.curvature import Curvature, DampingMode, resolve_curvature
+from ooc_influence.curvature import Curvature, resolve_curvature
 from ooc_influence.errors import InputError, MismatchError, warn
 from ooc_influence.linalg import check_one_label, row_errors
+from ooc_influence.options import Combine, DampingMode
 from ooc_influence.store import GradientStore, PathLike
 
 Store = GradientStore | PathLike
@@ -237,7 +238,6 @@ def open_store(store: Store) -> GradientStore:
     return opened
 
 
-Combine = Literal["mean", "query-margins", "margins"]
 WAYS: tuple[Combine, ...] = get_args(Combine)
 
 

@@ -7,52 +7,45 @@ rows mix the modules' entries, so there are no parts.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import zarr
 
-from ooc_influence.curvature import DampingMode
 from ooc_influence.errors import InputError, MismatchError
-from ooc_influence.influence.checkpoints import AnyCurvature, Dampings, Stores
+from ooc_influence.influence.checkpoints import Stores
 from ooc_influence.influence.ranking import TopInfluential
-from ooc_influence.influence.request import Normalize, ScoreRequest
+from ooc_influence.influence.request import ScoreRequest
 from ooc_influence.influence.scores import write_scores
 from ooc_influence.influence.tiles import Columns
 from ooc_influence.influence.topk import find_top
+from ooc_influence.options import ListOptions, PairOptions, complete, takes
 from ooc_influence.store import GradientStore, PathLike, parse_path
 
 
+@takes(PairOptions)
 def module_influence(
     query: Stores,
     train: Stores,
-    curvature: AnyCurvature | Sequence[AnyCurvature] = None,
-    damping: Dampings = None,
-    damping_mode: DampingMode = "relative",
     *,
     top: int | None = None,
     out: PathLike | None = None,
-    normalize: Normalize | None = None,
-    average_queries: bool | str = False,
-    rows: Any = None,
-    combine: str = "mean",
-    device: str | None = None,
-    workers: int | None = None,
-    memory: int | str | None = None,
-    progress: bool | None = None,
+    **options: Unpack[PairOptions],
 ) -> Mapping[str, TopInfluential] | zarr.Array[Any]:
     """Return the influence that runs through each module, as top lists or as scores on disk.
+
+    The norms of a unit (``normalize=``) are those of whole rows, so the parts still add up to the score.
 
     Parameters
     ----------
     query, train : GradientStore or path, or lists of them
         (q, k) and (n, k), not reduced; lists for several checkpoints.
     top : int, optional
-        Return so many proponents and opponents of each query by each module.
+        Return this many proponents and opponents of each query by each module.
     out : path, optional
-        Write all scores there instead; goes on where an interrupted call was, as for :func:`influence_scores`.
-    curvature, damping, damping_mode, normalize, average_queries, rows, combine, device, workers, memory, progress
-        As for :func:`influence_scores`; norms are those of whole rows, so the parts still add up to the score.
+        Write all scores there instead; resumable, as for :func:`influence_scores`.
+    **options : PairOptions
+        See :mod:`ooc_influence.options`.
 
     Returns
     -------
@@ -69,17 +62,12 @@ def module_influence(
     """
     if (top is None) == (out is None):
         raise InputError("expected either top= or out= (--top or --out); received both or neither")
-    scoring = ScoreRequest.open(
-        query, train, curvature, damping, damping_mode, normalize=normalize, average_queries=average_queries, rows=rows,
-        device=device, combine=combine,
-    )  # fmt: skip
+    scoring = ScoreRequest.open(query, train, options)
     names, columns = module_columns([own.train for own in scoring.checkpoints])
     if out is not None:
-        return write_scores(
-            scoring, parse_path(out), columns, workers=workers, memory=memory, progress=progress, modules=names
-        )
+        return write_scores(scoring, parse_path(out), columns, options, modules=names)
     assert top is not None
-    lists = find_top(scoring, top, columns, resume=None, workers=workers, memory=memory, progress=progress)
+    lists = find_top(scoring, top, columns, complete(ListOptions, options))
     return {name: lists.ranked(scoring, number) for number, name in enumerate(names)}
 
 

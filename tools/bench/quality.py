@@ -217,7 +217,7 @@ def score(truth: Truth, runs: Runs, folder: Path, job: tuple[str, int]) -> dict[
     curvature = ooc.fit_fisher(train)
     found = {}
     for damping in (*GRID, DOTS):
-        scores = ooc.influence_scores(stores["test"], train, curvature, damping)
+        scores = ooc.influence_scores(stores["test"], train, curvature=curvature, damping=damping)
         result = lds(scores, runs.subsets, runs.outcomes)
         found[repr(damping)] = [result.mean, result.standard_error, result.subset_error()]
     facts = {"numbers": train.k, "kept": train.mask.k, "default": curvature.damping, "lds": found,
