@@ -28,8 +28,9 @@ from ooc_influence.compress.eigenbasis import (
     fit_eigenbasis,
 )
 from ooc_influence.errors import InputError, MismatchError, StoreNotFoundError
-from ooc_influence.linalg import Rows, WeightedRows, Weighting, parse_weighting, row_weights
+from ooc_influence.linalg import Rows, WeightedRows, parse_weighting, row_weights
 from ooc_influence.memory import PRODUCT_ROWS, MemoryModel, plan_block_rows
+from ooc_influence.options import Weighting
 from ooc_influence.parallel import check_workers, slots_per_process
 from ooc_influence.store import (
     GradientStore,

@@ -2,7 +2,7 @@
 
 from ooc_influence.curvature.curvature import Curvature, resolve_curvature
 from ooc_influence.curvature.dual import GramCurvature, fit_gram, gram_matrix
-from ooc_influence.curvature.fit import choose_side, fit_curvature, fit_fisher
+from ooc_influence.curvature.fit import choose_method, fit_curvature, fit_fisher
 from ooc_influence.curvature.low_rank import LowRankCurvature
 from ooc_influence.curvature.spectral import DiagonalCurvature, SpectralCurvature
 
@@ -12,7 +12,7 @@ __all__ = [
     "GramCurvature",
     "LowRankCurvature",
     "SpectralCurvature",
-    "choose_side",
+    "choose_method",
     "fit_curvature",
     "fit_fisher",
     "fit_gram",

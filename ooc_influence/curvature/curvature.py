@@ -374,7 +374,9 @@ def _usual_curvature(train: GradientStore) -> Curvature:
 
 def _not_found(train: GradientStore, name: str) -> CurvatureNotFoundError:
     place = parse_path(name) if "/" in name else curvature_path(train, name)
-    call = {"default": "", "gram": ", side='gram'"}.get(name, f", out={name!r}" if "/" in name else f", name={name!r}")
+    call = {"default": "", "gram": ", method='dual'"}.get(
+        name, f", out={name!r}" if "/" in name else f", name={name!r}"
+    )
     return CurvatureNotFoundError(
         f"expected a fitted curvature {name!r} in {train.path}; received none: run "
         f"fit_curvature({str(train.path)!r}{call}) or '{_command(train, place)}'"
@@ -385,5 +387,5 @@ def _command(train: GradientStore, place: StorePath) -> str:
     """Return the command that fits a curvature of a store at a place."""
     how = f" --out {place}"
     if place.parent == train.path / "curvature":
-        how = {"default": "", "gram": " --side gram"}.get(place.name, f" --name {place.name}")
+        how = {"default": "", "gram": " --method dual"}.get(place.name, f" --name {place.name}")
     return f"ooc-influence fisher {train.path}{how}"

@@ -92,7 +92,7 @@ def form_ways(own: Checkpoint, need: Callable[[Form], MemoryModel], room: Memory
         text = f"a curvature by module ({{}}: ooc-influence fisher {train.path} --blocks module)"
         yield Alternative(text, need(Form.spectral(train.k, squares)))
     if found.rows < train.k and room.fits(shapes.gram):
-        text = f"the Gram side ({{}}: ooc-influence fisher {train.path} --side gram)"
+        text = f"the Gram side ({{}}: ooc-influence fisher {train.path} --method dual)"
         yield Alternative(text, max(shapes.gram, need(Form.gram(train.k, found.rows)), key=room.price))
 
 
