@@ -16,7 +16,6 @@ import numpy.typing as npt
 
 from ooc_influence.influence.checkpoint import Cutting, Part, Parts
 from ooc_influence.influence.checkpoints import Marks, Stores
-from ooc_influence.influence.engine import make_engine
 from ooc_influence.influence.request import Form, ScoreRequest, form_ways
 from ooc_influence.influence.tiles import ScoreTask, absent_rows, make_engine, row_blocks, row_shares
 from ooc_influence.memory import Alternative, MemoryBudget, MemoryModel, block_limit, plan_block_rows
