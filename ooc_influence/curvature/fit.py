@@ -85,7 +85,8 @@ def fit_fisher(store: GradientStore | PathLike, **options: Unpack[FisherOptions]
     if device is not None and blocks == "diagonal":
         raise InputError(f"expected no device with blocks='diagonal'; received {device!r}: reading takes all the time")
     ranges = _parse_blocks(train, blocks, rank)
-    target = fit_target(train, options["name"] or "default", options["out"])
+    name = options["name"]
+    target = fit_target(train, "default" if name is None else name, options["out"])
     chosen = choose_rows(train, options)
     found = None if options["refit"] else fitted(target, train)
     kind = "top" if rank is not None else "whole" if blocks == "module" and len(ranges) == 1 else blocks or "whole"
