@@ -13,7 +13,8 @@ import ooc_influence
 
 PACKAGE = Path(ooc_influence.__file__).parent
 ROOMS = [
-    {"_version", "errors", "options"}, {"memory", "process", "progress", "scratch", "document_text"}, {"repeats"},
+    {"_version", "errors", "options"},
+    {"fingerprint", "memory", "process", "progress", "scratch", "document_text"}, {"repeats"},
     {"parallel"},
     {"store"}, {"corpus"}, {"linalg"}, {"compress"}, {"extract"}, {"hf"}, {"curvature"}, {"influence"},
     {"planning"}, {"evaluate"}, {"report"}, {"cli"}, {"__main__"},

@@ -18,7 +18,8 @@ from ooc_influence.curvature.damping import damping_value
 from ooc_influence.curvature.files import READABLE, complete_attributes, curvature_path
 from ooc_influence.curvature.rows import ChosenRows
 from ooc_influence.curvature.staleness import Change, RowRecord
-from ooc_influence.errors import CurvatureNotFoundError, InputError, MismatchError, StaleCurvatureError
+from ooc_influence.errors import CurvatureNotFoundError, InputError, StaleCurvatureError
+from ooc_influence.fingerprint import check_same
 from ooc_influence.options import DampingMode
 from ooc_influence.progress import html_table, optional_library
 from ooc_influence.store import (
@@ -215,16 +216,11 @@ class Curvature(ABC):
         StaleCurvatureError
             If it was fitted on this store when its rows were others.
         """
-        if self._attrs["mask_digest"] != train.columns_digest:
-            raise MismatchError(
-                f"expected a curvature fitted under the mask (and basis) of {train.path}; received {self.path}, fitted "
-                "under another: run fit_curvature or 'ooc-influence fisher' on this store"
-            )
-        if self._attrs["model"] != train.model_fingerprint:
-            raise MismatchError(
-                f"expected a curvature of the model that {train.path} was made with; received {self.path}, of another "
-                "model: run fit_curvature or 'ooc-influence fisher' on a store of this model"
-            )
+        check_same(
+            train.path, train.fingerprints,
+            {"mask and basis": self._attrs["mask_digest"], "model": self._attrs["model"]},
+            "run fit_curvature or 'ooc-influence fisher' on this store", other=self.path,
+        )  # fmt: skip
         if self._attrs["store_id"] == train.identity and not self.change(train).nothing:
             raise StaleCurvatureError(
                 f"expected a curvature of the {train.n} rows of {train.path}; received {self.path}, fitted when it "

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ooc_influence.errors import InputError, MismatchError, StoreFormatError, StoreWriteError, refused
+from ooc_influence.fingerprint import check_same
 from ooc_influence.store.local import create_file, make_folders, sync_folders, write_file
 
 logger = logging.getLogger("ooc_influence")
@@ -108,18 +109,14 @@ class RunFolder:
     def _check(self, held: str, asked: dict[str, Any]) -> None:
         try:
             found = json.loads(held)
-            names = sorted(found.keys() | asked.keys())
+            recorded = {name: found.get(name) for name in sorted(found.keys() | asked.keys())}
         except (ValueError, AttributeError) as error:
             raise StoreFormatError(
                 f"expected the settings of runs in {self.path / _SETTINGS}; received something else: choose another "
                 "folder"
             ) from error
-        other = [name for name in names if found.get(name) != asked.get(name)]
-        if other:
-            raise MismatchError(
-                f"expected the {' and '.join(other)} of the runs in {self.path}, {_short(found, other)}; received "
-                f"{_short(asked, other)}: give the same, or another folder"
-            )
+        received = {name: asked.get(name) for name in recorded}
+        check_same(f"the runs in {self.path}", recorded, received, "give the same, or another folder")
 
     def read(self, run: int, digest: str) -> tuple[npt.NDArray[np.float64], float] | None:
         """Return what a finished run measured, (q,), and its seconds; None where it is missing or cannot be read.
@@ -138,11 +135,10 @@ class RunFolder:
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             logger.warning("%s cannot be read (%s): the run is counted as missing", place, error)
             return None
-        if found != digest:
-            raise MismatchError(
-                f"expected run {run} in {self.path} to be one on these rows and with this seed; received another: give "
-                "the same subsets and seeds, or another folder"
-            )
+        check_same(
+            f"run {run} in {self.path}", {"rows and seed": found}, {"rows and seed": digest},
+            "give the same subsets and seeds, or another folder",
+        )  # fmt: skip
         return outcome, seconds
 
     def write(self, run: int, digest: str, outcome: npt.NDArray[np.float64], seconds: float) -> None:
@@ -202,8 +198,3 @@ def ranges(numbers: Sequence[int]) -> str:
         else:
             parts.append([number])
     return ", ".join("-".join(map(str, part)) for part in parts)
-
-
-def _short(settings: Mapping[str, Any], names: Sequence[str]) -> str:
-    text = ", ".join(str(settings.get(name)) for name in names)
-    return text if len(text) < 200 else f"{text[:200]}..."
