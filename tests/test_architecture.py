@@ -13,7 +13,8 @@ import ooc_influence
 
 PACKAGE = Path(ooc_influence.__file__).parent
 ROOMS = [
-    {"_version", "errors"}, {"memory", "process", "progress", "scratch", "document_text"}, {"repeats"}, {"parallel"},
+    {"_version", "errors", "options"},
+    {"fingerprint", "memory", "process", "progress", "scratch", "document_text"}, {"repeats"}, {"parallel"},
     {"store"}, {"checkpoint"}, {"corpus"}, {"linalg"}, {"compress"}, {"extract"}, {"hf"}, {"curvature"}, {"influence"},
     {"planning"}, {"evaluate"}, {"report"}, {"cli"}, {"__main__"},
 ]  # fmt: skip
@@ -27,8 +28,12 @@ def room_of(module: str) -> str | None:
 
 
 def imported_rooms(path: Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree, found = ast.parse(path.read_text()), set()
+    types = [node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    of_types = {id(node) for each in types for node in ast.walk(each)}  # loaded by no one who runs the package
+    for node in ast.walk(tree):
+        if id(node) in of_types:
+            continue
         if isinstance(node, ast.Import):
             found |= {room_of(alias.name) for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

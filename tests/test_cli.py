@@ -185,7 +185,7 @@ def test_the_only_split_and_a_module_recipe(run):
         ("fisher train.zarr --name ../other", "curvature name"),
         ("self-influence test.zarr", "run fit_curvature"),
         ("self-influence train.zarr --curvature other", "/train.zarr --name other'"),
-        ("self-influence train.zarr --curvature gram", "/train.zarr --side gram'"),
+        ("self-influence train.zarr --curvature gram", "/train.zarr --method dual'"),
         ("self-influence train.zarr --curvature some/place", "/some/place'"),
         ("modules test.zarr train.zarr", "(--top or --out)"),
         ("self-influence train.zarr --damping -1", "damping >= 0"),

@@ -158,7 +158,7 @@ def test_damage_that_is_not_of_rows(store, name, harm):
 )
 def test_damaged_eigenvectors_are_named_by_whatever_reads_them(store, name, harm):
     harm(store.path / "curvature" / "second" / name)
-    for call in (self_influence, lambda train, own: top_influential(train, train, 3, own)):
+    for call in (self_influence, lambda train, own: top_influential(train, train, 3, curvature=own)):
         with pytest.raises((StoreDamagedError, StoreFormatError), match="eigenvectors"):
             call(GradientStore.open(store.path), "second")
 

@@ -23,7 +23,7 @@ from ooc_influence.report import plot
 TEXT = {str(page.relative_to(ROOT)): page.read_text() for page in PAGES}
 BLOCKS = {name: read_blocks(name, text) for name, text in TEXT.items()}
 ALL = [block for blocks in BLOCKS.values() for block in blocks]
-FLOAT = re.compile(r"-?\d+\.\d+")
+FLOAT = re.compile(r"-?\d+\.\d*")
 START, TRACE = "docs/index.md", "docs/howto/trace.md"  # what other pages start from, made by their blocks
 DOCUMENTS = ["my-model", "corpus.jsonl", "questions.jsonl"]
 HOLDS = {

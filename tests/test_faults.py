@@ -355,7 +355,7 @@ def test_a_pickled_reader_keeps_its_rows_and_their_digest(tmp_path):
         store.append(random_rows(3, 4), loss=np.zeros(3))
     again = pickle.loads(data)
     assert (again.n, again.rows_digest(), again.verify()) == (70, digest, [])
-    assert len(self_influence(again, fit_fisher(again, out=tmp_path / "f.zarr"))) == 70
+    assert len(self_influence(again, curvature=fit_fisher(again, out=tmp_path / "f.zarr"))) == 70
 
 
 @pytest.mark.parametrize(

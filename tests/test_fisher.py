@@ -287,7 +287,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, rank, blocks, workers):
 
 
 ONLY_ROWS = """
-from ooc_influence.curvature import ways
+from ooc_influence.curvature import costs as ways
 ways.PRODUCT_ROWS, ways.EXTRA, plain = 64, 16, ways.low_rank_plans
 ways.low_rank_plans = lambda *a, **o: [way for way in plain(*a, **o) if way.name == "rows"]
 """

@@ -22,7 +22,7 @@ from ooc_influence import (
     self_influence,
 )
 from ooc_influence.cli.main import main
-from ooc_influence.curvature import Curvature, choose_side, dual, fit_gram
+from ooc_influence.curvature import Curvature, choose_method, dual, fit_gram
 from ooc_influence.curvature.costs import FitShapes, fisher_memory, gram_memory, kernel_memory
 from ooc_influence.errors import (
     CurvatureNotFoundError,
@@ -96,7 +96,7 @@ def test_scores_of_both_sides_agree(tmp_path, dtype, n, k):
     train = write_store(tmp_path / "t.zarr", slowly_decaying(n, k), dtype=dtype)
     query = write_store(tmp_path / "q.zarr", slowly_decaying(5, k, 1), dtype=dtype)
     sides = [fit_gram(train, memory=roomy()), fit_fisher(train, memory=roomy())]
-    found, expected = (influence_scores(query, train, side, memory=roomy()).compute() for side in sides)
+    found, expected = (influence_scores(query, train, curvature=side, memory=roomy()).compute() for side in sides)
     assert_near(found, expected)
     g = train.rows().astype(np.float64)
     assert_near(found, oracle.scores(query.rows(), g, sides[0].damping_value()))
@@ -321,8 +321,8 @@ def test_more_rows_than_columns_are_scored_by_fisher(tmp_path):
     assert found == str(train.path / "curvature" / "default")
 
 
-def test_which_side(tmp_path):
-    assert (choose_side(10, 20), choose_side(20, 10), choose_side(10, 10)) == ("gram", "fisher", "fisher")
+def test_which_method(tmp_path):
+    assert (choose_method(10, 20), choose_method(20, 10), choose_method(10, 10)) == ("dual", "primal", "primal")
     few = write_store(tmp_path / "few.zarr", random_rows(20, 50))
     many = write_store(tmp_path / "many.zarr", random_rows(80, 50), attributes=ONE_LABEL)
     kinds = [
@@ -334,9 +334,9 @@ def test_which_side(tmp_path):
         (many, {"sample": 30, "seed": 1}, "gram"),
         (many, {"sample": 30, "weights": "ggn"}, "gram"),
         (many, {"rows": (0, 60), "sample": 40}, "gram"),
-        (few, {"side": "fisher"}, "whole"),
+        (few, {"method": "primal"}, "whole"),
         (few, {"blocks": "module"}, "whole"),
-        (many, {"side": "gram", "name": "other", "blocks": None}, "gram"),
+        (many, {"method": "dual", "name": "other", "blocks": None}, "gram"),
     ]
     for train, options, kind in kinds:
         found = fit_curvature(train, **options)
@@ -344,15 +344,15 @@ def test_which_side(tmp_path):
         assert found.path.name == options.get("name", "gram" if kind == "gram" else "default")
         assert (found.attrs["weights"] or {}).get("name") == options.get("weights")
     assert found.rows == 80
-    with pytest.raises(InputError, match="side='fisher' for blocks"):
-        fit_curvature(few, side="gram", blocks="module")
-    with pytest.raises(InputError, match="side 'auto'"):
-        fit_curvature(few, side="left")
+    with pytest.raises(InputError, match="method='primal' for blocks"):
+        fit_curvature(few, method="dual", blocks="module")
+    with pytest.raises(InputError, match="method 'auto'"):
+        fit_curvature(few, method="left")
     with pytest.raises(TypeError):
         fit_curvature(few, colour="red")
 
 
-def test_the_side_that_fits_is_taken(tmp_path, caplog):
+def test_the_method_that_fits_is_taken(tmp_path, caplog):
     caplog.set_level("INFO", "ooc_influence")
     train = write_store(tmp_path / "t.zarr", random_rows(80, 50))
     needs = {"fisher": fisher_memory(3000, 1), "gram": gram_memory(2500, 3000)}
@@ -365,7 +365,7 @@ def test_the_side_that_fits_is_taken(tmp_path, caplog):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FitShapes, "gram", property(lambda self: gram_memory(10**5, 50)))
         assert side(rows=(0, 30)) == "whole"
-    assert "the gram side needs 2" in caplog.text
+    assert "the dual method needs 2" in caplog.text
     assert side(rows=(0, 30)) == "gram"
 
 
@@ -407,8 +407,8 @@ def test_the_command(tmp_path, capsys):
             main(["fisher", str(train.path), "--json", *options])
         return stopped.value.code, *capsys.readouterr()
 
-    code, out, _ = run("--side", "auto", "--workers", "2")
+    code, out, _ = run("--method", "auto", "--workers", "2")
     assert (code, json.loads(out)["kind"]) == (0, "gram")
-    code, _, err = run("--side", "gram", "--blocks", "module")
+    code, _, err = run("--method", "dual", "--blocks", "module")
     assert code == 2
-    assert "expected side='fisher' for blocks" in err
+    assert "expected method='primal' for blocks" in err

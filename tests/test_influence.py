@@ -354,14 +354,14 @@ def test_bad_input(tmp_path, pair):
     with pytest.raises(InputError, match="with none"):
         fit_fisher(GradientStore.create(tmp_path / "empty.zarr", whole_mask(3)))
     model = write_store(tmp_path / "m.zarr", query.rows(), attributes={"model": {"fingerprint": "x"}})
-    with pytest.raises(MismatchError, match="one model"):
+    with pytest.raises(MismatchError, match="the model of"):
         influence_scores(model, train)
 
 
 def test_fewer_queries_at_a_time_before_a_refusal(large, monkeypatch):
     query, train = large
     monkeypatch.setattr("ooc_influence.memory.process_anonymous", lambda: 0)
-    scoring = ScoreRequest.open(query, train, None, None, "relative")
+    scoring = ScoreRequest.open(query, train, {})
 
     def budget(queries):
         working = scoring.checkpoints[0].curvature.working_bytes(queries, 1) + queries * 2000 * (8 * 3 + 4)
@@ -379,7 +379,7 @@ def test_a_curvature_of_another_model_is_refused(tmp_path):
     stores = [
         write_store(tmp_path / f"{name}.zarr", rows, attributes={"model": {"fingerprint": name}}) for name in "ab"
     ]
-    with pytest.raises(MismatchError, match="of another model"):
+    with pytest.raises(MismatchError, match="the model of .*, a; received b of"):
         self_influence(stores[0], curvature=fit_fisher(stores[1]))
 
 

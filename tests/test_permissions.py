@@ -51,7 +51,9 @@ CASES = {
     "compact train.zarr shut/new.zarr": ("permission denied: change the permissions, or choose another path",),
     "reduce train.zarr shut/new.zarr --dims 3": ("permission denied: change the permissions, or choose another path",),
     "fisher train.zarr --out shut/f.zarr": ("permission denied: change the permissions, or give another path",),
-    "fisher train.zarr --side gram --out shut/f.zarr": ("permission denied: change the permissions, or give another",),
+    "fisher train.zarr --method dual --out shut/f.zarr": (
+        "permission denied: change the permissions, or give another",
+    ),
     "demo --out shut/demo": ("expected a folder to write to at shut/demo; received permission denied",),
     "info folder.zarr": ("expected to read the store at ", "received permission denied (", ": change the"),
     "info root.zarr": ("expected to read ", "root.zarr/zarr.json; received permission denied: change"),

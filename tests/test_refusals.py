@@ -96,7 +96,7 @@ def test_every_way_out_of_a_fisher_fit_works(tmp_path, stores):
     ways = offered(message)
     r = max(int(re.match(r"reduce to (\d+)", way)[1]) for way in ways if way.startswith("reduce"))
     rank = max(int(way.partition("--rank ")[2]) for way in ways if way.startswith("--rank"))
-    assert set(ways) == {f"--rank {rank}", f"reduce to {r} columns", "--blocks module", "--side gram"}
+    assert set(ways) == {f"--rank {rank}", f"reduce to {r} columns", "--blocks module", "--method dual"}
     assert all(price <= budget * 1.005 for price, _ in ways.values())  # three digits are printed
     assert ways[f"reduce to {r} columns"][1] == f"ooc-influence reduce {train.path} OUT --dims {r}"
     more = parse_bytes(re.search(r"--memory (\S+?),", message)[1])
@@ -121,10 +121,10 @@ def test_ways_that_do_not_apply_are_not_offered(tmp_path, stores):
     one = write_store(tmp_path / "one.zarr", random_rows(50, 400))
     _, message = refuse(lambda memory: fit_fisher(one, memory=memory), fisher_memory(400, 1))
     assert "blocks" not in message
-    assert "--side gram (" in message
+    assert "--method dual (" in message
     long = write_store(tmp_path / "long.zarr", random_rows(1100, 300))
     _, message = refuse(lambda memory: fit_fisher(long, memory=memory), fisher_memory(300, 1))
-    assert "--side gram" not in message  # it would need more
+    assert "--method dual" not in message  # it would need more
 
 
 def test_workers_are_priced(stores):
@@ -138,7 +138,7 @@ def test_the_gram_side_offers_a_sample_and_fisher(tmp_path):
     train = write_store(tmp_path / "t.zarr", random_rows(1100, 300))
     budget, message = refuse(lambda memory: fit_gram(train, memory=memory), gram_memory(1100, 300))
     ways = offered(message)
-    assert set(ways) == {"--sample 1024", "--side fisher", "--side fisher --rank 256", "reduce to 256 columns"}
+    assert set(ways) == {"--sample 1024", "--method primal", "--method primal --rank 256", "reduce to 256 columns"}
     assert fit_gram(train, memory=budget, sample=1024).rows == 1024
     assert fit_curvature(train, memory=budget).kind == "whole"
     with pytest.raises(MemoryBudgetError, match=r"--memory \S+, or fewer rows$"):
@@ -147,7 +147,7 @@ def test_the_gram_side_offers_a_sample_and_fisher(tmp_path):
 
 def test_every_way_out_of_scoring_works(tmp_path, fitted):
     query, train = fitted
-    opened = request.ScoreRequest.open(query, train, None, [0.1, 1.0], "relative")
+    opened = request.ScoreRequest.open(query, train, {"damping": [0.1, 1.0]})
     need = opened.need("scores", 1, TileMemory(tile=12))
     budget, message = refuse(
         lambda memory: influence_scores(query, train, damping=[0.1, 1.0], memory=memory, out=tmp_path / "s.zarr"), need
@@ -157,14 +157,14 @@ def test_every_way_out_of_scoring_works(tmp_path, fitted):
     assert set(ways) == {
         "one --damping at a time", f"reduce to {r} columns", "a curvature by module", "the Gram side",
     }  # fmt: skip
-    assert ways["the Gram side"][1] == f"ooc-influence fisher {train.path} --side gram"
+    assert ways["the Gram side"][1] == f"ooc-influence fisher {train.path} --method dual"
     assert ways["a curvature by module"][1] == f"ooc-influence fisher {train.path} --blocks module"
     options = {"memory": budget, "out": tmp_path / "s.zarr"}
     both = {**options, "damping": [0.1, 1.0]}
     influence_scores(query, train, damping=0.1, **options | {"out": tmp_path / "one.zarr"})
-    for number, other in enumerate(({"side": "gram"}, {"blocks": "module"})):
+    for number, other in enumerate(({"method": "dual"}, {"blocks": "module"})):
         curvature = fit_curvature(train, memory=budget, out=tmp_path / f"c{number}.zarr", **other)
-        found = influence_scores(query, train, curvature, **both | {"out": tmp_path / f"{number}.zarr"})
+        found = influence_scores(query, train, curvature=curvature, **both | {"out": tmp_path / f"{number}.zarr"})
         assert found.shape == (2, 3, N)
     reduced = reduce_store(train, tmp_path / "r.zarr", r, memory=budget)
     fit_fisher(reduced, memory=budget)
@@ -176,10 +176,10 @@ def test_every_way_out_of_scoring_works(tmp_path, fitted):
 def test_other_scores_price_their_ways_too(fitted, what):
     query, train = fitted
     if what == "self":
-        opened = request.ScoreRequest.open(None, train, None, None, "relative")
+        opened = request.ScoreRequest.open(None, train, {})
         need = self_memory(opened, 1, [Form.of(K, opened.checkpoints[0].curvature)])
     else:
-        opened = request.ScoreRequest.open(query, train, None, None, "relative", normalize="cosine")
+        opened = request.ScoreRequest.open(query, train, {"normalize": "cosine"})
         need = opened.need(what, 1, TileMemory())
     calls = {
         "self": lambda memory: self_influence(train, memory=memory),
@@ -192,7 +192,7 @@ def test_other_scores_price_their_ways_too(fitted, what):
 
 def test_plain_dot_products_offer_no_curvature(fitted):
     query, train = fitted
-    opened = request.ScoreRequest.open(query, train, False, None, "relative")
+    opened = request.ScoreRequest.open(query, train, {"curvature": False})
     need = opened.need("scores", 1, TileMemory())
     ways = list(need.alternatives(MemoryBudget(MemoryBudget(0, 0).price(need) - 1, 0)))
     assert {way.text.split()[0] for way in ways} <= {"reduce"}
@@ -216,7 +216,7 @@ def test_only_what_fits_is_offered():
     assert [way.text.split()[0] for way in shapes.fisher_alternatives(MemoryBudget(2**40, 0))] == [
         "--rank",
         "reduce",
-        "--side",
+        "--method",
     ]
 
 
@@ -244,8 +244,8 @@ def test_a_chunk_lost_during_a_run(tmp_path, monkeypatch, what):
     calls = {
         "fisher": (sums, lambda: fit_fisher(train).eigenvalues),
         "gram": (dual, lambda: fit_gram(train).eigenvalues),
-        "self": (self_room, lambda: self_influence(train, tmp_path / "whole.zarr")),
-        "top": (tiles, lambda: top_influential(query, train, 3, tmp_path / "whole.zarr").proponents.scores),
+        "self": (self_room, lambda: self_influence(train, curvature=tmp_path / "whole.zarr")),
+        "top": (tiles, lambda: top_influential(query, train, 3, curvature=tmp_path / "whole.zarr").proponents.scores),
     }
     room, call = calls[what]
     with pytest.MonkeyPatch.context() as patch:

@@ -116,7 +116,7 @@ def test_scores_are_those_of_a_local_copy(root, tmp_path):
     assert_array_equal(top_influential(*remote).proponents.rows, top_influential(*local).proponents.rows)
     assert fit_fisher(remote[1]).attrs["fit"] == fit_fisher(remote[1]).attrs["fit"]  # up to date: not fitted again
     fit_fisher(remote[1], refit=True, out=f"{root}/elsewhere")
-    assert_array_equal(self_influence(remote[1], f"{root}/elsewhere"), self_influence(local[1]))
+    assert_array_equal(self_influence(remote[1], curvature=f"{root}/elsewhere"), self_influence(local[1]))
     again = pickle.loads(pickle.dumps(GradientStore.open(remote[1])))
     assert_array_equal(again.rows(), GradientStore.open(local[1]).rows())
 

@@ -347,8 +347,8 @@ def test_the_command(train, capsys):
     assert 0 < facts["left_out"] < 1
     assert facts["effective_dimension_at_least"] < facts["effective_dimension"]
     with pytest.raises(SystemExit):
-        main(["fisher", str(train.path), "--rank", "10", "--side", "gram"])
-    assert "expected side='fisher' for rank" in capsys.readouterr().err
+        main(["fisher", str(train.path), "--rank", "10", "--method", "dual"])
+    assert "expected method='primal' for rank" in capsys.readouterr().err
     assert "rank=10 left out=" in repr(fit_fisher(train, rank=10))
 
 

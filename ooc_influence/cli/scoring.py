@@ -276,13 +276,14 @@ def _parse_rows(_: click.Context, __: click.Parameter, value: str | None) -> sli
 @click.command()
 @click.argument("train", type=options.PATH)
 @click.option(
-    "--side",
-    type=click.Choice(["fisher", "gram", "auto"]),
-    default="fisher",
+    "--method",
+    type=click.Choice(["primal", "dual", "auto"]),
+    default="primal",
     show_default=True,
-    help="gram: by the rows' products, for fewer rows than columns; auto: the cheaper one that fits.",
+    help="primal: the Fisher matrix; dual: the Gram matrix of the rows, for fewer rows than columns; auto: the cheaper "
+    "one that fits.",
 )
-@click.option("--name", help="Name of the curvature in the store: by default 'default', or 'gram' for that side.")
+@click.option("--name", help="Name of the curvature in the store: by default 'default', or 'gram' with --method dual.")
 @click.option("--out", type=options.PATH, metavar="PATH", help="Save it there instead of in the store.")
 @click.option("--refit", is_flag=True, help="Fit again although an up-to-date curvature is there.")
 @click.option("--rows", metavar="A:B", callback=_parse_rows, help="Use rows A to B - 1 only.")
@@ -300,10 +301,10 @@ def _parse_rows(_: click.Context, __: click.Parameter, value: str | None) -> sli
 @options.cache
 @options.cache_size
 @options.as_json
-def fisher(train: str, side: Any, cache: str | None, cache_size: str, as_json: bool, **given: Any) -> None:
+def fisher(train: str, method: Any, cache: str | None, cache_size: str, as_json: bool, **given: Any) -> None:
     """Compute and factorise the Fisher matrix of TRAIN, and save it there."""
     from ooc_influence import fit_curvature
 
     opened = options.open_train(train, cache, cache_size)
-    curvature = fit_curvature(opened, side=side, progress=options.show_progress(), **given)
+    curvature = fit_curvature(opened, method=method, progress=options.show_progress(), **given)
     options.print_result(as_json, curvature.facts(), lambda: repr(curvature))

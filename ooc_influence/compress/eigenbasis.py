@@ -17,8 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ooc_influence.errors import InputError
-from ooc_influence.linalg import ONE_LABEL, Rows, WeightedRows, Weighting, parse_weighting, row_weights, top_spectrum
+from ooc_influence.linalg import ONE_LABEL, Rows, WeightedRows, parse_weighting, row_weights, top_spectrum
 from ooc_influence.memory import PRODUCT_ROWS, MemoryModel, block_limit, plan_block_rows
+from ooc_influence.options import Weighting
 from ooc_influence.parallel import Stripe, check_workers, cut_stripes, in_worker, run_stripes, slots_per_process
 from ooc_influence.progress import Progress, tick
 from ooc_influence.store import (

@@ -28,8 +28,10 @@ from ooc_influence.compress.eigenbasis import (
     fit_eigenbasis,
 )
 from ooc_influence.errors import InputError, MismatchError, StoreNotFoundError
-from ooc_influence.linalg import Rows, WeightedRows, Weighting, parse_weighting, row_weights
+from ooc_influence.fingerprint import check_same, check_same_rows
+from ooc_influence.linalg import Rows, WeightedRows, parse_weighting, row_weights
 from ooc_influence.memory import PRODUCT_ROWS, MemoryModel, plan_block_rows
+from ooc_influence.options import Weighting
 from ooc_influence.parallel import check_workers, slots_per_process
 from ooc_influence.store import (
     GradientStore,
@@ -201,11 +203,10 @@ class _Job:
                 f"expected rows with the mask of {train.path}, wide or of the basis it was rotated from; received "
                 f"{source.path}, which has another: extract it with like= (--like) the wide train store"
             )
-        if source.model_fingerprint != train.model_fingerprint:
-            raise MismatchError(
-                f"expected gradients of the model that {train.path} was made with; received {source.path}, made with "
-                "another: extract it with that model"
-            )
+        check_same(
+            train.path, {"model": train.model_fingerprint}, {"model": source.model_fingerprint},
+            "extract it with that model", other=source.path,
+        )  # fmt: skip
 
     @property
     def record(self) -> dict[str, Any]:
@@ -238,22 +239,14 @@ def _earlier(place: StorePath, job: _Job, dtype: str | None, storage: Storage | 
     except StoreNotFoundError:
         check_free(place, "a store or nothing")
         return None
-    held, wanted, layout = found.attrs.get("reduced") or {}, job.record, found.layout
-    asked = storage or Storage()
-    for what, expected, received in (
-        *((name, held.get(name), wanted[name]) for name in ("source", "rotate", "weights", "like")),
-        ("rows of the basis", held.get("rows"), job.rows or held.get("rows")),
-        ("r", found.k, job.r or found.k),
-        ("dtype", layout.dtype, dtype or layout.dtype),
-        ("chunk_rows", layout.chunk_rows, asked.chunk_rows or layout.chunk_rows),
-        ("group_chunks", layout.group_chunks, asked.group_chunks or layout.group_chunks),
-        ("codec", layout.codec, asked.codec or layout.codec),
-    ):
-        if expected != received:
-            raise MismatchError(
-                f"expected {what} {expected}, as the store at {place} was made with; received {received}: reduce to "
-                "another path, or remove the store"
-            )
+    layout = found.layout
+    made_with = found.attrs.get("reduced") or {}
+    expected = {name: made_with.get(name) for name in ("source", "rotate", "weights", "like")}
+    expected |= {"rows of the basis": made_with.get("rows"), "r": found.k, "dtype": layout.dtype, **layout.storage}
+    received = {name: job.record[name] for name in ("source", "rotate", "weights", "like")}
+    received |= {"rows of the basis": job.rows or made_with.get("rows"), "r": job.r or found.k}
+    received |= {"dtype": dtype or layout.dtype, **(storage or Storage()).over(layout)}
+    check_same(f"the store at {place}", expected, received, "reduce to another path, or remove the store")
     _check_same_rows(job.source, found)
     if found.n < job.source.n != found.layout.planned_rows:
         found.plan_rows(job.source.n)
@@ -265,11 +258,11 @@ def _check_same_rows(source: GradientStore, target: GradientStore) -> None:
     step = target.layout.group_rows
     for start in range(0, target.n, step):
         stop = min(target.n, start + step)
-        if stop > source.n or not np.array_equal(target.small("loss", start, stop), source.small("loss", start, stop)):
-            raise MismatchError(
-                f"expected rows {start}-{stop} of {target.path} to have the losses of {source.path}; received others: "
-                "its rows changed since; reduce to another path"
-            )
+        received = source.small("loss", min(start, source.n), min(stop, source.n))
+        check_same_rows(
+            target.path, start, {"losses": target.small("loss", start, stop)}, {"losses": received},
+            f"the rows of {source.path} changed since; reduce to another path",
+        )  # fmt: skip
 
 
 def _create(

@@ -454,25 +454,25 @@ class FitShapes(NamedTuple):
         if len(self.modules) > 1:
             need = fisher_memory(self.k, 1, self.reading, ranges=self.modules, rows=self.small)
             yield Alternative("--blocks module ({})", need)
-        yield Alternative("--side gram ({})", self.gram)
+        yield Alternative("--method dual ({})", self.gram)
 
     def rank_ways(self, room: MemoryBudget) -> Iterator[Alternative]:
         """Return the ways out where the top of F's spectrum does not fit: less of it, or other columns or rows."""
         yield from self.ranked(room)
         yield from self.reduced(room)
-        yield Alternative("--side gram ({})", self.gram)
+        yield Alternative("--method dual ({})", self.gram)
 
     def block_ways(self, room: MemoryBudget) -> Iterator[Alternative]:
         """Return the ways out where F by module does not fit."""
         yield from self.ranked(room)
         yield from self.reduced(room)
-        yield Alternative("--side gram ({})", self.gram)
+        yield Alternative("--method dual ({})", self.gram)
 
     def gram_alternatives(self, room: MemoryBudget) -> Iterator[Alternative]:
         """Return the ways out where K does not fit."""
         yield from self.sampled(room)
-        yield Alternative("--side fisher ({})", fisher_memory(self.k, 1, self.reading, rows=self.small))
-        yield from self.ranked(room, "--side fisher --rank {}")
+        yield Alternative("--method primal ({})", fisher_memory(self.k, 1, self.reading, rows=self.small))
+        yield from self.ranked(room, "--method primal --rank {}")
         yield from self.reduced(room)
 
     def sampled(self, room: MemoryBudget) -> Iterator[Alternative]:

@@ -14,11 +14,13 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from ooc_influence.curvature.damping import DampingMode, damping_value
+from ooc_influence.curvature.damping import damping_value
 from ooc_influence.curvature.files import READABLE, complete_attributes, curvature_path
 from ooc_influence.curvature.rows import ChosenRows
 from ooc_influence.curvature.staleness import Change, RowRecord
-from ooc_influence.errors import CurvatureNotFoundError, InputError, MismatchError, StaleCurvatureError
+from ooc_influence.errors import CurvatureNotFoundError, InputError, StaleCurvatureError
+from ooc_influence.fingerprint import check_same
+from ooc_influence.options import DampingMode
 from ooc_influence.progress import html_table, optional_library
 from ooc_influence.store import (
     GradientStore,
@@ -214,16 +216,11 @@ class Curvature(ABC):
         StaleCurvatureError
             If it was fitted on this store when its rows were others.
         """
-        if self._attrs["mask_digest"] != train.columns_digest:
-            raise MismatchError(
-                f"expected a curvature fitted under the mask (and basis) of {train.path}; received {self.path}, fitted "
-                "under another: run fit_curvature or 'ooc-influence fisher' on this store"
-            )
-        if self._attrs["model"] != train.model_fingerprint:
-            raise MismatchError(
-                f"expected a curvature of the model that {train.path} was made with; received {self.path}, of another "
-                "model: run fit_curvature or 'ooc-influence fisher' on a store of this model"
-            )
+        check_same(
+            train.path, train.fingerprints,
+            {"mask and basis": self._attrs["mask_digest"], "model": self._attrs["model"]},
+            "run fit_curvature or 'ooc-influence fisher' on this store", other=self.path,
+        )  # fmt: skip
         if self._attrs["store_id"] == train.identity and not self.change(train).nothing:
             raise StaleCurvatureError(
                 f"expected a curvature of the {train.n} rows of {train.path}; received {self.path}, fitted when it "
@@ -373,7 +370,9 @@ def _usual_curvature(train: GradientStore) -> Curvature:
 
 def _not_found(train: GradientStore, name: str) -> CurvatureNotFoundError:
     place = parse_path(name) if "/" in name else curvature_path(train, name)
-    call = {"default": "", "gram": ", side='gram'"}.get(name, f", out={name!r}" if "/" in name else f", name={name!r}")
+    call = {"default": "", "gram": ", method='dual'"}.get(
+        name, f", out={name!r}" if "/" in name else f", name={name!r}"
+    )
     return CurvatureNotFoundError(
         f"expected a fitted curvature {name!r} in {train.path}; received none: run "
         f"fit_curvature({str(train.path)!r}{call}) or '{_command(train, place)}'"
@@ -384,5 +383,5 @@ def _command(train: GradientStore, place: StorePath) -> str:
     """Return the command that fits a curvature of a store at a place."""
     how = f" --out {place}"
     if place.parent == train.path / "curvature":
-        how = {"default": "", "gram": " --side gram"}.get(place.name, f" --name {place.name}")
+        how = {"default": "", "gram": " --method dual"}.get(place.name, f" --name {place.name}")
     return f"ooc-influence fisher {train.path}{how}"

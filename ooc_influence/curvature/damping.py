@@ -7,14 +7,13 @@ stored: what is stored is the undamped spectrum.
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from ooc_influence.errors import InputError, SingularFisherError
+from ooc_influence.options import DampingMode
 
-DampingMode = Literal["relative", "absolute"]
 DEFAULT_DAMPING = 0.1  # relative; near the best in the evaluation that accompanied the design
 
 

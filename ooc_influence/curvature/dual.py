@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -35,10 +35,11 @@ from ooc_influence.errors import (
     StoreBusyError,
     writing,
 )
-from ooc_influence.linalg import Weighting, symmetric_eigen
+from ooc_influence.linalg import symmetric_eigen
 from ooc_influence.linalg.accumulate import Tile, list_tiles, tile_side
 from ooc_influence.linalg.backend import Floats, check_room, parse_device
 from ooc_influence.memory import MemoryBudget, plan_block_rows
+from ooc_influence.options import FittingOptions, RowOptions, takes
 from ooc_influence.parallel import Stripe, check_workers, cut_stripes, run_stripes, slots_per_process
 from ooc_influence.progress import Progress, check_cancelled, tick
 from ooc_influence.store import (
@@ -372,34 +373,20 @@ def gram_self_bytes(d: int, r: int, values: int) -> int:
 _FLOOR = 1e-10  # of the largest eigenvalue: below it K's are rounding
 
 
-def fit_gram(
-    store: GradientStore | PathLike,
-    *,
-    name: str = "gram",
-    out: PathLike | None = None,
-    refit: bool = False,
-    rows: Any = None,
-    sample: int | None = None,
-    seed: int = 0,
-    weights: Weighting | npt.ArrayLike | None = None,
-    force_weights: bool = False,
-    device: str | None = None,
-    workers: int | None = None,
-    memory: int | str | None = None,
-    progress: bool | None = None,
-) -> Curvature:
+@takes(FittingOptions)
+def fit_gram(store: GradientStore | PathLike, **options: Unpack[FittingOptions]) -> Curvature:
     """Compute the curvature of a store by its Gram matrix, and save it there as ``curvature/<name>``.
 
     The same curvature as :func:`fit_fisher`'s, for less where there are fewer rows than columns; the Gram matrix itself
-    is its ``gram``. A large one is written tile by tile, and a fit that was interrupted goes on with the tiles that are
-    missing. Once rows were appended or dropped it is fitted anew.
+    is its ``gram``. A large one is written tile by tile, and a fit that was interrupted continues with the tiles that
+    are missing. After rows were appended or dropped it is fitted again.
 
     Parameters
     ----------
-    store, name, out, refit, rows, sample, seed, weights, force_weights, workers, memory, progress
-        As for :func:`fit_fisher`.
-    device : str, optional
-        Multiply rows with rows there, such as ``"cuda"``, in float64; by default NumPy's BLAS.
+    store : GradientStore or path
+        The train store, (n, k).
+    **options : FittingOptions
+        See :mod:`ooc_influence.options`.
 
     Returns
     -------
@@ -415,10 +402,11 @@ def fit_gram(
     """
     train = store if isinstance(store, GradientStore) else GradientStore.open(store)
     warn_if_unfinished(train)
-    slots, device = check_workers(workers), parse_device(device)
-    target = fit_target(train, name, out)
-    chosen = choose_rows(train, rows, sample, seed, weights, force_weights=force_weights)
-    found = None if refit else fitted(target, train)
+    slots, device = check_workers(options["workers"]), parse_device(options["device"])
+    name = options["name"]
+    target = fit_target(train, "gram" if name is None else name, options["out"])
+    chosen = choose_rows(train, options)
+    found = None if options["refit"] else fitted(target, train)
     change = None if found is None else what_changed(found, chosen, "gram")
     if found is not None and change is not None and change.nothing:
         logger.info("%s is up to date", target)
@@ -429,29 +417,18 @@ def fit_gram(
     if device is not None:
         check_room(device, shared * device_bytes(chosen, need.max_rows), need.stage)
         need = replace(need, per_row=need.per_row + 2 * 4 * train.layout.encoding.row_bytes)
-    room = MemoryBudget.of(memory)
+    room = MemoryBudget.of(options["memory"])
     block_rows = plan_block_rows(need, room.budget, shared, room.held)
     free = room.budget - need.peak(block_rows, shared, room.held)
-    _Fit(chosen, target, slots, block_rows, free // shared, progress, device).run()
+    _Fit(chosen, target, slots, block_rows, free // shared, options["progress"], device).run()
     return reopen(target)
 
 
-def gram_matrix(
-    store: GradientStore | PathLike,
-    out: PathLike,
-    *,
-    rows: Any = None,
-    sample: int | None = None,
-    seed: int = 0,
-    weights: Weighting | npt.ArrayLike | None = None,
-    force_weights: bool = False,
-    workers: int | None = None,
-    memory: int | str | None = None,
-    progress: bool | None = None,
-) -> zarr.Array[Any]:
+@takes(RowOptions)
+def gram_matrix(store: GradientStore | PathLike, out: PathLike, **options: Unpack[RowOptions]) -> zarr.Array[Any]:
     """Write the Gram matrix K = A Aᵀ of a store's rows, A = diag(√w) G, to a Zarr array of any size.
 
-    The same call, interrupted or killed, goes on with the tiles that are missing.
+    The same call, interrupted or killed, continues with the tiles that are missing.
 
     Parameters
     ----------
@@ -459,8 +436,8 @@ def gram_matrix(
         (n, k).
     out : path
         Where to write it.
-    rows, sample, seed, weights, force_weights, workers, memory, progress
-        As for :func:`fit_fisher`; m rows are chosen.
+    **options : RowOptions
+        See :mod:`ooc_influence.options`; m rows are chosen.
 
     Returns
     -------
@@ -478,15 +455,15 @@ def gram_matrix(
         If it cannot be written.
     """
     train = store if isinstance(store, GradientStore) else GradientStore.open(store)
-    slots = check_workers(workers)
+    slots = check_workers(options["workers"])
     if not train.n:
         raise InputError(f"expected a store with committed rows; received {train.path} with none: extract first")
-    chosen = choose_rows(train, rows, sample, seed, weights, force_weights=force_weights)
+    chosen = choose_rows(train, options)
     shared = slots_per_process(slots)
     need = kernel_memory(chosen.count, train.k, shared, train.reading_bytes, chosen.small_bytes)
-    how = Multiplying(chosen, plan_block_rows(need, memory, shared), parse_path(out))
+    how = Multiplying(chosen, plan_block_rows(need, options["memory"], shared), parse_path(out))
     facts = {"store": str(train.path), "weights": chosen.record(), "selection": dict(chosen.selection)}
-    return multiply_on_disk(how, slots, progress, chosen.digest(), facts)
+    return multiply_on_disk(how, slots, options["progress"], chosen.digest(), facts)
 
 
 @dataclass(frozen=True, eq=False)

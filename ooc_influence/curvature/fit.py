@@ -12,9 +12,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
-
-import numpy.typing as npt
+from typing import Any, Literal, NamedTuple, Unpack, get_args
 
 from ooc_influence.checkpoint import ClaimedOutput, kept_groups
 from ooc_influence.curvature.costs import (
@@ -38,73 +36,28 @@ from ooc_influence.curvature.spectral import SummedCurvature, write_diagonal, wr
 from ooc_influence.curvature.staleness import Change
 from ooc_influence.curvature.sums import Summing
 from ooc_influence.errors import InputError
-from ooc_influence.linalg import Weighting
 from ooc_influence.linalg.backend import check_room, parse_device
 from ooc_influence.memory import MemoryBudget, format_bytes, plan_block_rows
+from ooc_influence.options import FisherOptions, FittingOptions, definitions, takes
 from ooc_influence.parallel import check_workers, slots_per_process
 from ooc_influence.store import GradientStore, PathLike, StorePath
 
 logger = logging.getLogger("ooc_influence")
-Blocks = Literal["module", "diagonal"]
 
 
-def fit_fisher(
-    store: GradientStore | PathLike,
-    *,
-    name: str = "default",
-    out: PathLike | None = None,
-    refit: bool = False,
-    rows: Any = None,
-    sample: int | None = None,
-    seed: int = 0,
-    weights: Weighting | npt.ArrayLike | None = None,
-    force_weights: bool = False,
-    blocks: Blocks | None = None,
-    rank: int | None = None,
-    device: str | None = None,
-    workers: int | None = None,
-    memory: int | str | None = None,
-    progress: bool | None = None,
-) -> Curvature:
+@takes(FisherOptions)
+def fit_fisher(store: GradientStore | PathLike, **options: Unpack[FisherOptions]) -> Curvature:
     """Compute and factorise the Fisher matrix of a store, and save it there as ``curvature/<name>``.
 
-    A fit that was interrupted goes on where it was. One whose rows are still there takes in rows appended since and
-    takes out rows dropped since; where those carry more than half of the trace it starts again.
+    A fit that was interrupted continues where it was. One whose rows are still there adds rows appended since and
+    subtracts rows dropped since; where those carry more than half of the trace it starts again.
 
     Parameters
     ----------
     store : GradientStore or path
         The train store, (n, k).
-    name : str
-        Name of the curvature in the store.
-    out : path, optional
-        Save it there instead (for a store that cannot be written).
-    refit : bool
-        Fit again although an up-to-date curvature is there; by default that one is returned.
-    rows : slice, (start, stop), row numbers or (n,) bool, optional
-        Use these rows only; by default all, those appended later included.
-    sample, seed : int
-        Use so many of the live ones, drawn at random without replacement. The error this is expected to make in F, as
-        a share of its Frobenius norm, is recorded. A subspace iteration starts from the same seed.
-    weights : {"ggn", "trak"} or (n,) array, optional
-        w; by default 1. The named ones follow from the rows' losses (:mod:`ooc_influence.linalg.rows`).
-    force_weights : bool
-        Take named weights although the store does not say that its losses are one-label cross-entropy.
-    blocks : {"module", "diagonal"}, optional
-        In place of the whole, one Fisher matrix for each module's columns, with a spectrum and a λ of its own; or the
-        diagonal only, which is all there is to F in a rotated store (:mod:`ooc_influence.curvature.spectral`).
-    rank : int, optional
-        Find and keep the top ``rank`` eigenpairs only, by the quickest way that fits the budget
-        (:mod:`ooc_influence.curvature.costs`): any number of columns fits. The rest of the trace counts as spread
-        evenly over the other directions.
-    device : str, optional
-        Multiply rows there, such as ``"cuda"``, with copies beside; by default NumPy's or SciPy's BLAS.
-    workers : int, optional
-        Row stripes worked on at once; by default one with all cores, or the slots of the ambient Dask cluster.
-    memory : int or str, optional
-        Budget for the process, such as ``"4GiB"``; by default half of what is free.
-    progress : bool, optional
-        Show a progress line; silent by default.
+    **options : FisherOptions
+        See :mod:`ooc_influence.options`.
 
     Returns
     -------
@@ -126,13 +79,15 @@ def fit_fisher(
     """
     train = store if isinstance(store, GradientStore) else GradientStore.open(store)
     warn_if_unfinished(train)
-    slots, device = check_workers(workers), parse_device(device)
+    slots, device = check_workers(options["workers"]), parse_device(options["device"])
+    blocks, rank = options["blocks"], options["rank"]
     if device is not None and blocks == "diagonal":
         raise InputError(f"expected no device with blocks='diagonal'; received {device!r}: reading takes all the time")
     ranges = _parse_blocks(train, blocks, rank)
-    target = fit_target(train, name, out)
-    chosen = choose_rows(train, rows, sample, seed, weights, force_weights=force_weights)
-    found = None if refit else fitted(target, train)
+    name = options["name"]
+    target = fit_target(train, "default" if name is None else name, options["out"])
+    chosen = choose_rows(train, options)
+    found = None if options["refit"] else fitted(target, train)
     kind = "top" if rank is not None else "whole" if blocks == "module" and len(ranges) == 1 else blocks or "whole"
     change = None if found is None else what_changed(found, chosen, kind)
     settings = {
@@ -140,33 +95,38 @@ def fit_fisher(
         "since": None if change is None or found is None else found.attrs["fit"],
     }  # fmt: skip
     earlier = found if change is not None else None
-    way = _choose_way(chosen, kind, ranges, rank, earlier, change, slots, memory, device, kept_groups(target, settings))
+    rows = _RowsToSum(chosen, ranges, earlier, change, slots, device)
+    way = _choose_way(rows, kind, rank, options["memory"], kept_groups(target, settings))
     if found is not None and change is not None and change.nothing and found.attrs.get("rank") == rank:
         logger.info("%s is up to date", target)
         return found
     with ClaimedOutput(target, settings) as partial:
-        how = Summing(train, ranges, way.block_rows, kind == "diagonal", sample is not None, partial, device)
-        fit = Fitting(target, chosen, how, slots, progress, partial, earlier, change)
+        sampled = options["sample"] is not None
+        how = Summing(train, ranges, way.block_rows, kind == "diagonal", sampled, partial, device)
+        fit = Fitting(target, chosen, how, slots, options["progress"], partial, earlier, change)
         if rank is None:
             _fit_square(fit, kind)
         else:
-            fit_top(fit, way, rank, seed)
+            fit_top(fit, way, rank, options["seed"])
     return reopen(target)
 
 
+class _RowsToSum(NamedTuple):
+    """The rows of a fit, the columns of its blocks, the fit to update and the rows that changed since, and where."""
+
+    chosen: ChosenRows
+    ranges: Sequence[Range]
+    earlier: Curvature | None
+    change: Change | None
+    slots: int
+    device: str | None
+
+
 def _choose_way(
-    chosen: ChosenRows,
-    kind: str,
-    ranges: Sequence[Range],
-    rank: int | None,
-    old: Curvature | None,
-    change: Change | None,
-    slots: int,
-    memory: int | str | None,
-    device: str | None,
-    results: Mapping[str, StorePath],
+    rows: _RowsToSum, kind: str, rank: int | None, memory: int | str | None, results: Mapping[str, StorePath]
 ) -> LowRankPlan:
-    """Return how to fit within the budget; ``results`` are those of earlier runs, which the way should use."""
+    """Return how to fit within the budget; ``results`` are those of earlier runs, which the solver should use."""
+    chosen, ranges, earlier, change, slots, device = rows
     train, shared = chosen.store, slots_per_process(slots)
     update = change is not None and bool(len(change.removed))
     need = fisher_memory(
@@ -178,7 +138,7 @@ def _choose_way(
     row_bytes, changed = train.layout.encoding.row_bytes, chosen.count
     sent = 0 if device is None else 4 * row_bytes  # two blocks in flight, and their copies where the device is the host
     need = replace(need, per_row=need.per_row + sent)
-    if isinstance(old, SummedCurvature) and old.keeps_sums and change is not None:
+    if isinstance(earlier, SummedCurvature) and earlier.keeps_sums and change is not None:
         added = 0 if change.added is None else change.added[1] - change.added[0]
         changed = added + len(change.removed)
     shapes = Shapes(train.k, chosen.count, changed, row_bytes, shared, train.reading_bytes, chosen.small_bytes, sent)
@@ -238,29 +198,31 @@ def _parse_blocks(train: GradientStore, blocks: str | None, rank: int | None) ->
     return module_ranges(train)
 
 
-Side = Literal["auto", "fisher", "gram"]
-_OF_FISHER = ("blocks", "rank")  # options that only F has
+Method = Literal["auto", "primal", "dual"]
+_PRIMAL_ONLY = ("blocks", "rank")
 
 
-def choose_side(rows: int, k: int) -> Literal["fisher", "gram"]:
-    """Return which side is cheaper: ``"gram"`` for fewer rows than columns, else ``"fisher"``."""
-    return "gram" if rows < k else "fisher"
+def choose_method(rows: int, k: int) -> Literal["primal", "dual"]:
+    """Return the cheaper method: ``"dual"`` for fewer rows than columns, else ``"primal"``."""
+    return "dual" if rows < k else "primal"
 
 
-def fit_curvature(store: GradientStore | PathLike, *, side: Side = "auto", **options: Any) -> Curvature:
-    """Fit the curvature of a store by the cheaper side, and save it there.
+@takes(FisherOptions)
+def fit_curvature(
+    store: GradientStore | PathLike, *, method: Method = "auto", **options: Unpack[FisherOptions]
+) -> Curvature:
+    """Fit the curvature of a store by the cheaper method, and save it there.
 
     Parameters
     ----------
     store : GradientStore or path
         The train store, (n, k).
-    side : {"auto", "fisher", "gram"}
-        By :func:`fit_fisher` or :func:`fit_gram`. By default the smaller matrix: the Gram side where fewer rows are
-        chosen than there are columns; the other one where only that fits the budget; and Fisher where an option is
-        given that only it has, such as ``blocks``.
-    **options
-        Those of :func:`fit_fisher` and :func:`fit_gram`: ``rows``, ``sample``, ``weights``, ``memory``, ... The name
-        in the store is by default ``"default"``, or ``"gram"``; scores find either.
+    method : {"auto", "primal", "dual"}
+        The Fisher matrix (:func:`fit_fisher`), or the rows' Gram matrix (:func:`fit_gram`). By default the smaller one:
+        dual where fewer rows are chosen than there are columns; the other where only that fits the budget; and primal
+        where ``blocks`` or ``rank`` is given.
+    **options : FisherOptions
+        See :mod:`ooc_influence.options`.
 
     Returns
     -------
@@ -270,36 +232,34 @@ def fit_curvature(store: GradientStore | PathLike, *, side: Side = "auto", **opt
     Raises
     ------
     InputError
-        For another side, or one that does not have an option given.
+        For another method, or one that does not have an option given.
     MemoryBudgetError, StoreExistsError, StoreDamagedError
         As for these.
     """
-    if side not in ("auto", "fisher", "gram"):
-        raise InputError(f"expected side 'auto', 'fisher' or 'gram'; received {side!r}")
+    if method not in get_args(Method):
+        raise InputError(f"expected method 'auto', 'primal' or 'dual'; received {method!r}")
     train = store if isinstance(store, GradientStore) else GradientStore.open(store)
-    asked = [option for option in _OF_FISHER if options.get(option) is not None]
-    if side == "auto":
-        side = "fisher" if asked or not train.n else _cheaper_side(train, options)
-    given = {option: value for option, value in options.items() if value is not None or option not in _OF_FISHER}
-    if given.get("name", "") is None:
-        del given["name"]
-    if side == "fisher":
-        return fit_fisher(train, **given)
-    if asked:
-        raise InputError(f"expected side='fisher' for {', '.join(asked)}; received side='gram': F only has that")
-    return fit_gram(train, **given)
+    primal = [option for option in _PRIMAL_ONLY if options.get(option) is not None]
+    if method == "auto":
+        method = "primal" if primal or not train.n else _cheaper_method(train, options)
+    if method == "primal":
+        return fit_fisher(train, **options)
+    if primal:
+        raise InputError(f"expected method='primal' for {' and '.join(primal)}; received method='dual'")
+    shared: Any = {name: options[name] for name in definitions(FittingOptions)}  # type: ignore[literal-required]
+    return fit_gram(train, **shared)
 
 
-def _cheaper_side(train: GradientStore, options: dict[str, Any]) -> Literal["fisher", "gram"]:
-    """Return the side of the smaller matrix, or the other one where only that fits the budget."""
-    chosen = choose_rows(train, options.get("rows"), options.get("sample"), options.get("seed", 0))
-    cheaper = choose_side(chosen.count, train.k)
-    room, shapes = MemoryBudget.of(options.get("memory")), FitShapes.of(chosen)
-    needs = {"gram": shapes.gram, "fisher": fisher_memory(train.k, 1, train.reading_bytes, rows=chosen.small_bytes)}
-    other: Literal["fisher", "gram"] = "fisher" if cheaper == "gram" else "gram"
+def _cheaper_method(train: GradientStore, options: FisherOptions) -> Literal["primal", "dual"]:
+    """Return the method of the smaller matrix, or the other one where only that fits the budget."""
+    chosen = choose_rows(train, {"rows": options["rows"], "sample": options["sample"], "seed": options["seed"]})
+    cheaper = choose_method(chosen.count, train.k)
+    room, shapes = MemoryBudget.of(options["memory"]), FitShapes.of(chosen)
+    needs = {"dual": shapes.gram, "primal": fisher_memory(train.k, 1, train.reading_bytes, rows=chosen.small_bytes)}
+    other: Literal["primal", "dual"] = "primal" if cheaper == "dual" else "dual"
     if not room.fits(needs[cheaper]) and room.fits(needs[other]):
         logger.info(
-            "the %s side needs %s, which the budget does not hold: the %s side is taken",
+            "the %s method needs %s, which the budget does not hold: the %s method is taken",
             cheaper, format_bytes(room.price(needs[cheaper])), other,
         )  # fmt: skip
         return other

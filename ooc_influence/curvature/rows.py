@@ -19,8 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ooc_influence.errors import InputError
-from ooc_influence.linalg import Weighting, parse_weighting, row_weights
+from ooc_influence.linalg import parse_weighting, row_weights
 from ooc_influence.linalg.rows import LOSS_FLOOR
+from ooc_influence.options import RowOptions, Weighting, complete
 from ooc_influence.parallel import Stripe
 from ooc_influence.store import Block, GradientStore, RawBlock, parse_numbers, read_blocks, read_raw_blocks
 
@@ -244,15 +245,7 @@ def partition_rows(chosen: ChosenRows, ranges: Sequence[Range], block_rows: int,
     return shares
 
 
-def choose_rows(
-    store: GradientStore,
-    rows: Any = None,
-    sample: int | None = None,
-    seed: int = 0,
-    weights: Any = None,
-    *,
-    force_weights: bool = False,
-) -> ChosenRows:
+def choose_rows(store: GradientStore, options: RowOptions | None = None) -> ChosenRows:
     """Return the rows a call means; see :func:`fit_fisher`.
 
     Raises
@@ -260,12 +253,14 @@ def choose_rows(
     InputError
         For rows that are not there, a sample larger than the live rows, or weights that are none.
     """
-    first, count, numbers, selection = _parse_rows(rows, store.n)
+    asked = complete(RowOptions, options or {})
+    first, count, numbers, selection = _parse_rows(asked["rows"], store.n)
     chosen = ChosenRows(store, first, count, numbers, None, None, selection).with_tombstones()
-    if sample is not None:
-        chosen = _draw(chosen, sample, seed)
+    if asked["sample"] is not None:
+        chosen = _draw(chosen, asked["sample"], asked["seed"])
+    weights = asked["weights"]
     if weights is None or isinstance(weights, str):
-        attributes = dict(store.attrs) | ({"loss_kind": "cross_entropy"} if force_weights else {})
+        attributes = dict(store.attrs) | ({"loss_kind": "cross_entropy"} if asked["force_weights"] else {})
         return replace(chosen, weighting=parse_weighting(weights, attributes))
     given = _parse_weights(weights, store.n)
     inside = slice(chosen.first, chosen.first + chosen.count) if chosen.numbers is None else chosen.numbers

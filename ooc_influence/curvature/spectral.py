@@ -16,11 +16,12 @@ import numpy.typing as npt
 from typing_extensions import override
 
 from ooc_influence.curvature.curvature import Curvature, Matrix, dimension, share_outside
-from ooc_influence.curvature.damping import DampingMode, damping_value, resolved
+from ooc_influence.curvature.damping import damping_value, resolved
 from ooc_influence.curvature.rows import Range
 from ooc_influence.curvature.sums import Sums, add_written_sum, empty_sums, write_sum
 from ooc_influence.linalg import symmetric_eigen
 from ooc_influence.linalg.accumulate import mirror
+from ooc_influence.options import DampingMode
 from ooc_influence.store import (
     CHUNK_TARGET,
     array_store,

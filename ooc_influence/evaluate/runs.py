@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from ooc_influence.checkpoint import ResumableOutput
 from ooc_influence.errors import InputError, MismatchError, StoreFormatError
+from ooc_influence.fingerprint import check_same
 
 logger = logging.getLogger("ooc_influence")
 Rows = npt.NDArray[np.bool_]
@@ -96,12 +97,8 @@ class RunFolder(ResumableOutput):
                 "folder"
             )
         names = sorted(kept.keys() | self.settings.keys())
-        other = [name for name in names if kept.get(name) != self.settings.get(name)]
-        if other:
-            raise MismatchError(
-                f"expected the {' and '.join(other)} of the runs in {self.path}, {_short(kept, other)}; received "
-                f"{_short(self.settings, other)}: give the same, or another folder"
-            )
+        recorded, received = ({name: values.get(name) for name in names} for values in (kept, self.settings))
+        check_same(f"the runs in {self.path}", recorded, received, "give the same, or another folder")
 
     def read(self, run: int, digest: str) -> tuple[npt.NDArray[np.float64], float] | None:
         """Return what a finished run measured, (q,), and its seconds; None where it is missing or cannot be read.
@@ -114,11 +111,10 @@ class RunFolder(ResumableOutput):
         arrays = self.get(_name(run))
         if arrays is None or not {"digest", "outcome", "seconds"} <= arrays.keys():
             return None
-        if str(arrays["digest"]) != digest:
-            raise MismatchError(
-                f"expected run {run} in {self.path} to be one on these rows and with this seed; received another: give "
-                "the same subsets and seeds, or another folder"
-            )
+        check_same(
+            f"run {run} in {self.path}", {"rows and seed": str(arrays["digest"])}, {"rows and seed": digest},
+            "give the same subsets and seeds, or another folder",
+        )  # fmt: skip
         return arrays["outcome"], float(arrays["seconds"])
 
     def write(self, run: int, digest: str, outcome: npt.NDArray[np.float64], seconds: float) -> None:
@@ -172,8 +168,3 @@ def ranges(numbers: Sequence[int]) -> str:
         else:
             parts.append([number])
     return ", ".join("-".join(map(str, part)) for part in parts)
-
-
-def _short(settings: Mapping[str, Any], names: Sequence[str]) -> str:
-    text = ", ".join(str(settings.get(name)) for name in names)
-    return text if len(text) < 200 else f"{text[:200]}..."

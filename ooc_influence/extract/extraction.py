@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from ooc_influence.compress import Compressor, Dropout
-from ooc_influence.errors import InputError, MismatchError, StoreNotFoundError
+from ooc_influence.errors import InputError, StoreNotFoundError
 from ooc_influence.extract.check import LayersDisagreeError
 from ooc_influence.extract.data import (
     Batches,
@@ -36,6 +36,7 @@ from ooc_influence.extract.pilot import Pilot, remove_pilot
 from ooc_influence.extract.selection import Adjustments, ModuleSelection, select_layers
 from ooc_influence.extract.sink import OnNonFinite, Sink, StorePlan, open_existing, same_model
 from ooc_influence.extract.taps import PerSampleLoss, parameter_sequence
+from ooc_influence.fingerprint import check_same
 from ooc_influence.store import (
     GradientStore,
     LayerShape,
@@ -290,12 +291,10 @@ def init_store(
         ).close()
         remove_pilot(store)
         return GradientStore.open(store)
-    kinds = (found.layout.ids, found.layout.columns)
-    if kinds != (ids, dict(columns or {})):
-        raise MismatchError(
-            f"expected ids and columns as in the store at {store}, {kinds}; received {(ids, dict(columns or {}))}: "
-            "give the same, or another path"
-        )
+    check_same(
+        f"the store at {store}", {"ids": found.layout.ids, "columns": found.layout.columns},
+        {"ids": ids, "columns": dict(columns or {})}, "give the same, or another path",
+    )  # fmt: skip
     found.grow(rows)
     return GradientStore.open(store)
 
@@ -490,13 +489,10 @@ def _parse_origin(origin: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 def _same_metric(plan: StorePlan, earlier: GradientStore, settings: Settings) -> StorePlan:
     """Return the plan of a run that goes on, its metric checked against the one that the mask carries."""
-    held, attributes = earlier.attrs.get("metric"), plan.attributes
-    if (held is None) != (settings.metric is None):
-        raise MismatchError(
-            f"expected metric= as in the run that {earlier.path} is from, {(held or {}).get('name')}; received "
-            f"{'one' if settings.metric else 'none'}: give the same, or another path"
-        )
-    return plan if held is None else replace(plan, attributes=attributes | {"metric": held})
+    metric = earlier.attrs.get("metric")
+    expected, received = (value and "adam" for value in (metric, settings.metric))
+    check_same(earlier.path, {"metric=": expected}, {"metric=": received}, "give the same, or another path")
+    return plan if metric is None else replace(plan, attributes=plan.attributes | {"metric": metric})
 
 
 def _plan_like(

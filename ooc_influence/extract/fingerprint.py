@@ -74,11 +74,6 @@ def fingerprint_as(model: nn.Module, recorded: str | None) -> str:
     return model_fingerprint(model)
 
 
-def short_fingerprint(fingerprint: object) -> str:
-    """Return the beginning of a fingerprint, for messages."""
-    return "none" if fingerprint is None else str(fingerprint).removeprefix(_TAG)[:12]
-
-
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Return a model's tensors by clean name, in the order of names; of a quantised one, its codes and their scales."""
     values = {clean_name(model, name): value for name, value in model.state_dict().items()}

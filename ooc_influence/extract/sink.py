@@ -12,10 +12,10 @@ import numpy.typing as npt
 import torch
 
 from ooc_influence.compress import RetainedEnergy, basis_weights
-from ooc_influence.errors import InputError, MismatchError, StoreNotFoundError, warn
+from ooc_influence.errors import InputError, StoreNotFoundError, warn
 from ooc_influence.extract.data import Batching, RowMetadata, Shard
-from ooc_influence.extract.fingerprint import short_fingerprint
 from ooc_influence.extract.metric import AdamMetric
+from ooc_influence.fingerprint import check_same, check_same_rows
 from ooc_influence.store import (
     GradientStore,
     Mask,
@@ -120,12 +120,11 @@ def same_model(store: GradientStore, model: dict[str, Any], check: bool) -> dict
     if store.model_fingerprint == model["fingerprint"]:
         return model
     if check:
-        raise MismatchError(
-            f"expected the model that {store.path} was made with, model fingerprint "
-            f"{short_fingerprint(store.model_fingerprint)}; received {short_fingerprint(model['fingerprint'])} (names, "
-            "shapes or values of its tensors differ): load the same checkpoint, or allow another with "
-            "check_model=False (--other-model)"
-        )
+        check_same(
+            store.path, {"model": store.model_fingerprint}, {"model": model["fingerprint"]},
+            "names, shapes or values of its tensors differ: load the same checkpoint, or allow another with "
+            "check_model=False (--other-model)",
+        )  # fmt: skip
     warn(
         f"the model is not the one that {store.path} was made with; its rows are taken as comparable because "
         "check_model=False (--other-model) says so"
@@ -149,54 +148,24 @@ def open_existing(path: PathLike, plan: StorePlan) -> GradientStore | None:
         check_free(parse_path(path), "a store or nothing")
         check_writable(parse_path(path))
         return None
-    attrs, layout, wanted = store.attrs, store.layout, plan.storage
-    for what, expected, received in (
-        ("compressor", attrs.get("compressor"), plan.attributes["compressor"]),
-        ("selected layers (digest of mask and basis)", store.columns_digest, plan.columns_digest),
-        ("dtype", layout.dtype, plan.dtype),
-        ("chunk_rows", layout.chunk_rows, wanted.chunk_rows or layout.chunk_rows),
-        ("group_chunks", layout.group_chunks, wanted.group_chunks or layout.group_chunks),
-        ("codec", layout.codec, wanted.codec or layout.codec),
-        ("loss_kind", attrs.get("loss_kind"), plan.attributes["loss_kind"]),
-    ):
-        if expected != received:
-            one, other = _differing(expected, received)
-            raise MismatchError(
-                f"expected the {what} of the store at {path} ({one}); received {other}: extract to another path, or "
-                "remove the store"
-            )
+    expected = {
+        "compressor": store.attrs.get("compressor"),
+        "selected layers (digest of mask and basis)": store.columns_digest,
+        "dtype": store.layout.dtype,
+        "loss_kind": store.attrs.get("loss_kind"),
+        **store.layout.storage,
+    }
+    received = {
+        "compressor": plan.attributes["compressor"],
+        "selected layers (digest of mask and basis)": plan.columns_digest,
+        "dtype": plan.dtype,
+        "loss_kind": plan.attributes["loss_kind"],
+        **plan.storage.over(store.layout),
+    }
+    check_same(f"the store at {path}", expected, received, "extract to another path, or remove the store")
     if store.model_fingerprint != plan.model["fingerprint"]:
         store.record(model=same_model(store, plan.model, plan.check_model))
     return store
-
-
-def _differing(expected: Any, received: Any) -> tuple[str, str]:
-    """Return in words what two settings are; of mappings, the entries that differ."""
-    if not isinstance(expected, Mapping) or not isinstance(received, Mapping):
-        return _short(expected), _short(received)
-    names = [name for name in {**expected, **received} if expected.get(name) != received.get(name)]
-    pairs = [(name, expected.get(name), received.get(name)) for name in names]
-    return (
-        ", ".join(_entry(name, own, other) for name, own, other in pairs),
-        ", ".join(_entry(name, own, other) for name, other, own in pairs),
-    )
-
-
-def _entry(name: str, value: Any, other: Any) -> str:
-    """Return an entry of settings in words; of one that holds settings itself, what differs from ``other``."""
-    if value is None:
-        return f"no {name}"
-    if not isinstance(value, Mapping):
-        return f"{name} {value}"
-    kept = {key: own for key, own in value.items() if own is not None}
-    text, _ = _differing(value, other) if isinstance(other, Mapping) else _differing(kept, {})
-    return f"{name} with {text}"
-
-
-def _short(value: Any) -> str:
-    """Return a setting in words, a digest by its beginning."""
-    text = "none" if value is None else str(value)
-    return text[:12] if len(text) == 64 else text
 
 
 class Computed(NamedTuple):
@@ -474,17 +443,13 @@ class Sink:
             return
         stored = self.store.small("loss", low, high)
         losses = np.where(np.isfinite(losses), losses, 0)  # the loss stored for rows that were skipped
+        advice = "the data or its order changed since; extract to another path"
+        path = self.store.path
+        check_same_rows(path, low, {"losses": stored}, {"losses": losses[low - row : high - row]}, advice, rtol=1e-2)
         ids = self._metadata.take(batch, row - self._first_row, len(losses)).get("example_id")
-        differing = None
-        if not np.allclose(stored, losses[low - row : high - row], rtol=1e-2, atol=1e-6):
-            differing = ("losses", "batches")
-        elif ids is not None and self.store.ids(np.arange(low, high)).tolist() != ids[low - row : high - row]:
-            differing = ("ids", "ids")
-        if differing is not None:
-            raise MismatchError(
-                f"expected rows {low}-{high} to have the {differing[0]} stored in {self.store.path}; received others: "
-                f"the {differing[1]} or their order changed since; extract to another path"
-            )
+        if ids is not None:
+            received = np.array(ids[low - row : high - row], object)
+            check_same_rows(path, low, {"ids": self.store.ids(np.arange(low, high))}, {"ids": received}, advice)
 
     def close(self) -> None:
         """Commit what is finished, and release the claim."""

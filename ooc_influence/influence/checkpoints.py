@@ -14,9 +14,11 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from ooc_influence.curvature import Curvature, DampingMode, resolve_curvature
+from ooc_influence.curvature import Curvature, resolve_curvature
 from ooc_influence.errors import InputError, MismatchError, warn
+from ooc_influence.fingerprint import check_same
 from ooc_influence.linalg import check_one_label, row_errors
+from ooc_influence.options import Combine, DampingMode
 from ooc_influence.store import GradientStore, PathLike
 
 Store = GradientStore | PathLike
@@ -66,7 +68,10 @@ class Checkpoint:
         rows = open_store(train)
         queries = None if query is None else open_store(query)
         if queries is not None:
-            _check_comparable(queries, rows)
+            check_same(
+                rows.path, rows.fingerprints, queries.fingerprints,
+                "extract the queries with like= (--like) the train store, with its model", other=queries.path,
+            )  # fmt: skip
         if curvature is False:
             if damping is not None:
                 raise InputError(f"expected no damping without a curvature; received {damping}: leave it out")
@@ -132,19 +137,6 @@ def _parse_damping(damping: Dampings) -> Dampings:
     if values.ndim > 1 or values.dtype.kind not in "iuf" or not values.size:
         raise InputError(f"expected damping as a number or a list of numbers; received {damping!r}")
     return [float(value) for value in values] if values.ndim else float(values)
-
-
-def _check_comparable(query: GradientStore, train: GradientStore) -> None:
-    if query.columns_digest != train.columns_digest:
-        raise MismatchError(
-            f"expected a query store with the mask (and basis) of {train.path}; received {query.path}, which has "
-            "another: extract the queries with like= (--like) the train store"
-        )
-    if query.model_fingerprint != train.model_fingerprint:
-        raise MismatchError(
-            f"expected query and train gradients of one model; received {query.path} and {train.path}, made with "
-            "two: extract the queries with the model of the train store"
-        )
 
 
 def _check_same_rows(first: GradientStore, other: GradientStore) -> None:
@@ -237,7 +229,6 @@ def open_store(store: Store) -> GradientStore:
     return opened
 
 
-Combine = Literal["mean", "query-margins", "margins"]
 WAYS: tuple[Combine, ...] = get_args(Combine)
 
 

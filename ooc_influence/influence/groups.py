@@ -7,17 +7,16 @@ sums are multiplied: Σ_{i in group} score(q, i) = x_qᵀ Σ_i w_i g_i. With few
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import numpy.typing as npt
 
-from ooc_influence.curvature import DampingMode
-from ooc_influence.influence.checkpoints import AnyCurvature, Dampings, Marks, Stores
+from ooc_influence.influence.checkpoints import Marks, Stores
 from ooc_influence.influence.engine import Codes, Floats, parse_groups
-from ooc_influence.influence.request import Normalize, ScoreRequest
+from ooc_influence.influence.request import ScoreRequest
 from ooc_influence.influence.tiles import (
     Part,
     ScoreParts,
@@ -29,9 +28,9 @@ from ooc_influence.influence.tiles import (
     row_shares,
     row_weights,
 )
+from ooc_influence.options import ListOptions, takes
 from ooc_influence.parallel import Stripe, check_workers
 from ooc_influence.progress import Progress, html_table, optional_library, tick
-from ooc_influence.store import PathLike
 
 _SHOWN = 20  # queries and groups in a notebook's table
 
@@ -115,23 +114,12 @@ class GroupInfluence:
         return html_table(repr(self), ("query", *map(str, self.names[shown].tolist())), lines)
 
 
+@takes(ListOptions)
 def group_influence(
     query: Stores,
     train: Stores,
     by: str | npt.ArrayLike,
-    curvature: AnyCurvature | Sequence[AnyCurvature] = None,
-    damping: Dampings = None,
-    damping_mode: DampingMode = "relative",
-    *,
-    normalize: Normalize | None = None,
-    average_queries: bool | str = False,
-    rows: Any = None,
-    combine: str = "mean",
-    device: str | None = None,
-    resume: PathLike | None = None,
-    workers: int | None = None,
-    memory: int | str | None = None,
-    progress: bool | None = None,
+    **options: Unpack[ListOptions],
 ) -> GroupInfluence:
     """Return each query's scores summed over groups of train rows.
 
@@ -142,10 +130,8 @@ def group_influence(
     by : str or (n,)
         A column of the train store (``"label"``), ``"id"`` for its ids, or a value for each row. Memory holds a group's
         number for every row, and q · G sums.
-    curvature, damping, damping_mode, normalize, average_queries, rows, combine, device, workers, memory, progress
-        As for :func:`influence_scores`.
-    resume : path, optional
-        As for :func:`top_influential`.
+    **options : ListOptions
+        See :mod:`ooc_influence.options`.
 
     Returns
     -------
@@ -161,22 +147,19 @@ def group_influence(
     MismatchError, CurvatureNotFoundError, StaleCurvatureError, SingularFisherError, MemoryBudgetError
         As for :func:`influence_scores`.
     """
-    scoring = ScoreRequest.open(
-        query, train, curvature, damping, damping_mode, normalize=normalize, average_queries=average_queries, rows=rows,
-        device=device, combine=combine,
-    )  # fmt: skip
+    scoring = ScoreRequest.open(query, train, options)
     groups = parse_groups(by, scoring.checkpoints[0].train)
-    size, slots = len(groups.names), check_workers(workers)
+    size, slots = len(groups.names), check_workers(options["workers"])
     made = hashlib.sha256(groups.codes.tobytes()).hexdigest()
-    parts = ScoreParts(resume, scoring.digest(kind="groups", groups=made))
+    parts = ScoreParts(options["resume"], scoring.digest(kind="groups", groups=made))
     costs = group_costs(size, scoring.q, scoring.lambdas, scoring.n, scoring.columns)
-    blocks, block_rows = scoring.plan("group sums", memory, slots, costs, queries=parts.queries)
+    blocks, block_rows = scoring.plan("group sums", options["memory"], slots, costs, queries=parts.queries)
     parts.begin()
     work = scoring.work(block_rows)
     sums = np.zeros((scoring.lambdas, scoring.q, size))
     counts = np.zeros(size, np.int64)
     outside = np.empty(scoring.q)
-    with Progress("group sums", len(blocks) * scoring.n, progress) as bar:
+    with Progress("group sums", len(blocks) * scoring.n, options["progress"]) as bar:
         for start, stop in blocks:
             left = scoring.left(start, stop)
             outside[start:stop] = left.outside

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from ooc_influence.curvature import Curvature, DampingMode
+from ooc_influence.curvature import Curvature
 from ooc_influence.curvature.costs import FitShapes, module_ranges
 from ooc_influence.curvature.dual import gram_self_bytes, gram_working_bytes
 from ooc_influence.curvature.rows import choose_rows
 from ooc_influence.curvature.spectral import self_bytes, working_bytes
 from ooc_influence.errors import InputError, MemoryBudgetError, warn
 from ooc_influence.influence.checkpoints import (
-    AnyCurvature,
     Checkpoint,
-    Combine,
-    Dampings,
     Marks,
     Stores,
     margin_factors,
@@ -34,6 +31,7 @@ from ooc_influence.influence.engine import Floats, Grouping, parse_groups, weigh
 from ooc_influence.influence.tiles import Columns, ScoreTask, TileMemory, pass_need, whole_rows
 from ooc_influence.linalg.backend import parse_device
 from ooc_influence.memory import Alternative, MemoryBudget, MemoryModel, block_limit, plan_block_rows
+from ooc_influence.options import Combine, Normalize, PairOptions, ScoringOptions, complete
 from ooc_influence.parallel import slots_per_process, worker_memory
 from ooc_influence.store import GradientStore, read_blocks
 
@@ -94,7 +92,7 @@ def form_ways(own: Checkpoint, need: Callable[[Form], MemoryModel], room: Memory
         text = f"a curvature by module ({{}}: ooc-influence fisher {train.path} --blocks module)"
         yield Alternative(text, need(Form.spectral(train.k, squares)))
     if found.rows < train.k and room.fits(shapes.gram):
-        text = f"the Gram side ({{}}: ooc-influence fisher {train.path} --side gram)"
+        text = f"the Gram side ({{}}: ooc-influence fisher {train.path} --method dual)"
         yield Alternative(text, max(shapes.gram, need(Form.gram(train.k, found.rows)), key=room.price))
 
 
@@ -173,7 +171,6 @@ class Queries:
         return sums / np.maximum(counts, 1)[:, None], counts == 0
 
 
-Normalize = Literal["cosine", "train"]
 LEFT_ROWS = 2048  # preconditioned queries a pass: more cost memory, fewer another pass over the train rows
 OUTSIDE_WARNING = 0.9  # share of a query's squared gradient outside the curvature's span, above which we say so
 
@@ -232,30 +229,20 @@ class ScoreRequest:
     combine: Combine = "mean"
 
     @classmethod
-    def open(
-        cls,
-        query: Stores | None,
-        train: Stores,
-        curvature: AnyCurvature | Sequence[AnyCurvature],
-        damping: Dampings,
-        mode: DampingMode,
-        *,
-        normalize: Normalize | None = None,
-        average_queries: bool | str = False,
-        rows: Any = None,
-        device: str | None = None,
-        combine: str = "mean",
-    ) -> ScoreRequest:
-        """Open and check everything; see :func:`influence_scores`. Without a query store, rows speak for themselves."""
+    def open(cls, query: Stores | None, train: Stores, options: ScoringOptions) -> ScoreRequest:
+        """Open and check everything; see :func:`influence_scores`. Without queries, rows are scored on themselves."""
+        asked = complete(PairOptions, options)
+        normalize = asked["normalize"]
         if normalize not in (None, "cosine", "train"):
             raise InputError(f"expected normalize 'cosine', 'train' or none; received {normalize!r}")
-        checkpoints = open_checkpoints(query, train, curvature, damping, mode)
+        damping = asked["damping"]
+        checkpoints = open_checkpoints(query, train, asked["curvature"], damping, asked["damping_mode"])
         first = checkpoints[0]
-        queries = Queries.none() if first.query is None else Queries.of(first.query, average_queries)
-        seen = parse_marks(rows, isinstance(train, (list, tuple)), len(checkpoints), first.train.n)
+        queries = Queries.none() if first.query is None else Queries.of(first.query, asked["average_queries"])
+        seen = parse_marks(asked["rows"], isinstance(train, (list, tuple)), len(checkpoints), first.train.n)
         several = damping is not None and np.ndim(damping) == 1
-        known = parse_combine(combine, checkpoints, normalize)
-        return cls(checkpoints, queries, seen, normalize, parse_device(device), several, known)
+        combine = parse_combine(asked["combine"], checkpoints, normalize)
+        return cls(checkpoints, queries, seen, normalize, parse_device(asked["device"]), several, combine)
 
     @property
     def q(self) -> int:

@@ -10,20 +10,20 @@ import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import numpy.typing as npt
 import zarr
 
 from ooc_influence.checkpoint import ResumableArray
-from ooc_influence.curvature import DampingMode
 from ooc_influence.errors import InputError, MismatchError, writing
-from ooc_influence.influence.checkpoints import AnyCurvature, Dampings, Marks, Stores
+from ooc_influence.influence.checkpoints import Marks, Stores
 from ooc_influence.influence.engine import Floats
-from ooc_influence.influence.request import Normalize, ScoreRequest
+from ooc_influence.influence.request import ScoreRequest
 from ooc_influence.influence.tiles import Columns, ScoreTask, TileMemory, make_engine, score_tiles
 from ooc_influence.influence.topk import TopInfluential, find_top
+from ooc_influence.options import ListOptions, PairOptions, complete, takes
 from ooc_influence.parallel import Stripe, check_workers, cores, cut_stripes, run_stripes, sharing_blas
 from ooc_influence.progress import Progress
 from ooc_influence.store import (
@@ -41,22 +41,12 @@ if TYPE_CHECKING:
     import dask.array as da
 
 
+@takes(PairOptions)
 def influence_scores(
     query: Stores,
     train: Stores,
-    curvature: AnyCurvature | Sequence[AnyCurvature] = None,
-    damping: Dampings = None,
-    damping_mode: DampingMode = "relative",
     out: PathLike | None = None,
-    *,
-    normalize: Normalize | None = None,
-    average_queries: bool | str = False,
-    rows: Any = None,
-    combine: str = "mean",
-    device: str | None = None,
-    workers: int | None = None,
-    memory: int | str | None = None,
-    progress: bool | None = None,
+    **options: Unpack[PairOptions],
 ) -> da.Array | zarr.Array[Any]:
     """Return score(q, i) = g_qᵀ (F + λI)⁻¹ g_i for all queries and train rows.
 
@@ -67,37 +57,11 @@ def influence_scores(
         their scores are averaged. All must hold the same rows in the same order.
     train : GradientStore or path, or a list of them
         (n, k).
-    curvature : Curvature, str, path or False, or a list with one for each checkpoint
-        An object, a name in the train store, or a path; default the one named ``"default"``. False: none, for plain
-        dot products g_qᵀ g_i (with ``normalize="cosine"`` the gradients' cosine).
-    damping : float or sequence of float, optional
-        Relative (λ = damping · tr(F)/d) or absolute; default the curvature's own, 0.1 relative. A sequence gives
-        results an axis of λ in front; the rows are read once for all.
-    damping_mode : {"relative", "absolute"}
-        What ``damping`` means.
     out : path, optional
         Write the scores to a Zarr array there, in bounded memory, instead of returning a lazy array. The same call,
-        interrupted or killed, goes on with the chunks that are missing.
-    normalize : {"cosine", "train"}, optional
-        The unit. With |g| = √(gᵀ (F + λI)⁻¹ g), the root of self-influence: ``"cosine"`` divides by |g_q| and |g_i|, so
-        scores lie in [-1, 1]; ``"train"`` by |g_i| only, which lowers rows that speak for everything (RelatIF, arXiv
-        2003.11630). A row without gradient scores 0.
-    average_queries : bool or str
-        True: one query, the mean of all. A column of the query store: one query for each of its values.
-    rows : (m,) int or (n,) bool, or a list with one of these or None for each checkpoint
-        The train rows a checkpoint was trained on. A row's score is the mean over the checkpoints that saw it; NaN
-        where none did.
-    combine : {"mean", "query-margins", "margins"}
-        How several checkpoints are combined: by the mean of their scores; or, for one-label cross-entropy, by margins
-        of the queries, or of queries and rows as TRAK does (:mod:`ooc_influence.influence.checkpoints`).
-    device : str, optional
-        Multiply blocks there with torch, such as ``"cuda"``; default NumPy's BLAS.
-    workers : int, optional
-        Row stripes worked on at once (with ``out``); default one with all cores, or the ambient cluster's slots.
-    memory : int or str, optional
-        Budget for the process, such as ``"4GiB"``; default half of what is free, on a cluster half of a worker's limit.
-    progress : bool, optional
-        Show a progress line (with ``out``); silent by default.
+        interrupted or killed, continues with the chunks that are missing.
+    **options : PairOptions
+        See :mod:`ooc_influence.options`. ``workers`` and ``progress`` count with ``out``.
 
     Returns
     -------
@@ -120,13 +84,10 @@ def influence_scores(
     MemoryBudgetError
         If the budget is too small.
     """
-    scoring = ScoreRequest.open(
-        query, train, curvature, damping, damping_mode, normalize=normalize, average_queries=average_queries, rows=rows,
-        device=device, combine=combine,
-    )  # fmt: skip
+    scoring = ScoreRequest.open(query, train, options)
     if out is None:
-        return _lazy_scores(scoring, memory)
-    return write_scores(scoring, parse_path(out), None, workers=workers, memory=memory, progress=progress)
+        return _lazy_scores(scoring, options["memory"])
+    return write_scores(scoring, parse_path(out), None, options)
 
 
 def _lazy_scores(scoring: ScoreRequest, memory: int | str | None) -> da.Array:
@@ -169,10 +130,7 @@ def write_scores(
     scoring: ScoreRequest,
     out: StorePath,
     columns: Columns | None,
-    *,
-    workers: int | None,
-    memory: int | str | None,
-    progress: bool | None,
+    options: PairOptions,
     **facts: Any,
 ) -> zarr.Array[Any]:
     """Write all tiles to a Zarr array, or those of its chunks that are missing.
@@ -182,7 +140,7 @@ def write_scores(
     StoreExistsError, StoreWriteError, MemoryBudgetError
         See :func:`influence_scores`.
     """
-    slots = check_workers(workers)
+    slots = check_workers(options["workers"])
     modules = 1 if columns is None else len(columns[0])
     costs = TileMemory(tile=12, modules=modules)  # two tiles, and the chunks of one while they are written
     digest = scoring.digest(kind="scores", modules=modules)
@@ -191,13 +149,13 @@ def write_scores(
         if output is not None and output.complete:
             return output.open()
         width = None if output is None else output.chunks[-1]
-        blocks, block_rows = scoring.plan("scores", memory, slots, costs, block_rows=width)
+        blocks, block_rows = scoring.plan("scores", options["memory"], slots, costs, block_rows=width)
         if output is None:
             leading = ([scoring.lambdas] if scoring.several else []) + ([modules] if columns else [])
             shape = (*leading, scoring.q, scoring.n)
             output = _create(out, digest, shape, (blocks[0][1], block_rows), _facts(scoring, len(leading)) | facts)
         _check_queries(output, blocks[0][1])
-        outside = _fill(scoring, output, blocks, scoring.work(output.chunks[-1], columns), slots, progress)
+        outside = _fill(scoring, output, blocks, scoring.work(output.chunks[-1], columns), slots, options["progress"])
         output.finish(outside_share=[None if np.isnan(value) else value for value in outside.tolist()])
     scoring.warn_outside(outside)
     return output.open()
@@ -369,36 +327,29 @@ class OutputWriter:
         self._files.sync_folders()
 
 
+@takes(PairOptions)
 def module_influence(
     query: Stores,
     train: Stores,
-    curvature: AnyCurvature | Sequence[AnyCurvature] = None,
-    damping: Dampings = None,
-    damping_mode: DampingMode = "relative",
     *,
     top: int | None = None,
     out: PathLike | None = None,
-    normalize: Normalize | None = None,
-    average_queries: bool | str = False,
-    rows: Any = None,
-    combine: str = "mean",
-    device: str | None = None,
-    workers: int | None = None,
-    memory: int | str | None = None,
-    progress: bool | None = None,
+    **options: Unpack[PairOptions],
 ) -> Mapping[str, TopInfluential] | zarr.Array[Any]:
     """Return the influence that runs through each module, as top lists or as scores on disk.
+
+    The norms of a unit (``normalize=``) are those of whole rows, so the parts still add up to the score.
 
     Parameters
     ----------
     query, train : GradientStore or path, or lists of them
         (q, k) and (n, k), not reduced; lists for several checkpoints.
     top : int, optional
-        Return so many proponents and opponents of each query by each module.
+        Return this many proponents and opponents of each query by each module.
     out : path, optional
-        Write all scores there instead; goes on where an interrupted call was, as for :func:`influence_scores`.
-    curvature, damping, damping_mode, normalize, average_queries, rows, combine, device, workers, memory, progress
-        As for :func:`influence_scores`; norms are those of whole rows, so the parts still add up to the score.
+        Write all scores there instead; resumable, as for :func:`influence_scores`.
+    **options : PairOptions
+        See :mod:`ooc_influence.options`.
 
     Returns
     -------
@@ -415,17 +366,12 @@ def module_influence(
     """
     if (top is None) == (out is None):
         raise InputError("expected either top= or out= (--top or --out); received both or neither")
-    scoring = ScoreRequest.open(
-        query, train, curvature, damping, damping_mode, normalize=normalize, average_queries=average_queries, rows=rows,
-        device=device, combine=combine,
-    )  # fmt: skip
+    scoring = ScoreRequest.open(query, train, options)
     names, columns = module_columns([own.train for own in scoring.checkpoints])
     if out is not None:
-        return write_scores(
-            scoring, parse_path(out), columns, workers=workers, memory=memory, progress=progress, modules=names
-        )
+        return write_scores(scoring, parse_path(out), columns, options, modules=names)
     assert top is not None
-    lists = find_top(scoring, top, columns, resume=None, workers=workers, memory=memory, progress=progress)
+    lists = find_top(scoring, top, columns, complete(ListOptions, options))
     return {name: lists.ranked(scoring, number) for number, name in enumerate(names)}
 
 

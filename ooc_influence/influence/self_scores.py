@@ -9,44 +9,30 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Unpack
 
 import numpy as np
 import numpy.typing as npt
 
-from ooc_influence.curvature import DampingMode
-from ooc_influence.influence.checkpoints import AnyCurvature, Dampings, Marks, Stores
+from ooc_influence.influence.checkpoints import Marks, Stores
 from ooc_influence.influence.request import Form, ScoreRequest, form_ways
 from ooc_influence.influence.tiles import Part, ScoreParts, ScoreTask, absent_rows, make_engine, row_blocks, row_shares
 from ooc_influence.memory import Alternative, MemoryBudget, MemoryModel, block_limit, plan_block_rows
+from ooc_influence.options import SelfInfluenceOptions, takes
 from ooc_influence.parallel import Stripe, check_workers, slots_per_process, worker_memory
 from ooc_influence.progress import Progress, tick
-from ooc_influence.store import PathLike
 
 
-def self_influence(
-    train: Stores,
-    curvature: AnyCurvature | Sequence[AnyCurvature] = None,
-    damping: Dampings = None,
-    damping_mode: DampingMode = "relative",
-    *,
-    rows: Any = None,
-    device: str | None = None,
-    resume: PathLike | None = None,
-    workers: int | None = None,
-    memory: int | str | None = None,
-    progress: bool | None = None,
-) -> npt.NDArray[np.float32]:
-    """Return g_iᵀ (F + λI)⁻¹ g_i for every train row.
+@takes(SelfInfluenceOptions)
+def self_influence(train: Stores, **options: Unpack[SelfInfluenceOptions]) -> npt.NDArray[np.float32]:
+    """Return g_iᵀ (F + λI)⁻¹ g_i for every train row; without a curvature (False) the squared norm ‖g_i‖².
 
     Parameters
     ----------
     train : GradientStore or path, or a list of them
         (n, k); a list for several checkpoints, whose values are averaged.
-    curvature, damping, damping_mode, rows, device, workers, memory, progress
-        As for :func:`influence_scores`; without a curvature (False) it is the squared norm ‖g_i‖².
-    resume : path, optional
-        As for :func:`top_influential`.
+    **options : SelfInfluenceOptions
+        See :mod:`ooc_influence.options`.
 
     Returns
     -------
@@ -60,20 +46,20 @@ def self_influence(
     StoreExistsError
         As for :func:`top_influential`.
     """
-    scoring = ScoreRequest.open(None, train, curvature, damping, damping_mode, rows=rows, device=device)
-    slots = check_workers(workers)
+    scoring = ScoreRequest.open(None, train, options)
+    slots = check_workers(options["workers"])
     need = _need(scoring, scoring.lambdas, [Form.of(own.train.k, own.curvature) for own in scoring.checkpoints])
     need = replace(need, alternatives=partial(_ways, scoring))
-    block_rows = plan_block_rows(need, worker_memory(memory), slots_per_process(slots))
+    block_rows = plan_block_rows(need, worker_memory(options["memory"]), slots_per_process(slots))
     work = scoring.work(block_rows, normalized=True)
-    parts = ScoreParts(resume, scoring.digest(kind="self-influence"))
+    parts = ScoreParts(options["resume"], scoring.digest(kind="self-influence"))
     parts.begin()
     found = np.empty((scoring.lambdas, scoring.n), np.float32)
 
     def put(stripe: Stripe, part: Part) -> None:
         found[:, stripe.start : stripe.stop] = part["values"]
 
-    with Progress("self-influence", scoring.n, progress) as bar:
+    with Progress("self-influence", scoring.n, options["progress"]) as bar:
         parts.run("values", _stripe, work, bar, scoring.seen, slots=slots, on_result=put)
     parts.remove()
     result: npt.NDArray[np.float32] = scoring.squeeze(found)

@@ -7,22 +7,21 @@ Rows tie-break by number, smaller first, so the result is the same for every div
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 import numpy.typing as npt
 
-from ooc_influence.curvature import DampingMode
 from ooc_influence.errors import InputError
-from ooc_influence.influence.checkpoints import AnyCurvature, Dampings, Marks, Stores
+from ooc_influence.influence.checkpoints import Marks, Stores
 from ooc_influence.influence.engine import Engine, Floats, Found
-from ooc_influence.influence.request import Normalize, ScoreRequest
+from ooc_influence.influence.request import ScoreRequest
 from ooc_influence.influence.tiles import Columns, Part, ScoreParts, ScoreTask, TileMemory, make_engine, score_tiles
+from ooc_influence.options import ListOptions, takes
 from ooc_influence.parallel import Stripe, check_workers
 from ooc_influence.progress import Progress, html_table, optional_library
-from ooc_influence.store import PathLike
 
 _SHOWN = 20  # queries in a notebook's table
 NO_ROW = np.iinfo(np.int64).max
@@ -268,25 +267,16 @@ class TopInfluential:
 _SIDES = ("proponents", "opponents")
 
 
+@takes(ListOptions)
 def top_influential(
     query: Stores,
     train: Stores,
     top: int = 10,
-    curvature: AnyCurvature | Sequence[AnyCurvature] = None,
-    damping: Dampings = None,
-    damping_mode: DampingMode = "relative",
-    *,
-    normalize: Normalize | None = None,
-    average_queries: bool | str = False,
-    rows: Any = None,
-    combine: str = "mean",
-    device: str | None = None,
-    resume: PathLike | None = None,
-    workers: int | None = None,
-    memory: int | str | None = None,
-    progress: bool | None = None,
+    **options: Unpack[ListOptions],
 ) -> TopInfluential:
     """Return each query's strongest proponents and opponents among the train rows.
+
+    Rows that no checkpoint saw (``rows=``) are in no list.
 
     Parameters
     ----------
@@ -294,11 +284,8 @@ def top_influential(
         (q, k) and (n, k); lists for several checkpoints.
     top : int
         How many of each; fewer where the train store has fewer live rows.
-    curvature, damping, damping_mode, normalize, average_queries, rows, combine, device, workers, memory, progress
-        As for :func:`influence_scores`. Rows that no checkpoint saw (``rows=``) are in no list.
-    resume : path, optional
-        A folder to keep finished parts in: the same call, interrupted or killed, goes on from there. It is removed at
-        the end.
+    **options : ListOptions
+        See :mod:`ooc_influence.options`.
 
     Returns
     -------
@@ -314,11 +301,8 @@ def top_influential(
     MismatchError, CurvatureNotFoundError, StaleCurvatureError, SingularFisherError, MemoryBudgetError
         As for :func:`influence_scores`.
     """
-    scoring = ScoreRequest.open(
-        query, train, curvature, damping, damping_mode, normalize=normalize, average_queries=average_queries, rows=rows,
-        device=device, combine=combine,
-    )  # fmt: skip
-    lists = find_top(scoring, top, None, resume=resume, workers=workers, memory=memory, progress=progress)
+    scoring = ScoreRequest.open(query, train, options)
+    lists = find_top(scoring, top, None, options)
     return lists.ranked(scoring, 0)
 
 
@@ -367,11 +351,7 @@ def find_top(
     scoring: ScoreRequest,
     top: int,
     columns: Columns | None,
-    *,
-    resume: PathLike | None,
-    workers: int | None,
-    memory: int | str | None,
-    progress: bool | None,
+    options: ListOptions,
 ) -> Lists:
     """Return the best lists of every query, for every λ and module.
 
@@ -382,17 +362,16 @@ def find_top(
     """
     if top < 1:
         raise InputError(f"expected top >= 1; received {top}")
-    slots, top = check_workers(workers), min(top, scoring.n)
+    slots, top = check_workers(options["workers"]), min(top, scoring.n)
     modules = 1 if columns is None else len(columns[0])
-    parts = ScoreParts(resume, scoring.digest(kind="top", top=top, modules=modules))
-    blocks, block_rows = scoring.plan(
-        "top", memory, slots, top_costs(top, scoring.lambdas * scoring.q, scoring.n, modules), queries=parts.queries
-    )
+    parts = ScoreParts(options["resume"], scoring.digest(kind="top", top=top, modules=modules))
+    costs = top_costs(top, scoring.lambdas * scoring.q, scoring.n, modules)
+    blocks, block_rows = scoring.plan("top", options["memory"], slots, costs, queries=parts.queries)
     parts.begin()
     work = scoring.work(block_rows, columns)
     shape = (len(_SIDES), scoring.lambdas, modules, scoring.q, top)
     found = Lists(np.empty(shape, np.float32), np.empty(shape, np.int64), np.empty(scoring.q))
-    with Progress("top", len(blocks) * scoring.n, progress) as bar:
+    with Progress("top", len(blocks) * scoring.n, options["progress"]) as bar:
         for start, stop in blocks:
             left = scoring.left(start, stop)
             found.outside[start:stop] = left.outside

@@ -12,15 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ooc_influence.errors import InputError
+from ooc_influence.options import Weighting
 from ooc_influence.store import GradientStore, read_into
 
-Weighting = Literal["ggn", "trak"]
 LOSS_FLOOR = 1e-6  # smaller losses count as this one: their weights would rest on a loss's last bits
 ONE_LABEL = "cross_entropy"  # the loss_kind the formulas hold for
 

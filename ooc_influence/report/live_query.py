@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 from typing_extensions import override
 
-from ooc_influence.errors import InputError, MismatchError, OocInfluenceError
+from ooc_influence.errors import InputError, OocInfluenceError
+from ooc_influence.fingerprint import check_same
 from ooc_influence.progress import optional_library, watched
 from ooc_influence.report.examples import TEXT_LIMIT, Corpus, Examples, ImageFolder
 from ooc_influence.report.write import Report
@@ -182,16 +183,14 @@ class Model(ABC):
         MismatchError
             If it was not.
         """
-        from ooc_influence.extract.fingerprint import fingerprint_as, short_fingerprint
+        from ooc_influence.extract.fingerprint import fingerprint_as
 
         expected = train.model_fingerprint
-        received = fingerprint_as(self.module, expected)
-        if expected != received:
-            raise MismatchError(
-                f"expected the model that {train.path} was made with, fingerprint {short_fingerprint(expected)}; "
-                f"received {self.name}, {short_fingerprint(received)}: name the model that extract was given (with "
-                "its --adapter, --revision, --model-dtype), or leave it out to serve the pages alone"
-            )
+        check_same(
+            train.path, {"model": expected}, {"model": fingerprint_as(self.module, expected)},
+            "name the model that extract was given (with its --adapter, --revision, --model-dtype), or leave it out to "
+            "serve the pages alone", other=self.name,
+        )  # fmt: skip
 
     def _check_once(self) -> bool:
         """Return whether to compare a query's entries with autograd: for the first of a session."""

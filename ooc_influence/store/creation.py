@@ -7,7 +7,6 @@ holds Python objects other than text.
 from __future__ import annotations
 
 import datetime
-import hashlib
 import json
 import socket
 import uuid
@@ -28,6 +27,7 @@ from ooc_influence.errors import (
     StoreWriteError,
     refused,
 )
+from ooc_influence.fingerprint import json_digest
 from ooc_influence.store import commits, paths
 from ooc_influence.store.arrays import create_array, open_group, read_whole
 from ooc_influence.store.claim import Claim, claimed_rows, make_claim, may_write, read_claims
@@ -155,7 +155,7 @@ def _tells_reduction(facts: Any) -> bool:
 def attributes_digest(attrs: Mapping[str, Any]) -> str:
     """Return the SHA-256 over a store's attributes, themselves stored without it."""
     rest = {name: value for name, value in attrs.items() if name != "digest"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    return json_digest(rest)
 
 
 def open_array(group: Any, name: str, where: object) -> Any:

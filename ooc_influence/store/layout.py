@@ -106,6 +106,10 @@ class Storage:
                 raise InputError(f"expected {name} >= 1; received {value!r}")
         parse_codec(self.codec)
 
+    def over(self, layout: Layout) -> dict[str, Any]:
+        """Return these settings by name, those not given as ``layout`` has them."""
+        return {name: getattr(self, name) or value for name, value in layout.storage.items()}
+
     def sizes(self, k: int, dtype: Representation, planned_rows: int | None = None) -> tuple[int, int]:
         """Return rows a chunk and chunks a group, for ``k`` numbers a row.
 
@@ -160,6 +164,11 @@ class Layout:
     codec: str | None = None
     column_scale: bool = False
     block: int | None = None
+
+    @property
+    def storage(self) -> dict[str, Any]:
+        """Chunking and codec by name, as :class:`Storage` has them."""
+        return {name: getattr(self, name) for name in ("chunk_rows", "group_chunks", "codec")}
 
     @property
     def group_rows(self) -> int:

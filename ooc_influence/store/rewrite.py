@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from ooc_influence.errors import InputError, MismatchError, StoreDamagedError
+from ooc_influence.errors import InputError, StoreDamagedError
+from ooc_influence.fingerprint import array_digest, check_same
 from ooc_influence.progress import Progress
 from ooc_influence.store import commits, paths
 from ooc_influence.store.commits import SmallValues
@@ -91,26 +92,20 @@ def merge_stores(
 
 def _check_alike(first: GradientStore, other: GradientStore) -> None:
     def facts(store: GradientStore) -> dict[str, Any]:
-        layout = store.layout
-        scale = None if store.column_scale is None else store.column_scale.tobytes()
-        return {
-            "mask digest": store.mask_digest,
-            "reduction": store.columns_digest,
-            "model": store.model_fingerprint,
+        layout, scale = store.layout, store.column_scale
+        return store.fingerprints | {
             "loss_kind": store.attrs.get("loss_kind"),
             "dtype": layout.dtype,
             "block": layout.block,
-            "column_scale": scale,
+            "column_scale": None if scale is None else array_digest(scale),
             "ids": layout.ids,
             "columns": layout.columns,
         }
 
-    for (what, expected), received in zip(facts(first).items(), facts(other).values(), strict=True):
-        if expected != received:
-            raise MismatchError(
-                f"expected stores of one {what} to merge; received {first.path} and {other.path}, where it differs: "
-                "extract one of them again, with like= (--like) the other"
-            )
+    check_same(
+        first.path, facts(first), facts(other), "extract one of them again, with like= (--like) the other",
+        other=other.path,
+    )  # fmt: skip
 
 
 def _inherited(store: GradientStore, sources: list[str]) -> dict[str, Any]:

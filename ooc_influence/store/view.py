@@ -200,6 +200,11 @@ class StoreView:
         return columns_digest(self.mask_digest, self._attrs.get("reduction"))
 
     @property
+    def fingerprints(self) -> dict[str, str | None]:
+        """What has to be the same for rows of two stores to be compared: of the columns, and of the model."""
+        return {"mask and basis": self.columns_digest, "model": self.model_fingerprint}
+
+    @property
     def reduction(self) -> Reduction | None:
         """What masked rows were multiplied by (read on first use); None where rows hold the kept entries themselves."""
         if self.is_reduced and self._reduction is None:

@@ -174,7 +174,7 @@ def table(kept: dict[tuple[str, str], Result]) -> str:
     counts = summary(list(kept.values()))
     parts = [
         f"{counts['families']} families in two modes: {counts['right']} right, {counts['refused']} refused, "
-        f"{counts['silently_wrong']} silently wrong; worst error of what is stored right {counts['worst']:.1e}.\n"
+        f"{counts['silently_wrong']} silently wrong; largest error among the correct ones {counts['worst']:.1e}.\n"
     ]
     for module in FIELDS:
         field = module.__name__.rpartition(".")[2]

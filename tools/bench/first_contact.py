@@ -1,4 +1,4 @@
-"""What a first look takes: seconds and megabytes from a fresh clone to the demo's result, and how many commands.
+"""From a fresh clone to the demo's result: seconds, megabytes, and commands.
 
 The repository as it is committed is cloned to a temporary folder, where ``./tools/demo`` makes its own .venv. What that
 takes depends on the package index, on pip's cache and on the machine; the demo alone is timed by a second run of it.

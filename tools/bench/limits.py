@@ -1,4 +1,4 @@
-"""What the machine can do with a store at most: seconds for all of its rows, to hold the engine against.
+"""Upper limits of the machine on a store: seconds for all of its rows, to compare the engine with.
 
 Products are of random blocks as large as the engine's, by the best BLAS at hand.
 """

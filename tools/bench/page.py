@@ -1,10 +1,10 @@
-"""The tables of docs/benchmarks.md, from the runs that are kept in tools/bench/results.jsonl.
+"""Write the tables of docs/benchmarks.md from the runs in tools/bench/results.jsonl.
 
-A line of that file is a run: script, arguments, date, machine, and the JSON that the script ended with. The page shows
-the ratios in it, never a time; what has no run in the file is listed as such.
+Each line of that file is a run: script, arguments, date, machine, and the JSON that the script ended with. The page
+shows ratios, never times, and lists the scripts that have no run in the file.
 
-Run: python tools/bench/page.py [--run SCRIPT [ARGUMENTS]]. Without --run the page is written anew from the file; with
-it the benchmark SCRIPT (store, memory, ...) runs first, and takes the place of its earlier run in the file.
+Run: python tools/bench/page.py [--run SCRIPT [ARGUMENTS]]. With --run, the benchmark SCRIPT (store, memory, ...) runs
+first, and its result replaces that of its earlier run in the file.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ BENCH = Path(__file__).resolve().parent
 RESULTS = BENCH / "results.jsonl"
 PAGE = BENCH.parent.parent / "docs" / "benchmarks.md"
 MEANING = {
-    "extraction": "of times, below 1 is quicker",
-    "memory": "of peaks, the smaller the better",
+    "extraction": "of times, below 1 is faster",
+    "memory": "of peaks, smaller is better",
     "rows_memory": "of peaks, 1 is flat",
-    "selfcheck": "of times, the smaller the better",
+    "selfcheck": "of times, smaller is better",
 }
 BEGIN, END = "<!-- made by tools/bench/page.py -->\n", "<!-- end of what is made -->\n"
 OTHERWISE = ("families",)  # scripts whose results are a page of their own
@@ -52,7 +52,7 @@ def read_results(path: Path = RESULTS) -> list[dict[str, Any]]:
 
 
 def ratios(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Yield what was measured, against what, and the ratio; a measurement that is void is said to be."""
+    """Yield what was measured, against what, and the ratio, which may be void."""
     for key, value in result.items():
         ours, over, limit = key.partition("_over_")
         if over and not isinstance(value, (dict, list)):
@@ -61,34 +61,34 @@ def ratios(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
 
 
 def command(run: dict[str, Any]) -> str:
-    """Return what was typed."""
+    """Return the command line of a run."""
     return " ".join(["python", f"tools/bench/{run['script']}.py", *run["arguments"]])
 
 
 def tables(runs: list[dict[str, Any]]) -> str:
-    """Return the Markdown of all tables, and the list of what is not in them."""
+    """Return the Markdown of all tables, and the list of scripts without one."""
     parts = []
     for run in runs:
         lines = [f"### {run['script']}", "", summary(run["script"]), ""]
         lines += [f"`{command(run)}`, {run['machine']}, {run['date']}:", ""]
-        meaning = MEANING.get(run["script"], "of rates, above 1 is quicker")
+        meaning = MEANING.get(run["script"], "of rates, above 1 is faster")
         lines += [f"| ours | over | ratio ({meaning}) |", "|---|---|---|"]
         lines += [f"| {' | '.join(row)} |" for row in ratios(run["result"])]
         parts.append("\n".join(lines) + "\n")
     missing = [name for name in benchmarks() if name not in {run["script"] for run in runs}]
     if missing:
         rest = [f"- `python tools/bench/{name}.py`: {summary(name)}" for name in missing]
-        parts.append("\n".join(["### Not in these tables: run it", "", *rest]) + "\n")
+        parts.append("\n".join(["### Not in these tables", "", *rest]) + "\n")
     return "\n".join(parts)
 
 
 def render(page: str, runs: list[dict[str, Any]]) -> str:
-    """Return a page with its made part made anew."""
+    """Return a page with its generated part updated."""
     return replace_made(page, tables(runs), "tools/bench/page.py")
 
 
 def replace_made(page: str, made: str, script: str) -> str:
-    """Return a page with the part that a script makes replaced."""
+    """Return a page in which the part that a script generates is replaced."""
     begin = BEGIN.replace("tools/bench/page.py", script)
     before, _, rest = page.partition(begin)
     after = rest.partition(END)[2]
@@ -96,7 +96,7 @@ def replace_made(page: str, made: str, script: str) -> str:
 
 
 def measure(name: str, arguments: list[str], machine: str) -> None:
-    """Run a benchmark, and keep its result in place of its earlier one."""
+    """Run a benchmark, and replace its earlier result."""
     script = [sys.executable, BENCH / f"{name}.py", *arguments]
     done = subprocess.run(script, stdout=subprocess.PIPE, text=True, check=True)
     run = {"script": name, "arguments": arguments, "date": datetime.date.today().isoformat(), "machine": machine}

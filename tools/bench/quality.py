@@ -1,4 +1,4 @@
-"""How good the compressed scores are: the linear datamodeling score (LDS) on MNIST, against retrained models.
+"""Quality of compressed scores: the linear datamodeling score (LDS) on MNIST, against retrained models.
 
 Truth: 100 models (MLP 784-128-64-10, dropout 0.1 behind each ReLU, SGD 0.01, momentum 0.9, batch 64, 50 epochs), each
 trained on a random half of 5000 images, measured by minus the loss on each of 500 others. Scores: of one such model,
@@ -217,7 +217,7 @@ def score(truth: Truth, runs: Runs, folder: Path, job: tuple[str, int]) -> dict[
     curvature = ooc.fit_fisher(train)
     found = {}
     for damping in (*GRID, DOTS):
-        scores = ooc.influence_scores(stores["test"], train, curvature, damping)
+        scores = ooc.influence_scores(stores["test"], train, curvature=curvature, damping=damping)
         result = lds(scores, runs.subsets, runs.outcomes)
         found[repr(damping)] = [result.mean, result.standard_error, result.subset_error()]
     facts = {"numbers": train.k, "kept": train.mask.k, "default": curvature.damping, "lds": found,

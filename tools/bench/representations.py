@@ -1,4 +1,4 @@
-"""What each representation and codec costs and keeps: bytes a row, write and read rate, and the ranking of scores.
+"""Cost and fidelity of each representation and codec: bytes a row, write and read rate, and the ranking of scores.
 
 Rows are masked gradients of a real model: the demo's classifier of handwritten digits (scikit-learn's), extracted once
 in float32. Fidelity is Spearman's rank correlation of all influence scores with the float32 store's. Rates are taken on

@@ -1,4 +1,4 @@
-"""Peak memory of what is known of rows before the first is computed: ids, and the rows that documents make.
+"""Peak memory of the bookkeeping before the first row is computed: ids, and the rows of documents.
 
 Each measurement is a fresh process that samples its own anonymous resident memory (RssAnon); pages of mapped files are
 told apart (RssFile). Ids are strings, made when they are asked for. Documents are two-word texts with an id and a kept

@@ -1,4 +1,4 @@
-"""What the gradient self-check costs, and how long a run with adapters takes before its second batch.
+"""Cost of the gradient self-check, and the time before the second batch of a run with adapters.
 
 Two models with random weights: the decoder of extraction.py (27 M parameters) and a Llama of 135 M parameters (the
 shape of SmolLM-135M; needs transformers), whole and with LoRA adapters (needs peft). Measured round by round:

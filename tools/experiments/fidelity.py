@@ -57,7 +57,7 @@ class Scored:
     def line(self, way: str, train: Any, test: Any, weights: str | None = None) -> Result:
         """Return a line of the table."""
         curvature = ooc.fit_fisher(train, weights=weights)
-        scores = ooc.influence_scores(test, train, curvature, [*GRID, curvature.damping]).compute()
+        scores = ooc.influence_scores(test, train, curvature=curvature, damping=[*GRID, curvature.damping]).compute()
         found = [lds(one, self.runs.subsets, self.runs.outcomes).mean for one in scores]
         best = int(np.argmax(found[:-1]))
         size = train.layout.encoding.row_bytes

@@ -79,7 +79,7 @@ def ranking(task: Task, way: str, aim: Rows, seed: int) -> np.ndarray:
         chosen = compressor(way, p, task.train_rows, seed, layers)
         train = ooc.extract_gradients(model, task.loss, batches(task.train), f"{place}/train", compressor=chosen)
         query = ooc.extract_gradients(model, task.loss, batches(aim), f"{place}/query", like=train)
-        scores = ooc.influence_scores(query, train, ooc.fit_fisher(train), average_queries=True).compute()
+        scores = ooc.influence_scores(query, train, curvature=ooc.fit_fisher(train), average_queries=True).compute()
     return np.argsort(-scores[0], kind="stable")
 
 

@@ -124,10 +124,10 @@ def influence(way: str, seed: int, folder: Path, data: Path | None, n: int, q: i
         query = ooc.extract_gradients(model, loss, batches(tokens(texts.query)), f"{place}/query", like=train)
         fit = ooc.fit_fisher(train)
         found = {
-            "influence": ooc.influence_scores(query, train, fit),
-            "influence, cosine": ooc.influence_scores(query, train, fit, normalize="cosine"),
-            "dot products": ooc.influence_scores(query, train, False),
-            "gradient cosine": ooc.influence_scores(query, train, False, normalize="cosine"),
+            "influence": ooc.influence_scores(query, train, curvature=fit),
+            "influence, cosine": ooc.influence_scores(query, train, curvature=fit, normalize="cosine"),
+            "dot products": ooc.influence_scores(query, train, curvature=False),
+            "gradient cosine": ooc.influence_scores(query, train, curvature=False, normalize="cosine"),
         }
         return {name: shares(scores.compute(), texts) for name, scores in found.items()}
 

@@ -147,7 +147,9 @@ def explain(task: Task, kind: str, number: int, size: Sizes, folder: Path) -> Re
         for each in ways:
             held, queries, curvature = stores(task, model, train, size, Path(name), each, number)
             lambdas = dampings(curvature)
-            scores = ooc.influence_scores(queries, held, curvature, lambdas, "absolute").compute()
+            scores = ooc.influence_scores(
+                queries, held, curvature=curvature, damping=lambdas, damping_mode="absolute"
+            ).compute()
             credit = (subsets[:, rows] * factor).astype(np.float32)
             found[each] = np.einsum("lqn,mn->lmq", scores, credit, optimize=True)
             values[each] = [value * curvature.d / curvature.trace for value in lambdas]

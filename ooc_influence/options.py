@@ -1,0 +1,630 @@
+"""The options of scoring, fitting, extracting, reporting and planning, each defined once.
+
+A definition holds an option's type, its default, what it does, and how the command line names it. Functions take them
+as ``**options: Unpack[ScoringOptions]``, which type checkers read; :func:`takes` gives such a function the signature,
+the defaults and the docstring's entries, and refuses unknown names; commands make their flags from them
+(:mod:`ooc_influence.cli.options`). Nothing here imports NumPy or PyTorch.
+"""
+
+import difflib
+import functools
+import inspect
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypedDict, TypeVar, cast, get_args
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import numpy.typing as npt
+    import torch
+
+    from ooc_influence.compress import Compressor
+    from ooc_influence.curvature import Curvature
+    from ooc_influence.extract import AdamMetric, BudgetBatches
+    from ooc_influence.extract.data import Batches
+    from ooc_influence.extract.selection import ModuleSelection
+    from ooc_influence.store import GradientStore, PathLike, Reduction, Storage
+
+AnyCurvature: TypeAlias = "Curvature | PathLike | Literal[False] | None"
+
+DampingMode = Literal["relative", "absolute"]
+Normalize = Literal["cosine", "train"]
+Combine = Literal["mean", "query-margins", "margins"]
+Weighting = Literal["ggn", "trak"]
+Blocks = Literal["module", "diagonal"]
+OnNonFinite = Literal["raise", "skip"]
+DTYPES = ("float16", "bfloat16", "float32", "int8", "int4")
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option.
+
+    Attributes
+    ----------
+    default : object
+        Its value where none is given.
+    type : str
+        Its type, as docstrings say it.
+    doc : str
+        What it does, for docstrings.
+    help : str
+        What it does, for the command line; options without are of the library alone.
+    kind : type or "path"
+        What the command line parses a value as.
+    metavar : str, optional
+        What stands for a value in the command line's help.
+    choices : tuple of str
+        The values it may have.
+    multiple : bool
+        Whether the flag may be repeated.
+    flag : str, optional
+        The flag, where it is not named like the option; of an option that is True by default, what turns it off.
+    """
+
+    default: Any
+    type: str
+    doc: str
+    help: str = ""
+    kind: Any = str
+    metavar: str | None = None
+    choices: tuple[str, ...] = ()
+    multiple: bool = False
+    flag: str | None = None
+
+
+# fmt: off
+class Reporting(TypedDict, total=False):
+    """What every long call takes."""
+
+    progress: Annotated[bool | None, Option(None, "bool, optional", "Show a progress line; silent by default.")]
+
+
+class Budgeted(TypedDict, total=False):
+    """What a call within a memory budget takes."""
+
+    memory: Annotated[int | str | None, Option(
+        None, "int or str, optional",
+        'Memory budget of the process, such as ``"4GiB"``; default half of what is free, on a cluster half of a '
+        "worker's limit.",
+        "Memory budget, such as 4GiB. Default: half of what is free.", metavar="SIZE")]
+
+
+class Striped(Budgeted, Reporting, total=False):
+    """What a call takes whose rows are divided among workers."""
+
+    workers: Annotated[int | None, Option(
+        None, "int, optional",
+        "Ranges of rows worked on at once; default one with all cores, or the slots of the ambient Dask cluster.",
+        "Ranges of rows worked on at once. Default: one, with all cores.", kind=int, metavar="N")]
+
+
+class Resumable(TypedDict, total=False):
+    """What a call takes that can keep its finished parts."""
+
+    resume: Annotated["PathLike | None", Option(
+        None, "path, optional",
+        "A folder to keep finished parts in: the same call, interrupted or killed, continues from them. It is removed "
+        "at the end.",
+        "Keep finished parts in this folder: the same command continues from them. Removed at the end.",
+        kind="path", metavar="DIR")]
+
+
+class DampedOptions(Striped, total=False):
+    """Which curvature and λ scores are computed with."""
+
+    curvature: Annotated["AnyCurvature | Sequence[AnyCurvature]", Option(
+        None, "Curvature, str, path or False, or a list with one for each checkpoint",
+        'An object, a name in the train store, or a path; default the one named ``"default"``. False: none, for plain '
+        'dot products g_qᵀ g_i (with ``normalize="cosine"`` the cosine of the gradients).',
+        "Which curvature. Default: 'default' in TRAIN. With --also, one for all or one for each checkpoint.",
+        kind="path", metavar="NAME|PATH", multiple=True)]
+    damping: Annotated[float | Sequence[float] | None, Option(
+        None, "float or sequence of float, optional",
+        "Relative (λ = damping · tr(F)/d) or absolute; default the curvature's own, 0.1 relative. A sequence gives "
+        "results an axis of λ in front; the rows are read once for all.",
+        "Damping factor; may be repeated. Default: the curvature's (0.1, relative).", kind=float, multiple=True)]
+    damping_mode: Annotated[DampingMode, Option(
+        "relative", '{"relative", "absolute"}', "What ``damping`` means.",
+        "relative: λ = damping · tr(F)/d; absolute: λ = damping.", choices=get_args(DampingMode))]
+    device: Annotated[str | None, Option(
+        None, "str, optional", 'Multiply there with torch, such as ``"cuda"``; default NumPy\'s BLAS.',
+        "Multiply there, such as cuda. Default: NumPy's BLAS.")]
+
+
+class ScoringOptions(DampedOptions, total=False):
+    """What every score takes."""
+
+    rows: Annotated[Any, Option(
+        None, "(m,) int or (n,) bool, or a list with one of these or None for each checkpoint",
+        "The train rows a checkpoint was trained on. A row's score is the mean over the checkpoints that saw it; NaN "
+        "where none did.",
+        "Rows the checkpoint was trained on, as row numbers or a mask in a .npy file; others are not scored. With "
+        "--also, one for each checkpoint ('all': every row).", kind="path", metavar="FILE", multiple=True)]
+
+
+class Normalized(TypedDict, total=False):
+    """The unit of scores."""
+
+    normalize: Annotated[Normalize | None, Option(
+        None, '{"cosine", "train"}, optional',
+        'The unit. With |g| = √(gᵀ (F + λI)⁻¹ g), the root of self-influence: ``"cosine"`` divides by |g_q| and |g_i|, '
+        'so scores are in [-1, 1]; ``"train"`` by |g_i| only, which lowers rows that influence every query (RelatIF, '
+        "arXiv 2003.11630). A row without gradient scores 0.",
+        "cosine: scores in [-1, 1]; train: divide by the train row's norm (RelatIF).", choices=get_args(Normalize))]
+
+
+class PairOptions(ScoringOptions, Normalized, total=False):
+    """What scores of queries against train rows take."""
+
+    average_queries: Annotated[bool | str, Option(
+        False, "bool or str",
+        "True: one query, the mean of all. A column of the query store: one query for each of its values.",
+        "One query: the mean of all.")]
+    combine: Annotated[Combine, Option(
+        "mean", '{"mean", "query-margins", "margins"}',
+        "How several checkpoints are combined: by the mean of their scores; or, for one-label cross-entropy, by "
+        "margins of the queries, or of queries and rows as TRAK does (:mod:`ooc_influence.influence.checkpoints`).",
+        "How checkpoints are combined: by the mean of their scores, by margins of the queries, or by margins of "
+        "queries and rows as TRAK does.", choices=get_args(Combine))]
+
+
+class ListOptions(PairOptions, Resumable, total=False):
+    """What top lists and sums over groups take."""
+
+
+class SelfInfluenceOptions(ScoringOptions, Resumable, total=False):
+    """What self-influence takes."""
+
+
+class ReportOptions(DampedOptions, Normalized, total=False):
+    """What a report takes."""
+
+    top: Annotated[int, Option(
+        10, "int", "Proponents and opponents of each query.", "Proponents and opponents of a query.", kind=int)]
+    suspects: Annotated[int, Option(
+        500, "int", "Rows on the page of label errors: this many of largest self-influence, and of largest loss.",
+        "Rows on the page of label errors, by self-influence and by loss.", kind=int)]
+    by: Annotated[Sequence[str] | None, Option(
+        None, "sequence of str, optional",
+        "Columns of the store to sum scores by; default label and source, where they have few values.",
+        "Sum scores by this column; may be repeated. Default: label and source.", metavar="COLUMN", multiple=True)]
+    title: Annotated[str | None, Option(
+        None, "str, optional", "Title of the pages; default the store's name.",
+        "Title of the pages. Default: the store's name.")]
+
+
+class RowOptions(Striped, total=False):
+    """Which rows a curvature is of, and how they are weighted."""
+
+    rows: Annotated[Any, Option(
+        None, "slice, (start, stop), row numbers or (n,) bool, optional",
+        "Use these rows only; default all, those appended later included.",
+        "Use rows A to B - 1 only.", metavar="A:B")]
+    sample: Annotated[int | None, Option(
+        None, "int, optional",
+        "Use this many of the live ones, drawn at random without replacement. The error this is expected to make in F, "
+        "as a share of its Frobenius norm, is recorded.",
+        "Use N of them, drawn at random; shows the error of F to expect.", kind=int, metavar="N")]
+    seed: Annotated[int, Option(
+        0, "int", "Seed of the sample, and of the start of a subspace iteration.", "Seed of the sample.", kind=int)]
+    weights: Annotated["Weighting | npt.ArrayLike | None", Option(
+        None, '{"ggn", "trak"} or (n,) array, optional',
+        "w; default 1. The named ones follow from the rows' losses (:mod:`ooc_influence.linalg.rows`).",
+        "Weight rows by their losses.", choices=get_args(Weighting))]
+    force_weights: Annotated[bool, Option(
+        False, "bool",
+        "Accept named weights although the store does not say that its losses are one-label cross-entropy.",
+        "Weight rows whatever the loss is.")]
+
+
+class FittingOptions(RowOptions, total=False):
+    """What every fit takes."""
+
+    name: Annotated[str | None, Option(
+        None, "str, optional",
+        'Name of the curvature in the store; default ``"default"``, or ``"gram"`` of the dual method. Scores find '
+        'either.',
+        "Name of the curvature in the store. Default: 'default', with --method dual 'gram'.")]
+    out: Annotated["PathLike | None", Option(
+        None, "path, optional", "Save it there instead (for a store that cannot be written).",
+        "Save it there instead of in the store.", kind="path", metavar="PATH")]
+    refit: Annotated[bool, Option(
+        False, "bool", "Fit again although there is an up-to-date curvature; by default that one is returned.",
+        "Fit again although there is an up-to-date curvature.")]
+    device: Annotated[str | None, Option(
+        None, "str, optional",
+        'Multiply rows there, such as ``"cuda"`` (for the Gram matrix in float64); default the BLAS of NumPy or SciPy.',
+        "Multiply rows there, such as cuda. Default: the BLAS of NumPy or SciPy.")]
+
+
+class FisherOptions(FittingOptions, total=False):
+    """What a fit of the Fisher matrix takes."""
+
+    blocks: Annotated[Blocks | None, Option(
+        None, '{"module", "diagonal"}, optional',
+        "Instead of the whole, one Fisher matrix for each module's columns, with a spectrum and a λ of its own; or the "
+        "diagonal only, which is all there is to F in a rotated store (:mod:`ooc_influence.curvature.spectral`).",
+        "One matrix for each module; or the diagonal only, for a rotated store.", choices=get_args(Blocks))]
+    rank: Annotated[int | None, Option(
+        None, "int, optional",
+        "Find and keep the ``rank`` largest eigenvalues and their eigenvectors only, by the quickest way that fits the "
+        "budget (:mod:`ooc_influence.curvature.costs`): any number of columns fits. The rest of the trace counts as "
+        "spread evenly over the other directions.",
+        "Keep the R largest eigenvalues and their eigenvectors only: any number of columns fits.", kind=int,
+        metavar="R")]
+
+
+class ReduceOptions(Striped, total=False):
+    """What a reduction of a wide store takes."""
+
+    rows: Annotated[int | None, Option(
+        None, "int, optional",
+        "Rows the basis is made from, spread evenly over the store; default all of them, up to 131,072 or 64 for each "
+        "number kept. Fewer take less time, and leave out more of the other rows.",
+        "Rows the basis is made from. Default: all, up to 131072 or 64 R.", kind=int, metavar="N", flag="--pilot")]
+    weights: Annotated[Weighting | None, Option(
+        None, '{"ggn", "trak"}, optional',
+        "Weights of these rows (:mod:`ooc_influence.linalg.rows`), for one-label cross-entropy.",
+        "Row weights of the basis. Default: none.", choices=get_args(Weighting))]
+    like: Annotated["GradientStore | PathLike | None", Option(
+        None, "GradientStore or path, optional",
+        "A reduced train store whose basis to use instead: makes a query store. ``wide`` has its mask, or is reduced "
+        "with the basis that ``like`` was rotated from.",
+        "Use the basis of this reduced train store: makes a query store.", kind="path", metavar="TRAIN")]
+    rotate: Annotated[bool, Option(
+        False, "bool", "``wide`` is reduced already: write its rows in the eigenbasis of the F of all of them.",
+        "WIDE is reduced already: rotate it to the eigenbasis of the F of all its rows.")]
+    dtype: Annotated[str | None, Option(
+        None, '{"float16", "bfloat16", "float32", "int8", "int4"}, optional',
+        "Representation on disk; default float16, or that of an already reduced store.",
+        "Representation on disk. Default: float16; with --rotate as WIDE.", choices=DTYPES)]
+    storage: Annotated["Storage | None", Option(None, "Storage, optional", "Chunking and codec.")]
+
+
+class CreateOptions(TypedDict, total=False):
+    """What a new store is created with."""
+
+    dtype: Annotated[str, Option(
+        "float16", '{"float16", "bfloat16", "float32", "int8", "int4"}',
+        "Representation of the rows; float16 has a scale a row, int8 and int4 one for every 16 columns.")]
+    storage: Annotated["Storage | None", Option(None, "Storage, optional", "Chunking and codec.")]
+    planned_rows: Annotated[int | None, Option(
+        None, "int, optional", "Rows in all, where several writers divide the store.")]
+    ids: Annotated[str | None, Option(
+        None, '{"str", "int64"}, optional', "Type of the rows' ids; None for no ids.")]
+    columns: Annotated[Mapping[str, str] | None, Option(
+        None, "mapping of str to str, optional", "Name to dtype (bool, int64, float64, str) of per-row columns.")]
+    reduction: Annotated["Reduction | Mapping[str, Any] | None", Option(
+        None, "Reduction or mapping, optional",
+        "What masked rows are multiplied by before they are stored; as a mapping, the facts of one that is kept in "
+        "another store (with its ``path``).")]
+    column_scale: Annotated["npt.ArrayLike | None", Option(
+        None, "(k,), optional",
+        "Positive numbers that rows are divided by before they are encoded and multiplied by on reading.")]
+    attributes: Annotated[Mapping[str, Any] | None, Option(
+        None, "mapping, optional", "What else to record (compressor, model fingerprint, loss kind); JSON values.")]
+    exist_ok: Annotated[bool, Option(
+        False, "bool",
+        "Open the store that another process created in the meantime, if it has the same mask, instead of failing.")]
+
+
+class ExtractionOptions(Budgeted, Reporting, total=False):
+    """What of a model's gradients is stored, and how."""
+
+    compressor: Annotated["Compressor | Callable[[int], Compressor] | None", Option(
+        None, "Dropout, Gaussian, Rademacher, Sjlt, Grass, LoGra, Pca or Identity, optional",
+        "What to keep of each gradient; default ``Dropout()``. Also a function of p, the entries of the tapped layers, "
+        "that returns one.")]
+    like: Annotated["GradientStore | PathLike | None", Option(
+        None, "GradientStore or path, optional",
+        "A train store whose mask to use instead: makes a query store. The model must be the same.",
+        "Make a query store with the mask and basis of this train store.", kind="path", metavar="TRAIN")]
+    modules: Annotated["ModuleSelection", Option(
+        None, "str, sequence of str, callable, optional",
+        "Layers to tap: name patterns or a predicate ``(name, module) -> bool``; default every supported layer, or "
+        "those that are trained where the others are frozen. Patterns that begin with ``!`` leave layers out.",
+        "Layers by name pattern; '!PATTERN', in quotes, leaves some out. May be repeated.", metavar="PATTERN",
+        multiple=True)]
+    fallback: Annotated[bool, Option(
+        False, "bool",
+        "Tap selected layers of unknown kinds too, through ``torch.func``, at the cost of their full gradients.",
+        "Tap layers of unknown kinds too, at the cost of their full gradients.")]
+    dtype: Annotated[str, Option(
+        "float16", '{"float16", "bfloat16", "float32", "int8", "int4"}',
+        "Representation on disk; float16, int8 and int4 have a float32 scale a row.",
+        "Representation on disk; float16, int8 and int4 have a scale a row.", choices=DTYPES)]
+    device: Annotated["torch.device | str | None", Option(
+        None, "torch.device or str, optional", "Where to run; default where the model is.",
+        "Where to run, such as cuda. Default: where the model is.")]
+    storage: Annotated["Storage | None", Option(None, "Storage, optional", "Chunking and codec.")]
+    metric: Annotated["AdamMetric | None", Option(
+        None, "AdamMetric, optional", "Weight entries as the optimiser that trained the model did.")]
+    check_model: Annotated[bool, Option(
+        True, "bool",
+        "Refuse another model than the one ``store`` or ``like`` was made with; False warns and records it instead.",
+        "Continue although the model is not the one the store was made with; this is recorded.", flag="--other-model")]
+    check_gradients: Annotated[bool, Option(
+        True, "bool",
+        "Compare entries of the first and the last sample of the first batch with autograd's gradients of the loss "
+        "before a row is stored, for about one and a half training steps of two samples; what was verified is "
+        "recorded. A layer whose samples cannot be told apart, or whose weight is used without calling it, is left "
+        "out and named; one that differs goes through the fallback where that is allowed.",
+        "Store rows without comparing the first samples' entries with autograd's gradients; this is recorded.",
+        flag="--no-check")]
+
+
+class InitOptions(ExtractionOptions, total=False):
+    """What fixes a store that extraction fills."""
+
+    loss_kind: Annotated[str | None, Option(
+        None, "str, optional",
+        'Which loss it is, recorded: ``"cross_entropy"`` for one-label cross-entropy; row weights need to know.')]
+    pilot: Annotated["Batches | BudgetBatches | None", Option(
+        None, "iterable or callable, optional",
+        "Batches for the pilot that importance sampling and an eigenbasis need; default some of the data, spread "
+        "evenly where it can be addressed (a list, a DataLoader, a budget), else the first batches.")]
+    origin: Annotated[Mapping[str, Any] | None, Option(
+        None, "mapping, optional",
+        "What a new store's rows are made from, JSON values by name, such as the model's path and the data's: "
+        "recorded, and shown by ``info`` and on a report's page.")]
+
+
+class Sharded(TypedDict, total=False):
+    """How a run writes."""
+
+    shard: Annotated[tuple[int, int] | None, Option(
+        None, "(int, int), optional",
+        "This process is writer i of N (from 0) that fill one store together, on one machine or several that see the "
+        "same folder or object store. The number of rows has to be known: from the batches, or from "
+        ":func:`init_store`. A writer whose share is finished does nothing.",
+        "Be writer I of N (from 0) that fill one store together; see init.", metavar="I/N")]
+    on_nonfinite: Annotated[OnNonFinite, Option(
+        "raise", '{"raise", "skip"}',
+        "What to do with a sample whose loss or gradient has NaN or Inf: stop and name it, or record it as a dropped "
+        "row.",
+        "Samples with NaN or Inf: stop and name them, or record them as dropped rows.", choices=get_args(OnNonFinite))]
+
+
+class ExtractOptions(InitOptions, Sharded, total=False):
+    """What an extraction takes."""
+
+
+class LoadingOptions(TypedDict, total=False):
+    """How a Hugging Face model is loaded."""
+
+    task: Annotated[Literal["causal-lm", "classification"] | None, Option(
+        None, '{"causal-lm", "classification"}, optional',
+        "What to load it for; default what its adapter, or its configuration, says.",
+        "What the model is for. Default: as it says itself.", choices=("causal-lm", "classification"))]
+    adapter: Annotated["str | Path | None", Option(
+        None, "str or path, optional",
+        "A PEFT adapter to put on it. One with a classifier's head says how many classes there are.",
+        "A PEFT adapter to put on the model.", kind="path", metavar="DIR")]
+    tokenizer: Annotated["str | Path | None", Option(
+        None, "str or path, optional", "Where the tokenizer is, if not with the model.",
+        "Where the tokenizer is, if not with the model.", kind="path", metavar="DIR|ID")]
+    revision: Annotated[str | None, Option(
+        None, "str, optional", "Revision of the hub's repository.", "Revision of the hub's repository.")]
+    trust_remote_code: Annotated[bool, Option(
+        False, "bool", "Run Python code that comes with the model.", "Run Python code that comes with the model.")]
+    allow_pickle: Annotated[bool, Option(
+        False, "bool", "Load weights from ``.bin`` files too (with ``weights_only``).",
+        "Load weights that are not in safetensors.")]
+
+
+class FieldOptions(TypedDict, total=False):
+    """Which fields of a document are what."""
+
+    text: Annotated[str | None, Option(
+        None, "str, optional", "Field with running text; default the field ``text``, where no other form is named.",
+        "Running text. Default: the field 'text'.", metavar="FIELD")]
+    prompt: Annotated[str | None, Option(
+        None, "str, optional", "Field with a prompt: only the tokens of ``completion`` are targets.",
+        "With --completion: only the completion's tokens are targets.", metavar="FIELD")]
+    completion: Annotated[str | None, Option(
+        None, "str, optional", "Field with the completion of ``prompt``.", "See --prompt.", metavar="FIELD")]
+    messages: Annotated[str | None, Option(
+        None, "str, optional",
+        "Field with a chat, put through the tokenizer's template; the tokens of the assistant's last reply are "
+        "targets.",
+        "A chat; the tokens of the assistant's last reply are targets.", metavar="FIELD")]
+    label: Annotated[str | None, Option(
+        None, "str, optional", "With ``text``: field with the class, for sequence classification.",
+        "With --text: the class, for sequence classification.", metavar="FIELD")]
+    chat: Annotated[bool, Option(
+        False, "bool", "Put prompt and completion through the chat template, as a user's and an assistant's turn.",
+        "Put prompt and completion through the tokenizer's chat template.")]
+    id: Annotated[str | None, Option(
+        None, "str, optional", "Field with the document's name; default its number.",
+        "The document's name. Default: its number.", metavar="FIELD")]
+    keep: Annotated[Sequence[str], Option(
+        (), "sequence of str", "Further fields, kept as columns.", "Keep a field as a column; may be repeated.",
+        metavar="FIELD", multiple=True)]
+
+
+class DocumentOptions(FieldOptions, LoadingOptions, total=False):
+    """How rows are made of documents, and the model is loaded."""
+
+    split: Annotated[str | None, Option(None, "str, optional", "Which split, of a folder that has several.")]
+    on_missing: Annotated[OnNonFinite, Option(
+        "raise", '{"raise", "skip"}', "Documents whose text is missing: name the first and stop, or leave them out.",
+        "Documents whose text is missing: name the first and stop, or leave them out.", choices=get_args(OnNonFinite))]
+    max_length: Annotated[int | None, Option(
+        None, "int, optional", "Tokens of a row; default the model's context.",
+        "Tokens of a row. Default: the model's context.", kind=int, metavar="N")]
+    tokens: Annotated[int | None, Option(
+        None, "int, optional", "Tokens of a batch, padding included; default 8192, on a CPU 2048.",
+        "Tokens of a batch, padding included. Default: 8192; on a CPU 2048.", kind=int, metavar="N")]
+    batch_size: Annotated[int | None, Option(
+        None, "int, optional", "Most rows of a batch.", "Most rows of a batch.", kind=int, metavar="N")]
+    reduction: Annotated[Literal["mean", "sum"], Option(
+        "mean", '{"mean", "sum"}', "Whether a row's loss is the mean or the sum of its tokens' losses.",
+        "Whether a row's loss is the mean or the sum of its tokens' losses.", choices=("mean", "sum"),
+        flag="--loss-reduction")]
+    model_dtype: Annotated[str, Option(
+        "auto", '{"auto", "float32", "bfloat16", "float16", "8bit"}',
+        "Type of the model's weights; auto: as saved. 8bit needs ``bitsandbytes``.",
+        "Type of the model's weights; auto: as saved.", choices=("auto", "float32", "bfloat16", "float16", "8bit"))]
+    output: Annotated[Literal["gradients", "curvature"], Option(
+        "gradients", '{"gradients", "curvature"}',
+        '``"curvature"``: rows of randomly signed token gradients (:class:`SignedLoss`), for a Gauss-Newton matrix; '
+        'with '
+        "``like``.",
+        "curvature: rows of randomly signed token gradients, for a Gauss-Newton matrix; needs --like.",
+        choices=("gradients", "curvature"))]
+    documents: Annotated[int | None, Option(
+        None, "int, optional", "Use this many documents, spread evenly; default all.",
+        "Use N documents, spread evenly. Default: all.", kind=int, metavar="N")]
+    weights: Annotated[Literal["ggn"] | None, Option(
+        None, '{"ggn"}, optional', "Weights of the tokens of curvature rows; default none.",
+        "Weights of the tokens of curvature rows. Default: none.", choices=("ggn",), flag="--token-weights")]
+    sign_seed: Annotated[int, Option(
+        0, "int", "Seed of the signs of curvature rows.", "Seed of the signs of curvature rows.", kind=int)]
+
+
+class HuggingFaceOptions(DocumentOptions, ExtractionOptions, Sharded, total=False):
+    """What an extraction from a Hugging Face model takes."""
+
+
+class RetrainOptions(Reporting, total=False):
+    """How models are retrained."""
+
+    settings: Annotated[Mapping[str, Any] | None, Option(
+        None, "mapping, optional",
+        "What the runs depend on besides the rows (learning rate, epochs, data version), JSON values: a folder of runs "
+        "with other settings is refused.")]
+    workers: Annotated[int, Option(
+        1, "int",
+        "Processes that train at once; each has its share of the cores. With more than one, ``train`` and ``measure`` "
+        "are sent to them: functions of a module, in a script that guards its start with ``__name__ == '__main__'``.")]
+
+
+class CheckOptions(Budgeted, Reporting, total=False):
+    """What a check of a store against uncompressed scores takes."""
+
+    rows: Annotated[int, Option(
+        256, "int", "Samples, at least 32; one in eight becomes a query.",
+        "Samples to compare on; one in eight is a query.", kind=int)]
+    dampings: Annotated[Sequence[float], Option(
+        (0.01, 0.1, 1.0, 10.0), "sequence of float",
+        "Relative dampings to compare at; the default one is always among them.",
+        "Relative dampings beside the default; may be repeated. Default: 0.01, 1, 10.", kind=float, metavar="X",
+        multiple=True, flag="--damping")]
+    device: Annotated["torch.device | str | None", Option(
+        None, "torch.device or str, optional", "Where to run; default where the model is.",
+        "Where to run, such as cuda. Default: where the model is.")]
+    folder: Annotated["str | Path | None", Option(
+        None, "path, optional", "Where temporary rows are written; default the system's folder for such files.")]
+
+
+class PlanOptions(Budgeted, total=False):
+    """What a plan is for."""
+
+    queries: Annotated[int, Option(100, "int", "Query rows.", "Query rows.", kind=int, metavar="Q")]
+    dtype: Annotated[str, Option(
+        "float16", '{"float16", "bfloat16", "float32", "int8", "int4"}', "Representation on disk.",
+        "Representation on disk.", choices=DTYPES)]
+    reduce: Annotated[int | None, Option(
+        None, "int, optional", "Numbers that kept entries are reduced to.",
+        "Numbers that kept entries are reduced to. Default: none.", kind=int, metavar="R")]
+    top: Annotated[int, Option(100, "int", "Rows of a top list.", "Rows of a top list.", kind=int)]
+    dampings: Annotated[int, Option(1, "int", "Damping values at once.", "Damping values at once.", kind=int)]
+    workers: Annotated[int, Option(
+        1, "int", "Ranges of rows worked on at once in a process.", "Ranges of rows worked on at once.", kind=int,
+        metavar="W")]
+    gflops: Annotated[float | None, Option(
+        None, "float, optional", "10⁹ float32 FLOP in a second; default measured here, in about two seconds.",
+        "10^9 float32 FLOP in a second. Default: measured here.", kind=float)]
+    read_rate: Annotated[float | None, Option(
+        None, "float, optional", "Bytes read in a second; default measured here.",
+        "Bytes read from the disk in a second. Default: measured here.", metavar="SIZE")]
+    folder: Annotated["PathLike", Option(
+        ".", "path", "Where the stores will be: the disk that is measured.",
+        "Where the stores will be: the disk measured. Default: here.", kind="path", metavar="DIR")]
+# fmt: on
+
+
+Options = TypeVar("Options", bound=Mapping[str, Any])
+Function = TypeVar("Function", bound=Callable[..., Any])
+_LAST = ("device", "workers", "memory", "progress")  # what a call takes from the machine, listed after what it does
+
+
+def definitions(kind: type[Any]) -> dict[str, Option]:
+    """Return the options of a kind by name, in the order they are listed."""
+    found = {name: get_args(hint)[1] for name, hint in kind.__annotations__.items()}
+    return {name: found[name] for name in sorted(found, key=lambda name: _LAST.index(name) if name in _LAST else -1)}
+
+
+def complete(kind: type[Options], options: Mapping[str, Any]) -> Options:
+    """Return options with the defaults of those that are missing."""
+    defaults = {name: option.default for name, option in definitions(kind).items()}
+    return cast(Options, {**defaults, **options})
+
+
+def takes(kind: type[Any]) -> Callable[[Function], Function]:
+    """Give a function that takes ``**options: Unpack[kind]`` the signature, defaults and docstring of its options.
+
+    The docstring's entry ``**options`` is replaced by one for each option; calls get every option, and unknown names
+    are refused with a :class:`TypeError` that names the closest one.
+    """
+    options = definitions(kind)
+    defaults = {name: option.default for name, option in options.items()}
+
+    def decorate(function: Function) -> Function:
+        signature = _signature(function, kind, options)
+
+        @functools.wraps(function)
+        def call(*arguments: Any, **named: Any) -> Any:
+            for name in named:
+                if name not in signature.parameters:
+                    raise TypeError(_unexpected(function.__name__, name, signature.parameters))
+            return function(*arguments, **(defaults | named))
+
+        call.__signature__ = signature  # type: ignore[attr-defined]
+        call.__doc__ = document(function.__doc__ or "", options)
+        return cast(Function, call)
+
+    return decorate
+
+
+def _signature(function: Callable[..., Any], kind: type[Any], options: Mapping[str, Option]) -> inspect.Signature:
+    """Return a function's signature with each option in the place of ``**options``."""
+    signature = inspect.signature(function)
+    own = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
+    further = [
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=option.default, annotation=_annotation(kind, name)
+        )
+        for name, option in options.items()
+    ]
+    return signature.replace(parameters=[*own, *further])
+
+
+def _annotation(kind: type[Any], name: str) -> Any:
+    annotation = get_args(kind.__annotations__[name])[0]
+    return getattr(annotation, "__forward_arg__", annotation)
+
+
+def _unexpected(function: str, name: str, parameters: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(name, parameters, n=1)
+    return f"{function}() got an unexpected keyword argument {name!r}" + (
+        f". Did you mean {close[0]!r}?" if close else ""
+    )
+
+
+def document(doc: str, options: Mapping[str, Option]) -> str:
+    """Return a docstring in which the entry ``**options`` is replaced by one for each option."""
+    lines = doc.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.strip().startswith("**options"))
+    indent = len(lines[start]) - len(lines[start].lstrip())
+    stop = start + 1
+    while stop < len(lines) and lines[stop].startswith(" " * (indent + 1)):
+        stop += 1
+    entries = []
+    for name, option in options.items():
+        entries.append(f"{' ' * indent}{name} : {option.type}")
+        entries.append(textwrap.indent("\n".join(textwrap.wrap(option.doc, 116 - indent)), " " * (indent + 4)))
+    return "\n".join([*lines[:start], *entries, *lines[stop:]])
