@@ -8,7 +8,6 @@ whole or not at all, and is durable once it has its name. A :class:`ResumableOut
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import logging
@@ -58,11 +57,6 @@ _SETTINGS, _CLAIMS = "settings.json", "commits"
 _FACTS = "ooc_influence_partial"
 _PARTS = re.compile(r"\.?(settings\.json|[a-z0-9-]+-\d+-\d+\.npz)(\.[0-9a-f]{32}\.partial)?")  # what may be removed
 _OTHER_CALL = "those of another call (other rows, curvature or settings)"
-
-
-def digest(facts: Any) -> str:
-    """Return the SHA-256 digest of JSON values."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 class ResumableOutput:
