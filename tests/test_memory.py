@@ -80,7 +80,9 @@ def test_memory_that_was_freed_is_not_held():
     script = """if True:
         import json
         from ooc_influence.cli.options import keep_freed_memory
-        from ooc_influence.memory import Need, Room, available, plan_block_rows, process_anonymous
+        from ooc_influence.memory import (
+            MemoryBudget, MemoryModel, available, plan_block_rows, process_anonymous
+        )
         assert keep_freed_memory()
         start, found = process_anonymous(), {}
         def take():
@@ -89,9 +91,9 @@ def test_memory_that_was_freed_is_not_held():
         found["kept"] = process_anonymous() - start
         available(1)
         found["still kept"] = process_anonymous() - start
-        found["held"] = Room.of("4GiB").held - start
+        found["held"] = MemoryBudget.of("4GiB").held - start
         take()
-        plan_block_rows(Need("a stage", 2**27, 0, 0), start + 2**28)  # fits, with what every stage needs besides
+        plan_block_rows(MemoryModel("a stage", 2**27, 0, 0), start + 2**28)  # fits, with what every stage needs besides
         take()
         available(2**60)
         found["short"] = process_anonymous() - start
