@@ -113,7 +113,8 @@ def test_reduce_and_rotate(run, stores):  # noqa: F811
     assert 0 < facts["reduction"]["left_out"] < facts["measured"]["left_out"] < 1
     code, out, err = run("reduce train.zarr r.zarr")  # nothing left to do
     assert (code, err) == (2, err)
-    assert "the weights of the store" in err and ", ggn; received none" in err
+    assert "the weights of the store" in err
+    assert ", ggn; received none" in err
     code, out, err = run("reduce train.zarr r.zarr --weights ggn")
     assert (code, err) == (0, "")
     assert "20 of 200 directions leave out" in out

@@ -304,7 +304,7 @@ def test_a_straddling_batch(tmp_path):
     store = extract(tmp_path / "s.zarr", batches=batches(x, y, 12))
     assert_array_equal(store.rows(), whole.rows())
     extract(tmp_path / "t.zarr", batches=batches(x[:16], y[:16], 12))
-    with pytest.raises(MismatchError, match="losses stored in .* the data or its order changed"):
+    with pytest.raises(MismatchError, match=r"losses stored in .* the data or its order changed"):
         extract(tmp_path / "t.zarr", batches=batches(x.flip(0), y.flip(0), 12))
 
 
@@ -626,7 +626,7 @@ def test_inference_mode(tmp_path):
 def test_other_data_of_the_same_length_is_noticed(tmp_path):
     extract(tmp_path / "s.zarr")
     x, y = data(Mlp, 50, seed=7)
-    with pytest.raises(MismatchError, match="losses stored in .* the data or its order changed"):
+    with pytest.raises(MismatchError, match=r"losses stored in .* the data or its order changed"):
         extract(tmp_path / "s.zarr", batches=batches(x, y, 8))
 
 
@@ -738,7 +738,7 @@ def test_first_row_and_sharding_exclude_each_other(tmp_path):
 
 def test_ids_have_to_be_the_data_s(tmp_path):
     extract(tmp_path / "s.zarr", ids=list(range(50)))
-    with pytest.raises(MismatchError, match="ids stored in .* the data or its order changed"):
+    with pytest.raises(MismatchError, match=r"ids stored in .* the data or its order changed"):
         extract(tmp_path / "s.zarr", ids=list(range(1, 51)))
     with pytest.raises(InputError, match="expected 50 values of example_id"):
         extract(tmp_path / "t.zarr", ids=list(range(60)))

@@ -166,7 +166,7 @@ def test_a_model_recorded_otherwise(tmp_path):
     for store in stores.values():
         fit_fisher(store)
         assert influence_scores(store, store).compute().shape == (30, 30)
-    with pytest.raises(MismatchError, match="the model of .*, b; received a of"):
+    with pytest.raises(MismatchError, match=r"the model of .*, b; received a of"):
         influence_scores(stores["a"], stores["b"])
     plain = write_store(tmp_path / "plain.zarr", rows)
     assert influence_scores(plain, stores[None]).compute().shape == (30, 30)
@@ -178,7 +178,7 @@ def test_another_model_for_a_store_without_one(tmp_path):
     with GradientStore.open(store, mode="a") as opened:
         opened.record(model=None)
     source = batches(*data(Mlp, 4), 4)
-    with pytest.raises(MismatchError, match="the model of .*, none; received"):
+    with pytest.raises(MismatchError, match=r"the model of .*, none; received"):
         extract_gradients(model, loss, source, tmp_path / "q.zarr", like=store)
     with pytest.warns(OocInfluenceWarning, match="--other-model"):
         query = extract_gradients(model, loss, source, tmp_path / "q.zarr", like=store, check_model=False)

@@ -379,7 +379,7 @@ def test_a_curvature_of_another_model_is_refused(tmp_path):
     stores = [
         write_store(tmp_path / f"{name}.zarr", rows, attributes={"model": {"fingerprint": name}}) for name in "ab"
     ]
-    with pytest.raises(MismatchError, match="the model of .*, a; received b of"):
+    with pytest.raises(MismatchError, match=r"the model of .*, a; received b of"):
         self_influence(stores[0], curvature=fit_fisher(stores[1]))
 
 

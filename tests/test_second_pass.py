@@ -344,7 +344,7 @@ def test_what_is_at_the_target_has_to_be_the_same_run(tmp_path, wide, monkeypatc
     other = make_wide(tmp_path / "other")
     with pytest.raises(MismatchError, match="source"):
         reduce_store(other, tmp_path / "s", R, rows=200)
-    with pytest.raises(MismatchError, match="source.* of .*, none"):
+    with pytest.raises(MismatchError, match=r"source.* of .*, none"):
         reduce_store(wide, other.path, R)
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "file").write_text("mine")
