@@ -28,12 +28,16 @@ from ooc_influence.linalg.accumulate import tile_side
 from ooc_influence.linalg.backend import choose_engine
 from ooc_influence.memory import MemoryModel, budget_bytes, format_bytes, held_now, plan_block_rows
 from ooc_influence.parallel import blas_threads
-from ooc_influence.store import PathLike, Storage, parse_representation
-from ooc_influence.store.encoding import Encoding
-from ooc_influence.store.layout import Layout
-from ooc_influence.store.local import map_file
-from ooc_influence.store.verify import verify_memory
-from ooc_influence.store.writer import BUFFERS
+from ooc_influence.store import (
+    BUFFERS,
+    Encoding,
+    Layout,
+    PathLike,
+    Storage,
+    map_file,
+    parse_representation,
+    verify_memory,
+)
 
 _SIDE = 1024  # of the matrices multiplied
 _EIGEN_SIDE = 448

@@ -54,6 +54,124 @@ def test_imports_go_one_way():
         assert not upwards, f"{own} imports {upwards}"
 
 
+MODULES = {"ooc_influence." + ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in FILES}
+MODULES = {name.removesuffix(".__init__"): path for name, path in MODULES.items()}
+# modules that are not loaded with their package, because what they need is heavy or optional: imported when it is used
+NOT_IN_THE_INTERFACE = {
+    "ooc_influence.cli.main",  # the command
+    "ooc_influence.linalg.device",  # torch
+    "ooc_influence.report.server", "ooc_influence.report.live_query",  # a server; torch
+}  # fmt: skip
+# imports around an interface that are still to be removed
+DEEP: set[tuple[str, str]] = {
+    ("cli/extraction.py", "evaluate.agreement"),
+    ("cli/extraction.py", "extract.recipe"),
+    ("cli/extraction.py", "hf.extraction"),
+    ("cli/reporting.py", "extract.recipe"),
+    ("curvature/costs.py", "linalg.accumulate"),
+    ("curvature/dual.py", "linalg.accumulate"),
+    ("curvature/dual.py", "linalg.backend"),
+    ("curvature/fit.py", "linalg.backend"),
+    ("curvature/low_rank.py", "linalg.accumulate"),
+    ("curvature/low_rank.py", "linalg.subspace"),
+    ("curvature/primal.py", "linalg.accumulate"),
+    ("curvature/primal.py", "linalg.backend"),
+    ("curvature/rows.py", "linalg.rows"),
+    ("curvature/spectral.py", "linalg.accumulate"),
+    ("curvature/sums.py", "linalg.backend"),
+    ("evaluate/agreement.py", "curvature.damping"),
+    ("evaluate/agreement.py", "extract.extraction"),
+    ("evaluate/agreement.py", "extract.pilot"),
+    ("evaluate/agreement.py", "extract.taps"),
+    ("hf/extraction.py", "extract.extraction"),
+    ("hf/extraction.py", "extract.recipe"),
+    ("hf/extraction.py", "extract.selection"),
+    ("hf/losses.py", "extract.losses"),
+    ("hf/padding.py", "extract.data"),
+    ("influence/request.py", "curvature.costs"),
+    ("influence/request.py", "curvature.dual"),
+    ("influence/request.py", "curvature.rows"),
+    ("influence/request.py", "curvature.spectral"),
+    ("influence/request.py", "linalg.backend"),
+    ("options.py", "extract.data"),
+    ("options.py", "extract.selection"),
+    ("planning.py", "curvature.costs"),
+    ("planning.py", "curvature.low_rank"),
+    ("planning.py", "curvature.spectral"),
+    ("planning.py", "influence.request"),
+    ("planning.py", "influence.self_scores"),
+    ("planning.py", "influence.tiles"),
+    ("planning.py", "influence.topk"),
+    ("planning.py", "linalg.accumulate"),
+    ("planning.py", "linalg.backend"),
+    ("report/facts.py", "curvature.damping"),
+    ("report/facts.py", "influence.groups"),
+    ("report/live_query.py", "extract.fingerprint"),
+    ("report/plot.py", "curvature.damping"),
+    ("report/write.py", "influence.groups"),
+}
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Return the package's modules that a file imports anywhere: at its top, in functions, for type checkers."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= (names & set(MODULES)) | ({node.module} if names - set(MODULES) else set())
+    return found & set(MODULES)
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Return the groups of modules that import each other, directly or not (Tarjan's algorithm)."""
+    number: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found = []
+
+    def visit(module: str) -> None:
+        number[module] = low[module] = len(number)
+        stack.append(module)
+        for other in graph[module]:
+            if other not in number:
+                visit(other)
+                low[module] = min(low[module], low[other])
+            elif other in stack:
+                low[module] = min(low[module], number[other])
+        if low[module] == number[module]:
+            start = stack.index(module)
+            group = stack[start:]
+            del stack[start:]
+            if len(group) > 1 or module in graph[module]:
+                found.append(sorted(group))
+
+    for module in graph:
+        if module not in number:
+            visit(module)
+    return found
+
+
+def test_no_circles():
+    """Nor any that functions or type checkers would close; but options name types of every level, for type checkers."""
+    graph = {name: set() if name == "ooc_influence.options" else imported_modules(p) for name, p in MODULES.items()}
+    assert not circles(graph)
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == [["b", "c"]]
+
+
+def test_packages_are_imported_by_their_interface():
+    deep = set()
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            module = node.module if isinstance(node, ast.ImportFrom) else None
+            if module in MODULES and module.count(".") > 1 and module not in NOT_IN_THE_INTERFACE:
+                package = room_of(module)
+                if path.relative_to(PACKAGE).parts[0] != package:
+                    deep.add((str(path.relative_to(PACKAGE)), module.removeprefix("ooc_influence.")))
+    assert not deep - DEEP
+
+
 def test_the_rule_can_fail(tmp_path):
     (tmp_path / "bad.py").write_text("from ooc_influence.cli.main import main\n")
     assert imported_rooms(tmp_path / "bad.py") == {"cli"}

@@ -259,7 +259,7 @@ def test_nothing_in_a_store_can_be_a_pickle():
 
 @PLAIN
 def test_attributes_edited_by_hand(store):
-    from ooc_influence.store.creation import attributes_digest
+    from ooc_influence.store.layout import attributes_digest
 
     path = store.path / "zarr.json"
     written = path.read_text()

@@ -16,8 +16,8 @@ from ooc_influence import GradientStore, fit_curvature, fit_fisher, influence_sc
 from ooc_influence.curvature.costs import FitShapes
 from ooc_influence.curvature.rows import choose_rows
 from ooc_influence.errors import InputError, OocInfluenceError, StoreFormatError, StoreNotFoundError, StoreReadError
-from ooc_influence.store import kept_at, paths, reduction
-from ooc_influence.store.creation import attributes_digest
+from ooc_influence.store import paths, reduction
+from ooc_influence.store.layout import attributes_digest
 
 
 @pytest.fixture
@@ -75,8 +75,8 @@ def test_the_basis_is_not_read_to_ask_whether_there_is_one(stores, monkeypatch):
     influence_scores(query, train).compute()
     with pytest.raises(OocInfluenceError):
         module_influence(query, train)
-    assert kept_at(train) == str(train.path)
-    assert kept_at(query) == str(train.path)
+    assert train.basis_path == str(train.path)
+    assert query.basis_path == str(train.path)
 
 
 def test_a_foreign_store_makes_no_requests(stores, network):

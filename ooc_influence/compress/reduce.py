@@ -43,7 +43,6 @@ from ooc_influence.store import (
     check_free,
     copy_tombstones,
     create_like,
-    kept_at,
     parse_path,
     parse_representation,
 )
@@ -275,7 +274,7 @@ def _create(
     if job.like is not None:
         _check_room(source, job.like.k, means)
         like = GradientStore.open(job.like.path)  # anew: what an open store reads it keeps in memory
-        reduction, path = like.reduction, kept_at(like)
+        reduction, path = like.reduction, like.basis_path
         attributes = {name: like.attrs.get(name) for name in ("compressor", "covered")}
     else:
         reduction, attributes = _make_basis(job, means)

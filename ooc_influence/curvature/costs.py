@@ -32,8 +32,7 @@ from ooc_influence.memory import (
     block_limit,
     plan_block_rows,
 )
-from ooc_influence.store import CHUNK_TARGET, GradientStore
-from ooc_influence.store.writer import BUFFERS
+from ooc_influence.store import BUFFERS, CHUNK_TARGET, GradientStore
 
 EXTRA = 64  # columns beyond r in subspace iteration
 PASSES = 12  # of subspace iteration, at most

@@ -44,7 +44,6 @@ from ooc_influence.store import (
     PathLike,
     Representation,
     Storage,
-    kept_at,
     parse_path,
     parse_representation,
 )
@@ -518,7 +517,7 @@ def _plan_like(
     find_uses(model, [module.layer for module in train.mask.modules])
     return StorePlan(
         train.mask, train.reduction, dtype, attributes, settings.storage or Storage(), settings.check_model,
-        kept_at(train),
+        train.basis_path,
     )  # fmt: skip
 
 

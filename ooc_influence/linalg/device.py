@@ -14,8 +14,7 @@ from torch import Tensor
 
 from ooc_influence.linalg.accumulate import FOLD_ROWS
 from ooc_influence.process import MATMUL_PRECISION
-from ooc_influence.store import GradientStore, RawBlock
-from ooc_influence.store.encoding import FACTORS, Encoding
+from ooc_influence.store import FACTORS, Encoding, GradientStore, RawBlock
 
 _TILE = 2048  # columns of a tile of a triangle
 

@@ -14,9 +14,7 @@ from ooc_influence.curvature.damping import resolved
 from ooc_influence.errors import InputError, MismatchError, OocInfluenceError
 from ooc_influence.influence.groups import GroupInfluence
 from ooc_influence.memory import format_bytes
-from ooc_influence.store import GradientStore, missing_spans, names, tree_bytes
-from ooc_influence.store.claim import claimed_rows, read_claims
-from ooc_influence.store.commits import rows_in
+from ooc_influence.store import GradientStore, claimed_rows, missing_spans, names, read_claims, tree_bytes
 
 _ACTIONS = ("drop", "relabel")
 _FORMULA = tuple("'=+-@\t\r")  # cells that begin so were written behind an apostrophe: spreadsheets compute the others
@@ -296,7 +294,7 @@ def _writers(store: Any) -> list[dict[str, Any]]:
             continue
         start, stop = rows
         size = store.layout.chunk_rows
-        held = rows_in(store.records)[start // size : None if stop is None else -(-stop // size)]
+        held = store.committed_rows[start // size : None if stop is None else -(-stop // size)]
         state = "finished" if owner.released else ("alive" if owner.alive() else "dead")
         if owner.released and stop is not None and held.sum() < stop - start:
             state = "stopped"

@@ -10,12 +10,12 @@ from ooc_influence.store.arrays import (
     square_chunks,
     writable_array,
 )
-from ooc_influence.store.cache import ChunkCache
-from ooc_influence.store.claim import Claim, make_claim, wait_for
-from ooc_influence.store.encoding import Representation, parse_representation
-from ooc_influence.store.gradient_store import GradientStore
-from ooc_influence.store.layout import Storage, column_dtype
-from ooc_influence.store.local import remove_partial_files
+from ooc_influence.store.claim import Claim, claimed_rows, make_claim, read_claims, wait_for
+from ooc_influence.store.commits import mark_dropped
+from ooc_influence.store.encoding import FACTORS, Encoding, Representation, parse_representation
+from ooc_influence.store.gradient_store import GradientStore, parse_numbers
+from ooc_influence.store.layout import Layout, Storage, column_dtype
+from ooc_influence.store.local import map_file, remove_partial_files
 from ooc_influence.store.mask import LayerShape, Mask, ModuleMask, PilotMoments
 from ooc_influence.store.paths import (
     NewFolder,
@@ -39,7 +39,7 @@ from ooc_influence.store.paths import (
     tree_bytes,
     write_bytes,
 )
-from ooc_influence.store.reader import Block, RawBlock, check_finite, read_blocks, read_into, read_raw_blocks
+from ooc_influence.store.reader import Block, RawBlock, read_blocks, read_into, read_raw_blocks
 from ooc_influence.store.reduction import (
     GaussianReduction,
     GeneratedReduction,
@@ -49,81 +49,22 @@ from ooc_influence.store.reduction import (
     SjltReduction,
     StoredReduction,
     columns_digest,
-    kept_at,
 )
-from ooc_influence.store.rewrite import compact_store, create_like, merge_stores
-from ooc_influence.store.tombstones import copy_tombstones, mark_dropped, parse_numbers
-from ooc_influence.store.upgrade import upgrade_store
-from ooc_influence.store.verify import Damage
-from ooc_influence.store.writer import RangeWriter, missing_spans, writing_bytes
+from ooc_influence.store.remote import ChunkCache
+from ooc_influence.store.rewrite import compact_store, copy_tombstones, create_like, merge_stores, upgrade_store
+from ooc_influence.store.verify import Damage, verify_memory
+from ooc_influence.store.writer import BUFFERS, RangeWriter, check_finite, missing_spans, writing_bytes
 
 __all__ = [
-    "CHUNK_TARGET",
-    "Block",
-    "ChunkCache",
-    "Claim",
-    "Damage",
-    "GaussianReduction",
-    "GeneratedReduction",
-    "GradientStore",
-    "LayerShape",
-    "LograReduction",
-    "Mask",
-    "ModuleMask",
-    "NewFolder",
-    "PathLike",
-    "PilotMoments",
-    "RademacherReduction",
-    "RangeWriter",
-    "RawBlock",
-    "Reduction",
-    "Representation",
-    "SjltReduction",
-    "Storage",
-    "StorePath",
-    "StoredReduction",
-    "array_store",
-    "check_finite",
-    "check_free",
-    "check_writable",
-    "column_dtype",
-    "columns_digest",
-    "compact_store",
-    "copy_tombstones",
-    "create_array",
-    "create_like",
-    "exists",
-    "expand_home",
-    "find_array",
-    "is_file",
-    "is_free",
-    "is_local",
-    "kept_at",
-    "make_claim",
-    "make_folder",
-    "mark_dropped",
-    "merge_stores",
-    "missing_spans",
-    "names",
-    "not_free",
-    "open_group",
-    "parse_numbers",
-    "parse_path",
-    "parse_representation",
-    "read_array",
-    "read_blocks",
-    "read_bytes",
-    "read_into",
-    "read_part",
-    "read_raw_blocks",
-    "remove_empty",
-    "remove_partial_files",
-    "remove_tree",
-    "square_chunks",
-    "tree_bytes",
-    "upgrade_store",
-    "wait_for",
-    "writable_array",
-    "write_bytes",
-    "writing_bytes",
+    "BUFFERS", "CHUNK_TARGET", "FACTORS", "Block", "ChunkCache", "Claim", "Damage", "Encoding", "GaussianReduction",
+    "GeneratedReduction", "GradientStore", "LayerShape", "Layout", "LograReduction", "Mask", "ModuleMask",
+    "NewFolder", "PathLike", "PilotMoments", "RademacherReduction", "RangeWriter", "RawBlock", "Reduction",
+    "Representation", "SjltReduction", "Storage", "StorePath", "StoredReduction", "array_store", "check_finite",
+    "check_free", "check_writable", "claimed_rows", "column_dtype", "columns_digest", "compact_store",
+    "copy_tombstones", "create_array", "create_like", "exists", "expand_home", "find_array", "is_file", "is_free",
+    "is_local", "make_claim", "make_folder", "map_file", "mark_dropped", "merge_stores", "missing_spans", "names",
+    "not_free", "open_group", "parse_numbers", "parse_path", "parse_representation", "read_array", "read_blocks",
+    "read_bytes", "read_claims", "read_into", "read_part", "read_raw_blocks", "remove_empty",
+    "remove_partial_files", "remove_tree", "square_chunks", "tree_bytes", "upgrade_store", "verify_memory",
+    "wait_for", "writable_array", "write_bytes", "writing_bytes",
 ]  # fmt: skip

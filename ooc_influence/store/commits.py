@@ -22,12 +22,12 @@ import numpy.typing as npt
 from zarr.core.buffer import cpu
 from zarr.core.sync import sync
 
+from ooc_influence.errors import StoreDamagedError, StoreWriteError, refused
 from ooc_influence.store.arrays import open_group, writable_array
-from ooc_influence.store.claim import Claim
-from ooc_influence.store.layout import Layout, numpy_dtype
+from ooc_influence.store.claim import Claim, make_claim, wait_for
+from ooc_influence.store.layout import MARKS, Layout, numpy_dtype
 from ooc_influence.store.local import LocalArrayStore
-from ooc_influence.store.paths import ArrayStore
-from ooc_influence.store.tombstones import mark_dropped
+from ooc_influence.store.paths import ArrayStore, StorePath, array_store
 
 Records = npt.NDArray[np.uint64]
 
@@ -254,3 +254,49 @@ class Committer:
         if self._arrays["commits"].shape[0] != chunks:
             self._arrays["commits"].resize((chunks,))
         self.files.sync_folders()
+
+
+def marked_groups(group: Any) -> list[int]:
+    """Return the groups of rows that have dropped ones, as listed in an open store.
+
+    Raises
+    ------
+    StoreDamagedError
+        If the list cannot be read.
+    """
+    try:
+        return [int(number) for number in group[MARKS].attrs["dropped"]]
+    except (KeyError, ValueError, TypeError) as error:
+        raise StoreDamagedError(
+            f"expected the list of groups with dropped rows in {group.store_path}; received none: {error}: restore "
+            f"{MARKS}/zarr.json from a backup"
+        ) from error
+
+
+def list_groups(files: ArrayStore, groups: Iterable[int]) -> None:
+    """List the groups that have dropped rows, after their marks: a reader looks for the files of these."""
+    open_group(files, "r+")[MARKS].attrs["dropped"] = sorted(groups)
+    files.sync_folders()
+
+
+def mark_dropped(path: StorePath, layout: Layout, numbers: npt.NDArray[Any], *, dropped: bool = True) -> None:
+    """Mark rows as dropped, or as live again, durably; while another process marks some, this waits.
+
+    Raises
+    ------
+    StoreBusyError
+        If another process holds the right to mark rows for minutes.
+    StoreWriteError
+        If the disk refuses.
+    """
+    claim = wait_for(lambda: make_claim(path, name="drop"))
+    try:
+        files = array_store(path)
+        group = open_group(files, "r+")
+        writable_array(group, "dropped").set_orthogonal_selection((numbers,), dropped)
+        files.sync_folders()
+        list_groups(files, set(marked_groups(group)) | set((numbers // layout.group_rows).tolist()))
+    except OSError as error:
+        raise StoreWriteError(refused(f"to mark rows of {path} as dropped", error, ", then run again")) from error
+    finally:
+        claim.release()

@@ -5,32 +5,205 @@ Readers see committed rows only, and go on seeing what they opened while a write
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import datetime
+import json
+import operator
+import socket
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from ooc_influence.errors import InputError, StoreFormatError
-from ooc_influence.store import creation
-from ooc_influence.store.cache import ChunkCache
-from ooc_influence.store.claim import Claim, check_range, clear_range, make_claim
-from ooc_influence.store.commits import Committer
-from ooc_influence.store.creation import read_attributes
-from ooc_influence.store.encoding import Encoding, parse_representation
-from ooc_influence.store.layout import FORMAT_VERSION, Layout, Storage
+from ooc_influence._version import __version__
+from ooc_influence.errors import (
+    InputError,
+    StoreBusyError,
+    StoreExistsError,
+    StoreFormatError,
+    StoreWriteError,
+    refused,
+)
+from ooc_influence.progress import html_table, optional_library
+from ooc_influence.store import commits, paths
+from ooc_influence.store.arrays import create_array, open_group
+from ooc_influence.store.claim import (
+    Claim,
+    check_range,
+    claimed_rows,
+    clear_range,
+    make_claim,
+    may_write,
+    read_claims,
+)
+from ooc_influence.store.commits import Committer, mark_dropped
+from ooc_influence.store.encoding import Encoding, FloatRows, parse_representation
+from ooc_influence.store.layout import (
+    ATTRIBUTES,
+    FORMAT_VERSION,
+    Layout,
+    Storage,
+    attributes_digest,
+    read_attributes,
+    write_attributes,
+)
+from ooc_influence.store.local import METADATA
 from ooc_influence.store.mask import Mask
-from ooc_influence.store.paths import PathLike, array_store, not_free, parse_path
-from ooc_influence.store.reader import find_rows, parse_rows
+from ooc_influence.store.paths import NewFolder, PathLike, StorePath, array_store, is_local, not_free, parse_path
+from ooc_influence.store.reader import ChunkStream, find_rows, read_into
 from ooc_influence.store.reduction import Reduction, columns_digest
-from ooc_influence.store.tombstones import mark_dropped, parse_marks, parse_numbers
+from ooc_influence.store.remote import ChunkCache
 from ooc_influence.store.verify import Damage, verify_store
-from ooc_influence.store.view import Pin, TabularView
-from ooc_influence.store.writer import RangeWriter
+from ooc_influence.store.view import Pin, StoreView
+from ooc_influence.store.writer import RangeWriter, parse_marks, parse_rows
+
+if TYPE_CHECKING:
+    import dask.array as da
 
 
-class GradientStore(TabularView):
+def parse_numbers(rows: npt.ArrayLike, n: int) -> npt.NDArray[Any]:
+    """Return distinct row numbers below ``n`` from numbers or (n,) marks.
+
+    Raises
+    ------
+    InputError
+        For anything else.
+    """
+    given = np.asarray(rows)
+    if given.dtype == bool and given.shape == (n,):
+        given = np.flatnonzero(given)
+    numbers = np.unique(given)
+    if numbers.size and (numbers.dtype.kind not in "iu" or numbers[0] < 0 or numbers[-1] >= n):
+        raise InputError(
+            f"expected row numbers in [0, {n}), or {n} marks; received {given.dtype} of shape "
+            f"{given.shape} from {numbers[0]} to {numbers[-1]}"
+        )
+    return numbers
+
+
+def create_store(
+    path: StorePath,
+    layout: Layout,
+    mask: Mask,
+    reduction: Reduction | Mapping[str, Any] | None,
+    attributes: Mapping[str, Any],
+    column_scale: FloatRows | None,
+) -> bool:
+    """Write a store without rows; return False where something else is at ``path``.
+
+    Raises
+    ------
+    StoreWriteError
+        If the disk refuses.
+    """
+    claim = None
+    try:
+        if paths.is_file(path / METADATA):
+            return False
+        if not is_local(path):  # built in place: two that do so at once would mix
+            claim = Claim(path, name="create")
+        with NewFolder(path) as folder:
+            group = open_group(folder.arrays, "w")
+            layout.create_arrays(group)
+            if column_scale is not None:
+                create_array(group, "column_scale", (layout.k,), (layout.k,), "float32", check=True, dims=("column",))[
+                    ...
+                ] = column_scale
+            mask.save(group)
+            if isinstance(reduction, Reduction):
+                reduction.save(group)
+            group.create_group("curvature")
+            attrs = json.loads(
+                json.dumps(dict(attributes) | _fixed(layout, mask, reduction))
+            )  # as they will be read back
+            group.attrs[ATTRIBUTES] = attrs | {"digest": attributes_digest(attrs)}
+            return folder.publish()
+    except OSError as error:
+        if isinstance(error, (StoreBusyError, StoreExistsError)):
+            raise
+        raise StoreWriteError(refused(f"to make a store at {path}", error, ", or choose another path")) from error
+    finally:
+        if claim is not None:
+            claim.release()
+
+
+def _fixed(layout: Layout, mask: Mask, reduction: Reduction | Mapping[str, Any] | None) -> dict[str, Any]:
+    created = {
+        "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "host": socket.gethostname(),
+        "id": uuid.uuid4().hex,
+    }
+    fixed = {"format": FORMAT_VERSION, "version": __version__, "created": created, "p": mask.p}
+    facts = reduction.facts if isinstance(reduction, Reduction) else reduction
+    return fixed | {"mask_digest": mask.digest, "reduction": facts and dict(facts), "layout": layout.to_dict()}
+
+
+def parse_column_scale(column_scale: Any, k: int) -> FloatRows | None:
+    """Return column scales as (k,) float32.
+
+    Raises
+    ------
+    InputError
+        If they are not positive and finite, one a column.
+    """
+    if column_scale is None:
+        return None
+    found = np.asarray(column_scale, np.float32)
+    if found.shape != (k,) or not (np.isfinite(found) & (found > 0)).all():
+        raise InputError(f"expected {k} positive column scales; received shape {found.shape}, or some that are not")
+    return found
+
+
+def grow_store(path: StorePath, layout: Layout, records: Any, rows: int) -> None:
+    """Give a planned store room for ``rows`` rows in all; readers opened before see what they opened.
+
+    Raises
+    ------
+    InputError
+        If the store is not a planned one, or has more already.
+    StoreBusyError
+        If a range of it is being written.
+    """
+    planned = layout.planned_rows
+    if planned is None or rows < planned:
+        received = "one that grows by itself" if planned is None else f"one planned for {planned}"
+        raise InputError(f"expected a store planned for at most {rows} rows at {path}; received {received}")
+    plan_rows(path, layout, records, rows)
+
+
+def plan_rows(path: StorePath, layout: Layout, records: Any, rows: int | None) -> None:
+    """Fix how many rows a store will have, for several writers to divide; None: it grows by appending again.
+
+    Raises
+    ------
+    InputError
+        For fewer rows than are committed, or None while planned ones are missing.
+    StoreBusyError
+        If a range of it is being written.
+    """
+    held, planned = commits.leading_rows(records, layout.chunk_rows), layout.planned_rows
+    if (rows is None and held < (planned or 0)) or (rows is not None and rows < held):
+        raise InputError(f"expected {held} of {planned} rows at {path} to be planned so; received {rows}")
+    if rows == planned:
+        return
+    claim = make_claim(path, name="grow")
+    try:
+        for name, (generation, owner) in read_claims(path).items():
+            if claimed_rows(name) is not None and may_write(path, name, generation, owner):
+                raise StoreBusyError(
+                    f"expected no writer of {path} while it grows; received one ({name}): {owner}: wait for it"
+                )
+        layout = Layout.from_dict(layout.to_dict() | {"planned_rows": rows}, path)
+        if rows is not None:
+            Committer(array_store(path), layout, records, claim).make_room(rows, rows)
+        write_attributes(path, {**read_attributes(path), "layout": layout.to_dict()})
+    finally:
+        claim.release()
+
+
+class GradientStore(StoreView):
     """Per-sample gradients on disk or object storage, (n, k), with what belongs to each row.
 
     Use :meth:`open` or :meth:`create`; a context manager closes it (and commits what was appended).
@@ -156,12 +329,12 @@ class GradientStore(TabularView):
         if facts is not None and int(facts["rows"]) != mask.k:
             raise InputError(f"expected a reduction of {mask.k} masked entries; received one of {facts['rows']}")
         chunk_rows, group_chunks = storage.sizes(k, representation, planned_rows)
-        scale = creation.parse_column_scale(column_scale, k)
+        scale = parse_column_scale(column_scale, k)
         layout = Layout(
             k, representation, chunk_rows, group_chunks, planned_rows, ids, dict(columns or {}), storage.codec,
             scale is not None, Encoding.of(representation, k).block,
         )  # fmt: skip
-        published = creation.create_store(target, layout, mask, reduction, attributes or {}, scale)
+        published = create_store(target, layout, mask, reduction, attributes or {}, scale)
         if not published and not (exist_ok and cls(target).columns_digest == columns_digest(mask.digest, facts)):
             raise not_free(target)
         return cls(target, "a")
@@ -340,7 +513,7 @@ class GradientStore(TabularView):
         """Write further attributes, JSON values, in place of what has their names."""
         self._check_writable()
         self._attrs = read_attributes(self.path) | attributes
-        creation.write_attributes(self.path, self._attrs)
+        write_attributes(self.path, self._attrs)
 
     def grow(self, rows: int) -> None:
         """Give a store with planned rows room for more, ``rows`` in all; readers opened before see what they opened.
@@ -353,7 +526,7 @@ class GradientStore(TabularView):
             If a range of it is being written.
         """
         self._check_writable()
-        creation.grow_store(self.path, self.layout, self._records.copy(), rows)
+        grow_store(self.path, self.layout, self._records.copy(), rows)
         super().__init__(self.path)
 
     def plan_rows(self, rows: int | None) -> None:
@@ -367,7 +540,7 @@ class GradientStore(TabularView):
             If a range of it is being written.
         """
         self._check_writable()
-        creation.plan_rows(self.path, self.layout, self._records.copy(), rows)
+        plan_rows(self.path, self.layout, self._records.copy(), rows)
         super().__init__(self.path)
 
     def flush(self) -> None:
@@ -395,3 +568,105 @@ class GradientStore(TabularView):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def rows(self, start: int = 0, stop: int | None = None, *, raw: bool = False) -> npt.NDArray[Any]:
+        """Return rows ``start`` to ``stop``.
+
+        Parameters
+        ----------
+        start, stop : int
+            Row numbers; ``stop`` defaults to ``n``.
+        raw : bool
+            Return the stored form (:mod:`.encoding`) instead, zero-copy inside one chunk.
+
+        Returns
+        -------
+        (stop - start, k) float32, scale applied
+        """
+        stop = self._rows if stop is None else stop
+        if raw:
+            return self.raw_rows(start, stop)
+        self._check_range(start, stop)
+        out = np.empty((stop - start, self.k), np.float32)
+        read_into(self, start, stop, out)
+        return out
+
+    def raw_chunks(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+        """Yield ``(first row, stored form)`` chunk by chunk, the next one read ahead; maps, where they can be."""
+        stop = self._rows if stop is None else stop
+        self._check_range(start, stop)
+        with ChunkStream(self, start, stop) as stream:
+            for piece in stream:
+                yield piece.start, piece.raw
+
+    def __getitem__(self, key: Any) -> npt.NDArray[Any]:
+        first, rest = (key[0], key[1:]) if isinstance(key, tuple) else (key, ())
+        if isinstance(first, slice):
+            places = range(self._rows)[first]
+            low, high = (min(places), max(places) + 1) if places else (0, 0)
+            block = self.rows(low, high)[:: places.step]
+            return np.asarray(block[(slice(None), *rest)] if rest else block)
+        row = range(self._rows)[operator.index(first)]  # IndexError ends iteration
+        return np.asarray(self.rows(row, row + 1)[0][rest])
+
+    def __dask_tokenize__(self) -> tuple[str, str]:
+        return self.identity, self.rows_digest()
+
+    def to_dask(self) -> da.Array:
+        """Return the rows as a lazy (n, k) float32 Dask array, chunks as on disk; tasks carry the path only."""
+        import dask.array as da
+
+        chunks = (self.layout.chunk_rows, self.k)
+        rows: da.Array = da.from_array(
+            self, chunks=chunks, asarray=False, fancy=False, name=f"gradients-{self.rows_digest()}"
+        )
+        return rows
+
+    def to_pandas(self) -> Any:
+        """Return a DataFrame with a line a row: id, loss, grad_norm, dropped and the store's columns.
+
+        Raises
+        ------
+        MissingExtraError
+            Without pandas.
+        """
+        pandas = optional_library("pandas", "tables")
+        frame = pandas.DataFrame({"id": self.ids(), **self._values()})
+        frame.index.name = "row"
+        return frame
+
+    def to_xarray(self) -> Any:
+        """Return a Dataset of dimensions (row, column): lazy float32 gradients, and what belongs to each row.
+
+        ``xarray.open_zarr(path, consolidated=False)`` opens the arrays as they are stored: with scales apart, rows that
+        are not committed, and those of quantised stores as whole numbers.
+
+        Raises
+        ------
+        MissingExtraError
+            Without xarray.
+        """
+        xarray = optional_library("xarray", "labelled arrays")
+        rows = {name: ("row", values) for name, values in self._values().items()}
+        coordinates = {"id": ("row", self.ids())} if self.layout.ids else {}
+        return xarray.Dataset(
+            {"gradients": (("row", "column"), self.to_dask()), **rows}, coordinates, {"store": str(self.path)}
+        )
+
+    def _values(self) -> dict[str, Any]:
+        kept = [name for name in self.layout.row_arrays if name not in ("row_scale", "example_id")]
+        return {name.removeprefix("columns/"): self.small(name) for name in [*kept, "dropped"]}
+
+    def _repr_html_(self) -> str:
+        attrs, layout = self._attrs, self.layout
+        dropped = int(self.dropped.sum()) if self.has_dropped else 0
+        lines = [
+            ("rows", f"{self.n:,}" + (f", {dropped:,} of them dropped" if dropped else "")),
+            ("numbers a row", f"{self.k:,} of {attrs['p']:,} gradient entries, {layout.dtype}"),
+            ("ids", layout.ids or "row numbers"),
+            ("columns", ", ".join(layout.columns) or "none"),
+            ("loss", str(attrs.get("loss_kind") or "not said")),
+            ("chunks", f"{len(self.records):,} of {layout.chunk_rows:,} rows"),
+            ("format", f"{attrs['format']}, written by version {attrs['version']}"),
+        ]
+        return html_table(f"GradientStore {self.path}", None, lines)

@@ -24,16 +24,21 @@ chunks. A writer's range is a whole number of groups, so no file is shared betwe
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
 
+from ooc_influence._version import __version__
 from ooc_influence.errors import InputError, StoreFormatError
-from ooc_influence.store.arrays import CHUNK_TARGET, create_array, parse_codec
+from ooc_influence.fingerprint import json_digest
+from ooc_influence.store.arrays import CHUNK_TARGET, create_array, open_group, parse_codec
 from ooc_influence.store.encoding import Encoding, Representation, parse_representation
+from ooc_influence.store.paths import StorePath, array_store
 
 FORMAT_VERSION = 3
 READABLE_VERSIONS = (1, 2, 3)
@@ -290,3 +295,61 @@ class Layout:
                 f"expected array {name!r} of {where} in chunks of {expected[1]}; received {received[1]} of "
                 f"{array.dtype}: zarr.json was edited or damaged; restore it from a backup"
             )
+
+
+_REQUIRED = {"format": int, "layout": dict, "mask_digest": str, "created": dict, "p": int}
+
+
+def read_attributes(path: StorePath) -> dict[str, Any]:
+    """Return what a store's root says about it, checked.
+
+    Raises
+    ------
+    StoreFormatError
+        If it is not a store's, or of a format this version does not read.
+    """
+    try:
+        group = open_group(array_store(path, read_only=True), "r")
+        attrs: Any = dict(group.attrs).get(ATTRIBUTES)
+    except (ValueError, TypeError, AttributeError, KeyError, FileNotFoundError) as error:
+        raise StoreFormatError(
+            f"expected a gradient store at {path}; received a zarr.json that cannot be read ({error}): "
+            "restore it from a backup"
+        ) from error
+    fits = isinstance(attrs, dict) and all(isinstance(attrs.get(name), kind) for name, kind in _REQUIRED.items())
+    if not fits or not isinstance(attrs["created"].get("id"), str) or not _tells_reduction(attrs.get("reduction")):
+        raise StoreFormatError(
+            f"expected a gradient store at {path}; received another Zarr group: give the folder that "
+            "extract_gradients wrote"
+        )
+    if attrs["format"] not in READABLE_VERSIONS:
+        raise StoreFormatError(
+            f"expected store format {FORMAT_VERSION} at {path}; received {attrs['format']}: "
+            f"upgrade ooc_influence (this is {__version__})"
+        )
+    if attrs["format"] > 1 and attrs.get("digest") != attributes_digest(attrs):
+        raise StoreFormatError(
+            f"expected the attributes of {path} as they were written; received others: zarr.json was edited or "
+            "damaged; restore it from a backup"
+        )
+    return dict(attrs)
+
+
+def _tells_reduction(facts: Any) -> bool:
+    return facts is None or (
+        isinstance(facts, dict) and all(isinstance(facts.get(name), str) for name in ("name", "digest"))
+    )
+
+
+def attributes_digest(attrs: Mapping[str, Any]) -> str:
+    """Return the SHA-256 over a store's attributes, themselves stored without it."""
+    rest = {name: value for name, value in attrs.items() if name != "digest"}
+    return json_digest(rest)
+
+
+def write_attributes(path: StorePath, attributes: Mapping[str, Any]) -> None:
+    """Replace a store's attributes, in one write of one file."""
+    files = array_store(path)
+    attrs = json.loads(json.dumps({name: value for name, value in attributes.items() if name != "digest"}))
+    open_group(files, "r+").attrs[ATTRIBUTES] = attrs | {"digest": attributes_digest(attrs)}
+    files.sync_folders()

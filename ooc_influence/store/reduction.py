@@ -11,7 +11,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,11 +25,8 @@ from ooc_influence.errors import (
     StoreReadError,
 )
 from ooc_influence.store.arrays import CHUNK_TARGET, create_array, open_group, read_array
+from ooc_influence.store.mask import LayerShape
 from ooc_influence.store.paths import StorePath, array_store, parse_reference
-
-if TYPE_CHECKING:
-    from ooc_influence.store.mask import LayerShape
-    from ooc_influence.store.view import StoreView
 
 FloatRows = npt.NDArray[np.float32]
 COPIED_BYTES = 256 * 2**20  # a query store copies a basis below this; of a larger one it keeps path and digest
@@ -335,12 +332,9 @@ def load_reduction(group: Any, facts: Mapping[str, Any], home: StorePath) -> Red
         ) from error
 
 
-def kept_at(store: StoreView) -> str | None:
-    """Return where a store made like this one finds the basis, if that is too large to be copied; else None."""
-    facts = store.attrs.get("reduction") or {}
-    if facts.get("name") != "eigenbasis" or 4 * facts.get("rows", 0) * facts.get("columns", 0) <= COPIED_BYTES:
-        return None
-    return str(facts.get("path") or store.path)
+def is_shared(facts: Mapping[str, Any]) -> bool:
+    """Return whether a reduction is a basis so large that further stores refer to it instead of copying it."""
+    return facts.get("name") == "eigenbasis" and 4 * facts.get("rows", 0) * facts.get("columns", 0) > COPIED_BYTES
 
 
 def columns_digest(mask_digest: str, reduction: Mapping[str, Any] | None) -> str:

@@ -7,10 +7,16 @@ rename does on a disk, the root's ``zarr.json`` does here: it is held back while
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Mapping
+import contextlib
+import os
+import re
+from collections.abc import Callable, Collection, Mapping
 from inspect import signature
-from typing import Self
+from pathlib import Path
+from typing import Any, Self
 
+import numpy as np
+import numpy.typing as npt
 from upath import UPath
 from zarr.abc.store import ByteRequest
 from zarr.core.buffer import Buffer, BufferPrototype, cpu
@@ -18,8 +24,11 @@ from zarr.core.buffer.core import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import FsspecStore
 
-from ooc_influence.errors import StoreDamagedError
-from ooc_influence.store.local import METADATA, checked, is_chunk, missing_chunk, short_chunk
+from ooc_influence.errors import InputError, StoreDamagedError, refused
+from ooc_influence.memory import parse_bytes
+from ooc_influence.store import local
+from ooc_influence.store.encoding import Encoding
+from ooc_influence.store.local import METADATA, checked, is_chunk, map_file, missing_chunk, short_chunk
 
 
 class RemoteArrayStore(FsspecStore):
@@ -118,3 +127,68 @@ class RemoteArrayStore(FsspecStore):
 
     def sync_folders(self) -> None:
         """Do nothing: a successful PUT is durable."""
+
+
+DEFAULT_LIMIT = "20GiB"
+_KEY = r"[0-9a-f]{32}-\d+-[0-9a-f]{16}"  # of a store drawn by this package: another one's id could be any path
+_OWN = re.compile(rf"{_KEY}\.chunk|\.{_KEY}\.chunk\.[0-9a-f]{{32}}{re.escape(local.PARTIAL)}")
+
+
+class ChunkCache:
+    """Decoded chunks in a folder, up to a number of bytes.
+
+    Parameters
+    ----------
+    folder : path
+        Where; made if it is not there.
+    limit : int or str
+        Bytes of chunks, or a size such as ``"20GiB"``.
+
+    Attributes
+    ----------
+    hits, misses : int
+        Chunks found, and read from the store, by this object.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], limit: int | str = DEFAULT_LIMIT) -> None:
+        self.folder = Path(folder).absolute()
+        self.limit = parse_bytes(limit)
+        self.hits = self.misses = 0
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(refused(f"a folder for cached chunks at {folder}", error)) from error
+
+    def get(self, key: str, rows: int, encoding: Encoding, read: Callable[[], npt.NDArray[Any]]) -> npt.NDArray[Any]:
+        """Return chunk ``key``, (rows, columns): mapped from the cache, or read and put there."""
+        if not re.fullmatch(_KEY, key):
+            return read()
+        path = self.folder / f"{key}.chunk"
+        with contextlib.suppress(OSError):
+            mapped = map_file(path)
+            if mapped.size == rows * encoding.row_bytes:
+                self.hits += 1
+                os.utime(path)
+                return mapped.view(encoding.dtype).reshape(rows, encoding.columns)
+        found = read()
+        self.misses += 1
+        with contextlib.suppress(OSError):  # a full or read-only cache costs time, nothing else
+            self._make_room(found.nbytes)
+            local.write_file(path, np.ascontiguousarray(found).reshape(-1).view(np.uint8))
+        return found
+
+    def _make_room(self, wanted: int) -> None:
+        entries = []
+        with os.scandir(self.folder) as found:
+            for entry in found:
+                with contextlib.suppress(FileNotFoundError):
+                    if _OWN.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                        status = entry.stat()
+                        entries.append((status.st_mtime, status.st_size, entry.path))
+        held = sum(size for _, size, _ in entries)
+        for _, size, path in sorted(entries):
+            if held + wanted <= self.limit:
+                return
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)  # noqa: PTH108
+            held -= size

@@ -16,13 +16,15 @@ import numpy as np
 from ooc_influence.errors import InputError, StoreDamagedError
 from ooc_influence.fingerprint import array_digest, check_same
 from ooc_influence.progress import Progress
-from ooc_influence.store import commits, paths
-from ooc_influence.store.commits import SmallValues
-from ooc_influence.store.creation import create_store
-from ooc_influence.store.gradient_store import GradientStore
-from ooc_influence.store.layout import Storage
-from ooc_influence.store.paths import PathLike, is_local, not_free, parse_path
+from ooc_influence.store import commits, local, paths
+from ooc_influence.store.arrays import open_group, writable_array
+from ooc_influence.store.claim import make_claim
+from ooc_influence.store.commits import SmallValues, list_groups, mark_dropped
+from ooc_influence.store.gradient_store import GradientStore, create_store
+from ooc_influence.store.layout import FORMAT_VERSION, MARKS, Storage, write_attributes
+from ooc_influence.store.paths import PathLike, array_store, is_local, not_free, parse_path
 from ooc_influence.store.reader import repeated_ids
+from ooc_influence.store.view import StoreView
 from ooc_influence.store.writer import RangeWriter
 
 
@@ -213,3 +215,58 @@ def compact_store(store: GradientStore | PathLike, out: PathLike, *, progress: b
                 writer.append_raw(raw[live], {name: values[live] for name, values in small.items()})
             bar.advance(len(raw))
     return GradientStore.open(compacted.path)
+
+
+def upgrade_store(path: PathLike) -> bool:
+    """Upgrade a store to the present format; return whether there was anything to do.
+
+    Raises
+    ------
+    StoreBusyError
+        If another process writes to it.
+    StoreDamagedError
+        If its commit records have a gap.
+    """
+    store = GradientStore.open(path)
+    if store.attrs["format"] == FORMAT_VERSION:
+        return False
+    claim = make_claim(store.path, 0, store.layout.planned_rows)
+    try:
+        store.reload()
+        if store.attrs["format"] == 1:
+            _upgrade_first(store)
+        write_attributes(store.path, {**store.attrs, "format": FORMAT_VERSION, "layout": store.layout.to_dict()})
+    finally:
+        claim.release()
+    return True
+
+
+def _upgrade_first(store: GradientStore) -> None:
+    files = array_store(store.path)
+    group = open_group(files, "r+")
+    records: commits.Records = np.asarray(store.records)
+    writable_array(group, "commits")[...] = records
+    group.require_group(MARKS)
+    list_groups(files, store.dropped_groups())
+    if is_local(store.path):  # locks of the old format
+        for name in paths.names(store.path / "commits"):
+            if name.startswith(".claim-") and not name.rpartition(".")[2].isdigit():
+                paths.remove_file(store.path / "commits" / name)
+        local.sync_tree(store.path)
+    files.sync_folders()
+
+
+def copy_tombstones(source: StoreView, target: StoreView) -> None:
+    """Mark the rows of ``target`` that are dropped in ``source``, row by row the same; also rows still to be written.
+
+    Raises
+    ------
+    StoreBusyError, StoreWriteError
+        See :func:`mark_dropped`.
+    """
+    size = source.layout.group_rows
+    for group in sorted(source.dropped_groups()):
+        rows = slice(group * size, min(source.n, (group + 1) * size))
+        missing = np.flatnonzero(source.read("dropped", rows) & ~target.read("dropped", rows))
+        if missing.size:
+            mark_dropped(target.path, target.layout, rows.start + missing)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -34,9 +34,7 @@ from ooc_influence.store.commits import Committer
 from ooc_influence.store.layout import ROW_ARRAYS, Layout
 from ooc_influence.store.paths import array_store, is_local
 from ooc_influence.store.reader import IDS_AT_ONCE, ask_for_chunk, repeated_ids
-
-if TYPE_CHECKING:
-    from ooc_influence.store.view import StoreView
+from ooc_influence.store.view import StoreView
 
 Parts = list[npt.NDArray[Any]]
 logger = logging.getLogger("ooc_influence")

@@ -3,32 +3,155 @@
 from __future__ import annotations
 
 import hashlib
-import operator
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ooc_influence.errors import InputError, MismatchError, StoreDamagedError
-from ooc_influence.progress import html_table, optional_library
+from ooc_influence.errors import (
+    InputError,
+    MismatchError,
+    StoreDamagedError,
+    StoreFormatError,
+    StoreNotFoundError,
+    StoreReadError,
+    refused,
+)
 from ooc_influence.store import commits, paths
-from ooc_influence.store.arrays import open_group, read_array
-from ooc_influence.store.cache import ChunkCache
-from ooc_influence.store.creation import check_lengths, open_store, read_damaged_records, read_records
+from ooc_influence.store.arrays import open_group, read_array, read_whole
 from ooc_influence.store.encoding import FloatRows
-from ooc_influence.store.local import MAPPED, LocalArrayStore
+from ooc_influence.store.layout import Layout, read_attributes
+from ooc_influence.store.local import MAPPED, METADATA, LocalArrayStore
 from ooc_influence.store.mask import Mask
-from ooc_influence.store.paths import PathLike, is_local, parse_path
-from ooc_influence.store.reader import ChunkStream, read_into
-from ooc_influence.store.reduction import Reduction, columns_digest, load_reduction
-from ooc_influence.store.tombstones import marked_groups
+from ooc_influence.store.paths import PathLike, StorePath, array_store, is_local, parse_path
+from ooc_influence.store.reduction import Reduction, columns_digest, is_shared, load_reduction
+from ooc_influence.store.remote import ChunkCache
 
 if TYPE_CHECKING:
-    import dask.array as da
     import torch
 
 Pin = tuple[str, int, int]
+
+
+def open_store(path: StorePath) -> tuple[dict[str, Any], Layout, Any, dict[str, Any]]:
+    """Return a store's attributes, its layout, its Zarr group to read from, and its arrays by name.
+
+    Raises
+    ------
+    StoreNotFoundError
+        If there is none.
+    StoreReadError
+        If this user may not read it.
+    StoreFormatError
+        If it is not a store, of a format this version does not read, or its metadata contradict each other.
+    """
+    _check_there(path)
+    attrs = read_attributes(path)
+    layout = Layout.from_dict(attrs["layout"], path)
+    may_lack = ["dropped"] if attrs["format"] > 1 else ["dropped", "commits"]
+    files = array_store(path, read_only=True, chunk_bytes=layout.chunk_sizes, may_lack=may_lack)
+    group = open_group(files, "r")
+    arrays = {name: open_array(group, name, path) for name in layout.arrays}
+    for name, array in arrays.items():
+        layout.check_array(name, array, path)
+    paths.remember_opened(path)
+    return attrs, layout, group, arrays
+
+
+def _check_there(path: StorePath) -> None:
+    try:
+        if paths.is_file(path / METADATA):
+            return
+        found = "a folder without one" if paths.exists(path) else "no such path"
+    except Exception as error:  # whatever an object store's client makes of a bucket, key or permission
+        if is_local(path) and isinstance(error, OSError):
+            raise StoreReadError(refused(f"to read the store at {path}", error)) from error
+        raise StoreNotFoundError(
+            f"expected a gradient store at {path}; received {type(error).__name__}: {error}: check the URL, the "
+            "credentials and the endpoint"
+        ) from error
+    raise StoreNotFoundError(
+        f"expected a gradient store at {path}; received {found}: make one with extract_gradients or "
+        "'ooc-influence extract'"
+    )
+
+
+def check_lengths(array: Callable[[str], Any], layout: Layout, records: commits.Records) -> None:
+    """Check that every per-row array is as long as the rows committed in it: Zarr clips what lies behind an end.
+
+    Parameters
+    ----------
+    array : callable
+        Returns an array by name.
+
+    Raises
+    ------
+    StoreDamagedError
+        Naming the first that is not.
+    """
+    held = np.flatnonzero(records)
+    if not held.size:
+        return
+    rows = int(held[-1]) * layout.chunk_rows + int(commits.rows_in(records)[held[-1]])
+    for name in ("gradients", "dropped", *layout.row_arrays):
+        length = array(name).shape[0]
+        if length < rows:
+            raise StoreDamagedError(
+                f"expected {rows} rows in array {array(name).store_path}; received {length}: its zarr.json was edited "
+                "or damaged; restore it from a backup"
+            )
+
+
+def open_array(group: Any, name: str, where: object) -> Any:
+    """Return an array of a store.
+
+    Raises
+    ------
+    StoreFormatError
+        If its metadata are not possible.
+    """
+    try:
+        return group[name]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise StoreFormatError(
+            f"expected array {name!r} in {where}; received metadata that cannot be read ({error}): restore its "
+            "zarr.json from a backup"
+        ) from error
+
+
+def read_records(array: Any, layout: Layout, version: int) -> commits.Records:
+    """Return the commit records of a store, from their array.
+
+    Raises
+    ------
+    StoreDamagedError
+        If a file of them is missing or damaged.
+    """
+    records: commits.Records = np.asarray(read_whole(array))
+    if version == 1 and layout.planned_rows is None:  # there a missing file reads as zeros
+        rows = commits.rows_in(records)
+        seen, held = commits.leading_rows(records, layout.chunk_rows), int(rows.sum())
+        if held > seen:
+            raise StoreDamagedError(
+                f"expected the commit records {array.store_path} without a gap; received {seen} rows before one "
+                f"and {held} in all: a file of 'commits' is missing or damaged; restore it from a backup"
+            )
+    return records
+
+
+def read_damaged_records(array: Any, layout: Layout) -> tuple[commits.Records, list[tuple[tuple[int, int], str]]]:
+    """Return the commit records of a store, zero where a file of them cannot be read, and which rows those are."""
+    records = np.zeros(array.shape, np.uint64)
+    damaged = []
+    for start in range(0, len(records), layout.group_chunks):
+        stop = min(len(records), start + layout.group_chunks)
+        try:
+            records[start:stop] = array[start:stop]
+        except (ValueError, StoreDamagedError) as error:
+            rows = (start * layout.chunk_rows, stop * layout.chunk_rows)
+            damaged.append((rows, f"commit records: {error}"))
+    return records, damaged
 
 
 class StoreView:
@@ -95,7 +218,7 @@ class StoreView:
         names = set(paths.names(self.path / "dropped"))
         if self._attrs["format"] == 1:
             return {int(name.removeprefix("c.")) for name in names if name.startswith("c.")}
-        listed = set(marked_groups(self._group))
+        listed = set(commits.marked_groups(self._group))
         for group in listed:
             if f"c.{group}" not in names:
                 raise StoreDamagedError(
@@ -160,7 +283,12 @@ class StoreView:
     @property
     def committed(self) -> int:
         """Committed rows in all; more than ``n`` only while there are gaps: other writers' or a repair's."""
-        return int(commits.rows_in(self._records).sum())
+        return int(self.committed_rows.sum())
+
+    @property
+    def committed_rows(self) -> npt.NDArray[np.int64]:
+        """Committed rows of each chunk, (chunks,)."""
+        return commits.rows_in(self._records)
 
     @property
     def stored_rows(self) -> int:
@@ -210,6 +338,12 @@ class StoreView:
         if self.is_reduced and self._reduction is None:
             self._reduction = load_reduction(self._group, self._attrs["reduction"], self.path)
         return self._reduction
+
+    @property
+    def basis_path(self) -> str | None:
+        """Where a store made like this one finds the basis, if that is too large to be copied; else None."""
+        facts = self._attrs.get("reduction") or {}
+        return str(facts.get("path") or self.path) if is_shared(facts) else None
 
     @property
     def is_reduced(self) -> bool:
@@ -294,14 +428,6 @@ class StoreView:
         found = torch.from_numpy(self.raw_rows(start, stop))
         return found.view(torch.bfloat16) if self.layout.dtype == "bfloat16" else found
 
-    def raw_chunks(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, npt.NDArray[Any]]]:
-        """Yield ``(first row, stored form)`` chunk by chunk, the next one read ahead; maps, where they can be."""
-        stop = self._rows if stop is None else stop
-        self._check_range(start, stop)
-        with ChunkStream(self, start, stop) as stream:
-            for piece in stream:
-                yield piece.start, piece.raw
-
     def committed_chunk(self, chunk: int) -> npt.NDArray[Any]:
         """Return the stored form of a chunk's committed rows, from the cache where there is one."""
         start, record = chunk * self.layout.chunk_rows, int(self._records[chunk])
@@ -315,7 +441,7 @@ class StoreView:
         if self.cache is None:
             return self.read("gradients", *part)
         name = f"{self.identity}-{chunk}-{record:016x}"
-        return self.cache.get(name, record >> 32, self.layout, lambda: self.read("gradients", *part))
+        return self.cache.get(name, record >> 32, self.layout.encoding, lambda: self.read("gradients", *part))
 
     @property
     def reading_bytes(self) -> int:
@@ -374,104 +500,3 @@ class StoreView:
             return self.small("example_id") if self.layout.ids else np.arange(self._rows)
         numbers: npt.NDArray[Any] = np.asarray(rows)
         return self.values("example_id", numbers) if self.layout.ids and numbers.size else numbers
-
-    def rows(self, start: int = 0, stop: int | None = None, *, raw: bool = False) -> npt.NDArray[Any]:
-        """Return rows ``start`` to ``stop``.
-
-        Parameters
-        ----------
-        start, stop : int
-            Row numbers; ``stop`` defaults to ``n``.
-        raw : bool
-            Return the stored form (:mod:`.encoding`) instead, zero-copy inside one chunk.
-
-        Returns
-        -------
-        (stop - start, k) float32, scale applied
-        """
-        stop = self._rows if stop is None else stop
-        if raw:
-            return self.raw_rows(start, stop)
-        self._check_range(start, stop)
-        out = np.empty((stop - start, self.k), np.float32)
-        read_into(self, start, stop, out)
-        return out
-
-    def __getitem__(self, key: Any) -> npt.NDArray[Any]:
-        first, rest = (key[0], key[1:]) if isinstance(key, tuple) else (key, ())
-        if isinstance(first, slice):
-            places = range(self._rows)[first]
-            low, high = (min(places), max(places) + 1) if places else (0, 0)
-            block = self.rows(low, high)[:: places.step]
-            return np.asarray(block[(slice(None), *rest)] if rest else block)
-        row = range(self._rows)[operator.index(first)]  # IndexError ends iteration
-        return np.asarray(self.rows(row, row + 1)[0][rest])
-
-    def __dask_tokenize__(self) -> tuple[str, str]:
-        return self.identity, self.rows_digest()
-
-
-_SCALES = ("row_scale",)  # of the stored form, no property of the example
-
-
-class TabularView(StoreView):
-    """The committed rows of a store, for other libraries."""
-
-    def to_dask(self) -> da.Array:
-        """Return the rows as a lazy (n, k) float32 Dask array, chunks as on disk; tasks carry the path only."""
-        import dask.array as da
-
-        chunks = (self.layout.chunk_rows, self.k)
-        rows: da.Array = da.from_array(
-            self, chunks=chunks, asarray=False, fancy=False, name=f"gradients-{self.rows_digest()}"
-        )
-        return rows
-
-    def to_pandas(self) -> Any:
-        """Return a DataFrame with a line a row: id, loss, grad_norm, dropped and the store's columns.
-
-        Raises
-        ------
-        MissingExtraError
-            Without pandas.
-        """
-        pandas = optional_library("pandas", "tables")
-        frame = pandas.DataFrame({"id": self.ids(), **self._values()})
-        frame.index.name = "row"
-        return frame
-
-    def to_xarray(self) -> Any:
-        """Return a Dataset of dimensions (row, column): lazy float32 gradients, and what belongs to each row.
-
-        ``xarray.open_zarr(path, consolidated=False)`` opens the arrays as they are stored: with scales apart, rows that
-        are not committed, and those of quantised stores as whole numbers.
-
-        Raises
-        ------
-        MissingExtraError
-            Without xarray.
-        """
-        xarray = optional_library("xarray", "labelled arrays")
-        rows = {name: ("row", values) for name, values in self._values().items()}
-        coordinates = {"id": ("row", self.ids())} if self.layout.ids else {}
-        return xarray.Dataset(
-            {"gradients": (("row", "column"), self.to_dask()), **rows}, coordinates, {"store": str(self.path)}
-        )
-
-    def _values(self) -> dict[str, Any]:
-        kept = [name for name in self.layout.row_arrays if name not in (*_SCALES, "example_id")]
-        return {name.removeprefix("columns/"): self.small(name) for name in [*kept, "dropped"]}
-
-    def _repr_html_(self) -> str:
-        attrs, layout = self._attrs, self.layout
-        dropped = int(self.dropped.sum()) if self.has_dropped else 0
-        lines = [
-            ("rows", f"{self.n:,}" + (f", {dropped:,} of them dropped" if dropped else "")),
-            ("numbers a row", f"{self.k:,} of {attrs['p']:,} gradient entries, {layout.dtype}"),
-            ("ids", layout.ids or "row numbers"),
-            ("columns", ", ".join(layout.columns) or "none"),
-            ("loss", str(attrs.get("loss_kind") or "not said")),
-            ("chunks", f"{len(self.records):,} of {layout.chunk_rows:,} rows"),
-            ("format", f"{attrs['format']}, written by version {attrs['version']}"),
-        ]
-        return html_table(f"GradientStore {self.path}", None, lines)
