@@ -478,7 +478,7 @@ def test_ctrl_c_ends_it_cleanly(train, tmp_path):
         ),
         ("--host 192.0.2.1", "expected an IPv4 address of this machine to listen on (--host); received 192.0.2.1:"),
         ("--host a..b", "expected an IPv4 address of this machine to listen on (--host); received a..b:"),
-        ("--recipe other.py:recipe", "received the recipe other.py:recipe, "),
+        ("--recipe other.py:recipe", " of the recipe other.py:recipe: name the model"),
     ],
 )
 def test_a_mistake_is_one_line(run, train, line, message, tmp_path):  # noqa: F811
