@@ -1,10 +1,10 @@
-"""Striped Dask tasks: one task a worker slot, each looping over its own contiguous rows.
+"""Striped Dask tasks: one task for each worker slot, which loops over its own contiguous rows.
 
-A task carries paths, row numbers and small arrays, folds its rows into one result, and only that result travels; sums
-go up a tree. Without a ``dask.distributed`` client the local scheduler runs them: one slot with all BLAS threads by
-default, since that is the fastest way to use one node and holds one accumulator. With a client they run on its workers,
-which share the cores of their host; a task whose worker dies runs again on another, and an interrupted call cancels
-what it started.
+A task carries paths, row numbers and small arrays and folds its rows into one result; only that result travels, and
+sums are added in a tree. Without a ``dask.distributed`` client the local scheduler runs the tasks: one slot with all
+BLAS threads by default, since that is the fastest way to use one node and holds one accumulator. With a client they run
+on its workers, which share the cores of their host; a task whose worker dies runs again on another, and an interrupted
+call cancels the tasks it started.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from ooc_influence.memory import DEFAULT_SHARE, cpu_share
 from ooc_influence.process import blas_limit, limit_blas
 from ooc_influence.progress import TOPIC, Progress, show
 
-SENT_ONCE = 2**20  # bytes of an array from which on it is sent to a cluster's workers once, not with every task
+SENT_ONCE = 2**20  # bytes: an array at least as large is sent to a cluster's workers once, not with every task
 
 
 def cores() -> int:
     """Return the cores this process may use: those it is bound to, or fewer where a control group limits its time.
 
-    A share of a core is not counted: threads that wait for each other would wait for the one that is out of time.
+    A fraction of a core is not counted: threads that wait for each other would wait for the one that is out of time.
     """
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     share = cpu_share()
@@ -47,20 +47,20 @@ def blas_threads(tasks: int) -> Any:
 
 
 class _Sharers:
-    """Tasks of other schedulers than ours that run in this process."""
+    """Tasks of schedulers other than ours that run in this process."""
 
     def __init__(self) -> None:
         self._lock, self._running, self._most = threading.Lock(), 0, 1
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
-        with contextlib.ExitStack() as held:
+        with contextlib.ExitStack() as limits:
             with self._lock:  # until it is set: the later of two tasks sets less
                 if not self._running:
-                    self._most = min(cores(), blas_limit() or cores())  # a Dask worker's process may have been told one
+                    self._most = min(cores(), blas_limit() or cores())  # a Dask worker's process may be limited to one
                 self._running += 1
-                held.callback(self._leave)
-                held.enter_context(limit_blas(max(1, min(self._most, cores() // self._running))))
+                limits.callback(self._leave)
+                limits.enter_context(limit_blas(max(1, min(self._most, cores() // self._running))))
             yield
 
     def _leave(self) -> None:
@@ -74,14 +74,14 @@ _task = threading.local()  # the threads that the task running in this one may u
 
 
 def task_threads() -> int:
-    """Return how many threads of its own a task may use that was run with ``own_threads``."""
+    """Return how many threads of its own a task that was run with ``own_threads`` may use."""
     return int(getattr(_task, "threads", 1))
 
 
 def _sharing(function: Callable[..., Any], tasks: int, own_threads: bool, *args: Any) -> Any:
     """Run a task that shares the cores with others: through the BLAS's threads, or its own with a BLAS of one thread.
 
-    On a Dask worker, the BLAS may have been told to use one thread whatever the host has.
+    On a Dask worker, the BLAS may be limited to one thread however many cores the host has.
     """
     before, threads = task_threads(), max(1, cores() // max(1, tasks))
     _task.threads = threads if own_threads else 1
@@ -94,7 +94,7 @@ def _sharing(function: Callable[..., Any], tasks: int, own_threads: bool, *args:
 
 @dataclass(frozen=True)
 class Stripe:
-    """Rows ``start`` to ``stop``; ``start`` lies on the block grid."""
+    """Rows ``start`` to ``stop``; ``start`` is on the block grid."""
 
     start: int
     stop: int
@@ -119,7 +119,7 @@ def in_worker() -> bool:
         return False
 
 
-def _place(client: Any, arg: Any) -> Any:
+def _scatter(client: Any, arg: Any) -> Any:
     """Send a large array to a cluster's workers once, not with every task."""
     if not isinstance(arg, np.ndarray) or arg.nbytes < SENT_ONCE:
         return arg
@@ -136,7 +136,7 @@ def _slots_on_a_host(client: Any) -> int:
 
 
 def check_workers(workers: int | None) -> int:
-    """Return the number of worker slots: as asked, or those of the ambient Dask cluster, or one.
+    """Return the number of worker slots: as requested, or those of the ambient Dask cluster, or one.
 
     Raises
     ------
@@ -182,12 +182,12 @@ def cut_stripes(start: int, stop: int, block_rows: int, count: int) -> list[Stri
     return [Stripe(max(start, low * block_rows), min(stop, high * block_rows)) for low, high in pairwise(edges)]
 
 
-def subtract_ranges(ranges: Sequence[tuple[int, int]], taken: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return what is left of some ranges without others."""
-    left = list(ranges)
-    for low, high in taken:
-        left = [part for a, b in left for part in ((a, min(b, low)), (max(a, high), b)) if part[0] < part[1]]
-    return left
+def subtract_ranges(ranges: Sequence[tuple[int, int]], removed: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return what remains of some ranges without others."""
+    remaining = list(ranges)
+    for low, high in removed:
+        remaining = [part for a, b in remaining for part in ((a, min(b, low)), (max(a, high), b)) if part[0] < part[1]]
+    return remaining
 
 
 def tree_sum(parts: Sequence[Any], add: Callable[[Any, Any], Any]) -> Any:
@@ -211,7 +211,7 @@ def _check_reach(args: Sequence[Any]) -> None:
     for path in [path for arg in args for path in getattr(arg, "paths", [getattr(arg, "path", arg)])]:
         if getattr(path, "protocol", "") == "memory":
             raise InputError(
-                f"expected a place that the cluster's workers can see; received {path}, which is in this process only: "
+                f"expected a path that the cluster's workers can see; received {path}, which is in this process only: "
                 "use a folder or an object store, or close the cluster's client"
             )
 
@@ -249,14 +249,14 @@ def run_stripes(
     Raises
     ------
     ClusterError
-        If a task's workers died again and again.
+        If a task's workers died repeatedly.
     """
     client = ambient_client()
     _check_reach(args)
     if client is None:
         function, sharing = function if on_result is None else _calling(function, on_result), slots
     else:
-        args, sharing = tuple(_place(client, arg) for arg in args), _slots_on_a_host(client)
+        args, sharing = tuple(_scatter(client, arg) for arg in args), _slots_on_a_host(client)
     task = delayed(_sharing, pure=False, traverse=False)
     parts = [task(function, sharing, own_threads, stripe, progress.key, *args) for stripe in stripes]
     tasks = [tree_sum(parts, reduce)] if reduce is not None else parts
@@ -297,7 +297,7 @@ _watching_lock = threading.Lock()
 
 
 def _watch(client: Any) -> None:
-    """Show what this client's tasks tell of their progress: all runs have one topic, which the scheduler keeps."""
+    """Show the progress that this client's tasks report: all runs have one topic, which the scheduler keeps."""
     with _watching_lock:
         _watching[client.id] = _watching.get(client.id, 0) + 1
         if _watching[client.id] == 1:

@@ -2,8 +2,8 @@
 
 Block loops run inside Dask tasks, which cannot carry a progress bar. They call :func:`tick` with a key; a bar opened
 under that key in the same process shows it; on a Dask worker the tick travels as an event, with its key. A bar
-that closes early (an error, Ctrl-C) makes the next tick stop its task, and so does a task's being cancelled. Whoever
-shows progress elsewhere than on a terminal watches: :func:`watched`.
+that closes early (an error, Ctrl-C) makes the next tick stop its task, and so does cancelling the task. To show
+progress elsewhere than on a terminal, use :func:`watched`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _watcher: ContextVar[Watcher | None] = ContextVar("ooc_influence_watcher", defau
 _bars: dict[str, Progress] = {}
 _stopped: set[str] = set()
 _lock = threading.Lock()
-TOPIC = "ooc_influence"  # of events by which tasks on Dask workers tell of their progress
+TOPIC = "ooc_influence"  # of events in which tasks on Dask workers report their progress
 
 
 class Progress:
@@ -48,7 +48,7 @@ class Progress:
         self.key = uuid.uuid4().hex
         self._bar: Any = None
         self._label, self._total, self._done, self._watcher = label, total, 0, _watcher.get()
-        self._tell(0)
+        self._report(0)
         if show:
             from tqdm import tqdm
 
@@ -63,12 +63,12 @@ class Progress:
             On a Dask worker, if the task was cancelled; or whatever a watcher raises.
         """
         check_cancelled()
-        self._tell(rows)
+        self._report(rows)
         if self._bar is not None:
             with _lock:
                 self._bar.update(rows)
 
-    def _tell(self, rows: int) -> None:
+    def _report(self, rows: int) -> None:
         if self._watcher is not None:
             with _lock:
                 self._done += rows
@@ -101,7 +101,7 @@ class Progress:
 
 @contextlib.contextmanager
 def watched(watcher: Watcher) -> Iterator[None]:
-    """Tell ``watcher`` of the progress of all that this thread starts meanwhile; what it raises stops the work."""
+    """Report to ``watcher`` the progress of all that this thread starts in the context; what it raises stops the work."""
     token = _watcher.set(watcher)
     try:
         yield
@@ -129,14 +129,14 @@ def tick(key: str, rows: int) -> None:
 
 
 def show(key: str, rows: int) -> None:
-    """Advance the bar opened under ``key``, if it is one of this process: others' runs tell of theirs, too."""
+    """Advance the bar opened under ``key``, if it is in this process: other runs report theirs, too."""
     bar = _bars.get(key)
     if bar is not None:
         bar.advance(rows)
 
 
 def check_cancelled() -> None:
-    """Stop the Dask task this runs in if its client does not want it any more; do nothing elsewhere.
+    """Stop the Dask task this runs in if its client cancelled it; do nothing elsewhere.
 
     Raises
     ------

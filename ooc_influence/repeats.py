@@ -1,7 +1,7 @@
-"""Whether any of very many texts is there twice: by 64-bit digests on disk, 16 bytes a text and none of them in memory.
+"""Whether any of very many texts occurs twice: by 64-bit digests on disk, 16 bytes a text and none of them in memory.
 
-Blocks of digests are sorted one by one as they come. Then values are looked at range by range, each of
-about as many digests as a block: a slice of every sorted block. Texts of equal digests are compared themselves.
+Blocks of digests are sorted one by one as they come. Then values are examined range by range, each with about as many
+digests as a block: a slice of every sorted block. Where digests are equal, the texts themselves are compared.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Arrays that are too many to hold: they grow in a file and are mapped from there."""
+"""Arrays that are too large for memory: they grow in a file and are mapped from there."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class ArrayFile:
     dtype : dtype
         Of its values.
     path : Path, optional
-        A file to be made. Default: a temporary one without a name, which is gone when nobody maps it any more.
+        A file to be made. Default: a temporary one without a name, which is removed when nothing maps it any more.
     """
 
     def __init__(self, dtype: npt.DTypeLike, path: Path | None = None) -> None:
@@ -57,5 +57,5 @@ def map_array(path: Path, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
 
 def _mapped(file: Any, dtype: np.dtype[Any], length: int) -> npt.NDArray[Any]:
     if not length:
-        return np.empty(0, dtype)  # nothing cannot be mapped
+        return np.empty(0, dtype)  # an empty file cannot be mapped
     return np.asarray(np.memmap(file, dtype, mode="r", shape=(length,)))
