@@ -101,7 +101,7 @@ class Progress:
 
 @contextlib.contextmanager
 def watched(watcher: Watcher) -> Iterator[None]:
-    """Report to ``watcher`` the progress of all that this thread starts in the context; what it raises stops the work."""
+    """Report to ``watcher`` the progress of all that this thread starts; an error of the watcher stops the work."""
     token = _watcher.set(watcher)
     try:
         yield

@@ -12,9 +12,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from ooc_influence.curvature import Curvature
-from ooc_influence.influence.engine import Codes, Engine, Floats, Found, Rows
+from ooc_influence.influence.engine import Codes, Engine, Entries, Floats
 from ooc_influence.linalg.device import DeviceRows, send_array
-from ooc_influence.store import GradientStore, read_raw_blocks
+from ooc_influence.store import Block, GradientStore, read_raw_blocks
 
 
 class DeviceEngine(Engine):
@@ -40,12 +40,13 @@ class DeviceEngine(Engine):
         self._mode.__exit__(None, None, None)
 
     @override
-    def blocks(self, store: GradientStore, start: int, stop: int, block_rows: int) -> Iterator[Rows]:
+    def blocks(self, store: GradientStore, start: int, stop: int, block_rows: int) -> Iterator[Block]:
         if start >= stop:
             return
         sender = DeviceRows(store, self._device, min(block_rows, stop - start))
+        rows: Any
         for block, rows in sender.read(read_raw_blocks(store, start, stop, block_rows)):
-            yield Rows(block.start, block.stop, rows, block.dropped)
+            yield Block(block.start, block.stop, rows, block.dropped)
 
     @override
     def array(self, values: npt.NDArray[Any]) -> Tensor:
@@ -61,11 +62,11 @@ class DeviceEngine(Engine):
 
     @override
     def sums(self, rows: Tensor, codes: Codes, weights: Floats) -> tuple[Codes, Tensor]:
-        held = np.flatnonzero(weights)
-        groups, places = np.unique(codes[held], return_inverse=True)
-        chosen = rows[self.array(held)] * self.array(weights[held])[:, None]
+        weighted = np.flatnonzero(weights)
+        groups, indices = np.unique(codes[weighted], return_inverse=True)
+        chosen = rows[self.array(weighted)] * self.array(weights[weighted])[:, None]
         total = torch.zeros((len(groups), rows.shape[1]), device=self._device)
-        return groups, total.index_add_(0, self.array(places), chosen)
+        return groups, total.index_add_(0, self.array(indices), chosen)
 
     @override
     def quadratic(self, curvature: Curvature | None, values: Sequence[float], rows: Tensor) -> Floats:
@@ -83,17 +84,16 @@ class DeviceEngine(Engine):
         return self.array(np.linalg.cholesky(inverse / 2).astype(np.float32))
 
     @override
-    def above(self, tile: Tensor, limits: Floats, most: int, sign: int) -> Found | None:
+    def above(self, tile: Tensor, limits: Floats, most: int, sign: int) -> Entries | None:
         limit = self.array(limits)[:, None]
         exceeding = tile > limit if sign > 0 else tile < -limit
         if int(exceeding.count_nonzero()) > most:
             return None
-        places = torch.nonzero(exceeding)
-        numbers, columns = places[:, 0], places[:, 1]
+        numbers, columns = torch.nonzero(exceeding).unbind(1)
         values = self.host(tile[numbers, columns])
-        return Found(numbers.cpu().numpy(), columns.cpu().numpy(), values if sign > 0 else -values)
+        return Entries(numbers.cpu().numpy(), columns.cpu().numpy(), values if sign > 0 else -values)
 
     @override
     def host(self, tile: Tensor) -> Floats:
-        found: Floats = tile.cpu().numpy()
-        return found
+        values: Floats = tile.cpu().numpy()
+        return values

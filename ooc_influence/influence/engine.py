@@ -1,4 +1,4 @@
-"""Sums of rows by group, one block at a time: a sparse matrix of weights times the block."""
+"""The arithmetic of score tiles: products, norms, sums by group and the largest scores, by NumPy or by torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing_extensions import override
 from ooc_influence.curvature import Curvature
 from ooc_influence.errors import InputError
 from ooc_influence.parallel import cores, task_threads
-from ooc_influence.store import GradientStore, read_blocks
+from ooc_influence.store import Block, GradientStore, read_blocks
 
 Floats = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.int64]
@@ -28,7 +28,7 @@ class Grouping(NamedTuple):
     names : (G,)
         What the groups are called, in order.
     codes : (n,) int64
-        Each row's place in ``names``.
+        Each row's index in ``names``.
     """
 
     names: npt.NDArray[Any]
@@ -68,54 +68,35 @@ def weighted_sums(rows: Any, codes: Codes, weights: npt.NDArray[np.float32]) -> 
     """
     from scipy.sparse import csr_array
 
-    held = np.flatnonzero(weights)
-    groups, places = np.unique(codes[held], return_inverse=True)
-    order = np.argsort(places, kind="stable")
-    ends = np.searchsorted(places[order], np.arange(len(groups) + 1))
+    weighted = np.flatnonzero(weights)
+    groups, indices = np.unique(codes[weighted], return_inverse=True)
+    order = np.argsort(indices, kind="stable")
+    ends = np.searchsorted(indices[order], np.arange(len(groups) + 1))
     shape = (len(groups), len(rows))
-    return groups, csr_array((weights[held][order], held[order], ends), shape=shape) @ rows
+    return groups, csr_array((weights[weighted][order], weighted[order], ends), shape=shape) @ rows
 
 
 _Result = TypeVar("_Result")
-_FEW = 256  # rows of the left factor up to which the product of the swapped factors, turned round, is quicker
+_FEW = 256  # rows of the left factor up to which the product of the swapped factors, transposed, is quicker
 _PIECE = 512  # train rows multiplied at once, at least: fewer are slow
 _ROWS_AT_ONCE = 4096  # rows that all cores together multiply at once
 _ROTATED_BYTES = 32 * 2**20  # of rotated rows that all threads hold while they find norms
 
 
-class Rows(NamedTuple):
-    """Rows ``start`` to ``stop`` where they are multiplied; valid until the next block.
+class Entries(NamedTuple):
+    """Some entries of a tile (m, b), row by row and ascending within a row."""
 
-    Attributes
-    ----------
-    start, stop : int
-        Row numbers.
-    values : (stop - start, k) float32
-        The rows: an array of the engine.
-    dropped : (stop - start,) bool or None
-        Which are dropped; None where none is.
-    """
-
-    start: int
-    stop: int
-    values: Any
-    dropped: npt.NDArray[np.bool_] | None
-
-
-class Found(NamedTuple):
-    """Numbers of a tile (m, b): their places, row by row and ascending within a row, and values."""
-
-    numbers: npt.NDArray[np.int64]
+    rows: npt.NDArray[np.int64]
     columns: npt.NDArray[np.int64]
     values: Floats
 
 
 class Engine(ABC):
-    """What score tiles are made with."""
+    """The arrays that score tiles are computed with, and their arithmetic. A context."""
 
     @abstractmethod
-    def blocks(self, store: GradientStore, start: int, stop: int, block_rows: int) -> Iterator[Rows]:
-        """Yield the blocks of rows ``start`` to ``stop``; see :func:`read_blocks`."""
+    def blocks(self, store: GradientStore, start: int, stop: int, block_rows: int) -> Iterator[Block]:
+        """Yield the blocks of rows ``start`` to ``stop``, arrays of this engine; see :func:`read_blocks`."""
 
     @abstractmethod
     def array(self, values: npt.NDArray[Any]) -> Any:
@@ -138,8 +119,8 @@ class Engine(ABC):
         """Return gᵀ (F + λI)⁻¹ g for each λ and row, (L, b); ‖g‖², (1, b), without a curvature."""
 
     @abstractmethod
-    def above(self, tile: Any, limits: Floats, most: int, sign: int) -> Found | None:
-        """Return what of ``sign`` · tile (m, b) exceeds its row's limit, (m,); None where more than ``most`` do."""
+    def above(self, tile: Any, limits: Floats, most: int, sign: int) -> Entries | None:
+        """Return the entries of ``sign`` · tile (m, b) above their row's limit, (m,); None for more than ``most``."""
 
     @abstractmethod
     def host(self, tile: Any) -> Floats:
@@ -148,14 +129,14 @@ class Engine(ABC):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error: object) -> None:  # noqa: B027 - most have nothing to give back
-        """Give back what it holds."""
+    def __exit__(self, *error: object) -> None:  # noqa: B027 - most hold nothing
+        """Release what it holds."""
 
 
 class HostEngine(Engine):
     """NumPy and the BLAS behind it, called by as many threads as a task may use, each with its own part of a block.
 
-    The BLAS's own threads do less well where one factor has few rows. A context.
+    The BLAS's own threads are slower where one factor has few rows.
     """
 
     def __init__(self) -> None:
@@ -167,20 +148,19 @@ class HostEngine(Engine):
         self._pool.shutdown()
 
     def _each(self, work: Callable[[slice], _Result], count: int, step: int) -> list[_Result]:
-        """Do ``work`` on slices of ``count`` things, at most ``step`` of them each."""
+        """Do ``work`` on slices of ``count`` items, of at most ``step`` items each."""
         parts = [slice(start, min(count, start + step)) for start in range(0, count, step)]
         if len(parts) == 1:
             return [work(parts[0])]
         return list(self._pool.map(work, parts))
 
     def _share(self, count: int) -> int:
-        """Return a thread's share of so many things."""
+        """Return a thread's share of some items."""
         return max(1, -(-count // self._threads))
 
     @override
-    def blocks(self, store: GradientStore, start: int, stop: int, block_rows: int) -> Iterator[Rows]:
-        for block in read_blocks(store, start, stop, block_rows, threads=self._threads):
-            yield Rows(block.start, block.stop, block.gradients, block.dropped)
+    def blocks(self, store: GradientStore, start: int, stop: int, block_rows: int) -> Iterator[Block]:
+        return read_blocks(store, start, stop, block_rows, threads=self._threads)
 
     @override
     def array(self, values: npt.NDArray[Any]) -> Any:
@@ -219,21 +199,21 @@ class HostEngine(Engine):
         return np.concatenate(self._each(work, len(rows), min(step, self._share(len(rows)))), axis=1)
 
     @override
-    def above(self, tile: Any, limits: Floats, most: int, sign: int) -> Found | None:
+    def above(self, tile: Any, limits: Floats, most: int, sign: int) -> Entries | None:
 
-        def work(part: slice) -> Found | None:
-            own, limit = tile[part], limits[part, None]
-            exceeding = own > limit if sign > 0 else own < -limit
+        def work(part: slice) -> Entries | None:
+            scores, limit = tile[part], limits[part, None]
+            exceeding = scores > limit if sign > 0 else scores < -limit
             if np.count_nonzero(exceeding) > most:
                 return None
             numbers, columns = np.divmod(np.flatnonzero(exceeding), tile.shape[1])
-            values = own[numbers, columns]
-            return Found(part.start + numbers, columns, values if sign > 0 else -values)
+            values = scores[numbers, columns]
+            return Entries(part.start + numbers, columns, values if sign > 0 else -values)
 
         parts = self._each(work, len(tile), self._share(len(tile)))
-        if any(part is None for part in parts) or sum(len(part.numbers) for part in parts if part) > most:
+        if any(part is None for part in parts) or sum(len(part.rows) for part in parts if part) > most:
             return None
-        return Found(*(np.concatenate(values) for values in zip(*(part for part in parts if part), strict=True)))
+        return Entries(*(np.concatenate(values) for values in zip(*(part for part in parts if part), strict=True)))
 
     @override
     def host(self, tile: Any) -> Floats:

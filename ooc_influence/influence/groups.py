@@ -37,7 +37,7 @@ _SHOWN = 20  # queries and groups in a notebook's table
 
 @dataclass(frozen=True, eq=False)
 class GroupInfluence:
-    """What :func:`group_influence` found.
+    """Result of :func:`group_influence`.
 
     Attributes
     ----------
@@ -161,8 +161,8 @@ def group_influence(
     outside = np.empty(scoring.q)
     with Progress("group sums", len(blocks) * scoring.n, options["progress"]) as bar:
         for start, stop in blocks:
-            left = scoring.left(start, stop)
-            outside[start:stop] = left.outside
+            queries = scoring.precondition(start, stop)
+            outside[start:stop] = queries.outside
             counts[:] = 0
 
             def add(stripe: Stripe, part: Part, inside: slice = slice(start, stop)) -> None:
@@ -170,10 +170,10 @@ def group_influence(
                 counts[:] += part["counts"]
 
             parts.run(
-                f"{start}-{stop}", _stripe, work, bar, size, groups.codes, scoring.seen, *left.arrays,
+                f"{start}-{stop}", _stripe, work, bar, size, groups.codes, scoring.seen, *queries.arrays,
                 slots=slots, on_result=add,
             )  # fmt: skip
-            sums[:, start:stop][:, left.gone] = np.nan  # of groups without a row in any block, too
+            sums[:, start:stop][:, queries.dropped] = np.nan  # of groups without a row in any block, too
     parts.remove()
     scoring.warn_outside(outside)
     return GroupInfluence(groups.names, scoring.squeeze(sums), counts, scoring.queries.names, scoring.damping, outside)
@@ -183,35 +183,37 @@ def group_costs(groups: int, queries: int, values: int, n: int, k: int) -> TileM
     """Return what sums over ``groups`` groups of ``n`` rows hold, for ``queries`` queries and ``values`` λs."""
     return TileMemory(
         tile=4 + 4 + 8,  # products with a block's groups, and added to the sums
-        left=2 * 8 * groups,  # a stripe's sums, and those that have arrived
+        query=2 * 8 * groups,  # a stripe's sums, and those received
         row=(1 + values) * 4 * k + 40,  # sums of a block's rows for each λ, and the weights that make them
         fixed=8 * groups * queries * values + 3 * 8 * n,
     )
 
 
 def _stripe(
-    stripe: Stripe, key: str, work: ScoreTask, size: int, codes: Codes, seen: Marks | None, *lefts: Floats
+    stripe: Stripe, key: str, work: ScoreTask, size: int, codes: Codes, seen: Marks | None, *queries: Floats
 ) -> Part:
-    q = len(lefts[0]) // work.lambdas
+    q = len(queries[0]) // work.lambdas
     sums = np.zeros((work.lambdas, q, size))
     counts = np.zeros(size, np.int64)
     with make_engine(work.device) as engine:
-        queries = [engine.array(left) for left in lefts]
+        factors = [engine.array(array) for array in queries]
         for blocks in row_blocks(engine, stripe, work):
             start, stop = blocks[0].start, blocks[0].stop
             absent = absent_rows(blocks, seen)
             live = np.ones(stop - start, bool) if absent is None else ~absent
-            own = codes[start:stop]
-            counts += np.bincount(own[live], minlength=size)
+            block_codes = codes[start:stop]
+            counts += np.bincount(block_codes[live], minlength=size)
             shares = row_shares(work, seen, start, stop)
-            for number, (left, block) in enumerate(zip(queries, blocks, strict=True)):
+            for number, (left, block) in enumerate(zip(factors, blocks, strict=True)):
                 weights = row_weights(engine, work, shares, number, block)
                 rows = live[None].astype(np.float32) if weights is None else np.where(live, weights, np.float32(0))
-                added = [engine.sums(block.values, own, weight) for weight in rows]  # one for all λs, or each its own
-                for place in range(work.lambdas):
-                    found, total = added[place % len(added)]
-                    tile = engine.empty(q, len(found))
-                    engine.multiply(left[place * q : (place + 1) * q], total, tile)
-                    sums[place][:, found] += engine.host(tile)
+                added = [
+                    engine.sums(block.gradients, block_codes, weight) for weight in rows
+                ]  # once for all λ, or for each
+                for level in range(work.lambdas):
+                    present, total = added[level % len(added)]
+                    tile = engine.empty(q, len(present))
+                    engine.multiply(left[level * q : (level + 1) * q], total, tile)
+                    sums[level][:, present] += engine.host(tile)
             tick(key, stop - start)
     return {"sums": sums, "counts": counts}

@@ -187,7 +187,7 @@ class PreconditionedQueries:
         For each checkpoint, λ by λ; NaN where a query is dropped.
     outside : (q,) float64
         Share of each query's squared gradient outside the span of the training spectrum; NaN without a curvature.
-    gone : (q,) bool
+    dropped : (q,) bool
         Queries that are dropped.
     """
 
@@ -195,7 +195,7 @@ class PreconditionedQueries:
     stop: int
     arrays: list[Floats]
     outside: npt.NDArray[np.float64]
-    gone: Marks
+    dropped: Marks
 
 
 @dataclass(frozen=True, eq=False)
@@ -288,7 +288,7 @@ class ScoreRequest:
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
-    def left(self, start: int, stop: int) -> PreconditionedQueries:
+    def precondition(self, start: int, stop: int) -> PreconditionedQueries:
         """Return queries ``start`` to ``stop``, preconditioned."""
         arrays, shares, dropped = [], [], np.zeros(stop - start, bool)
         for number, own in enumerate(self.checkpoints):

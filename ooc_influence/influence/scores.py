@@ -98,29 +98,29 @@ def _lazy_scores(scoring: ScoreRequest, memory: int | str | None) -> da.Array:
     work = scoring.work(block_rows)
     numbers = da.arange(scoring.q, chunks=blocks[0][1])
     depth = sum(store.k for store in work.stores)
-    lefts = da.map_blocks(
-        _left_task, numbers, scoring, new_axis=[0, 2], dtype=np.float32, meta=np.empty((0, 0, 0), np.float32),
+    queries = da.map_blocks(
+        _query_task, numbers, scoring, new_axis=[0, 2], dtype=np.float32, meta=np.empty((0, 0, 0), np.float32),
         chunks=((scoring.lambdas,), numbers.chunks[0], (depth,)),
     )  # fmt: skip
     rows = da.arange(scoring.n, chunks=block_rows)
     scores: da.Array = da.blockwise(
-        _score_task, "lqn", lefts, "lqk", rows, "n", work=work, seen=scoring.seen, concatenate=True,
+        _score_task, "lqn", queries, "lqk", rows, "n", work=work, seen=scoring.seen, concatenate=True,
         meta=np.empty((0, 0, 0), np.float32),
     )  # fmt: skip
-    found: da.Array = scoring.squeeze(scores)
-    return found
+    squeezed: da.Array = scoring.squeeze(scores)
+    return squeezed
 
 
-def _left_task(numbers: npt.NDArray[np.int64], scoring: ScoreRequest) -> Floats:
+def _query_task(numbers: npt.NDArray[np.int64], scoring: ScoreRequest) -> Floats:
     """Return preconditioned queries (L, q, k), those of several checkpoints side by side."""
     with sharing_blas():
-        arrays = scoring.left(int(numbers[0]), int(numbers[-1]) + 1).arrays
+        arrays = scoring.precondition(int(numbers[0]), int(numbers[-1]) + 1).arrays
     return np.concatenate([array.reshape(scoring.lambdas, len(numbers), -1) for array in arrays], axis=2)
 
 
-def _score_task(lefts: Floats, rows: npt.NDArray[np.int64], work: ScoreTask, seen: Marks | None) -> Floats:
+def _score_task(queries: Floats, rows: npt.NDArray[np.int64], work: ScoreTask, seen: Marks | None) -> Floats:
     edges = np.cumsum([store.k for store in work.stores])[:-1]
-    parts = [np.ascontiguousarray(part).reshape(-1, part.shape[2]) for part in np.split(lefts, edges, axis=2)]
+    parts = [np.ascontiguousarray(part).reshape(-1, part.shape[2]) for part in np.split(queries, edges, axis=2)]
     with sharing_blas(), make_engine(work.device) as engine:
         (tile,) = score_tiles(engine, Stripe(int(rows[0]), int(rows[-1]) + 1), "", work, seen, parts)
         return engine.host(tile.scores)[:, 0]
@@ -212,9 +212,12 @@ def _facts(scoring: ScoreRequest, leading: int) -> dict[str, Any]:
     first = scoring.checkpoints[0]
     several = len(scoring.checkpoints) > 1
     paths: dict[str, list[Any]] = {
-        "query": [str(own.query.path) for own in scoring.checkpoints if own.query is not None],
-        "train": [str(own.train.path) for own in scoring.checkpoints],
-        "curvature": [None if own.curvature is None else str(own.curvature.path) for own in scoring.checkpoints],
+        "query": [str(checkpoint.query.path) for checkpoint in scoring.checkpoints if checkpoint.query is not None],
+        "train": [str(checkpoint.train.path) for checkpoint in scoring.checkpoints],
+        "curvature": [
+            None if checkpoint.curvature is None else str(checkpoint.curvature.path)
+            for checkpoint in scoring.checkpoints
+        ],
     }
     names = (["damping"] if scoring.several else []) + (["module"] if leading > scoring.several else [])
     return {
@@ -249,8 +252,8 @@ def _fill(
             for low, high in missing:
                 share = max(1, round(slots * (high - low) / left_out))
                 stripes += cut_stripes(low, high, work.block_rows, share)
-            left = scoring.left(start, stop)
-            outside[start:stop] = left.outside
+            queries = scoring.precondition(start, stop)
+            outside[start:stop] = queries.outside
             run_stripes(
                 _write_stripe,
                 stripes,
@@ -259,7 +262,7 @@ def _fill(
                 output,
                 (start, stop),
                 scoring.seen,
-                *left.arrays,
+                *queries.arrays,
                 slots=slots,
                 own_threads=True,
             )
@@ -271,17 +274,19 @@ def _write_stripe(
     key: str,
     work: ScoreTask,
     output: ResumableArray,
-    queries: tuple[int, int],
+    query_range: tuple[int, int],
     seen: Marks | None,
-    *lefts: Floats,
+    *queries: Floats,
 ) -> None:
     with make_engine(work.device) as engine:
-        for low, high in _missing(output, *queries):  # again: where a worker died, part of a stripe is there already
+        for low, high in _missing(
+            output, *query_range
+        ):  # again: where a worker died, part of a stripe is there already
             part = Stripe(max(low, stripe.start), min(high, stripe.stop))
             if part.start >= part.stop:
                 continue
-            with OutputWriter(output, queries[0]) as writer:
-                for tile in score_tiles(engine, part, key, work, seen, lefts, copies=2):
+            with OutputWriter(output, query_range[0]) as writer:
+                for tile in score_tiles(engine, part, key, work, seen, queries, copies=2):
                     writer.write(tile.start, engine.host(tile.scores))
 
 
@@ -307,12 +312,12 @@ class OutputWriter:
         """Write scores (L, M, q, rows); the tile before is written then, so two may be in use."""
         self.wait()
         queries, rows = tile.shape[-2:]
-        place = (slice(self._first, self._first + queries), slice(first_row, first_row + rows))
+        region = (slice(self._first, self._first + queries), slice(first_row, first_row + rows))
         whole = tile.reshape(*self._leading, queries, rows)
-        self._task = self._thread.submit(self._array.__setitem__, (..., *place), whole)
+        self._task = self._thread.submit(self._array.__setitem__, (..., *region), whole)
 
     def wait(self) -> None:
-        """Wait until what was given is written."""
+        """Wait until the last tile is written."""
         task, self._task = self._task, None
         if task is not None:
             task.result()
@@ -367,7 +372,7 @@ def module_influence(
     if (top is None) == (out is None):
         raise InputError("expected either top= or out= (--top or --out); received both or neither")
     scoring = ScoreRequest.open(query, train, options)
-    names, columns = module_columns([own.train for own in scoring.checkpoints])
+    names, columns = module_columns([checkpoint.train for checkpoint in scoring.checkpoints])
     if out is not None:
         return write_scores(scoring, parse_path(out), columns, options, modules=names)
     assert top is not None
@@ -385,7 +390,7 @@ def module_columns(stores: Sequence[GradientStore]) -> tuple[list[str], Columns]
     MismatchError
         If the stores' modules differ.
     """
-    found: list[dict[str, slice]] = []
+    columns: list[dict[str, slice]] = []
     for store in stores:
         if store.is_reduced:
             raise InputError(
@@ -393,16 +398,16 @@ def module_columns(stores: Sequence[GradientStore]) -> tuple[list[str], Columns]
                 "the modules: extract without a reduction (--dims 0)"
             )
         edges = np.cumsum([0, *(len(module.rows) for module in store.mask.modules)]).tolist()
-        found.append(
+        columns.append(
             {
                 module.layer.name: slice(edges[number], edges[number + 1])
                 for number, module in enumerate(store.mask.modules)
                 if len(module.rows)
             }
         )
-    if any(list(own) != list(found[0]) for own in found):
+    if any(list(each) != list(columns[0]) for each in columns):
         raise MismatchError(
             "expected the same modules in every checkpoint's store; received stores that differ: extract them with the "
             "same modules="
         )
-    return list(found[0]), tuple(tuple(own.values()) for own in found)
+    return list(columns[0]), tuple(tuple(each.values()) for each in columns)

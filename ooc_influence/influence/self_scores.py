@@ -1,4 +1,4 @@
-"""Self-influence: score(i, i) = g_iᵀ (F + λI)⁻¹ g_i, how strongly a row speaks for itself.
+"""Self-influence: score(i, i) = g_iᵀ (F + λI)⁻¹ g_i, how strongly a row influences its own loss.
 
 Rows the rest of the data does not support (wrong labels, outliers) have large values. With z = Vᵀg it is
 Σ_j z_j² / (e_j + λ): one GEMM a block, whatever the number of λs.
@@ -48,21 +48,25 @@ def self_influence(train: Stores, **options: Unpack[SelfInfluenceOptions]) -> np
     """
     scoring = ScoreRequest.open(None, train, options)
     slots = check_workers(options["workers"])
-    need = _need(scoring, scoring.lambdas, [Form.of(own.train.k, own.curvature) for own in scoring.checkpoints])
+    need = _need(
+        scoring,
+        scoring.lambdas,
+        [Form.of(checkpoint.train.k, checkpoint.curvature) for checkpoint in scoring.checkpoints],
+    )
     need = replace(need, alternatives=partial(_ways, scoring))
     block_rows = plan_block_rows(need, worker_memory(options["memory"]), slots_per_process(slots))
     work = scoring.work(block_rows, normalized=True)
     parts = ScoreParts(options["resume"], scoring.digest(kind="self-influence"))
     parts.begin()
-    found = np.empty((scoring.lambdas, scoring.n), np.float32)
+    values = np.empty((scoring.lambdas, scoring.n), np.float32)
 
     def put(stripe: Stripe, part: Part) -> None:
-        found[:, stripe.start : stripe.stop] = part["values"]
+        values[:, stripe.start : stripe.stop] = part["values"]
 
     with Progress("self-influence", scoring.n, options["progress"]) as bar:
         parts.run("values", _stripe, work, bar, scoring.seen, slots=slots, on_result=put)
     parts.remove()
-    result: npt.NDArray[np.float32] = scoring.squeeze(found)
+    result: npt.NDArray[np.float32] = scoring.squeeze(values)
     return result
 
 
@@ -73,13 +77,13 @@ def _need(scoring: ScoreRequest, lambdas: int, forms: list[Form]) -> MemoryModel
         lambdas,
         norms=sum(scoring.form_norm_bytes(form) for form in forms),
         fixed=0 if scoring.seen is None else scoring.seen.nbytes,
-        reading=sum(own.train.reading_bytes for own in scoring.checkpoints),
+        reading=sum(checkpoint.train.reading_bytes for checkpoint in scoring.checkpoints),
     )
 
 
 def _ways(scoring: ScoreRequest, room: MemoryBudget) -> Iterator[Alternative]:
     """Return other ways to the values."""
-    forms = [Form.of(own.train.k, own.curvature) for own in scoring.checkpoints]
+    forms = [Form.of(checkpoint.train.k, checkpoint.curvature) for checkpoint in scoring.checkpoints]
     if scoring.lambdas > 1:
         yield Alternative("one --damping at a time ({})", _need(scoring, 1, forms))
     if len(forms) == 1:
@@ -95,7 +99,7 @@ def self_memory(
         stage=f"self-influence for k={k}",
         fixed=fixed + 8 * values * n,  # the result, and the stripes'
         per_worker=norms + reading,
-        per_row=sum(4 * own for own in columns) + 16 * values,  # rows, and what is found for them
+        per_row=sum(4 * k for k in columns) + 16 * values,  # rows, and their results
         max_rows=block_limit(k),
         advice="extract with a smaller k",
     )
@@ -111,8 +115,8 @@ def _stripe(stripe: Stripe, key: str, work: ScoreTask, seen: Marks | None) -> Pa
             part[:] = 0
             shares = row_shares(work, seen, start, stop)
             for number, block in enumerate(blocks):
-                own = engine.quadratic(work.curvatures[number], work.values[number], block.values)
-                part += own / len(blocks) if shares is None else own * shares[number]
+                squares = engine.quadratic(work.curvatures[number], work.values[number], block.gradients)
+                part += squares / len(blocks) if shares is None else squares * shares[number]
             absent = absent_rows(blocks, seen)
             if absent is not None:
                 part[:, absent] = np.nan

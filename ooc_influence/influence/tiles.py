@@ -1,6 +1,6 @@
 """Blocks of scores: preconditioned queries times train rows, block by block of a stripe.
 
-Train blocks lie on one grid, so results do not depend on chunks or workers. A tile holds, for every λ, module and
+Train blocks are on one grid, so results do not depend on chunks or workers. A tile holds, for every λ, module and
 query, the scores of a block's rows: the mean over checkpoints, in the unit asked for, NaN where a row is dropped or no
 checkpoint saw it.
 """
@@ -18,11 +18,11 @@ import numpy.typing as npt
 from ooc_influence.checkpoint import ResumableOutput
 from ooc_influence.curvature import Curvature
 from ooc_influence.influence.checkpoints import Marks, margin_factors
-from ooc_influence.influence.engine import Engine, Floats, HostEngine, Rows
+from ooc_influence.influence.engine import Engine, Floats, HostEngine
 from ooc_influence.memory import MemoryModel, block_limit
 from ooc_influence.parallel import Stripe, cut_stripes, run_stripes, subtract_ranges
 from ooc_influence.progress import Progress, tick
-from ooc_influence.store import GradientStore, PathLike, StorePath, parse_path
+from ooc_influence.store import Block, GradientStore, PathLike, StorePath, parse_path
 
 
 def make_engine(device: str | None) -> Engine:
@@ -57,7 +57,7 @@ class ScoreTask:
     columns : tuple of tuple of slice
         Columns of each module, for each checkpoint.
     block_rows : int
-        Rows multiplied at a time.
+        Block multiplied at a time.
     device : str or None
         Where.
     margins : bool
@@ -105,8 +105,8 @@ class TileMemory(NamedTuple):
     ----------
     tile : int
         For each score of a tile.
-    left : int
-        For each row of a tile, by each worker.
+    query : int
+        For each query of a tile, by each worker.
     row : int
         For each train row of a block.
     fixed : int
@@ -116,7 +116,7 @@ class TileMemory(NamedTuple):
     """
 
     tile: int = 4
-    left: int = 0
+    query: int = 0
     row: int = 0
     fixed: int = 0
     modules: int = 1
@@ -125,7 +125,7 @@ class TileMemory(NamedTuple):
 def pass_need(
     stage: str,
     columns: Sequence[int],
-    left_rows: int,
+    query_rows: int,
     costs: TileMemory,
     *,
     reading: int = 0,
@@ -139,21 +139,21 @@ def pass_need(
         Its name in a refusal.
     columns : sequence of int
         Columns of each checkpoint's rows.
-    left_rows : int
+    query_rows : int
         Preconditioned queries, over all λs.
-    costs : Costs
+    costs : TileMemory
         The stage's own.
     reading : int
         What a worker holds to read the stores.
     raw : sequence of int
         Stored bytes of each checkpoint's row, where blocks go to a device as they are stored.
     """
-    scores = left_rows * costs.modules
+    scores = query_rows * costs.modules
     second = 4 if len(columns) > 1 else 0  # the next checkpoint's tile
     return MemoryModel(
         stage=stage,
-        fixed=costs.fixed + sum(4 * left_rows * k for k in columns),
-        per_worker=costs.left * scores + reading,
+        fixed=costs.fixed + sum(4 * query_rows * k for k in columns),
+        per_worker=costs.query * scores + reading,
         per_row=sum(4 * k for k in columns) + 2 * sum(raw) + (costs.tile + second) * scores + costs.row,
         max_rows=block_limit(max(columns)),
         advice="extract with a smaller k",
@@ -174,26 +174,26 @@ def score_tiles(
     key: str,
     work: ScoreTask,
     seen: Marks | None,
-    lefts: Sequence[Floats],
+    queries: Sequence[Floats],
     copies: int = 1,
 ) -> Iterator[Tile]:
     """Yield the tiles of a stripe; ``copies`` of them are valid at a time."""
-    queries = [engine.array(left) for left in lefts]
-    q = len(lefts[0]) // work.lambdas
+    factors = [engine.array(array) for array in queries]
+    q = len(queries[0]) // work.lambdas
     size = min(work.block_rows, stripe.stop - stripe.start)
     shape = (work.lambdas, work.modules, q)
     scores = work.lambdas * work.modules * q
     buffers = [engine.empty(scores * size) for _ in range(copies)]
-    further: Any = engine.empty(scores * size) if len(lefts) > 1 else None
+    further: Any = engine.empty(scores * size) if len(queries) > 1 else None
     for turn, blocks in enumerate(row_blocks(engine, stripe, work)):
         start, stop = blocks[0].start, blocks[0].stop
         total = buffers[turn % copies][: scores * (stop - start)].reshape(*shape, stop - start)
         shares = row_shares(work, seen, start, stop)
-        for number, (left, block) in enumerate(zip(queries, blocks, strict=True)):
+        for number, (left, block) in enumerate(zip(factors, blocks, strict=True)):
             tile = total
             if number:
                 tile = further[: scores * (stop - start)].reshape(*shape, stop - start)
-            _multiply(engine, left, block.values, work.columns[number], tile)
+            _multiply(engine, left, block.gradients, work.columns[number], tile)
             weights = row_weights(engine, work, shares, number, block)
             if weights is not None:
                 tile *= engine.array(weights)[:, None, None]
@@ -206,7 +206,7 @@ def score_tiles(
         tick(key, stop - start)
 
 
-def row_blocks(engine: Engine, stripe: Stripe, work: ScoreTask) -> Iterator[tuple[Rows, ...]]:
+def row_blocks(engine: Engine, stripe: Stripe, work: ScoreTask) -> Iterator[tuple[Block, ...]]:
     """Yield the same rows of every checkpoint's train store, block by block."""
     streams = [engine.blocks(store, stripe.start, stripe.stop, work.block_rows) for store in work.stores]
     yield from zip(*streams, strict=True)
@@ -219,25 +219,25 @@ def _multiply(engine: Engine, left: Any, rows: Any, columns: Sequence[slice], ou
         engine.multiply(left, rows, out.reshape(lambdas * q, b))
         return
     for number in range(lambdas):
-        own = left[number * q : (number + 1) * q]
+        queries = left[number * q : (number + 1) * q]
         for module, part in enumerate(columns):
-            engine.multiply(own[:, part], rows[:, part], out[number, module])
+            engine.multiply(queries[:, part], rows[:, part], out[number, module])
 
 
-def row_weights(engine: Engine, work: ScoreTask, shares: Floats | None, number: int, block: Rows) -> Floats | None:
+def row_weights(engine: Engine, work: ScoreTask, shares: Floats | None, number: int, block: Block) -> Floats | None:
     """Return what a checkpoint's scores of each row are multiplied by, (L or 1, b); None for one.
 
     Its share, over the row's norm √(gᵀ (F + λI)⁻¹ g) where asked for; a row without gradient scores zero.
     """
     weights = None
     if work.curvatures is not None:
-        squares = engine.quadratic(work.curvatures[number], work.values[number], block.values)
-        held = squares > 0
-        weights = np.where(held, 1 / np.sqrt(np.where(held, squares, 1)), 0).astype(np.float32)
+        squares = engine.quadratic(work.curvatures[number], work.values[number], block.gradients)
+        positive = squares > 0
+        weights = np.where(positive, 1 / np.sqrt(np.where(positive, squares, 1)), 0).astype(np.float32)
     if shares is None:
         return weights
-    own: Floats = shares[number][None] if weights is None else weights * shares[number]
-    return own
+    weighted: Floats = shares[number][None] if weights is None else weights * shares[number]
+    return weighted
 
 
 def row_shares(work: ScoreTask, seen: Marks | None, start: int, stop: int) -> Floats | None:
@@ -247,16 +247,15 @@ def row_shares(work: ScoreTask, seen: Marks | None, start: int, stop: int) -> Fl
     """
     if seen is None and not work.margins:
         return None
-    found = np.ones((len(work.stores), stop - start))
+    shares = np.ones((len(work.stores), stop - start))
     if seen is not None:
-        found = seen[:, start:stop] / np.maximum(seen[:, start:stop].sum(0), 1)
+        shares = seen[:, start:stop] / np.maximum(seen[:, start:stop].sum(0), 1)
     if work.margins:
-        found = found * margin_factors(work.stores, start, stop)
-    shares: Floats = found.astype(np.float32)
-    return shares
+        shares = shares * margin_factors(work.stores, start, stop)
+    return np.asarray(shares, np.float32)
 
 
-def absent_rows(blocks: Sequence[Rows], seen: Marks | None) -> Marks | None:
+def absent_rows(blocks: Sequence[Block], seen: Marks | None) -> Marks | None:
     """Return which rows of a block have no score, (b,): dropped, or seen by no checkpoint; None where all have."""
     start, stop = blocks[0].start, blocks[0].stop
     absent = np.zeros(stop - start, bool)

@@ -1,8 +1,8 @@
 """The largest scores of each query, kept up to date tile by tile.
 
 A tile is compared with each query's limit, its ``top``-th best score so far, and only what exceeds it is looked at:
-about top · log(n / top) scores of a query in all. Those wait unsorted behind the list until there is no more room.
-Rows tie-break by number, smaller first, so the result is the same for every division of the work.
+about top · log(n / top) scores of a query in all. Candidates are kept unsorted behind the list until it is full. Ties
+are broken by row number, smaller first, so the result is the same for every division of the work.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from ooc_influence.errors import InputError
 from ooc_influence.influence.checkpoints import Marks, Stores
-from ooc_influence.influence.engine import Engine, Floats, Found
+from ooc_influence.influence.engine import Engine, Entries, Floats
 from ooc_influence.influence.request import ScoreRequest
 from ooc_influence.influence.tiles import Columns, Part, ScoreParts, ScoreTask, TileMemory, make_engine, score_tiles
 from ooc_influence.options import ListOptions, takes
@@ -30,7 +30,7 @@ ENTRY_BYTES = 4 + 8  # a score and its row
 
 
 def capacity(top: int, rows: int) -> int:
-    """Return the places of a list of the best of ``rows``: those, and some that wait."""
+    """Return the length of a list of the best of ``rows``: those, and some candidates that are not sorted yet."""
     return max(top, min(rows, max(2 * top, top + 64)))
 
 
@@ -62,37 +62,38 @@ class TopKHeap:
         waiting = [(0, tile.shape[1])]
         while waiting:
             low, high = waiting.pop()
-            found = engine.above(tile[:, low:high], self._limits, max(_CANDIDATES, len(self._counts)), sign)
-            if found is None or not self._append(found, first_row + low):
+            candidates = engine.above(tile[:, low:high], self._limits, max(_CANDIDATES, len(self._counts)), sign)
+            if candidates is None or not self._append(candidates, first_row + low):
                 middle = (low + high) // 2  # the first half raises the limits for the second
                 waiting += [(middle, high), (low, middle)]
 
-    def _append(self, found: Found, first_row: int) -> bool:
-        """Put candidates behind the lists; return False where one has no room for them."""
-        if not len(found.numbers):
+    def _append(self, candidates: Entries, first_row: int) -> bool:
+        """Put candidates behind the lists; return False if one has no room for them."""
+        if not len(candidates.rows):
             return True
-        more = np.bincount(found.numbers, minlength=len(self._counts))
+        more = np.bincount(candidates.rows, minlength=len(self._counts))
         full = np.flatnonzero(self._counts + more > self._scores.shape[1])
         if len(full):
             self._compact(full)
             if (self._counts[full] + more[full] > self._scores.shape[1]).any():
                 return False
         starts = np.cumsum(more) - more
-        places = self._counts[found.numbers] + np.arange(len(found.numbers)) - starts[found.numbers]
-        self._scores[found.numbers, places] = found.values
-        self._rows[found.numbers, places] = first_row + found.columns
+        lists = candidates.rows
+        slots = self._counts[lists] + np.arange(len(lists)) - starts[lists]
+        self._scores[lists, slots] = candidates.values
+        self._rows[lists, slots] = first_row + candidates.columns
         self._counts += more
         return True
 
     def _compact(self, numbers: npt.NDArray[np.int64]) -> None:
-        """Sort the lists of some queries, leaving the best: a score and its place in one whole number, largest last."""
+        """Sort the lists of some queries, leaving the best: a key is a score and its index, in one whole number."""
         step = max(1, _CANDIDATES // self._scores.shape[1])
         for start in range(0, len(numbers), step):
             part = numbers[start : start + step]
             bits = (self._scores[part] + np.float32(0)).view(np.uint32)  # -0 as 0: they are equal
             ascending = np.where(bits >> 31, ~bits, bits | np.uint32(2**31)).astype(np.uint64)
-            places = np.arange(bits.shape[1], dtype=np.uint64)  # rows ascend with them
-            keys = np.sort((~ascending << np.uint64(32)) | places, axis=1)[:, : self.top]
+            indices = np.arange(bits.shape[1], dtype=np.uint64)  # rows ascend with them
+            keys = np.sort((~ascending << np.uint64(32)) | indices, axis=1)[:, : self.top]
             chosen = (keys & np.uint64(2**32 - 1)).astype(np.int64)
             scores, rows = (np.take_along_axis(values[part], chosen, 1) for values in (self._scores, self._rows))
             self._scores[part, : self.top], self._rows[part, : self.top] = scores, rows
@@ -145,7 +146,7 @@ class Ranking:
 
 @dataclass(frozen=True, eq=False)
 class TopInfluential:
-    """What :func:`top_influential` found.
+    """Result of :func:`top_influential`.
 
     Attributes
     ----------
@@ -159,7 +160,7 @@ class TopInfluential:
         λ itself; (L,) for a list of dampings; one of these for each checkpoint where there are several.
     outside_share : (q,) float64
         Share of each query's squared gradient outside the span of the training spectrum, mean over checkpoints: no
-        train row speaks to that part. NaN for dropped queries and without a curvature.
+        train row can account for that part. NaN for dropped queries and without a curvature.
     """
 
     proponents: Ranking
@@ -174,7 +175,7 @@ class TopInfluential:
         return len(self.proponents.rows) if self.proponents.rows.ndim == 3 else None
 
     def at(self, number: int) -> TopInfluential:
-        """Return what was found with one of several dampings.
+        """Return the result for one of several dampings.
 
         Raises
         ------
@@ -182,11 +183,11 @@ class TopInfluential:
             If there is no such one.
         """
         proponents, opponents = (
-            Ranking(side.rows[number], side.scores[number], side.ids[number])
-            for side in (self.proponents, self.opponents)
+            Ranking(ranking.rows[number], ranking.scores[number], ranking.ids[number])
+            for ranking in (self.proponents, self.opponents)
         )
-        own = [values[number] for values in self.damping] if np.ndim(self.damping) == 2 else self.damping[number]
-        return TopInfluential(proponents, opponents, self.query_ids, own, self.outside_share)
+        damping = [values[number] for values in self.damping] if np.ndim(self.damping) == 2 else self.damping[number]
+        return TopInfluential(proponents, opponents, self.query_ids, damping, self.outside_share)
 
     def of_query(self, number: int) -> dict[str, list[tuple[int, Any, float]]]:
         """Return a query's ``proponents`` and ``opponents``, (row, id, score) each, as they are shown to a reader.
@@ -254,13 +255,13 @@ class TopInfluential:
         return f"<TopInfluential {levels}{q} queries, {top} proponents and opponents each, damping={self.damping}>"
 
     def _repr_html_(self) -> str:
-        found = self if self.dampings is None else self.at(0)
+        shown = self if self.dampings is None else self.at(0)
         lines = []
-        for number, name in enumerate(found.query_ids[:_SHOWN].tolist()):
-            lists = found.of_query(number).values()
-            sides = [", ".join(f"{own} ({score:+.3g})" for _, own, score in entries) for entries in lists]
-            lines.append((name, *sides))
-        more = len(found.query_ids) - len(lines)
+        for number, query in enumerate(shown.query_ids[:_SHOWN].tolist()):
+            lists = shown.of_query(number).values()
+            sides = [", ".join(f"{name} ({score:+.3g})" for _, name, score in entries) for entries in lists]
+            lines.append((query, *sides))
+        more = len(shown.query_ids) - len(lines)
         return html_table(repr(self) + (f", {more} more" if more else ""), ("query", "proponents", "opponents"), lines)
 
 
@@ -338,12 +339,12 @@ class Lists(NamedTuple):
         return TopInfluential(proponents, opponents, scoring.queries.names, scoring.damping, self.outside)
 
 
-def top_costs(top: int, left_rows: int, n: int, modules: int = 1) -> TileMemory:
-    """Return what top lists of ``n`` rows hold, ``left_rows`` preconditioned queries in all."""
+def top_costs(top: int, query_rows: int, n: int, modules: int = 1) -> TileMemory:
+    """Return what top lists of ``n`` rows hold, ``query_rows`` preconditioned queries in all."""
     both = 2 * ENTRY_BYTES * top  # a query's two lists
-    own = 2 * list_bytes(top, n) + 3 * both  # of the stripe; of those before, of one more, and merged
+    lists = 2 * list_bytes(top, n) + 3 * both  # of the stripe; of those before, of one more, and merged
     return TileMemory(
-        tile=4 + 1, left=own, fixed=4 * both * left_rows * modules, modules=modules
+        tile=4 + 1, query=lists, fixed=4 * both * query_rows * modules, modules=modules
     )  # and while ids are found
 
 
@@ -370,11 +371,11 @@ def find_top(
     parts.begin()
     work = scoring.work(block_rows, columns)
     shape = (len(_SIDES), scoring.lambdas, modules, scoring.q, top)
-    found = Lists(np.empty(shape, np.float32), np.empty(shape, np.int64), np.empty(scoring.q))
+    best = Lists(np.empty(shape, np.float32), np.empty(shape, np.int64), np.empty(scoring.q))
     with Progress("top", len(blocks) * scoring.n, options["progress"]) as bar:
         for start, stop in blocks:
-            left = scoring.left(start, stop)
-            found.outside[start:stop] = left.outside
+            queries = scoring.precondition(start, stop)
+            best.outside[start:stop] = queries.outside
             lists: dict[str, Best] = {}
 
             def add(stripe: Stripe, part: Part, lists: dict[str, Best] = lists) -> None:
@@ -382,26 +383,26 @@ def find_top(
                     lists[name] = merge(lists.get(name), (part[f"{name}_scores"], part[f"{name}_rows"]))
 
             parts.run(
-                f"{start}-{stop}", best_of_stripe, work, bar, top, scoring.seen, *left.arrays, slots=slots,
+                f"{start}-{stop}", best_of_stripe, work, bar, top, scoring.seen, *queries.arrays, slots=slots,
                 on_result=add,
             )  # fmt: skip
             for side, name in enumerate(_SIDES):
                 scores, numbers = (part.reshape(*shape[1:3], stop - start, top) for part in lists[name])
-                found.scores[side, :, :, start:stop], found.rows[side, :, :, start:stop] = scores, numbers
+                best.scores[side, :, :, start:stop], best.rows[side, :, :, start:stop] = scores, numbers
     parts.remove()
-    scoring.warn_outside(found.outside)
-    return found
+    scoring.warn_outside(best.outside)
+    return best
 
 
-def best_of_stripe(stripe: Stripe, key: str, work: ScoreTask, top: int, seen: Marks | None, *lefts: Floats) -> Part:
+def best_of_stripe(stripe: Stripe, key: str, work: ScoreTask, top: int, seen: Marks | None, *queries: Floats) -> Part:
     """Return the best lists of a stripe: largest scores, and largest negated scores."""
-    lists = [TopKHeap(len(lefts[0]) * work.modules, top, stripe.stop - stripe.start) for _ in _SIDES]
+    lists = [TopKHeap(len(queries[0]) * work.modules, top, stripe.stop - stripe.start) for _ in _SIDES]
     with make_engine(work.device) as engine:
-        for tile in score_tiles(engine, stripe, key, work, seen, lefts):
+        for tile in score_tiles(engine, stripe, key, work, seen, queries):
             scores = tile.scores.reshape(-1, tile.stop - tile.start)
-            for own, sign in zip(lists, (1, -1), strict=True):
-                own.add(scores, tile.start, engine, sign)
+            for heap, sign in zip(lists, (1, -1), strict=True):
+                heap.add(scores, tile.start, engine, sign)
     part: dict[str, npt.NDArray[Any]] = {}
-    for name, own in zip(_SIDES, lists, strict=True):
-        part[f"{name}_scores"], part[f"{name}_rows"] = own.best()
+    for name, heap in zip(_SIDES, lists, strict=True):
+        part[f"{name}_scores"], part[f"{name}_rows"] = heap.best()
     return part
