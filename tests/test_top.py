@@ -249,7 +249,7 @@ def test_tiles_and_passes_are_gone_on_from(train, monkeypatch, way, caplog):
     monkeypatch.setattr(module, name, stopping)
     with pytest.raises(KeyboardInterrupt):
         fit_fisher(train, rank=5)
-    assert "run it again to go on" in caplog.text
+    assert "run it again to resume" in caplog.text
     left[0], stopped = 1000, len(calls)
     found = fit_fisher(train, rank=5)
     assert_near(found.eigenvalues, expected.eigenvalues, 1e-6)
