@@ -112,7 +112,7 @@ def test_an_interrupted_fit_goes_on(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(sums._Running, "add", stopping)
     with pytest.raises(KeyboardInterrupt):
         fit_fisher(train, device="cpu")
-    assert "run it again to go on" in caplog.text
+    assert "run it again to resume" in caplog.text
     monkeypatch.setattr(sums._Running, "add", lambda self, *block: (added.append(len(block[0])), plain(self, *block)))
     added.clear()
     found = fit_fisher(train, device="cpu")
