@@ -14,10 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from ooc_influence.curvature import costs
+from ooc_influence.curvature import BlockShape, costs, precondition_bytes, self_influence_bytes
 from ooc_influence.curvature.costs import FitShapes, fisher_memory, gram_memory
-from ooc_influence.curvature.low_rank import top_self_bytes, top_working_bytes
-from ooc_influence.curvature.spectral import self_bytes, working_bytes
 from ooc_influence.errors import InputError, MemoryBudgetError
 from ooc_influence.influence.request import LEFT_ROWS
 from ooc_influence.influence.self_scores import self_memory
@@ -353,7 +351,7 @@ def _scored(name: str, shapes: Shapes, rates: Rates, costs: Callable[[int], Tile
     queries = shapes.queries if shapes.queries <= limit else 1 << limit.bit_length() - 1
     while True:
         own = costs(queries)
-        preparing = _working_bytes(shapes, queries) + 8 * queries * d * (2 + values)
+        preparing = precondition_bytes(_eigen_block(shapes), queries, values) + 8 * queries * d * (2 + values)
         need = pass_need(
             f"{name} for k={d}",
             [d],
@@ -374,18 +372,16 @@ def _scored(name: str, shapes: Shapes, rates: Rates, costs: Callable[[int], Tile
     return Stage(name, out, peak, passes * read, products + preparing_flops, seconds, refusal, note)
 
 
-def _working_bytes(shapes: Shapes, queries: int) -> int:
-    """Return what preconditioning so many queries holds, by the curvature that fits."""
-    if shapes.rank is None:
-        return working_bytes(shapes.dims, queries, shapes.dampings)
-    return top_working_bytes(shapes.dims, shapes.rank, queries, shapes.dampings)
+def _eigen_block(shapes: Shapes) -> list[BlockShape]:
+    """Return the block of the curvature that fits."""
+    return [BlockShape(shapes.dims, shapes.rank or shapes.dims)]
 
 
 def self_influence(shapes: Shapes, rates: Rates) -> Stage:
     """Return the rows' self-influence."""
     n, d = shapes.rows, shapes.dims
     rank, values = shapes.rank, shapes.dampings
-    norms = self_bytes(d, values) if rank is None else top_self_bytes(d, rank, values)
+    norms = self_influence_bytes(_eigen_block(shapes), values)
     peak, _, refusal = shapes.fit(self_memory([d], n, values, norms=norms))
     products, read = 2.0 * n * d * (rank or d), shapes.store_bytes(n, d)
     seconds = _pass(shapes, rates, read, products / rates.gemm)

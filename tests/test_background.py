@@ -13,7 +13,7 @@ from conftest import hear_interrupts, random_rows, write_store
 ASK = "import signal; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
 FIT = """
 import os, signal, sys
-from ooc_influence.curvature import rows
+from ooc_influence.linalg import rows
 original = rows.read_blocks
 def interrupted(*args, **options):
     for block in original(*args, **options):

@@ -29,7 +29,7 @@ def train(tmp_path, monkeypatch):
 
 def stop_after(monkeypatch, blocks):
     """Interrupt a fit after some blocks of rows."""
-    from ooc_influence.curvature import rows
+    from ooc_influence.linalg import rows
 
     plain, left = rows.read_blocks, [blocks]
 

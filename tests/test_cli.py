@@ -290,7 +290,7 @@ def test_wrong_usage(run, line):
 
 
 def test_an_unexpected_error_is_one_line_too(run, stores, monkeypatch):
-    monkeypatch.setattr("ooc_influence.curvature.rows.read_blocks", None)
+    monkeypatch.setattr("ooc_influence.linalg.rows.read_blocks", None)
     code, _, err = run("fisher train.zarr --refit")
     assert code == 1
     assert err.startswith("error: unexpected TypeError")
@@ -302,7 +302,7 @@ def test_interruption(run, stores, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ooc_influence.curvature.rows.read_blocks", stop)
+    monkeypatch.setattr("ooc_influence.linalg.rows.read_blocks", stop)
     code, _, err = run("fisher train.zarr --refit")
     assert code == 130
     assert "run the same command again" in err

@@ -11,17 +11,17 @@ from numpy.testing import assert_allclose
 from test_top import force
 
 from ooc_influence import Curvature, GradientStore, fit_fisher, fit_gram
-from ooc_influence.curvature import dual, fit, primal, rows
+from ooc_influence.curvature import dual, fit, primal
 from ooc_influence.errors import StaleCurvatureError
-from ooc_influence.linalg import WeightedRows, spectrum
+from ooc_influence.linalg import WeightedRows, rows, spectrum
 
 DROPPED, LATER = [3, 150], [7, 120, 298]
 MOMENTS = {
     "digest": [(GradientStore, "rows_digest")],
-    "tombstones": [(rows.ChosenRows, "dropped_now")],
-    "chosen": [(fit, "choose_rows"), (dual, "choose_rows")],
-    "compared": [(fit, "what_changed"), (dual, "what_changed")],
-    "recorded": [(primal.RowRecord, "of")],
+    "tombstones": [(rows.WeightedRows, "dropped_now")],
+    "chosen": [(fit, "choose_rows")],
+    "compared": [(fit, "fit_staleness")],
+    "recorded": [(primal.FittedRows, "of")],
     "claimed": [(fit, "ClaimedOutput")],
     "reading": [(rows, "read_blocks")],
     "written": [(fit, "write_curvature"), (dual, "write_curvature")],
@@ -140,15 +140,15 @@ def test_a_curvature_whose_sums_lack_rows_it_records_is_fitted_again(train):
 def test_a_basis_is_of_one_set_of_rows(train, monkeypatch, way):
     """Rows dropped between its passes, or between two tiles of one."""
     m, expected = live_fisher(train)
-    chosen = WeightedRows(train, [(0, 100), (100, 300)])
+    chosen = WeightedRows.of(train, [(0, 100), (100, 300)])
     assert chosen.live == m
-    plain, left = WeightedRows.read, [LATER]
+    plain, left = WeightedRows.blocks, [LATER]
 
-    def read(rows, low, high, out):
-        found = plain(rows, low, high, out)
-        if left:
-            GradientStore.open(train.path, "a").drop(left.pop())
-        return found
+    def blocks(*args, **options):
+        for block in plain(*args, **options):
+            if left:
+                GradientStore.open(train.path, "a").drop(left.pop())
+            yield block
 
     ways_of = spectrum.spectrum_solvers
     monkeypatch.setattr(
@@ -156,7 +156,7 @@ def test_a_basis_is_of_one_set_of_rows(train, monkeypatch, way):
     )
     monkeypatch.setattr(spectrum, "PRODUCT_ROWS", 64)
     monkeypatch.setattr("ooc_influence.memory.BLOCK_BYTES", 2**10)
-    monkeypatch.setattr(WeightedRows, "read", read)
+    monkeypatch.setattr(WeightedRows, "blocks", blocks)
     found = spectrum.top_spectrum(chosen, 4, progress=False)
     assert not left
     assert_allclose(found.eigenvalues, np.linalg.eigvalsh(expected)[::-1][:4], rtol=1e-4)

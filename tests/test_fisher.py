@@ -19,7 +19,7 @@ from test_top import force
 from ooc_influence import GradientStore, fit_fisher, influence_scores, self_influence
 from ooc_influence.cli.main import main
 from ooc_influence.curvature import Curvature, fit_gram
-from ooc_influence.curvature.damping import spectrum_floor
+from ooc_influence.curvature.eigen import spectrum_floor
 from ooc_influence.errors import InputError, OocInfluenceWarning, StoreExistsError
 from ooc_influence.store import LayerShape, Mask, ModuleMask
 
@@ -122,7 +122,7 @@ def test_updates(train, weights, blocks, monkeypatch):
 
 
 def count_rows(monkeypatch):
-    import ooc_influence.curvature.rows as room
+    import ooc_influence.linalg.rows as room
 
     read, original = [], room.read_blocks
 
@@ -182,7 +182,7 @@ import os, signal, sys
 import numpy as np
 import ooc_influence as ooc
 from ooc_influence import checkpoint
-from ooc_influence.curvature import rows
+from ooc_influence.linalg import rows
 from ooc_influence.linalg import accumulate
 checkpoint.INTERVAL, accumulate.FOLD_ROWS, checkpoint._SHARE = 0.0, 64, 0
 original = rows.read_blocks
@@ -232,7 +232,7 @@ INTERRUPTED = """
 import sys, time
 from ooc_influence import memory
 from ooc_influence import checkpoint
-from ooc_influence.curvature import rows
+from ooc_influence.linalg import rows
 from ooc_influence.linalg import accumulate
 checkpoint.INTERVAL, accumulate.FOLD_ROWS, checkpoint._SHARE, memory.BLOCK_BYTES = 0.0, 64, 0, 2**10
 original, seen = rows.read_blocks, []
@@ -262,7 +262,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, rank, blocks, workers):
     """A pass over the 3000 rows is 47 blocks."""
     store = write_store(tmp_path / "t.zarr", spread_rows(3000, 90))
     monkeypatch.setattr("ooc_influence.memory.BLOCK_BYTES", 2**10)
-    monkeypatch.setattr("ooc_influence.curvature.costs.PRODUCT_ROWS", 64)
+    monkeypatch.setattr("ooc_influence.linalg.spectrum.PRODUCT_ROWS", 64)
     code = INTERRUPTED if rank is None else INTERRUPTED.replace("original, seen", ONLY_ROWS + "original, seen")
     command = ["fisher", str(store.path), "--workers", str(workers), *([] if rank is None else ["--rank", str(rank)])]
     process = subprocess.Popen(
@@ -287,9 +287,10 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, rank, blocks, workers):
 
 
 ONLY_ROWS = """
-from ooc_influence.curvature import costs as ways
-ways.PRODUCT_ROWS, ways.EXTRA, plain = 64, 16, ways.low_rank_plans
-ways.low_rank_plans = lambda *a, **o: [way for way in plain(*a, **o) if way.name == "rows"]
+from ooc_influence.curvature import costs
+from ooc_influence.linalg import spectrum
+spectrum.PRODUCT_ROWS, costs.EXTRA, plain = 64, 16, costs.low_rank_plans
+costs.low_rank_plans = lambda *a, **o: [way for way in plain(*a, **o) if way.name == "rows"]
 """
 
 
@@ -316,17 +317,17 @@ def test_blocks_by_module(modules, monkeypatch):
     expected = oracle(rows)
     expected[:4, 4:] = expected[4:, :4] = 0
     assert_near(found.fisher(), expected)
-    value = found.damping_value()
+    lambdas = found.lambdas()
     damped = expected + np.diag(
         np.repeat([0.1 * np.trace(expected[:4, :4]) / 4, 0.1 * np.trace(expected[4:, 4:]) / 8], [4, 8])
     )
     exact = np.linalg.solve(damped, rows.T).T
     again = pickle.loads(pickle.dumps(found))
-    assert_near(again.precondition(rows, [pickle.loads(pickle.dumps(value))])[0], exact)
-    assert_near(found.self_influence(rows.astype(np.float32), [value])[0], (rows * exact).sum(1), 1e-5)
+    assert_near(again.precondition(rows, lambdas)[0], exact)
+    assert_near(found.self_influence(rows.astype(np.float32), lambdas)[0], (rows * exact).sum(1), 1e-5)
     assert_near(self_influence(modules), (rows * exact).sum(1), 1e-5)
     plain = np.linalg.solve(expected + 0.5 * np.eye(12), rows.T).T
-    assert_near(found.precondition(rows, [found.damping_value(0.5, "absolute")])[0], plain)
+    assert_near(found.precondition(rows, found.lambdas(0.5, "absolute"))[0], plain)
     with GradientStore.open(modules.path, "a") as store:
         store.drop([3, 60])
     read = count_rows(monkeypatch)
@@ -344,7 +345,7 @@ def test_scores_of_a_lambda_for_each_block_are_not_gone_on_with_by_one_for_all(m
     influence_scores(modules, modules, out=tmp_path / "scores.zarr")
     influence_scores(modules, modules, out=tmp_path / "scores.zarr")
     with pytest.raises(StoreExistsError, match="another one"):
-        influence_scores(modules, modules, damping=float(value), damping_mode="absolute", out=tmp_path / "scores.zarr")
+        influence_scores(modules, modules, damping=value, damping_mode="absolute", out=tmp_path / "scores.zarr")
 
 
 def test_the_command(train, capsys):

@@ -14,8 +14,7 @@ from test_memory_measured import write
 
 import ooc_influence as ooc
 from ooc_influence import GradientStore, fit_fisher
-from ooc_influence.curvature.low_rank import top_self_bytes, top_working_bytes
-from ooc_influence.curvature.spectral import self_bytes, working_bytes
+from ooc_influence.curvature import BlockShape, precondition_bytes, self_influence_bytes
 from ooc_influence.errors import InputError
 from ooc_influence.planning import Rates
 from ooc_influence.store import tree_bytes
@@ -88,8 +87,8 @@ def test_bytes_on_disk_are_what_was_planned(tmp_path, dtype):
 def test_a_whole_curvature_is_planned_as_it_says(tmp_path):
     fitted = fit_fisher(write_store(tmp_path / "t.zarr", random_rows(300, 30)))
     for queries, values in ((1, 1), (70, 1), (5, 8)):
-        assert working_bytes(30, queries, values) == fitted.working_bytes(queries, values)
-        assert self_bytes(30, values) == fitted.self_working_bytes(values)
+        assert precondition_bytes([BlockShape(30, 30)], queries, values) == fitted.working_bytes(queries, values)
+        assert self_influence_bytes([BlockShape(30, 30)], values) == fitted.self_working_bytes(values)
 
 
 def test_a_top_of_the_spectrum_is_planned_where_the_whole_does_not_fit(tmp_path):
@@ -103,8 +102,8 @@ def test_a_top_of_the_spectrum_is_planned_where_the_whole_does_not_fit(tmp_path)
     assert not found.fits
     fitted = fit_fisher(write_store(tmp_path / "t.zarr", random_rows(300, 30)), rank=7)
     for queries, values in ((1, 1), (70, 1), (5, 8)):
-        assert top_working_bytes(30, 7, queries, values) == fitted.working_bytes(queries, values)
-        assert top_self_bytes(30, 7, values) == fitted.self_working_bytes(values)
+        assert precondition_bytes([BlockShape(30, 7)], queries, values) == fitted.working_bytes(queries, values)
+        assert self_influence_bytes([BlockShape(30, 7)], values) == fitted.self_working_bytes(values)
 
 
 def test_every_stage_and_how_it_grows(tmp_path):

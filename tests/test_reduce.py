@@ -160,7 +160,7 @@ def test_the_three_ways_agree_with_the_oracle(tmp_path, monkeypatch, way, weight
     with store:
         store.append(rows, loss=losses)
         store.drop([3, 77])
-    chosen = WeightedRows(store, [(0, 5), (6, 70), (80, 150)], weights)
+    chosen = WeightedRows.of(store, [(0, 5), (6, 70), (80, 150)], weights)
     w = np.ones(150) if weights is None else 1 / np.expm1(losses)
     live = np.setdiff1d(np.r_[0:5, 6:70, 80:150], [3])
     kept = rows[live].astype(np.float64) * np.sqrt(w[live])[:, None]
@@ -184,7 +184,9 @@ def test_rows_that_span_less_than_the_basis(tmp_path, monkeypatch, way):
     """Every row is there twice: half of the directions are empty, and orthonormal all the same."""
     rows = np.repeat(random_rows(15, 80), 2, axis=0)
     only(monkeypatch, way)
-    found = top_spectrum(WeightedRows(write_store(tmp_path / "s.zarr", rows), [(0, 30)]), 25, workers=2, progress=None)
+    found = top_spectrum(
+        WeightedRows.of(write_store(tmp_path / "s.zarr", rows), [(0, 30)]), 25, workers=2, progress=None
+    )
     values = np.linalg.eigvalsh(rows.T.astype(np.float64) @ rows / 30)[::-1]
     assert_allclose(found.eigenvalues, values[:25], atol=1e-6 * values[0])
     assert_allclose(found.vectors.T @ found.vectors, np.eye(25), atol=1e-6)
@@ -195,7 +197,7 @@ def test_sums_that_overflow_are_said(tmp_path, monkeypatch, way):
     only(monkeypatch, way)
     store = write_store(tmp_path / "s.zarr", np.full((50, 20), 1e25, np.float32))
     with np.errstate(all="ignore"), pytest.raises(NonFiniteError, match="scale the loss"):
-        top_spectrum(WeightedRows(store, [(0, 50)]), 5, progress=None)
+        top_spectrum(WeightedRows.of(store, [(0, 50)]), 5, progress=None)
 
 
 def test_weights_of_dropped_rows_do_not_count(tmp_path):

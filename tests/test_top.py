@@ -15,10 +15,10 @@ from numpy.testing import assert_allclose, assert_array_equal
 from ooc_influence import GradientStore, checkpoint, fit_fisher, influence_scores, self_influence
 from ooc_influence.cli.main import main
 from ooc_influence.curvature import costs, low_rank, primal
-from ooc_influence.curvature import rows as rows_room
 from ooc_influence.curvature.costs import fisher_memory
 from ooc_influence.errors import InputError, MemoryBudgetError, OocInfluenceWarning, SingularFisherError, StoreBusyError
-from ooc_influence.linalg import accumulate, backend, subspace
+from ooc_influence.linalg import accumulate, backend, spectrum
+from ooc_influence.linalg import rows as rows_room
 from ooc_influence.memory import WORKING, process_anonymous
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*effective dimension")
@@ -35,7 +35,7 @@ def force(patch, name, *, patient=True):
     patch.setattr(costs, "_LARGEST_TILE", 64)
     patch.setattr(costs, "EXTRA", 16)
     if patient:
-        patch.setattr(subspace, "TOLERANCE", 1e-12)
+        patch.setattr(spectrum, "TOLERANCE", 1e-12)
         patch.setattr(low_rank, "PASSES", 100)
 
 
@@ -108,7 +108,7 @@ def test_every_way_agrees_with_the_oracle(tmp_path, way):
 
 def test_all_of_the_spectrum_is_the_whole_fit(train, way):
     whole, found = fit_fisher(train), fit_fisher(train, rank=K, name="top")
-    assert found.attrs["left_out"] == found.rest == 0
+    assert found.attrs["left_out"] == found.blocks[0].rest == 0
     queries = random_rows(5, K, seed=3)
     values = [whole.damping_value(damping) for damping in (0.01, 0.1)]
     assert_allclose([found.damping_value(damping) for damping in (0.01, 0.1)], values, rtol=1e-6)
@@ -236,7 +236,7 @@ def test_tiles_and_passes_are_gone_on_from(train, monkeypatch, way, caplog):
     monkeypatch.setattr(checkpoint, "INTERVAL", 0.0)
     monkeypatch.setattr(checkpoint, "_SHARE", 0)
     expected = fit_fisher(train, rank=5, name="expected")
-    module, name = (primal, "_sum_tile") if way == "tiles" else (low_rank, "_multiply_share")
+    module, name = (primal, "_sum_tile") if way == "tiles" else (spectrum, "_multiply_partition")
     plain, left, calls = getattr(module, name), [2], []
 
     def stopping(*arguments):

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ooc_influence.errors import InputError
-from ooc_influence.linalg import ONE_LABEL, Rows, WeightedRows, parse_weighting, row_weights, top_spectrum
+from ooc_influence.linalg import ONE_LABEL, Floats, WeightedRows, parse_weighting, row_weights, top_spectrum
 from ooc_influence.memory import PRODUCT_ROWS, MemoryModel, block_limit, plan_block_rows
 from ooc_influence.options import Weighting
 from ooc_influence.parallel import Stripe, check_workers, cut_stripes, in_worker, run_stripes, slots_per_process
@@ -44,7 +44,7 @@ class RetainedEnergy(NamedTuple):
     kept, whole : float
         Of reduced rows, and of masked ones.
     rows : int
-        Rows summed.
+        Floats summed.
     """
 
     kept: float = 0.0
@@ -101,7 +101,7 @@ def fill_memory(source: GradientStore, r: int, writing: int, held: int = 0) -> M
 def fill(
     source: GradientStore,
     target: GradientStore,
-    turn: Rows,
+    turn: Floats,
     weights: Weighting | None,
     *,
     workers: int | None,
@@ -141,7 +141,7 @@ def fill(
 
 
 def _fill_stripe(
-    stripe: Stripe, key: str, source: GradientStore, out: StorePath, turn: Rows, step: int, weights: Weighting | None
+    stripe: Stripe, key: str, source: GradientStore, out: StorePath, turn: Floats, step: int, weights: Weighting | None
 ) -> RetainedEnergy:
     """Write what is missing of a stripe's groups."""
     share, product = RetainedEnergy(), np.empty((step, turn.shape[1]), np.float32)
@@ -180,7 +180,7 @@ def _grid(first: int, stop: int, group: int, step: int) -> Iterator[tuple[int, i
 
 
 def _append(
-    target: GradientStore, rows: Rows, small: dict[str, npt.NDArray[Any]], weights: Weighting | None
+    target: GradientStore, rows: Floats, small: dict[str, npt.NDArray[Any]], weights: Weighting | None
 ) -> RetainedEnergy:
     """Append reduced rows with what belongs to them; return what was kept of the live ones."""
     live = ~small.pop("dropped") if "dropped" in small else np.ones(len(rows), np.bool_)
@@ -191,7 +191,7 @@ def _append(
 
 
 def mean_squares(
-    rows: WeightedRows, vectors: Rows, *, workers: int | None, memory: int | str | None, progress: bool | None
+    rows: WeightedRows, vectors: Floats, *, workers: int | None, memory: int | str | None, progress: bool | None
 ) -> npt.NDArray[np.float64]:
     """Return the mean square over live rows of each column of rows @ vectors, (r,) float64.
 
@@ -202,19 +202,18 @@ def mean_squares(
     """
     slots = check_workers(workers)
     step = plan_block_rows(fill_memory(rows.store, vectors.shape[1], 0), memory, slots_per_process(slots))
-    stripes = cut_stripes(0, rows.m, step, slots)
-    with Progress("mean squares", rows.m, progress) as bar:
+    stripes = cut_stripes(0, rows.count, step, slots)
+    with Progress("mean squares", rows.count, progress) as bar:
         total = run_stripes(_square_stripe, stripes, bar, rows, step, vectors, slots=slots, reduce=np.add)
     return np.asarray(total / rows.live)
 
 
-def _square_stripe(stripe: Stripe, key: str, rows: WeightedRows, step: int, vectors: Rows) -> npt.NDArray[np.float64]:
-    total, buffer = np.zeros(vectors.shape[1]), rows.buffer(step)
-    for low in range(stripe.start, stripe.stop, step):
-        high = min(stripe.stop, low + step)
-        reduced = rows.read(low, high, buffer) @ vectors
+def _square_stripe(stripe: Stripe, key: str, rows: WeightedRows, step: int, vectors: Floats) -> npt.NDArray[np.float64]:
+    total = np.zeros(vectors.shape[1])
+    for block in rows.blocks(stripe.start, stripe.stop, step):
+        reduced = block.rows @ vectors
         total += np.square(reduced, out=reduced).sum(0, dtype=np.float64)
-        tick(key, high - low)
+        tick(key, block.stop - block.start)
     return total
 
 
@@ -231,7 +230,7 @@ class Eigenbasis:
     r : int
         Numbers stored a row.
     pilot : int, optional
-        Rows the basis is made from; by default four times ``r``. All rows of the data, where it has fewer.
+        Floats the basis is made from; by default four times ``r``. All rows of the data, where it has fewer.
     weights : {"ggn", "trak"}, optional
         Weights of the pilot rows (:mod:`ooc_influence.linalg.rows`), for one-label cross-entropy.
 
@@ -260,7 +259,7 @@ class Eigenbasis:
 
     @property
     def pilot_rows(self) -> int:
-        """Rows the basis is made from."""
+        """Floats the basis is made from."""
         return PILOT_ROWS * self.r if self.pilot is None else self.pilot
 
     def to_dict(self) -> dict[str, Any]:
@@ -313,12 +312,12 @@ def fit_eigenbasis(
         See :func:`ooc_influence.linalg.spectrum.top_spectrum`.
     """
     weighting = parse_weighting(weights, store.attrs)
-    chosen = WeightedRows(store, even_ranges(store.n, rows), weighting)
+    chosen = WeightedRows.of(store, even_ranges(store.n, rows), weighting)
     found = top_spectrum(chosen, r, workers=workers, memory=memory, progress=progress)
     mean_square = found.eigenvalues
     if weighting is not None:
         mean_square = mean_squares(
-            replace(chosen, weights=None), found.vectors, workers=workers, memory=memory, progress=progress
+            replace(chosen, weighting=None), found.vectors, workers=workers, memory=memory, progress=progress
         )
     left_out = max(0.0, 1 - float(found.eigenvalues.sum()) / found.trace) if found.trace > 0 else 0.0
     facts = {

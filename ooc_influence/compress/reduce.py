@@ -29,7 +29,7 @@ from ooc_influence.compress.eigenbasis import (
 )
 from ooc_influence.errors import InputError, MismatchError, StoreNotFoundError
 from ooc_influence.fingerprint import check_same, check_same_rows
-from ooc_influence.linalg import Rows, WeightedRows, parse_weighting, row_weights
+from ooc_influence.linalg import Floats, WeightedRows, parse_weighting, row_weights
 from ooc_influence.memory import PRODUCT_ROWS, MemoryModel, plan_block_rows
 from ooc_influence.options import Weighting
 from ooc_influence.parallel import check_workers, slots_per_process
@@ -81,7 +81,7 @@ def reduce_store(
         Numbers stored a row; default 1024, or fewer where there are fewer rows or entries. With ``rotate`` as many as
         there are, with ``like`` as it has.
     rows : int, optional
-        Rows the basis is made from, spread evenly over the store; default all of them, up to 131,072 or 64 for each
+        Floats the basis is made from, spread evenly over the store; default all of them, up to 131,072 or 64 for each
         number kept. Fewer take less time, and leave out more of the other rows.
     weights : {"ggn", "trak"}, optional
         Weights of these rows (:mod:`ooc_influence.linalg.rows`), for one-label cross-entropy.
@@ -304,7 +304,7 @@ def _make_basis(job: _Job, means: dict[str, Any]) -> tuple[StoredReduction, dict
     source = job.source
     most = source.k if job.rotate else Eigenbasis.r
     rows = None if job.rotate else job.rows or max(ALL_ROWS, ROWS_FOR_EACH * (job.r or most))
-    live = WeightedRows(source, even_ranges(source.n, rows)).live
+    live = WeightedRows.of(source, even_ranges(source.n, rows)).live
     r = job.r or min(most, source.k, max(1, live))
     _check_room(source, r, means)
     found = fit_eigenbasis(source, r, rows=rows, weights=job.weights, **means)
@@ -327,7 +327,7 @@ def _check_room(source: GradientStore, r: int, means: dict[str, Any]) -> None:
         plan_block_rows(need, means["memory"])
 
 
-def _vectors(store: GradientStore) -> Rows:
+def _vectors(store: GradientStore) -> Floats:
     """Return a store's basis, read anew."""
     found = GradientStore.open(store.path).reduction
     assert isinstance(found, StoredReduction)
@@ -360,7 +360,7 @@ def _trace(store: GradientStore, weights: Weighting | None) -> float:
     return total / max(1, rows)
 
 
-def _turn(source: GradientStore, target: GradientStore) -> Rows:
+def _turn(source: GradientStore, target: GradientStore) -> Floats:
     """Return what source rows are multiplied by: the new basis, or its coordinates in the source's own."""
     new = _vectors(target)
     return new if not source.is_reduced else _vectors(source).T @ new

@@ -1,21 +1,26 @@
 """Curvature: the compressed Fisher matrix or the Gram matrix, their spectra, damping."""
 
 from ooc_influence.curvature.curvature import Curvature, resolve_curvature
-from ooc_influence.curvature.dual import GramCurvature, fit_gram, gram_matrix
-from ooc_influence.curvature.fit import choose_method, fit_curvature, fit_fisher
-from ooc_influence.curvature.low_rank import LowRankCurvature
-from ooc_influence.curvature.spectral import DiagonalCurvature, SpectralCurvature
+from ooc_influence.curvature.eigen import (
+    DEFAULT_DAMPING,
+    BlockShape,
+    precondition_bytes,
+    resolved,
+    self_influence_bytes,
+)
+from ooc_influence.curvature.fit import choose_method, fit_curvature, fit_fisher, fit_gram, gram_matrix
 
 __all__ = [
+    "DEFAULT_DAMPING",
+    "BlockShape",
     "Curvature",
-    "DiagonalCurvature",
-    "GramCurvature",
-    "LowRankCurvature",
-    "SpectralCurvature",
     "choose_method",
     "fit_curvature",
     "fit_fisher",
     "fit_gram",
     "gram_matrix",
+    "precondition_bytes",
     "resolve_curvature",
+    "resolved",
+    "self_influence_bytes",
 ]  # fmt: skip

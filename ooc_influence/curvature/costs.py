@@ -13,13 +13,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ooc_influence.curvature.rows import ChosenRows, Range
+from ooc_influence.curvature.eigen import slab_rows
 from ooc_influence.errors import InputError
 from ooc_influence.linalg import (
     DiagonalAccumulator,
     GramAccumulator,
     ProductAccumulator,
+    Range,
+    WeightedRows,
     iteration_bytes,
+    iteration_memory,
     spectrum_solvers,
 )
 from ooc_influence.linalg.accumulate import TILE, tile_side
@@ -160,12 +163,10 @@ def tiles_need(shapes: Shapes, rank: int, tile: int) -> MemoryModel:
 
 def rows_need(shapes: Shapes, rank: int) -> MemoryModel:
     """Return what multiplying the rows once a pass needs."""
-    k, c = shapes.k, shapes.columns(rank)
-    own = ProductAccumulator.nbytes(c, k)
-    several = 8 * k * c if shapes.workers > 1 else 0
-    fixed = max(4 * k * c + several, iteration_bytes(k, c) - shapes.workers * own) + shapes.small
-    limit = block_limit(k, least=PRODUCT_ROWS)
-    return MemoryModel(_stage(k, rank), fixed, own + shapes.reading, 4 * (k + c) + shapes.sent, max_rows=limit)
+    return iteration_memory(
+        _stage(shapes.k, rank), shapes.k, shapes.columns(rank), shapes.workers, reading=shapes.reading,
+        sent=shapes.sent, small=shapes.small,
+    )  # fmt: skip
 
 
 def _stage(k: int, rank: int) -> str:
@@ -375,11 +376,6 @@ def gram_memory(rows: int, k: int, workers: int = 1, reading: int = 0, small: in
     return replace(need, fixed=small + max(need.fixed, alone - workers * need.per_worker))
 
 
-def slab_rows(d: int, r: int) -> int:
-    """Return the rows of eigenvectors (d, r) in a chunk on disk: what is written, and read, at a time."""
-    return max(1, min(d, CHUNK_TARGET // (8 * r)))
-
-
 def module_ranges(train: GradientStore) -> tuple[Range, ...]:
     """Return the columns of each module of a store of kept entries."""
     ends = np.cumsum([len(module.rows) for module in train.mask.modules]).tolist()
@@ -409,7 +405,7 @@ class FitShapes(NamedTuple):
     path: str = "TRAIN"
 
     @classmethod
-    def of(cls, chosen: ChosenRows) -> FitShapes:
+    def of(cls, chosen: WeightedRows) -> FitShapes:
         """Return those of a fit of some rows."""
         train = chosen.store
         modules = () if train.is_reduced else module_ranges(train)

@@ -1,43 +1,69 @@
 """What every curvature is to those who use it: F = (1/m) Σ w g gᵀ of some rows, undamped, and products with F⁻¹.
 
-Several kinds keep F in several forms (:mod:`.spectral`, :mod:`.gram`); all of them answer for any λ at
-no further cost, are opened from a path, and pickle as that path and the id of the fit.
+On disk it is a Zarr group whose attributes say what it is of, and whether it is finished. A fit is written beside its
+path and renamed (on an object store: its root's metadata is put last); one that replaces another does so at once.
+Readers open it from a path, and pickle it as that path and the id of the fit.
+
+The group holds, all float64, the spectrum (``eigenvalues``, one block after the other), the eigenvectors of each block
+as columns (``eigenvectors``, or ``eigenvectors-00000``, ... by module) and, where F itself was summed, the undamped
+sums Σ w g gᵀ as tiles of triangles (``sum-00000``, ...). Format 1 kept F itself (``fisher``) instead of the sum.
 """
 
 from __future__ import annotations
 
 import logging
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import zarr
 
-from ooc_influence.curvature.damping import damping_value
-from ooc_influence.curvature.files import READABLE, complete_attributes, curvature_path
-from ooc_influence.curvature.rows import ChosenRows
-from ooc_influence.curvature.staleness import Change, RowRecord
-from ooc_influence.errors import CurvatureNotFoundError, InputError, StaleCurvatureError
+from ooc_influence._version import __version__
+from ooc_influence.curvature.eigen import (
+    BlockSpectrum,
+    EigenBlock,
+    EigenVectors,
+    damping_value,
+    vectors_name,
+)
+from ooc_influence.curvature.rows import FittedRows, Staleness
+from ooc_influence.curvature.sums import Sums, add_written_sum, empty_sums
+from ooc_influence.errors import (
+    CurvatureNotFoundError,
+    InputError,
+    StaleCurvatureError,
+    StoreWriteError,
+    refused,
+)
 from ooc_influence.fingerprint import check_same
+from ooc_influence.linalg import Matrix, Range, WeightedRows, mirror
 from ooc_influence.options import DampingMode
 from ooc_influence.progress import html_table, optional_library
 from ooc_influence.store import (
     GradientStore,
+    NewFolder,
     PathLike,
     StorePath,
     array_store,
+    check_free,
     exists,
+    is_file,
+    is_free,
     open_group,
     parse_path,
     read_array,
 )
 
-Matrix = npt.NDArray[np.float64]
 logger = logging.getLogger("ooc_influence")
+FORMAT = 2
+READABLE = (1, 2)
+KINDS = ("whole", "module", "diagonal", "top", "gram")
+_ATTRIBUTES = "ooc_influence_curvature"
 
 
-class Curvature(ABC):
+class Curvature(BlockSpectrum):
     """The curvature of some rows of a store.
 
     Use :func:`fit_curvature`, :func:`fit_fisher` or :func:`fit_gram` to make one and :meth:`open` to read one back.
@@ -47,7 +73,7 @@ class Curvature(ABC):
     path : Path
         Its Zarr group.
     eigenvalues : (r,) float64
-        The undamped spectrum of F, largest first, as far as it is known.
+        The undamped spectrum of F as far as it is known: largest first in each block, in columns' order if diagonal.
     trace : float
         tr(F).
     rows : int
@@ -58,21 +84,35 @@ class Curvature(ABC):
         Side of F: the stored numbers a row.
     """
 
-    kinds: ClassVar[dict[str, type[Curvature]]] = {}
-    eigenvalues: Matrix
-
     def __init__(self, path: StorePath, attributes: Mapping[str, Any]) -> None:
         self.path = path
         self._attrs = dict(attributes)
         self.trace = float(attributes["trace"])
         self.rows = int(attributes["rows"])
         self.damping = float(attributes["damping"])
-        self._load()
+        super().__init__(self._blocks(self._read("eigenvalues")))
         self.check_fit()
 
-    def __init_subclass__(cls, kinds: Sequence[str] = ()) -> None:
-        for kind in kinds:
-            Curvature.kinds[kind] = cls
+    def _blocks(self, eigenvalues: Matrix) -> list[EigenBlock]:
+        """Return the blocks that a spectrum on disk is made of."""
+        d, r = int(self._attrs.get("d", len(eigenvalues))), len(eigenvalues)
+        if self.kind == "diagonal":
+            return [EigenBlock(slice(0, d), eigenvalues, None)]
+        if self.kind == "top":
+            unknown, rest = min(d, self.rows) - r, float(self._attrs["rest"])
+            return [EigenBlock(slice(0, d), eigenvalues, self._vectors("eigenvectors", d, r), rest, unknown)]
+        if self.kind == "gram":
+            return [EigenBlock(slice(0, d), eigenvalues, self._vectors("eigenvectors", d, r), keeps=False)]
+        return [
+            EigenBlock(
+                slice(first, last), eigenvalues[first:last],
+                self._vectors(vectors_name(self.kind, number), last - first, last - first),
+            )
+            for number, (first, last) in enumerate(self._attrs.get("ranges") or [(0, d)])
+        ]  # fmt: skip
+
+    def _vectors(self, name: str, columns: int, rank: int) -> EigenVectors:
+        return EigenVectors((columns, rank), self._group, name, self.check_fit)
 
     @classmethod
     def open(cls, path: PathLike, fit: str | None = None) -> Curvature:
@@ -87,29 +127,28 @@ class Curvature(ABC):
         StaleCurvatureError
             If it is another fit than the one asked for.
         """
-        place = parse_path(path)
-        attributes = complete_attributes(place)
+        path = parse_path(path)
+        attributes = complete_attributes(path)
         if attributes is None:
             raise CurvatureNotFoundError(
-                f"expected a finished curvature at {place}; received none: run fit_curvature or 'ooc-influence fisher'"
+                f"expected a finished curvature at {path}; received none: run fit_curvature or 'ooc-influence fisher'"
             )
         kind = attributes.get("kind", "whole")
-        if attributes["format"] not in READABLE or kind not in Curvature.kinds:
+        if attributes["format"] not in READABLE or kind not in KINDS:
             raise InputError(
-                f"expected a curvature of format {READABLE[-1]} or before at {place}; received "
+                f"expected a curvature of format {READABLE[-1]} or before at {path}; received "
                 f"{attributes['format']}, of kind {kind!r}: upgrade ooc_influence"
             )
-        found = Curvature.kinds[kind](place, attributes)
+        curvature = cls(path, attributes)
         if fit is not None:
-            found.check_fit(fit)
-        return found
+            curvature.check_fit(fit)
+        return curvature
 
-    def _load(self) -> None:
-        """Read what is small."""
-        self.eigenvalues = self._read("eigenvalues")
+    def _group(self) -> Any:
+        return open_group(array_store(self.path, read_only=True, chunk_bytes={}), "r")
 
     def _read(self, name: str) -> npt.NDArray[Any]:
-        return read_array(open_group(array_store(self.path, read_only=True, chunk_bytes={}), "r"), name)
+        return read_array(self._group(), name)
 
     def check_fit(self, fit: str | None = None) -> None:
         """Check that what is on disk is still the fit this object was opened on: another one may replace it.
@@ -119,8 +158,8 @@ class Curvature(ABC):
         StaleCurvatureError
             If it is not.
         """
-        found = (complete_attributes(self.path) or {}).get("fit") if fit is None else fit
-        if found is not None and found != self._attrs["fit"]:
+        on_disk = (complete_attributes(self.path) or {}).get("fit") if fit is None else fit
+        if on_disk is not None and on_disk != self._attrs["fit"]:
             raise StaleCurvatureError(
                 f"expected the curvature {self.path} as it was when it was opened; received a newer fit: open it again"
             )
@@ -132,13 +171,8 @@ class Curvature(ABC):
         return str(self._attrs["fit"])
 
     @property
-    def d(self) -> int:
-        """Side of F: the stored numbers a row."""
-        return int(self._attrs.get("d", len(self.eigenvalues)))
-
-    @property
     def kind(self) -> str:
-        """``whole``, ``module``, ``diagonal``, ``top`` or ``gram``."""
+        """``whole``, ``module``, ``diagonal``, ``top`` (a low rank) or ``gram``."""
         return str(self._attrs.get("kind", "whole"))
 
     @property
@@ -146,65 +180,113 @@ class Curvature(ABC):
         """What was recorded: rows used, their digest, the store's identity, the mask's digest, weights."""
         return self._attrs
 
-    @abstractmethod
+    @property
+    def keeps_sums(self) -> bool:
+        """Whether the undamped sums that F is made of are on disk."""
+        return self.kind != "gram" and bool(self._attrs.get("summed", True))
+
+    def sums(self) -> Sums:
+        """Return the undamped sums that F is made of, read from disk."""
+        total = empty_sums(self.ranges, self.kind == "diagonal")
+        self.add_sums_to(total)
+        return total
+
+    def add_sums_to(self, total: Sums) -> None:
+        """Add :meth:`sums` to others, in place."""
+        for number, square in enumerate(total.squares):
+            add_written_sum(self.path, number, square)
+        total.live += self.rows
+        total.clipped += int(self._attrs["clipped"])
+        self.check_fit()
+
+    @property
+    def ranges(self) -> tuple[Range, ...]:
+        """The columns of each block."""
+        return tuple((block.columns.start, block.columns.stop) for block in self.blocks)
+
     def fisher(self) -> Matrix:
-        """Return F, (d, d).
+        """Return F, (d, d), as it was summed; of a diagonal or a Gram matrix, made of the spectrum.
 
         Raises
         ------
         InputError
-            If this kind does not keep it.
+            If only part of the spectrum is known and F was never summed.
         """
+        if self._attrs["format"] == 1:
+            matrix: Matrix = self._read("fisher")
+            self.check_fit()
+            return matrix
+        if self.kind in ("diagonal", "gram"):
+            return self.blocks[0].matrix()
+        if not self.keeps_sums:
+            raise InputError(
+                f"expected a curvature that keeps F; received {self.path}, whose spectrum was computed from the rows: "
+                "fit without rank, or with more memory"
+            )
+        matrix = np.zeros((self.d, self.d))
+        for block, square in zip(self.blocks, self.sums().squares, strict=True):
+            mirror(square)
+            matrix[block.columns, block.columns] = square
+        matrix /= self.rows
+        return matrix
+
+    @property
+    def gram(self) -> zarr.Array[Any]:
+        """K = A Aᵀ, (m, m) float64 on disk, undamped: row i is the i-th of the rows chosen, zero where dropped.
+
+        Raises
+        ------
+        CurvatureNotFoundError
+            If it was not fitted by its Gram matrix, or before K was kept.
+        """
+        if not exists(self.path / "gram" / "zarr.json"):
+            raise CurvatureNotFoundError(f"expected the Gram matrix in {self.path}; received none: fit with refit=True")
+        array = zarr.open_array(array_store(self.path / "gram", read_only=True, chunk_bytes={}), mode="r")
+        self.check_fit()
+        return array
 
     def damping_value(self, damping: float | None = None, mode: DampingMode = "relative") -> float:
-        """Return λ for a damping; None takes the recorded default (and is relative).
+        """Return λ for a damping, that of F whole; None takes the recorded default (and is relative).
 
         Raises
         ------
         InputError, SingularFisherError
-            See :func:`ooc_influence.curvature.damping.damping_value`.
+            See :func:`ooc_influence.curvature.eigen.damping_value`.
         """
         return damping_value(self.eigenvalues, self.d, self.trace, self._factor(damping, mode), mode)
+
+    def lambdas(
+        self, damping: float | Sequence[float | None] | npt.NDArray[Any] | None = None, mode: DampingMode = "relative"
+    ) -> Matrix:
+        """Return λ of each block for each damping, (L, B): what products are damped by.
+
+        A relative one is damping · tr(F_b)/d_b in block b.
+
+        Raises
+        ------
+        InputError, SingularFisherError
+            As for :meth:`damping_value`.
+        """
+        dampings = damping if isinstance(damping, (Sequence, np.ndarray)) else [damping]
+        return np.array([self._block_lambdas(each, mode) for each in dampings])
+
+    def _block_lambdas(self, damping: float | None, mode: DampingMode) -> list[float]:
+        value = self.damping_value(damping, mode)
+        if len(self.blocks) == 1 or mode == "absolute" or value == 0:
+            return [value] * len(self.blocks)
+        factor, values = self._factor(damping, mode), []
+        for block in self.blocks:
+            trace = float(block.eigenvalues.sum())
+            # no row has anything in a block of zeros: any λ serves
+            values.append(
+                damping_value(block.eigenvalues, block.shape.columns, trace, factor, mode) if trace > 0 else value
+            )
+        return values
 
     def _factor(self, damping: float | None, mode: DampingMode) -> float:
         if damping is None and mode == "absolute":
             raise InputError("expected a damping with damping_mode='absolute'; received none: the default is relative")
         return self.damping if damping is None else damping
-
-    def effective_dimension(self, value: float) -> float:
-        """Return d(λ) = Σ e/(e + λ), the number of directions the damping leaves, at λ = ``value``."""
-        return dimension(self.eigenvalues, value)
-
-    def least_dimension(self, value: float) -> float:
-        """Return what d(λ) is at least, where it is not known exactly."""
-        return self.effective_dimension(value)
-
-    def lambdas(self, value: float) -> tuple[float, ...]:
-        """Return all that a λ of :meth:`damping_value` holds: one number, or one for each block of F."""
-        return (float(value),)
-
-    @abstractmethod
-    def precondition(self, gradients: npt.NDArray[Any], values: Sequence[float]) -> Matrix:
-        """Return (F + λI)⁻¹ g for each row and each λ of ``values``, (L, q, d) float64.
-
-        ``values`` are what :meth:`damping_value` returned, passed on as they are: a kind may know more of them.
-        """
-
-    @abstractmethod
-    def working_bytes(self, queries: int, values: int) -> int:
-        """Return what :meth:`precondition` holds for so many rows and λ, its result included, in bytes."""
-
-    @abstractmethod
-    def self_influence(self, gradients: npt.NDArray[np.float32], values: Sequence[float]) -> npt.NDArray[np.float32]:
-        """Return gᵀ (F + λI)⁻¹ g for each λ of ``values`` and each row, (L, b) float32."""
-
-    @abstractmethod
-    def self_working_bytes(self, values: int) -> int:
-        """Return what :meth:`self_influence` holds for so many λ whatever the rows, its result apart, in bytes."""
-
-    @abstractmethod
-    def outside_share(self, gradients: npt.NDArray[Any]) -> Matrix:
-        """Return the share of each row's squared norm outside the span of F's eigenvectors, (q,); 0 for a zero row."""
 
     def check(self, train: GradientStore) -> None:
         """Check that this curvature may be used for ``train``.
@@ -221,25 +303,25 @@ class Curvature(ABC):
             {"mask and basis": self._attrs["mask_digest"], "model": self._attrs["model"]},
             "run fit_curvature or 'ooc-influence fisher' on this store", other=self.path,
         )  # fmt: skip
-        if self._attrs["store_id"] == train.identity and not self.change(train).nothing:
+        if self._attrs["store_id"] == train.identity and not self.staleness(train).is_fresh:
             raise StaleCurvatureError(
                 f"expected a curvature of the {train.n} rows of {train.path}; received {self.path}, fitted when it "
                 f"held {self._attrs['store_rows']} (or before rows were dropped): run fit_curvature again, or "
                 f"'{_command(train, self.path)}'"
             )
 
-    def change(self, train: GradientStore, chosen: ChosenRows | None = None) -> Change:
+    def staleness(self, train: GradientStore, chosen: WeightedRows | None = None) -> Staleness:
         """Return how its rows have changed in the store it was fitted on, or by the time a new fit chose them."""
         digest = train.rows_digest() if chosen is None else chosen.rows_digest
         if self._attrs["format"] == 1 or chosen is None:
             if self._attrs["rows_digest"] == digest:
-                return Change()
+                return Staleness()
             if self._attrs["format"] == 1:
-                return Change(refit="rows changed")
+                return Staleness(refit="rows changed")
         record = self.row_record()
-        if record.live != self.rows:  # as fits wrote it that read the marks of dropped rows as they went along
-            return Change(refit=f"{self.rows} of {record.live} live rows were summed")
-        return record.change(train, chosen)
+        if record.live != self.rows:  # by a fit that looked up dropped rows as it went along
+            return Staleness(refit=f"{self.rows} of {record.live} live rows were summed")
+        return record.staleness(train, chosen)
 
     def equals(self, other: Curvature) -> bool:
         """Return whether two whole curvatures of one store, by F or the Gram matrix, are the same F to rounding."""
@@ -247,14 +329,15 @@ class Curvature(ABC):
         same = all(self._attrs.get(name) == other.attrs.get(name) for name in facts)
         return same and {self.kind, other.kind} <= {"whole", "gram"}
 
-    def row_record(self) -> RowRecord:
+    def row_record(self) -> FittedRows:
         """Return what it remembers of its rows (from format 2 on)."""
         kept = [name for name in ("records", "dropped", "numbers") if exists(self.path / name)]
-        return RowRecord.load(self._attrs, {name: self._read(name) for name in kept})
+        return FittedRows.load(self._attrs, {name: self._read(name) for name in kept})
 
     def facts(self) -> dict[str, Any]:
         """Return what there is to know of it: JSON values."""
         value = self.damping * self.trace / self.d
+        damped = self.trace > 0
         known = {
             "curvature": str(self.path),
             "kind": self.kind,
@@ -264,10 +347,15 @@ class Curvature(ABC):
             "largest_eigenvalue": float(self.eigenvalues.max(initial=0.0)),
             "smallest_eigenvalue": float(self.eigenvalues.min(initial=np.inf)) if len(self.eigenvalues) else 0.0,
             "default_damping": value,
-            "effective_dimension": self.effective_dimension(self.damping_value()) if self.trace > 0 else 0.0,
+            "effective_dimension": self.effective_dimension(self.lambdas()[0]) if damped else 0.0,
         }
         named = ("weights", "clipped", "selection", "sampling_error", "seconds")
-        return known | {name: self._attrs[name] for name in named if self._attrs.get(name)}
+        known |= {name: self._attrs[name] for name in named if self._attrs.get(name)}
+        if self.kind == "top":
+            low_rank = ("rank", "left_out", "rest", "passes", "residual", "converged", "way")
+            known |= {name: self._attrs[name] for name in low_rank}
+            known["effective_dimension_at_least"] = self.least_dimension(self.lambdas()[0]) if damped else 0.0
+        return known
 
     def __repr__(self) -> str:
         facts = self.facts()
@@ -295,18 +383,6 @@ class Curvature(ABC):
         pandas = optional_library("pandas", "tables")
         shares = np.cumsum(self.eigenvalues) / self.trace if self.trace else np.zeros(len(self.eigenvalues))
         return pandas.DataFrame({"eigenvalue": self.eigenvalues, "cumulative_share": shares})
-
-
-def share_outside(inside: Matrix, gradients: Matrix) -> Matrix:
-    """Return 1 − ``inside``/‖g‖² for rows whose squared norm within a span is ``inside``, (q,); 0 for a zero row."""
-    total = np.square(gradients).sum(1)
-    return np.where(total > 0, np.clip(1 - inside / np.where(total > 0, total, 1), 0, 1), 0.0)
-
-
-def dimension(eigenvalues: Matrix, value: float) -> float:
-    """Return Σ e/(e + λ) over positive eigenvalues."""
-    kept = eigenvalues[eigenvalues > 0]
-    return float((kept / (kept + value)).sum())
 
 
 def resolve_curvature(train: GradientStore, curvature: Curvature | PathLike | None) -> Curvature:
@@ -385,3 +461,76 @@ def _command(train: GradientStore, place: StorePath) -> str:
     if place.parent == train.path / "curvature":
         how = {"default": "", "gram": " --method dual"}.get(place.name, f" --name {place.name}")
     return f"ooc-influence fisher {train.path}{how}"
+
+
+def write_curvature(path: StorePath, attributes: Mapping[str, Any], write: Callable[[Any], Mapping[str, Any]]) -> None:
+    """Make a curvature at ``path``, in place of one that is there.
+
+    Parameters
+    ----------
+    path : StorePath
+        Where.
+    attributes : mapping
+        What is known of it beforehand: JSON values.
+    write : callable
+        Given a Zarr group, writes the arrays and returns further attributes.
+
+    Raises
+    ------
+    StoreWriteError
+        If the folder cannot be written.
+    """
+    try:
+        with NewFolder(path, replace=True) as folder:
+            group = open_group(folder.arrays, "w")
+            found = write(group)
+            marks = {"format": FORMAT, "version": __version__, "fit": uuid.uuid4().hex, "complete": True}
+            group.attrs[_ATTRIBUTES] = dict(attributes) | dict(found) | marks
+            folder.publish()
+    except OSError as error:
+        raise StoreWriteError(
+            refused(f"to write the curvature to {path}", error, ", or give another place with out= (--out)")
+        ) from error
+
+
+def check_replaceable(path: StorePath) -> None:
+    """Check that only a curvature, or nothing, is at ``path``.
+
+    Raises
+    ------
+    StoreExistsError
+        If something else is there.
+    """
+    for _ in range(10):  # another fit may be replacing one at this moment
+        if _attributes(path) is not None or is_free(path):
+            return
+    check_free(path, "a curvature or nothing")
+
+
+def complete_attributes(path: StorePath) -> dict[str, Any] | None:
+    """Return the attributes of the finished curvature at ``path``; None where there is none."""
+    found = _attributes(path)
+    return found if found and found.get("complete") else None
+
+
+def _attributes(path: StorePath) -> dict[str, Any] | None:
+    if not is_file(path / "zarr.json"):
+        return None
+    try:
+        found = dict(open_group(array_store(path, read_only=True), "r").attrs).get(_ATTRIBUTES)
+    except (ValueError, TypeError, OSError):  # a damaged zarr.json, or a folder being replaced
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def curvature_path(train: GradientStore, name: str) -> StorePath:
+    """Return where a store keeps the curvature ``name``.
+
+    Raises
+    ------
+    InputError
+        If the name could leave the store's folder.
+    """
+    if not name or name.startswith(".") or "/" in name or "\\" in name:
+        raise InputError(f"expected a curvature name without slashes; received {name!r}")
+    return train.path / "curvature" / name

@@ -9,54 +9,37 @@ A dropped row is a row of zeros.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Unpack
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import zarr
-from typing_extensions import override
 
 from ooc_influence.checkpoint import ClaimedOutput, ResumableArray
-from ooc_influence.curvature.costs import KEPT_BYTES, PANEL, FitShapes, gram_memory, kernel_memory, slab_rows
-from ooc_influence.curvature.curvature import Curvature, share_outside
-from ooc_influence.curvature.damping import resolved
-from ooc_influence.curvature.files import write_curvature, write_long
-from ooc_influence.curvature.rows import ChosenRows, WeighedBlock, choose_rows
-from ooc_influence.curvature.sink import fit_attributes, fit_target, fitted, reopen, warn_if_unfinished, what_changed
-from ooc_influence.curvature.staleness import RowRecord
+from ooc_influence.curvature.costs import KEPT_BYTES, PANEL
+from ooc_influence.curvature.curvature import write_curvature
+from ooc_influence.curvature.eigen import slab_rows, write_long, write_vectors
+from ooc_influence.curvature.rows import FittedRows, fit_attributes
 from ooc_influence.errors import (
-    CurvatureNotFoundError,
     InputError,
     NonFiniteError,
     StoreBusyError,
     writing,
 )
-from ooc_influence.linalg import symmetric_eigen
+from ooc_influence.linalg import Floats, Matrix, WeightedBlock, WeightedRows, symmetric_eigen
 from ooc_influence.linalg.accumulate import Tile, list_tiles, tile_side
-from ooc_influence.linalg.backend import Floats, check_room, parse_device
-from ooc_influence.memory import MemoryBudget, plan_block_rows
-from ooc_influence.options import FittingOptions, RowOptions, takes
-from ooc_influence.parallel import Stripe, check_workers, cut_stripes, run_stripes, slots_per_process
+from ooc_influence.parallel import Stripe, cut_stripes, run_stripes
 from ooc_influence.progress import Progress, check_cancelled, tick
 from ooc_influence.store import (
-    GradientStore,
-    PathLike,
     StorePath,
     array_store,
     create_array,
-    exists,
-    find_array,
-    open_group,
-    parse_path,
     read_part,
     writable_array,
 )
 
-Matrix = npt.NDArray[np.float64]
 logger = logging.getLogger("ooc_influence")
 
 
@@ -66,7 +49,7 @@ class Multiplying:
 
     Attributes
     ----------
-    chosen : ChosenRows
+    chosen : WeightedRows
         A's rows.
     block_rows : int
         Rows read at a time.
@@ -76,16 +59,14 @@ class Multiplying:
         Where rows are multiplied; None for NumPy's BLAS.
     """
 
-    chosen: ChosenRows
+    chosen: WeightedRows
     block_rows: int
     path: StorePath | None = None
     device: str | None = None
 
-    def read(self, start: int, stop: int) -> Iterator[WeighedBlock]:
-        """Yield the blocks of rows at some places, where they are multiplied."""
-        if self.device is not None:
-            return self.chosen.device_blocks(start, stop, self.block_rows, self.device)
-        return self.chosen.blocks(start, stop, self.block_rows)
+    def read(self, start: int, stop: int) -> Iterator[WeightedBlock]:
+        """Yield the blocks of rows ``start`` to ``stop``, where they are multiplied."""
+        return self.chosen.blocks(start, stop, self.block_rows, device=self.device)
 
     @property
     def paths(self) -> list[Any]:
@@ -233,7 +214,7 @@ def _device_product(left: Any, right: Any) -> Matrix:
     return np.asarray(total.cpu().numpy())  # type: ignore[attr-defined]
 
 
-def device_bytes(chosen: ChosenRows, block_rows: int) -> int:
+def device_bytes(chosen: WeightedRows, block_rows: int) -> int:
     """Return what a task holds on a device: two blocks of rows, their stored forms, panels and products."""
     k = chosen.store.k
     row = 2 * chosen.store.layout.encoding.row_bytes + 4 * k + 8 * min(k, PANEL)
@@ -253,226 +234,16 @@ def _add_product(left: Floats, right: Floats, out: Matrix, panels: Matrix, produ
         out += made
 
 
-HELD_BYTES = 256 * 2**20  # of eigenvectors: up to here they are kept in memory
-_ROWS = 1024  # rows whose self-influence is found at a time
-
-
-class GramCurvature(Curvature, kinds=("gram",)):
-    """A curvature of fewer rows than columns: eigenvectors are kept where F has an eigenvalue at all."""
-
-    _vectors: Matrix | None = None
-
-    @property
-    def gram(self) -> zarr.Array[Any]:
-        """K = A Aᵀ, (m, m) float64 on disk, undamped: row i is the i-th of the rows chosen, zero where dropped.
-
-        Raises
-        ------
-        CurvatureNotFoundError
-            If it was fitted before K was kept.
-        """
-        if not exists(self.path / "gram" / "zarr.json"):
-            raise CurvatureNotFoundError(f"expected the Gram matrix in {self.path}; received none: fit with refit=True")
-        found = open_matrix(self.path / "gram")
-        self.check_fit()
-        return found
-
-    @property
-    def eigenvectors(self) -> Matrix:
-        """V, (d, r), one eigenvector a column (read on first use)."""
-        if self._vectors is None:
-            self._vectors = self._read("eigenvectors")
-            self.check_fit()
-        return self._vectors
-
-    def _slabs(self) -> Iterator[tuple[slice, Matrix]]:
-        """Yield V slab by slab of its rows: all of it at once where it is small."""
-        if self._vectors is not None or self._bytes <= HELD_BYTES:
-            yield slice(0, self.d), self.eigenvectors
-            return
-        array = find_array(open_group(array_store(self.path, read_only=True, chunk_bytes={}), "r"), "eigenvectors")
-        for start in range(0, self.d, self._slab_rows):
-            rows = slice(start, min(self.d, start + self._slab_rows))
-            yield rows, read_part(array, rows)
-        self.check_fit()
-
-    @property
-    def _bytes(self) -> int:
-        return 8 * self.d * len(self.eigenvalues)
-
-    @property
-    def _slab_rows(self) -> int:
-        return slab_rows(self.d, len(self.eigenvalues))
-
-    def fisher(self) -> Matrix:
-        """Return F, (d, d), made of its spectrum."""
-        return np.asarray((self.eigenvectors * self.eigenvalues) @ self.eigenvectors.T)
-
-    @override
-    def precondition(self, gradients: npt.NDArray[Any], values: Sequence[float]) -> Matrix:
-        rotated = self._rotate(gradients)
-        result = np.empty((len(values), *gradients.shape))
-        for rows, vectors in self._slabs():
-            for out, value in zip(result, values, strict=True):
-                inside = (rotated * (self.eigenvalues / (self.eigenvalues + value))) @ vectors.T
-                np.subtract(gradients[:, rows], inside, out=out[:, rows])
-                out[:, rows] /= value
-        return result
-
-    def _rotate(self, gradients: npt.NDArray[Any]) -> Matrix:
-        """Return Vᵀg of some rows, (b, r) float64: most of a norm may lie in the span, and the rest is a difference."""
-        rotated = np.zeros((len(gradients), len(self.eigenvalues)))
-        for rows, vectors in self._slabs():
-            rotated += np.asarray(gradients[:, rows], np.float64) @ vectors
-        return rotated
-
-    @override
-    def working_bytes(self, queries: int, values: int) -> int:
-        return gram_working_bytes(self.d, len(self.eigenvalues), queries, values)
-
-    @override
-    def self_influence(self, gradients: npt.NDArray[np.float32], values: Sequence[float]) -> npt.NDArray[np.float32]:
-        result = np.empty((len(values), len(gradients)), np.float32)
-        for start in range(0, len(gradients), _ROWS):
-            part = gradients[start : start + _ROWS]
-            squares = np.square(self._rotate(part))
-            total = np.einsum("ij,ij->i", part, part, dtype=np.float64)
-            for out, value in zip(result, values, strict=True):
-                found = (total - squares @ (self.eigenvalues / (self.eigenvalues + value))) / value
-                out[start : start + _ROWS] = np.maximum(found, 0)
-        return result
-
-    @override
-    def self_working_bytes(self, values: int) -> int:
-        return gram_self_bytes(self.d, len(self.eigenvalues), values)
-
-    @override
-    def outside_share(self, gradients: npt.NDArray[Any]) -> Matrix:
-        span = resolved(self.eigenvalues)
-        inside = np.square(self._rotate(gradients)[:, span]).sum(1)
-        return share_outside(inside, np.asarray(gradients, np.float64))
-
-
-def gram_vectors_bytes(d: int, r: int) -> int:
-    """Return what is held of V, (d, r), at a time."""
-    whole = 8 * d * r
-    return whole if whole <= HELD_BYTES else 2 * 8 * r * slab_rows(d, r)
-
-
-def gram_working_bytes(d: int, r: int, queries: int, values: int) -> int:
-    """Return what preconditioning by ``r`` eigenvectors of ``d`` columns holds."""
-    return gram_vectors_bytes(d, r) + 8 * queries * (d * (2 + values) + 3 * r)
-
-
-def gram_self_bytes(d: int, r: int, values: int) -> int:
-    """Return what self-influence by ``r`` eigenvectors of ``d`` columns holds."""
-    width = d if 8 * d * r <= HELD_BYTES else slab_rows(d, r)
-    return gram_vectors_bytes(d, r) + 8 * _ROWS * (width + 3 * r + math.ceil(d / 2)) + 8 * values * r
-
-
 _FLOOR = 1e-10  # of the largest eigenvalue: below it K's are rounding
 
 
-@takes(FittingOptions)
-def fit_gram(store: GradientStore | PathLike, **options: Unpack[FittingOptions]) -> Curvature:
-    """Compute the curvature of a store by its Gram matrix, and save it there as ``curvature/<name>``.
-
-    The same curvature as :func:`fit_fisher`'s, for less where there are fewer rows than columns; the Gram matrix itself
-    is its ``gram``. A large one is written tile by tile, and a fit that was interrupted continues with the tiles that
-    are missing. After rows were appended or dropped it is fitted again.
-
-    Parameters
-    ----------
-    store : GradientStore or path
-        The train store, (n, k).
-    **options : FittingOptions
-        See :mod:`ooc_influence.options`.
-
-    Returns
-    -------
-    Curvature
-        Eigenvalues (r,), r at most the number of rows; ``gram`` (m, m).
-
-    Raises
-    ------
-    InputError, MemoryBudgetError, StoreExistsError, StoreDamagedError
-        As for :func:`fit_fisher`.
-    StoreBusyError
-        If another process is writing the tiles of this Gram matrix at the moment.
-    """
-    train = store if isinstance(store, GradientStore) else GradientStore.open(store)
-    warn_if_unfinished(train)
-    slots, device = check_workers(options["workers"]), parse_device(options["device"])
-    name = options["name"]
-    target = fit_target(train, "gram" if name is None else name, options["out"])
-    chosen = choose_rows(train, options)
-    found = None if options["refit"] else fitted(target, train)
-    change = None if found is None else what_changed(found, chosen, "gram")
-    if found is not None and change is not None and change.nothing:
-        logger.info("%s is up to date", target)
-        return found
-    shared = slots_per_process(slots)
-    need = gram_memory(chosen.count, train.k, shared, train.reading_bytes, chosen.small_bytes)
-    need = replace(need, alternatives=FitShapes.of(chosen).gram_alternatives)
-    if device is not None:
-        check_room(device, shared * device_bytes(chosen, need.max_rows), need.stage)
-        need = replace(need, per_row=need.per_row + 2 * 4 * train.layout.encoding.row_bytes)
-    room = MemoryBudget.of(options["memory"])
-    block_rows = plan_block_rows(need, room.budget, shared, room.held)
-    free = room.budget - need.peak(block_rows, shared, room.held)
-    _Fit(chosen, target, slots, block_rows, free // shared, options["progress"], device).run()
-    return reopen(target)
-
-
-@takes(RowOptions)
-def gram_matrix(store: GradientStore | PathLike, out: PathLike, **options: Unpack[RowOptions]) -> zarr.Array[Any]:
-    """Write the Gram matrix K = A Aᵀ of a store's rows, A = diag(√w) G, to a Zarr array of any size.
-
-    The same call, interrupted or killed, continues with the tiles that are missing.
-
-    Parameters
-    ----------
-    store : GradientStore or path
-        (n, k).
-    out : path
-        Where to write it.
-    **options : RowOptions
-        See :mod:`ooc_influence.options`; m rows are chosen.
-
-    Returns
-    -------
-    (m, m) float64
-        The array, undamped and not divided by m, in chunks that are square tiles. Rows and columns of dropped rows are
-        zero.
-
-    Raises
-    ------
-    InputError, MemoryBudgetError, StoreDamagedError
-        As for :func:`fit_fisher`.
-    StoreExistsError
-        If something else is at ``out``.
-    StoreWriteError
-        If it cannot be written.
-    """
-    train = store if isinstance(store, GradientStore) else GradientStore.open(store)
-    slots = check_workers(options["workers"])
-    if not train.n:
-        raise InputError(f"expected a store with committed rows; received {train.path} with none: extract first")
-    chosen = choose_rows(train, options)
-    shared = slots_per_process(slots)
-    need = kernel_memory(chosen.count, train.k, shared, train.reading_bytes, chosen.small_bytes)
-    how = Multiplying(chosen, plan_block_rows(need, options["memory"], shared), parse_path(out))
-    facts = {"store": str(train.path), "weights": chosen.record(), "selection": dict(chosen.selection)}
-    return multiply_on_disk(how, slots, options["progress"], chosen.digest(), facts)
-
-
 @dataclass(frozen=True, eq=False)
-class _Fit:
+class GramFit:
     """A fit to be run.
 
     Attributes
     ----------
-    chosen : ChosenRows
+    chosen : WeightedRows
         A's rows.
     target : StorePath
         Where the curvature goes.
@@ -488,7 +259,7 @@ class _Fit:
         Where rows are multiplied with rows.
     """
 
-    chosen: ChosenRows
+    chosen: WeightedRows
     target: StorePath
     slots: int
     block_rows: int
@@ -500,24 +271,23 @@ class _Fit:
         """Multiply, factorise, turn and write."""
         began = time.monotonic()
         chosen = self.chosen
-        record = RowRecord.of(chosen)
+        record = FittedRows.of(chosen)
         live = record.live
         if not live:
             raise InputError(
                 f"expected a store with live rows; received {chosen.store.path} whose rows are all dropped"
             )
-        clipped = chosen.clipped(record.dropped)
+        clipped = chosen.clipped()
         if clipped:
             logger.info("%d rows have a loss below the floor of their weights", clipped)
 
         def save(gram: Any) -> None:
             def write(group: Any) -> Mapping[str, Any]:
-                for array, values in record.arrays().items():
-                    write_long(group, array, values)
+                record.write(group)
                 facts = self._write_spectrum(group, gram, live)
                 return facts | {"seconds": time.monotonic() - began}
 
-            attributes = fit_attributes(chosen, live, 0.0) | record.facts()
+            attributes = fit_attributes(chosen, record, live, 0.0)
             write_curvature(self.target, attributes | {"kind": "gram", "clipped": clipped}, write)
 
         if 8 * chosen.count**2 <= KEPT_BYTES:
@@ -564,10 +334,12 @@ class _Fit:
         """Write V = AᵀU/√(m e), panel by panel."""
         k, r = self.chosen.store.k, turn.shape[1]
         step = slab_rows(k, r)
-        array = create_array(group, "eigenvectors", (k, r), (step, r), "float64", check=True)
         width = min(PANEL + self.free // (2 * 8 * r), -(-k // self.slots))
         width = max(1, width // step) * step
         stripes = cut_stripes(0, k, step, -(-k // width))
+
+        write_vectors(group, "eigenvectors", (k, r), [])
+        array = group["eigenvectors"]
 
         def take(stripe: Stripe, panel: Matrix) -> None:
             for start in range(stripe.start, stripe.stop, step):

@@ -1,18 +1,22 @@
-"""The compressed empirical Fisher matrix F = (1/m) Σ w_i g_i g_iᵀ over m live rows of a store.
+"""Fits of the curvature F = (1/m) Σ w_i g_i g_iᵀ over m live rows of a store: by F itself or by the Gram matrix.
 
-Striped over rows (:mod:`.sums`), then factorised in float64 (:mod:`.spectral`). The undamped sum is kept: rows appended
-since are added to it, rows dropped since are subtracted, without reading the others. Memory: 12 k² bytes a worker and a
-block of rows; 24 k² for the factorisation; nothing that grows with n. Where that is too much, the top of the spectrum
-(:mod:`.top`).
+The primal method sums F, (k, k), striped over rows (:mod:`.sums`), then factorises it in float64. The undamped sum is
+kept: rows appended since are added to it, rows dropped since are subtracted, without reading the others. Memory: 12 k²
+bytes a worker and a block of rows; 24 k² for the factorisation; nothing that grows with n. Where that is too much, the
+r largest eigenpairs (:mod:`.low_rank`). The dual method factorises the Gram matrix, (m, m) (:mod:`.dual`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, Unpack, get_args
+
+import numpy as np
+import zarr
 
 from ooc_influence.checkpoint import ClaimedOutput, kept_groups
 from ooc_influence.curvature.costs import (
@@ -22,27 +26,95 @@ from ooc_influence.curvature.costs import (
     check_rank,
     diagonal_need,
     fisher_memory,
+    gram_memory,
+    kernel_memory,
     module_ranges,
     plan_low_rank,
 )
-from ooc_influence.curvature.curvature import Curvature
-from ooc_influence.curvature.dual import fit_gram
-from ooc_influence.curvature.files import write_curvature
-from ooc_influence.curvature.low_rank import fit_top
-from ooc_influence.curvature.primal import Fitting, squared_norm, usable_ways
-from ooc_influence.curvature.rows import ChosenRows, Range, choose_rows
-from ooc_influence.curvature.sink import fit_target, fitted, reopen, warn_if_unfinished, what_changed
-from ooc_influence.curvature.spectral import SummedCurvature, write_diagonal, write_spectra
-from ooc_influence.curvature.staleness import Change
-from ooc_influence.curvature.sums import Summing
-from ooc_influence.errors import InputError
+from ooc_influence.curvature.curvature import Curvature, check_replaceable, curvature_path, write_curvature
+from ooc_influence.curvature.dual import GramFit, Multiplying, device_bytes, multiply_on_disk
+from ooc_influence.curvature.eigen import slab_rows, vectors_name, write_long, write_vectors
+from ooc_influence.curvature.low_rank import fit_low_rank
+from ooc_influence.curvature.primal import Fitting, squared_norm, usable_plans
+from ooc_influence.curvature.rows import Staleness, choose_rows
+from ooc_influence.curvature.sums import Summing, Sums, write_sum
+from ooc_influence.errors import (
+    CurvatureNotFoundError,
+    InputError,
+    StaleCurvatureError,
+    StoreDamagedError,
+    StoreExistsError,
+    warn,
+)
+from ooc_influence.linalg import Range, WeightedRows, mirror, symmetric_eigen
 from ooc_influence.linalg.backend import check_room, parse_device
 from ooc_influence.memory import MemoryBudget, format_bytes, plan_block_rows
-from ooc_influence.options import FisherOptions, FittingOptions, definitions, takes
+from ooc_influence.options import FisherOptions, FittingOptions, RowOptions, definitions, takes
 from ooc_influence.parallel import check_workers, slots_per_process
-from ooc_influence.store import GradientStore, PathLike, StorePath
+from ooc_influence.store import GradientStore, PathLike, StorePath, parse_path
 
 logger = logging.getLogger("ooc_influence")
+Method = Literal["auto", "primal", "dual"]
+_PRIMAL_ONLY = ("blocks", "rank")
+_EVERY_ROW = {"kind": "range", "start": 0, "stop": None}
+_NEAR_ROWS, _NEAR_COLUMNS = 0.95, 0.9  # of m or k: a d(λ) beyond that is worth a warning
+
+
+class _Call(NamedTuple):
+    """A checked call of a fit.
+
+    Attributes
+    ----------
+    target : StorePath
+        Where the curvature is to be saved.
+    chosen : WeightedRows
+        The rows.
+    slots : int
+        Tasks at once.
+    device : str or None
+        Where rows are multiplied.
+    earlier : Curvature or None
+        The store's curvature that is there.
+    staleness : Staleness or None
+        How its rows have changed; None where it is of no use.
+    """
+
+    target: StorePath
+    chosen: WeightedRows
+    slots: int
+    device: str | None
+    earlier: Curvature | None
+    staleness: Staleness | None
+
+    @classmethod
+    def open(cls, train: GradientStore, options: FittingOptions, name: str, kind: str) -> _Call:
+        """Check a call's arguments; ``name`` is the curvature's where they give none."""
+        planned = train.layout.planned_rows or train.committed
+        if train.n < planned:
+            warn(f"{train.path} holds {train.n} of {planned} rows without a gap: the fit covers those")
+        slots, device, out = check_workers(options["workers"]), parse_device(options["device"]), options["out"]
+        named = name if options["name"] is None else options["name"]
+        target = parse_path(out) if out is not None else curvature_path(train, named)
+        check_replaceable(target)
+        _check_rows(train)
+        chosen = choose_rows(train, options)
+        earlier = None if options["refit"] else _fitted(target, train)
+        staleness = None if earlier is None else fit_staleness(earlier, chosen, kind)
+        return cls(target, chosen, slots, device, earlier, staleness)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the earlier curvature is of the same rows as they are."""
+        return self.staleness is not None and self.staleness.is_fresh
+
+
+def _check_rows(train: GradientStore) -> None:
+    if not train.n:
+        raise InputError(f"expected a store with committed rows; received {train.path} with none: extract first")
+
+
+def _opened(store: GradientStore | PathLike) -> GradientStore:
+    return store if isinstance(store, GradientStore) else GradientStore.open(store)
 
 
 @takes(FisherOptions)
@@ -77,105 +149,104 @@ def fit_fisher(store: GradientStore | PathLike, **options: Unpack[FisherOptions]
     StoreDamagedError
         If a committed chunk is missing or short.
     """
-    train = store if isinstance(store, GradientStore) else GradientStore.open(store)
-    warn_if_unfinished(train)
-    slots, device = check_workers(options["workers"]), parse_device(options["device"])
-    blocks, rank = options["blocks"], options["rank"]
-    if device is not None and blocks == "diagonal":
-        raise InputError(f"expected no device with blocks='diagonal'; received {device!r}: reading takes all the time")
+    train, blocks, rank = _opened(store), options["blocks"], options["rank"]
+    if options["device"] is not None and blocks == "diagonal":
+        raise InputError(
+            f"expected no device with blocks='diagonal'; received {options['device']!r}: reading takes all the time"
+        )
     ranges = _parse_blocks(train, blocks, rank)
-    name = options["name"]
-    target = fit_target(train, "default" if name is None else name, options["out"])
-    chosen = choose_rows(train, options)
-    found = None if options["refit"] else fitted(target, train)
     kind = "top" if rank is not None else "whole" if blocks == "module" and len(ranges) == 1 else blocks or "whole"
-    change = None if found is None else what_changed(found, chosen, kind)
-    settings = {
-        "rows": chosen.digest(), "ranges": ranges, "kind": kind,
-        "since": None if change is None or found is None else found.attrs["fit"],
-    }  # fmt: skip
-    earlier = found if change is not None else None
-    rows = _RowsToSum(chosen, ranges, earlier, change, slots, device)
-    way = _choose_way(rows, kind, rank, options["memory"], kept_groups(target, settings))
-    if found is not None and change is not None and change.nothing and found.attrs.get("rank") == rank:
+    call = _Call.open(train, options, "default", kind)
+    target, memory = call.target, options["memory"]
+    since = None if call.staleness is None or call.earlier is None else call.earlier.attrs["fit"]
+    settings = {"rows": call.chosen.digest(), "ranges": ranges, "kind": kind, "since": since}
+    plan = _choose_plan(call, kind, ranges, rank, memory, kept_groups(target, settings))
+    if call.earlier is not None and call.is_current and call.earlier.attrs.get("rank") == rank:
         logger.info("%s is up to date", target)
-        return found
+        return call.earlier
+    earlier = None if call.staleness is None else call.earlier
     with ClaimedOutput(target, settings) as partial:
         sampled = options["sample"] is not None
-        how = Summing(train, ranges, way.block_rows, kind == "diagonal", sampled, partial, device)
-        fit = Fitting(target, chosen, how, slots, options["progress"], partial, earlier, change)
+        how = Summing(train, ranges, plan.block_rows, kind == "diagonal", sampled, partial, call.device)
+        fit = Fitting(target, call.chosen, how, call.slots, options["progress"], partial, earlier, call.staleness)
         if rank is None:
             _fit_square(fit, kind)
         else:
-            fit_top(fit, way, rank, options["seed"])
-    return reopen(target)
+            fit_low_rank(fit, plan, rank, options["seed"])
+    return _reopened(target)
 
 
-class _RowsToSum(NamedTuple):
-    """The rows of a fit, the columns of its blocks, the fit to update and the rows that changed since, and where."""
-
-    chosen: ChosenRows
-    ranges: Sequence[Range]
-    earlier: Curvature | None
-    change: Change | None
-    slots: int
-    device: str | None
-
-
-def _choose_way(
-    rows: _RowsToSum, kind: str, rank: int | None, memory: int | str | None, results: Mapping[str, StorePath]
-) -> LowRankPlan:
-    """Return how to fit within the budget; ``results`` are those of earlier runs, which the solver should use."""
-    chosen, ranges, earlier, change, slots, device = rows
-    train, shared = chosen.store, slots_per_process(slots)
-    update = change is not None and bool(len(change.removed))
-    need = fisher_memory(
-        train.k, shared, train.reading_bytes, ranges=ranges, rows=chosen.small_bytes, update=change is not None
-    )
+def _choose_plan(
+    call: _Call, kind: str, ranges: Sequence[Range], rank: int | None, memory: int | str | None,
+    results: Mapping[str, StorePath],
+) -> LowRankPlan:  # fmt: skip
+    """Return how to fit within the budget; ``results`` are those of earlier runs, which the plan should use."""
+    chosen, staleness, train, shared = call.chosen, call.staleness, call.chosen.store, slots_per_process(call.slots)
     if kind == "diagonal":
         need = diagonal_need(train.k, train.reading_bytes, rows=chosen.small_bytes)
         return LowRankPlan(kind, need, plan_block_rows(need, memory, shared), 0.0, 0.0, 0.0)
+    need = fisher_memory(
+        train.k, shared, train.reading_bytes, ranges=ranges, rows=chosen.small_bytes, update=staleness is not None
+    )
     row_bytes, changed = train.layout.encoding.row_bytes, chosen.count
-    sent = 0 if device is None else 4 * row_bytes  # two blocks in flight, and their copies where the device is the host
+    # two blocks in flight, and their copies where the device is the host
+    sent = 0 if call.device is None else 4 * row_bytes
     need = replace(need, per_row=need.per_row + sent)
-    if isinstance(earlier, SummedCurvature) and earlier.keeps_sums and change is not None:
-        added = 0 if change.added is None else change.added[1] - change.added[0]
-        changed = added + len(change.removed)
+    if call.earlier is not None and call.earlier.keeps_sums and staleness is not None:
+        added = 0 if staleness.added is None else staleness.added[1] - staleness.added[0]
+        changed = added + len(staleness.removed)
     shapes = Shapes(train.k, chosen.count, changed, row_bytes, shared, train.reading_bytes, chosen.small_bytes, sent)
     priced = FitShapes.of(chosen)
     if rank is not None:
         check_rank(shapes, rank)
-        way = plan_low_rank(shapes, rank, need, memory, priced.rank_ways, update=update, prefer=usable_ways(results))
+        update = staleness is not None and bool(len(staleness.removed))
+        plan = plan_low_rank(shapes, rank, need, memory, priced.rank_ways, update=update, prefer=usable_plans(results))
     else:
         need = replace(need, alternatives=priced.fisher_alternatives if len(ranges) == 1 else priced.block_ways)
-        way = LowRankPlan("whole", need, plan_block_rows(need, memory, shared), 0.0, 0.0, 0.0)
-    if device is not None:
-        check_room(
-            device, shared * way.need.per_worker + way.block_rows * shared * (2 * row_bytes + 4 * train.k), need.stage
-        )
-    return way
+        plan = LowRankPlan("whole", need, plan_block_rows(need, memory, shared), 0.0, 0.0, 0.0)
+    if call.device is not None:
+        rows_bytes = plan.block_rows * shared * (2 * row_bytes + 4 * train.k)
+        check_room(call.device, shared * plan.need.per_worker + rows_bytes, need.stage)
+    return plan
 
 
 def _fit_square(fit: Fitting, kind: str) -> None:
     """Sum, factorise and write."""
     began = time.monotonic()
-    total, taken = fit.sums()
-    how = fit.how
-    attributes = fit.attributes(total.live, total.clipped, total.trace(), taken)
+    total, subtracted = fit.sums()
+    attributes = fit.attributes(total.live, total.clipped, total.trace(), subtracted)
     attributes["kind"] = kind
-    if how.fourth:
+    if fit.how.fourth:
         norm = sum(squared_norm(square) for square in total.squares)
         attributes["sampling_error"] = fit.chosen.sampling_error(total.live, total.fourth, norm)
 
     def write(group: Any) -> Mapping[str, Any]:
-        fit.write_record(group)
-        if kind == "diagonal":
-            write_diagonal(group, total)
-        else:
-            write_spectra(group, kind, total)
+        fit.record.write(group)
+        _write_spectra(group, kind, total)
         return {"seconds": time.monotonic() - began}
 
     write_curvature(fit.target, attributes, write)
+
+
+def _write_spectra(group: Any, kind: str, total: Sums) -> None:
+    """Write sums and their spectra into a group; the sums, upper triangles, are used up."""
+    spectra = []
+    for number in range(len(total.squares)):
+        square = total.squares[number]
+        total.squares[number] = np.empty((0, 0))
+        write_sum(group, number, square)
+        square /= total.live
+        if kind == "diagonal":
+            spectra.append(square)
+            continue
+        mirror(square)
+        values, vectors = symmetric_eigen(square)
+        spectra.append(values)
+        name, (side, _) = vectors_name(kind, number), vectors.shape
+        step = slab_rows(side, side)  # LAPACK's order is not the disk's: copies are of a slab
+        slabs = (slice(start, min(side, start + step)) for start in range(0, side, step))
+        write_vectors(group, name, (side, side), ((rows, vectors[rows]) for rows in slabs))
+    write_long(group, "eigenvalues", np.concatenate(spectra))
 
 
 def _parse_blocks(train: GradientStore, blocks: str | None, rank: int | None) -> tuple[Range, ...]:
@@ -198,8 +269,89 @@ def _parse_blocks(train: GradientStore, blocks: str | None, rank: int | None) ->
     return module_ranges(train)
 
 
-Method = Literal["auto", "primal", "dual"]
-_PRIMAL_ONLY = ("blocks", "rank")
+@takes(FittingOptions)
+def fit_gram(store: GradientStore | PathLike, **options: Unpack[FittingOptions]) -> Curvature:
+    """Compute the curvature of a store by its Gram matrix, and save it there as ``curvature/<name>``.
+
+    The same curvature as :func:`fit_fisher`'s, for less where there are fewer rows than columns; the Gram matrix itself
+    is its ``gram``. A large one is written tile by tile, and a fit that was interrupted continues with the tiles that
+    are missing. After rows were appended or dropped it is fitted again.
+
+    Parameters
+    ----------
+    store : GradientStore or path
+        The train store, (n, k).
+    **options : FittingOptions
+        See :mod:`ooc_influence.options`.
+
+    Returns
+    -------
+    Curvature
+        Eigenvalues (r,), r at most the number of rows; ``gram`` (m, m).
+
+    Raises
+    ------
+    InputError, MemoryBudgetError, StoreExistsError, StoreDamagedError
+        As for :func:`fit_fisher`.
+    StoreBusyError
+        If another process is writing the tiles of this Gram matrix at the moment.
+    """
+    train = _opened(store)
+    call = _Call.open(train, options, "gram", "gram")
+    if call.earlier is not None and call.is_current:
+        logger.info("%s is up to date", call.target)
+        return call.earlier
+    chosen, shared = call.chosen, slots_per_process(call.slots)
+    need = gram_memory(chosen.count, train.k, shared, train.reading_bytes, chosen.small_bytes)
+    need = replace(need, alternatives=FitShapes.of(chosen).gram_alternatives)
+    if call.device is not None:
+        check_room(call.device, shared * device_bytes(chosen, need.max_rows), need.stage)
+        need = replace(need, per_row=need.per_row + 2 * 4 * train.layout.encoding.row_bytes)
+    budget = MemoryBudget.of(options["memory"])
+    block_rows = plan_block_rows(need, budget.budget, shared, budget.held)
+    free = budget.budget - need.peak(block_rows, shared, budget.held)
+    GramFit(chosen, call.target, call.slots, block_rows, free // shared, options["progress"], call.device).run()
+    return _reopened(call.target)
+
+
+@takes(RowOptions)
+def gram_matrix(store: GradientStore | PathLike, out: PathLike, **options: Unpack[RowOptions]) -> zarr.Array[Any]:
+    """Write the Gram matrix K = A Aᵀ of a store's rows, A = diag(√w) G, to a Zarr array of any size.
+
+    The same call, interrupted or killed, continues with the tiles that are missing.
+
+    Parameters
+    ----------
+    store : GradientStore or path
+        (n, k).
+    out : path
+        Where to write it.
+    **options : RowOptions
+        See :mod:`ooc_influence.options`; m rows are chosen.
+
+    Returns
+    -------
+    (m, m) float64
+        The array, undamped and not divided by m, in chunks that are square tiles. Rows and columns of dropped rows are
+        zero.
+
+    Raises
+    ------
+    InputError, MemoryBudgetError, StoreDamagedError
+        As for :func:`fit_fisher`.
+    StoreExistsError
+        If something else is at ``out``.
+    StoreWriteError
+        If it cannot be written.
+    """
+    train, slots = _opened(store), check_workers(options["workers"])
+    _check_rows(train)
+    chosen = choose_rows(train, options)
+    shared = slots_per_process(slots)
+    need = kernel_memory(chosen.count, train.k, shared, train.reading_bytes, chosen.small_bytes)
+    how = Multiplying(chosen, plan_block_rows(need, options["memory"], shared), parse_path(out))
+    facts = {"store": str(train.path), "weights": chosen.record(), "selection": dict(chosen.selection)}
+    return multiply_on_disk(how, slots, options["progress"], chosen.digest(), facts)
 
 
 def choose_method(rows: int, k: int) -> Literal["primal", "dual"]:
@@ -238,14 +390,16 @@ def fit_curvature(
     """
     if method not in get_args(Method):
         raise InputError(f"expected method 'auto', 'primal' or 'dual'; received {method!r}")
-    train = store if isinstance(store, GradientStore) else GradientStore.open(store)
+    train = _opened(store)
     primal = [option for option in _PRIMAL_ONLY if options.get(option) is not None]
     if method == "auto":
         method = "primal" if primal or not train.n else _cheaper_method(train, options)
     if method == "primal":
         return fit_fisher(train, **options)
     if primal:
-        raise InputError(f"expected method='primal' for {' and '.join(primal)}; received method='dual'")
+        raise InputError(
+            f"expected method='primal' for {' and '.join(primal)}; received method='dual': leave one of them out"
+        )
     shared: Any = {name: options[name] for name in definitions(FittingOptions)}  # type: ignore[literal-required]
     return fit_gram(train, **shared)
 
@@ -254,13 +408,75 @@ def _cheaper_method(train: GradientStore, options: FisherOptions) -> Literal["pr
     """Return the method of the smaller matrix, or the other one where only that fits the budget."""
     chosen = choose_rows(train, {"rows": options["rows"], "sample": options["sample"], "seed": options["seed"]})
     cheaper = choose_method(chosen.count, train.k)
-    room, shapes = MemoryBudget.of(options["memory"]), FitShapes.of(chosen)
+    budget, shapes = MemoryBudget.of(options["memory"]), FitShapes.of(chosen)
     needs = {"dual": shapes.gram, "primal": fisher_memory(train.k, 1, train.reading_bytes, rows=chosen.small_bytes)}
     other: Literal["primal", "dual"] = "primal" if cheaper == "dual" else "dual"
-    if not room.fits(needs[cheaper]) and room.fits(needs[other]):
-        logger.info(
-            "the %s method needs %s, which the budget does not hold: the %s method is taken",
-            cheaper, format_bytes(room.price(needs[cheaper])), other,
-        )  # fmt: skip
-        return other
-    return cheaper
+    if budget.fits(needs[cheaper]) or not budget.fits(needs[other]):
+        return cheaper
+    logger.info(
+        "the %s method needs %s, which exceeds the budget: fitting by the %s method",
+        cheaper, format_bytes(budget.price(needs[cheaper])), other,
+    )  # fmt: skip
+    return other
+
+
+def _fitted(target: StorePath, train: GradientStore) -> Curvature | None:
+    """Return this store's curvature at ``target``, if there is one."""
+    try:
+        curvature = Curvature.open(target)
+    except (CurvatureNotFoundError, StaleCurvatureError):
+        return None
+    with contextlib.suppress(StaleCurvatureError):
+        curvature.check(train)
+    if curvature.attrs["store_id"] != train.identity:
+        raise StoreExistsError(
+            f"expected a curvature of {train.path} or nothing at {target}; received one of another store: choose "
+            "another path, or refit to replace it"
+        )
+    return curvature
+
+
+def fit_staleness(earlier: Curvature, chosen: WeightedRows, kind: str) -> Staleness | None:
+    """Return how the rows of an earlier fit have changed; None where a new fit cannot start from it."""
+    count = min(chosen.count, int(earlier.attrs.get("count", chosen.count)))
+    same = (
+        earlier.kind == kind
+        and earlier.attrs.get("selection", _EVERY_ROW) == chosen.selection
+        and (earlier.attrs.get("weights") or {}) == chosen.part(0, count).record()
+    )
+    if not same:
+        logger.info("%s was fitted with other rows, weights, blocks or a rank: fitting again", earlier.path)
+        return None
+    staleness = earlier.staleness(chosen.store, chosen)
+    if staleness.refit:
+        logger.info("%s: %s since it was fitted: fitting again", earlier.path, staleness.refit)
+        return None
+    return staleness
+
+
+def _reopened(path: StorePath) -> Curvature:
+    """Open what was just written, and warn of its effective dimension."""
+    for _ in range(10):  # another fit may be replacing this one at this moment: theirs is as good
+        with contextlib.suppress(CurvatureNotFoundError, StaleCurvatureError, StoreDamagedError, FileNotFoundError):
+            curvature = Curvature.open(path)
+            _warn_of_dimension(curvature)
+            return curvature
+        time.sleep(0.01)
+    return Curvature.open(path)
+
+
+def _warn_of_dimension(curvature: Curvature) -> None:
+    """Warn where the default damping leaves nearly as many directions as there are rows or columns."""
+    if curvature.trace <= 0 or curvature.kind == "diagonal":  # which has full rank however few the rows
+        return
+    dimension = curvature.least_dimension(curvature.lambdas()[0])
+    if dimension > _NEAR_ROWS * curvature.rows:
+        near, more = f"the {curvature.rows} rows it was fitted on", "rows"
+    elif dimension > _NEAR_COLUMNS * curvature.d:
+        near, more = f"the {curvature.d} stored columns", "columns"
+    else:
+        return
+    warn(
+        f"{curvature.path} has an effective dimension of {dimension:.1f} at the default damping, close to {near}: use "
+        f"more {more} or more damping"
+    )

@@ -14,16 +14,22 @@ import numpy.typing as npt
 from ooc_influence.checkpoint import ResumableOutput, read_facts
 from ooc_influence.curvature.costs import Preferred
 from ooc_influence.curvature.curvature import Curvature
-from ooc_influence.curvature.files import write_long
-from ooc_influence.curvature.rows import ChosenRows, Range, RowPartition, partition_rows
-from ooc_influence.curvature.sink import fit_attributes
-from ooc_influence.curvature.spectral import SummedCurvature
-from ooc_influence.curvature.staleness import Change, RowRecord
+from ooc_influence.curvature.rows import FittedRows, Staleness, fit_attributes
 from ooc_influence.curvature.sums import ROWS, Summing, Sums, bfloat16_holds, sum_name, sum_rows
 from ooc_influence.errors import InputError, NonFiniteError, StoreBusyError, StoreWriteError, refused
-from ooc_influence.linalg import GramAccumulator, ProductAccumulator, Team, TriangleTiles, choose_engine
+from ooc_influence.linalg import (
+    GramAccumulator,
+    ProductAccumulator,
+    Range,
+    RowPartition,
+    Team,
+    TriangleTiles,
+    WeightedRows,
+    block_moments,
+    choose_engine,
+    partition_rows,
+)
 from ooc_influence.linalg.accumulate import tile_side
-from ooc_influence.linalg.backend import row_squares
 from ooc_influence.parallel import Stripe, run_stripes, subtract_ranges, task_threads
 from ooc_influence.progress import Progress, tick
 from ooc_influence.store import StorePath
@@ -40,7 +46,7 @@ class Fitting:
     ----------
     target : StorePath
         Where the curvature will be.
-    chosen : ChosenRows
+    chosen : WeightedRows
         The rows.
     how : Summing
         How they are summed.
@@ -52,33 +58,33 @@ class Fitting:
         Partial results.
     old : Curvature or None
         An earlier fit of the same kind, whose rows are still there.
-    change : Change or None
-        What became of them.
+    staleness : Staleness or None
+        How they have changed since.
     """
 
     target: StorePath
-    chosen: ChosenRows
+    chosen: WeightedRows
     how: Summing
     slots: int
     progress: bool | None
     partial: ResumableOutput
     old: Curvature | None
-    change: Change | None
+    staleness: Staleness | None
 
     def __post_init__(self) -> None:
-        self.record = RowRecord.of(self.chosen)
+        self.record = FittedRows.of(self.chosen)
 
     @property
-    def base(self) -> SummedCurvature | None:
+    def base(self) -> Curvature | None:
         """The earlier fit, where it keeps the sums F is made of."""
-        return self.old if isinstance(self.old, SummedCurvature) and self.old.keeps_sums else None
+        return self.old if self.old is not None and self.old.keeps_sums else None
 
     @cached_property
-    def gone(self) -> ChosenRows | None:
+    def gone(self) -> WeightedRows | None:
         """Rows of the earlier sum that are dropped now."""
-        if self.base is None or self.change is None or not len(self.change.removed):
+        if self.base is None or self.staleness is None or not len(self.staleness.removed):
             return None
-        return replace(self.chosen.at(self.change.removed), dropped_too=True)
+        return replace(self.chosen.at(self.staleness.removed), dropped_too=True)
 
     def taken(self, trace: float) -> float | None:
         """Return the trace taken from the earlier sum so far, ``trace`` included; None where that is too much."""
@@ -97,10 +103,10 @@ class Fitting:
                 found = sum_rows(self.chosen, self.how, self.slots, bar, [(0, self.chosen.count)]), 0.0
         return found
 
-    def _updated(self, base: SummedCurvature) -> tuple[Sums, float] | None:
+    def _updated(self, base: Curvature) -> tuple[Sums, float] | None:
         """Return an old curvature's sums with rows added and subtracted; None where too much is gone."""
         removed, taken = None, float(base.attrs.get("taken", 0.0))
-        added = None if self.change is None else self.change.added
+        added = None if self.staleness is None else self.staleness.added
         if self.gone is not None:
             plain = replace(self.how, fourth=False, partial=ResumableOutput())
             with Progress("fisher: dropped rows", self.gone.count, self.progress) as bar:
@@ -144,13 +150,8 @@ class Fitting:
         self.check(live, trace)
         if clipped:
             logger.info("%d rows have a loss below the floor of their weights", clipped)
-        found = fit_attributes(self.chosen, live, trace / live) | self.record.facts()
+        found = fit_attributes(self.chosen, self.record, live, trace / live)
         return found | {"ranges": [list(part) for part in self.how.blocks], "clipped": clipped, "taken": taken}
-
-    def write_record(self, group: Any) -> None:
-        """Write what a curvature remembers of its rows into its group."""
-        for name, values in self.record.arrays().items():
-            write_long(group, name, values)
 
 
 def squared_norm(square: npt.NDArray[np.float64]) -> float:
@@ -185,9 +186,9 @@ class TileSum:
         Partial results: marks of finished tiles.
     group : StorePath
         Where the tiles are.
-    chosen, places : ChosenRows, sequence of (first, last)
+    chosen, places : WeightedRows, sequence of (first, last)
         The rows, and which of them are to be added.
-    gone : ChosenRows or None
+    gone : WeightedRows or None
         Rows to be subtracted.
     bases : sequence of StorePath
         The groups of earlier sums, which every tile starts from.
@@ -199,9 +200,9 @@ class TileSum:
 
     partial: ResumableOutput
     group: StorePath
-    chosen: ChosenRows
+    chosen: WeightedRows
     places: Sequence[Range]
-    gone: ChosenRows | None
+    gone: WeightedRows | None
     bases: Sequence[StorePath]
     base_counts: tuple[int, int]
     block_rows: int
@@ -249,7 +250,7 @@ def sum_tiles(fit: Fitting, side: int) -> SummedTiles:
             base, gone, taken = (None, None, 0.0) if now is None else (base, gone, now)
     places: Sequence[Range] = [(0, fit.chosen.count)]
     if base is not None:
-        places = [] if fit.change is None or fit.change.added is None else [fit.change.added]
+        places = [] if fit.staleness is None or fit.staleness.added is None else [fit.staleness.added]
     if not fit.partial.groups(_TILES):
         fit.partial.put_group(_TILES, 0, {}, lambda group: _create_tiles(group, k))
     group = fit.partial.groups(_TILES)[_TILES]
@@ -283,7 +284,7 @@ def _run(fit: Fitting, how: TileSum) -> tuple[int, int]:
     return int(facts["live"]), int(facts["clipped"])
 
 
-def usable_ways(results: Mapping[str, StorePath]) -> Preferred:
+def usable_plans(results: Mapping[str, StorePath]) -> Preferred:
     """Return the ways to the top of a spectrum that can use what earlier runs of a fit have kept."""
     tiles = [path for name, path in results.items() if name.startswith(f"{_DONE}-")]
     if tiles:
@@ -346,7 +347,7 @@ def _sum_with(team: Team, number: int, key: str, how: TileSum) -> None:
         raise StoreWriteError(refused(f"to write tiles of F to {how.group}", error, then)) from error
 
 
-def _moments(fit: Fitting, chosen: ChosenRows, side: int) -> npt.NDArray[np.float64]:
+def _moments(fit: Fitting, chosen: WeightedRows, side: int) -> npt.NDArray[np.float64]:
     rows = max(1, fit.how.block_rows * 2 * side // fit.chosen.store.k)
     with Progress("fisher: norms of rows", chosen.count, fit.progress) as bar:
         return row_moments(chosen, fit.how, rows, fit.slots, bar)
@@ -358,7 +359,7 @@ def sum_fourth(fit: Fitting, side: int) -> float:
 
 
 def row_moments(
-    chosen: ChosenRows, how: Summing, block_rows: int, slots: int, bar: Progress
+    chosen: WeightedRows, how: Summing, block_rows: int, slots: int, bar: Progress
 ) -> npt.NDArray[np.float64]:
     """Return, over some rows: how many are live, how many losses are clipped, Σ‖x‖², Σ‖x‖⁴."""
     shares = partition_rows(chosen, [(0, chosen.count)], block_rows, slots)
@@ -373,9 +374,3 @@ def _sum_moments(share: RowPartition, key: str, how: Summing, block_rows: int) -
             total += block_moments(block)
             tick(key, block.stop - block.start)
     return total
-
-
-def block_moments(block: Any) -> npt.NDArray[np.float64]:
-    """Return what :func:`row_moments` does, of one block."""
-    squares = row_squares(block.rows)
-    return np.array([block.live, block.clipped, squares.sum(), np.square(squares).sum()])

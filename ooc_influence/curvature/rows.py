@@ -1,251 +1,28 @@
-"""Which rows a curvature is made of, at which weights, and what has become of them since.
+"""Which rows a curvature is made of, and what has changed in them since: nothing, rows to add or subtract, or too much.
 
-Chosen rows have *places* from 0: of all rows, or of a range of them, a place is a row number less the first one; of
-some rows, picked by number or drawn at random, it is a place in the ascending list of them. Blocks lie on a grid of
-places, so results do not depend on how the work was divided. Which of them are dropped is looked at once, when they are
-chosen: a row dropped later counts until the next fit, in whatever order rows are read.
+A curvature records the commit records of the chunks its rows are stored in and which of its rows were dropped. Rows
+that are still there under their record are the same rows; a chunk that was part-filled and has grown is recognised by
+the checksum of its first rows.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from ooc_influence.curvature.eigen import DEFAULT_DAMPING, write_long
 from ooc_influence.errors import InputError
-from ooc_influence.linalg import parse_weighting, row_weights
-from ooc_influence.linalg.rows import LOSS_FLOOR
-from ooc_influence.options import RowOptions, Weighting, complete
-from ooc_influence.parallel import Stripe
-from ooc_influence.store import Block, GradientStore, RawBlock, parse_numbers, read_blocks, read_raw_blocks
-
-Numbers = npt.NDArray[np.int64]
-Weights = npt.NDArray[np.float64]
-Range = tuple[int, int]
+from ooc_influence.linalg import Matrix, Numbers, Range, WeightedRows, digest_of, parse_weighting
+from ooc_influence.options import RowOptions, complete
+from ooc_influence.store import GradientStore, parse_numbers
 
 
-@dataclass(frozen=True, eq=False)
-class ChosenRows:
-    """Some rows of a store, each times √w.
-
-    Attributes
-    ----------
-    store : GradientStore
-        The store.
-    first, count : int
-        Row of place 0 where they are a range, and how many they are, dropped ones included.
-    numbers : (count,) int64 or None
-        Their row numbers, ascending; None for a range.
-    weighting : {"ggn", "trak"} or None
-        Weights by their losses.
-    weights : (count,) float64 or None
-        Weights as given.
-    selection : mapping
-        How they were chosen: JSON values. ``{"stop": None}`` takes in what is appended later.
-    dropped_too : bool
-        Dropped rows count as if they were not.
-    tombstones : (count,) bool or None
-        Which of them were dropped when they were chosen; None where none was.
-    rows_digest : str
-        The store's digest of its rows, taken before the tombstones.
-    """
-
-    store: GradientStore
-    first: int
-    count: int
-    numbers: Numbers | None
-    weighting: Weighting | None
-    weights: Weights | None
-    selection: Mapping[str, Any]
-    dropped_too: bool = False
-    tombstones: npt.NDArray[np.bool_] | None = None
-    rows_digest: str = ""
-
-    @property
-    def path(self) -> object:
-        """Where the store is: tasks of other processes must be able to see it."""
-        return self.store.path
-
-    @property
-    def small_bytes(self) -> int:
-        """Return the bytes of what is kept for each row."""
-        return sum(array.nbytes for array in (self.numbers, self.weights, self.tombstones) if array is not None)
-
-    def part(self, start: int, stop: int) -> ChosenRows:
-        """Return places ``start`` to ``stop`` of these rows, as places from 0."""
-        numbers = None if self.numbers is None else self.numbers[start:stop]
-        weights = None if self.weights is None else self.weights[start:stop]
-        tombstones = None if self.tombstones is None else self.tombstones[start:stop]
-        return replace(
-            self, first=self.first + start, count=stop - start, numbers=numbers, weights=weights, tombstones=tombstones
-        )
-
-    def chunks(self) -> Numbers:
-        """Return the chunks they lie in."""
-        size = self.store.layout.chunk_rows
-        if self.numbers is not None:
-            return np.unique(self.numbers // size)
-        return np.arange(self.first // size, -(-(self.first + self.count) // size))
-
-    def with_tombstones(self) -> ChosenRows:
-        """Return the same rows, and which of them are dropped at this moment."""
-        digest = self.store.rows_digest()  # first: whatever is dropped in between makes it stale
-        found = self.dropped_now()
-        return replace(self, tombstones=found if found.any() else None, rows_digest=digest)
-
-    def dropped_now(self) -> npt.NDArray[np.bool_]:
-        """Return which of them are dropped at this moment, (count,)."""
-        if not self.store.has_dropped:
-            return np.zeros(self.count, np.bool_)
-        if self.numbers is None:
-            return np.array(self.store.small("dropped", self.first, self.first + self.count))
-        return np.asarray(self.store.dropped[self.numbers])
-
-    def dropped(self) -> npt.NDArray[np.bool_]:
-        """Return which of them were dropped when they were chosen, (count,)."""
-        return np.zeros(self.count, np.bool_) if self.tombstones is None else self.tombstones
-
-    def clipped(self, dropped: npt.NDArray[np.bool_]) -> int:
-        """Return how many of them, but the dropped ones (count,), have a loss below the floor of their weights."""
-        if self.weighting is None:
-            return 0
-        if self.numbers is None:
-            losses = self.store.small("loss", self.first, self.first + self.count)
-        else:
-            losses = np.asarray(self.store.loss[self.numbers])
-        return int(((losses < LOSS_FLOOR) & ~dropped).sum())
-
-    def at(self, places: Numbers) -> ChosenRows:
-        """Return the rows at some places."""
-        numbers = places + self.first if self.numbers is None else self.numbers[places]
-        weights = None if self.weights is None else self.weights[places]
-        tombstones = None if self.tombstones is None else self.tombstones[places]
-        return replace(self, first=0, count=len(places), numbers=numbers, weights=weights, tombstones=tombstones)
-
-    def sampling_error(self, live: int, fourth: float, norm: float) -> float:
-        """Return the expected relative error of F from a sample: √((1 − s/N) (Σ‖x‖⁴/s − ‖F‖²) / (s − 1)) / ‖F‖.
-
-        ``fourth`` is Σ‖x‖⁴ and ``norm`` the squared Frobenius norm of the undamped sum of ``live`` rows.
-        """
-        s, norm = live, norm / live**2
-        spread = max(0.0, fourth / s - norm) / (s - 1)
-        return float(np.sqrt((1 - s / int(self.selection["population"])) * spread / norm)) if norm > 0 else 0.0
-
-    def record(self) -> dict[str, Any]:
-        """Return what is written in a curvature's attributes about their weights."""
-        if self.weights is not None:
-            return {"name": "array", "digest": _digest(self.weights)}
-        return {"name": self.weighting, "loss_floor": LOSS_FLOOR} if self.weighting else {}
-
-    def digest(self) -> str:
-        """Return a digest of all that sums over them depend on: which rows, their commits, tombstones and weights."""
-        facts = [self.store.identity, self.first, self.count, dict(self.selection), self.record()]
-        found = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-        found.update(self.store.records[self.chunks()].tobytes())
-        found.update(np.packbits(self.dropped()).tobytes())
-        return found.hexdigest()
-
-    def blocks(
-        self, start: int, stop: int, block_rows: int, *, threads: int = 1, columns: Sequence[Range] | None = None
-    ) -> Iterator[WeighedBlock]:
-        """Yield places ``start`` to ``stop`` block by block, times √w, zero where dropped.
-
-        ``columns`` are ranges of columns, given one after the other; by default all.
-        """
-        base, options = self._reading(start, stop)
-        for block in read_blocks(
-            self.store, base + start, base + stop, block_rows, columns=columns, threads=threads, **options
-        ):
-            found, factors, dropped = self._weighed(block, block.gradients, base)
-            if factors is not None:
-                np.multiply(block.gradients, factors[:, None], out=block.gradients)
-            if dropped is not None:
-                block.gradients[dropped] = 0
-            yield found
-
-    def device_blocks(self, start: int, stop: int, block_rows: int, device: str) -> Iterator[WeighedBlock]:
-        """Yield what :meth:`blocks` does, as tensors on a device."""
-        import torch
-
-        from ooc_influence.linalg.device import DeviceRows
-
-        base, options = self._reading(start, stop)
-        sender = DeviceRows(self.store, torch.device(device), max(1, min(block_rows, stop - start)))
-        for block, rows in sender.read(read_raw_blocks(self.store, base + start, base + stop, block_rows, **options)):
-            found, factors, dropped = self._weighed(block, rows, base)
-            if factors is not None:
-                sender.multiply(rows, factors)
-            if dropped is not None:
-                sender.clear(rows, dropped)
-            yield found
-
-    def _reading(self, start: int, stop: int) -> tuple[int, dict[str, Any]]:
-        """Return what to add to a place to get what the reader counts, and how to read."""
-        numbers = None if self.numbers is None else self.numbers[start:stop]
-        return self.first if numbers is None else 0, {"numbers": numbers, "loss": self.weighting is not None}
-
-    def _weighed(
-        self, block: Block | RawBlock, rows: Any, base: int
-    ) -> tuple[WeighedBlock, npt.NDArray[np.float32] | None, npt.NDArray[np.bool_] | None]:
-        """Return a block of ``rows`` still to be multiplied by factors √w (b,), and cleared where dropped (b,)."""
-        places, clipped = slice(block.start - base, block.stop - base), 0
-        dropped = None if self.dropped_too or self.tombstones is None else self.tombstones[places]
-        if self.weights is not None:
-            weights = self.weights[places]
-        elif self.weighting is not None and block.loss is not None:
-            weights = row_weights(block.loss, self.weighting)
-            low = block.loss < LOSS_FLOOR
-            clipped = int((low if dropped is None else low & ~dropped).sum())
-        else:
-            weights = None
-        live = places.stop - places.start - (0 if dropped is None else int(dropped.sum()))
-        factors = None if weights is None else np.sqrt(weights).astype(np.float32)
-        return WeighedBlock(places.start, places.stop, rows, live, clipped), factors, dropped
-
-
-class WeighedBlock(NamedTuple):
-    """Rows at places ``start`` to ``stop``, times √w; how many are live; how many losses were clipped."""
-
-    start: int
-    stop: int
-    rows: Any
-    live: int
-    clipped: int
-
-
-@dataclass(frozen=True, eq=False)
-class RowPartition(Stripe):
-    """What one task sums: the rows at some ranges of places, each range by itself."""
-
-    parts: tuple[tuple[int, ChosenRows], ...] = ()  # the first place, and the rows from there on
-
-
-def partition_rows(chosen: ChosenRows, ranges: Sequence[Range], block_rows: int, count: int) -> list[RowPartition]:
-    """Divide ranges of places among at most ``count`` tasks, in whole blocks."""
-    blocks = [(low, min(stop, low + block_rows)) for start, stop in ranges for low in range(start, stop, block_rows)]
-    count = max(1, min(count, len(blocks)))
-    shares = []
-    for number in range(count):
-        own = blocks[len(blocks) * number // count : len(blocks) * (number + 1) // count]
-        joined: list[list[int]] = []
-        for low, high in own:
-            if joined and joined[-1][1] == low:
-                joined[-1][1] = high
-            else:
-                joined.append([low, high])
-        if joined:
-            parts = tuple((low, chosen.part(low, high)) for low, high in joined)
-            shares.append(RowPartition(joined[0][0], joined[-1][1], parts))
-    return shares
-
-
-def choose_rows(store: GradientStore, options: RowOptions | None = None) -> ChosenRows:
+def choose_rows(store: GradientStore, options: RowOptions | None = None) -> WeightedRows:
     """Return the rows a call means; see :func:`fit_fisher`.
 
     Raises
@@ -255,16 +32,15 @@ def choose_rows(store: GradientStore, options: RowOptions | None = None) -> Chos
     """
     asked = complete(RowOptions, options or {})
     first, count, numbers, selection = _parse_rows(asked["rows"], store.n)
-    chosen = ChosenRows(store, first, count, numbers, None, None, selection).with_tombstones()
+    chosen = WeightedRows(store, first, count, numbers, selection=selection).with_tombstones()
     if asked["sample"] is not None:
         chosen = _draw(chosen, asked["sample"], asked["seed"])
     weights = asked["weights"]
     if weights is None or isinstance(weights, str):
         attributes = dict(store.attrs) | ({"loss_kind": "cross_entropy"} if asked["force_weights"] else {})
         return replace(chosen, weighting=parse_weighting(weights, attributes))
-    given = _parse_weights(weights, store.n)
     inside = slice(chosen.first, chosen.first + chosen.count) if chosen.numbers is None else chosen.numbers
-    return replace(chosen, weights=given[inside])
+    return replace(chosen, weights=_parse_weights(weights, store.n)[inside])
 
 
 def _parse_rows(rows: Any, n: int) -> tuple[int, int, Numbers | None, dict[str, Any]]:
@@ -277,7 +53,7 @@ def _parse_rows(rows: Any, n: int) -> tuple[int, int, Numbers | None, dict[str, 
     numbers = parse_numbers(rows, n).astype(np.int64)
     if not numbers.size:
         raise InputError("expected rows to fit; received none")
-    return 0, len(numbers), numbers, {"kind": "numbers", "digest": _digest(numbers)}
+    return 0, len(numbers), numbers, {"kind": "numbers", "digest": digest_of(numbers)}
 
 
 def _parse_range(rows: slice, n: int) -> tuple[int, int, None, dict[str, Any]]:
@@ -292,7 +68,7 @@ def _parse_range(rows: slice, n: int) -> tuple[int, int, None, dict[str, Any]]:
     return start, stop - start, None, {"kind": "range", "start": start, "stop": None if rows.stop is None else stop}
 
 
-def _draw(chosen: ChosenRows, sample: int, seed: int) -> ChosenRows:
+def _draw(chosen: WeightedRows, sample: int, seed: int) -> WeightedRows:
     """Draw live rows at random, without replacement."""
     live = None if chosen.tombstones is None else np.flatnonzero(~chosen.tombstones)
     population = chosen.count if live is None else len(live)
@@ -306,19 +82,136 @@ def _draw(chosen: ChosenRows, sample: int, seed: int) -> ChosenRows:
     return replace(chosen.at(drawn if live is None else live[drawn]), selection=selection)
 
 
-def _parse_weights(weights: Any, n: int) -> Weights:
+def _parse_weights(weights: Any, n: int) -> Matrix:
     try:
-        given = np.array(weights, np.float64)
+        values = np.array(weights, np.float64)
     except (TypeError, ValueError) as error:
         raise InputError(f"expected weights 'ggn', 'trak', none or numbers; received {weights!r:.40}") from error
-    if given.shape != (n,):
-        raise InputError(f"expected a weight for each of the {n} rows; received shape {given.shape}")
-    if not (np.isfinite(given).all() and (given >= 0).all() and given.any()):
-        wrong = given[~(np.isfinite(given) & (given >= 0))]
+    if values.shape != (n,):
+        raise InputError(f"expected a weight for each of the {n} rows; received shape {values.shape}")
+    if not (np.isfinite(values).all() and (values >= 0).all() and values.any()):
+        wrong = values[~(np.isfinite(values) & (values >= 0))]
         received = f"{len(wrong)} others, such as {wrong[0]}" if len(wrong) else "zeros only"
         raise InputError(f"expected weights that are finite, not negative and not all zero; received {received}")
-    return given
+    return values
 
 
-def _digest(values: npt.NDArray[Any]) -> str:
-    return hashlib.sha256(np.ascontiguousarray(values).data).hexdigest()
+class Staleness(NamedTuple):
+    """How the rows of a fit have changed since.
+
+    Attributes
+    ----------
+    added : (first, last) or None
+        Indices of new rows, behind the old ones.
+    removed : (m,) int64
+        Indices of rows dropped since.
+    refit : str
+        Why the old sum is of no use any more; empty where it is.
+    """
+
+    added: Range | None = None
+    removed: Numbers = np.empty(0, np.int64)
+    refit: str = ""
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether the rows are the same as at the fit."""
+        return self.added is None and not len(self.removed) and not self.refit
+
+
+@dataclass(frozen=True, eq=False)
+class FittedRows:
+    """What a curvature records of its rows.
+
+    Attributes
+    ----------
+    first, count : int
+        Row of index 0 where they are a range, and how many they are.
+    numbers : (count,) int64 or None
+        Their numbers; None for a range.
+    selection : mapping
+        How they were chosen.
+    records : (chunks,) uint64
+        The store's commit records at the fit.
+    dropped : (count,) bool
+        Which of them were dropped.
+    """
+
+    first: int
+    count: int
+    numbers: Numbers | None
+    selection: Mapping[str, Any]
+    records: npt.NDArray[np.uint64]
+    dropped: npt.NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, chosen: WeightedRows) -> FittedRows:
+        """Return what is to be recorded of rows as they are now."""
+        records = chosen.store.records[: -(-chosen.store.n // chosen.store.layout.chunk_rows)].copy()
+        return cls(chosen.first, chosen.count, chosen.numbers, chosen.selection, records, chosen.dropped())
+
+    @classmethod
+    def load(cls, facts: Mapping[str, Any], arrays: Mapping[str, npt.NDArray[Any]]) -> FittedRows:
+        """Return what :meth:`facts` and :meth:`arrays` described."""
+        first, count = int(facts["first"]), int(facts["count"])
+        dropped = np.unpackbits(arrays["dropped"], count=count).astype(np.bool_)
+        return cls(first, count, arrays.get("numbers"), facts["selection"], arrays["records"], dropped)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what goes into a curvature's attributes."""
+        return {"first": self.first, "count": self.count, "selection": dict(self.selection)}
+
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """Return what goes into a curvature's arrays."""
+        numbers = {} if self.numbers is None else {"numbers": self.numbers}
+        return {"records": self.records, "dropped": np.packbits(self.dropped), **numbers}
+
+    def write(self, group: Any) -> None:
+        """Write :meth:`arrays` into a curvature's group."""
+        for name, values in self.arrays().items():
+            write_long(group, name, values)
+
+    @property
+    def live(self) -> int:
+        """Rows that were not dropped."""
+        return self.count - int(self.dropped.sum())
+
+    def staleness(self, store: GradientStore, chosen: WeightedRows | None = None) -> Staleness:
+        """Return how the rows have changed in the store they came from.
+
+        ``chosen`` are those of a new fit with the same selection: then the answer is about these, as they were chosen.
+        """
+        last = self.first + self.count if self.numbers is None else int(self.numbers[-1]) + 1
+        n = store.n if chosen is None or chosen.numbers is not None else chosen.first + chosen.count
+        if n < last:
+            return Staleness(refit="rows are gone")
+        then = WeightedRows(store, self.first, self.count, self.numbers)
+        if not store.holds(self.records, then.chunks().tolist()):
+            return Staleness(refit="rows were written again")
+        now = then.dropped_now() if chosen is None else chosen.dropped()[: self.count]
+        if (self.dropped & ~now).any():
+            return Staleness(refit="rows that were dropped are back")
+        removed = np.flatnonzero(now & ~self.dropped)
+        drawn_from = self.selection.get("of")
+        open_ended = (drawn_from or self.selection).get("stop", 0) is None
+        grown = open_ended and n > (last if drawn_from is None else int(self.selection["rows"]))
+        if drawn_from is not None and (grown or len(removed)):
+            return Staleness(refit="another sample is drawn")
+        return Staleness((self.count, n - self.first) if grown else None, removed)
+
+
+def fit_attributes(chosen: WeightedRows, record: FittedRows, rows: int, trace: float) -> dict[str, Any]:
+    """Return what a curvature's attributes say of the rows that it was fitted on, ``rows`` of them live."""
+    store = chosen.store
+    return {
+        "mask_digest": store.columns_digest,
+        "model": store.model_fingerprint,
+        "store_id": store.identity,
+        "store_rows": store.n,
+        "rows_digest": chosen.rows_digest,
+        "rows": rows,
+        "d": store.k,
+        "trace": trace,
+        "damping": DEFAULT_DAMPING,
+        "weights": chosen.record(),
+    } | record.facts()

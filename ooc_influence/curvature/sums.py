@@ -12,17 +12,26 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ooc_influence.checkpoint import ResumableOutput, read_facts
-from ooc_influence.curvature.rows import ChosenRows, Range, RowPartition, WeighedBlock, partition_rows
-from ooc_influence.linalg import DiagonalAccumulator, GramAccumulator, Team, TriangleTiles, choose_engine
+from ooc_influence.linalg import (
+    DiagonalAccumulator,
+    GramAccumulator,
+    Matrix,
+    Range,
+    RowPartition,
+    Team,
+    TriangleTiles,
+    WeightedBlock,
+    WeightedRows,
+    choose_engine,
+    partition_rows,
+)
 from ooc_influence.linalg.backend import row_squares
 from ooc_influence.parallel import run_stripes, subtract_ranges, task_threads
 from ooc_influence.progress import Progress, tick
 from ooc_influence.store import GradientStore, StorePath, array_store, create_array, open_group
 
-Matrix = npt.NDArray[np.float64]
 ROWS = "rows"  # of partial results
 _TILE = 64  # rows squared at a time
 
@@ -89,11 +98,9 @@ class Summing:
     partial: ResumableOutput = field(default_factory=ResumableOutput)
     device: str | None = None
 
-    def read(self, chosen: ChosenRows, start: int, threads: int) -> Iterator[WeighedBlock]:
-        """Yield the blocks of some rows from place ``start`` on, where they are to be multiplied."""
-        if self.device is not None:
-            return chosen.device_blocks(start, chosen.count, self.block_rows, self.device)
-        return chosen.blocks(start, chosen.count, self.block_rows, threads=threads)
+    def read(self, chosen: WeightedRows, start: int, threads: int) -> Iterator[WeightedBlock]:
+        """Yield the blocks of some rows from index ``start`` on, where they are to be multiplied."""
+        return chosen.blocks(start, chosen.count, self.block_rows, threads=threads, device=self.device)
 
     @property
     def path(self) -> object:
@@ -111,7 +118,7 @@ def empty_sums(blocks: Sequence[Range], diagonal: bool) -> Sums:
 
 
 def sum_rows(
-    chosen: ChosenRows,
+    chosen: WeightedRows,
     how: Summing,
     slots: int,
     bar: Progress,
@@ -173,7 +180,7 @@ def add_written_sum(path: StorePath, number: int, square: Matrix) -> None:
         TriangleTiles.open(path, sum_name(number), len(square)).add_to_upper(square)
 
 
-def bfloat16_holds(rows: ChosenRows) -> bool:
+def bfloat16_holds(rows: WeightedRows) -> bool:
     """Return whether bfloat16 holds every number of some rows, weights included."""
     plain = rows.store.layout.dtype == "bfloat16" and rows.store.column_scale is None
     return plain and rows.weights is None and rows.weighting is None

@@ -24,7 +24,7 @@ import torch
 from scipy.stats import rankdata
 
 from ooc_influence.compress import Identity
-from ooc_influence.curvature.damping import DEFAULT_DAMPING
+from ooc_influence.curvature import DEFAULT_DAMPING
 from ooc_influence.errors import InputError, MemoryBudgetError
 from ooc_influence.extract import extract_gradients
 from ooc_influence.extract.extraction import parse_device

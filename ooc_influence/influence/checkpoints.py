@@ -42,13 +42,16 @@ class Checkpoint:
     curvature : Curvature or None
         F's spectrum; None for plain dot products.
     values : tuple of float
-        λ itself, one for each damping, as the curvature gave it; (0.0,) without one.
+        λ itself, one for each damping; (0.0,) without a curvature.
+    lambdas : (L, B) float64
+        λ of each block of the curvature.
     """
 
     query: GradientStore | None
     train: GradientStore
     curvature: Curvature | None
     values: tuple[float, ...]
+    lambdas: npt.NDArray[np.float64]
 
     @classmethod
     def open(
@@ -75,10 +78,11 @@ class Checkpoint:
         if curvature is False:
             if damping is not None:
                 raise InputError(f"expected no damping without a curvature; received {damping}: leave it out")
-            return cls(queries, rows, None, (0.0,))
+            return cls(queries, rows, None, (0.0,), np.zeros((1, 1)))
         found = resolve_curvature(rows, curvature)
         each = damping if isinstance(damping, Sequence) else [damping]
-        return cls(queries, rows, found, tuple(found.damping_value(value, mode) for value in each))
+        values = tuple(found.damping_value(value, mode) for value in each)
+        return cls(queries, rows, found, values, found.lambdas(each, mode))
 
     @property
     def identity(self) -> list[Any]:
@@ -87,8 +91,7 @@ class Checkpoint:
         rows = [[store.identity, store.rows_digest()] for store in stores]
         if self.curvature is None:
             return [rows, None, list(self.values)]
-        values = [list(self.curvature.lambdas(own)) for own in self.values]
-        return [rows, self.curvature.__dask_tokenize__(), values]
+        return [rows, self.curvature.__dask_tokenize__(), self.lambdas.tolist()]
 
 
 def open_checkpoints(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Self
 
 import numpy as np
@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from ooc_influence.curvature import Curvature
 from ooc_influence.influence.engine import Codes, Engine, Entries, Floats
+from ooc_influence.linalg import Matrix
 from ooc_influence.linalg.device import DeviceRows, send_array
 from ooc_influence.store import Block, GradientStore, read_raw_blocks
 
@@ -28,7 +29,7 @@ class DeviceEngine(Engine):
 
     def __init__(self, device: str) -> None:
         self._device = torch.device(device)
-        self._factors: dict[tuple[str, tuple[float, ...]], list[Tensor]] = {}
+        self._factors: dict[tuple[str, bytes], list[Tensor]] = {}
         self._mode = torch.inference_mode()
 
     def __enter__(self) -> Self:
@@ -69,17 +70,17 @@ class DeviceEngine(Engine):
         return groups, total.index_add_(0, self.array(indices), chosen)
 
     @override
-    def quadratic(self, curvature: Curvature | None, values: Sequence[float], rows: Tensor) -> Floats:
+    def quadratic(self, curvature: Curvature | None, lambdas: Matrix, rows: Tensor) -> Floats:
         """Of (F + λI)⁻¹ = C Cᵀ, factorised once on the host, it is ‖Cᵀg‖²."""
         if curvature is None:
             return self.host((rows * rows).sum(1))[None]
-        key = (str(curvature.path), tuple(values))
+        key = (str(curvature.path), lambdas.tobytes())
         if key not in self._factors:
-            self._factors[key] = [self._factor(curvature, value) for value in values]
+            self._factors[key] = [self._factor(curvature, each) for each in lambdas]
         return np.stack([self.host((rows @ factor).square_().sum(1)) for factor in self._factors[key]])
 
-    def _factor(self, curvature: Curvature, value: float) -> Tensor:
-        inverse = curvature.precondition(np.eye(curvature.d), [value])[0]
+    def _factor(self, curvature: Curvature, lambdas: Matrix) -> Tensor:
+        inverse = curvature.precondition(np.eye(curvature.d), lambdas[None])[0]
         inverse += inverse.T.copy()
         return self.array(np.linalg.cholesky(inverse / 2).astype(np.float32))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Self, TypeVar
 
@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from ooc_influence.curvature import Curvature
 from ooc_influence.errors import InputError
+from ooc_influence.linalg import Matrix
 from ooc_influence.parallel import cores, task_threads
 from ooc_influence.store import Block, GradientStore, read_blocks
 
@@ -115,7 +116,7 @@ class Engine(ABC):
         """Return the sums of rows by group; see :func:`weighted_sums`."""
 
     @abstractmethod
-    def quadratic(self, curvature: Curvature | None, values: Sequence[float], rows: Any) -> Floats:
+    def quadratic(self, curvature: Curvature | None, lambdas: Matrix, rows: Any) -> Floats:
         """Return gᵀ (F + λI)⁻¹ g for each λ and row, (L, b); ‖g‖², (1, b), without a curvature."""
 
     @abstractmethod
@@ -187,13 +188,13 @@ class HostEngine(Engine):
         return weighted_sums(rows, codes, weights)
 
     @override
-    def quadratic(self, curvature: Curvature | None, values: Sequence[float], rows: Any) -> Floats:
+    def quadratic(self, curvature: Curvature | None, lambdas: Matrix, rows: Any) -> Floats:
 
         def work(part: slice) -> Floats:
             if curvature is None:
                 squares: Floats = np.einsum("ij,ij->i", rows[part], rows[part])
                 return squares[None]
-            return curvature.self_influence(rows[part], values)
+            return curvature.self_influence(rows[part], lambdas)
 
         step = max(64, _ROTATED_BYTES // (4 * rows.shape[1] * self._threads))
         return np.concatenate(self._each(work, len(rows), min(step, self._share(len(rows)))), axis=1)

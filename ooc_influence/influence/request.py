@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,11 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ooc_influence.curvature import Curvature
+from ooc_influence.curvature import BlockShape, Curvature, precondition_bytes, self_influence_bytes
 from ooc_influence.curvature.costs import FitShapes, module_ranges
-from ooc_influence.curvature.dual import gram_self_bytes, gram_working_bytes
 from ooc_influence.curvature.rows import choose_rows
-from ooc_influence.curvature.spectral import self_bytes, working_bytes
 from ooc_influence.errors import InputError, MemoryBudgetError, warn
 from ooc_influence.influence.checkpoints import (
     Checkpoint,
@@ -43,37 +41,25 @@ class Form(NamedTuple):
     ----------
     columns : int
         Stored numbers a row.
-    working : callable
-        Bytes to precondition, given queries and λs; see :meth:`Curvature.working_bytes`.
-    norms : callable
-        Bytes for self-influence, given λs; see :meth:`Curvature.self_working_bytes`.
-    curved : bool
-        Whether there is a curvature.
+    blocks : sequence of BlockShape
+        The curvature's; none without one.
     """
 
     columns: int
-    working: Callable[[int, int], int]
-    norms: Callable[[int], int]
-    curved: bool = True
+    blocks: Sequence[BlockShape] = ()
 
     @classmethod
     def of(cls, columns: int, curvature: Curvature | None) -> Form:
         """Return the form of a curvature, or of none."""
-        if curvature is None:
-            return cls(columns, lambda queries, values: 0, lambda values: 0, False)
-        return cls(columns, curvature.working_bytes, curvature.self_working_bytes)
+        return cls(columns, () if curvature is None else tuple(block.shape for block in curvature.blocks))
 
-    @classmethod
-    def spectral(cls, columns: int, squares: int | None = None) -> Form:
-        """Return the form of F's whole spectrum, in blocks of Σ d_b² = ``squares`` numbers."""
-        return cls(
-            columns, partial(working_bytes, columns, squares=squares), partial(self_bytes, columns, squares=squares)
-        )
+    def working(self, queries: int, values: int) -> int:
+        """Return the bytes to precondition a number of queries by a number of λ."""
+        return precondition_bytes(self.blocks, queries, values) if self.blocks else 0
 
-    @classmethod
-    def gram(cls, columns: int, rows: int) -> Form:
-        """Return the form of the spectrum of a Gram matrix of some rows."""
-        return cls(columns, partial(gram_working_bytes, columns, rows), partial(gram_self_bytes, columns, rows))
+    def norms(self, values: int) -> int:
+        """Return the bytes for self-influence by a number of λ."""
+        return self_influence_bytes(self.blocks, values)
 
 
 def form_ways(own: Checkpoint, need: Callable[[Form], MemoryModel], room: MemoryBudget) -> Iterator[Alternative]:
@@ -82,18 +68,19 @@ def form_ways(own: Checkpoint, need: Callable[[Form], MemoryModel], room: Memory
     shapes = FitShapes.of(choose_rows(train))
 
     def of_reduced(r: int) -> MemoryModel:
-        return need(Form.of(r, None) if found is None else Form.spectral(r))
+        return need(Form(r, [] if found is None else [BlockShape(r, r)]))
 
     yield from shapes.reduced(room, of_reduced)
     if found is None or found.kind != "whole":
         return
     if len(shapes.modules) > 1:
-        squares = sum((last - first) ** 2 for first, last in module_ranges(train))
+        blocks = [BlockShape(last - first, last - first) for first, last in module_ranges(train)]
         text = f"a curvature by module ({{}}: ooc-influence fisher {train.path} --blocks module)"
-        yield Alternative(text, need(Form.spectral(train.k, squares)))
+        yield Alternative(text, need(Form(train.k, blocks)))
     if found.rows < train.k and room.fits(shapes.gram):
         text = f"the Gram side ({{}}: ooc-influence fisher {train.path} --method dual)"
-        yield Alternative(text, max(shapes.gram, need(Form.gram(train.k, found.rows)), key=room.price))
+        form = Form(train.k, [BlockShape(train.k, found.rows, keeps=False)])
+        yield Alternative(text, max(shapes.gram, need(form), key=room.price))
 
 
 Factors = Callable[[int, int], npt.NDArray[np.float64]]
@@ -297,7 +284,7 @@ class ScoreRequest:
             if own.curvature is None:
                 product = np.asarray(rows, np.float64)[None].copy()
             else:
-                product = own.curvature.precondition(rows, own.values)
+                product = own.curvature.precondition(rows, own.lambdas)
             shares.append(_outside(own.curvature, rows, gone))
             if self.normalize == "cosine":
                 norms = np.sqrt(np.maximum(np.einsum("qk,lqk->lq", rows, product), 0))
@@ -327,7 +314,7 @@ class ScoreRequest:
 
     def form_norm_bytes(self, form: Form) -> int:
         """Return what a process holds to find the norms of train rows by a curvature of some form."""
-        if self.device is None or not form.curved:
+        if self.device is None or not form.blocks:
             return form.norms(self.lambdas)
         return form.working(form.columns, 1) + (32 + 4 * self.lambdas) * form.columns**2
 
@@ -337,7 +324,7 @@ class ScoreRequest:
         return ScoreTask(
             tuple(own.train for own in self.checkpoints),
             tuple(own.curvature for own in self.checkpoints) if normalized else None,
-            tuple(own.values for own in self.checkpoints),
+            tuple(own.lambdas for own in self.checkpoints),
             columns or whole_rows(len(self.checkpoints)),
             block_rows,
             self.device,

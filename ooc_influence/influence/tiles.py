@@ -52,8 +52,8 @@ class ScoreTask:
         Each checkpoint's train rows.
     curvatures : tuple of Curvature or None, or None
         Each checkpoint's, where train rows are divided by their own norm; None: they are not.
-    values : tuple of (L,)
-        Each checkpoint's λs.
+    values : tuple of (L, B) float64
+        Each checkpoint's λ, for each block of its curvature.
     columns : tuple of tuple of slice
         Columns of each module, for each checkpoint.
     block_rows : int
@@ -66,7 +66,7 @@ class ScoreTask:
 
     stores: tuple[GradientStore, ...]
     curvatures: tuple[Curvature | None, ...] | None
-    values: tuple[tuple[float, ...], ...]
+    values: tuple[npt.NDArray[np.float64], ...]
     columns: Columns
     block_rows: int
     device: str | None

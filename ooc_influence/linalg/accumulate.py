@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ooc_influence.linalg.backend import Engine, Floats, Team, choose_engine, product_pieces, square_pieces
+from ooc_influence.linalg.backend import Engine, Floats, Matrix, Team, choose_engine, product_pieces, square_pieces
 from ooc_influence.store import (
     StorePath,
     array_store,
@@ -23,7 +23,6 @@ from ooc_influence.store import (
     writable_array,
 )
 
-Matrix = npt.NDArray[np.float64]
 TILE = 1024  # rows and columns of a tile: 8 MiB
 
 

@@ -28,6 +28,7 @@ from ooc_influence.memory import format_bytes
 from ooc_influence.process import MATMUL_PRECISION
 
 Floats = npt.NDArray[np.float32]
+Matrix = npt.NDArray[np.float64]
 logger = logging.getLogger("ooc_influence")
 _LARGEST = 2**31 - 1  # BLAS counts in 32 bits
 

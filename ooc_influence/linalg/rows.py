@@ -1,4 +1,4 @@
-"""Row weights of a curvature: F_w = (1/m) Σ w_i g_i g_iᵀ.
+"""Rows of a store, times the square roots of their weights: F_w = (1/m) Σ w_i g_i g_iᵀ.
 
 The empirical Fisher matrix counts a row the less the better the model fits it. For cross-entropy over one label,
 ℓ = −log p, weights bring it to other matrices, from what is stored:
@@ -6,21 +6,31 @@ The empirical Fisher matrix counts a row the less the better the model fits it. 
 - ``"ggn"``: w = p/(1−p) = 1/expm1(ℓ): the generalised Gauss-Newton matrix of "this label or another", Σ p(1−p) ∇m ∇mᵀ
   with the margin m = log p/(1−p), since g = −(1−p) ∇m;
 - ``"trak"``: w = 1/(1−p)² = 1/expm1(−ℓ)², the Gram matrix of margins (Park et al. 2023, arXiv 2303.14186).
+
+Weighted rows have an *index* from 0: of all rows, or of a range of them, it is a row number less the first one; of rows
+picked by number or drawn at random, it is an index into the ascending list of them. Blocks lie on a grid of indices, so
+results do not depend on how the work was divided. Which rows are dropped is looked up once, when they are chosen: a row
+dropped later counts until the next fit, in whatever order rows are read.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from ooc_influence.errors import InputError
 from ooc_influence.options import Weighting
-from ooc_influence.store import GradientStore, read_into
+from ooc_influence.parallel import Stripe
+from ooc_influence.store import Block, GradientStore, RawBlock, read_blocks, read_raw_blocks
 
+Numbers = npt.NDArray[np.int64]
+Range = tuple[int, int]  # of rows or columns: the first, and the one after the last
 LOSS_FLOOR = 1e-6  # smaller losses count as this one: their weights would rest on a loss's last bits
 ONE_LABEL = "cross_entropy"  # the loss_kind the formulas hold for
 
@@ -61,9 +71,9 @@ def row_weights(losses: npt.NDArray[Any], weights: Weighting | None) -> npt.NDAr
     """Return the weight of each row, (m,) float64, from its loss."""
     if weights is None:
         return np.ones(len(losses))
-    held = np.maximum(np.asarray(losses, np.float64), LOSS_FLOOR)
+    clipped = np.maximum(np.asarray(losses, np.float64), LOSS_FLOOR)
     with np.errstate(over="ignore"):  # a loss beyond 700 has weight 0
-        return np.asarray(1 / np.expm1(held) if weights == "ggn" else 1 / np.expm1(-held) ** 2)
+        return np.asarray(1 / np.expm1(clipped) if weights == "ggn" else 1 / np.expm1(-clipped) ** 2)
 
 
 def row_errors(losses: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
@@ -71,39 +81,75 @@ def row_errors(losses: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     return np.asarray(-np.expm1(-np.maximum(np.asarray(losses, np.float64), LOSS_FLOOR)))
 
 
-def clipped_rows(losses: npt.NDArray[Any], weights: Weighting | None) -> int:
-    """Return how many losses lie below :data:`LOSS_FLOOR`, where that matters."""
-    return 0 if weights is None else int((np.asarray(losses) < LOSS_FLOOR).sum())
+def digest_of(values: npt.NDArray[Any]) -> str:
+    """Return the SHA-256 of an array's bytes, in hexadecimal digits."""
+    return hashlib.sha256(np.ascontiguousarray(values).data).hexdigest()
 
 
-Rows = npt.NDArray[np.float32]
+class WeightedBlock(NamedTuple):
+    """Rows ``start`` to ``stop`` of :class:`WeightedRows`, times √w; how many are live, and have a clipped loss.
+
+    Their values are those of an array, or a tensor on a device, that the next block overwrites.
+    """
+
+    start: int
+    stop: int
+    rows: Any
+    live: int
+    clipped: int
 
 
 @dataclass(frozen=True, eq=False)
 class WeightedRows:
-    """Some rows of a store, numbered from 0, each times √w; zero where dropped.
+    """Some rows of a store, each times √w; zero where dropped.
 
     Attributes
     ----------
     store : GradientStore
         The store.
-    ranges : sequence of (start, stop)
-        The rows, ascending.
-    weights : {"ggn", "trak"} or None
-        Their weights.
-    tombstones : (m,) bool or None
-        Which of them are dropped: looked at once, so that every pass over them multiplies the same rows.
+    first, count : int
+        Row of index 0 where they are a range, and how many they are, dropped ones included.
+    numbers : (count,) int64 or None
+        Their row numbers, ascending; None for a range.
+    weighting : {"ggn", "trak"} or None
+        Weights by their losses.
+    weights : (count,) float64 or None
+        Weights as numbers.
+    selection : mapping
+        How they were chosen: JSON values. ``{"stop": None}`` takes in what is appended later.
+    dropped_too : bool
+        Dropped rows count as if they were not.
+    tombstones : (count,) bool or None
+        Which of them were dropped when they were chosen; None where none was.
+    rows_digest : str
+        The store's digest of its rows, taken before the tombstones.
     """
 
     store: GradientStore
-    ranges: Sequence[tuple[int, int]]
-    weights: Weighting | None = None
+    first: int
+    count: int
+    numbers: Numbers | None = None
+    weighting: Weighting | None = None
+    weights: npt.NDArray[np.float64] | None = None
+    selection: Mapping[str, Any] = field(default_factory=dict)
+    dropped_too: bool = False
     tombstones: npt.NDArray[np.bool_] | None = None
+    rows_digest: str = ""
 
-    def __post_init__(self) -> None:
-        if self.tombstones is None and self.store.has_dropped and self.m:
-            found = np.concatenate([self.store.small("dropped", *part) for part in self._pieces()])
-            object.__setattr__(self, "tombstones", found)
+    @classmethod
+    def of(cls, store: GradientStore, ranges: Sequence[Range], weighting: Weighting | None = None) -> Self:
+        """Return the rows of some ranges, ascending, as they are at this moment."""
+        if len(ranges) == 1:
+            ((start, stop),) = ranges
+            return cls(store, start, stop - start, None, weighting).with_tombstones()
+        numbers = np.concatenate([np.arange(*part) for part in ranges])
+        return cls(store, 0, len(numbers), numbers, weighting).with_tombstones()
+
+    def with_tombstones(self) -> Self:
+        """Return the same rows, and which of them are dropped at this moment."""
+        digest = self.store.rows_digest()  # first: whatever is dropped in between makes it stale
+        dropped = self.dropped_now()
+        return replace(self, tombstones=dropped if dropped.any() else None, rows_digest=digest)
 
     @property
     def path(self) -> object:
@@ -111,51 +157,164 @@ class WeightedRows:
         return self.store.path
 
     @property
-    def m(self) -> int:
-        """Rows, dropped ones included."""
-        return sum(stop - start for start, stop in self.ranges)
+    def live(self) -> int:
+        """Rows that were not dropped when they were chosen."""
+        return self.count - int(self.dropped().sum())
 
     @property
-    def live(self) -> int:
-        """Rows that are not dropped."""
-        return self.m - (0 if self.tombstones is None else int(self.tombstones.sum()))
+    def small_bytes(self) -> int:
+        """Return the bytes of what is kept for each row."""
+        return sum(array.nbytes for array in (self.numbers, self.weights, self.tombstones) if array is not None)
+
+    def part(self, start: int, stop: int) -> Self:
+        """Return rows ``start`` to ``stop`` of these, with indices from 0."""
+        numbers = None if self.numbers is None else self.numbers[start:stop]
+        return self._sliced(slice(start, stop), self.first + start, stop - start, numbers)
+
+    def at(self, indices: Numbers) -> Self:
+        """Return the rows at some indices."""
+        numbers = indices + self.first if self.numbers is None else self.numbers[indices]
+        return self._sliced(indices, 0, len(indices), numbers)
+
+    def _sliced(self, indices: slice | Numbers, first: int, count: int, numbers: Numbers | None) -> Self:
+        weights = None if self.weights is None else self.weights[indices]
+        tombstones = None if self.tombstones is None else self.tombstones[indices]
+        return replace(self, first=first, count=count, numbers=numbers, weights=weights, tombstones=tombstones)
+
+    def chunks(self) -> Numbers:
+        """Return the chunks they are stored in."""
+        size = self.store.layout.chunk_rows
+        if self.numbers is not None:
+            return np.unique(self.numbers // size)
+        return np.arange(self.first // size, -(-(self.first + self.count) // size))
+
+    def dropped_now(self) -> npt.NDArray[np.bool_]:
+        """Return which of them are dropped at this moment, (count,)."""
+        if not self.store.has_dropped or not self.count:
+            return np.zeros(self.count, np.bool_)
+        if self.numbers is None:
+            return np.array(self.store.small("dropped", self.first, self.first + self.count))
+        return np.asarray(self.store.dropped[self.numbers])
+
+    def dropped(self) -> npt.NDArray[np.bool_]:
+        """Return which of them were dropped when they were chosen, (count,)."""
+        return np.zeros(self.count, np.bool_) if self.tombstones is None else self.tombstones
 
     def clipped(self) -> int:
-        """Return how many live rows' losses are so small that their weights are clipped."""
-        if self.weights is None:
+        """Return how many of them, but the dropped ones, have a loss below the floor of their weights."""
+        if self.weighting is None:
             return 0
-        total = first = 0
-        for start, stop in self._pieces():
-            losses, last = self.store.small("loss", start, stop), first + stop - start
-            if self.tombstones is not None:
-                losses = losses[~self.tombstones[first:last]]
-            total, first = total + clipped_rows(losses, self.weights), last
-        return total
+        if self.numbers is None:
+            losses = self.store.small("loss", self.first, self.first + self.count)
+        else:
+            losses = np.asarray(self.store.loss[self.numbers])
+        return int(((losses < LOSS_FLOOR) & ~self.dropped()).sum())
 
-    def _pieces(self) -> Iterator[tuple[int, int]]:
-        """Yield the ranges in pieces whose small values take little memory."""
-        size = self.store.layout.group_rows
-        for start, stop in self.ranges:
-            for low in range(start, stop, size):
-                yield low, min(stop, low + size)
+    def sampling_error(self, live: int, fourth: float, norm: float) -> float:
+        """Return the expected relative error of F from a sample: √((1 − s/N) (Σ‖x‖⁴/s − ‖F‖²) / (s − 1)) / ‖F‖.
 
-    def buffer(self, rows: int) -> Rows:
-        """Return room for blocks of at most ``rows`` rows, (rows, k)."""
-        return np.empty((min(rows, max(1, self.m)), self.store.k), np.float32)
+        ``fourth`` is Σ‖x‖⁴ and ``norm`` the squared Frobenius norm of the undamped sum of ``live`` rows.
+        """
+        s, norm = live, norm / live**2
+        spread = max(0.0, fourth / s - norm) / (s - 1)
+        return float(np.sqrt((1 - s / int(self.selection["population"])) * spread / norm)) if norm > 0 else 0.0
 
-    def read(self, low: int, high: int, out: Rows) -> Rows:
-        """Return rows ``low`` to ``high`` times √w, zero where dropped, as the first rows of ``out``."""
-        first, done = 0, 0
-        for start, stop in self.ranges:
-            a, b = start + max(0, low - first), min(stop, start + high - first)
-            first += stop - start
-            if a >= b:
-                continue
-            part = out[done : done + b - a]
-            done += b - a
-            read_into(self.store, a, b, part)
-            if self.weights is not None:
-                part *= np.sqrt(row_weights(self.store.small("loss", a, b), self.weights))[:, None].astype(np.float32)
-        if self.tombstones is not None:
-            out[:done][self.tombstones[low : low + done]] = 0
-        return out[:done]
+    def record(self) -> dict[str, Any]:
+        """Return what is written in a curvature's attributes about their weights."""
+        if self.weights is not None:
+            return {"name": "array", "digest": digest_of(self.weights)}
+        return {"name": self.weighting, "loss_floor": LOSS_FLOOR} if self.weighting else {}
+
+    def digest(self) -> str:
+        """Return a digest of all that sums over them depend on: which rows, their commits, tombstones and weights."""
+        facts = [self.store.identity, self.first, self.count, dict(self.selection), self.record()]
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+        digest.update(self.store.records[self.chunks()].tobytes())
+        digest.update(np.packbits(self.dropped()).tobytes())
+        return digest.hexdigest()
+
+    def blocks(
+        self,
+        start: int,
+        stop: int,
+        block_rows: int,
+        *,
+        threads: int = 1,
+        columns: Sequence[Range] | None = None,
+        device: str | None = None,
+    ) -> Iterator[WeightedBlock]:
+        """Yield rows ``start`` to ``stop`` block by block, times √w, zero where dropped.
+
+        ``columns`` are ranges of columns, one after the other, by default all; on a ``device`` they are all read.
+        """
+        numbers = None if self.numbers is None else self.numbers[start:stop]
+        base = self.first if numbers is None else 0  # what the reader counts from
+        part, loss = (self.store, base + start, base + stop, block_rows), self.weighting is not None
+        if device is not None:
+            yield from self._device_blocks(base, device, max(1, min(block_rows, stop - start)),
+                                           read_raw_blocks(*part, numbers=numbers, loss=loss))  # fmt: skip
+            return
+        for block in read_blocks(*part, numbers=numbers, loss=loss, columns=columns, threads=threads):
+            weighted, factors, dropped = self._weighted(block, block.gradients, base)
+            if factors is not None:
+                np.multiply(block.gradients, factors[:, None], out=block.gradients)
+            if dropped is not None:
+                block.gradients[dropped] = 0
+            yield weighted
+
+    def _device_blocks(
+        self, base: int, device: str, block_rows: int, raw: Iterator[RawBlock]
+    ) -> Iterator[WeightedBlock]:
+        import torch
+
+        from ooc_influence.linalg.device import DeviceRows
+
+        sender = DeviceRows(self.store, torch.device(device), block_rows)
+        for block, rows in sender.read(raw):
+            weighted, factors, dropped = self._weighted(block, rows, base)
+            if factors is not None:
+                sender.multiply(rows, factors)
+            if dropped is not None:
+                sender.clear(rows, dropped)
+            yield weighted
+
+    def _weighted(
+        self, block: Block | RawBlock, rows: Any, base: int
+    ) -> tuple[WeightedBlock, npt.NDArray[np.float32] | None, npt.NDArray[np.bool_] | None]:
+        """Return a block of ``rows`` still to be multiplied by factors √w (b,), and cleared where dropped (b,)."""
+        part, weights, clipped = slice(block.start - base, block.stop - base), None, 0
+        dropped = None if self.dropped_too or self.tombstones is None else self.tombstones[part]
+        if self.weights is not None:
+            weights = self.weights[part]
+        elif self.weighting is not None and block.loss is not None:
+            weights = row_weights(block.loss, self.weighting)
+            low = block.loss < LOSS_FLOOR
+            clipped = int((low if dropped is None else low & ~dropped).sum())
+        live = part.stop - part.start - (0 if dropped is None else int(dropped.sum()))
+        factors = None if weights is None else np.sqrt(weights).astype(np.float32)
+        return WeightedBlock(part.start, part.stop, rows, live, clipped), factors, dropped
+
+
+@dataclass(frozen=True, eq=False)
+class RowPartition(Stripe):
+    """What one task sums: the rows of some ranges of indices, each range by itself."""
+
+    parts: tuple[tuple[int, WeightedRows], ...] = ()  # the first index, and the rows from there on
+
+
+def partition_rows(rows: WeightedRows, ranges: Sequence[Range], block_rows: int, count: int) -> list[RowPartition]:
+    """Divide ranges of indices among at most ``count`` tasks, in whole blocks."""
+    blocks = [(low, min(stop, low + block_rows)) for start, stop in ranges for low in range(start, stop, block_rows)]
+    count = max(1, min(count, len(blocks)))
+    partitions = []
+    for number in range(count):
+        joined: list[list[int]] = []
+        for low, high in blocks[len(blocks) * number // count : len(blocks) * (number + 1) // count]:
+            if joined and joined[-1][1] == low:
+                joined[-1][1] = high
+            else:
+                joined.append([low, high])
+        if joined:
+            parts = tuple((low, rows.part(low, high)) for low, high in joined)
+            partitions.append(RowPartition(joined[0][0], joined[-1][1], parts))
+    return partitions

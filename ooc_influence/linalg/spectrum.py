@@ -1,19 +1,26 @@
-"""Eigendecomposition of symmetric matrices in float64: F = V diag(e) Vᵀ."""
+"""Eigenpairs of symmetric matrices in float64, F = V diag(e) Vᵀ: all of them, or the r largest.
+
+The r largest of F are found from F itself, from the Gram matrix, or by block subspace iteration on products F Q:
+Q ← orth(F Q) from a seeded random start, with a Rayleigh-Ritz step after every product (Halko, Martinsson and Tropp
+2011, arXiv 0909.4061). It ends when the eigenvalues wanted gain hardly more of the trace than a product before. Q is
+float32 for the products and orthonormalised in float64; the eigenvectors are orthonormal in float64.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import scipy.linalg
 
 from ooc_influence.errors import InputError, MemoryBudgetError, NonFiniteError
-from ooc_influence.linalg.accumulate import GramAccumulator
-from ooc_influence.linalg.backend import add_product
-from ooc_influence.linalg.rows import Rows, WeightedRows
+from ooc_influence.linalg.accumulate import GramAccumulator, ProductAccumulator
+from ooc_influence.linalg.backend import Floats, Matrix, Team, add_product, row_squares
+from ooc_influence.linalg.rows import RowPartition, WeightedBlock, WeightedRows, partition_rows
 from ooc_influence.memory import (
     PRODUCT_ROWS,
     MemoryModel,
@@ -23,29 +30,246 @@ from ooc_influence.memory import (
     held_now,
     plan_block_rows,
 )
-from ooc_influence.parallel import Stripe, check_workers, cut_stripes, run_stripes, slots_per_process
+from ooc_influence.parallel import Stripe, check_workers, cut_stripes, run_stripes, slots_per_process, task_threads
 from ooc_influence.progress import Progress, tick
 
-Matrix = npt.NDArray[np.float64]
+TOLERANCE = 1e-4  # relative growth of the sum of eigenvalues in a pass below which the iteration ends
+_SLAB = 1024  # rows turned to float64 at a time
+_EXTRA = 128  # columns beyond r in the iteration of :func:`top_spectrum`
+_PASSES = 4  # of it over the rows, at most
+_LARGEST_GRAM = 24576  # rows; beyond, its eigenvectors take longer than the iteration
 
 
-def symmetric_eigen(matrix: Matrix) -> tuple[Matrix, Matrix]:
-    """Return eigenvalues (d,), largest first, and eigenvectors (d, d) as columns; ``matrix`` is overwritten.
+def symmetric_eigen(matrix: Matrix, r: int | None = None) -> tuple[Matrix, Matrix]:
+    """Return all eigenvalues, or the ``r`` largest, largest first, and eigenvectors (d, r) as columns.
 
-    The matrix is positive semi-definite by construction; eigenvalues that rounding made negative become zero.
+    The upper triangle of ``matrix`` is read, and all of it overwritten. It is positive semi-definite by construction;
+    eigenvalues that rounding made negative become zero.
     """
-    values, vectors = scipy.linalg.eigh(matrix.T, overwrite_a=True, check_finite=False, driver="evd")
+    d = len(matrix)
+    part = {"driver": "evd"} if r is None else {"driver": "evr", "subset_by_index": (d - r, d - 1)}
+    values, vectors = scipy.linalg.eigh(matrix.T, lower=True, overwrite_a=True, check_finite=False, **part)
     return np.maximum(values[::-1], 0.0), vectors[:, ::-1]
 
 
-_EXTRA = 128  # columns beyond r in subspace iteration
-_PASSES = 4  # of subspace iteration over the rows
-_LARGEST_GRAM = 24576  # rows; beyond, its eigenvectors take longer than the iteration
-_TILE = 1024  # rows of the eigenvectors looked at at a time
+class Eigenpairs(NamedTuple):
+    """The largest eigenpairs of a matrix, by subspace iteration.
+
+    Attributes
+    ----------
+    eigenvalues : (r,) float64
+        Largest first: vᵀ F v.
+    vectors : (k, r) float32
+        Columns, orthonormal to float32's rounding (see :func:`orthonormal_slabs`), the largest entry of each positive.
+    residual : float
+        The largest ‖F v − e v‖, relative to the largest eigenvalue.
+    passes : int
+        Products with F.
+    converged : bool
+        Whether it ended before the passes allowed did.
+    """
+
+    eigenvalues: Matrix
+    vectors: Floats
+    residual: float
+    passes: int
+    converged: bool
+
+
+def iteration_bytes(k: int, columns: int) -> int:
+    """Return what the iteration holds beside what multiplies, in bytes: the product, two bases, small matrices."""
+    return 16 * k * columns + 40 * columns**2 + 8 * _SLAB * 3 * columns
+
+
+def iteration_memory(
+    stage: str, k: int, columns: int, workers: int, *, reading: int = 0, sent: int = 0, small: int = 0
+) -> MemoryModel:
+    """Return what the iteration on products of :func:`multiply_rows` needs.
+
+    Parameters
+    ----------
+    stage : str
+        Its name in messages.
+    k, columns : int
+        Columns of the rows and of the basis.
+    workers : int
+        Tasks that share the memory.
+    reading, sent, small : int
+        Bytes a task holds to read the store, and of each row to send it to a device; bytes kept for all rows.
+    """
+    of_worker = ProductAccumulator.nbytes(columns, k)
+    several = 8 * k * columns if workers > 1 else 0  # a sum of two results is a third one
+    fixed = max(4 * k * columns + several, iteration_bytes(k, columns) - workers * of_worker) + small
+    limit = block_limit(k, least=PRODUCT_ROWS)
+    return MemoryModel(stage, fixed, of_worker + reading, 4 * (k + columns) + sent, max_rows=limit)
+
+
+def start_basis(k: int, columns: int, seed: int) -> Floats:
+    """Return a random orthonormal basis, (k, columns), the same for a seed every time."""
+    return _orthonormal(np.random.default_rng(seed).standard_normal((columns, k)))
+
+
+def _orthonormal(product: Matrix) -> Floats:
+    """Return orthonormal columns (k, c) with the span of the rows of ``product`` (c, k), which is overwritten."""
+    basis = scipy.linalg.qr(product.T, mode="economic", overwrite_a=True, check_finite=False)[0]
+    return np.asarray(basis, np.float32, order="F")
+
+
+def subspace_iteration(
+    multiply: Callable[[Floats], Matrix],
+    basis: Floats,
+    r: int,
+    passes: int,
+    save: Callable[[int, float, Floats], None] | None = None,
+    done: int = 0,
+    explained: float = 0.0,
+) -> Eigenpairs:
+    """Return the ``r`` largest eigenpairs of F.
+
+    Parameters
+    ----------
+    multiply : callable
+        Returns (F Q)ᵀ (c, k) float64 of Q (k, c).
+    basis : (k, c) float32
+        Where to start: orthonormal, c ≥ r.
+    r : int
+        Pairs wanted.
+    passes : int
+        Products at most.
+    save : callable, optional
+        Is given the passes done, the sum of the eigenvalues, and the basis for the next pass.
+    done, explained : int, float
+        What it was given when ``basis`` was saved.
+    """
+    k, columns = basis.shape
+    while True:
+        product = multiply(basis)
+        done += 1
+        small = cross(basis, product)
+        values, turn = scipy.linalg.eigh((small + small.T) / 2, check_finite=False)
+        before, explained = explained, float(values[-r:].sum())
+        # any basis of everything spans all there is
+        converged = columns == k or (done > 1 and explained - before <= TOLERANCE * explained)
+        if converged or done >= passes:
+            break
+        basis = _orthonormal(product)
+        del product
+        if save is not None:
+            save(done, explained, basis)
+    largest, turned = np.maximum(values[::-1][:r], 0.0), np.ascontiguousarray(turn[:, ::-1][:, :r])
+    vectors, squares = np.empty((k, r), np.float32), np.zeros(r)
+    for rows in _slabs(k):
+        part = basis[rows].astype(np.float64) @ turned
+        squares += np.square(product[:, rows].T @ turned - part * largest).sum(0)
+        vectors[rows] = part
+    _fix_signs(vectors)
+    residual = float(np.sqrt(squares.max())) / max(float(largest[0]), np.finfo(np.float64).tiny)
+    return Eigenpairs(largest, vectors, residual, done, converged)
+
+
+def _fix_signs(vectors: Floats) -> None:
+    """Make the largest entry of each column positive: the signs that LAPACK returns depend on rounding."""
+    largest = np.zeros(vectors.shape[1], np.float32)
+    for rows in _slabs(len(vectors)):
+        part = vectors[rows]
+        entries = part[np.abs(part).argmax(0), np.arange(len(largest))]
+        largest = np.where(np.abs(entries) > np.abs(largest), entries, largest)
+    vectors *= np.where(largest < 0, np.float32(-1), np.float32(1))
+
+
+def cross(left: Floats, right: Matrix) -> Matrix:
+    """Return leftᵀ rightᵀ, (c, d) float64, of ``left`` (k, c) float32 and ``right`` (d, k)."""
+    total = np.zeros((left.shape[1], len(right)))
+    for rows in _slabs(len(left)):
+        total += left[rows].T.astype(np.float64) @ right[:, rows].T
+    return total
+
+
+def orthonormal_slabs(vectors: Floats, step: int = _SLAB) -> Iterator[tuple[slice, Matrix]]:
+    """Yield the columns of ``vectors`` (k, r), orthonormal to float32's rounding, so to float64's, slab by slab."""
+    small = np.zeros((vectors.shape[1], vectors.shape[1]))
+    for rows in _slabs(len(vectors)):
+        part = vectors[rows].astype(np.float64)
+        small += part.T @ part
+    factor = scipy.linalg.cholesky(small, lower=True, overwrite_a=True, check_finite=False)
+    for rows in _slabs(len(vectors), step):
+        yield rows, scipy.linalg.solve_triangular(factor, vectors[rows].T.astype(np.float64), lower=True).T
+
+
+def _slabs(k: int, step: int = _SLAB) -> list[slice]:
+    return [slice(start, min(k, start + step)) for start in range(0, k, step)]
+
+
+class RowProduct(NamedTuple):
+    """(XᵀX Q)ᵀ over some rows, (c, k) float64, and their moments (see :func:`block_moments`) where asked for."""
+
+    total: Matrix
+    moments: Matrix
+
+    def plus(self, other: RowProduct) -> RowProduct:
+        """Return the sum of both, leaving both as they are."""
+        return RowProduct(self.total + other.total, self.moments + other.moments)
+
+
+def block_moments(block: WeightedBlock) -> Matrix:
+    """Return how many rows of a block are live, how many losses are clipped, Σ‖x‖², Σ‖x‖⁴."""
+    squares = row_squares(block.rows)
+    return np.array([block.live, block.clipped, squares.sum(), np.square(squares).sum()])
+
+
+def multiply_rows(
+    rows: WeightedRows, basis: Floats, block_rows: int, slots: int, bar: Progress, *, measure: bool, device: str | None
+) -> RowProduct:
+    """Return the product of all rows with a basis (k, c), in one pass; and their moments, to ``measure`` them."""
+    partitions = partition_rows(rows, [(0, rows.count)], block_rows, slots)
+    product: RowProduct = run_stripes(
+        _multiply_partition, partitions, bar, rows.store, basis, block_rows, measure, device, slots=slots,
+        reduce=RowProduct.plus, own_threads=True,
+    )  # fmt: skip
+    return product
+
+
+def _multiply_partition(
+    partition: RowPartition, key: str, store: object, basis: Floats, block_rows: int, measure: bool, device: str | None
+) -> RowProduct:
+    """Return the product of a partition of the rows; ``store`` is what workers must be able to see."""
+    with Team(task_threads()) as team:
+        add, total = _product_adder(team, basis, block_rows, device)
+        moments = np.zeros(4)
+        for _, rows in partition.parts:
+            for block in rows.blocks(0, rows.count, block_rows, threads=team.threads, device=device):
+                add(block.rows)
+                if measure:
+                    moments += block_moments(block)
+                tick(key, block.stop - block.start)
+        return RowProduct(total.triangle(), moments)
+
+
+def _product_adder(team: Team, basis: Floats, block_rows: int, device: str | None) -> tuple[Callable[[Any], None], Any]:
+    """Return what adds (X Q)ᵀ X of a block X to a sum, where it is, and the sum."""
+    if device is not None:
+        import torch
+
+        from ooc_influence.linalg.device import DeviceSum, send_array
+
+        device_sum = DeviceSum(basis.shape[1], len(basis), device)
+        device_basis = send_array(basis, torch.device(device))
+        return lambda rows: device_sum.add(rows @ device_basis, rows), device_sum
+    total = ProductAccumulator(basis.shape[1], len(basis), team=team)
+    buffer = np.empty((block_rows, basis.shape[1]), np.float32)
+
+    def add(rows: Floats) -> None:
+        turned = buffer[: len(rows)]
+        edges = [len(rows) * number // team.threads for number in range(team.threads + 1)]
+        parts = [slice(low, high) for low, high in pairwise(edges)]
+        team.run(partial(np.matmul, rows[part], basis, turned[part]) for part in parts)
+        total.add(turned, rows)
+
+    return add, total
 
 
 class Spectrum(NamedTuple):
-    """The top eigenpairs of F.
+    """The largest eigenpairs of F.
 
     Attributes
     ----------
@@ -60,13 +284,13 @@ class Spectrum(NamedTuple):
     """
 
     eigenvalues: Matrix
-    vectors: Rows
+    vectors: Floats
     trace: float
     rows: int
 
 
 class Solver(NamedTuple):
-    """A way to the top of a spectrum: ``run(rows, r, step, slots, bar) -> (eigenvalues, vectors, trace)``.
+    """What finds the r largest eigenpairs: ``run(rows, r, step, slots, bar) -> (eigenvalues, vectors, trace)``.
 
     Attributes
     ----------
@@ -74,7 +298,7 @@ class Solver(NamedTuple):
         What it factorises.
     run : callable
         See above.
-    need : Need
+    need : MemoryModel
         What it takes in memory.
     passes : int
         How often it reads the rows.
@@ -83,7 +307,7 @@ class Solver(NamedTuple):
     """
 
     name: str
-    run: Callable[..., tuple[Matrix, Rows, float]]
+    run: Callable[..., tuple[Matrix, Floats, float]]
     need: MemoryModel
     passes: int
     flops: float
@@ -91,33 +315,31 @@ class Solver(NamedTuple):
 
 
 def spectrum_solvers(k: int, m: int, r: int, slots: int = 1, reading: int = 0) -> list[Solver]:
-    """Return the ways to the top r eigenpairs of m rows of k numbers, the quickest first.
+    """Return what finds the r largest eigenpairs of m rows of k numbers, the quickest first.
 
     ``slots`` share a process, each of which holds ``reading`` bytes to read the store.
     """
-
-    def need(fixed: int, per_row: int) -> MemoryModel:
-        stage = f"an eigenbasis of {r} of {k} entries"
-        return MemoryModel(
-            stage, fixed, reading, per_row, max_rows=block_limit(k, least=PRODUCT_ROWS), advice="a smaller r or k"
-        )
-
+    stage, advice = f"an eigenbasis of {r} of {k} entries", "a smaller r or k"
     several = slots > 1  # a sum of two results is a third one
     c = min(k, m, r + _EXTRA)
-    found = []
+    solvers = []
+
+    def add(name: str, run: Callable[..., Any], fixed: int, per_row: int, *cost: float) -> None:
+        limit = block_limit(k, least=PRODUCT_ROWS)
+        need = MemoryModel(stage, fixed, reading, per_row, max_rows=limit, advice=advice)
+        solvers.append(Solver(name, run, need, 1 if run is _by_fisher else 2, *cost))
+
     if k <= m:
         sums = slots * GramAccumulator.nbytes(k) + several * 8 * k * k
-        held = need(max(sums, 8 * k * k + 12 * k * r), 4 * k)
-        found.append(Solver("Fisher matrix", _by_fisher, held, 1, float(m) * k * k, 9.0 * k**3))
+        add("Fisher matrix", _by_fisher, max(sums, 8 * k * k + 12 * k * r), 4 * k, float(m) * k * k, 9.0 * k**3)
     if m <= _LARGEST_GRAM:
         lifting = 4 * m * r + (slots + several) * 4 * k * r
-        held = need(max(10 * m * m, 8 * m * (m + r), 12 * m * r, lifting, 8 * k * r), 2 * 4 * k)
-        found.append(Solver("Gram matrix", _by_gram, held, 2, float(m) * m * k + 2.0 * m * k * r, 9.0 * m**3))
-    multiplying = (1 + slots + several) * 4 * k * c
-    held = need(max(multiplying, 4 * k * c + 4 * k * r) + 40 * c * c, 4 * k + 4 * c)
+        fixed = max(10 * m * m, 8 * m * (m + r), 12 * m * r, lifting, 8 * k * r)
+        add("Gram matrix", _by_gram, fixed, 2 * 4 * k, float(m) * m * k + 2.0 * m * k * r, 9.0 * m**3)
+    need = replace(iteration_memory(stage, k, c, slots, reading=reading), advice=advice)
     flops, factoring = 4.0 * _PASSES * m * k * c, 4.0 * _PASSES * k * c**2
-    found.append(Solver("subspace iteration", _by_iteration, held, _PASSES, flops, factoring))
-    return found
+    solvers.append(Solver("subspace iteration", _by_iteration, need, _PASSES, flops, factoring))
+    return solvers
 
 
 def top_spectrum(
@@ -130,11 +352,11 @@ def top_spectrum(
     InputError
         If there are fewer than r live rows, or r is larger than k.
     MemoryBudgetError
-        If the budget holds none of the three ways.
+        If the budget holds none of the three solvers.
     NonFiniteError
         If rows are too large for float32 sums.
     """
-    k, m = rows.store.k, rows.m
+    k, m = rows.store.k, rows.count
     if not 1 <= r <= min(k, rows.live):
         raise InputError(
             f"expected r between 1 and {min(k, rows.live)}, the smaller of the {k} entries and the {rows.live} live "
@@ -142,18 +364,18 @@ def top_spectrum(
         )
     slots = check_workers(workers)
     shared = slots_per_process(slots)
-    ways = spectrum_solvers(k, m, r, shared, rows.store.reading_bytes)
-    room = budget_bytes(memory) - held_now()
-    chosen = next((way for way in ways if way.need.peak(way.need.min_rows, shared, 0) <= room), None)
-    if chosen is None:
-        least = min(way.need.peak(way.need.min_rows, shared, 0) for way in ways)
+    solvers = spectrum_solvers(k, m, r, shared, rows.store.reading_bytes)
+    free = budget_bytes(memory) - held_now()
+    peaks = [solver.need.peak(solver.need.min_rows, shared, 0) for solver in solvers]
+    solver = next((solver for solver, peak in zip(solvers, peaks, strict=True) if peak <= free), None)
+    if solver is None:
         raise MemoryBudgetError(
-            f"{ways[0].need.stage} from {m} rows needs {format_bytes(least)} more than the process holds, budget "
-            f"{format_bytes(max(0, room))}: use a smaller r or k, fewer workers, or more memory"
+            f"{solvers[0].need.stage} from {m} rows needs {format_bytes(min(peaks))} more than the process holds, "
+            f"budget {format_bytes(max(0, free))}: use a smaller r or k, fewer workers, or more memory"
         )
-    step = plan_block_rows(chosen.need, memory, shared)
-    with Progress("eigenbasis", chosen.passes * m, progress) as bar:
-        values, vectors, trace = chosen.run(rows, r, step, slots, bar)
+    step = plan_block_rows(solver.need, memory, shared)
+    with Progress("eigenbasis", solver.passes * m, progress) as bar:
+        values, vectors, trace = solver.run(rows, r, step, slots, bar)
     _fix_signs(vectors)
     return Spectrum(np.maximum(values, 0), vectors, trace, rows.live)
 
@@ -164,57 +386,25 @@ def _checked(trace: float) -> float:
     return trace
 
 
-def _fix_signs(vectors: Rows) -> None:
-    """Make the largest entry of each column positive: the signs that LAPACK returns depend on rounding."""
-    largest = np.zeros(vectors.shape[1], np.float32)
-    for start in range(0, len(vectors), _TILE):
-        part = vectors[start : start + _TILE]
-        found = part[np.abs(part).argmax(0), np.arange(len(largest))]
-        largest = np.where(np.abs(found) > np.abs(largest), found, largest)
-    vectors *= np.where(largest < 0, np.float32(-1), np.float32(1))
-
-
-def _top_eigen(matrix: Matrix, r: int) -> tuple[Matrix, Matrix]:
-    """Return the r largest eigenvalues, in ascending order, and vectors (d, r) of a matrix in Fortran's order.
-
-    Its lower triangle is read, and the matrix overwritten.
-    """
-    d = len(matrix)
-    found: tuple[Matrix, Matrix] = scipy.linalg.eigh(
-        matrix, lower=True, overwrite_a=True, check_finite=False, subset_by_index=(d - r, d - 1), driver="evr"
-    )
-    return found
-
-
-def _orthonormal(columns: Rows) -> Rows:
-    """Return orthonormal columns with the span of ``columns`` (k, c), which are overwritten: in Fortran's order."""
-    found: Rows = scipy.linalg.qr(columns, mode="economic", overwrite_a=True, check_finite=False)[0]
-    return found
-
-
-def _blocks(stripe: Stripe, step: int) -> list[tuple[int, int]]:
-    return [(low, min(stripe.stop, low + step)) for low in range(stripe.start, stripe.stop, step)]
-
-
-def _by_fisher(rows: WeightedRows, r: int, step: int, slots: int, bar: Progress) -> tuple[Matrix, Rows, float]:
-    stripes = cut_stripes(0, rows.m, step, slots)
+def _by_fisher(rows: WeightedRows, r: int, step: int, slots: int, bar: Progress) -> tuple[Matrix, Floats, float]:
+    stripes = cut_stripes(0, rows.count, step, slots)
     total = run_stripes(_fisher_stripe, stripes, bar, rows, step, slots=slots, reduce=np.add)
     total /= rows.live
     trace = _checked(float(np.trace(total)))
-    values, vectors = _top_eigen(total.T, r)
-    return values[::-1], np.ascontiguousarray(vectors[:, ::-1], np.float32), trace
+    values, vectors = symmetric_eigen(total, r)
+    return values, np.ascontiguousarray(vectors, np.float32), trace
 
 
 def _fisher_stripe(stripe: Stripe, key: str, rows: WeightedRows, step: int) -> Matrix:
-    accumulator, buffer = GramAccumulator(rows.store.k), rows.buffer(step)
-    for low, high in _blocks(stripe, step):
-        accumulator.add(rows.read(low, high, buffer))
-        tick(key, high - low)
+    accumulator = GramAccumulator(rows.store.k)
+    for block in rows.blocks(stripe.start, stripe.stop, step):
+        accumulator.add(block.rows)
+        tick(key, block.stop - block.start)
     return accumulator.total()
 
 
-def _by_gram(rows: WeightedRows, r: int, step: int, slots: int, bar: Progress) -> tuple[Matrix, Rows, float]:
-    m = rows.m
+def _by_gram(rows: WeightedRows, r: int, step: int, slots: int, bar: Progress) -> tuple[Matrix, Floats, float]:
+    m = rows.count
     slabs = run_stripes(_gram_stripe, _cut_triangle(m, step, slots), bar, rows, step, slots=slots)
     gram = np.empty((m, m), order="F")
     for part in slabs:
@@ -222,15 +412,16 @@ def _by_gram(rows: WeightedRows, r: int, step: int, slots: int, bar: Progress) -
             low, slab = part.pop()
             gram[low : low + len(slab), : slab.shape[1]] = slab
     trace = _checked(float(np.trace(gram)) / rows.live)
-    values, vectors = _top_eigen(gram, r)
+    values, vectors = symmetric_eigen(gram.T, r)
     del gram
     # a direction of eigenvalue zero comes out as zeros, and one near zero inexact: QR makes both orthonormal
-    vectors *= np.where(values > values[-1] * 1e-12, 1 / np.sqrt(np.maximum(values, 1e-300)), 0)
-    turned = np.ascontiguousarray(vectors[:, ::-1], np.float32)
+    vectors *= np.where(values > values[0] * 1e-12, 1 / np.sqrt(np.maximum(values, 1e-300)), 0)
+    turned = np.ascontiguousarray(vectors, np.float32)
     del vectors
     stripes = cut_stripes(0, m, step, slots)
-    lifted = _orthonormal(run_stripes(_lift_stripe, stripes, bar, rows, step, turned, slots=slots, reduce=np.add))
-    return values[::-1] / rows.live, np.ascontiguousarray(lifted), trace
+    lifted = run_stripes(_lift_stripe, stripes, bar, rows, step, turned, slots=slots, reduce=np.add)
+    basis = scipy.linalg.qr(lifted, mode="economic", overwrite_a=True, check_finite=False)[0]
+    return values / rows.live, np.ascontiguousarray(basis), trace
 
 
 def _cut_triangle(m: int, step: int, count: int) -> list[Stripe]:
@@ -240,62 +431,40 @@ def _cut_triangle(m: int, step: int, count: int) -> list[Stripe]:
     return [Stripe(low * step, min(m, high * step)) for low, high in pairwise(edges)]
 
 
-def _gram_stripe(stripe: Stripe, key: str, rows: WeightedRows, step: int) -> list[tuple[int, Rows]]:
+def _gram_stripe(stripe: Stripe, key: str, rows: WeightedRows, step: int) -> list[tuple[int, Floats]]:
     """Return the rows of K that belong to a stripe, up to the diagonal, block by block."""
-    slabs, mine, others = [], rows.buffer(step), rows.buffer(step)
-    for low, high in _blocks(stripe, step):
-        block = rows.read(low, high, mine)
+    slabs = []
+    for low, high, block, *_ in rows.blocks(stripe.start, stripe.stop, step):
         slab = np.empty((high - low, high), np.float32)
-        for a, b in _blocks(Stripe(0, low), step):
-            slab[:, a:b] = block @ rows.read(a, b, others).T
+        for earlier in rows.blocks(0, low, step):
+            slab[:, earlier.start : earlier.stop] = block @ earlier.rows.T
         slab[:, low:high] = block @ block.T
         slabs.append((low, slab))
         tick(key, high - low)
     return slabs
 
 
-def _lift_stripe(stripe: Stripe, key: str, rows: WeightedRows, step: int, turned: Rows) -> Rows:
+def _lift_stripe(stripe: Stripe, key: str, rows: WeightedRows, step: int, turned: Floats) -> Floats:
     """Return Σ Aᵀ U / √e over a stripe, (k, r)."""
     total = np.zeros((rows.store.k, turned.shape[1]), np.float32, order="F")
-    buffer = rows.buffer(step)
-    for low, high in _blocks(stripe, step):
-        add_product(total, rows.read(low, high, buffer), turned[low:high])
+    for low, high, block, *_ in rows.blocks(stripe.start, stripe.stop, step):
+        add_product(total, block, turned[low:high])
         tick(key, high - low)
     return total
 
 
-def _by_iteration(rows: WeightedRows, r: int, step: int, slots: int, bar: Progress) -> tuple[Matrix, Rows, float]:
-    k, stripes = rows.store.k, cut_stripes(0, rows.m, step, slots)
-    columns = min(k, rows.m, r + _EXTRA)
-    basis = np.random.default_rng(0).standard_normal((columns, k), np.float32).T
-    basis = _orthonormal(basis)
-    for number in range(_PASSES):
-        product, squares = run_stripes(
-            _product_stripe, stripes, bar, rows, step, basis, slots=slots, reduce=_add_products
-        )
-        trace = _checked(squares / rows.live)
-        if number < _PASSES - 1:
-            basis = _orthonormal(product)
-            del product
-    small = np.asarray(basis.T @ product, np.float64, order="F") / rows.live
-    del product
-    small += small.T.copy()
-    small /= 2
-    values, turn = _top_eigen(small, r)
-    return values[::-1], basis @ np.ascontiguousarray(turn[:, ::-1], np.float32), trace
+def _by_iteration(rows: WeightedRows, r: int, step: int, slots: int, bar: Progress) -> tuple[Matrix, Floats, float]:
+    moments: Matrix = np.empty(0)
 
+    def multiply(basis: Floats) -> Matrix:
+        nonlocal moments
+        product = multiply_rows(rows, basis, step, slots, bar, measure=not len(moments), device=None)
+        moments = moments if len(moments) else product.moments
+        _checked(moments[2] + float(product.total.sum()))
+        total = product.total
+        total /= rows.live
+        return total
 
-def _product_stripe(stripe: Stripe, key: str, rows: WeightedRows, step: int, basis: Rows) -> tuple[Rows, float]:
-    """Return AᵀA Q over a stripe, (k, c), with its sum of squares."""
-    total, squares = np.zeros(basis.shape, np.float32, order="F"), 0.0
-    buffer = rows.buffer(step)
-    for low, high in _blocks(stripe, step):
-        block = rows.read(low, high, buffer)
-        add_product(total, block, block @ basis)
-        squares += float(np.einsum("ij,ij->i", block, block).sum(dtype=np.float64))
-        tick(key, high - low)
-    return total, squares
-
-
-def _add_products(left: tuple[Rows, Any], right: tuple[Rows, Any]) -> tuple[Rows, Any]:
-    return left[0] + right[0], left[1] + right[1]
+    columns = min(rows.store.k, rows.count, r + _EXTRA)
+    pairs = subspace_iteration(multiply, start_basis(rows.store.k, columns, 0), r, _PASSES)
+    return pairs.eigenvalues, pairs.vectors, float(moments[2]) / rows.live

@@ -9,11 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ooc_influence.corpus import open_records
-from ooc_influence.curvature import Curvature
-from ooc_influence.curvature.damping import resolved
+from ooc_influence.curvature import Curvature, resolved
 from ooc_influence.errors import InputError, MismatchError, OocInfluenceError
 from ooc_influence.influence.groups import GroupInfluence
 from ooc_influence.memory import format_bytes
+from ooc_influence.options import DampingMode
 from ooc_influence.store import GradientStore, claimed_rows, missing_spans, names, read_claims, tree_bytes
 
 _ACTIONS = ("drop", "relabel")
@@ -96,26 +96,27 @@ _QUERIES = 200  # its rows
 _OTHERS = "(others)"
 
 
-def spectrum_points(curvature: Curvature, chosen: float, factor: float | None) -> dict[str, Any]:
+def spectrum_points(curvature: Curvature, damping: float | None, mode: DampingMode) -> dict[str, Any]:
     """Return eigenvalues above rounding by number, thinned evenly in the logarithm, and d(λ) at many dampings.
 
     Parameters
     ----------
     curvature : Curvature
         Whose.
-    chosen : float
-        λ that the scores were computed with.
-    factor : float, optional
-        The relative damping that it comes from, if it was relative.
+    damping : float, optional
+        What the scores were computed with; by default the curvature's own.
+    mode : {"relative", "absolute"}
+        Its unit.
     """
+    chosen, lambdas = curvature.damping_value(damping, mode), curvature.lambdas(damping, mode)
     values = np.sort(curvature.eigenvalues[resolved(curvature.eigenvalues)])[::-1]
     places = np.arange(len(values))
     if len(values) > _POINTS:
         places = np.unique(np.geomspace(1, len(values), _POINTS).round().astype(np.int64)) - 1
     curve = []
-    for level in _LEVELS if curvature.trace > 0 else ():
-        own = curvature.damping_value(float(level))
-        curve.append([float(level), float(own), curvature.effective_dimension(own)])
+    for level in _LEVELS.tolist() if curvature.trace > 0 else ():
+        dimension = curvature.effective_dimension(curvature.lambdas(level)[0])
+        curve.append([level, curvature.damping_value(level), dimension])
     facts = curvature.facts()
     return {
         "facts": facts,
@@ -126,9 +127,9 @@ def spectrum_points(curvature: Curvature, chosen: float, factor: float | None) -
         "trace": curvature.trace,
         "mean": curvature.trace / curvature.d,
         "curve": curve,
-        "lambda": float(chosen),
-        "damping": factor,
-        "dimension": curvature.effective_dimension(chosen) if chosen > 0 else float(len(values)),
+        "lambda": chosen,
+        "damping": (curvature.damping if damping is None else damping) if mode == "relative" else None,
+        "dimension": curvature.effective_dimension(lambdas[0]) if chosen > 0 else float(len(values)),
     }
 
 

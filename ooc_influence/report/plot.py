@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ooc_influence.curvature import Curvature
-from ooc_influence.curvature.damping import resolved
+from ooc_influence.curvature import Curvature, resolved
 from ooc_influence.errors import InputError
 from ooc_influence.progress import optional_library
 
@@ -71,9 +70,9 @@ def spectrum(curvature: Curvature, damping: float | None = None) -> Figure:
     left.set(
         xlabel="number", ylabel="eigenvalue", title=f"Spectrum of F, {len(values)} of {curvature.d} above rounding"
     )
-    lambdas = [curvature.damping_value(level) for level in _LEVELS]
-    right.semilogx(lambdas, [curvature.effective_dimension(value) for value in lambdas])
-    dimension = curvature.effective_dimension(chosen)
+    xs = [curvature.damping_value(level) for level in _LEVELS]
+    right.semilogx(xs, [curvature.effective_dimension(each) for each in curvature.lambdas(_LEVELS)])
+    dimension = curvature.effective_dimension(curvature.lambdas(damping)[0])
     right.plot([chosen], [dimension], "o", color="C1", label=f"d(λ) = {dimension:.1f}")
     right.set(xlabel="λ", ylabel="d(λ)", title="Effective dimension")
     left.legend()

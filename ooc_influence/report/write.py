@@ -311,12 +311,9 @@ def _index(
     report: Report, suspects: npt.NDArray[np.int64], sums: dict[str, GroupInfluence], title: str
 ) -> dict[str, Any]:
     train, query, settings, found = report.train, report.query, report.settings, report.top
-    chosen: Any = None
     spectrum = None
     if report.curvature is not None:
-        chosen = report.curvature.damping_value(settings.damping, settings.mode)
-        factor = report.curvature.damping if settings.damping is None else settings.damping
-        spectrum = spectrum_points(report.curvature, chosen, factor if settings.mode == "relative" else None)
+        spectrum = spectrum_points(report.curvature, settings.damping, settings.mode)
     labels = np.unique(train.column("label")).tolist() if "label" in train.layout.columns else []
     return {
         "title": title,
@@ -328,7 +325,7 @@ def _index(
         "queries": None if query is None else {"store": str(query.path), "count": query.n},
         "sizes": {"queries": QUERIES_A_FILE, "list": LISTED_A_FILE, "suspects": SUSPECTS_A_FILE},
         "settings": {
-            "lambda": None if chosen is None else float(chosen),
+            "lambda": None if spectrum is None else spectrum["lambda"],
             "damping": settings.damping,
             "normalize": settings.normalize,
             "curvature": None if report.curvature is None else str(report.curvature.path),
