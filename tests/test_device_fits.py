@@ -29,7 +29,6 @@ def assert_near(found, expected, share=1e-6):
 def small_blocks(monkeypatch):
     monkeypatch.setattr("ooc_influence.memory.BLOCK_BYTES", 2**14)
     monkeypatch.setattr(accumulate, "FOLD_ROWS", 100)
-    monkeypatch.setattr(device, "FOLD_ROWS", 100)
     monkeypatch.setattr(device, "_TILE", 16)
 
 

@@ -10,7 +10,7 @@ from conftest import random_rows
 from numpy.testing import assert_allclose, assert_array_equal
 
 from ooc_influence.errors import InputError
-from ooc_influence.linalg import GramAccumulator, Team, symmetric_eigen
+from ooc_influence.linalg import MatrixAccumulator, Team, symmetric_eigen
 from ooc_influence.linalg.backend import NumpyEngine, ScipyEngine, TorchEngine, add_product
 from ooc_influence.parallel import Stripe, blas_threads, check_workers, cut_stripes, run_stripes
 from ooc_influence.progress import Progress, tick
@@ -22,10 +22,10 @@ def test_accumulator_is_the_dense_sum(k, engine, threads):
     importlib.import_module("torch")
     rows = random_rows(1000, k)
     with Team(threads) as team:
-        accumulator = GramAccumulator(k, engine, team)
+        accumulator = MatrixAccumulator(k, None, engine, team)
         for start in range(0, 1000, 300):
             accumulator.add(rows[start : start + 300])
-        accumulator.add(rows[:200], -1.0)
+        accumulator.add(rows[:200], sign=-1.0)
         accumulator.add(rows[:200])
         found = accumulator.total()
     expected = rows.astype(np.float64).T @ rows.astype(np.float64)
@@ -50,7 +50,7 @@ def test_a_temporary_tile_does_not_grow_with_the_columns():
 def test_accumulator_folds_to_float64():
     """A million equal numbers: float32 alone would be off by per cent."""
     block = np.full((4096, 1), 0.1, np.float32)
-    accumulator = GramAccumulator(1)
+    accumulator = MatrixAccumulator(1)
     for _ in range(256):
         accumulator.add(block)
     assert_allclose(accumulator.total()[0, 0], 4096 * 256 * float(np.float32(0.1)) ** 2, rtol=2e-6)
@@ -58,9 +58,9 @@ def test_accumulator_folds_to_float64():
 
 def test_accumulator_refuses_what_blas_would_misread():
     with pytest.raises(TypeError):
-        GramAccumulator(3).add(np.zeros((2, 3)))
+        MatrixAccumulator(3).add(np.zeros((2, 3)))
     with pytest.raises(TypeError):
-        GramAccumulator(3).add(np.zeros((3, 2), np.float32).T)
+        MatrixAccumulator(3).add(np.zeros((3, 2), np.float32).T)
 
 
 def test_a_team_raises_what_its_work_raises():

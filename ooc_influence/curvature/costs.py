@@ -17,8 +17,7 @@ from ooc_influence.curvature.eigen import slab_rows
 from ooc_influence.errors import InputError
 from ooc_influence.linalg import (
     DiagonalAccumulator,
-    GramAccumulator,
-    ProductAccumulator,
+    MatrixAccumulator,
     Range,
     WeightedRows,
     iteration_bytes,
@@ -144,18 +143,18 @@ def check_rank(shapes: Shapes, rank: int) -> None:
 def sums_need(shapes: Shapes, rank: int, *, update: bool = False) -> MemoryModel:
     """Return what summing F in memory and multiplying it there needs: first the one, then the other."""
     k, c = shapes.k, shapes.columns(rank)
-    held = shapes.workers * GramAccumulator.nbytes(k)
+    held = shapes.workers * MatrixAccumulator.nbytes(k)
     after = 8 * k * k + 8 * k * c + iteration_bytes(k, c)
     several = 8 * k * k * ((shapes.workers > 1) + update)
     fixed = max(0, after - held) + several + shapes.small
-    return MemoryModel(_stage(k, rank), fixed, GramAccumulator.nbytes(k) + shapes.reading, 4 * k + shapes.sent,
+    return MemoryModel(_stage(k, rank), fixed, MatrixAccumulator.nbytes(k) + shapes.reading, 4 * k + shapes.sent,
                 max_rows=block_limit(k))  # fmt: skip
 
 
 def tiles_need(shapes: Shapes, rank: int, tile: int) -> MemoryModel:
     """Return what summing F in tiles of so many columns and multiplying it from the disk needs."""
     k, c = shapes.k, shapes.columns(rank)
-    own = ProductAccumulator.nbytes(tile, tile) + 8 * tile * tile + 3 * 8 * tile_side(k) ** 2 + shapes.reading
+    own = MatrixAccumulator.nbytes(tile, tile) + 8 * tile * tile + 3 * 8 * tile_side(k) ** 2 + shapes.reading
     after = iteration_bytes(k, c) + 8 * tile_side(k) * (3 * tile_side(k) + 2 * c)
     fixed = max(0, after - shapes.workers * own) + shapes.small
     return MemoryModel(_stage(k, rank), fixed, own, 2 * 4 * tile, max_rows=block_limit(2 * tile))
@@ -319,12 +318,12 @@ def fisher_memory(
     """
     sides = [last - first for first, last in ranges or [(0, k)]]
     squares = sum(side**2 for side in sides)
-    accumulators = workers * sum(GramAccumulator.nbytes(side) for side in sides)
+    accumulators = workers * sum(MatrixAccumulator.nbytes(side) for side in sides)
     factorising = 8 * squares + 16 * max(sides) ** 2
     return MemoryModel(
         stage=f"fisher for k={k}" + (f" in {len(sides)} blocks" if ranges and len(sides) > 1 else ""),
         fixed=max(0, factorising - accumulators) + 8 * squares * ((workers > 1) + update) + rows,
-        per_worker=sum(GramAccumulator.nbytes(side) for side in sides) + reading,
+        per_worker=sum(MatrixAccumulator.nbytes(side) for side in sides) + reading,
         per_row=4 * k,
         max_rows=block_limit(k),
         advice="extract with a smaller k",

@@ -18,8 +18,7 @@ from ooc_influence.curvature.rows import FittedRows, Staleness, fit_attributes
 from ooc_influence.curvature.sums import ROWS, Summing, Sums, bfloat16_holds, sum_name, sum_rows
 from ooc_influence.errors import InputError, NonFiniteError, StoreBusyError, StoreWriteError, refused
 from ooc_influence.linalg import (
-    GramAccumulator,
-    ProductAccumulator,
+    MatrixAccumulator,
     Range,
     RowPartition,
     Team,
@@ -316,29 +315,25 @@ def _sum_with(team: Team, number: int, key: str, how: TileSum) -> None:
     rows, columns = how.regions()[number]
     k, width = how.chosen.store.k, columns.stop - columns.start
     engine = choose_engine(width, bfloat16=bfloat16_holds(how.chosen), team=team)
-    square = GramAccumulator(width, engine, team) if rows == columns else None
-    product = ProductAccumulator(rows.stop - rows.start, width, engine, team) if square is None else None
+    on_diagonal = rows == columns
+    total = MatrixAccumulator(rows.stop - rows.start, None if on_diagonal else width, engine, team)
     if how.bases:
         earlier = np.zeros((rows.stop - rows.start, width))
         for base in how.bases:
             TriangleTiles.open(base, _F, k).add_region(rows, columns, earlier)
-        if square is not None:
-            square.restore(np.ascontiguousarray(earlier.T), 0)
-        elif product is not None:
-            product.restore(earlier, 0)
-    panels = [(columns.start, columns.stop)] + ([] if square is not None else [(rows.start, rows.stop)])
+        total.restore(np.ascontiguousarray(earlier.T) if on_diagonal else earlier, 0)
+    panels = [(columns.start, columns.stop)] + ([] if on_diagonal else [(rows.start, rows.stop)])
     live, clipped = how.base_counts
     for block, sign in how.blocks(panels, team.threads):
-        if square is not None:
-            square.add(block.rows, sign)
-        elif product is not None:
-            product.add(block.rows[:, width:], block.rows[:, :width], sign)
+        if on_diagonal:
+            total.add(block.rows, sign=sign)
+        else:
+            total.add(block.rows[:, width:], block.rows[:, :width], sign)
         live, clipped = live + int(sign) * block.live, clipped + int(sign) * block.clipped
         tick(key, block.stop - block.start)
-    found = square.total() if square is not None else product.triangle() if product is not None else None
-    assert found is not None
+    tile = total.total() if on_diagonal else total.triangle()
     try:
-        TriangleTiles.open_to_write(how.group, _F, k).write_region(rows, columns, found)
+        TriangleTiles.open_to_write(how.group, _F, k).write_region(rows, columns, tile)
         region = _region(rows, columns)
         facts = {"live": live, "clipped": clipped, "region": region, "side": how.side}
         how.partial.put_group("-".join(map(str, (_DONE, *region))), 0, facts, lambda group: None)

@@ -16,8 +16,8 @@ import numpy as np
 from ooc_influence.checkpoint import ResumableOutput, read_facts
 from ooc_influence.linalg import (
     DiagonalAccumulator,
-    GramAccumulator,
     Matrix,
+    MatrixAccumulator,
     Range,
     RowPartition,
     Team,
@@ -207,15 +207,14 @@ class _Running:
     def _accumulators(self) -> list[Any]:
         sides = [last - first for first, last in self._how.blocks]
         if self._how.device is not None:
-            from ooc_influence.linalg.device import DeviceSum
+            from ooc_influence.linalg.device import DeviceAccumulator
 
-            return [DeviceSum(side, side, self._how.device) for side in sides]
+            return [DeviceAccumulator(side, side, self._how.device) for side in sides]
         if self._how.diagonal:
             return [DiagonalAccumulator(side, self._team) for side in sides]
         exact = all(bfloat16_holds(rows) for _, rows in self._share.parts)
-        return [
-            GramAccumulator(side, choose_engine(side, bfloat16=exact, team=self._team), self._team) for side in sides
-        ]
+        team = self._team
+        return [MatrixAccumulator(side, None, choose_engine(side, bfloat16=exact, team=team), team) for side in sides]
 
     def _resume(self) -> int:
         """Go on from what this very task saved before it was killed; return its places done."""

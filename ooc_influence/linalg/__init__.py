@@ -2,8 +2,7 @@
 
 from ooc_influence.linalg.accumulate import (
     DiagonalAccumulator,
-    GramAccumulator,
-    ProductAccumulator,
+    MatrixAccumulator,
     TriangleTiles,
     list_tiles,
     mirror,
@@ -47,10 +46,9 @@ __all__ = [
     "DiagonalAccumulator",
     "Eigenpairs",
     "Floats",
-    "GramAccumulator",
     "Matrix",
+    "MatrixAccumulator",
     "Numbers",
-    "ProductAccumulator",
     "Range",
     "RowPartition",
     "Solver",

@@ -6,12 +6,14 @@ beyond the matrix. Each tile is one chunk with a checksum, so tiles are written,
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from typing_extensions import override
 
 from ooc_influence.linalg.backend import Engine, Floats, Matrix, Team, choose_engine, product_pieces, square_pieces
 from ooc_influence.store import (
@@ -172,93 +174,8 @@ FOLD_ROWS = 8192  # rows summed in float32 before they are added to the float64 
 _FOLD_TILE = 256  # rows of the matrix folded at a time: the tile stays in cache
 
 
-class _Accumulator:
-    """A float32 sum (a, b) that is folded into a float64 one."""
-
-    def __init__(self, a: int, b: int, engine: Engine | None, team: Team | None) -> None:
-        self._team = team or Team()
-        self._engine = choose_engine(max(a, b)) if engine is None else engine
-        self._single = np.zeros((a, b), np.float32)
-        self._double = np.zeros((a, b), np.float64)
-        self._pending = self.folded = 0
-        self._whole = True  # the float64 sum is not being changed
-
-    def added(self, rows: int) -> None:
-        """Count rows whose pieces are done."""
-        self._pending += rows
-        if self._pending >= FOLD_ROWS:
-            self._fold()
-
-    def _fold(self) -> None:
-        def fold(start: int) -> None:
-            rows, columns = slice(start, start + _FOLD_TILE), self._columns(start)
-            self._double[rows, columns] += self._single[rows, columns]
-            self._single[rows, columns] = 0
-
-        self._whole = False
-        self._team.run(partial(fold, start) for start in range(0, len(self._single), _FOLD_TILE))
-        self.folded += self._pending
-        self._pending = 0
-        self._whole = True
-
-    def _columns(self, start: int) -> slice:
-        """Return the columns that count from row ``start`` on."""
-        return slice(None)
-
-    def restore(self, total: Matrix, rows: int) -> None:
-        """Go on from a sum over ``rows`` rows, which is taken over."""
-        self._double, self.folded = total, rows
-
-    def peek(self) -> Matrix | None:
-        """Return the float64 sum as of the last fold; None in the middle of one."""
-        return self._double if self._whole else None
-
-    def _finished(self) -> Matrix:
-        if self._pending:
-            self._fold()
-        return self._double
-
-
-class ProductAccumulator(_Accumulator):
-    """The sum Σ XᵀY over blocks X (m, a) and Y (m, b), in float64.
-
-    Parameters
-    ----------
-    a, b : int
-        Columns. Holds a b float32 and a b float64.
-    engine, team
-        As for :class:`GramAccumulator`.
-    """
-
-    def __init__(self, a: int, b: int, engine: Engine | None = None, team: Team | None = None) -> None:
-        super().__init__(a, b, engine, team)
-
-    @staticmethod
-    def nbytes(a: int, b: int) -> int:
-        """Return the bytes an accumulator of ``a`` and ``b`` columns holds."""
-        return 12 * a * b
-
-    def add(self, left: Floats, right: Floats, sign: float = 1.0) -> None:
-        """Add leftᵀ right of float32 blocks, or ranges of wider ones' columns; ``sign`` -1 takes it away."""
-        self._team.run(product_pieces(self._engine, self._single, left, right, sign, self._team.threads))
-        self.added(len(left))
-
-    def triangle(self) -> Matrix:
-        """Return the sum, all of it, (a, b) float64; it goes on living."""
-        return self._finished()
-
-
-class GramAccumulator(_Accumulator):
-    """The sum Σ XᵀX over blocks X (m, k), in float64.
-
-    Parameters
-    ----------
-    k : int
-        Columns. Holds k² float32 and k² float64.
-    engine : Engine, optional
-        What multiplies; default the fastest at hand.
-    team : Team, optional
-        Who does the work; default the caller.
+class Accumulator(ABC):
+    """A sum over rows that is folded into a float64 one, of which partial results can be taken.
 
     Attributes
     ----------
@@ -266,95 +183,149 @@ class GramAccumulator(_Accumulator):
         Rows in the float64 sum.
     """
 
-    def __init__(self, k: int, engine: Engine | None = None, team: Team | None = None) -> None:
-        super().__init__(k, k, engine, team)
+    _fold_rows = 0  # rows after which it is folded; 0 for FOLD_ROWS
 
-    @staticmethod
-    def nbytes(k: int) -> int:
-        """Return the bytes an accumulator of ``k`` columns holds."""
-        return ProductAccumulator.nbytes(k, k)
+    def __init__(self, double: Any) -> None:
+        self._double = double
+        self._pending = self.folded = 0
+        self._consistent = True  # the float64 sum is not being changed
 
-    def _columns(self, start: int) -> slice:
-        return slice(start, None)
+    def added(self, rows: int) -> None:
+        """Count rows whose pieces are done."""
+        self._pending += rows
+        if self._pending >= (self._fold_rows or FOLD_ROWS):
+            self._fold()
 
-    def add(self, block: Floats, sign: float = 1.0) -> None:
-        """Add XᵀX of a float32 block (m, k), or a range of a wider one's columns; ``sign`` -1 takes it away."""
-        self._team.run(self.pieces(block, sign))
-        self.added(len(block))
+    def _fold(self) -> None:
+        self._consistent = False
+        self._fold_pending()
+        self.folded += self._pending
+        self._pending = 0
+        self._consistent = True
 
-    def pieces(self, block: Floats, sign: float = 1.0) -> list[Callable[[], None]]:
-        """Return calls that together add a block, which may be made at once; then :meth:`added` has to be told."""
-        return square_pieces(self._engine, self._single, block, sign, self._team.threads)
+    @abstractmethod
+    def _fold_pending(self) -> None:
+        """Add what is pending to the float64 sum, and set it to zero."""
+
+    def restore(self, total: Matrix, rows: int) -> None:
+        """Continue from a sum over ``rows`` rows, whose memory is used."""
+        self._double, self.folded = total, rows
+
+    def peek(self) -> Matrix | None:
+        """Return the float64 sum as of the last fold; None in the middle of one."""
+        return self._host() if self._consistent else None
 
     def triangle(self) -> Matrix:
-        """Return the sum, (k, k) float64, its upper triangle; below it, nothing that counts. It goes on living."""
-        return self._finished()
+        """Return the sum; of a symmetric one, only the upper triangle is defined. It may be added to."""
+        if self._pending:
+            self._fold()
+        return self._host()
+
+    def _host(self) -> Matrix:
+        return np.asarray(self._double)
+
+
+class HostAccumulator(Accumulator):
+    """A sum in memory, added to in pieces by a team of threads."""
+
+    def __init__(self, double: Matrix, team: Team | None) -> None:
+        super().__init__(double)
+        self._team = team or Team()
+
+    @abstractmethod
+    def pieces(self, left: Floats, right: Floats | None = None, sign: float = 1.0) -> list[Callable[[], None]]:
+        """Return calls that together add a block, in any order or at once; afterwards, call :meth:`added`."""
+
+    def add(self, left: Floats, right: Floats | None = None, sign: float = 1.0) -> None:
+        """Add a float32 block, or a range of a wider one's columns; ``sign`` -1 subtracts it."""
+        self._team.run(self.pieces(left, right, sign))
+        self.added(len(left))
+
+
+class MatrixAccumulator(HostAccumulator):
+    """The sum Σ XᵀY over blocks X (m, a) and Y (m, b), or Σ XᵀX, in float64.
+
+    Parameters
+    ----------
+    a, b : int
+        Columns; without ``b`` the sum is of XᵀX, its upper triangle. Holds a b float32 and a b float64.
+    engine : Engine, optional
+        What multiplies; default the fastest at hand.
+    team : Team, optional
+        Threads that do the work; default the caller.
+    """
+
+    def __init__(self, a: int, b: int | None = None, engine: Engine | None = None, team: Team | None = None) -> None:
+        shape = a, a if b is None else b
+        super().__init__(np.zeros(shape), team)
+        self._symmetric = b is None
+        self._engine = choose_engine(max(shape)) if engine is None else engine
+        self._single = np.zeros(shape, np.float32)
+
+    @staticmethod
+    def nbytes(a: int, b: int | None = None) -> int:
+        """Return the bytes that an accumulator holds."""
+        return 12 * a * (a if b is None else b)
+
+    @override
+    def pieces(self, left: Floats, right: Floats | None = None, sign: float = 1.0) -> list[Callable[[], None]]:
+        if right is None:
+            return square_pieces(self._engine, self._single, left, sign, self._team.threads)
+        return product_pieces(self._engine, self._single, left, right, sign, self._team.threads)
+
+    @override
+    def _fold_pending(self) -> None:
+        def fold(start: int) -> None:
+            part = slice(start, start + _FOLD_TILE), slice(start if self._symmetric else 0, None)
+            self._double[part] += self._single[part]
+            self._single[part] = 0
+
+        self._team.run(partial(fold, start) for start in range(0, len(self._single), _FOLD_TILE))
 
     def total(self) -> Matrix:
-        """Return the whole symmetric sum, (k, k) float64; the accumulator is used up."""
-        found = self.triangle()
+        """Return the whole symmetric sum; the accumulator must not be used any more."""
+        matrix = self.triangle()
         self._single = np.empty((0, 0), np.float32)
-        mirror(found)
-        return found
+        mirror(matrix)
+        return matrix
 
 
-class DiagonalAccumulator:
-    """The diagonal of Σ XᵀX over blocks X (m, k), in float64; what a :class:`GramAccumulator` does, for k numbers.
+class DiagonalAccumulator(HostAccumulator):
+    """The diagonal of Σ XᵀX over blocks X (m, k), (k,) float64.
 
     Parameters
     ----------
     k : int
         Columns.
     team : Team, optional
-        Who does the work; default the caller.
-
-    Attributes
-    ----------
-    folded : int
-        Rows in the sum.
+        Threads that do the work; default the caller.
     """
 
+    _fold_rows = 1
+
     def __init__(self, k: int, team: Team | None = None) -> None:
-        self._team = team or Team()
-        self._pending, self._sum = np.zeros(k), np.zeros(k)
-        self.folded = 0
-        self._whole = True
+        super().__init__(np.zeros(k), team)
+        self._unfolded = np.zeros(k)
 
     @staticmethod
     def nbytes(k: int) -> int:
-        """Return the bytes an accumulator of ``k`` columns holds."""
+        """Return the bytes that an accumulator holds."""
         return 16 * k
 
-    def pieces(self, block: Floats, sign: float = 1.0) -> list[Callable[[], None]]:
-        """See :meth:`GramAccumulator.pieces`."""
-
+    @override
+    def pieces(self, left: Floats, right: Floats | None = None, sign: float = 1.0) -> list[Callable[[], None]]:
         def piece(columns: slice) -> None:
-            for start in range(0, len(block), _FOLD_TILE):
-                tile = block[start : start + _FOLD_TILE, columns]
-                self._pending[columns] += sign * np.einsum("ij,ij->j", tile, tile)
+            for start in range(0, len(left), _FOLD_TILE):
+                tile = left[start : start + _FOLD_TILE, columns]
+                self._unfolded[columns] += sign * np.einsum("ij,ij->j", tile, tile)
 
-        size = -(-len(self._sum) // self._team.threads)
-        return [partial(piece, slice(start, start + size)) for start in range(0, len(self._sum), size)]
+        size = -(-len(self._unfolded) // self._team.threads)
+        return [partial(piece, slice(start, start + size)) for start in range(0, len(self._unfolded), size)]
 
-    def added(self, rows: int) -> None:
-        """See :meth:`GramAccumulator.added`."""
-        self._whole = False
-        self._sum += self._pending
-        self._pending[...] = 0
-        self.folded += rows
-        self._whole = True
-
-    def restore(self, total: Matrix, rows: int) -> None:
-        """Go on from a sum over ``rows`` rows, which is taken over."""
-        self._sum, self.folded = total, rows
-
-    def peek(self) -> Matrix | None:
-        """Return the sum; None while it is being changed."""
-        return self._sum if self._whole else None
-
-    def triangle(self) -> Matrix:
-        """Return the sum, (k,) float64."""
-        return self._sum
+    @override
+    def _fold_pending(self) -> None:
+        self._double += self._unfolded
+        self._unfolded[...] = 0
 
 
 def mirror(matrix: Matrix) -> None:

@@ -11,8 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from ooc_influence.linalg.accumulate import FOLD_ROWS
+from ooc_influence.linalg.accumulate import Accumulator
+from ooc_influence.linalg.backend import Matrix
 from ooc_influence.process import MATMUL_PRECISION
 from ooc_influence.store import FACTORS, Encoding, GradientStore, RawBlock
 
@@ -137,7 +139,7 @@ class DeviceRows:
         out.mul_(steps.repeat_interleave(form.block, 1)[:, : out.shape[1]])
 
 
-class DeviceSum:
+class DeviceAccumulator(Accumulator):
     """The sum Σ XᵀY, or Σ XᵀX, of blocks on a device: in float32, not TF32, folded into float64 as on the host.
 
     Parameters
@@ -146,18 +148,11 @@ class DeviceSum:
         Columns of X and Y. Holds a b float32 and a b float64 there.
     device : str
         The device.
-
-    Attributes
-    ----------
-    folded : int
-        Rows in the float64 sum.
     """
 
     def __init__(self, a: int, b: int, device: str) -> None:
+        super().__init__(torch.zeros((a, b), device=device, dtype=torch.float64))
         self._single = torch.zeros((a, b), device=device)
-        self._double = torch.zeros((a, b), device=device, dtype=torch.float64)
-        self._pending = self.folded = 0
-        self._whole = True  # the float64 sum is not being changed
 
     def add(self, left: Tensor, right: Tensor | None = None) -> None:
         """Add leftᵀ right; without ``right``, the upper triangle of leftᵀ left."""
@@ -166,33 +161,19 @@ class DeviceSum:
                 stop = start + _TILE
                 tile = self._single[start:stop] if right is not None else self._single[start:stop, start:]
                 torch.addmm(tile, left[:, start:stop].T, left[:, start:] if right is None else right, out=tile)
-        self._pending += len(left)
-        if self._pending >= FOLD_ROWS:
-            self._fold()
+        self.added(len(left))
 
-    def _fold(self) -> None:
-        self._whole = False
+    @override
+    def _fold_pending(self) -> None:
         self._double += self._single
         self._single.zero_()
-        self.folded += self._pending
-        self._pending = 0
-        self._whole = True
 
-    def restore(self, total: npt.NDArray[np.float64], rows: int) -> None:
-        """Go on from a sum over ``rows`` rows."""
+    @override
+    def restore(self, total: Matrix, rows: int) -> None:
         self._double.copy_(torch.from_numpy(total))
         self.folded = rows
 
-    def triangle(self) -> npt.NDArray[np.float64]:
-        """Return the sum, (a, b) float64; of a square, the upper triangle counts."""
-        if self._pending:
-            self._fold()
-        return self._host()
-
-    def peek(self) -> npt.NDArray[np.float64] | None:
-        """Return the float64 sum as of the last fold; None in the middle of one."""
-        return self._host() if self._whole else None
-
-    def _host(self) -> npt.NDArray[np.float64]:
-        found: npt.NDArray[np.float64] = self._double.cpu().numpy()
-        return found
+    @override
+    def _host(self) -> Matrix:
+        host: Matrix = self._double.cpu().numpy()
+        return host

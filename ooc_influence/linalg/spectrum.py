@@ -18,7 +18,7 @@ import numpy as np
 import scipy.linalg
 
 from ooc_influence.errors import InputError, MemoryBudgetError, NonFiniteError
-from ooc_influence.linalg.accumulate import GramAccumulator, ProductAccumulator
+from ooc_influence.linalg.accumulate import MatrixAccumulator
 from ooc_influence.linalg.backend import Floats, Matrix, Team, add_product, row_squares
 from ooc_influence.linalg.rows import RowPartition, WeightedBlock, WeightedRows, partition_rows
 from ooc_influence.memory import (
@@ -97,7 +97,7 @@ def iteration_memory(
     reading, sent, small : int
         Bytes a task holds to read the store, and of each row to send it to a device; bytes kept for all rows.
     """
-    of_worker = ProductAccumulator.nbytes(columns, k)
+    of_worker = MatrixAccumulator.nbytes(columns, k)
     several = 8 * k * columns if workers > 1 else 0  # a sum of two results is a third one
     fixed = max(4 * k * columns + several, iteration_bytes(k, columns) - workers * of_worker) + small
     limit = block_limit(k, least=PRODUCT_ROWS)
@@ -250,12 +250,12 @@ def _product_adder(team: Team, basis: Floats, block_rows: int, device: str | Non
     if device is not None:
         import torch
 
-        from ooc_influence.linalg.device import DeviceSum, send_array
+        from ooc_influence.linalg.device import DeviceAccumulator, send_array
 
-        device_sum = DeviceSum(basis.shape[1], len(basis), device)
+        device_sum = DeviceAccumulator(basis.shape[1], len(basis), device)
         device_basis = send_array(basis, torch.device(device))
         return lambda rows: device_sum.add(rows @ device_basis, rows), device_sum
-    total = ProductAccumulator(basis.shape[1], len(basis), team=team)
+    total = MatrixAccumulator(basis.shape[1], len(basis), team=team)
     buffer = np.empty((block_rows, basis.shape[1]), np.float32)
 
     def add(rows: Floats) -> None:
@@ -330,7 +330,7 @@ def spectrum_solvers(k: int, m: int, r: int, slots: int = 1, reading: int = 0) -
         solvers.append(Solver(name, run, need, 1 if run is _by_fisher else 2, *cost))
 
     if k <= m:
-        sums = slots * GramAccumulator.nbytes(k) + several * 8 * k * k
+        sums = slots * MatrixAccumulator.nbytes(k) + several * 8 * k * k
         add("Fisher matrix", _by_fisher, max(sums, 8 * k * k + 12 * k * r), 4 * k, float(m) * k * k, 9.0 * k**3)
     if m <= _LARGEST_GRAM:
         lifting = 4 * m * r + (slots + several) * 4 * k * r
@@ -396,7 +396,7 @@ def _by_fisher(rows: WeightedRows, r: int, step: int, slots: int, bar: Progress)
 
 
 def _fisher_stripe(stripe: Stripe, key: str, rows: WeightedRows, step: int) -> Matrix:
-    accumulator = GramAccumulator(rows.store.k)
+    accumulator = MatrixAccumulator(rows.store.k)
     for block in rows.blocks(stripe.start, stripe.stop, step):
         accumulator.add(block.rows)
         tick(key, block.stop - block.start)
