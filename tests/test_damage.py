@@ -37,7 +37,7 @@ def fill(path, first=0):
     with GradientStore.open(path, "a") as store:
         while store.writer().next_row < 50:
             start = store.writer().next_row
-            stop = 50 if store.writer().room is None else start + store.writer().room
+            stop = 50 if store.writer().rows_left is None else start + store.writer().rows_left
             part = slice(start, stop)
             store.append(ROWS[part], loss=np.arange(50)[part], ids=NAMES[part], columns={"label": np.arange(50)[part]})
     return GradientStore.open(path)
@@ -327,7 +327,7 @@ def test_a_planned_store_is_repaired_in_its_ranges_only(tmp_path):
     for start, stop, hole in ((0, 24, 9), (24, 48, 36)):
         with GradientStore.open(path, "a") as store:
             writer = store.writer(start, stop)
-            assert (writer.next_row, writer.room) == (hole, 3)
+            assert (writer.next_row, writer.rows_left) == (hole, 3)
             store.append(rows[hole : hole + 3], loss=np.zeros(3))
     assert contents(path) == expected
 

@@ -202,7 +202,7 @@ def test_damage_is_found_and_repaired(root):
     assert [part.start for part in found] == [16, 56, 72]
     with GradientStore.open(path, "a") as store:
         while store.writer().next_row < 90:
-            start, room = store.writer().next_row, store.writer().room
+            start, room = store.writer().next_row, store.writer().rows_left
             stop = min(90, start + (room or 90))
             store.append(ROWS[start:stop], loss=np.zeros(stop - start))
     assert GradientStore.open(path).rows_digest() == expected

@@ -147,9 +147,9 @@ def _fill_stripe(
     share, product = RetainedEnergy(), np.empty((step, turn.shape[1]), np.float32)
     with GradientStore.open(out, "a") as target:
         writer = _claim(target, stripe)
-        while writer.room:  # a gap at a time
+        while writer.rows_left:  # a gap at a time
             first = writer.next_row
-            for low, high, start in _grid(first, first + writer.room, target.layout.group_rows, step):
+            for low, high, start in _grid(first, first + writer.rows_left, target.layout.group_rows, step):
                 small = {name: source.small(name, low, high) for name in _carried(source)}
                 for block in read_blocks(source, start, high, step):
                     rows = np.matmul(block.gradients, turn, out=product[: block.stop - block.start])

@@ -99,7 +99,7 @@ def _alone(kind: str, make: Callable[[Path], None]) -> CachedFolder:
 
 def _publish(final: Path, make: Callable[[Path], None]) -> None:
     with _writing(final), NewFolder(final) as folder:
-        path = Path(str(folder.place))
+        path = Path(str(folder.path))
         path.mkdir(exist_ok=True)
         make(path)
         for file in path.iterdir():

@@ -1,4 +1,4 @@
-"""Making and reading Zarr arrays the way every part of the store does.
+"""Creating and reading Zarr arrays as every part of the store does.
 
 Chunk keys are flat (``c.5.0``), so that a chunk is one file and one folder entry; empty chunks are written, because a
 missing file has to mean damage; no codec unless asked, so that chunks can be mapped; ``check=True`` adds Zarr's crc32c
@@ -32,13 +32,7 @@ _CODECS: dict[str, Callable[[int], Any]] = {  # by name, given the bytes of a nu
 
 
 def parse_codec(name: str | None) -> str | None:
-    """Return ``name`` if it is a known codec, or None for none.
-
-    Raises
-    ------
-    InputError
-        If it is not.
-    """
+    """Return ``name`` if it is a known codec, or None for none."""
     if name is not None and name not in _CODECS:
         raise InputError(f"expected codec one of {', '.join(_CODECS)}, or none; received {name!r}")
     return name
@@ -69,9 +63,9 @@ def create_array(
             "fill_value": 0 if fill is None else fill,
         }
     make = zarr.create_array if name is None else parent.create_array
-    place = {"store": parent, "zarr_format": 3} if name is None else {"name": name}
+    target = {"store": parent, "zarr_format": 3} if name is None else {"name": name}
     return make(
-        **place,
+        **target,
         shape=shape,
         chunks=tuple(max(1, size) for size in chunks),
         dtype=dtype,
@@ -88,7 +82,7 @@ def write_groups(parent: Any, groups: Mapping[str, tuple[Mapping[str, Any], Mapp
     Parameters
     ----------
     parent : Group
-        Where; its store is one of ours.
+        Where to write; its store is one of this package's.
     groups : mapping of str to (mapping, mapping of str to array)
         By path: the group's attributes, and its arrays of one axis, by name.
     """
@@ -116,11 +110,11 @@ def _group_document(attributes: Mapping[str, Any]) -> bytes:
 
 def _array_document(values: npt.NDArray[Any], name: str) -> bytes:
     """Return the metadata that Zarr writes for an array, from those that it wrote for one of the same type."""
-    found = json.loads(_template(values.dtype.str))
-    found["shape"] = [values.size]
-    found["chunk_grid"]["configuration"]["chunk_shape"] = [max(1, values.size)]
-    found["dimension_names"] = [f"{name}_0"]
-    return json.dumps(found, indent=2).encode()
+    document = json.loads(_template(values.dtype.str))
+    document["shape"] = [values.size]
+    document["chunk_grid"]["configuration"]["chunk_shape"] = [max(1, values.size)]
+    document["dimension_names"] = [f"{name}_0"]
+    return json.dumps(document, indent=2).encode()
 
 
 @functools.cache
@@ -164,15 +158,9 @@ def find_array(group: Any, name: str) -> Any:
 
 
 def read_whole(array: Any) -> npt.NDArray[Any]:
-    """Return a whole small array.
-
-    Raises
-    ------
-    StoreDamagedError
-        If a checksum fails, a file is missing, or its metadata ask for more than its files hold.
-    """
+    """Return a whole small array."""
     try:
-        _check_held(array)
+        _check_stored(array)
         return np.asarray(array[...])
     except (ValueError, KeyError, TypeError, AttributeError, MemoryError) as error:
         raise StoreDamagedError(_unreadable(array.store_path, error)) from error
@@ -198,13 +186,13 @@ def _unreadable(where: object, error: Exception) -> str:
     )
 
 
-def _check_held(array: Any) -> None:
-    """Check that an array's chunks can be on the disk before memory is taken for them: its shape may be edited."""
+def _check_stored(array: Any) -> None:
+    """Check, before allocating memory, that an array's files can hold its shape, which may have been edited."""
     store = array.store
     if isinstance(store, LocalArrayStore) and array.path not in store.may_lack:
-        held = local.tree_bytes(store.root / array.path)
-        if array.nbytes > held:
-            raise ValueError(f"a shape of {array.shape}, and files of {held} bytes in all")
+        file_bytes = local.tree_bytes(store.root / array.path)
+        if array.nbytes > file_bytes:
+            raise ValueError(f"a shape of {array.shape}, and files of {file_bytes} bytes in all")
 
 
 def open_group(store: Any, mode: Any) -> zarr.Group:

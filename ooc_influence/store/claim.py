@@ -1,11 +1,11 @@
-"""One writer a range: a claim, kept alive by a heartbeat, taken over from an owner that is dead.
+"""One writer per range: a claim, kept alive by a heartbeat, that another process takes over once its owner is dead.
 
 A claim is a small file ``commits/.claim-<name>.<generation>`` (inside an array's folder, where Zarr does not look for
 members) that says who holds it. It is created exclusively (a hard link, or a conditional PUT), so of two that want
 it one gets it. Who takes over creates the next generation; an owner that finds a later one than its own has lost the
 claim and must not write: it looks before every commit, before the data and before the record. Whether an owner is dead
-is judged by its process where that is surely one of this machine: started since the same boot, and counted in the same
-namespace. Everywhere else its heartbeat tells: two machines may have one name.
+is decided by its process where that certainly ran on this machine: since the same boot, in the same process namespace.
+Everywhere else its heartbeat decides: two machines may have the same name.
 
 Ranges may be cut differently from run to run, so a new claim is checked against every other after it was made; of two
 that overlap and come at the same moment, one or both are refused.
@@ -35,19 +35,19 @@ from ooc_influence.store import local, paths
 from ooc_influence.store.layout import Layout
 from ooc_influence.store.paths import StorePath, is_local
 
-HEARTBEAT = 10.0  # seconds between signs of life
-STALE = 60.0  # seconds without one after which an owner that may be on another machine is taken for dead
+HEARTBEAT = 10.0  # seconds between heartbeats
+STALE = 60.0  # seconds without a heartbeat after which an owner that may be on another machine counts as dead
 _CLAIM = re.compile(r"\.claim-([A-Za-z0-9-]+)\.(\d+)")
 
 
 @cache
 def _machine() -> dict[str, str]:
-    """Return what tells machines, their starts and their containers apart."""
-    found = {"host": socket.gethostname(), "boot": _apple_boot(), "space": ""}
+    """Return what distinguishes machines, their boots and their containers."""
+    machine = {"host": socket.gethostname(), "boot": _apple_boot(), "space": ""}
     with contextlib.suppress(OSError):
-        found["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        found["space"] = os.readlink("/proc/self/ns/pid")  # noqa: PTH115
-    return found
+        machine["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        machine["space"] = os.readlink("/proc/self/ns/pid")  # noqa: PTH115
+    return machine
 
 
 def _apple_boot() -> str:
@@ -60,7 +60,7 @@ def _apple_boot() -> str:
 
 
 def _started(pid: int) -> float | None:
-    """Return when a process started, in units of this machine's own; None if it is gone."""
+    """Return when a process started, in units that are this machine's own; None if it has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if fields[0] == "Z" else float(fields[19])  # ticks since boot: setting the clock changes nothing
@@ -81,17 +81,17 @@ class Owner:
 
     @property
     def released(self) -> bool:
-        """Whether it was given back."""
+        """Whether it was released."""
         return bool(self.record.get("released", False))
 
     @property
     def local(self) -> bool:
-        """Whether its process is surely one that this one can look at."""
+        """Whether its process is certainly one that this process can inspect."""
         here = _machine()
         return bool(here["boot"]) and all(self.record.get(name) == here[name] for name in ("boot", "space"))
 
     def alive(self) -> bool:
-        """Return whether the owner may still write; where only its heartbeat can tell, by the clock."""
+        """Return whether the owner may still write; where only its heartbeat decides, by the clock."""
         record = self.record
         if self.released:
             return False
@@ -161,8 +161,9 @@ class Claim:
         self._released, self._beating = threading.Event(), threading.Lock()
         self._heard = time.monotonic()
         self._generation = self._acquire()
-        own = self._path(self._generation)
-        self._finalizer = weakref.finalize(self, _give_back, own, self._pid, self._released, self._beating)
+        self._finalizer = weakref.finalize(
+            self, _release, self._path(self._generation), self._pid, self._released, self._beating
+        )
         threading.Thread(target=_keep_alive, args=(weakref.ref(self), self._released), daemon=True).start()
         if name is None:
             self._check_overlap(start, stop)
@@ -173,7 +174,7 @@ class Claim:
         return self._store
 
     def _acquire(self) -> int:
-        for _ in range(20):  # another one may come in between; then that one's owner is looked at
+        for _ in range(20):  # another process may be first; then the owner of its claim is checked
             generation, owner = read_claims(self._store).get(self._name, (0, None))
             if owner is not None and may_write(self._store, self._name, generation, owner):
                 raise StoreBusyError(self._busy(self._name, owner))
@@ -181,7 +182,9 @@ class Claim:
                 for old in range(max(1, generation - 3), generation + 1):
                     paths.remove_file(self._path(old))
                 return generation + 1
-        raise StoreBusyError(f"expected to claim {self._name} of {self._store}; received too many others: run again")
+        raise StoreBusyError(
+            f"expected to claim {self._name} of {self._store}; received too many other processes: run again"
+        )
 
     def _check_overlap(self, start: int, stop: int | None) -> None:
         for name, (generation, owner) in read_claims(self._store).items():
@@ -203,28 +206,28 @@ class Claim:
         return _claim_path(self._store, self._name, generation)
 
     def check(self) -> None:
-        """Check that the claim is still ours: to be called before what it allows is made visible.
+        """Check that the claim is still held: to be called before anything it protects becomes visible.
 
         Raises
         ------
         StoreBusyError
-            If another process took it over, having seen no sign of life from this one.
+            If another process took it over, having seen no heartbeat of this one.
         """
         if paths.is_local(self._store):
             lost = self._path(self._generation + 1).exists() or not self._path(self._generation).exists()
         elif time.monotonic() - self._heard < STALE / 2:
-            lost = False  # nobody takes over from one that was heard of so recently
+            lost = False  # nobody takes over with so recent a heartbeat
         else:
             lost = self._beat()
         if lost:
             raise StoreBusyError(
                 f"expected to hold the claim {self._name} of {self._store}; received a later one: another process "
-                "took over while this one stood still; what it committed stays, run again to go on"
+                "took over while this one was suspended; what it committed stays, run again to resume"
             )
 
     def _beat(self) -> bool:
-        """Give a sign of life; return whether another one took over."""
-        with self._beating:  # what was given back is not to come to life again
+        """Renew the heartbeat; return whether another process took over."""
+        with self._beating:  # a released claim must not come to life again
             if self._released.is_set():
                 return True
             if read_claims(self._store).get(self._name, (0, None))[0] != self._generation:
@@ -234,13 +237,13 @@ class Claim:
             return False
 
     def release(self, *, remove: bool = False) -> None:
-        """Give the range back; safe to call twice, and in a forked child, where it does nothing.
+        """Release the range; safe to call twice, and in a forked child, where it does nothing.
 
-        With ``remove`` the claim leaves no file: its folder is to go, too.
+        With ``remove`` the claim leaves no file, because its folder will be removed too.
         """
-        found = self._finalizer.detach()
-        if found is not None:
-            _give_back(*found[2], remove=remove)
+        detached = self._finalizer.detach()
+        if detached is not None:
+            _release(*detached[2], remove=remove)
 
 
 def _claim_path(store: StorePath, name: str, generation: int) -> StorePath:
@@ -248,11 +251,11 @@ def _claim_path(store: StorePath, name: str, generation: int) -> StorePath:
 
 
 def _record(pid: int, *, released: bool = False) -> bytes:
-    own = {"pid": pid, "started": _started(pid), "heartbeat": time.time(), "released": released}
-    return json.dumps(_machine() | own).encode()
+    process = {"pid": pid, "started": _started(pid), "heartbeat": time.time(), "released": released}
+    return json.dumps(_machine() | process).encode()
 
 
-def _give_back(
+def _release(
     path: StorePath, pid: int, released: threading.Event, beating: threading.Lock, *, remove: bool = False
 ) -> None:
     if os.getpid() != pid:
@@ -264,19 +267,19 @@ def _give_back(
                 paths.remove_file(path)
             elif paths.exists(path):
                 paths.write_bytes(path, _record(pid, released=True))
-        except OSError:  # a full disk: removing takes no room
+        except OSError:  # a full disk: removing needs no space
             paths.remove_file(path)
 
 
 def _keep_alive(claim: weakref.ref[Claim], released: threading.Event) -> None:
     while not released.wait(HEARTBEAT):
-        found = claim()
-        if found is None:
+        alive = claim()
+        if alive is None:
             return
         with contextlib.suppress(OSError):  # the next beat may succeed; check() finds out if none does
-            if found._beat():
+            if alive._beat():
                 return
-        del found
+        del alive
 
 
 def _read(store: StorePath, name: str, generation: int) -> Owner:
@@ -290,19 +293,13 @@ def _read(store: StorePath, name: str, generation: int) -> Owner:
     return Owner(record if isinstance(record, dict) else {"released": False})
 
 
-PATIENCE = 120.0  # seconds: a dead owner elsewhere is known by a heartbeat that stands still for 60
+PATIENCE = 120.0  # seconds: a dead owner on another machine is recognised by a heartbeat 60 s old
 _FIRST_PAUSE, _LAST_PAUSE = 0.02, 5.0  # seconds between two tries
 _Claimed = TypeVar("_Claimed")
 
 
 def check_range(path: StorePath, layout: Layout, start: int, stop: int | None) -> None:
-    """Check that a writer may ask for rows ``start`` to ``stop``.
-
-    Raises
-    ------
-    InputError
-        If a store that grows is asked for a range, or a planned one for anything but whole groups.
-    """
+    """Check that a writer may ask for rows ``start`` to ``stop``."""
     planned, group = layout.planned_rows, layout.group_rows
     if planned is None:
         fits = start == 0 and stop is None
@@ -333,12 +330,12 @@ def make_claim(path: StorePath, start: int = 0, stop: int | None = None, *, name
 
 
 def wait_for(claim: Callable[[], _Claimed], patience: float = PATIENCE) -> _Claimed:
-    """Return what ``claim`` returns, trying again for ``patience`` seconds while another process holds it.
+    """Return what ``claim`` returns, retrying for ``patience`` seconds while another process holds it.
 
     Raises
     ------
     StoreBusyError
-        If it is held for longer.
+        If another process holds it for longer.
     """
     last, pause = time.monotonic() + patience, _FIRST_PAUSE
     while True:
@@ -352,7 +349,7 @@ def wait_for(claim: Callable[[], _Claimed], patience: float = PATIENCE) -> _Clai
 
 
 def clear_range(path: StorePath, layout: Layout, start: int, stop: int | None) -> None:
-    """Delete what writes interrupted by a crash left behind in a range that the caller has claimed."""
+    """Delete what interrupted writes left in a range that the caller has claimed."""
     if not is_local(path):
         return
     own_claim = f".claim-{claim_name(start, stop)}."

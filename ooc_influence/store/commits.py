@@ -1,9 +1,10 @@
-"""Commit records: one uint64 a chunk, the only thing that makes rows visible.
+"""Commit records, one uint64 per chunk, the only thing that makes rows visible; and tombstones of dropped rows.
 
 ``record = rows_in_chunk << 32 | crc32c(those rows in every per-row array)``, zero for "not written". The record is
-written after the data it covers is durable, so a reader that trusts records never sees a row that a crash could take
-back. Rewriting a part-filled last chunk keeps its first rows, so the old record stays true until it is replaced.
-``dropped`` is not covered: it may change later, and its chunks carry a checksum of their own.
+written after the data it covers is durable, so a reader that trusts records never sees a row that a crash could undo.
+Rewriting a part-filled last chunk keeps its first rows, so the old record stays true until it is replaced.
+``dropped`` is not covered, because it may change later: its chunks have their own checksums. A dropped row keeps its
+number; scores, top lists and curvatures skip it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from zarr.core.sync import sync
 from ooc_influence.errors import StoreDamagedError, StoreWriteError, refused
 from ooc_influence.store.arrays import open_group, writable_array
 from ooc_influence.store.claim import Claim, make_claim, wait_for
-from ooc_influence.store.layout import MARKS, Layout, numpy_dtype
+from ooc_influence.store.layout import TOMBSTONES, Layout, numpy_dtype
 from ooc_influence.store.local import LocalArrayStore
 from ooc_influence.store.paths import ArrayStore, StorePath, array_store
 
@@ -83,9 +84,9 @@ class Slot:
     small : dict of str to (chunk_rows,)
         The other per-row values, by array path.
     first : int
-        Row of the chunk's first place.
+        The chunk's first row.
     rows : int
-        Places filled, from the first.
+        Rows filled, from the first.
     source : Path or None
         A file that holds exactly this chunk, to be linked instead of written.
     dropped : list of int
@@ -108,7 +109,7 @@ class Slot:
         )
 
     def checksum(self) -> int:
-        """Return the crc32c over the filled places."""
+        """Return the crc32c over the filled rows."""
         return checksum([self.gradients[: self.rows], *(values[: self.rows] for values in self.small.values())])
 
 
@@ -160,10 +161,10 @@ class Committer:
             self._open_group(group)
             writes = [partial(self._write_gradients, slot) for slot in chunks]
             writes += [partial(self._write_small, name, group, chunks) for name in self._small]
-            coming = [self._threads.submit(write) for write in writes]
+            pending = [self._threads.submit(write) for write in writes]
             written = {slot.first // self.layout.chunk_rows: pack(slot.rows, slot.checksum()) for slot in chunks}
-            wait(coming)  # for all of them, before an error of one is raised: nothing may be written after that
-            for write in coming:
+            wait(pending)  # for all of them, before an error of one is raised: nothing may be written after that
+            for write in pending:
                 write.result()
             self.files.sync_folders()
             dropped = [row for slot in chunks for row in slot.dropped]
@@ -200,8 +201,8 @@ class Committer:
             blank: Any = "" if kind is object else (np.nan if dtype.startswith("float") else 0)
             self._small[name] = np.full(size, blank, kind)
             if np.any(self.records[chunk : chunk + self.layout.group_chunks]):
-                found = self._arrays[name][first : first + size]
-                self._small[name][: len(found)] = found
+                stored = self._arrays[name][first : first + size]
+                self._small[name][: len(stored)] = stored
         self._group = group
 
     def _write_small(self, name: str, group: int, slots: Sequence[Slot]) -> None:
@@ -256,31 +257,25 @@ class Committer:
         self.files.sync_folders()
 
 
-def marked_groups(group: Any) -> list[int]:
-    """Return the groups of rows that have dropped ones, as listed in an open store.
-
-    Raises
-    ------
-    StoreDamagedError
-        If the list cannot be read.
-    """
+def tombstone_groups(group: Any) -> list[int]:
+    """Return the groups that have dropped rows, as listed in an open store."""
     try:
-        return [int(number) for number in group[MARKS].attrs["dropped"]]
+        return [int(number) for number in group[TOMBSTONES].attrs["dropped"]]
     except (KeyError, ValueError, TypeError) as error:
         raise StoreDamagedError(
             f"expected the list of groups with dropped rows in {group.store_path}; received none: {error}: restore "
-            f"{MARKS}/zarr.json from a backup"
+            f"{TOMBSTONES}/zarr.json from a backup"
         ) from error
 
 
-def list_groups(files: ArrayStore, groups: Iterable[int]) -> None:
-    """List the groups that have dropped rows, after their marks: a reader looks for the files of these."""
-    open_group(files, "r+")[MARKS].attrs["dropped"] = sorted(groups)
+def list_tombstone_groups(files: ArrayStore, groups: Iterable[int]) -> None:
+    """List the groups that have dropped rows, once their tombstones are written: readers expect the files of these."""
+    open_group(files, "r+")[TOMBSTONES].attrs["dropped"] = sorted(groups)
     files.sync_folders()
 
 
 def mark_dropped(path: StorePath, layout: Layout, numbers: npt.NDArray[Any], *, dropped: bool = True) -> None:
-    """Mark rows as dropped, or as live again, durably; while another process marks some, this waits.
+    """Mark rows as dropped, or as live again, durably; waits while another process marks some.
 
     Raises
     ------
@@ -295,7 +290,7 @@ def mark_dropped(path: StorePath, layout: Layout, numbers: npt.NDArray[Any], *, 
         group = open_group(files, "r+")
         writable_array(group, "dropped").set_orthogonal_selection((numbers,), dropped)
         files.sync_folders()
-        list_groups(files, set(marked_groups(group)) | set((numbers // layout.group_rows).tolist()))
+        list_tombstone_groups(files, set(tombstone_groups(group)) | set((numbers // layout.group_rows).tolist()))
     except OSError as error:
         raise StoreWriteError(refused(f"to mark rows of {path} as dropped", error, ", then run again")) from error
     finally:

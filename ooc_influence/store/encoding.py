@@ -2,7 +2,7 @@
 
     number = q · (|q| + t) · row scale · 2^(-e/8)        q in -t..t; t = 127 (int8) or 7 (int4); e in 0..255
 
-Masked gradients have few large entries and many small ones, and the large ones lie together: a layer's columns are
+Masked gradients have few large entries and many small ones, and the large ones are neighbours: a layer's columns are
 ordered by its outputs, and an entry is δ_i x_j. Equal steps would leave small entries too few levels, and one scale a
 row would make every entry as coarse as the largest. So the step at the top is three times the one at zero, and every
 block of 16 columns has a code e, which brings its largest entry to within 9 % of the top. The codes follow the numbers
@@ -82,10 +82,10 @@ def _block_maxima(sizes: Floats, block: int | None) -> Floats:
     """Return the largest of each block, (b, blocks): pairwise, several times as fast as NumPy's own on a short axis."""
     if block != BLOCK:
         return np.asarray(sizes.reshape(len(sizes), -1, block or sizes.shape[1]).max(axis=2))
-    found = sizes.reshape(-1)
-    while found.size > sizes.size // BLOCK:
-        found = np.maximum(found[::2], found[1::2])
-    maxima: Floats = found.reshape(len(sizes), -1)
+    largest = sizes.reshape(-1)
+    while largest.size > sizes.size // BLOCK:
+        largest = np.maximum(largest[::2], largest[1::2])
+    maxima: Floats = largest.reshape(len(sizes), -1)
     return maxima
 
 
@@ -133,7 +133,7 @@ FloatRows = npt.NDArray[np.float32]
 RawRows = npt.NDArray[Any]
 
 _TILE_BYTES = 2**19  # float32 bytes converted at a time: the tile stays in cache
-_HALF_BITS = np.int32(0x8FFFE000 - 2**32)  # sign, five bits of exponent and ten of fraction, in a float32's places
+_HALF_BITS = np.int32(0x8FFFE000 - 2**32)  # sign, five bits of exponent and ten of fraction, where a float32 has them
 _HALF_BIAS = np.float32(2.0**112)  # between the two exponents
 
 
@@ -260,7 +260,7 @@ class Encoding:
             return np.asarray(lowest.any(axis=1))
         whole: Any = np.uint32 if self.name == "float32" else np.uint16
         exponent = whole({"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}[self.name])
-        found = np.zeros(len(raw), np.bool_)
+        bad = np.zeros(len(raw), np.bool_)
         bits = raw.view(whole)
         step = max(1, _TILE_BYTES // max(1, 2 * self.row_bytes))
         tile = np.empty((min(step, len(raw)), raw.shape[1]), whole)
@@ -268,8 +268,8 @@ class Encoding:
             part = bits[start : start + step]
             masked = np.bitwise_and(part, exponent, out=tile[: len(part)])
             if masked.max(initial=0) == exponent:
-                found[start : start + step] = masked.max(axis=1) == exponent
-        return found
+                bad[start : start + step] = masked.max(axis=1) == exponent
+        return bad
 
     def _tile_rows(self, rows: int) -> int:
         return max(1, min(rows, _TILE_BYTES // max(1, 4 * self.k)))

@@ -1,6 +1,6 @@
 """The gradient store: create, open, append. One Zarr v3 group; :mod:`.layout` lists its arrays.
 
-Readers see committed rows only, and go on seeing what they opened while a writer adds more.
+Readers see committed rows only, and keep seeing the rows they opened while a writer adds more.
 """
 
 from __future__ import annotations
@@ -57,28 +57,28 @@ from ooc_influence.store.reduction import Reduction, columns_digest
 from ooc_influence.store.remote import ChunkCache
 from ooc_influence.store.verify import Damage, verify_store
 from ooc_influence.store.view import Pin, StoreView
-from ooc_influence.store.writer import RangeWriter, parse_marks, parse_rows
+from ooc_influence.store.writer import RangeWriter, parse_rows, parse_tombstones
 
 if TYPE_CHECKING:
     import dask.array as da
 
 
 def parse_numbers(rows: npt.ArrayLike, n: int) -> npt.NDArray[Any]:
-    """Return distinct row numbers below ``n`` from numbers or (n,) marks.
+    """Return distinct row numbers below ``n``, from numbers or an (n,) mask.
 
     Raises
     ------
     InputError
         For anything else.
     """
-    given = np.asarray(rows)
-    if given.dtype == bool and given.shape == (n,):
-        given = np.flatnonzero(given)
-    numbers = np.unique(given)
+    array = np.asarray(rows)
+    if array.dtype == bool and array.shape == (n,):
+        array = np.flatnonzero(array)
+    numbers = np.unique(array)
     if numbers.size and (numbers.dtype.kind not in "iu" or numbers[0] < 0 or numbers[-1] >= n):
         raise InputError(
-            f"expected row numbers in [0, {n}), or {n} marks; received {given.dtype} of shape "
-            f"{given.shape} from {numbers[0]} to {numbers[-1]}"
+            f"expected row numbers in [0, {n}), or a mask of {n}; received {array.dtype} of shape "
+            f"{array.shape} from {numbers[0]} to {numbers[-1]}"
         )
     return numbers
 
@@ -91,13 +91,7 @@ def create_store(
     attributes: Mapping[str, Any],
     column_scale: FloatRows | None,
 ) -> bool:
-    """Write a store without rows; return False where something else is at ``path``.
-
-    Raises
-    ------
-    StoreWriteError
-        If the disk refuses.
-    """
+    """Write a store without rows; return False where something else is at ``path``."""
     claim = None
     try:
         if paths.is_file(path / METADATA):
@@ -141,66 +135,13 @@ def _fixed(layout: Layout, mask: Mask, reduction: Reduction | Mapping[str, Any] 
 
 
 def parse_column_scale(column_scale: Any, k: int) -> FloatRows | None:
-    """Return column scales as (k,) float32.
-
-    Raises
-    ------
-    InputError
-        If they are not positive and finite, one a column.
-    """
+    """Return column scales as (k,) float32."""
     if column_scale is None:
         return None
-    found = np.asarray(column_scale, np.float32)
-    if found.shape != (k,) or not (np.isfinite(found) & (found > 0)).all():
-        raise InputError(f"expected {k} positive column scales; received shape {found.shape}, or some that are not")
-    return found
-
-
-def grow_store(path: StorePath, layout: Layout, records: Any, rows: int) -> None:
-    """Give a planned store room for ``rows`` rows in all; readers opened before see what they opened.
-
-    Raises
-    ------
-    InputError
-        If the store is not a planned one, or has more already.
-    StoreBusyError
-        If a range of it is being written.
-    """
-    planned = layout.planned_rows
-    if planned is None or rows < planned:
-        received = "one that grows by itself" if planned is None else f"one planned for {planned}"
-        raise InputError(f"expected a store planned for at most {rows} rows at {path}; received {received}")
-    plan_rows(path, layout, records, rows)
-
-
-def plan_rows(path: StorePath, layout: Layout, records: Any, rows: int | None) -> None:
-    """Fix how many rows a store will have, for several writers to divide; None: it grows by appending again.
-
-    Raises
-    ------
-    InputError
-        For fewer rows than are committed, or None while planned ones are missing.
-    StoreBusyError
-        If a range of it is being written.
-    """
-    held, planned = commits.leading_rows(records, layout.chunk_rows), layout.planned_rows
-    if (rows is None and held < (planned or 0)) or (rows is not None and rows < held):
-        raise InputError(f"expected {held} of {planned} rows at {path} to be planned so; received {rows}")
-    if rows == planned:
-        return
-    claim = make_claim(path, name="grow")
-    try:
-        for name, (generation, owner) in read_claims(path).items():
-            if claimed_rows(name) is not None and may_write(path, name, generation, owner):
-                raise StoreBusyError(
-                    f"expected no writer of {path} while it grows; received one ({name}): {owner}: wait for it"
-                )
-        layout = Layout.from_dict(layout.to_dict() | {"planned_rows": rows}, path)
-        if rows is not None:
-            Committer(array_store(path), layout, records, claim).make_room(rows, rows)
-        write_attributes(path, {**read_attributes(path), "layout": layout.to_dict()})
-    finally:
-        claim.release()
+    scale = np.asarray(column_scale, np.float32)
+    if scale.shape != (k,) or not (np.isfinite(scale) & (scale > 0)).all():
+        raise InputError(f"expected {k} positive column scales; received shape {scale.shape}, or some that are not")
+    return scale
 
 
 class GradientStore(StoreView):
@@ -424,28 +365,28 @@ class GradientStore(StoreView):
         metadata = {} if ids is None else {"example_id": ids}
         metadata |= {f"columns/{name}": values for name, values in (columns or {}).items()}
         rows, small = parse_rows(self.layout, first_row, gradients, loss, grad_norm, metadata)
-        tombstones = None if dropped is None else parse_marks(dropped, len(rows))
+        tombstones = None if dropped is None else parse_tombstones(dropped, len(rows))
         writer = self.writer()
         writer.append(rows, small, tombstones)
         self._refresh(writer)
 
     def _refresh(self, writer: RangeWriter) -> None:
-        self._see(writer.take_fresh(), marked=writer.marked)
+        self._see(writer.take_fresh(), has_tombstones=writer.has_tombstones)
 
     def drop(self, rows: npt.ArrayLike) -> None:
-        """Mark rows as dropped: NaN in scores, absent from top-k and from F; their numbers stay.
+        """Mark rows as dropped: NaN in scores, absent from top-k and from F; their numbers stay the same.
 
         Parameters
         ----------
         rows : (m,) int, or (n,) bool
-            Row numbers below ``n``, or a mark for every row.
+            Row numbers below ``n``, or a mask of all rows.
 
         Raises
         ------
         InputError
             For other rows, or a store opened to read.
         StoreBusyError
-            If another process keeps dropping rows for minutes; a shorter one is waited for.
+            If another process keeps dropping rows for minutes; shorter ones are waited for.
         """
         self._check_writable()
         self.flush()
@@ -457,7 +398,7 @@ class GradientStore(StoreView):
     def find(self, ids: Sequence[Any] | npt.ArrayLike) -> npt.NDArray[np.int64]:
         """Return the row number of each id, (m,); -1 for one that no row has.
 
-        Reads the ids through, a group of rows at a time. Without stored ids, row numbers are the ids.
+        Reads all ids, one group of rows at a time. Without stored ids, row numbers are the ids.
 
         Raises
         ------
@@ -479,7 +420,7 @@ class GradientStore(StoreView):
         Parameters
         ----------
         repair : bool
-            Give up the damaged chunks: their rows are no longer committed, and the next extraction writes just them.
+            Discard the damaged chunks: their rows are no longer committed, and the next extraction writes just them.
         workers : int, optional
             Row stripes checked at once; by default one a core, or the slots of the ambient Dask cluster.
         memory : int or str, optional
@@ -490,7 +431,7 @@ class GradientStore(StoreView):
         Returns
         -------
         list of Damage
-            ``(start, stop, reason)`` of the damaged row ranges; empty where all is well.
+            ``(start, stop, reason)`` of the damaged row ranges; empty if nothing is damaged.
 
         Raises
         ------
@@ -499,10 +440,10 @@ class GradientStore(StoreView):
         StoreBusyError
             If another process is writing what is to be repaired.
         """
-        found = verify_store(self, repair=repair, workers=workers, memory=memory, progress=progress)
-        if repair and found:
+        damage = verify_store(self, repair=repair, workers=workers, memory=memory, progress=progress)
+        if repair and damage:
             self.reload()
-        return found
+        return damage
 
     @property
     def waited(self) -> float:
@@ -510,7 +451,7 @@ class GradientStore(StoreView):
         return 0.0 if self._writer is None else self._writer.waited
 
     def record(self, **attributes: Any) -> None:
-        """Write further attributes, JSON values, in place of what has their names."""
+        """Write further attributes, JSON values, replacing those of the same names."""
         self._check_writable()
         self._attrs = read_attributes(self.path) | attributes
         write_attributes(self.path, self._attrs)
@@ -526,8 +467,11 @@ class GradientStore(StoreView):
             If a range of it is being written.
         """
         self._check_writable()
-        grow_store(self.path, self.layout, self._records.copy(), rows)
-        super().__init__(self.path)
+        planned = self.layout.planned_rows
+        if planned is None or rows < planned:
+            received = "one that grows by itself" if planned is None else f"one planned for {planned}"
+            raise InputError(f"expected a store planned for at most {rows} rows at {self.path}; received {received}")
+        self.plan_rows(rows)
 
     def plan_rows(self, rows: int | None) -> None:
         """Let several writers divide a store of ``rows`` rows in all; None: a finished one grows by appending again.
@@ -540,8 +484,25 @@ class GradientStore(StoreView):
             If a range of it is being written.
         """
         self._check_writable()
-        plan_rows(self.path, self.layout, self._records.copy(), rows)
-        super().__init__(self.path)
+        path, layout, records = self.path, self.layout, self._records.copy()
+        committed, planned = commits.leading_rows(records, layout.chunk_rows), layout.planned_rows
+        if (rows is None and committed < (planned or 0)) or (rows is not None and rows < committed):
+            raise InputError(f"expected {committed} of {planned} rows at {path} to be planned so; received {rows}")
+        if rows != planned:
+            claim = make_claim(path, name="grow")
+            try:
+                for name, (generation, owner) in read_claims(path).items():
+                    if claimed_rows(name) is not None and may_write(path, name, generation, owner):
+                        raise StoreBusyError(
+                            f"expected no writer of {path} while it grows; received one ({name}): {owner}: wait for it"
+                        )
+                layout = Layout.from_dict(layout.to_dict() | {"planned_rows": rows}, path)
+                if rows is not None:
+                    Committer(array_store(path), layout, records, claim).make_room(rows, rows)
+                write_attributes(path, {**read_attributes(path), "layout": layout.to_dict()})
+            finally:
+                claim.release()
+        super().__init__(path)
 
     def flush(self) -> None:
         """Commit what was appended; it survives a crash from here on."""
@@ -550,7 +511,7 @@ class GradientStore(StoreView):
             self._refresh(self._writer)
 
     def close(self) -> None:
-        """Commit what was appended and let another process write; reading goes on working."""
+        """Commit what was appended and let another process write; reading still works."""
         writer, self._writer = self._writer, None
         try:
             if writer is not None:
@@ -602,9 +563,9 @@ class GradientStore(StoreView):
     def __getitem__(self, key: Any) -> npt.NDArray[Any]:
         first, rest = (key[0], key[1:]) if isinstance(key, tuple) else (key, ())
         if isinstance(first, slice):
-            places = range(self._rows)[first]
-            low, high = (min(places), max(places) + 1) if places else (0, 0)
-            block = self.rows(low, high)[:: places.step]
+            chosen = range(self._rows)[first]
+            low, high = (min(chosen), max(chosen) + 1) if chosen else (0, 0)
+            block = self.rows(low, high)[:: chosen.step]
             return np.asarray(block[(slice(None), *rest)] if rest else block)
         row = range(self._rows)[operator.index(first)]  # IndexError ends iteration
         return np.asarray(self.rows(row, row + 1)[0][rest])

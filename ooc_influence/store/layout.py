@@ -11,7 +11,7 @@ grad_norm           (n,)         float32 Euclidean norm of the row before it was
                                  gradient's squared norm without bias (at k = p it is that norm)
 column_scale        (k,)         optional: float32 numbers that rows are divided by before they are encoded
 dropped             (n,)         bool: the row is removed; its number stays. Attribute ``dropped`` of the Zarr group
-                                 ``tombstones`` lists the groups that have such rows; only their files exist
+                                 ``marks`` lists the groups that have such rows; only their files exist
 example_id          (n,)         optional: the user's name of the row, str or int64
 columns/<name>      (n,)         optional: what users group and filter by
 commits             (chunks,)    uint64 commit records (:mod:`.commits`), one a gradients chunk
@@ -43,7 +43,7 @@ from ooc_influence.store.paths import StorePath, array_store
 FORMAT_VERSION = 3
 READABLE_VERSIONS = (1, 2, 3)
 ATTRIBUTES = "ooc_influence"  # the key of all our attributes in the group
-MARKS = "marks"  # a Zarr group whose attributes only the marking of rows writes
+TOMBSTONES = "marks"  # a Zarr group whose attributes are written only when rows are dropped
 ROW_ARRAYS = ("row_scale", "loss", "grad_norm")
 _NAME = re.compile(r"(?!zarr\.json$)[A-Za-z0-9_][A-Za-z0-9_.-]*")  # of a column: it becomes a folder's
 _COLUMN_DTYPES = ("bool", "int64", "float64", "str")
@@ -193,8 +193,8 @@ class Layout:
     @property
     def metadata(self) -> dict[str, str]:
         """Array path to dtype of what the caller gives for each row: the id and the columns, in checksum order."""
-        found = {f"columns/{name}": self.columns[name] for name in sorted(self.columns)}
-        return ({"example_id": self.ids} if self.ids else {}) | found
+        columns = {f"columns/{name}": self.columns[name] for name in sorted(self.columns)}
+        return ({"example_id": self.ids} if self.ids else {}) | columns
 
     @property
     def row_arrays(self) -> dict[str, str]:
@@ -216,7 +216,7 @@ class Layout:
         return ["gradients", *self.row_arrays, "dropped", "commits", *extra]
 
     def create_arrays(self, group: Any) -> None:
-        """Create the per-row arrays in a new Zarr group, with room for the planned rows."""
+        """Create the per-row arrays in a new Zarr group, long enough for the planned rows."""
         rows = self.planned_rows or 0
         create_array(
             group, "gradients", (rows, self.encoding.columns), (self.chunk_rows, self.encoding.columns),
@@ -229,7 +229,7 @@ class Layout:
             kind: Any = str if dtype == "str" else dtype
             create_array(group, name, (rows,), (self.group_rows,), kind, fill=fill, dims=("row",))
         create_array(group, "dropped", (rows,), (self.group_rows,), bool, check=True, dims=("row",))
-        group.create_group(MARKS, attributes={"dropped": []})
+        group.create_group(TOMBSTONES, attributes={"dropped": []})
         chunks = -(-rows // self.chunk_rows)
         create_array(group, "commits", (chunks,), (self.group_chunks,), "uint64", check=True, dims=("chunk",))[...] = 0
 
@@ -262,9 +262,9 @@ class Layout:
             possible = all(type(size) is int and 0 < size < 2**62 for size in sizes)
             possible = possible and layout.chunk_rows < 2**32 and type(layout.column_scale) is bool
             possible = possible and (layout.block is None or layout.encoding.quantised)
-            known = set(layout.columns.values()) | ({layout.ids} if layout.ids else set())
-            if not possible or not known <= set(_COLUMN_DTYPES):
-                raise ValueError(f"sizes {sizes}, column dtypes {sorted(known)}")
+            dtypes = set(layout.columns.values()) | ({layout.ids} if layout.ids else set())
+            if not possible or not dtypes <= set(_COLUMN_DTYPES):
+                raise ValueError(f"sizes {sizes}, column dtypes {sorted(dtypes)}")
         except (TypeError, ValueError, AttributeError) as error:
             raise StoreFormatError(
                 f"expected a layout of format {FORMAT_VERSION} in {where}; received {error}: "
@@ -301,13 +301,7 @@ _REQUIRED = {"format": int, "layout": dict, "mask_digest": str, "created": dict,
 
 
 def read_attributes(path: StorePath) -> dict[str, Any]:
-    """Return what a store's root says about it, checked.
-
-    Raises
-    ------
-    StoreFormatError
-        If it is not a store's, or of a format this version does not read.
-    """
+    """Return what a store's root says about it, checked."""
     try:
         group = open_group(array_store(path, read_only=True), "r")
         attrs: Any = dict(group.attrs).get(ATTRIBUTES)

@@ -1,8 +1,8 @@
-"""Changing local files so that a power cut cannot undo what was promised.
+"""Durable changes of local files, and the Zarr store on a local folder.
 
 A file is written under a temporary name, synced, then renamed; its folder is synced by whoever promises that the name
-is there too. All of it goes through ``os``, which is what the tests that replay crashes record; but two folders swap
-names by ``renameat2`` on Linux, for which Python has no name.
+is there too. Everything goes through ``os``, which the tests that replay crashes record; except that two folders swap
+names by ``renameat2`` on Linux, which Python does not have.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from ooc_influence.errors import StoreDamagedError, StoreFormatError, StoreReadE
 CREATING = ".creating"  # ending of a folder that is being made
 PARTIAL = ".partial"  # ending of a file that is being written; left behind only by a crash
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux' fcntl.h and fs.h
-_LEFT_BEHIND = 86400  # seconds after which a folder being made is taken for one that a crash left
+_LEFT_BEHIND = 86400  # seconds after which an unfinished folder counts as left by a crash
 
 
 def write_file(path: Path, data: Any) -> None:
@@ -116,7 +116,7 @@ def remove_left_behind(final: Path) -> None:
 
 
 def remove_partial_files(folder: Path, mine: Callable[[str], bool]) -> None:
-    """Delete what interrupted writes of some files, told by name, left behind in a folder."""
+    """Delete what interrupted writes of some files, chosen by name, left in a folder."""
     for name in _names(folder):
         if name.startswith(".") and name.endswith(PARTIAL) and mine(name[1:].rsplit(".", 2)[0]):
             (folder / name).unlink(missing_ok=True)
@@ -239,26 +239,20 @@ _CODECS = {"bytes", "crc32c", "vlen-utf8", "zstd", "blosc", "gzip"}
 
 
 def check_document(text: bytes, where: object) -> bytes:
-    """Return a document to be given to Zarr: as it is, or without consolidated metadata.
-
-    Raises
-    ------
-    StoreFormatError
-        If it cannot be read, or asks for unknown codecs or data types.
-    """
+    """Return a document as Zarr may read it: unchanged, or without consolidated metadata."""
     try:
-        found: Any = json.loads(text)
-        consolidated = found.pop("consolidated_metadata", None)
-        is_array = found["node_type"] == "array"
+        document: Any = json.loads(text)
+        consolidated = document.pop("consolidated_metadata", None)
+        is_array = document["node_type"] == "array"
         if is_array:
-            asked = {codec["name"] for codec in found["codecs"]} - _CODECS
-            asked |= set() if isinstance(found["data_type"], str) else {json.dumps(found["data_type"])[:40]}
+            asked = {codec["name"] for codec in document["codecs"]} - _CODECS
+            asked |= set() if isinstance(document["data_type"], str) else {json.dumps(document["data_type"])[:40]}
             if asked:
                 raise StoreFormatError(
                     f"expected known codecs and data types in {where}; received {', '.join(sorted(asked))}: it was "
                     "edited; restore it from a backup"
                 )
-        (ArrayV3Metadata if is_array else GroupMetadata).from_dict(dict(found))
+        (ArrayV3Metadata if is_array else GroupMetadata).from_dict(dict(document))
     except StoreFormatError:
         raise
     except Exception as error:  # whatever JSON and Zarr make of it
@@ -266,7 +260,7 @@ def check_document(text: bytes, where: object) -> bytes:
             f"expected Zarr metadata that can be read in {where}; received {type(error).__name__}: {error}: restore it "
             "from a backup"
         ) from error
-    return text if consolidated is None else json.dumps(found).encode()
+    return text if consolidated is None else json.dumps(document).encode()
 
 
 class _AdoptingArray(cpu.NDBuffer):
@@ -295,11 +289,11 @@ def is_chunk(key: str) -> bool:
     return name != METADATA and not name.startswith(".")
 
 
-def checked(found: Buffer | None, root: object, key: str) -> Buffer | None:
-    """Return what was read under a key, metadata looked at (:mod:`.metadata`)."""
-    if found is None or key.rsplit("/", 1)[-1] != METADATA:
-        return found
-    return cpu.Buffer.from_bytes(check_document(found.to_bytes(), f"{root}/{key}"))
+def checked(data: Buffer | None, root: object, key: str) -> Buffer | None:
+    """Return what was read under a key, metadata checked (:func:`check_document`)."""
+    if data is None or key.rsplit("/", 1)[-1] != METADATA:
+        return data
+    return cpu.Buffer.from_bytes(check_document(data.to_bytes(), f"{root}/{key}"))
 
 
 def map_file(path: str | Path) -> np.ndarray[Any, np.dtype[np.uint8]]:

@@ -121,7 +121,7 @@ class Mask:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over names, shapes, places and weights: stores are compatible if and only if it is equal."""
+        """SHA-256 over names, shapes, indices and weights: stores are compatible if and only if it is equal."""
         digest = hashlib.sha256()
         for module in self.modules:
             layer = module.layer

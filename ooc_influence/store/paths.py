@@ -1,6 +1,6 @@
-"""Where stores lie: a local folder (:class:`pathlib.Path`) or a folder behind an fsspec URL (:class:`upath.UPath`).
+"""Where stores are: a local folder (:class:`pathlib.Path`) or a folder behind an fsspec URL (:class:`upath.UPath`).
 
-Everything the package does to files beside Zarr's own reads and writes goes through here: looking, creating
+Everything the package does to files besides Zarr's own reads and writes goes through here: looking, creating
 exclusively, publishing what was built, removing. On a disk a folder is built aside and renamed; on an object store,
 which cannot rename, it is built in place and its root's ``zarr.json`` is put last.
 """
@@ -35,7 +35,7 @@ ArrayStore = LocalArrayStore | RemoteArrayStore
 
 
 def parse_path(path: PathLike) -> StorePath:
-    """Return a place: an absolute local path, ``~`` as the home folder, or the path behind a URL.
+    """Return a path as the store uses it: an absolute local path, ``~`` as the home folder, or the path behind a URL.
 
     Raises
     ------
@@ -55,8 +55,8 @@ def parse_path(path: PathLike) -> StorePath:
     if protocol in ("file", "local"):
         return expand_home(text.partition("://")[2]).absolute()
     try:
-        found = UPath(text)
-        _ = found.fs
+        remote = UPath(text)
+        _ = remote.fs
     except ImportError as error:
         raise MissingExtraError(
             f"expected the package behind {protocol}://; received none ({error}): "
@@ -64,7 +64,7 @@ def parse_path(path: PathLike) -> StorePath:
         ) from error
     except ValueError as error:
         raise InputError(f"expected a local path or an fsspec URL; received {text!r} ({error})") from error
-    return found
+    return remote
 
 
 def expand_home(path: str | os.PathLike[str]) -> Path:
@@ -86,12 +86,12 @@ _opened: set[str] = set()  # by their user, in this process
 
 
 def remember_opened(path: StorePath) -> None:
-    """Note that the user has named a place: what a store says of it may be followed there."""
+    """Note that the user has opened this path: other stores may refer to it."""
     _opened.add(str(path))
 
 
 def parse_reference(path: object, home: StorePath) -> StorePath:
-    """Return the place that a store at ``home`` names in its attributes, which somebody else may have written.
+    """Return the path that a store at ``home`` refers to in its attributes, which somebody else may have written.
 
     It is followed on the file system the store is on (of an object store, in the same bucket), and to where the user
     has opened a store in this process; nowhere else.
@@ -99,7 +99,7 @@ def parse_reference(path: object, home: StorePath) -> StorePath:
     Raises
     ------
     InputError
-        For any other place.
+        For any other path.
     """
     text = path if isinstance(path, str) else repr(path)
     protocol, apart, rest = text.partition("://")
@@ -108,11 +108,11 @@ def parse_reference(path: object, home: StorePath) -> StorePath:
     elif is_local(home):
         near = not apart or protocol in ("file", "local")
     else:
-        own, _, inside = str(home).partition("://")
-        near = bool(apart) and protocol == own and _bucket(rest) == _bucket(inside)
+        scheme, _, inside = str(home).partition("://")
+        near = bool(apart) and protocol == scheme and _bucket(rest) == _bucket(inside)
     if not near:
         raise InputError(
-            f"expected a store that refers to its own file system; received {home}, which refers to {text}: if you "
+            f"expected a store that refers to its scheme file system; received {home}, which refers to {text}: if you "
             f"trust it, open that store first: GradientStore.open({text!r}), or --like {text}"
         )
     return parse_path(text)
@@ -123,7 +123,7 @@ def _bucket(path: str) -> str:
 
 
 def is_local(path: StorePath) -> TypeGuard[Path]:
-    """Return whether a place is on a file system that can be mapped."""
+    """Return whether a path is on a file system whose files can be mapped."""
     return isinstance(path, Path)
 
 
@@ -148,7 +148,7 @@ def _system(path: UPath) -> fsspec.AbstractFileSystem:
 
 @contextlib.contextmanager
 def _looking(path: StorePath) -> Iterator[None]:
-    """Say in one line that this user may not read what is on a disk; an object store's client has its own errors."""
+    """Turn a refusal to read a local file into one of this package's errors; object stores' clients have their own."""
     try:
         yield
     except PermissionError as error:
@@ -236,11 +236,11 @@ def names(folder: StorePath) -> list[str]:
         if isinstance(folder, Path):
             with _looking(folder):
                 return sorted(os.listdir(folder))  # noqa: PTH208
-        found = _system(folder).ls(folder.path, detail=False)
+        entries = _system(folder).ls(folder.path, detail=False)
     except (FileNotFoundError, NotADirectoryError):
         return []
-    own = folder.path.rstrip("/")
-    return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in found if path.rstrip("/") != own)
+    root = folder.path.rstrip("/")
+    return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in entries if path.rstrip("/") != root)
 
 
 def read_bytes(path: StorePath) -> bytes | None:
@@ -326,26 +326,26 @@ class NewFolder:
     final : StorePath
         Its name.
     replace : bool
-        Take the place of what is there. On an object store, what is there is not readable from here on.
+        Replace what is there. On an object store, what is there is not readable from here on.
 
     Attributes
     ----------
     arrays : LocalArrayStore or RemoteArrayStore
         What to build in.
-    place : StorePath
+    path : StorePath
         Where that is.
     """
 
     def __init__(self, final: StorePath, *, replace: bool = False) -> None:
         self._final, self._replace = final, replace
         self._published = False
-        self.place: StorePath = final
+        self.path: StorePath = final
         self.arrays: ArrayStore
         if isinstance(final, Path):
             final.parent.mkdir(parents=True, exist_ok=True)
             local.remove_left_behind(final)
-            self.place = local.temporary_folder(final)
-            self.arrays = LocalArrayStore(self.place)
+            self.path = local.temporary_folder(final)
+            self.arrays = LocalArrayStore(self.path)
         else:
             if replace:
                 remove_file(final / METADATA)
@@ -356,15 +356,15 @@ class NewFolder:
         if isinstance(self.arrays, RemoteArrayStore):
             self._published = create_file(self._final / METADATA, self.arrays.take_root())
         elif self._replace:
-            local.replace_folder(Path(str(self.place)), Path(str(self._final)))
+            local.replace_folder(Path(str(self.path)), Path(str(self._final)))
             self._published = True
         else:
-            self._published = local.publish_folder(Path(str(self.place)), Path(str(self._final)))
+            self._published = local.publish_folder(Path(str(self.path)), Path(str(self._final)))
         return self._published
 
     def __enter__(self) -> NewFolder:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if not self._published and (isinstance(self.place, Path) or not is_file(self._final / METADATA)):
-            remove_tree(self.place)
+        if not self._published and (isinstance(self.path, Path) or not is_file(self._final / METADATA)):
+            remove_tree(self.path)

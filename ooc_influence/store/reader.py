@@ -1,9 +1,9 @@
-"""Row blocks out of a store: float32, in a reused buffer, with the next chunk already on its way.
+"""Row blocks out of a store: float32, in a reused buffer, with the next chunk already being read.
 
 A thread fetches ahead: it maps two local chunks and touches their pages, asking the kernel for the one after them; of
-others, which it reads and decodes, one, so at most two are held in memory. Blocks lie on a grid that starts at row 0
-and does not depend on chunks or workers, so the same rows are always multiplied together and results do not depend on
-how the work was divided. Some rows only, or some columns only, are read as such where chunks are mapped.
+others, which it reads and decodes, one, so at most two are held in memory. Blocks are aligned to a grid that starts at
+row 0 and does not depend on chunks or workers, so the same rows are always multiplied together and results do not
+depend on how the work was divided. Where chunks are mapped, only the rows and columns asked for are read.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -31,15 +31,13 @@ Columns = Sequence[tuple[int, int]]  # ranges of columns
 
 
 @dataclass(frozen=True)
-class Block:
+class RowSpan:
     """Rows ``start`` to ``stop`` of a store.
 
     Attributes
     ----------
     start, stop : int
-        Row numbers; of some rows only, their places among these.
-    gradients : (stop - start, k) float32
-        The rows, scale applied. A view into a buffer that the next block overwrites.
+        Row numbers; where only some rows are read, offsets among these.
     dropped : (stop - start,) bool or None
         Which rows are dropped; None where none is.
     loss : (stop - start,) float32 or None
@@ -48,44 +46,37 @@ class Block:
 
     start: int
     stop: int
+    dropped: npt.NDArray[np.bool_] | None
+    loss: FloatRows | None
+
+
+@dataclass(frozen=True)
+class Block(RowSpan):
+    """Rows as numbers: ``gradients`` (stop - start, k) float32, a view into a buffer that the next block overwrites."""
+
     gradients: FloatRows
-    dropped: npt.NDArray[np.bool_] | None
-    loss: FloatRows | None = None
 
 
 @dataclass(frozen=True)
-class RawBlock:
-    """Rows ``start`` to ``stop`` of a store as they are stored.
+class RawBlock(RowSpan):
+    """Rows as they are stored: ``parts`` are (rows (m, columns), scale (m,)), chunk by chunk, mapped where possible."""
 
-    Attributes
-    ----------
-    start, stop : int
-        Row numbers; of some rows only, their places among these.
-    parts : list of (rows (m, columns), scale (m,))
-        Their stored form, chunk by chunk: memory maps where chunks can be mapped.
-    dropped : (stop - start,) bool or None
-        Which rows are dropped; None where none is.
-    loss : (stop - start,) float32 or None
-        Their losses, where they were asked for.
-    """
-
-    start: int
-    stop: int
     parts: list[tuple[RawRows, FloatRows]]
-    dropped: npt.NDArray[np.bool_] | None
-    loss: FloatRows | None = None
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Rows of one chunk, as :class:`Block` counts them: stored form, scales, dropped marks if any, losses if wanted."""
+class Piece(RowSpan):
+    """Rows of one chunk as they are stored: ``raw`` (stop - start, columns) and their ``scale`` (stop - start,)."""
 
-    start: int
-    stop: int
     raw: RawRows
     scale: FloatRows
-    dropped: npt.NDArray[np.bool_] | None
-    loss: FloatRows | None = None
+
+    def part(self, start: int, stop: int) -> Piece:
+        """Return its rows ``start`` to ``stop``."""
+        rows = slice(start - self.start, stop - self.start)
+        dropped = None if self.dropped is None else self.dropped[rows]
+        loss = None if self.loss is None else self.loss[rows]
+        return Piece(start, stop, dropped, loss, self.raw[rows], self.scale[rows])
 
 
 class ChunkStream:
@@ -98,7 +89,7 @@ class ChunkStream:
     store : StoreView
         The store.
     start, stop : int
-        Row numbers, or places among ``numbers``.
+        Row numbers, or offsets in ``numbers``.
     numbers : (stop - start,) int64, optional
         The rows, ascending, where they are not all those from ``start`` to ``stop``.
     loss : bool
@@ -135,7 +126,7 @@ class ChunkStream:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _parts(self) -> list[tuple[int, int]]:
-        """Return the row numbers, or places among the numbers, that each chunk has."""
+        """Return the row numbers, or offsets in the numbers, that each chunk has."""
         size = self._store.layout.chunk_rows
         if self._start >= self._stop:
             return []
@@ -151,24 +142,24 @@ class ChunkStream:
         if not parts:
             return
         depth = 2 if self._mapped else 1  # what is not mapped is held in memory
-        coming = deque(self._thread.submit(self._fetch, *part) for part in parts[:depth])
+        pending = deque(self._thread.submit(self._fetch, *part) for part in parts[:depth])
         for part in [*parts[depth:], *[None] * min(depth, len(parts))]:
-            piece = coming.popleft().result()
+            piece = pending.popleft().result()
             if part is not None:
-                coming.append(self._thread.submit(self._fetch, *part))
+                pending.append(self._thread.submit(self._fetch, *part))
             yield piece
 
     def _fetch(self, low: int, high: int) -> Piece:
         store, size = self._store, self._store.layout.chunk_rows
         first = low if self._numbers is None else int(self._numbers[low])
-        chunk, places = first // size, slice(first % size, first % size + high - low)
+        chunk, rows_in_chunk = first // size, slice(first % size, first % size + high - low)
         if self._ahead and high < self._stop:
             ask_for_chunk(store, chunk + 1)
         rows = store.committed_chunk(chunk)
         self._read_group(first // store.layout.group_rows)
         start = first // store.layout.group_rows * store.layout.group_rows
         if self._numbers is None:
-            raw, inside, base = rows[places], slice(first - start, first - start + high - low), 0
+            raw, inside, base = rows[rows_in_chunk], slice(first - start, first - start + high - low), 0
             if self._mapped and raw.size:  # here, so that the caller does not wait for the disk
                 self._touch(raw)
         else:
@@ -176,7 +167,7 @@ class ChunkStream:
             raw, inside, base = rows[wanted - chunk * size], wanted - start, self._start  # type: ignore[assignment]
         dropped = None if self._dropped is None else self._dropped[inside]
         loss = None if self._loss is None else self._loss[inside]
-        return Piece(base + low, base + high, raw, self._scale[inside], dropped, loss)
+        return Piece(base + low, base + high, dropped, loss, raw, self._scale[inside])
 
     def _touch(self, raw: RawRows) -> None:
         """Look at every page of the columns wanted."""
@@ -184,7 +175,7 @@ class ChunkStream:
             raw[:, first:last].view(np.uint8)[:, ::_PAGE].max()
 
     def _read_group(self, group: int) -> None:
-        """Hold the scales, dropped marks and losses of a group, which are in one file each."""
+        """Hold the scales, tombstones and losses of a group, which are in one file each."""
         if group == self._group:
             return
         store, size = self._store, self._store.layout.group_rows
@@ -198,7 +189,7 @@ class ChunkStream:
 
 def ask_for_chunk(store: StoreView, chunk: int) -> None:
     """Ask the kernel to read a chunk into the page cache; returns at once."""
-    if not hasattr(os, "posix_fadvise"):  # macOS: the kernel's own read-ahead has to do
+    if not hasattr(os, "posix_fadvise"):  # macOS: only the kernel's own read-ahead
         return
     try:
         handle = os.open(f"{store.path}/gradients/c.{chunk}.0", os.O_RDONLY)
@@ -240,7 +231,7 @@ def read_blocks(
     store : StoreView
         The store.
     start, stop : int
-        Row numbers, or places among ``numbers``.
+        Row numbers, or offsets in ``numbers``.
     block_rows : int
         Rows of a block; the last one may have fewer.
     numbers : (stop - start,) int64, optional
@@ -256,18 +247,16 @@ def read_blocks(
     buffer: npt.NDArray[Any] = np.empty((min(block_rows, max(0, stop - start)), width), np.float32)
     tombstones, losses = np.zeros(len(buffer), np.bool_), np.empty(len(buffer), np.float32)
     with ThreadPoolExecutor(max(1, threads - 1), "ooc_influence-decoder") as pool:
-        for part in _block_parts(store, start, stop, block_rows, numbers, loss, columns):
-            rows = slice(part.start - part.first, part.stop - part.first)
-            _decode_together(store, part, buffer[rows], columns, pool, threads)
-            tombstones[rows] = False if part.dropped is None else part.dropped
-            if part.loss is not None:
-                losses[rows] = part.loss
-            if part.stop == part.last:
-                dropped = tombstones[: part.last - part.first]
-                yield Block(
-                    part.first, part.last, buffer[: len(dropped)], dropped if dropped.any() else None,
-                    losses[: len(dropped)] if loss else None,
-                )  # fmt: skip
+        for first, last, piece in _block_pieces(store, start, stop, block_rows, numbers, loss, columns):
+            rows = slice(piece.start - first, piece.stop - first)
+            _decode_together(store, piece, buffer[rows], columns, pool, threads)
+            tombstones[rows] = False if piece.dropped is None else piece.dropped
+            if piece.loss is not None:
+                losses[rows] = piece.loss
+            if piece.stop == last:
+                size = last - first
+                dropped = tombstones[:size] if tombstones[:size].any() else None
+                yield Block(first, last, dropped, losses[:size] if loss else None, buffer[:size])
 
 
 def read_raw_blocks(
@@ -280,35 +269,22 @@ def read_raw_blocks(
     loss: bool = False,
 ) -> Iterator[RawBlock]:
     """Yield the same blocks as :func:`read_blocks`, as stored: to be decoded elsewhere."""
-    parts: list[_Part] = []
-    for part in _block_parts(store, start, stop, block_rows, numbers, loss, None):
-        parts.append(part)
-        if part.stop == part.last:
+    pieces: list[Piece] = []
+    for first, last, piece in _block_pieces(store, start, stop, block_rows, numbers, loss, None):
+        pieces.append(piece)
+        if piece.stop == last:
             dropped = np.concatenate(
-                [np.zeros(p.stop - p.start, bool) if p.dropped is None else p.dropped for p in parts]
+                [np.zeros(p.stop - p.start, bool) if p.dropped is None else p.dropped for p in pieces]
             )
-            losses = [p.loss for p in parts if p.loss is not None]
+            losses = [p.loss for p in pieces if p.loss is not None]
             yield RawBlock(
-                part.first, part.last, [(p.raw, p.scale) for p in parts], dropped if dropped.any() else None,
-                np.concatenate(losses) if loss else None,
+                first, last, dropped if dropped.any() else None, np.concatenate(losses) if loss else None,
+                [(p.raw, p.scale) for p in pieces],
             )  # fmt: skip
-            parts = []
+            pieces = []
 
 
-class _Part(NamedTuple):
-    """Rows ``start`` to ``stop`` of the block ``first`` to ``last``: those that lie in one chunk."""
-
-    first: int
-    last: int
-    start: int
-    stop: int
-    raw: RawRows
-    scale: FloatRows
-    dropped: npt.NDArray[np.bool_] | None
-    loss: FloatRows | None
-
-
-def _block_parts(
+def _block_pieces(
     store: StoreView,
     start: int,
     stop: int,
@@ -316,32 +292,30 @@ def _block_parts(
     numbers: RowNumbers | None,
     loss: bool,
     columns: Columns | None,
-) -> Iterator[_Part]:
+) -> Iterator[tuple[int, int, Piece]]:
+    """Yield, for each piece of a chunk within one block, the rows of the block and the piece."""
     first = start
     with ChunkStream(store, start, stop, numbers=numbers, loss=loss, columns=columns) as stream:
-        for piece in stream:
-            at = piece.start
-            while at < piece.stop:
+        for chunk in stream:
+            begin = chunk.start
+            while begin < chunk.stop:
                 last = min(stop, first + block_rows)
-                end = min(piece.stop, last)
-                inside = slice(at - piece.start, end - piece.start)
-                dropped = None if piece.dropped is None else piece.dropped[inside]
-                losses = None if piece.loss is None else piece.loss[inside]
-                yield _Part(first, last, at, end, piece.raw[inside], piece.scale[inside], dropped, losses)
-                at = end
+                end = min(chunk.stop, last)
+                yield first, last, chunk.part(begin, end)
+                begin = end
                 if end == last:
                     first = last
 
 
 def _decode_together(
-    store: StoreView, part: _Part, out: FloatRows, columns: Columns | None, pool: ThreadPoolExecutor, threads: int
+    store: StoreView, piece: Piece, out: FloatRows, columns: Columns | None, pool: ThreadPoolExecutor, threads: int
 ) -> None:
     """Decode rows in several threads: NumPy holds no lock while it converts."""
     share = max(1, -(-len(out) // threads))
     cuts = [slice(low, min(len(out), low + share)) for low in range(0, len(out), share)]
-    tasks = [pool.submit(_decode, store, part.raw[cut], part.scale[cut], out[cut], columns) for cut in cuts[1:]]
+    tasks = [pool.submit(_decode, store, piece.raw[cut], piece.scale[cut], out[cut], columns) for cut in cuts[1:]]
     for cut in cuts[:1]:
-        _decode(store, part.raw[cut], part.scale[cut], out[cut], columns)
+        _decode(store, piece.raw[cut], piece.scale[cut], out[cut], columns)
     for task in tasks:
         task.result()
 
@@ -377,9 +351,9 @@ def find_rows(store: StoreView, ids: Any) -> npt.NDArray[np.int64]:
     kind = store.layout.ids or "int64"
     if wanted and column_dtype(wanted) != kind:
         raise InputError(f"expected ids of type {kind}; received {column_dtype(wanted)}")
-    found: dict[Any, int] = {}
+    numbers: dict[Any, int] = {}
     if store.layout.ids is None:
-        found = {number: number for number in wanted if 0 <= number < store.n}
+        numbers = {number: number for number in wanted if 0 <= number < store.n}
     else:
         looked_for = set(wanted)
         for start in range(0, store.n, store.layout.group_rows):
@@ -387,13 +361,13 @@ def find_rows(store: StoreView, ids: Any) -> npt.NDArray[np.int64]:
             values = store.small("example_id", start, stop).tolist()
             for at, value in enumerate(values):
                 if value in looked_for:
-                    if value in found:
+                    if value in numbers:
                         raise InputError(
-                            f"expected ids that do not repeat; received {value!r} for rows {found[value]} and "
+                            f"expected ids that do not repeat; received {value!r} for rows {numbers[value]} and "
                             f"{start + at} of {store.path}: use row numbers"
                         )
-                    found[value] = start + at
-    return np.array([found.get(value, -1) for value in wanted], np.int64)
+                    numbers[value] = start + at
+    return np.array([numbers.get(value, -1) for value in wanted], np.int64)
 
 
 def repeated_ids(store: StoreView) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 Two kinds. A *stored* one keeps M as an array of the store: the top eigenvectors of the masked rows' Fisher matrix. A
 *generated* one is drawn from a seed, block by block: a random projection, dense or sparse. Rows of two stores are
-comparable if mask and reduction are equal, which their digests tell.
+comparable if the digests of mask and reduction are equal.
 """
 
 from __future__ import annotations
@@ -111,8 +111,8 @@ class StoredReduction(Reduction):
 
     def column_scale(self, floor: float = 1e-4) -> FloatRows:
         """Return what columns are divided by when quantised, √(mean square + ``floor`` · sum of all), (r,)."""
-        held = self.mean_square + floor * self.mean_square.sum() + np.finfo(np.float32).tiny
-        return np.asarray(np.sqrt(held), np.float32)
+        squares = self.mean_square + floor * self.mean_square.sum() + np.finfo(np.float32).tiny
+        return np.asarray(np.sqrt(squares), np.float32)
 
     def save(self, group: Any) -> None:
         """Write vectors and eigenvalues as ``basis/...``."""
@@ -138,16 +138,16 @@ class StoredReduction(Reduction):
         vectors, eigenvalues, mean_square = (
             read_array(source, name) for name in ("vectors", "eigenvalues", "mean_square")
         )
-        own = {
+        further = {
             name: value for name, value in facts.items() if name not in ("name", "rows", "columns", "digest", "path")
         }
-        found = cls(vectors, eigenvalues, mean_square, own)
-        if found.digest != facts["digest"]:
+        reduction = cls(vectors, eigenvalues, mean_square, further)
+        if reduction.digest != facts["digest"]:
             raise StoreDamagedError(
-                f"expected basis digest {str(facts['digest'])[:12]}; received {found.digest[:12]} from "
+                f"expected basis digest {str(facts['digest'])[:12]}; received {reduction.digest[:12]} from "
                 f"{group.store_path}: it was changed or damaged; restore it from a backup"
             )
-        return found
+        return reduction
 
 
 class GeneratedReduction(Reduction):
@@ -226,7 +226,8 @@ class SjltReduction(GeneratedReduction):
     """Each row has ``nonzeros`` entries ±1/√nonzeros, one in each of as many ranges of columns.
 
     CountSketch for one (Charikar, Chen and Farach-Colton 2002); else Kane and Nelson's block construction (2014). Each
-    entry takes a word of the generator: its lowest bit is the sign, its upper half, times the range's width, the place.
+    entry takes a word of the generator: its lowest bit is the sign, its upper half, times the
+    range's width, the column.
     """
 
     name = "sjlt"
@@ -245,16 +246,16 @@ class SjltReduction(GeneratedReduction):
         shape = (self.block_rows(first), self.nonzeros)
         words = np.random.Philox(key=[self.seed, first]).random_raw(shape)
         edges = np.arange(self.nonzeros + 1, dtype=np.uint64) * np.uint64(self.columns) // np.uint64(self.nonzeros)
-        places = edges[:-1] + ((words >> np.uint64(32)) * np.diff(edges) >> np.uint64(32))
+        columns = edges[:-1] + ((words >> np.uint64(32)) * np.diff(edges) >> np.uint64(32))
         signs = ((words & np.uint64(1)).astype(np.float32) * 2 - 1) * np.float32(self.nonzeros**-0.5)
-        return places.astype(np.int64), signs
+        return columns.astype(np.int64), signs
 
     @override
     def block(self, first: int) -> FloatRows:
-        places, signs = self.entries(first)
-        found = np.zeros((len(places), self.columns), np.float32)
-        np.put_along_axis(found, places, signs, axis=1)
-        return found
+        columns, signs = self.entries(first)
+        block = np.zeros((len(columns), self.columns), np.float32)
+        np.put_along_axis(block, columns, signs, axis=1)
+        return block
 
 
 class LograReduction(GeneratedReduction):
@@ -268,15 +269,15 @@ class LograReduction(GeneratedReduction):
 
     def factors(self, number: int, layer: LayerShape, ranks: tuple[int, int]) -> tuple[FloatRows, FloatRows]:
         """Return P_out (out, out') and P_in (in, in') of layer ``number``; the identity for a side kept whole."""
-        found = []
+        projections = []
         for side, (size, rank) in enumerate(zip(layer.shape, ranks, strict=True)):
             if rank == size:
-                found.append(np.eye(size, dtype=np.float32))
+                projections.append(np.eye(size, dtype=np.float32))
                 continue
             generator = np.random.Generator(np.random.Philox(key=[self.seed, 2 * number + side]))
             drawn = generator.standard_normal((size, rank), np.float32)
-            found.append(drawn * np.float32(max(1, rank) ** -0.5))
-        return found[0], found[1]
+            projections.append(drawn * np.float32(max(1, rank) ** -0.5))
+        return projections[0], projections[1]
 
     @override
     def block(self, first: int) -> FloatRows:
@@ -323,7 +324,7 @@ def load_reduction(group: Any, facts: Mapping[str, Any], home: StorePath) -> Red
         raise
     except (FileNotFoundError, KeyError) as error:
         raise StoreNotFoundError(
-            f"expected the basis of {home} in the store {path}; received none: give that store back its place"
+            f"expected the basis of {home} in the store {path}; received none: move that store back"
         ) from error
     except Exception as error:  # whatever an object store's client makes of a bucket, key or permission
         raise StoreReadError(

@@ -41,7 +41,7 @@ class RemoteArrayStore(FsspecStore):
     read_only : bool
         Refuse writes.
     chunk_bytes : mapping of str to int or None, optional
-        Given where chunks have to be there: the sizes of those that are known.
+        Given if chunks must be there: their sizes, where they are known.
     may_lack : collection of str
         Arrays whose chunks may be missing nevertheless.
     hold_root : bool
@@ -86,15 +86,15 @@ class RemoteArrayStore(FsspecStore):
         """Return the bytes under ``key``; None where there is no object, unless it has to be there."""
         if self._hold_root and key == METADATA:
             return self._held
-        found = await self._read(key, prototype or default_buffer_prototype(), byte_range)
+        data = await self._read(key, prototype or default_buffer_prototype(), byte_range)
         array = key.rpartition("/")[0]
         if self.chunk_bytes is not None and array not in self.may_lack and is_chunk(key):
             expected = self.chunk_bytes.get(array)
-            if found is None:
+            if data is None:
                 raise StoreDamagedError(missing_chunk(self.root / key))
-            if byte_range is None and expected is not None and len(found) != expected:
-                raise StoreDamagedError(short_chunk(self.root / key, expected, len(found)))
-        return checked(found, self.root, key)
+            if byte_range is None and expected is not None and len(data) != expected:
+                raise StoreDamagedError(short_chunk(self.root / key, expected, len(data)))
+        return checked(data, self.root, key)
 
     async def _read(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None) -> Buffer | None:
         """Read an object, a whole one in one request: s3fs asks for its size first, for what large ones gain."""
@@ -170,25 +170,25 @@ class ChunkCache:
                 self.hits += 1
                 os.utime(path)
                 return mapped.view(encoding.dtype).reshape(rows, encoding.columns)
-        found = read()
+        chunk = read()
         self.misses += 1
         with contextlib.suppress(OSError):  # a full or read-only cache costs time, nothing else
-            self._make_room(found.nbytes)
-            local.write_file(path, np.ascontiguousarray(found).reshape(-1).view(np.uint8))
-        return found
+            self._make_room(chunk.nbytes)
+            local.write_file(path, np.ascontiguousarray(chunk).reshape(-1).view(np.uint8))
+        return chunk
 
     def _make_room(self, wanted: int) -> None:
         entries = []
-        with os.scandir(self.folder) as found:
-            for entry in found:
+        with os.scandir(self.folder) as files:
+            for entry in files:
                 with contextlib.suppress(FileNotFoundError):
                     if _OWN.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
                         status = entry.stat()
                         entries.append((status.st_mtime, status.st_size, entry.path))
-        held = sum(size for _, size, _ in entries)
+        cached = sum(size for _, size, _ in entries)
         for _, size, path in sorted(entries):
-            if held + wanted <= self.limit:
+            if cached + wanted <= self.limit:
                 return
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)  # noqa: PTH108
-            held -= size
+            cached -= size

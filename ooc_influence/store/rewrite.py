@@ -19,9 +19,9 @@ from ooc_influence.progress import Progress
 from ooc_influence.store import commits, local, paths
 from ooc_influence.store.arrays import open_group, writable_array
 from ooc_influence.store.claim import make_claim
-from ooc_influence.store.commits import SmallValues, list_groups, mark_dropped
+from ooc_influence.store.commits import SmallValues, list_tombstone_groups, mark_dropped
 from ooc_influence.store.gradient_store import GradientStore, create_store
-from ooc_influence.store.layout import FORMAT_VERSION, MARKS, Storage, write_attributes
+from ooc_influence.store.layout import FORMAT_VERSION, TOMBSTONES, Storage, write_attributes
 from ooc_influence.store.paths import PathLike, array_store, is_local, not_free, parse_path
 from ooc_influence.store.reader import repeated_ids
 from ooc_influence.store.view import StoreView
@@ -111,11 +111,11 @@ def _check_alike(first: GradientStore, other: GradientStore) -> None:
 
 
 def _inherited(store: GradientStore, sources: list[str]) -> dict[str, Any]:
-    """Return what a store made of another's rows records as that did; not what is true of its own rows only."""
+    """Return the attributes that a store made of another's rows takes over: not those of its own rows only."""
     fixed = {"format", "version", "created", "p", "mask_digest", "reduction", "layout", "digest"}
-    own = {"reduced", "measured"}
-    kept = {name: value for name, value in store.attrs.items() if name not in fixed | own}
-    if len(sources) > 1 and kept.get("origin"):  # documents have their numbers each in their own file
+    of_its_rows = {"reduced", "measured"}
+    kept = {name: value for name, value in store.attrs.items() if name not in fixed | of_its_rows}
+    if len(sources) > 1 and kept.get("origin"):  # each file numbers its own documents
         kept["origin"] = {**kept["origin"], "documents": None}
     return kept | {"made_from": sources}
 
@@ -176,8 +176,8 @@ def _move_chunk(store: GradientStore, chunk: int, writer: RangeWriter) -> int:
 def compact_store(store: GradientStore | PathLike, out: PathLike, *, progress: bool | None = None) -> GradientStore:
     """Write a new store without the dropped rows; the source stays as it is.
 
-    Row numbers change. A source without ids gives the new store its old row numbers as ids, so that rows can still be
-    told.
+    Row numbers change. If the source has no ids, the new store gets its row numbers as ids, so that rows can still be
+    identified.
 
     Parameters
     ----------
@@ -246,8 +246,8 @@ def _upgrade_first(store: GradientStore) -> None:
     group = open_group(files, "r+")
     records: commits.Records = np.asarray(store.records)
     writable_array(group, "commits")[...] = records
-    group.require_group(MARKS)
-    list_groups(files, store.dropped_groups())
+    group.require_group(TOMBSTONES)
+    list_tombstone_groups(files, store.dropped_groups())
     if is_local(store.path):  # locks of the old format
         for name in paths.names(store.path / "commits"):
             if name.startswith(".claim-") and not name.rpartition(".")[2].isdigit():

@@ -1,7 +1,7 @@
 """Finding damage: every committed chunk against its commit record, and the parts of a store that no record covers.
 
 Of each chunk: the files are there and as long as they should be, the crc32c over its rows in every per-row array is the
-record's, and no number is NaN or Inf. Of the rest (mask, basis, column scale, dropped marks, curvatures): Zarr's own
+record's, and no number is NaN or Inf. Of the rest (mask, basis, column scale, tombstones, curvatures): Zarr's own
 checksums hold. And no example id is there twice. Memory does not grow with the rows.
 """
 
@@ -48,7 +48,7 @@ class Damage(NamedTuple):
     start, stop : int or None
         The rows; None where it is a part of the store that is not rows.
     reason : str
-        What was found.
+        What is wrong.
     """
 
     start: int | None
@@ -66,41 +66,41 @@ def verify_memory(layout: Layout, rows: int, reading: int) -> MemoryModel:
 def verify_store(
     store: StoreView, *, repair: bool, workers: int | None, memory: int | str | None, progress: bool | None
 ) -> list[Damage]:
-    """Check a store, and give up its damaged chunks if asked; see :meth:`GradientStore.verify`."""
+    """Check a store, and discard its damaged chunks if asked; see :meth:`GradientStore.verify`."""
     size = store.layout.chunk_rows
     slots = cores() if workers is None and check_workers(None) == 1 else check_workers(workers)
     need = verify_memory(store.layout, store.committed, store.reading_bytes)
     plan_block_rows(need, worker_memory(memory), slots_per_process(slots))
     chunks = np.flatnonzero(store.records)
-    found = [Damage(*rows, reason) for rows, reason in store.damaged_records]
+    damage = [Damage(*rows, reason) for rows, reason in store.damaged_records]
     with Progress("verify", int(commits.rows_in(store.records).sum()), progress) as bar:
         stripes = cut_stripes(0, len(chunks), 1, slots) if len(chunks) else []
         for part in run_stripes(_check_stripe, stripes, bar, store, slots=slots):
-            found += part
-    found.sort(key=lambda damage: damage.start or 0)
-    if repair and found:
-        _give_up(store, [damage.start // size for damage in found if damage.start is not None])
+            damage += part
+    damage.sort(key=lambda each: each.start or 0)
+    if repair and damage:
+        _discard(store, [each.start // size for each in damage if each.start is not None])
     repeated = [Damage(None, None, reason) for reason in repeated_ids(store)]
-    return found + list(_check_parts(store)) + repeated
+    return damage + list(_check_parts(store)) + repeated
 
 
 def _check_stripe(stripe: Stripe, key: str, store: StoreView) -> list[Damage]:
     """Check the committed chunks of a stripe, counted along the chunks that are committed."""
     chunks = np.flatnonzero(store.records)[stripe.start : stripe.stop].tolist()
-    found = []
+    damage = []
     with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(_read_chunk, store, chunks[0], chunks[1:2])
+        pending = thread.submit(_read_chunk, store, chunks[0], chunks[1:2])
         for number, chunk in enumerate(chunks):
-            parts = coming.result()
+            parts = pending.result()
             if number + 1 < len(chunks):
-                coming = thread.submit(_read_chunk, store, chunks[number + 1], chunks[number + 2 : number + 3])
+                pending = thread.submit(_read_chunk, store, chunks[number + 1], chunks[number + 2 : number + 3])
             record = int(store.records[chunk])
             start = chunk * store.layout.chunk_rows
             reason = parts if isinstance(parts, str) else _check_chunk(store, parts, record)
             if reason:
-                found.append(Damage(start, start + (record >> 32), reason))
+                damage.append(Damage(start, start + (record >> 32), reason))
             tick(key, record >> 32)
-    return found
+    return damage
 
 
 def _read_chunk(store: StoreView, chunk: int, following: list[int]) -> Parts | str:
@@ -129,7 +129,7 @@ def _check_chunk(store: StoreView, parts: Parts, record: int) -> str | None:
     return f"{int(bad.sum())} rows with NaN or Inf" if bad.any() else None
 
 
-def _give_up(store: StoreView, chunks: list[int]) -> None:
+def _discard(store: StoreView, chunks: list[int]) -> None:
     """Set the records of damaged chunks to "not written"."""
     layout = store.layout
     claim = make_claim(store.path, 0, layout.planned_rows)
@@ -166,7 +166,7 @@ def _check_parts(store: StoreView) -> Iterator[Damage]:
 def _read_basis(store: StoreView) -> None:
     try:
         _ = store.reduction
-    except InputError as error:  # it is another store's, which is not to be looked at unasked
+    except InputError as error:  # it belongs to another store, which is not read unasked
         logger.warning("the basis is not verified: %s", error)
 
 

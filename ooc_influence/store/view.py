@@ -52,9 +52,16 @@ def open_store(path: StorePath) -> tuple[dict[str, Any], Layout, Any, dict[str, 
     may_lack = ["dropped"] if attrs["format"] > 1 else ["dropped", "commits"]
     files = array_store(path, read_only=True, chunk_bytes=layout.chunk_sizes, may_lack=may_lack)
     group = open_group(files, "r")
-    arrays = {name: open_array(group, name, path) for name in layout.arrays}
-    for name, array in arrays.items():
-        layout.check_array(name, array, path)
+    arrays = {}
+    for name in layout.arrays:
+        try:
+            arrays[name] = group[name]
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise StoreFormatError(
+                f"expected array {name!r} in {path}; received metadata that cannot be read ({error}): restore its "
+                "zarr.json from a backup"
+            ) from error
+        layout.check_array(name, arrays[name], path)
     paths.remember_opened(path)
     return attrs, layout, group, arrays
 
@@ -63,7 +70,7 @@ def _check_there(path: StorePath) -> None:
     try:
         if paths.is_file(path / METADATA):
             return
-        found = "a folder without one" if paths.exists(path) else "no such path"
+        received = "a folder without one" if paths.exists(path) else "no such path"
     except Exception as error:  # whatever an object store's client makes of a bucket, key or permission
         if is_local(path) and isinstance(error, OSError):
             raise StoreReadError(refused(f"to read the store at {path}", error)) from error
@@ -72,28 +79,17 @@ def _check_there(path: StorePath) -> None:
             "credentials and the endpoint"
         ) from error
     raise StoreNotFoundError(
-        f"expected a gradient store at {path}; received {found}: make one with extract_gradients or "
+        f"expected a gradient store at {path}; received {received}: make one with extract_gradients or "
         "'ooc-influence extract'"
     )
 
 
 def check_lengths(array: Callable[[str], Any], layout: Layout, records: commits.Records) -> None:
-    """Check that every per-row array is as long as the rows committed in it: Zarr clips what lies behind an end.
-
-    Parameters
-    ----------
-    array : callable
-        Returns an array by name.
-
-    Raises
-    ------
-    StoreDamagedError
-        Naming the first that is not.
-    """
-    held = np.flatnonzero(records)
-    if not held.size:
+    """Check that every per-row array is as long as the rows committed in it: Zarr clips reads beyond an end."""
+    written = np.flatnonzero(records)
+    if not written.size:
         return
-    rows = int(held[-1]) * layout.chunk_rows + int(commits.rows_in(records)[held[-1]])
+    rows = int(written[-1]) * layout.chunk_rows + int(commits.rows_in(records)[written[-1]])
     for name in ("gradients", "dropped", *layout.row_arrays):
         length = array(name).shape[0]
         if length < rows:
@@ -103,39 +99,16 @@ def check_lengths(array: Callable[[str], Any], layout: Layout, records: commits.
             )
 
 
-def open_array(group: Any, name: str, where: object) -> Any:
-    """Return an array of a store.
-
-    Raises
-    ------
-    StoreFormatError
-        If its metadata are not possible.
-    """
-    try:
-        return group[name]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise StoreFormatError(
-            f"expected array {name!r} in {where}; received metadata that cannot be read ({error}): restore its "
-            "zarr.json from a backup"
-        ) from error
-
-
 def read_records(array: Any, layout: Layout, version: int) -> commits.Records:
-    """Return the commit records of a store, from their array.
-
-    Raises
-    ------
-    StoreDamagedError
-        If a file of them is missing or damaged.
-    """
+    """Return the commit records of a store, from their array."""
     records: commits.Records = np.asarray(read_whole(array))
     if version == 1 and layout.planned_rows is None:  # there a missing file reads as zeros
         rows = commits.rows_in(records)
-        seen, held = commits.leading_rows(records, layout.chunk_rows), int(rows.sum())
-        if held > seen:
+        seen, committed = commits.leading_rows(records, layout.chunk_rows), int(rows.sum())
+        if committed > seen:
             raise StoreDamagedError(
                 f"expected the commit records {array.store_path} without a gap; received {seen} rows before one "
-                f"and {held} in all: a file of 'commits' is missing or damaged; restore it from a backup"
+                f"and {committed} in all: a file of 'commits' is missing or damaged; restore it from a backup"
             )
     return records
 
@@ -185,19 +158,19 @@ class StoreView:
             self._unpin(*pin)
 
     def reload(self) -> None:
-        """See rows committed, and marks of dropped rows set, since the store was opened."""
+        """See rows committed, and rows dropped, since the store was opened."""
         self._group = open_group(self._group.store, "r")
         self._arrays.clear()  # their shapes may have changed
         self._look()
 
     def _look(self) -> None:
-        if self._damaged:  # to be looked at and mended: see what can be seen
+        if self._damaged:  # to be inspected and repaired: read what can be read
             records, self.damaged_records = read_damaged_records(self._array("commits"), self.layout)
         else:
             records = read_records(self._array("commits"), self.layout, self._attrs["format"])
             try:
                 check_lengths(self._array, self.layout, records)
-            except StoreDamagedError:  # a writer may have made room after the arrays were looked at
+            except StoreDamagedError:  # a writer may have grown the arrays after they were opened
                 self._arrays.clear()
                 check_lengths(self._array, self.layout, records)
         self._see_records(records)
@@ -208,34 +181,28 @@ class StoreView:
         self._rows = commits.leading_rows(records, self.layout.chunk_rows)
 
     def dropped_groups(self) -> set[int]:
-        """Return the groups that have dropped rows.
-
-        Raises
-        ------
-        StoreDamagedError
-            If the marks of one of them are gone.
-        """
+        """Return the groups that have dropped rows."""
         names = set(paths.names(self.path / "dropped"))
         if self._attrs["format"] == 1:
             return {int(name.removeprefix("c.")) for name in names if name.startswith("c.")}
-        listed = set(commits.marked_groups(self._group))
+        listed = set(commits.tombstone_groups(self._group))
         for group in listed:
             if f"c.{group}" not in names:
                 raise StoreDamagedError(
-                    f"expected the marks of dropped rows in {self.path / 'dropped' / f'c.{group}'}; received no file: "
+                    f"expected tombstones in {self.path / 'dropped' / f'c.{group}'}; received no file: "
                     "restore it from a backup"
                 )
         return listed
 
-    def _see(self, records: Mapping[int, int], *, marked: bool) -> None:
-        """See rows committed by this process, some ``marked``, without reading the records of all others again."""
+    def _see(self, records: Mapping[int, int], *, has_tombstones: bool) -> None:
+        """See rows committed by this process, without reading the records of all others again."""
         if records:
             chunks = max(len(self._records), max(records) + 1)
             longer = np.concatenate([self._records, np.zeros(chunks - len(self._records), np.uint64)])
             longer[list(records)] = list(records.values())
             self._see_records(longer)
             self._arrays.clear()  # their shapes may have changed
-            self._dropped_groups = self.dropped_groups() if marked else self._dropped_groups
+            self._dropped_groups = self.dropped_groups() if has_tombstones else self._dropped_groups
 
     def _pin(self) -> Pin:
         """Return what fixes the rows seen: the store, their number, and the last chunk's record, which may change."""
@@ -292,7 +259,7 @@ class StoreView:
 
     @property
     def stored_rows(self) -> int:
-        """Rows that the arrays have room for, committed or not."""
+        """Length of the arrays, whether rows are committed or not."""
         return int(self._array("dropped").shape[0])
 
     @property
@@ -312,10 +279,10 @@ class StoreView:
 
     @property
     def model_fingerprint(self) -> str | None:
-        """What was recorded to tell the model from others; None where nothing was."""
+        """What was recorded of the model to recognise it; None where nothing was."""
         model = self._attrs.get("model")
-        found = model.get("fingerprint") if isinstance(model, Mapping) else model
-        return None if found is None else str(found)
+        fingerprint = model.get("fingerprint") if isinstance(model, Mapping) else model
+        return None if fingerprint is None else str(fingerprint)
 
     @property
     def mask_digest(self) -> str:
@@ -370,7 +337,7 @@ class StoreView:
         return self._column_scale
 
     def rows_digest(self) -> str:
-        """SHA-256 over the commit records and dropped marks of the ``n`` rows: changes when any of them does."""
+        """SHA-256 over the commit records and tombstones of the ``n`` rows: changes when any of them does."""
         digest = hashlib.sha256(str(self._rows).encode())
         digest.update(self._records[: -(-self._rows // self.layout.chunk_rows)].tobytes())
         if self.has_dropped:
@@ -380,7 +347,7 @@ class StoreView:
         return digest.hexdigest()
 
     def holds(self, records: commits.Records, chunks: Iterable[int]) -> bool:
-        """Return whether the rows that earlier commit records of some chunks tell of are still what they were.
+        """Return whether the rows that earlier commit records of some chunks cover are unchanged.
 
         A chunk that was part-filled then and has more rows now is read, and its first rows' checksum compared.
         """
@@ -413,7 +380,7 @@ class StoreView:
             raise InputError(f"expected 0 <= start <= stop <= {self._rows} (n); received {start}, {stop}")
 
     def raw_rows(self, start: int, stop: int) -> npt.NDArray[Any]:
-        """Return the stored form of rows ``start`` to ``stop``: a memory map where they lie in one chunk."""
+        """Return the stored form of rows ``start`` to ``stop``: a memory map if they are in one chunk."""
         self._check_range(start, stop)
         return self.read("gradients", slice(start, stop), slice(0, self.layout.encoding.columns))
 
@@ -425,8 +392,8 @@ class StoreView:
         """
         import torch
 
-        found = torch.from_numpy(self.raw_rows(start, stop))
-        return found.view(torch.bfloat16) if self.layout.dtype == "bfloat16" else found
+        tensor = torch.from_numpy(self.raw_rows(start, stop))
+        return tensor.view(torch.bfloat16) if self.layout.dtype == "bfloat16" else tensor
 
     def committed_chunk(self, chunk: int) -> npt.NDArray[Any]:
         """Return the stored form of a chunk's committed rows, from the cache where there is one."""
@@ -457,11 +424,11 @@ class StoreView:
 
     def _check_name(self, name: str) -> None:
         if name != "dropped" and name not in self.layout.row_arrays:
-            known = ", ".join((*self.layout.row_arrays, "dropped"))
-            raise InputError(f"expected one of {known}; received {name!r}")
+            names = ", ".join((*self.layout.row_arrays, "dropped"))
+            raise InputError(f"expected one of {names}; received {name!r}")
 
     def read(self, name: str, *selection: slice) -> npt.NDArray[Any]:
-        """Return part of an array of the store, mapped where it lies in one chunk that can be; nothing is checked."""
+        """Return part of an array of the store, mapped if it is in one chunk that can be; nothing is checked."""
         return np.asarray(self._array(name).get_basic_selection(selection, prototype=MAPPED))
 
     @property
@@ -490,9 +457,9 @@ class StoreView:
         if numbers.size == 0:
             return np.empty(numbers.shape, object)
         self._check_range(int(numbers.min()), int(numbers.max()) + 1)
-        distinct, places = np.unique(numbers, return_inverse=True)
-        found: npt.NDArray[Any] = np.asarray(self._array(name).get_orthogonal_selection((distinct,)))
-        return found[places].reshape(numbers.shape)
+        distinct, indices = np.unique(numbers, return_inverse=True)
+        stored: npt.NDArray[Any] = np.asarray(self._array(name).get_orthogonal_selection((distinct,)))
+        return stored[indices].reshape(numbers.shape)
 
     def ids(self, rows: Any = None) -> npt.NDArray[Any]:
         """Return the ids of ``rows`` (any integer array; default all). Without stored ids, row numbers are the ids."""

@@ -1,6 +1,6 @@
 """Writing a range of rows: the caller fills chunks, a thread makes them durable and commits them.
 
-A bounded number of chunk buffers goes round between the two, so a caller that is faster than the disk waits and memory
+A bounded number of chunk buffers circulates between the two, so a caller that is faster than the disk waits and memory
 stays flat. An error of the thread is raised in the caller's next call, :meth:`RangeWriter.close` at the latest; what
 was not committed is then lost to this run and written again by the next.
 """
@@ -41,7 +41,7 @@ Dropped = npt.NDArray[np.bool_] | None  # which of some rows are dropped
 
 
 def writing_bytes(layout: Layout, path: StorePath) -> int:
-    """Return the bytes that a writer holds: chunks on their way, and the small values of a group."""
+    """Return the bytes that a writer holds: chunks being written, and the small values of a group."""
     value = sum(_TEXT_BYTES if dtype == "str" else np.dtype(dtype).itemsize for dtype in layout.row_arrays.values())
     copies = 0 if layout.codec is None and is_local(path) else AT_ONCE
     return (BUFFERS + copies) * layout.chunk_bytes + 2 * layout.group_rows * value
@@ -85,7 +85,7 @@ class RangeWriter:
         Number of the next row to be appended: the first that is missing.
     waited : float
         Seconds that appending has waited for the disk.
-    marked : bool
+    has_tombstones : bool
         Whether any row was appended as a dropped one.
     """
 
@@ -102,7 +102,7 @@ class RangeWriter:
         self._made = 0
         self._waiting: list[Slot] = []
         self._fresh: dict[int, int] = {}
-        self.waited, self.marked = 0.0, False
+        self.waited, self.has_tombstones = 0.0, False
         self._error: BaseException | None = None
         self._error_raised = False
         self._change = threading.Condition()
@@ -110,7 +110,7 @@ class RangeWriter:
         self._task: Future[None] | None = None
 
     @property
-    def room(self) -> int | None:
+    def rows_left(self) -> int | None:
         """Rows that can be appended before the next row jumps or the range ends; None without an end."""
         if not self._spans:
             return 0
@@ -131,36 +131,36 @@ class RangeWriter:
         Raises
         ------
         InputError
-            For more rows than :attr:`room`.
+            For more rows than :attr:`rows_left`.
         StoreWriteError
             If the disk refuses, or refused before.
         """
-        self._check_room(len(rows))
-        for slot, places, part in self._places(len(rows), dropped):
-            scale = slot.small["row_scale"][places]
-            self._layout.encoding.encode_into(rows[part], slot.gradients[places], scale, self._scale)
+        self._check_rows_left(len(rows))
+        for slot, inside, part in self._slots(len(rows), dropped):
+            scale = slot.small["row_scale"][inside]
+            self._layout.encoding.encode_into(rows[part], slot.gradients[inside], scale, self._scale)
             for name, values in small.items():
-                slot.small[name][places] = values[part]
+                slot.small[name][inside] = values[part]
 
     def append_raw(
         self, raw: RawRows, small: Mapping[str, Any], source: Path | None = None, dropped: Dropped = None
     ) -> None:
         """Add rows in their stored form; ``source`` is a file that holds exactly these, a whole chunk."""
-        self._check_room(len(raw))
-        for slot, places, part in self._places(len(raw), dropped):
-            slot.gradients[places] = raw[part]
+        self._check_rows_left(len(raw))
+        for slot, inside, part in self._slots(len(raw), dropped):
+            slot.gradients[inside] = raw[part]
             for name, values in slot.small.items():
-                values[places] = small[name][part]
-            whole = places == slice(0, self._layout.chunk_rows)
+                values[inside] = small[name][part]
+            whole = inside == slice(0, self._layout.chunk_rows)
             slot.source = source if whole else None
 
-    def _check_room(self, rows: int) -> None:
-        if self.room is not None and rows > self.room:
-            raise InputError(f"expected at most {self.room} more rows in this range; received {rows}")
+    def _check_rows_left(self, rows: int) -> None:
+        if self.rows_left is not None and rows > self.rows_left:
+            raise InputError(f"expected at most {self.rows_left} more rows in this range; received {rows}")
         self._check_usable()
 
-    def _places(self, rows: int, dropped: Dropped) -> Iterator[tuple[Slot, slice, slice]]:
-        """Yield where to put the next ``rows`` rows: a slot, places in it, which of the rows; full slots go on."""
+    def _slots(self, rows: int, dropped: Dropped) -> Iterator[tuple[Slot, slice, slice]]:
+        """Yield where to put the next ``rows`` rows: a slot, where in it, which of the rows; hands over full slots."""
         done = 0
         while done < rows:
             slot = self._current_slot()
@@ -169,7 +169,7 @@ class RangeWriter:
             yield slot, slice(at, at + take), slice(done, done + take)
             slot.rows = at + take
             if dropped is not None:
-                self.marked |= bool(dropped.any())
+                self.has_tombstones |= bool(dropped.any())
                 slot.dropped += (self.next_row + np.flatnonzero(dropped[done : done + take])).tolist()
             done += take
             self._advance(take)
@@ -178,7 +178,7 @@ class RangeWriter:
         """Move on by some rows, to the next chunk or span where this one is full."""
         self.next_row += rows
         full = self.next_row % self._layout.chunk_rows == 0
-        if self.room == 0:
+        if self.rows_left == 0:
             self._spans.popleft()
             full = True
             if self._spans:
@@ -203,11 +203,11 @@ class RangeWriter:
         first = self.next_row // self._layout.chunk_rows * self._layout.chunk_rows
         slot.first, slot.rows, slot.source, slot.dropped = first, 0, None, []
         if self.next_row > first:
-            self._wait()  # its rows may still be on their way
+            self._wait()  # its rows may still be being written
             if not self._committer.load(slot, first, self.next_row - first):
                 raise StoreDamagedError(
                     f"expected rows {first}-{self.next_row} of {self._committer.files.root} to match their commit "
-                    "record; received other bytes: 'ooc-influence verify --repair' gives them up, then run again"
+                    "record; received other bytes: 'ooc-influence verify --repair' discards them, then run again"
                 )
         self._slot = slot
         return slot
@@ -247,7 +247,7 @@ class RangeWriter:
     def flush(self) -> None:
         """Commit what was appended; after this the rows survive a crash."""
         self._check_usable()
-        self._hand_over()  # a part-filled chunk comes back with its next row
+        self._hand_over()  # a part-filled chunk is loaded again with its next row
         self._wait()
 
     def close(self) -> None:
@@ -295,24 +295,18 @@ class RangeWriter:
             )
         self._error_raised = True
         if isinstance(error, OSError) and not isinstance(error, OocInfluenceError):
-            held = int(commits.rows_in(self._committer.records).sum())
-            then = f" and run again; the {held} rows committed stay readable"
+            committed = int(commits.rows_in(self._committer.records).sum())
+            then = f" and run again; the {committed} rows committed stay readable"
             raise StoreWriteError(refused(f"to write to {where}", error, then)) from error
         raise error
 
 
-def parse_marks(tombstones: npt.ArrayLike, rows: int) -> npt.NDArray[np.bool_]:
-    """Return (rows,) marks of dropped rows.
-
-    Raises
-    ------
-    InputError
-        For anything else.
-    """
-    given = np.asarray(tombstones)
-    if given.dtype != bool or given.shape != (rows,):
-        raise InputError(f"expected dropped of shape ({rows},) and dtype bool; received {given.shape}, {given.dtype}")
-    return given
+def parse_tombstones(tombstones: npt.ArrayLike, rows: int) -> npt.NDArray[np.bool_]:
+    """Return the (rows,) mask of dropped rows."""
+    mask = np.asarray(tombstones)
+    if mask.dtype != bool or mask.shape != (rows,):
+        raise InputError(f"expected dropped of shape ({rows},) and dtype bool; received {mask.shape}, {mask.dtype}")
+    return mask
 
 
 def parse_rows(
@@ -401,11 +395,11 @@ def check_finite(first_row: int, rows: FloatRows, losses: FloatRows, ids: Sequen
 def _refuse(first_row: int, bad: npt.NDArray[np.bool_], ids: Any) -> None:
     if not bad.any():
         return
-    places = np.flatnonzero(bad)
-    named = ", ".join(f"{first_row + at}" + ("" if ids is None else f" ({ids[at]})") for at in places[:10])
-    more = f" and {len(places) - 10} more" if len(places) > 10 else ""
+    offsets = np.flatnonzero(bad)
+    named = ", ".join(f"{first_row + at}" + ("" if ids is None else f" ({ids[at]})") for at in offsets[:10])
+    more = f" and {len(offsets) - 10} more" if len(offsets) > 10 else ""
     raise NonFiniteError(
-        f"expected finite losses and gradients; received NaN or Inf in rows {named}{more}: mend or leave out these "
+        f"expected finite losses and gradients; received NaN or Inf in rows {named}{more}: correct or leave out these "
         "samples, then run again",
-        [first_row + int(at) for at in places],
+        [first_row + int(at) for at in offsets],
     )
