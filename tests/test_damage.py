@@ -158,7 +158,10 @@ def test_damage_that_is_not_of_rows(store, name, harm):
 )
 def test_damaged_eigenvectors_are_named_by_whatever_reads_them(store, name, harm):
     harm(store.path / "curvature" / "second" / name)
-    for call in (self_influence, lambda train, own: top_influential(train, train, 3, curvature=own)):
+    for call in (
+        lambda train, own: self_influence(train, curvature=own),
+        lambda train, own: top_influential(train, train, 3, curvature=own),
+    ):
         with pytest.raises((StoreDamagedError, StoreFormatError), match="eigenvectors"):
             call(GradientStore.open(store.path), "second")
 
@@ -248,7 +251,7 @@ def test_shapes_edited_by_hand_take_no_memory(store, name, shape):
 def test_nothing_in_a_store_can_be_a_pickle():
     """The room that reads stores imports nothing that turns bytes into code."""
     files = sorted(Path(ooc_influence.store.__file__).parent.glob("*.py"))
-    assert len(files) > 20
+    assert len(files) > 15
     for file in files:
         for node in ast.walk(ast.parse(file.read_text())):
             named = {alias.name for alias in node.names} if isinstance(node, ast.Import | ast.ImportFrom) else set()

@@ -47,7 +47,7 @@ class DeviceEngine(Engine):
         sender = DeviceRows(store, self._device, min(block_rows, stop - start))
         rows: Any
         for block, rows in sender.read(read_raw_blocks(store, start, stop, block_rows)):
-            yield Block(block.start, block.stop, rows, block.dropped)
+            yield Block(block.start, block.stop, block.dropped, None, rows)
 
     @override
     def array(self, values: npt.NDArray[Any]) -> Tensor:
