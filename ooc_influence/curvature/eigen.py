@@ -25,12 +25,13 @@ import numpy.typing as npt
 from ooc_influence.errors import InputError, SingularFisherError
 from ooc_influence.linalg import Floats, Matrix
 from ooc_influence.options import DampingMode
+from ooc_influence.parallel import cores
 from ooc_influence.store import CHUNK_TARGET, create_array, find_array, read_array, read_part
 
 DEFAULT_DAMPING = 0.1  # relative; near the best in the evaluation that accompanied the design
 HELD_BYTES = 256 * 2**20  # of a block's eigenvectors: up to here they are kept in memory once they were read
 _ROTATED_BYTES = 32 * 2**20  # of rotated rows held at a time by self-influence in float32
-_PANEL = 1024  # rows rotated in float64 at a time by self-influence
+_PANEL = 256  # rows rotated in float64 at a time by each thread of self-influence
 _PART = 2**20  # numbers in a chunk of a long array
 _CACHED_BYTES = 2**20  # of squared rows at a time where V = I: they stay in cache
 
@@ -227,7 +228,7 @@ def self_influence_bytes(shapes: Sequence[BlockShape], values: int) -> int:
             turning = max(turning, 4 * w * (_rotated_rows(w) + values) + 2 * CHUNK_TARGET)
         else:
             held += shape.vectors_bytes(keep=shape.keeps)
-            rows = max(_PANEL, _rotated_rows(w))
+            rows = min(_PANEL * cores(), _rotated_rows(w))
             turning = max(turning, 8 * rows * (2 * w + 2 * r + values + 2) + 8 * values * r + 3 * CHUNK_TARGET)
     return held + turning
 
