@@ -22,9 +22,7 @@ if TYPE_CHECKING:
 
     from ooc_influence.compress import Compressor
     from ooc_influence.curvature import Curvature
-    from ooc_influence.extract import AdamMetric, BudgetBatches
-    from ooc_influence.extract.data import Batches
-    from ooc_influence.extract.selection import ModuleSelection
+    from ooc_influence.extract import AdamMetric, Batches, BudgetBatches, ModuleSelection
     from ooc_influence.store import GradientStore, PathLike, Reduction, Storage
 
 AnyCurvature: TypeAlias = "Curvature | PathLike | Literal[False] | None"

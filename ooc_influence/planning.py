@@ -14,16 +14,18 @@ from typing import Any
 
 import numpy as np
 
-from ooc_influence.curvature import BlockShape, costs, precondition_bytes, self_influence_bytes
-from ooc_influence.curvature.costs import FitShapes, fisher_memory, gram_memory
+from ooc_influence.curvature import (
+    BlockShape,
+    FitShapes,
+    costs,
+    fisher_memory,
+    gram_memory,
+    precondition_bytes,
+    self_influence_bytes,
+)
 from ooc_influence.errors import InputError, MemoryBudgetError
-from ooc_influence.influence.request import LEFT_ROWS
-from ooc_influence.influence.self_scores import self_memory
-from ooc_influence.influence.tiles import TileMemory, pass_need
-from ooc_influence.influence.topk import top_costs
-from ooc_influence.linalg import spectrum_solvers, symmetric_eigen
-from ooc_influence.linalg.accumulate import tile_side
-from ooc_influence.linalg.backend import choose_engine
+from ooc_influence.influence import LEFT_ROWS, TileMemory, pass_need, self_memory, top_costs
+from ooc_influence.linalg import choose_engine, spectrum_solvers, symmetric_eigen, tile_side
 from ooc_influence.memory import MemoryModel, budget_bytes, format_bytes, held_now, plan_block_rows
 from ooc_influence.parallel import blas_threads
 from ooc_influence.store import (

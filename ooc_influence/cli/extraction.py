@@ -174,7 +174,7 @@ def extract(shard: str | None, shards: int | None, on_nonfinite: str, as_json: b
     """
     from ooc_influence import extract_gradients, extract_shards
     from ooc_influence.errors import InputError
-    from ooc_influence.extract.recipe import choose_split, load_recipe, running
+    from ooc_influence.extract import choose_split, load_recipe, running
     from ooc_influence.parallel import ambient_client
     from ooc_influence.report import describe, store_facts
 
@@ -231,8 +231,7 @@ def init(rows: int | None, as_json: bool, **given: Any) -> None:
     """
     from ooc_influence import init_store
     from ooc_influence.errors import InputError
-    from ooc_influence.extract import row_types
-    from ooc_influence.extract.recipe import choose_split, load_recipe, running
+    from ooc_influence.extract import choose_split, load_recipe, row_types, running
     from ooc_influence.report import describe, store_facts
 
     keep_freed_memory()
@@ -352,9 +351,9 @@ def check(rows: int, dampings: tuple[float, ...], memory: str | None, as_json: b
 
     Gradients of the same samples are taken as the store has them, and whole; both are scored with the F of these rows.
     """
-    from ooc_influence.evaluate.agreement import SWEEP
-    from ooc_influence.evaluate.agreement import check as run
-    from ooc_influence.extract.recipe import running
+    from ooc_influence.evaluate import SWEEP
+    from ooc_influence.evaluate import check as run
+    from ooc_influence.extract import running
 
     keep_freed_memory()
     # what the user's code prints must not end up in our output
@@ -375,11 +374,11 @@ def _parts(given: dict[str, Any]) -> tuple[Any, Any, Any]:
     if given["output"] == "curvature":
         raise InputError("expected gradients to check; received --output curvature: leave it out")
     if given["recipe_name"] is not None:
-        from ooc_influence.extract.recipe import choose_split, load_recipe
+        from ooc_influence.extract import choose_split, load_recipe
 
         recipe = load_recipe(given["recipe_name"])
         return recipe.model, recipe.per_sample_loss, choose_split(recipe, given["split"]).batches
-    from ooc_influence.hf.extraction import open_job
+    from ooc_influence.hf import open_job
 
     kept = ("store", "recipe_name", "model", "data")
     named = {name: value for name, value in given.items() if name not in kept and value not in (None, (), False)}

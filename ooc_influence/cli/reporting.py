@@ -130,7 +130,7 @@ def _model(name: str | None, recipe: str | None, typed: str, loading: dict[str, 
         return HuggingFaceModel(name, typed, **loading)
     if recipe is None:
         return None
-    from ooc_influence.extract.recipe import load_recipe
+    from ooc_influence.extract import load_recipe
 
     with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints must not end up in our output
         return RecipeModel(load_recipe(recipe), recipe)

@@ -16,6 +16,7 @@ import numpy as np
 from ooc_influence.curvature.eigen import slab_rows
 from ooc_influence.errors import InputError
 from ooc_influence.linalg import (
+    TILE,
     DiagonalAccumulator,
     MatrixAccumulator,
     Range,
@@ -23,8 +24,8 @@ from ooc_influence.linalg import (
     iteration_bytes,
     iteration_memory,
     spectrum_solvers,
+    tile_side,
 )
-from ooc_influence.linalg.accumulate import TILE, tile_side
 from ooc_influence.memory import (
     PRODUCT_ROWS,
     Alternative,

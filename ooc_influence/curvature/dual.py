@@ -28,8 +28,16 @@ from ooc_influence.errors import (
     StoreBusyError,
     writing,
 )
-from ooc_influence.linalg import Floats, Matrix, WeightedBlock, WeightedRows, symmetric_eigen
-from ooc_influence.linalg.accumulate import Tile, list_tiles, tile_side
+from ooc_influence.linalg import (
+    Floats,
+    Matrix,
+    Tile,
+    WeightedBlock,
+    WeightedRows,
+    list_tiles,
+    symmetric_eigen,
+    tile_side,
+)
 from ooc_influence.parallel import Stripe, cut_stripes, run_stripes
 from ooc_influence.progress import Progress, check_cancelled, tick
 from ooc_influence.store import (

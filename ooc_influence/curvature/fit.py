@@ -46,8 +46,7 @@ from ooc_influence.errors import (
     StoreExistsError,
     warn,
 )
-from ooc_influence.linalg import Range, WeightedRows, mirror, symmetric_eigen
-from ooc_influence.linalg.backend import check_room, parse_device
+from ooc_influence.linalg import Range, WeightedRows, check_room, mirror, parse_device, symmetric_eigen
 from ooc_influence.memory import MemoryBudget, format_bytes, plan_block_rows
 from ooc_influence.options import FisherOptions, FittingOptions, RowOptions, definitions, takes
 from ooc_influence.parallel import check_workers, slots_per_process

@@ -27,8 +27,8 @@ from ooc_influence.linalg import (
     block_moments,
     choose_engine,
     partition_rows,
+    tile_side,
 )
-from ooc_influence.linalg.accumulate import tile_side
 from ooc_influence.parallel import Stripe, run_stripes, subtract_ranges, task_threads
 from ooc_influence.progress import Progress, tick
 from ooc_influence.store import StorePath

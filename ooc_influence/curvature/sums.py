@@ -26,8 +26,8 @@ from ooc_influence.linalg import (
     WeightedRows,
     choose_engine,
     partition_rows,
+    row_squares,
 )
-from ooc_influence.linalg.backend import row_squares
 from ooc_influence.parallel import run_stripes, subtract_ranges, task_threads
 from ooc_influence.progress import Progress, tick
 from ooc_influence.store import GradientStore, StorePath, array_store, create_array, open_group

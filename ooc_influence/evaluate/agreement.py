@@ -26,10 +26,7 @@ from scipy.stats import rankdata
 from ooc_influence.compress import Identity
 from ooc_influence.curvature import DEFAULT_DAMPING
 from ooc_influence.errors import InputError, MemoryBudgetError
-from ooc_influence.extract import extract_gradients
-from ooc_influence.extract.extraction import parse_device
-from ooc_influence.extract.pilot import part_of
-from ooc_influence.extract.taps import PerSampleLoss
+from ooc_influence.extract import PerSampleLoss, extract_gradients, parse_device, part_of
 from ooc_influence.memory import MemoryBudget, format_bytes
 from ooc_influence.store import GradientStore, LayerShape, PathLike
 

@@ -1,12 +1,28 @@
 """Extraction: the torch models' side. Taps on layers, sampled per-sample gradients, the loop that fills a store."""
 
-from ooc_influence.extract.data import Batching, BudgetBatches
-from ooc_influence.extract.extraction import extract_gradients, init_store, row_types
+from ooc_influence.extract.data import Batches, Batching, BudgetBatches, to_device
+from ooc_influence.extract.extraction import extract_gradients, init_store, parse_device, row_types
+from ooc_influence.extract.fingerprint import fingerprint_as
 from ooc_influence.extract.losses import cross_entropy, token_cross_entropy
 from ooc_influence.extract.metric import AdamMetric
-from ooc_influence.extract.recipe import Recipe, Split, extract_shards
+from ooc_influence.extract.pilot import part_of
+from ooc_influence.extract.recipe import (
+    Recipe,
+    Split,
+    by_path,
+    choose_split,
+    extract_shards,
+    load_recipe,
+    loaded,
+    run_shards,
+    running,
+)
+from ooc_influence.extract.selection import ModuleSelection
+from ooc_influence.extract.taps import PerSampleLoss
 
 __all__ = [
-    "AdamMetric", "Batching", "BudgetBatches", "Recipe", "Split", "cross_entropy", "extract_gradients",
-    "extract_shards", "init_store", "row_types", "token_cross_entropy",
+    "AdamMetric", "Batches", "Batching", "BudgetBatches", "ModuleSelection", "PerSampleLoss", "Recipe", "Split",
+    "by_path", "choose_split", "cross_entropy", "extract_gradients", "extract_shards", "fingerprint_as",
+    "init_store", "load_recipe", "loaded", "parse_device", "part_of", "row_types", "run_shards", "running",
+    "to_device", "token_cross_entropy",
 ]  # fmt: skip

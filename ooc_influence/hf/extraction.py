@@ -15,10 +15,16 @@ import torch
 from ooc_influence.compress import DEFAULT_REDUCED, DEFAULT_WIDE, Compressor, Dropout, Eigenbasis
 from ooc_influence.corpus import local_path
 from ooc_influence.errors import InputError, StoreNotFoundError, counted
-from ooc_influence.extract import BudgetBatches, extract_gradients, init_store
-from ooc_influence.extract.extraction import parse_device
-from ooc_influence.extract.recipe import by_path, loaded, run_shards
-from ooc_influence.extract.selection import ModuleSelection
+from ooc_influence.extract import (
+    BudgetBatches,
+    ModuleSelection,
+    by_path,
+    extract_gradients,
+    init_store,
+    loaded,
+    parse_device,
+    run_shards,
+)
 from ooc_influence.hf.labels import Labels
 from ooc_influence.hf.losses import CausalLoss, ClassificationLoss, SignedLoss, class_logits
 from ooc_influence.hf.models import Loaded, load, open_documents

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the community's name
 from torch import Tensor
 
-from ooc_influence.extract.losses import cross_entropy
+from ooc_influence.extract import cross_entropy
 from ooc_influence.hf.labels import LabelLoss
 from ooc_influence.hf.padding import IGNORED, PAD, told_padding
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ooc_influence.errors import InputError
-from ooc_influence.extract.data import to_device
+from ooc_influence.extract import to_device
 
 Side = Literal["right", "left"]
 PAD = "pad_token_id"  # of a batch: the token to be told to the model

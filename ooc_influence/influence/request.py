@@ -12,9 +12,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ooc_influence.curvature import BlockShape, Curvature, precondition_bytes, self_influence_bytes
-from ooc_influence.curvature.costs import FitShapes, module_ranges
-from ooc_influence.curvature.rows import choose_rows
+from ooc_influence.curvature import (
+    BlockShape,
+    Curvature,
+    FitShapes,
+    choose_rows,
+    module_ranges,
+    precondition_bytes,
+    self_influence_bytes,
+)
 from ooc_influence.errors import InputError, MemoryBudgetError, warn
 from ooc_influence.influence.checkpoints import (
     Checkpoint,
@@ -27,7 +33,7 @@ from ooc_influence.influence.checkpoints import (
 )
 from ooc_influence.influence.engine import Floats, Grouping, parse_groups, weighted_sums
 from ooc_influence.influence.tiles import Columns, ScoreTask, TileMemory, pass_need, whole_rows
-from ooc_influence.linalg.backend import parse_device
+from ooc_influence.linalg import parse_device
 from ooc_influence.memory import Alternative, MemoryBudget, MemoryModel, block_limit, plan_block_rows
 from ooc_influence.options import Combine, Normalize, PairOptions, ScoringOptions, complete
 from ooc_influence.parallel import slots_per_process, worker_memory

@@ -1,14 +1,16 @@
 """BLAS, eigendecompositions, spectra, row weights: what compress, curvature and influence stand on."""
 
 from ooc_influence.linalg.accumulate import (
+    TILE,
     DiagonalAccumulator,
     MatrixAccumulator,
+    Tile,
     TriangleTiles,
     list_tiles,
     mirror,
     tile_side,
 )
-from ooc_influence.linalg.backend import Floats, Matrix, Team, choose_engine
+from ooc_influence.linalg.backend import Floats, Matrix, Team, check_room, choose_engine, parse_device, row_squares
 from ooc_influence.linalg.rows import (
     ONE_LABEL,
     Numbers,
@@ -41,40 +43,10 @@ from ooc_influence.linalg.spectrum import (
 )
 
 __all__ = [
-    "ONE_LABEL",
-    "TOLERANCE",
-    "DiagonalAccumulator",
-    "Eigenpairs",
-    "Floats",
-    "Matrix",
-    "MatrixAccumulator",
-    "Numbers",
-    "Range",
-    "RowPartition",
-    "Solver",
-    "Spectrum",
-    "Team",
-    "TriangleTiles",
-    "WeightedBlock",
-    "WeightedRows",
-    "block_moments",
-    "check_one_label",
-    "choose_engine",
-    "digest_of",
-    "iteration_bytes",
-    "iteration_memory",
-    "list_tiles",
-    "mirror",
-    "multiply_rows",
-    "orthonormal_slabs",
-    "parse_weighting",
-    "partition_rows",
-    "row_errors",
-    "row_weights",
-    "spectrum_solvers",
-    "start_basis",
-    "subspace_iteration",
-    "symmetric_eigen",
-    "tile_side",
-    "top_spectrum",
+    "ONE_LABEL", "TILE", "TOLERANCE", "DiagonalAccumulator", "Eigenpairs", "Floats", "Matrix", "MatrixAccumulator",
+    "Numbers", "Range", "RowPartition", "Solver", "Spectrum", "Team", "Tile", "TriangleTiles", "WeightedBlock",
+    "WeightedRows", "block_moments", "check_one_label", "check_room", "choose_engine", "digest_of",
+    "iteration_bytes", "iteration_memory", "list_tiles", "mirror", "multiply_rows", "orthonormal_slabs",
+    "parse_device", "parse_weighting", "partition_rows", "row_errors", "row_squares", "row_weights",
+    "spectrum_solvers", "start_basis", "subspace_iteration", "symmetric_eigen", "tile_side", "top_spectrum",
 ]  # fmt: skip

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from ooc_influence.corpus import open_records
 from ooc_influence.curvature import Curvature, resolved
 from ooc_influence.errors import InputError, MismatchError, OocInfluenceError
-from ooc_influence.influence.groups import GroupInfluence
+from ooc_influence.influence import GroupInfluence
 from ooc_influence.memory import format_bytes
 from ooc_influence.options import DampingMode
 from ooc_influence.store import GradientStore, claimed_rows, missing_spans, names, read_claims, tree_bytes

@@ -183,7 +183,7 @@ class Model(ABC):
         MismatchError
             If it was not.
         """
-        from ooc_influence.extract.fingerprint import fingerprint_as
+        from ooc_influence.extract import fingerprint_as
 
         expected = train.model_fingerprint
         check_same(

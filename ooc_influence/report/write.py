@@ -19,8 +19,7 @@ import numpy.typing as npt
 from ooc_influence._version import __version__
 from ooc_influence.curvature import Curvature, resolve_curvature
 from ooc_influence.errors import InputError, counted, warn
-from ooc_influence.influence import TopInfluential, group_influence, self_influence, top_influential
-from ooc_influence.influence.groups import GroupInfluence
+from ooc_influence.influence import GroupInfluence, TopInfluential, group_influence, self_influence, top_influential
 from ooc_influence.progress import Progress, optional_library
 from ooc_influence.report.examples import Corpus, Examples, ImageFolder
 from ooc_influence.report.facts import curvature_states, heat_map, histogram, layer_facts, spectrum_points, store_facts
