@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 _PACKAGE = f"{Path(__file__).parent}{os.sep}"
-_ADVICE = {  # by what the system says
+_ADVICE = {  # by the system's error number
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room"),
     errno.EFBIG: "lift the limit on the size of files",
     **dict.fromkeys((errno.EACCES, errno.EPERM), "change the permissions"),
@@ -35,12 +35,12 @@ class OocInfluenceError(Exception):
         super().__init__(" ".join(line.strip() for line in str(message).splitlines() if line.strip()))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Make it anew in another process: copying a MemoryError without its constructor, as Dask does, fails."""
+        """Rebuild it through its constructor: a MemoryError copied without it, as Dask copies errors, fails."""
         return type(self), (str(self),), self.__dict__
 
 
 class OocInfluenceWarning(UserWarning):
-    """Something the user should know and the call can go on with."""
+    """Something the user should know; the call continues."""
 
 
 def warn(message: str) -> None:
@@ -104,7 +104,7 @@ class SingularFisherError(OocInfluenceError, ArithmeticError):
 
 
 class MemoryBudgetError(OocInfluenceError, MemoryError):
-    """A stage cannot run within the memory it was given."""
+    """A stage cannot run within its memory budget."""
 
 
 class RunFailedError(OocInfluenceError, RuntimeError):
@@ -120,7 +120,7 @@ class MissingExtraError(OocInfluenceError, ImportError):
 
 
 def install_extra(extra: str) -> str:
-    """Return what a message tells somebody to do who lacks one of the package's extras."""
+    """Return the advice of a message about a missing extra of the package."""
     return f"install the extra {extra!r} (in the clone: pip install '.[{extra}]')"
 
 
@@ -164,7 +164,7 @@ def writing(what: str, then: str = "") -> Iterator[None]:
 
 
 def refused(what: str, error: OSError, then: str = "") -> str:
-    """Return the message for something that the system refused: its reason, and the advice that fits.
+    """Return the message for something that the system refused, with its reason and advice.
 
     Parameters
     ----------
@@ -178,7 +178,7 @@ def refused(what: str, error: OSError, then: str = "") -> str:
     Raises
     ------
     InterruptedError
-        The error itself, where it is one: somebody stopped the work, and nothing was refused.
+        The error itself, where it is one: the work was stopped, and nothing was refused.
     """
     if isinstance(error, InterruptedError):
         raise error
@@ -188,9 +188,9 @@ def refused(what: str, error: OSError, then: str = "") -> str:
     reason = error.strerror or str(error)
     if error.errno is not None and reason == os.strerror(error.errno):
         reason = reason[:1].lower() + reason[1:]
-    place = Path("" if error.filename is None else os.fsdecode(error.filename))
-    if place.name.startswith("."):  # a temporary name tells nothing, its folder does
-        place = place.parent
-    where = "" if str(place) == "." or str(place) in what else f" ({place})"
+    path = Path("" if error.filename is None else os.fsdecode(error.filename))
+    if path.name.startswith("."):  # a temporary name says nothing, its folder does
+        path = path.parent
+    where = "" if str(path) == "." or str(path) in what else f" ({path})"
     advice = _ADVICE.get(number or 0, "check the disk or the connection")
     return f"expected {what}; received {reason}{where}: {advice}{then}"

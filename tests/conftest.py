@@ -43,6 +43,14 @@ def roomy() -> int:
     return process_anonymous() + 2**31
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """What is kept of documents is kept among the tests' own files."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OOC_INFLUENCE_CACHE", str(tmp_path_factory.mktemp("kept")))
+        yield
+
+
 def pytest_configure(config):
     hear_interrupts()
 

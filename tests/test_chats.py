@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from test_hf import own_cache, pytestmark, write
+from tiny_hf import MARKS, tokenizers, transformers, write
 
 from ooc_influence import hf
 from ooc_influence.errors import InputError
 from ooc_influence.hf.padding import IGNORED
 
-tokenizers = pytest.importorskip("tokenizers")
-transformers = pytest.importorskip("transformers")
-assert own_cache, pytestmark  # used by their names
+pytestmark = MARKS
 
 TURN = "<{{ m.role }}>\n{{ m.content }}<end>\n"
 PLAIN = "{% for m in messages %}" + TURN + "{% endfor %}{% if add_generation_prompt %}<assistant>\n{% endif %}"
@@ -93,7 +91,7 @@ def test_a_chat_that_ends_with_the_user_ends_with_the_last_reply(tmp_path):
 def test_one_message(tmp_path):
     reply = {"role": "assistant", "content": "yes"}
     assert targets(tmp_path, [reply], characters(PLAIN))[0] == "yes<end>\n"
-    with pytest.raises(InputError, match=r"takes in document 0; received TemplateError: first the user"):
+    with pytest.raises(InputError, match=r"accepts in document 0; received TemplateError: first the user"):
         targets(tmp_path, [reply], characters(STRICT))
     with pytest.raises(InputError, match=r"document 0 .* received messages of user only, no assistant's reply: .*skip"):
         targets(tmp_path, [USER], characters(PLAIN))
@@ -120,8 +118,8 @@ def test_what_is_no_chat_is_refused_by_number(tmp_path, messages, match):
 def test_a_template_that_raises_or_changes_the_reply(tmp_path):
     chat = [USER, {"role": "assistant", "content": "yes"}]
     for template, match in (
-        ("{{ raise_exception('no\nway') }}", r"takes in document 0; received TemplateError: no way: change them, or"),
-        ("{{ messages[9].content.x }}", "takes in document 0; received UndefinedError"),
+        ("{{ raise_exception('no\nway') }}", r"accepts in document 0; received TemplateError: no way: change them, or"),
+        ("{{ messages[9].content.x }}", "accepts in document 0; received UndefinedError"),
         ("{{ messages|length }}", "shows a reply as it is in document 0"),
     ):
         with pytest.raises(InputError, match=match) as caught:

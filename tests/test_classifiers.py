@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 
 import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose
+from tiny_hf import MARKS, datasets, transformers, words_tokenizer
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-transformers = pytest.importorskip("transformers")
-datasets = pytest.importorskip("datasets")
-tokenizers = pytest.importorskip("tokenizers")
+from ooc_influence import Dropout, hf
+from ooc_influence.errors import InputError
+from ooc_influence.hf.extraction import open_job
 
-from ooc_influence import Dropout, hf  # noqa: E402
-from ooc_influence.errors import InputError  # noqa: E402
-from ooc_influence.hf.extraction import open_job  # noqa: E402
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:gradients cover"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning"),
-]
+pytestmark = MARKS
 WORDS = [f"w{n}" for n in range(30)]
 SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
          "intermediate_size": 24, "max_position_embeddings": 40}  # fmt: skip
@@ -47,22 +37,11 @@ KINDS = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
 def make_tokenizer(*, special=True, side="right", length=20):
     """Words are tokens 10 and up; texts become <s> ... </s>, unless without special tokens."""
     vocabulary = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3} | {word: at + 10 for at, word in enumerate(WORDS)}
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    if special:
-        words.post_processor = tokenizers.processors.TemplateProcessing(
-            single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
-        )
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, bos_token="<s>", pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
+    return words_tokenizer(
+        vocabulary, ends=special, bos_token="<s>", pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
         truncation_side=side, model_max_length=length,
     )  # fmt: skip
 

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import re
 
 import pytest
 import torch
+from tiny_hf import MARKS, datasets, transformers, words_tokenizer
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-transformers = pytest.importorskip("transformers")
-datasets = pytest.importorskip("datasets")
-tokenizers = pytest.importorskip("tokenizers")
+from ooc_influence import hf
+from ooc_influence.errors import InputError
+from ooc_influence.hf.extraction import open_job
+from ooc_influence.hf.padding import longest_row
 
-from ooc_influence import hf  # noqa: E402
-from ooc_influence.errors import InputError  # noqa: E402
-from ooc_influence.hf.extraction import open_job  # noqa: E402
-from ooc_influence.hf.padding import longest_row  # noqa: E402
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning"),
-]
+pytestmark = MARKS
 ENCODER = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
            "intermediate_size": 16, "max_position_embeddings": 24}  # fmt: skip
 DECODER = ENCODER | {"num_key_value_heads": 1}
@@ -170,12 +161,7 @@ def test_the_tokenizer_may_say_less():
 
 def job(model, texts, **options):
     vocabulary = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3} | {f"w{at}": at + 5 for at in range(20)}
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    words.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
-    )
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
+    tokenizer = words_tokenizer(vocabulary, ends=True, pad_token="<pad>", eos_token="</s>")
     task = "classification" if hasattr(model, "num_labels") and "Sequence" in type(model).__name__ else "causal-lm"
     rows = {"text": texts} | ({"y": [0] * len(texts)} if task == "classification" else {})
     fields = {"text": "text"} | ({"label": "y"} if task == "classification" else {})

@@ -14,18 +14,18 @@ import sys
 
 import numpy as np
 import pytest
-from test_hf import SMALL, make_model, make_tokenizer, own_cache, pytestmark, samples, write
+from tiny_hf import MARKS, SMALL, datasets, make_model, make_tokenizer, samples, write
 
 from ooc_influence import GradientStore, hf
 from ooc_influence.corpus import Documents, open_records
+from ooc_influence.corpus.cache import cache_root
 from ooc_influence.errors import InputError, MissingExtraError
 from ooc_influence.memory import PeakMemory
 from ooc_influence.report import Corpus, write_report
 
-datasets = pytest.importorskip("datasets")
 arrow = pytest.importorskip("pyarrow")
 pandas = pytest.importorskip("pandas")
-assert own_cache, pytestmark  # used by their names
+pytestmark = MARKS
 ODD = ["NA", "null", "nan", "None", "", "007", "2.50", "3", "1e3", "True", "2020-01-01"]
 
 
@@ -351,7 +351,7 @@ CHILD = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[3])
-from test_hf import hf, make_tokenizer
+from tiny_hf import hf, make_tokenizer
 from ooc_influence.hf.tokens import Tokeniser
 made = [0]
 call = Tokeniser.__call__
@@ -393,6 +393,14 @@ def test_a_changed_file_is_counted_again(tmp_path, monkeypatch):
     documents = hf.open_documents(tmp_path / "data.jsonl")
     words.add_tokens(["w4 w2"])
     assert hf.Samples(documents, words, hf.Fields(prompt="text", completion="text"), 16).n_tokens[0] == 2
+
+
+def test_where_things_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("OOC_INFLUENCE_CACHE", str(tmp_path))
+    assert cache_root() == tmp_path
+    monkeypatch.delenv("OOC_INFLUENCE_CACHE")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+    assert cache_root() == tmp_path / "hf" / "ooc_influence"
 
 
 def test_nothing_is_left_of_what_is_kept_for_one_process(tmp_path, monkeypatch):

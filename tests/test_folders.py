@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 
 import pytest
 import torch
+from test_classifiers import make, make_tokenizer, texts
+from tiny_hf import MARKS, datasets
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-transformers = pytest.importorskip("transformers")
-datasets = pytest.importorskip("datasets")
+from ooc_influence import Dropout, hf
+from ooc_influence.errors import InputError
+
 peft = pytest.importorskip("peft")
 safetensors = pytest.importorskip("safetensors.torch")
-
-from test_classifiers import make, make_tokenizer, own_cache, texts  # noqa: E402, F401
-
-from ooc_influence import Dropout, hf  # noqa: E402
-from ooc_influence.errors import InputError  # noqa: E402
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:gradients cover"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning"),
-]
+pytestmark = MARKS
 TARGETS = {"bert": "query", "roberta": "query", "distilbert": "q_lin", "llama": "q_proj", "gpt2": "c_attn"}
 
 
@@ -164,5 +154,5 @@ def test_weights_that_are_not_there(tmp_path):
     config["intermediate_size"] += 8
     (folder / "config.json").write_text(json.dumps(config))
     bias = r"bert.encoder.layer.0.intermediate.dense.bias \(32,\); received \(24,\)"
-    with pytest.raises(InputError, match=f"shapes that the configuration of .*, {bias}"):
+    with pytest.raises(InputError, match=f"shapes in the configuration of .*, {bias}"):
         hf.load(folder)

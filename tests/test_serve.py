@@ -405,15 +405,14 @@ def test_a_page_waits_for_a_query_only_where_there_is_one(page, server):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.filterwarnings("ignore:gradients cover")
-def test_a_hugging_face_model_is_asked(tmp_path, monkeypatch):
+def test_a_hugging_face_model_is_asked(tmp_path):
     pytest.importorskip("transformers")
-    datasets = pytest.importorskip("datasets")
-    from test_hf import make_model
+    pytest.importorskip("datasets")
+    from tiny_hf import make_model
 
     from ooc_influence import hf
     from ooc_influence.report.live_query import HuggingFaceModel
 
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     make_model(tmp_path / "model")
     texts = [" ".join(f"w{(row * 7 + place) % 40}" for place in range(10)) for row in range(30)]
     (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))

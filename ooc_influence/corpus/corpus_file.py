@@ -161,27 +161,11 @@ class _Checked(io.RawIOBase):
         return len(data)
 
 
-class RecordFile:
-    """The records of one file, by number.
+def open_file(source: Source) -> _LineFile | _ParquetFile:
+    """Return the records of a file, by number; errors are those of :func:`ooc_influence.corpus.open_documents`.
 
-    Attributes
-    ----------
-    column_names : list of str
-        Fields; of JSON, those of the first 1024 records.
+    ``column_names`` are its fields; of JSON, those of the first 1024 records.
     """
-
-    column_names: list[str]
-
-    def __len__(self) -> int:
-        raise NotImplementedError
-
-    def read(self, numbers: Sequence[int], fields: Sequence[str] | None) -> Iterator[dict[str, Any]]:
-        """Yield these fields (None: all) of some records, those that each has."""
-        raise NotImplementedError
-
-
-def open_file(source: Source) -> RecordFile:
-    """Return a file's records; see :func:`ooc_influence.corpus.open_documents` for what it may raise."""
     if source.kind == ".parquet":
         return _ParquetFile(source)
     return _CsvFile(source) if source.kind in (".csv", ".tsv") else _LineFile(source)
@@ -191,7 +175,7 @@ _SMALL = 2**22  # bytes of a file whose offsets are found each time it is opened
 _OFFSETS_AT_ONCE = 2**16  # written together
 
 
-class _LineFile(RecordFile):
+class _LineFile:
     """A file with a record a line: JSON or text."""
 
     def __init__(self, source: Source) -> None:
@@ -236,6 +220,7 @@ class _LineFile(RecordFile):
         return len(self._offsets) - 1
 
     def read(self, numbers: Sequence[int], fields: Sequence[str] | None) -> Iterator[dict[str, Any]]:
+        """Yield these fields (None: all) of some records, those that each has."""
         with _opened(self._plain, io.DEFAULT_BUFFER_SIZE) as file:  # for a few records, here and there
             for number in numbers:
                 start, stop = self._offsets[number : number + 2].tolist()
@@ -400,7 +385,7 @@ def _json_list(path: Path, file: Any) -> Iterator[dict[str, Any]]:
 _BATCH = 512  # Parquet records read at a time
 
 
-class _ParquetFile(RecordFile):
+class _ParquetFile:
     """A Parquet file: the columns that are used, copied to an Arrow file that is mapped."""
 
     def __init__(self, source: Source) -> None:
@@ -429,6 +414,7 @@ class _ParquetFile(RecordFile):
         return self._length
 
     def read(self, numbers: Sequence[int], fields: Sequence[str] | None) -> Iterator[dict[str, Any]]:
+        """Yield these fields (None: all) of some records."""
         columns = tuple(name for name in self.column_names if fields is None or name in fields)
         if not columns:
             yield from ({} for _ in numbers)

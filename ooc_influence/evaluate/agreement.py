@@ -1,12 +1,12 @@
 """How well a store's compressed scores agree with uncompressed ones, on a few hundred samples of the user's own model.
 
-Gradients of the same samples are taken twice: as the store has them, and whole. Whole ones are never held together: a
-group of layers at a time, only their products K = Σ_layers G Gᵀ (n, n) are kept. Seven of eight samples make F, the
-others are queries. On both sides scores come from K alone, with m the rows of F (Woodbury's identity):
+Gradients of the same samples are extracted twice: as the store has them, and in full. Full ones are never in memory
+together: a group of layers at a time, only their products K = Σ_layers G Gᵀ (n, n) are kept. Seven of eight samples
+make F, the others are queries. Both kinds of scores come from K alone, with m the rows of F (Woodbury's identity):
 
     G_q (F + λI)⁻¹ G_tᵀ = m K_qt (K_tt + mλI)⁻¹ ,    self-influence = m diag(K_tt (K_tt + mλI)⁻¹) ,
 
-at the same λ = damping · tr(F)/k of the stored rows, since stored products estimate whole ones. F of so few rows is not
+at the same λ = damping · tr(F)/k of the stored rows, since stored products estimate full ones. F of so few rows is not
 that of the corpus: what is compared is the compression, everything else being equal.
 """
 
@@ -62,7 +62,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What :func:`check` found.
+    """The result of :func:`check`.
 
     Attributes
     ----------
@@ -132,7 +132,7 @@ def check(
     memory : int or str, optional
         Budget for the process; by default half of what is free. Whole gradients are taken by groups of layers that fit.
     folder : path, optional
-        Where temporary rows are written; by default the system's place for that.
+        Where temporary rows are written; by default the system's folder for temporary files.
     progress : bool, optional
         Show progress lines.
 
@@ -151,46 +151,45 @@ def check(
     if any(not damping > 0 for damping in dampings):
         raise InputError(f"expected dampings > 0; received {list(dampings)}")
     layers = [module.layer for module in train.mask.modules]
-    room = MemoryBudget.of(memory)
-    groups = list(_groups(layers, rows, room.budget - room.held))
-    taken = part_of(batches, rows)
+    budget = MemoryBudget.of(memory)
+    groups = list(_groups(layers, rows, budget.budget - budget.held))
+    sample = part_of(batches, rows)
+    options: dict[str, Any] = {"device": parse_device(model, device), "progress": progress}
     with tempfile.TemporaryDirectory(prefix=".ooc_influence-check-", dir=folder) as name:
-        place = Path(name)
-        options: dict[str, Any] = {"device": parse_device(model, device), "progress": progress}
-        own = extract_gradients(
-            model, per_sample_loss, taken, place / "stored", like=train, dtype=train.layout.dtype, **options
+        compressed = extract_gradients(
+            model, per_sample_loss, sample, Path(name) / "stored", like=train, dtype=train.layout.dtype, **options
         )
-        if own.n < _LEAST_ROWS:
-            raise InputError(f"expected at least {_LEAST_ROWS} samples to compare on; received data with {own.n}")
-        stored, whole = _products(own), np.zeros((own.n, own.n))
+        n = compressed.n
+        if n < _LEAST_ROWS:
+            raise InputError(f"expected at least {_LEAST_ROWS} samples to compare on; received data with {n}")
+        stored, whole = _products(compressed), np.zeros((n, n))
         for number, group in enumerate(groups):
             whole += _products(
                 extract_gradients(
-                    model, per_sample_loss, taken, place / f"whole-{number}", compressor=Identity(), dtype="float32",
-                    modules=group, check_gradients=False, **options,
+                    model, per_sample_loss, sample, Path(name) / f"whole-{number}", compressor=Identity(),
+                    dtype="float32", modules=group, check_gradients=False, **options,
                 )
             )  # fmt: skip
-    found = compare(stored, whole, train.k, sorted({*dampings, DEFAULT_DAMPING}))
-    queries = len(range(0, own.n, 8))
-    p = sum(layer.entries for layer in layers)
-    return CheckResult(own.n - queries, queries, p, train.k, found, tuple(_advice(train, found)))
+    agreement = compare(stored, whole, train.k, sorted({*dampings, DEFAULT_DAMPING}))
+    queries, p = len(range(0, n, 8)), sum(layer.entries for layer in layers)
+    return CheckResult(n - queries, queries, p, train.k, agreement, tuple(_advice(train, agreement)))
 
 
 def compare(stored: Matrix, whole: Matrix, k: int, dampings: Sequence[float]) -> tuple[Agreement, ...]:
     """Return how products of stored rows (n, n) agree with those of whole ones; every eighth row is a query."""
-    number = np.arange(len(stored))
-    queries, rows = number[::8], np.delete(number, number[::8])
-    m, found = len(rows), []
+    numbers = np.arange(len(stored))
+    queries, rows = numbers[::8], np.delete(numbers, numbers[::8])
+    m, agreement = len(rows), []
     for damping in dampings:
         value = damping * float(np.trace(stored[np.ix_(rows, rows)])) / m / k
         scores, selves = zip(*(_scores(K, queries, rows, value) for K in (stored, whole)), strict=True)
         correlations = [_spearman(left, right) for left, right in zip(*scores, strict=True)]
         best = [np.argsort(-each, axis=1, kind="stable")[:, :_TOP] for each in scores]
         overlap = [len(np.intersect1d(left, right)) / best[0].shape[1] for left, right in zip(*best, strict=True)]
-        found.append(
+        agreement.append(
             Agreement(damping, float(np.mean(correlations)), float(np.mean(overlap)), _spearman(selves[0], selves[1]))
         )
-    return tuple(found)
+    return tuple(agreement)
 
 
 def _scores(K: Matrix, queries: Any, rows: Any, value: float) -> tuple[Matrix, Matrix]:
@@ -228,23 +227,23 @@ def _groups(layers: Sequence[LayerShape], rows: int, free: int) -> Iterator[list
 
 def _products(store: GradientStore) -> Matrix:
     rows = store.rows()
-    found = np.zeros((len(rows), len(rows)))
+    products = np.zeros((len(rows), len(rows)))
     step = max(1, 2**24 // max(1, len(rows)))
     for start in range(0, rows.shape[1], step):
         part = rows[:, start : start + step].astype(np.float64)
-        found += part @ part.T
-    return found
+        products += part @ part.T
+    return products
 
 
-def _advice(store: GradientStore, found: Sequence[Agreement]) -> Iterator[str]:
-    default = next(each for each in found if each.damping == DEFAULT_DAMPING)
-    best = max(found, key=lambda each: each.scores)
+def _advice(store: GradientStore, agreement: Sequence[Agreement]) -> Iterator[str]:
+    default = next(each for each in agreement if each.damping == DEFAULT_DAMPING)
+    best = max(agreement, key=lambda each: each.scores)
     worst = min(default.scores, default.self_influence)
     level = "close to" if worst >= _GOOD else "roughly like" if worst >= _FAIR else "far from"
     yield f"At the default damping stored scores rank {level} uncompressed ones."
     if best.scores > default.scores + _GAIN:
         yield (
-            f"A damping of {best.damping:g} feels the compression less ({best.scores:.3f} against "
+            f"At a damping of {best.damping:g} compression changes scores less ({best.scores:.3f} against "
             f"{default.scores:.3f}); whether it attributes better is another question."
         )
     if worst >= _GOOD:

@@ -104,13 +104,13 @@ class ExactInfluence:
         rows, queries = compress(self.gradients), compress(self.queries)
         exact, v = self.scores(value), self.products(value)
         kernel = rows @ rows.T / self.n
-        found = _solve(kernel, queries @ rows.T, value)
-        own = (queries - found @ rows / self.n) / value
-        rank = np.array([spearmanr(a, b).statistic for a, b in zip(found, exact, strict=True)])
+        scores = _solve(kernel, queries @ rows.T, value)
+        products = (queries - scores @ rows / self.n) / value
+        rank = np.array([spearmanr(a, b).statistic for a, b in zip(scores, exact, strict=True)])
         return CompressionErrors(
             float(np.linalg.norm(kernel - self.kernel) / np.linalg.norm(self.kernel)),
-            _norms(own - compress(v)) / _norms(v),
-            _norms(found - exact) / _norms(exact),
+            _norms(products - compress(v)) / _norms(v),
+            _norms(scores - exact) / _norms(exact),
             rank,
         )
 
@@ -158,8 +158,7 @@ def reduction_bounds(
     """
     values, vectors = np.linalg.eigh(rows @ rows.T / exact.n)
     values, vectors = np.maximum(values[::-1], 0), vectors[:, ::-1]
-    held = int((values > values[0] * len(values) * np.finfo(np.float64).eps).sum())
-    kept = min(r, held)
+    kept = min(r, int((values > values[0] * len(values) * np.finfo(np.float64).eps).sum()))
     inside = queries @ rows.T @ vectors[:, :kept] / np.sqrt(exact.n * values[:kept])
     outside = np.sqrt(np.maximum(np.square(queries).sum(1) - np.square(inside).sum(1), 0))
     tail = values[kept:]

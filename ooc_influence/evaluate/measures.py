@@ -90,7 +90,7 @@ def _checked(scores: npt.ArrayLike, flagged: npt.ArrayLike) -> tuple[npt.NDArray
 
 @dataclass(frozen=True, eq=False)
 class LdsResult:
-    """What :func:`lds` found.
+    """The result of :func:`lds`.
 
     Attributes
     ----------
@@ -126,8 +126,8 @@ class LdsResult:
     @property
     def standard_error(self) -> float:
         """Standard error of the mean, the queries taken as a sample and the subsets as given; NaN for one query."""
-        held = self.per_query[self.counted]
-        return float(held.std(ddof=1) / np.sqrt(len(held))) if len(held) > 1 else float("nan")
+        counted = self.per_query[self.counted]
+        return float(counted.std(ddof=1) / np.sqrt(len(counted))) if len(counted) > 1 else float("nan")
 
     def subset_error(self) -> float:
         """Return the standard error of the mean, the subsets taken as a sample and the queries as given.
@@ -273,9 +273,9 @@ def _dask_parts(scores: Any, subsets: Any, memory: int | str | None) -> Iterator
         parts = [task(block, np.asarray(subsets[:, c])) for block, c in zip(blocks, columns, strict=True)]
         missing_rows = [part.missing_rows for part in parts]
         with blas_threads(cores()):  # Dask has its own threads
-            found, *missing = compute(tree_sum(parts, _add), *missing_rows)
-        whole = found._replace(missing_rows=np.concatenate(missing))
-        yield slice(top, top + height), slice(0, edges[-1]), whole
+            total, *missing = compute(tree_sum(parts, _add), *missing_rows)
+        total = total._replace(missing_rows=np.concatenate(missing))
+        yield slice(top, top + height), slice(0, edges[-1]), total
         top += height
 
 
@@ -297,24 +297,20 @@ def _sums(tile: npt.NDArray[Any], inside: npt.NDArray[np.bool_]) -> _Sums:
     InputError
         For infinite scores.
     """
-    found = _Sums(
-        np.zeros((len(inside), len(tile))),
-        np.zeros(len(tile)),
-        np.zeros(len(tile), np.int64),
-        np.zeros(tile.shape[1], np.int64),
-    )
-    for low in range(0, tile.shape[1], _ROWS):
-        here = slice(low, low + _ROWS)
-        held = tile[:, here].astype(np.float64)
-        missing = np.isnan(held)
-        held[missing] = 0
-        found.sizes[...] += np.abs(held).sum(1)
-        if not np.isfinite(found.sizes).all():
+    (q, w), m = tile.shape, len(inside)
+    sums = _Sums(np.zeros((m, q)), np.zeros(q), np.zeros(q, np.int64), np.zeros(w, np.int64))
+    for low in range(0, w, _ROWS):
+        part = slice(low, low + _ROWS)
+        scores = tile[:, part].astype(np.float64)
+        missing = np.isnan(scores)
+        scores[missing] = 0
+        sums.sizes[...] += np.abs(scores).sum(1)
+        if not np.isfinite(sums.sizes).all():
             raise InputError("expected finite scores, NaN where rows are dropped; received Inf: check the curvature")
-        found.predictions[...] += inside[:, here].astype(np.float64) @ held.T
-        found.missing[...] += missing.sum(1)
-        found.missing_rows[here] = missing.sum(0)
-    return found
+        sums.predictions[...] += inside[:, part].astype(np.float64) @ scores.T
+        sums.missing[...] += missing.sum(1)
+        sums.missing_rows[part] = missing.sum(0)
+    return sums
 
 
 def _check_missing(sums: _Sums, q: int, n: int) -> tuple[npt.NDArray[np.bool_], int]:
@@ -340,8 +336,8 @@ def _correlation(left: Floats, right: Floats) -> Floats:
 
 def _without(run: int, *ranks: Floats) -> list[Floats]:
     """Return ranks as they are without one of the runs: those above it move down by one, its equals by a half."""
-    found = []
-    for held in ranks:
-        rest, own = np.delete(held, run, 0), held[run]
-        found.append(rest - (rest > own) - 0.5 * (rest == own))
-    return found
+    rest = []
+    for rank in ranks:
+        others = np.delete(rank, run, 0)
+        rest.append(others - (others > rank[run]) - 0.5 * (others == rank[run]))
+    return rest

@@ -1,9 +1,9 @@
-"""What happens to a model when rows are taken out: leave-one-out effects and removal curves, by retraining.
+"""What happens to a model when rows are removed: leave-one-out effects and removal curves, by retraining.
 
 The effect of a removal is the outcome with all rows minus the outcome without these: with larger outcomes for a better
 fit, rows that helped (proponents, positive scores) have positive effects. Both runs of a difference have the same seed.
-A removal curve takes the rows out that a ranking puts first for a target, and measures that target: how few it takes to
-turn the prediction is its "brittleness" (Ilyas et al. 2022, arXiv 2202.00622).
+A removal curve removes the rows that a ranking puts first for a target, and measures that target: how few of them turn
+the prediction is its "brittleness" (Ilyas et al. 2022, arXiv 2202.00622).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class LeaveOneOut:
 
     @property
     def effects(self) -> Floats:
-        """What leaving a row out took from each outcome, (q, r): mean over repeats, as scores are laid out."""
+        """By how much leaving a row out lowers each outcome, (q, r) like scores: mean over repeats."""
         return np.asarray((self.base[:, None] - self.outcomes).mean(0).T)
 
     @property
@@ -59,7 +59,7 @@ class RemovalCurve:
     Attributes
     ----------
     counts : (c,) int64
-        How many rows were taken out.
+        Numbers of rows removed.
     base : (repeats, t) float64
         Each target's outcome with all rows.
     outcomes : (repeats, t, c) float64
@@ -72,7 +72,7 @@ class RemovalCurve:
 
     @property
     def effects(self) -> Floats:
-        """What the removal took from each target's outcome, (t, c): mean over repeats."""
+        """By how much the removal lowers each target's outcome, (t, c): mean over repeats."""
         return np.asarray((self.base[..., None] - self.outcomes).mean(0))
 
     @property
@@ -120,7 +120,7 @@ def leave_one_out(
     rows : (r,) int, optional
         The rows to leave out, one at a time; default every one: n runs.
     repeats : int
-        Seeds to repeat it with. A single row's effect is mostly smaller than the noise of training.
+        Seeds to repeat it with. A single row's effect is usually smaller than the noise of training.
 
     Raises
     ------
@@ -152,7 +152,7 @@ def removal_curve(
     workers: int = 1,
     progress: bool | None = None,
 ) -> RemovalCurve:
-    """Take the rows out that matter most to each target, retrain, and measure the target.
+    """Remove the rows that matter most to each target, retrain, and measure the target.
 
     To compare rankings (of another method, of random rows), call it with each, in folders of their own.
 
@@ -165,9 +165,9 @@ def removal_curve(
     ranking : (t, r) int
         Rows in the order of their importance to each target: ``top_influential(...).proponents.rows``.
     counts : sequence of int
-        How many of them to take out: whole numbers from 1 to r, ascending.
+        How many of them to remove: whole numbers from 1 to r, ascending.
     targets : (t,) int, optional
-        Where the targets are among the measured rows; default ``0 ... t - 1``.
+        The index of each target among the measured rows; default ``0 ... t - 1``.
     repeats : int
         Seeds to repeat it with.
 
@@ -189,17 +189,17 @@ def removal_curve(
         )
     if (np.diff(np.sort(ranked[:, : sizes[-1]])) == 0).any():
         raise InputError("expected a ranking of distinct rows for each target; received one that repeats a row")
-    places = np.arange(len(ranked)) if targets is None else np.asarray(targets, np.int64)
-    if places.shape != (len(ranked),) or places.min() < 0:
-        raise InputError(f"expected a place for each of {len(ranked)} targets; received {places.shape}")
+    indices = np.arange(len(ranked)) if targets is None else np.asarray(targets, np.int64)
+    if indices.shape != (len(ranked),) or indices.min() < 0:
+        raise InputError(f"expected an index >= 0 for each of {len(ranked)} targets; received {indices.shape}")
     removed = [np.empty(0, np.int64), *(row[:size] for row in ranked for size in sizes)]
     runs = _without(train, measure, n, removed, folder, repeats, settings, workers, progress)
-    if places.max() >= runs.outcomes.shape[1]:
-        raise InputError(f"expected targets below {runs.outcomes.shape[1]}, the outcomes; received {places.max()}")
+    if indices.max() >= runs.outcomes.shape[1]:
+        raise InputError(f"expected targets below {runs.outcomes.shape[1]}, the outcomes; received {indices.max()}")
     outcomes = runs.outcomes.reshape(repeats, len(removed), -1)
-    found = outcomes[:, 1:].reshape(repeats, len(ranked), len(sizes), -1)
-    own = np.take_along_axis(found, places[None, :, None, None], 3)[..., 0]
-    return RemovalCurve(sizes, outcomes[:, 0, places], own)
+    without = outcomes[:, 1:].reshape(repeats, len(ranked), len(sizes), -1)
+    of_target = np.take_along_axis(without, indices[None, :, None, None], 3)[..., 0]
+    return RemovalCurve(sizes, outcomes[:, 0, indices], of_target)
 
 
 class _Removals(Sequence[Rows]):

@@ -1,7 +1,7 @@
 """Retraining on subsets of the training rows, run by run, each finished run kept: the ground truth of attribution.
 
 A run trains a model on some rows and measures it. Runs are independent: they can be spread over processes, killed and
-gone on with, and every run's numbers depend on its rows and its seed only.
+resumed, and every run's numbers depend on its rows and its seed only.
 """
 
 from __future__ import annotations
@@ -80,10 +80,10 @@ def retrain(
     workers: int = 1,
     progress: bool | None = None,
 ) -> Runs:
-    """Train a model on each subset and measure it, or go on where an earlier call was stopped.
+    """Train a model on each subset and measure it, or resume where an earlier call was stopped.
 
     Before a run the global generators of Python, NumPy and (where it is loaded) PyTorch are seeded with the run's seed;
-    afterwards they are as they were. What ``train`` draws from them depends neither on the order of the runs nor on
+    afterwards their state is restored. What ``train`` draws from them depends neither on the order of the runs nor on
     workers or interruptions.
 
     Parameters
@@ -124,11 +124,11 @@ def retrain(
     StoreWriteError
         If the disk refuses.
     """
-    place, seeds = _open(subsets, folder, settings, seeds)
+    run_folder, seeds = _open(subsets, folder, settings, seeds)
     if workers < 1:
         raise InputError(f"expected workers >= 1; received {workers}")
-    missing = place.collect(subsets, seeds).missing
-    task = _Task(train, measure, place)
+    missing = run_folder.collect(subsets, seeds).missing
+    task = _Task(train, measure, run_folder)
     with Progress("retrain", len(subsets), progress, unit="run") as bar:
         bar.advance(len(subsets) - len(missing))
         if workers > 1 and missing:
@@ -137,7 +137,7 @@ def retrain(
             for run in missing:
                 task(run, subsets[run], seeds[run])
                 bar.advance(1)
-    return place.collect(subsets, seeds)
+    return run_folder.collect(subsets, seeds)
 
 
 def finished_runs(
@@ -147,7 +147,7 @@ def finished_runs(
     settings: Mapping[str, Any] | None = None,
     seeds: Sequence[int] | None = None,
 ) -> Runs:
-    """Return what a folder holds of the runs :func:`retrain` would do, without doing any.
+    """Return the runs of :func:`retrain` that are finished in a folder, without doing any.
 
     Parameters
     ----------
@@ -159,8 +159,8 @@ def finished_runs(
     InputError, MismatchError, StoreWriteError
         As for :func:`retrain`.
     """
-    place, seeds = _open(subsets, folder, settings, seeds)
-    return place.collect(subsets, seeds)
+    run_folder, seeds = _open(subsets, folder, settings, seeds)
+    return run_folder.collect(subsets, seeds)
 
 
 def _open(
@@ -198,7 +198,7 @@ class _Task:
                 outcome = np.asarray(self.measure(self.train(np.flatnonzero(rows))), np.float64)
         except Exception as error:
             raise RunFailedError(
-                f"expected run {run} to train and measure; received {type(error).__name__}: {error}: mend "
+                f"expected run {run} to train and measure; received {type(error).__name__}: {error}: fix "
                 f"that and call again; finished runs are kept in {self.folder.path}"
             ) from error
         if outcome.ndim != 1 or not len(outcome) or not np.isfinite(outcome).all():
@@ -212,8 +212,8 @@ class _Task:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed the global generators of Python, NumPy and, where it is loaded, PyTorch; then leave them as they were."""
-    held = (random.getstate(), np.random.get_state())
+    """Seed the global generators of Python, NumPy and, where it is loaded, PyTorch; restore their state afterwards."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
     torch: Any = sys.modules.get("torch")
     devices = range(torch.cuda.device_count()) if torch else ()
     with torch.random.fork_rng(devices=devices) if torch else nullcontext():
@@ -224,8 +224,8 @@ def seeded(seed: int) -> Iterator[None]:
         try:
             yield
         finally:
-            random.setstate(held[0])
-            np.random.set_state(held[1])
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
 
 
 def _run_in_processes(

@@ -2,7 +2,7 @@
 
 from ooc_influence.hf.extraction import Job, default_compressor, extract, extract_shards, open_job, prepare
 from ooc_influence.hf.labels import Labels
-from ooc_influence.hf.losses import CausalLoss, ClassificationLoss, SignedLoss, classification_loss
+from ooc_influence.hf.losses import CausalLoss, ClassificationLoss, SignedLoss
 from ooc_influence.hf.models import Loaded, load, open_documents
 from ooc_influence.hf.padding import ClassifierCollator, Collator, context_length
 from ooc_influence.hf.samples import Samples
@@ -10,6 +10,6 @@ from ooc_influence.hf.tokens import Fields
 
 __all__ = [
     "CausalLoss", "ClassificationLoss", "ClassifierCollator", "Collator", "Fields", "Job", "Labels", "Loaded",
-    "Samples", "SignedLoss", "classification_loss", "context_length", "default_compressor", "extract",
-    "extract_shards", "load", "open_documents", "open_job", "prepare",
+    "Samples", "SignedLoss", "context_length", "default_compressor", "extract", "extract_shards", "load",
+    "open_documents", "open_job", "prepare",
 ]  # fmt: skip

@@ -31,7 +31,7 @@ from ooc_influence.hf.models import Loaded, load, open_documents
 from ooc_influence.hf.padding import ClassifierCollator, Collator, choose_side, context_length, longest_row
 from ooc_influence.hf.samples import SPANS, Samples
 from ooc_influence.hf.tokens import Fields
-from ooc_influence.store import GradientStore, PathLike, StorePath, parse_path
+from ooc_influence.store import GradientStore, PathLike, StorePath, column_dtype, parse_path
 
 logger = logging.getLogger("ooc_influence")
 _TOKENS, _TOKENS_CPU = 8192, 2048  # of a batch, by default: on a CPU, more gain nothing and their logits take GiBs
@@ -86,32 +86,34 @@ def prepare(
     InputError
         For settings that do not go together, or data that cannot be read.
     """
-    found = model if isinstance(model, Loaded) else load(model, **loading)
+    loaded = model if isinstance(model, Loaded) else load(model, **loading)
     if output not in ("gradients", "curvature"):
         raise InputError(f"expected output 'gradients' or 'curvature'; received {output!r}")
-    if (found.task == "classification") != (fields.label is not None):
+    if (loaded.task == "classification") != (fields.label is not None):
         raise InputError(
-            f"expected {'text and label' if fields.label is None else 'no label'} for a model for {found.task}; "
+            f"expected {'text and label' if fields.label is None else 'no label'} for a model for {loaded.task}; "
             f"received label={fields.label!r}"
         )
-    if output == "curvature" and found.task != "causal-lm":
-        raise InputError("expected a language model for output='curvature'; received a classifier: its rows do already")
+    if output == "curvature" and loaded.task != "causal-lm":
+        raise InputError(
+            "expected a language model for output='curvature'; received a classifier, whose rows are curvature already"
+        )
     source = open_documents(data, split)
     numbers = None
     if documents is not None and documents < len(source):
         numbers = np.unique(np.linspace(0, len(source) - 1, documents).round().astype(np.int64))
-    limit = longest_row(found.model, alone=batch_size == 1)
+    limit = longest_row(loaded.model, alone=batch_size == 1)
     if max_length is not None and limit is not None and max_length > limit:
-        further = longest_row(found.model, alone=True) or limit
-        more = f": or batch_size=1 (--batch-size 1), for up to {further}" if further >= max_length else ""
+        alone = longest_row(loaded.model, alone=True) or limit
+        more = f": or batch_size=1 (--batch-size 1), for up to {alone}" if alone >= max_length else ""
         raise InputError(f"expected max_length <= {limit}, the model's context; received {max_length}{more}")
-    length = max_length or context_length(found.model, found.tokenizer)
+    length = max_length or context_length(loaded.model, loaded.tokenizer)
     labels = None
     if fields.label is not None:
-        labels = Labels(found.model.config, source.features.get(fields.label), fields.label)
+        labels = Labels(loaded.model.config, source.features.get(fields.label), fields.label)
     samples = Samples(
         source,
-        found.tokenizer,
+        loaded.tokenizer,
         fields,
         length,
         labels=labels,
@@ -125,30 +127,32 @@ def prepare(
             logger.warning(counted(count, f"document {without} is left out", f"documents {without} are left out"))
     if samples.truncated:
         logger.warning("%s cut to %d tokens", counted(samples.truncated, "text is", "texts are"), length)
-    collate: Any = Collator(_pad(found.tokenizer), sign_seed if output == "curvature" else None)
+    tokens_to_pad = (getattr(loaded.tokenizer, f"{name}_token_id", None) for name in ("pad", "eos", "unk"))
+    pad = next((token for token in tokens_to_pad if token is not None), 0)
+    collate: Any = Collator(int(pad), sign_seed if output == "curvature" else None)
     if labels is not None:
-        collate = _classifier_collator(found, samples, batch_size)
+        collate = _classifier_collator(loaded, samples, batch_size)
     if tokens is None:
-        tokens = _TOKENS_CPU if found.model.device.type == "cpu" else _TOKENS
+        tokens = _TOKENS_CPU if loaded.model.device.type == "cpu" else _TOKENS
     batches = BudgetBatches(samples, collate, lengths=samples.lengths, tokens=tokens, batch_size=batch_size)
     kind: str = "cross_entropy" if labels is None else labels.loss
     loss: Any = None if labels is None else ClassificationLoss(labels.loss)
-    if found.task == "causal-lm":
+    if loaded.task == "causal-lm":
         loss, kind = CausalLoss(reduction), f"token_cross_entropy_{reduction}"
         if output == "curvature":
             loss, kind = SignedLoss(weights, mean=reduction == "mean"), f"signed_tokens_{weights or 'plain'}"
-    return Job(found.model, loss, batches, samples, kind)
+    return Job(loaded.model, loss, batches, samples, kind)
 
 
-def _classifier_collator(found: Loaded, samples: Samples, batch_size: int | None) -> ClassifierCollator:
-    """Return what pads texts to be classified as the model expects it."""
-    make = partial(ClassifierCollator.of, found.model, found.tokenizer)
+def _classifier_collator(loaded: Loaded, samples: Samples, batch_size: int | None) -> ClassifierCollator:
+    """Return the collator that pads texts on the side that the classifier expects."""
+    make = partial(ClassifierCollator.of, loaded.model, loaded.tokenizer)
     lengths = samples.lengths
     if batch_size == 1 or lengths.min() == lengths.max():
         return make()  # nothing will be padded
     shortest = int(lengths.argmin())
     longer = int(np.where(lengths > lengths[shortest], lengths, lengths.max()).argmin())
-    return make(choose_side(found.model, samples[shortest], samples[longer], make, class_logits))
+    return make(choose_side(loaded.model, samples[shortest], samples[longer], make, class_logits))
 
 
 def open_job(
@@ -215,7 +219,7 @@ def extract(
         A file, a pattern such as ``dir/*.jsonl``, a folder saved by ``datasets``, or an object:
         :func:`ooc_influence.corpus.open_documents`.
     store : path
-        The store to write, or to go on with.
+        The store to write, or to resume.
     text, prompt, completion, messages, label, id, keep, chat
         Which fields are what: :class:`Fields`. Default: the field ``text``.
     compressor : Dropout, Gaussian, Rademacher, Sjlt, Grass, LoGra, Pca or Identity, optional
@@ -243,7 +247,7 @@ def extract(
     Raises
     ------
     InputError
-        For fields, files or models that cannot be used so.
+        For fields, files or models that cannot be used together.
     MissingExtraError
         Without the extra ``hf``.
     OocInfluenceError
@@ -255,10 +259,9 @@ def extract(
         model, data, text=text, prompt=prompt, completion=completion, messages=messages, label=label, id=id, keep=keep,
         chat=chat, device=device, progress=progress, **preparing,
     )  # fmt: skip
+    chosen: Any = compressor
     if compressor is None and like is None:
-        chosen: Any = partial(default_compressor, rows=len(job.samples))
-    else:
-        chosen = compressor
+        chosen = partial(default_compressor, rows=len(job.samples))
     arguments = {
         "compressor": chosen, "like": like, "modules": modules, "dtype": dtype, "loss_kind": job.loss_kind,
         "progress": progress, "device": None if device == "auto" else device, **(options or {}),
@@ -266,7 +269,7 @@ def extract(
     arguments["origin"] = _origin(model, data, job, preparing)
     ids, columns = job.samples.ids(), _columns(job.samples, store)
     if rows_only:
-        kinds = {name: _kind(values) for name, values in columns.items()}
+        kinds = {name: column_dtype(values[:64]) for name, values in columns.items()}
         arguments = {name: value for name, value in arguments.items() if name not in ("shard", "on_nonfinite")}
         return init_store(
             job.model, store, len(job.samples), ids="str", columns=kinds, per_sample_loss=job.per_sample_loss,
@@ -315,12 +318,11 @@ def extract_shards(
     """
     if not isinstance(model, (str, Path)) or not isinstance(data, (str, Path)):
         raise InputError("expected paths of the model and the data for shards; received objects: workers load them")
-    place = parse_path(store)
-    arguments, options = by_path(arguments), by_path(options or {})
+    path = parse_path(store)
     source = str(Path(model).absolute()) if Path(model).exists() else str(model)  # or a name on the hub
     documents = os.path.abspath(local_path(data))  # noqa: PTH100 - of a pattern, too
-    parts = (source, documents, place, options, arguments)
-    return run_shards(place, partial(_extract, *parts, rows_only=True), partial(_extract, *parts), shards, progress)
+    write = partial(_extract, source, documents, path, by_path(options or {}), by_path(arguments))
+    return run_shards(path, partial(write, rows_only=True), write, shards, progress)
 
 
 def _extract(
@@ -338,7 +340,7 @@ def default_compressor(p: int, rows: int) -> Dropout:
 
 
 def _origin(model: Any, data: Any, job: Job, preparing: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what is recorded about a store's model and documents: what finds a row's text again, and what it was."""
+    """Return the record of a store's model and documents, by which a row's text is found again."""
     samples, named = job.samples, ("split", "adapter", "revision", "reduction", "output", "weights", "sign_seed")
     return {
         "model": str(getattr(job.model, "name_or_path", "")) if isinstance(model, Loaded) else str(model),
@@ -352,21 +354,7 @@ def _columns(samples: Samples, store: PathLike) -> dict[str, Any]:
     """Return the columns of rows; for a store made before there were spans, without them."""
     columns = samples.columns()
     try:
-        held = GradientStore.open(store).layout.columns
+        present = GradientStore.open(store).layout.columns
     except StoreNotFoundError:
         return columns
-    return {name: values for name, values in columns.items() if name in held or name not in SPANS}
-
-
-def _kind(values: Any) -> str:
-    from ooc_influence.store import column_dtype
-
-    return column_dtype(values[:64])
-
-
-def _pad(tokenizer: Any) -> int:
-    for name in ("pad_token_id", "eos_token_id", "unk_token_id"):
-        found = getattr(tokenizer, name, None)
-        if found is not None:
-            return int(found)
-    return 0
+    return {name: values for name, values in columns.items() if name in present or name not in SPANS}

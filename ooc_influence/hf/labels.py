@@ -1,10 +1,10 @@
-"""What kind of column a field becomes: known once every document's value was seen, the same for all rows."""
+"""Kinds of columns that fields become, and labels of documents as a model's loss takes them."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -18,13 +18,12 @@ _EXACT = 2**53  # whole numbers up to here are floats without a loss
 
 
 class FieldKind:
-    """The kind of a field's values.
+    """The kind of a field's column: settled once every document's value was seen, the same for all rows.
 
     Parameters
     ----------
     textual : bool
-        They come from a file that has text only, as CSV: numbers are those texts that are written as numbers are.
-
+        Values come from a file that has text only, as CSV: numbers are those texts that are written as numbers are.
     """
 
     def __init__(self, textual: bool) -> None:
@@ -41,11 +40,9 @@ class FieldKind:
         kinds = self._kinds
         if kinds in ({"bool"}, {"int64"}):
             return next(iter(kinds))
-        if kinds and kinds - {"missing"} and kinds <= {"int64", "float64", "missing"}:
+        if kinds - {"missing"} and kinds <= {"int64", "float64", "missing"}:
             return "float64"
-        if kinds and kinds - {"missing"} and kinds <= {"int64", "long"}:
-            return "int64"
-        return "str"
+        return "int64" if kinds and kinds <= {"int64", "long"} else "str"
 
 
 def _kind(value: Any) -> str:
@@ -67,7 +64,7 @@ def _textual_kind(value: str | None) -> str:
         number = float(value)
     except ValueError:
         return "str"
-    return "float64" if repr(number) == value and number - number == 0 else "str"
+    return "float64" if repr(number) == value and math.isfinite(number) else "str"
 
 
 def as_kind(value: Any, kind: str) -> Any:
@@ -91,7 +88,7 @@ _UNNAMED = re.compile(r"LABEL_\d+")  # what transformers calls classes that nobo
 _TRUTH = {"true": True, "false": False}
 _SHOWN = 8  # names, in a message
 _AT_ONCE = 4096  # documents whose labels are read together
-_REMEMBERED = 4096  # values of one class
+_REMEMBERED = 4096  # labels whose class is looked up once
 
 
 class Labels:
@@ -122,16 +119,23 @@ class Labels:
 
     def __init__(self, config: Any, feature: Any = None, field: str = "label") -> None:
         self.classes, self._field = int(config.num_labels), field
-        listed = getattr(feature, "feature", feature)  # of a list, what it lists
-        self.loss = _loss_of(config, several=listed is not feature or isinstance(feature, list))
-        self._undecided = self.loss == "cross_entropy" and getattr(config, "problem_type", None) is None
-        given = getattr(listed, "names", None)
-        self._given = list(given) if isinstance(given, (list, tuple)) else None
-        self._ids = _names(config, self.classes)
-        self._folded = _folded(self._ids)
-        self._named = not all(_UNNAMED.fullmatch(name) for name in self._ids)
-        self._hot, self._known = self._given is None, True  # can lists be marks of every class, or name classes
-        self._seen: dict[tuple[type, Any], int] = {}
+        element = getattr(feature, "feature", feature)  # of a list, what it lists
+        problem = getattr(config, "problem_type", None)
+        if problem is not None:
+            self.loss = _LOSSES[problem]
+        elif self.classes == 1:
+            self.loss = "mean_squared_error"
+        else:
+            lists = element is not feature or isinstance(feature, list)
+            self.loss = "binary_cross_entropy" if lists else "cross_entropy"
+        self._undecided = self.loss == "cross_entropy" and problem is None
+        names = getattr(element, "names", None)
+        self._feature_names = list(names) if isinstance(names, (list, tuple)) else None
+        self._class_of = _classes_by_name(config, self.classes)
+        self._class_of_folded = _without_case(self._class_of)
+        self._named = not all(_UNNAMED.fullmatch(name) for name in self._class_of)
+        self._lists_are_marks, self._lists_are_classes = self._feature_names is None, True  # as far as was seen
+        self._remembered: dict[tuple[type, Any], int] = {}
         if self.loss == "cross_entropy" and self.classes < 2:
             raise InputError(
                 f"expected a classifier of at least two classes; received num_labels={self.classes} with "
@@ -139,7 +143,7 @@ class Labels:
             )
 
     def check(self, numbers: npt.NDArray[np.int64], read: Callable[[npt.NDArray[np.int64]], list[Any]]) -> None:
-        """Read the labels of all documents once, and settle how lists are meant.
+        """Read the labels of all documents once, and settle what lists mean.
 
         Parameters
         ----------
@@ -155,13 +159,13 @@ class Labels:
         """
         if self._undecided and len(numbers) and isinstance(read(numbers[:1])[0], (list, tuple, np.ndarray)):
             self.loss = "binary_cross_entropy"
-        several = self.loss == "binary_cross_entropy"
-        for number, value in _pairs(numbers, read):
-            if several:
-                self._narrow(value, number)
-            else:
-                self(value, number)
-        if several and self._hot and self._known and len(numbers):
+        look = self._look_at_list if self.loss == "binary_cross_entropy" else self
+        for start in range(0, len(numbers), _AT_ONCE):
+            part = numbers[start : start + _AT_ONCE]
+            for number, value in zip(part.tolist(), read(part), strict=True):
+                look(value, number)
+        ambiguous = self._lists_are_marks and self._lists_are_classes
+        if self.loss == "binary_cross_entropy" and ambiguous and len(numbers):
             raise self._refusal(
                 int(numbers[0]), read(numbers[:1])[0],
                 "lists of classes and marks for every class look alike here: write classes by name, or marks as 0.0 "
@@ -179,24 +183,21 @@ class Labels:
         if value is None or (isinstance(value, float) and math.isnan(value)):
             raise self._refusal(number, value, "leave the document out, or label it")
         if self.loss == "cross_entropy":
-            return self._remembered(value, number)
+            key = (type(value), value) if isinstance(value, (str, int, float)) else None  # True is not 1 here
+            if key not in self._remembered:
+                index = self._class(value, number, value)
+                if key is None or len(self._remembered) >= _REMEMBERED:
+                    return index
+                self._remembered[key] = index
+            return self._remembered[key]
         if self.loss == "mean_squared_error":
             return self._number(value, number) if self.classes == 1 else self._numbers(value, number)
-        if self._hot:
+        if self._lists_are_marks:
             return [float(mark) for mark in value]
         marks = [0.0] * self.classes
         for item in value:
             marks[self._class(item, number, value)] = 1.0
         return marks
-
-    def _remembered(self, value: Any, number: int) -> int:
-        key = (type(value), value) if isinstance(value, (str, int, float)) else None  # True is not 1 here
-        if key is None or key not in self._seen:
-            found = self._class(value, number, value)
-            if key is None or len(self._seen) >= _REMEMBERED:
-                return found
-            self._seen[key] = found
-        return self._seen[key]
 
     def _class(self, item: Any, number: int, value: Any) -> int:
         """Return the class that an item, of a document's label ``value``, means."""
@@ -205,69 +206,70 @@ class Labels:
         if isinstance(item, (bool, np.bool_)):
             return self._by_truth(bool(item), number, value)
         if isinstance(item, (int, np.integer)) or (isinstance(item, float) and item.is_integer()):
-            index = int(item)
-            if self._given is not None and self._named and 0 <= index < len(self._given):
-                return self._by_text(self._given[index], number, value, f"{self._given[index]!r}, its number {index}")
+            index, names = int(item), self._feature_names
+            if names is not None and self._named and 0 <= index < len(names):
+                return self._by_text(names[index], number, value, f"{names[index]!r}, its number {index}")
             return self._by_number(index, number, value)
         raise self._refusal(number, value, "give the name of a class, or its number")
 
     def _by_text(self, text: str, number: int, value: Any, shown: str | None = None) -> int:
         name = text.strip()
-        if name in self._ids:
-            return self._ids[name]
-        if name.casefold() in self._folded:
-            return self._folded[name.casefold()]
+        folded = name.casefold()
+        if name in self._class_of:
+            return self._class_of[name]
+        if folded in self._class_of_folded:
+            return self._class_of_folded[folded]
         if _WHOLE.fullmatch(name):
             return self._by_number(int(name.partition(".")[0]), number, value)
-        if name.casefold() in _TRUTH:
-            return self._by_truth(_TRUTH[name.casefold()], number, value)
+        if folded in _TRUTH:
+            return self._by_truth(_TRUTH[folded], number, value)
         raise self._refusal(number, value, "rename the labels, or give numbers of classes", shown)
 
-    def _by_truth(self, value: bool, number: int, whole: Any) -> int:
-        named = self._folded.get(str(value).casefold())
+    def _by_truth(self, truth: bool, number: int, value: Any) -> int:
+        named = self._class_of_folded.get(str(truth).casefold())
         if named is not None:
             return named
         if self.classes != 2:
-            raise self._refusal(number, whole, "give the name of a class, or its number")
-        return int(value)
+            raise self._refusal(number, value, "give the name of a class, or its number")
+        return int(truth)
 
     def _by_number(self, index: int, number: int, value: Any) -> int:
         if not 0 <= index < self.classes:
             advice = "leave documents without a label out" if index < 0 else "give the model that has this class"
             raise self._refusal(number, value, advice)
-        if self._ids.get(str(index), index) != index:
-            raise self._refusal(
-                number, value, f"the model calls class {self._ids[str(index)]} '{index}': write names as text"
-            )
+        named = self._class_of.get(str(index), index)
+        if named != index:
+            raise self._refusal(number, value, f"the model calls class {named} '{index}': write names as text")
         return index
 
-    def _narrow(self, value: Any, number: int) -> None:
+    def _look_at_list(self, value: Any, number: int) -> None:
         """Note whether a document's list can be marks (0 to 1, one for each class), and whether it can be classes."""
         if isinstance(value, (str, bytes, Mapping)) or not hasattr(value, "__iter__"):
             raise self._refusal(number, value, "this model gives several labels: list the classes of each document")
         items = list(value)
         numeric = all(isinstance(item, (bool, int, float, np.number, np.bool_)) for item in items)
-        hot = numeric and len(items) == self.classes and all(0 <= float(item) <= 1 for item in items)
-        whole = all(isinstance(item, (str, int, np.integer)) and not isinstance(item, bool) for item in items)
-        found = [self._class(item, number, value) for item in items] if whole and not (hot and self._hot) else []
-        known = whole and (len(set(found)) == len(found) if found else len(set(items)) == len(items))
-        self._hot, self._known = self._hot and hot, self._known and known
-        if not (self._hot or self._known):
+        marks = numeric and len(items) == self.classes and all(0 <= float(item) <= 1 for item in items)
+        self._lists_are_marks = self._lists_are_marks and marks
+        classes = all(isinstance(item, (str, int, np.integer)) and not isinstance(item, bool) for item in items)
+        if classes and not self._lists_are_marks:
+            items = [self._class(item, number, value) for item in items]
+        self._lists_are_classes = self._lists_are_classes and classes and len(set(items)) == len(items)
+        if not (self._lists_are_marks or self._lists_are_classes):
             raise self._refusal(
                 number, value, f"list distinct classes, or a number from 0 to 1 for each of {self.classes}"
             )
 
     def _number(self, value: Any, number: int) -> float:
-        if self._given is not None:
+        if self._feature_names is not None:
             raise self._refusal(number, value, "this model predicts a number, these are classes: cast them to numbers")
         items = value if isinstance(value, (list, tuple, np.ndarray)) else [value]
         try:
-            found = [float(item) for item in items]
+            (result,) = (float(item) for item in items)
         except (TypeError, ValueError):
-            found = []
-        if len(found) != 1 or not math.isfinite(found[0]):
+            result = math.nan
+        if not math.isfinite(result):
             raise self._refusal(number, value, "this model predicts a number: give numbers")
-        return found[0]
+        return result
 
     def _numbers(self, value: Any, number: int) -> list[float]:
         items = list(value) if isinstance(value, (list, tuple, np.ndarray)) else []
@@ -279,7 +281,7 @@ class Labels:
         if self.loss == "mean_squared_error":
             wanted = "a number" if self.classes == 1 else f"{self.classes} numbers"
         else:
-            names = sorted(self._ids, key=lambda name: self._ids[name])
+            names = sorted(self._class_of, key=lambda name: self._class_of[name])
             more = ", ..." if len(names) > _SHOWN else ""
             which = "one" if self.loss == "cross_entropy" else "a list"
             wanted = f"{which} of the model's {self.classes} labels ({', '.join(names[:_SHOWN])}{more})"
@@ -289,39 +291,22 @@ class Labels:
         )
 
 
-def _loss_of(config: Any, *, several: bool) -> LabelLoss:
-    kind = getattr(config, "problem_type", None)
-    if kind is None:
-        if config.num_labels == 1:
-            return "mean_squared_error"
-        return "binary_cross_entropy" if several else "cross_entropy"
-    return _LOSSES[kind]
-
-
-def _names(config: Any, classes: int) -> dict[str, int]:
-    """Return the model's classes by name."""
-    found: dict[str, int] = {}
+def _classes_by_name(config: Any, classes: int) -> dict[str, int]:
     pairs = [(name, index) for index, name in (getattr(config, "id2label", None) or {}).items()]
-    for name, index in [*pairs, *(getattr(config, "label2id", None) or {}).items()]:
-        if found.setdefault(str(name), int(index)) != int(index):
+    pairs += (getattr(config, "label2id", None) or {}).items()
+    indices: dict[str, int] = {}
+    for name, index in pairs:
+        if indices.setdefault(str(name), int(index)) != int(index):
             raise InputError(
                 f"expected id2label and label2id of the model's configuration to agree; received {name!r} as class "
-                f"{found[str(name)]} and as {index}: correct its config.json"
+                f"{indices[str(name)]} and as {index}: correct its config.json"
             )
-    return {name: index for name, index in found.items() if 0 <= index < classes}
+    return {name: index for name, index in indices.items() if 0 <= index < classes}
 
 
-def _folded(ids: Mapping[str, int]) -> dict[str, int]:
-    """Return classes by name without regard to case, where that leaves one."""
-    found: dict[str, set[int]] = {}
-    for name, index in ids.items():
-        found.setdefault(name.casefold(), set()).add(index)
-    return {name: next(iter(indices)) for name, indices in found.items() if len(indices) == 1}
-
-
-def _pairs(
-    numbers: npt.NDArray[np.int64], read: Callable[[npt.NDArray[np.int64]], list[Any]]
-) -> Iterator[tuple[int, Any]]:
-    for start in range(0, len(numbers), _AT_ONCE):
-        part = numbers[start : start + _AT_ONCE]
-        yield from zip(part.tolist(), read(part), strict=True)
+def _without_case(class_of: Mapping[str, int]) -> dict[str, int]:
+    """Return classes by case-folded name, where that names one class only."""
+    indices: dict[str, set[int]] = {}
+    for name, index in class_of.items():
+        indices.setdefault(name.casefold(), set()).add(index)
+    return {name: next(iter(several)) for name, several in indices.items() if len(several) == 1}

@@ -1,6 +1,6 @@
 """Per-sample losses of Hugging Face models.
 
-Token losses are computed at target places only, so that logits of prompts and padding are never copied to float32.
+Token losses are computed at target positions only, so that logits of prompts and padding are never copied to float32.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from torch import Tensor
 
 from ooc_influence.extract import cross_entropy
 from ooc_influence.hf.labels import LabelLoss
-from ooc_influence.hf.padding import IGNORED, PAD, told_padding
+from ooc_influence.hf.padding import IGNORED, PAD, padding_token
 
 
 def _token_losses(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Return the loss of every target token, (T,), and which sample it belongs to, (T,)."""
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
     targets = batch["labels"][:, 1:]
-    sample, place = torch.nonzero(targets != IGNORED, as_tuple=True)
-    return cross_entropy(logits[sample, place], targets[sample, place]), sample
+    sample, position = torch.nonzero(targets != IGNORED, as_tuple=True)
+    return cross_entropy(logits[sample, position], targets[sample, position]), sample
 
 
 class CausalLoss:
@@ -76,7 +76,7 @@ class SignedLoss:
 
 def class_logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """Return the outputs of a sequence classifier, (b, outputs) float32 (float64 for a float64 model)."""
-    with told_padding(model, batch.get(PAD)):
+    with padding_token(model, batch.get(PAD)):
         logits: Tensor = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
@@ -103,8 +103,3 @@ class ClassificationLoss:
         if self._kind == "binary_cross_entropy":
             return F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean(1)
         return (logits - wanted).square().mean(1)
-
-
-def classification_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Return the cross-entropy of a sequence classifier, (b,) float32."""
-    return ClassificationLoss()(model, batch)

@@ -1,11 +1,11 @@
-"""Documents of any kind for a model: those of :mod:`ooc_influence.corpus`, with what they need to have."""
+"""Models, tokenizers and adapters, loaded whole or refused."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,14 +17,8 @@ from ooc_influence.errors import InputError
 from ooc_influence.progress import optional_library
 
 
-def need(name: str) -> Any:
-    """Import a library of the extra ``hf``.
-
-    Raises
-    ------
-    MissingExtraError
-        If it is not installed.
-    """
+def _library(name: str) -> Any:
+    """Import a library of the extra ``hf``."""
     return optional_library(name, "Hugging Face models", "hf")
 
 
@@ -38,62 +32,29 @@ def open_documents(data: Any, split: str | None = None) -> Documents:
     MissingExtraError
         Without ``datasets``.
     """
-    need("datasets")  # its cache is where an index of the documents is kept
+    _library("datasets")  # its cache is where an index of the documents is kept
     return corpus.open_documents(data, split)
-
-
-@contextlib.contextmanager
-def without_bars(shown: bool, hide: Callable[[], None], show: Callable[[], None]) -> Iterator[None]:
-    """Hide a library's progress bars meanwhile, where they are shown."""
-    hide()
-    try:
-        yield
-    finally:
-        if shown:
-            show()
-
-
-def check_fields(documents: Documents, everywhere: Sequence[str], somewhere: Sequence[str]) -> None:
-    """Check that fields are there, as far as that is seen before all documents are read.
-
-    Parameters
-    ----------
-    documents : Documents
-        What is read.
-    everywhere, somewhere : sequence of str
-        Fields that every document must have, so that the first ones tell, and fields that some must have.
-
-    Raises
-    ------
-    InputError
-        Naming the first that they lack, and those they have.
-    """
-    lacking = [field for field in everywhere if field not in documents.column_names]
-    lacking += [field for field in somewhere if not lacking and not documents.has_field(field)]
-    if lacking:
-        names = ", ".join(documents.column_names)
-        raise InputError(f"expected a field {lacking[0]!r}; received documents with {names}")
 
 
 Task = Literal["causal-lm", "classification"]
 _TASKS: dict[str, Task] = {"CAUSAL_LM": "causal-lm", "SEQ_CLS": "classification"}
 _PREFIX = "base_model.model."  # of what an adapter saves
-_UNLIKELY = 7919  # classes: where a shape says that, it means the classes
+_UNLIKELY = 7919  # classes: where a shape has this number, it means the classes
 
 
 class Adapter(NamedTuple):
-    """What an adapter says about its model.
+    """What an adapter's files say about its model.
 
     Attributes
     ----------
     path : str
-        Its folder, or id of the hub.
+        Its folder, or its id on the hub.
     base : str or None
         The model it was trained on; None if it does not say.
     task : {"causal-lm", "classification"} or None
         What it was trained for; None if it does not say.
     shapes : dict of str to tuple
-        The model's own parameters that it holds, such as a classifier's head, by their names there.
+        Parameters of the model itself that it has, such as a classifier's head, by their names in the model.
     """
 
     path: str
@@ -103,7 +64,7 @@ class Adapter(NamedTuple):
 
     @classmethod
     def read(cls, path: str | Path) -> Adapter | None:
-        """Return what a folder says; None where it holds no adapter.
+        """Return the adapter in a folder; None where there is none.
 
         Raises
         ------
@@ -114,20 +75,17 @@ class Adapter(NamedTuple):
         if not file.is_file():
             return None
         try:
-            said = json.loads(file.read_text())
-            base, kind = said.get("base_model_name_or_path"), said.get("task_type")
+            config = json.loads(file.read_text())
+            base, kind = config.get("base_model_name_or_path"), config.get("task_type")
         except (OSError, ValueError, AttributeError) as error:
             raise InputError(f"expected a PEFT adapter's configuration in {file}; received {error}") from error
         return cls(str(path), str(base) if base else None, _TASKS.get(kind), _saved_shapes(Path(path)))
 
     def classes(self, config: Any, **common: Any) -> int | None:
-        """Return the classes of the classifier's head that it holds; None if it holds none.
-
-        ``config`` is the base model's; ``common`` is for ``transformers``.
-        """
+        """Return the number of classes of its classifier's head, if it has one; ``config`` is the base model's."""
         if self.task != "classification" or not self.shapes:
             return None
-        transformers = need("transformers")
+        transformers = _library("transformers")
         probe = type(config).from_dict({**config.to_dict(), "id2label": None, "label2id": None})
         probe.num_labels = _UNLIKELY
         with torch.device("meta"):
@@ -138,15 +96,9 @@ class Adapter(NamedTuple):
         return None
 
 
-def put_adapter(model: Any, path: str) -> Any:
-    """Return ``model`` with the adapter of a folder or of the hub.
-
-    Raises
-    ------
-    InputError
-        If it cannot be read, or is not one for this model.
-    """
-    peft = need("peft")
+def _with_adapter(model: Any, path: str) -> Any:
+    """Return ``model`` with the adapter of a folder or of the hub."""
+    peft = _library("peft")
     from safetensors import SafetensorError
 
     try:
@@ -166,18 +118,17 @@ def _saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     if not file.is_file():
         return {}
     try:
-        with safe_open(file, "pt") as held:
+        with safe_open(file, "pt") as weights:
             return {
-                name.removeprefix(_PREFIX): tuple(held.get_slice(name).get_shape())
-                for name in held.keys()  # noqa: SIM118 - it is no mapping
+                name.removeprefix(_PREFIX): tuple(weights.get_slice(name).get_shape())
+                for name in weights.keys()  # noqa: SIM118 - it is no mapping
                 if "lora_" not in name
             }
     except SafetensorError as error:
-        raise InputError(damaged(file, error)) from error
+        raise InputError(_damaged(file, error)) from error
 
 
-def damaged(file: Path, error: Exception) -> str:
-    """Return what to say of a file of weights that cannot be read."""
+def _damaged(file: Path, error: Exception) -> str:
     return f"expected weights in {file}; received a cut or damaged file ({error}): copy or download it again"
 
 
@@ -222,9 +173,9 @@ def load(
     name : str or path
         A folder or a hub id; of a model, or of a PEFT adapter (which names its base model).
     task : {"causal-lm", "classification"}, optional
-        What to load it for; default what its adapter, or its configuration, says.
+        What to load it for; by default its adapter or its configuration decides.
     dtype : {"auto", "float32", "bfloat16", "float16", "8bit"}
-        Of the weights; auto is what they were saved in. 8bit needs ``bitsandbytes``.
+        Of the weights; auto is the one they were saved in. 8bit needs ``bitsandbytes``.
     adapter : str or path, optional
         A PEFT adapter to put on it. One with a classifier's head says how many classes there are.
     tokenizer : str or path, optional
@@ -232,7 +183,7 @@ def load(
     revision : str, optional
         Of the hub's repository.
     device : str, optional
-        Where to put it, such as ``"cuda"``; ``"auto"`` spreads it over what is there.
+        Where to put it, such as ``"cuda"``; ``"auto"`` spreads it over all devices.
     trust_remote_code : bool
         Run Python code that comes with the model.
     allow_pickle : bool
@@ -241,30 +192,30 @@ def load(
     Raises
     ------
     InputError
-        If it cannot be loaded so, whole and with every weight; the message says what would help.
+        If it cannot be loaded in this way with every weight; the message says what would help.
     MissingExtraError
         Without the libraries.
     """
     if dtype not in ("auto", "8bit", *_DTYPES):
         raise InputError(f"expected dtype one of auto, 8bit, {', '.join(_DTYPES)}; received {dtype!r}")
-    own = Adapter.read(name)
-    if own is not None and own.base is None:
+    named = Adapter.read(name)  # where the model that is named is an adapter
+    if named is not None and named.base is None:
         raise InputError(
-            f"expected the base model's name in {own.path}/adapter_config.json; received none: give the model and "
+            f"expected the base model's name in {named.path}/adapter_config.json; received none: give the model and "
             "--adapter"
         )
-    base = str(name) if own is None or own.base is None else own.base
-    chosen = own if adapter is None else Adapter.read(adapter) or Adapter(str(adapter), None, None, {})
-    common = {"revision": None if own else revision, "trust_remote_code": trust_remote_code}
-    with _explained(base, own, allow_pickle):
-        model, found = _load_model(base, chosen, task, dtype, device, allow_pickle, common)
-    places = [str(tokenizer)] if tokenizer is not None else [base, *([own.path] if own else [])]
-    words = _load_tokenizer(places, common)
+    base = str(name) if named is None or named.base is None else named.base
+    chosen = named if adapter is None else Adapter.read(adapter) or Adapter(str(adapter), None, None, {})
+    common = {"revision": None if named else revision, "trust_remote_code": trust_remote_code}
+    with _explained(base, named, allow_pickle):
+        model, task = _load_model(base, chosen, task, dtype, device, allow_pickle, common)
+    paths = [str(tokenizer)] if tokenizer is not None else [base, *([named.path] if named else [])]
+    words = _load_tokenizer(paths, common)
     if chosen is not None:
-        model = put_adapter(model, chosen.path)
+        model = _with_adapter(model, chosen.path)
     if device not in (None, "auto") and dtype != "8bit":
         model = model.to(device)
-    return Loaded(model.eval(), words, found)
+    return Loaded(model.eval(), words, task)
 
 
 def _load_model(
@@ -272,7 +223,7 @@ def _load_model(
     common: dict[str, Any],
 ) -> tuple[Any, Task]:  # fmt: skip
     """Return the base model with every weight it has, and what it does."""
-    transformers = need("transformers")
+    transformers = _library("transformers")
     config = transformers.AutoConfig.from_pretrained(base, **common)
     trained = None if adapter is None else adapter.task
     if task is not None and trained is not None and trained != task:
@@ -286,7 +237,7 @@ def _load_model(
         "output_loading_info": True, "ignore_mismatched_sizes": True,  # both are looked at below
     }  # fmt: skip
     if dtype == "8bit":
-        need("bitsandbytes")
+        _library("bitsandbytes")
         options["quantization_config"] = transformers.BitsAndBytesConfig(load_in_8bit=True)
     if device == "auto":
         options["device_map"] = "auto"
@@ -302,10 +253,10 @@ def _check_whole(model: Any, base: str, facts: Any, supplied: dict[str, Any]) ->
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     others = sorted(each for each in facts["mismatched_keys"] if each[0] not in supplied)
     if others:
-        name, held, wanted = others[0]
+        name, saved, configured = others[0]
         raise InputError(
-            f"expected weights of the shapes that the configuration of {base} says, {name} {tuple(wanted)}; received "
-            f"{tuple(held)}: correct its config.json, or give the checkpoint it belongs to"
+            f"expected weights of the shapes in the configuration of {base}, {name} {tuple(configured)}; received "
+            f"{tuple(saved)}: correct its config.json, or give the checkpoint it belongs to"
         )
     missing = sorted(name for name in facts["missing_keys"] if name in names and name not in supplied)
     if missing:
@@ -317,28 +268,27 @@ def _check_whole(model: Any, base: str, facts: Any, supplied: dict[str, Any]) ->
         )
 
 
-def _load_tokenizer(places: list[str], common: dict[str, Any]) -> Any:
-    """Return the tokenizer of the first place that has one."""
-    transformers = need("transformers")
-    cause: Exception | None = None
-    for place in places:
+def _load_tokenizer(paths: list[str], common: dict[str, Any]) -> Any:
+    """Return the tokenizer of the first path that has one."""
+    transformers = _library("transformers")
+    reason = ""
+    for path in paths:
         try:
-            found = transformers.AutoTokenizer.from_pretrained(place, **common)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path, **common)
         except (OSError, ValueError, ImportError, KeyError) as error:
             if "trust_remote_code" in str(error):
-                raise InputError(_explain(place, error, allow_pickle=True)) from error
-            cause = cause or error
+                raise InputError(_explain(path, error, allow_pickle=True)) from error
+            reason = reason or f" ({_first_line(error)})"
             continue
-        if not _is_empty(found):
-            return found
-    said = "none" if cause is None else f"none ({_first_line(cause)})"
+        if not _is_empty(tokenizer):
+            return tokenizer
     raise InputError(
-        f"expected a tokenizer at {places[0]}; received {said}: say where it is with tokenizer= (--tokenizer)"
+        f"expected a tokenizer at {paths[0]}; received none{reason}: say where it is with tokenizer= (--tokenizer)"
     )
 
 
 def _is_empty(tokenizer: Any) -> bool:
-    """Return whether a tokenizer knows special tokens only, as transformers makes one where there is no vocabulary."""
+    """Return whether a tokenizer has special tokens only, as transformers makes one without a vocabulary."""
     if len(tokenizer) > _FEW:
         return False
     words = set(tokenizer.get_vocab()) - {str(token) for token in tokenizer.all_special_tokens}
@@ -361,13 +311,15 @@ def _task_of(config: Any) -> Task:
 def _quietly(transformers: Any) -> Iterator[None]:
     """Keep transformers' progress bars and its report of weights off the terminal meanwhile."""
     bars = transformers.utils.logging
-    before = bars.get_verbosity()
-    with without_bars(bars.is_progress_bar_enabled(), bars.disable_progress_bar, bars.enable_progress_bar):
-        bars.set_verbosity_error()
-        try:
-            yield
-        finally:
-            bars.set_verbosity(before)
+    verbosity, shown = bars.get_verbosity(), bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    bars.set_verbosity_error()
+    try:
+        yield
+    finally:
+        bars.set_verbosity(verbosity)
+        if shown:
+            bars.enable_progress_bar()
 
 
 @contextlib.contextmanager
@@ -380,7 +332,7 @@ def _explained(base: str, adapter: Adapter | None, allow_pickle: bool) -> Iterat
     except InputError:
         raise
     except SafetensorError as error:
-        raise InputError(damaged(_damaged_file(Path(base)), error)) from error
+        raise InputError(_damaged(_damaged_file(Path(base)), error)) from error
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         if adapter is not None:
             raise InputError(

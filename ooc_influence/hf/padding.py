@@ -1,4 +1,4 @@
-"""Padding of texts to be classified, such that a text's loss is the one it has alone.
+"""How long rows of tokens may be, and their padding, such that a text's loss is the one it has alone.
 
 A classifier pads with its configuration's ``pad_token_id``: some count positions by it, some look for the last token
 before it. One that has none would refuse several texts at once; it is given a token that no text of the batch contains,
@@ -20,7 +20,7 @@ from ooc_influence.errors import InputError
 from ooc_influence.extract import to_device
 
 Side = Literal["right", "left"]
-PAD = "pad_token_id"  # of a batch: the token to be told to the model
+PAD = "pad_token_id"  # of a batch: the padding token to set in the model's configuration
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # of the largest logit
 _HALF = 3e-2  # for other dtypes
 
@@ -29,8 +29,8 @@ def pad_right(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
     """Return rows of tokens as one tensor, (b, t) int64, and which are no padding, (b, t) int64."""
     ids = torch.full((len(rows), max(len(row) for row in rows)), pad)
     mask = torch.zeros_like(ids)
-    for at, row in enumerate(rows):
-        ids[at, : len(row)], mask[at, : len(row)] = torch.tensor(row), 1
+    for index, row in enumerate(rows):
+        ids[index, : len(row)], mask[index, : len(row)] = torch.tensor(row), 1
     return ids, mask
 
 
@@ -57,9 +57,9 @@ class ClassifierCollator:
 
     @classmethod
     def of(cls, model: Any, tokenizer: Any, side: Side = "right") -> ClassifierCollator:
-        """Return the one that a model and its tokenizer ask for."""
-        known, size = text_config(model).pad_token_id, int(model.get_input_embeddings().weight.shape[0])
-        pad = known if isinstance(known, int) and 0 <= known < size else None
+        """Return the one that fits a model and its tokenizer."""
+        pad, size = _text_config(model).pad_token_id, int(model.get_input_embeddings().weight.shape[0])
+        pad = pad if isinstance(pad, int) and 0 <= pad < size else None
         return cls(pad, size, [getattr(tokenizer, f"{name}_token_id", None) for name in ("pad", "eos", "unk")], side)
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -81,28 +81,28 @@ class ClassifierCollator:
     def _unused(self, rows: Sequence[Sequence[int]]) -> int:
         used = {token for row in rows for token in row}
         candidates = [*self._preferred, *range(min(self._vocabulary, len(used) + 1))]
-        found: int | None = next((token for token in candidates if token not in used), None)
-        if found is None:
+        unused: int | None = next((token for token in candidates if token not in used), None)
+        if unused is None:
             raise InputError(
                 "expected a batch that leaves a token of the model's vocabulary for padding; received one with all of "
                 f"{self._vocabulary}: give a smaller one (--tokens, --batch-size)"
             )
-        return found
+        return unused
 
 
-def text_config(model: Any) -> Any:
+def _text_config(model: Any) -> Any:
     """Return the part of a model's configuration that is about text."""
     config = model.config
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 @contextmanager
-def told_padding(model: Any, token: Tensor | None) -> Iterator[None]:
-    """Tell a model a padding token meanwhile; its configuration is afterwards as it was."""
+def padding_token(model: Any, token: Tensor | None) -> Iterator[None]:
+    """Set the padding token of a model's configuration for the duration of a call, where one is given."""
     if token is None:
         yield
         return
-    config = text_config(model)
+    config = _text_config(model)
     before = config.pad_token_id
     config.pad_token_id = int(token)
     try:
@@ -115,18 +115,7 @@ def choose_side(
     model: Any, short: dict[str, Any], long: dict[str, Any], make: Callable[[Side], ClassifierCollator],
     logits: Callable[[Any, dict[str, Tensor]], Tensor],
 ) -> Side:  # fmt: skip
-    """Return the side where padding leaves a text's logits as they are alone.
-
-    Parameters
-    ----------
-    model : nn.Module
-        The classifier.
-    short, long : dict
-        Rows of two texts, ``input_ids`` and ``label``; the first is padded beside the second.
-    make : callable (side) -> ClassifierCollator
-        Makes batches.
-    logits : callable (model, batch) -> (b, outputs)
-        Runs the model.
+    """Return the side where padding a short row beside a long one leaves its logits as they are alone.
 
     Raises
     ------
@@ -134,7 +123,10 @@ def choose_side(
         If padding changes them on both sides.
     """
     differences = []
-    with _evaluating(model), torch.no_grad():
+    with ExitStack() as stack, torch.no_grad():
+        for module in model.modules():
+            stack.callback(setattr, module, "training", module.training)
+        model.eval()
         for side in ("right", "left"):
             batches = [to_device(make(side)(rows), model.device) for rows in ([short], [short, long])]
             alone, beside = (logits(model, batch)[0].double() for batch in batches)
@@ -148,15 +140,6 @@ def choose_side(
     )
 
 
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    with ExitStack() as undo:
-        for module in model.modules():
-            undo.callback(setattr, module, "training", module.training)
-        model.eval()
-        yield
-
-
 IGNORED = -100  # the label of a token that is no target
 
 
@@ -168,7 +151,7 @@ class Collator:
     pad : int
         The token to pad with; it is masked.
     sign_seed : int, optional
-        Give every token a random sign of its own, ``signs`` (b, t), a function of seed, row and place.
+        Give every token a random sign of its own, ``signs`` (b, t), a function of seed, row and position.
     """
 
     def __init__(self, pad: int, sign_seed: int | None = None) -> None:
@@ -178,15 +161,15 @@ class Collator:
         """Return ``input_ids``, ``attention_mask`` and ``labels`` (b, t)."""
         ids, mask = pad_right([row["input_ids"] for row in rows], self._pad)
         labels = torch.full_like(ids, IGNORED)
-        for at, row in enumerate(rows):
-            labels[at, : len(row["labels"])] = torch.tensor(row["labels"])
+        for index, row in enumerate(rows):
+            labels[index, : len(row["labels"])] = torch.tensor(row["labels"])
         batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
         if self._seed is not None:
             signs = np.ones(tuple(ids.shape), np.float32)
-            for at, row in enumerate(rows):
+            for index, row in enumerate(rows):
                 generator = np.random.Generator(np.random.Philox(key=[self._seed, row["row"]]))
                 length = len(row["input_ids"])
-                signs[at, :length] = 2.0 * generator.integers(0, 2, length) - 1
+                signs[index, :length] = 2.0 * generator.integers(0, 2, length) - 1
             batch["signs"] = torch.from_numpy(signs)
         return batch
 
@@ -201,52 +184,40 @@ _LARGEST = 10**7  # tokenizers say 10^30 where they do not know
 
 
 def context_length(model: Any, tokenizer: Any) -> int:
-    """Return how many tokens a row has by default: what the model and its tokenizer say.
-
-    Parameters
-    ----------
-    model : PreTrainedModel
-        The model.
-    tokenizer : PreTrainedTokenizer or None
-        Its tokenizer: ``model_max_length``.
-
-    Returns
-    -------
-    int
-        At most :func:`longest_row`; 4096 where nothing is said.
-    """
-    said = [longest_row(model), getattr(tokenizer, "model_max_length", None)]
-    return min(_known(said), default=_CONTEXT)
+    """Return how many tokens a row has by default: what the model and its tokenizer allow, or 4096."""
+    return min(_lengths(longest_row(model), getattr(tokenizer, "model_max_length", None)), default=_CONTEXT)
 
 
 def longest_row(model: Any, *, alone: bool = False) -> int | None:
     """Return how many tokens a model can see at once; None where it has no limit.
 
-    Parameters
-    ----------
-    model : PreTrainedModel
-        The model.
-    alone : bool
-        Whether each row is a batch of its own. Where rotations depend on the longest row of a batch, those that are
-        together may have only as many tokens as the model was first made for.
+    ``alone`` says that each row is a batch of its own. Where rotations depend on the longest row of a batch, rows that
+    share one may have only as many tokens as the model was first made for.
     """
-    virtual = _virtual_tokens(model)
+    adapter = getattr(model, "active_peft_config", None)
+    virtual = int(getattr(adapter, "num_virtual_tokens", None) or 0)  # that prompt tuning puts before every text
     tables = list(_table_lengths(model))
-    limit = min(tables) if tables else _configured(model, alone=alone)
+    limit = min(tables) if tables else _configured_length(model, alone=alone)
     return None if limit is None else limit - virtual
 
 
-def _known(said: list[Any]) -> list[int]:
-    return [length for length in said if isinstance(length, int) and 2 <= length < _LARGEST]
+def _lengths(*values: Any) -> list[int]:
+    """Return those of some values that are lengths."""
+    return [length for length in values if isinstance(length, int) and 2 <= length < _LARGEST]
 
 
 def _table_lengths(model: nn.Module) -> Iterator[int]:
     """Yield the tokens that each table of positions has a row for."""
     modules = dict(model.named_modules())
     for name, module in modules.items():
-        parent, _, own = name.rpartition(".")
+        parent, _, leaf = name.rpartition(".")
         weight = getattr(module, "weight", None)
-        if not _TABLE.fullmatch(own) or _NOT_TEXT.search(parent) or not isinstance(weight, Tensor) or weight.dim() != 2:
+        if (
+            not _TABLE.fullmatch(leaf)
+            or _NOT_TEXT.search(parent)
+            or not isinstance(weight, Tensor)
+            or weight.dim() != 2
+        ):
             continue
         if not isinstance(module, nn.Embedding) and not hasattr(module, "padding_idx"):
             continue
@@ -266,24 +237,16 @@ def _first_row(module: Any, positions: Tensor | None) -> int:
     return 0 if positions is None or positions.is_meta else int(positions.flatten()[0])
 
 
-def _configured(model: Any, *, alone: bool) -> int | None:
-    """Return what a configuration says of a model without a table of positions."""
-    config = text_config(model)
+def _configured_length(model: Any, *, alone: bool) -> int | None:
+    """Return the context length in the configuration of a model without a table of positions."""
+    config = _text_config(model)
     if getattr(config, "relative_attention", False) or getattr(config, "relative_attention_num_buckets", None):
         return None
-    said = [getattr(config, name, None) for name in _LENGTHS]
-    known = _known(said)
-    return _scaled(config, min(known), alone=alone) if known else None
-
-
-def _scaled(config: Any, length: int, *, alone: bool) -> int:
-    """Return a context length with what the scaling of rotations makes of it.
-
-    Rotations that differ from layer to layer say nothing: configurations of such models give the scaled length.
-    """
+    length = min(_lengths(*(getattr(config, name, None) for name in _LENGTHS)), default=None)
     scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
-    if not isinstance(scaling, Mapping):
+    if length is None or not isinstance(scaling, Mapping):
         return length
+    # of rotations that differ from layer to layer it has no kind: their configurations give the scaled length
     kind = scaling.get("rope_type", scaling.get("type"))
     original = scaling.get("original_max_position_embeddings")
     original = int(original or getattr(config, "original_max_position_embeddings", None) or length)
@@ -296,9 +259,3 @@ def _scaled(config: Any, length: int, *, alone: bool) -> int:
     if kind == "longrope" and not alone:  # beyond it, every text of the batch is rotated by other factors
         return min(length, original)
     return length
-
-
-def _virtual_tokens(model: Any) -> int:
-    """Return how many tokens a prompt-tuning adapter puts before every text."""
-    adapter = getattr(model, "active_peft_config", None)
-    return int(getattr(adapter, "num_virtual_tokens", None) or 0)

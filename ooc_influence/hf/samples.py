@@ -1,32 +1,33 @@
-"""The rows that documents make, on disk: made once, mapped by every process that uses the same documents.
+"""Rows of tokens made from documents.
 
-Of each row a few numbers are kept, none in memory. Whoever uses the same file, fields, tokenizer and length finds them
-there; that the text is still the one they were made from is seen by its digest when the row is used.
+A few numbers describe each row. They are computed once and kept on disk, where every process that uses the same file,
+fields, tokenizer and length maps them. Tokens are made when a row is used; a digest shows whether its document's text
+is still the one that the numbers were computed from.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import inspect
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from ooc_influence.corpus import CachedFolder, cached_folder
+from ooc_influence.corpus import CachedFolder, Documents, cached_folder
 from ooc_influence.document_text import as_text, text_digest, text_of
 from ooc_influence.errors import InputError
 from ooc_influence.hf.labels import FieldKind, Labels, as_kind
-from ooc_influence.hf.models import check_fields
 from ooc_influence.hf.padding import IGNORED
-from ooc_influence.hf.tokens import Fields, Tokeniser, Tokens, check_room
+from ooc_influence.hf.tokens import Fields, Tokeniser, Tokens
 from ooc_influence.progress import Progress
 from ooc_influence.repeats import Repeats
 from ooc_influence.scratch import ArrayFile, map_array
@@ -40,15 +41,7 @@ Row = tuple[int, ...]  # a number of each of COLUMNS
 
 @dataclass
 class Counts:
-    """What was seen while rows were made.
-
-    Attributes
-    ----------
-    without_target, truncated, missing : int
-        Documents that made no row, texts that were cut, documents left out since their text is missing.
-    kinds : dict of str to str
-        Kinds of the columns of fields.
-    """
+    """What was seen while rows were made: documents, texts and kinds of columns, as :class:`Samples` has them."""
 
     without_target: int = 0
     truncated: int = 0
@@ -57,15 +50,7 @@ class Counts:
 
 
 class RowIndex:
-    """Numbers of every row, mapped from a folder.
-
-    Attributes
-    ----------
-    columns : dict of str to (n,) int64
-        By the names of ``COLUMNS``.
-    counts : Counts
-        What was seen while they were made.
-    """
+    """The numbers of every row, (n,) int64 by the names of ``COLUMNS``, mapped from a folder; and what was counted."""
 
     def __init__(self, folder: CachedFolder) -> None:
         self._folder = folder  # removed with it where it is temporary
@@ -73,74 +58,28 @@ class RowIndex:
         self.counts = Counts(**json.loads((folder.path / "counts.json").read_text()))
 
 
-class RowWriter:
-    """Writes the numbers of rows to a folder, in order. A context that closes its files."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._files = {name: ArrayFile(np.int64, folder / f"{name}.i8") for name in COLUMNS}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for file in self._files.values():
-            file.__exit__(*error)
-
-    def append(self, rows: Sequence[Row]) -> None:
-        """Add rows."""
-        table = np.array(rows, np.int64).reshape(-1, len(COLUMNS))
-        for file, column in zip(self._files.values(), table.T, strict=True):
-            file.append(column)
-
-    def finish(self, counts: Counts) -> dict[str, Numbers]:
-        """Write what was seen; return the columns."""
-        (self._folder / "counts.json").write_text(json.dumps(asdict(counts)))
-        return {name: file.finish() for name, file in self._files.items()}
-
-
-def open_index(documents: Any, settings: dict[str, Any], tokenizer: Any, make: Callable[[Path], None]) -> RowIndex:
-    """Return the rows of documents, found where they were kept, or made now.
-
-    Parameters
-    ----------
-    documents : Documents
-        What they are made from.
-    settings : dict
-        JSON values that settle, beside documents and tokenizer, what is made.
-    tokenizer : PreTrainedTokenizer
-        What they are made with.
-    make : callable
-        Makes them with a :class:`RowWriter` in an empty folder.
-    """
-    key = None
-    if documents.fingerprint is not None and len(documents) >= _WORTH_KEEPING:
-        libraries = {name: version(name) for name in ("transformers", "tokenizers")}
-        key = {"documents": documents.fingerprint, "settings": settings, "libraries": libraries, "code": _code_digest(),
-               "tokenizer": tokenizer_digest(tokenizer)}  # fmt: skip
-    return RowIndex(cached_folder("rows", key, make))
-
-
-@functools.cache
+@cache
 def _code_digest() -> str:
     """Return a digest of the modules that decide what rows are: other versions of them make other rows."""
     modules = dict.fromkeys(inspect.getfile(code) for code in (RowMaker, Tokeniser, FieldKind, text_of))
-    return hashlib.blake2b(b"".join(Path(file).read_bytes() for file in modules), digest_size=16).hexdigest()
+    return _digest(b"".join(Path(file).read_bytes() for file in modules))
 
 
-def tokenizer_digest(tokenizer: Any) -> str:
+def _tokenizer_digest(tokenizer: Any) -> str:
     """Return a digest of what a tokenizer makes of a text, and of its settings."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         words: Any = sorted(tokenizer.get_vocab().items(), key=str)
     else:
-        words = json.loads(backend.to_str())
-        words.pop("padding", None)  # of the last call
-        words.pop("truncation", None)
+        words = json.loads(backend.to_str()) | {"padding": None, "truncation": None}  # those are of the last call
     names = ("special_tokens_map", "chat_template", "truncation_side", "model_max_length", "init_kwargs")
     settings = {name: getattr(tokenizer, name, None) for name in names}
     text = json.dumps([type(tokenizer).__name__, words, settings], sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    return _digest(text.encode("utf-8", "surrogatepass"))
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 AT_ONCE = 512  # documents read together
@@ -151,31 +90,18 @@ Numbered = tuple[int, dict[str, Any]]  # a document
 
 
 class RowMaker:
-    """Makes the rows of documents.
-
-    Parameters
-    ----------
-    documents : Documents
-        What they are made from.
-    tokenise : Tokeniser
-        Their tokens.
-    fields, max_length, on_missing, numbers
-        As for :class:`~ooc_influence.hf.samples.Samples`.
-    """
+    """Makes the rows of documents; its arguments are those of :class:`Samples`."""
 
     def __init__(
-        self, documents: Any, tokenise: Tokeniser, fields: Fields, max_length: int, on_missing: str,
-        numbers: npt.NDArray[np.int64] | None,
+        self, documents: Documents, tokenise: Tokeniser, fields: Fields, max_length: int, on_missing: str,
+        numbers: Numbers | None,
     ) -> None:  # fmt: skip
         self._documents, self._tokenise, self._fields, self._max_length = documents, tokenise, fields, max_length
-        self._on_missing, self._parts = on_missing, fields.parts
-        self._numbers: Sequence[int] | npt.NDArray[np.int64] = range(len(documents)) if numbers is None else numbers
+        self._on_missing, self._chosen = on_missing, numbers
 
     def settings(self) -> dict[str, Any]:
-        """Return JSON values that settle, beside documents and tokenizer, what is made."""
-        chosen = None
-        if isinstance(self._numbers, np.ndarray):
-            chosen = hashlib.blake2b(self._numbers.tobytes(), digest_size=16).hexdigest()
+        """Return JSON values that decide, beside documents and tokenizer, what the rows are."""
+        chosen = None if self._chosen is None else _digest(self._chosen.tobytes())
         return {"fields": self._fields.all, "max_length": self._max_length, "on_missing": self._on_missing,
                 "numbers": chosen}  # fmt: skip
 
@@ -187,26 +113,31 @@ class RowMaker:
         InputError
             Naming a document that lacks a text or an id, or two rows of one name.
         """
-        fields, counts = self._fields, Counts()
-        textual = self._documents.textual
-        kinds = {name: FieldKind(textual) for name in fields.keep}
-        with (
-            RowWriter(folder) as writer, Repeats() as repeats, Progress("tokens", len(self._numbers), progress) as bar
-        ):  # fmt: skip
-            for low in range(0, len(self._numbers), AT_ONCE):
-                some = [int(number) for number in self._numbers[low : low + AT_ONCE]]
+        counts = Counts()
+        kinds = {name: FieldKind(self._documents.textual) for name in self._fields.keep}
+        numbers: Any = range(len(self._documents)) if self._chosen is None else self._chosen
+        with ExitStack() as stack:
+            files = [stack.enter_context(ArrayFile(np.int64, folder / f"{name}.i8")) for name in COLUMNS]
+            repeats = stack.enter_context(Repeats())
+            bar = stack.enter_context(Progress("tokens", len(numbers), progress))
+            for low in range(0, len(numbers), AT_ONCE):
+                some = [int(number) for number in numbers[low : low + AT_ONCE]]
                 documents = list(self._usable(some, counts))
                 for name, kind in kinds.items():
                     kind.add(record.get(name) for _, record in documents)
                 for group in _groups(documents):
-                    rows = [self._rows(*own, counts) for own in zip(group, self._tokenise(group), strict=True)]
-                    writer.append([row for some in rows for row in some])
-                    repeats.add([name for own, some in zip(group, rows, strict=True)
-                                 for name in self._names(own, [piece for _, piece, *_ in some])])  # fmt: skip
+                    tokens = self._tokenise(group)
+                    rows = [row for pair in zip(group, tokens, strict=True) for row in self._rows(*pair, counts)]
+                    table = np.array(rows, np.int64).reshape(-1, len(COLUMNS))
+                    for file, column in zip(files, table.T, strict=True):
+                        file.append(column)
+                    if self._fields.id is not None:
+                        repeats.add(self._names(dict(group), table))
                 bar.advance(len(some))
             counts.kinds = {name: kind.kind for name, kind in kinds.items()}
-            found = writer.finish(counts)
-            self._check_ids(repeats, found["document"], found["piece"])
+            (folder / "counts.json").write_text(json.dumps(asdict(counts)))
+            document_column, piece_column = (file.finish() for file in files[:2])
+            self._check_ids(repeats, document_column, piece_column)
 
     def _usable(self, numbers: list[int], counts: Counts) -> Iterator[Numbered]:
         """Yield documents that have all that is needed."""
@@ -224,17 +155,17 @@ class RowMaker:
     def _rows(self, document: Numbered, tokens: Tokens, counts: Counts) -> list[Row]:
         """Return a document's rows: the columns of the index."""
         number, record = document
-        text = text_of(record, self._parts) or ""
+        text = text_of(record, self._fields.parts) or ""
         digest, last = text_digest(text), len(tokens.ids)
         rows: list[Row] = []
         for piece, start, length, targets in self._cut(number, tokens, counts):
-            if tokens.passage is not None:
-                rows.append((number, piece, start, length, targets, *tokens.passage, digest))
-                continue
-            low = 0 if start == 0 else tokens.characters(start)[0]
-            high = len(text) if start + length >= last else tokens.characters(start + length - 1)[1]
-            known = (low, high) if low >= 0 and high >= 0 else (-1, -1)
-            rows.append((number, piece, start, length, targets, *known, digest))
+            low, high = tokens.passage or (
+                0 if start == 0 else tokens.characters(start)[0],
+                len(text) if start + length >= last else tokens.characters(start + length - 1)[1],
+            )
+            rows.append(
+                (number, piece, start, length, targets, *((low, high) if min(low, high) >= 0 else (-1, -1)), digest)
+            )
         return rows
 
     def _cut(self, number: int, tokens: Tokens, counts: Counts) -> list[tuple[int, int, int, int]]:
@@ -248,45 +179,45 @@ class RowMaker:
                 )
             counts.truncated += tokens.passage is not None
             return [(-1, 0, length, 1)]
-        found = []
+        pieces = []
         for start in range(0, max(1, length - 1), most - 1):
             stop = min(length, start + most)
             targets = stop - max(start + 1, first)
             if targets > 0:
-                found.append((start // (most - 1) if length > most else -1, start, stop - start, targets))
-        counts.without_target += not found
-        return found
+                pieces.append((start // (most - 1) if length > most else -1, start, stop - start, targets))
+        counts.without_target += not pieces
+        return pieces
 
-    def _names(self, document: Numbered, pieces: list[int]) -> list[str]:
-        """Return the names of a document's rows where it has an id; numbers of documents do not repeat."""
-        if self._fields.id is None:
-            return []
-        number, record = document
-        value = record.get(self._fields.id)
-        if value is None or isinstance(value, (list, dict)):
-            raise InputError(
-                f"expected a number or text in field {self._fields.id!r} (--id) of document {number}; received "
-                f"{'none' if value is None else type(value).__name__}: give every document an id"
-            )
-        return row_names([as_text(value)] * len(pieces), pieces)
+    def _names(self, records: dict[int, dict[str, Any]], table: Numbers) -> list[str]:
+        """Return the names of rows by their documents' ids."""
+        names: dict[int, str] = {}
+        for number, record in records.items():
+            value = record.get(self._fields.id or "")
+            if value is None or isinstance(value, (list, dict)):
+                raise InputError(
+                    f"expected a number or text in field {self._fields.id!r} (--id) of document {number}; received "
+                    f"{'none' if value is None else type(value).__name__}: give every document an id"
+                )
+            names[number] = as_text(value)
+        return row_names([names[number] for number in table[:, 0].tolist()], table[:, 1].tolist())
 
-    def _check_ids(self, repeats: Repeats, document: npt.NDArray[np.int64], piece: npt.NDArray[np.int64]) -> None:
+    def _check_ids(self, repeats: Repeats, document: Numbers, piece: Numbers) -> None:
         field = str(self._fields.id)
 
-        def names(rows: npt.NDArray[np.int64]) -> list[str]:
+        def names(rows: Numbers) -> list[str]:
             records = self._documents.read(document[rows].tolist(), self._fields.used)
             return row_names([as_text(record.get(field)) for record in records], piece[rows].tolist())
 
-        found = repeats.find(names)
-        if found is not None:
-            first, second = document[list(found)].tolist()
+        equal = repeats.find(names)
+        if equal is not None:
+            first, second = document[list(equal)].tolist()
             raise InputError(
-                f"expected ids that do not repeat; received {names(np.array(found[:1]))[0]!r} in documents {first} and "
+                f"expected ids that do not repeat; received {names(np.array(equal[:1]))[0]!r} in documents {first} and "
                 f"{second}: give every document its own, or leave --id out"
             )
 
 
-def row_names(names: Sequence[Any], pieces: Sequence[int]) -> list[str]:
+def row_names(names: Iterable[Any], pieces: Sequence[int]) -> list[str]:
     """Return rows' names: the document's, with ``#piece`` where it has several rows."""
     return [str(name) if piece < 0 else f"{name}#{piece}" for name, piece in zip(names, pieces, strict=True)]
 
@@ -294,24 +225,24 @@ def row_names(names: Sequence[Any], pieces: Sequence[int]) -> list[str]:
 def _groups(documents: Sequence[Numbered]) -> Iterator[list[Numbered]]:
     """Yield documents in groups of a bounded number of characters, a document at least."""
     group: list[Numbered] = []
-    held = 0
+    characters = 0
     for number, record in documents:
         length = sum(len(value) if isinstance(value, str) else len(str(value)) for value in record.values())
-        if group and held + length > _CHARACTERS:
+        if group and characters + length > _CHARACTERS:
             yield group
-            group, held = [], 0
+            group, characters = [], 0
         group.append((number, record))
-        held += length
+        characters += length
     if group:
         yield group
 
 
-_HELD = 2**22  # tokens of documents that are held for further rows of theirs
+_CACHED = 2**22  # tokens of documents that are kept in memory for further rows of theirs
 SPANS = ("char_start", "char_stop", "text_digest")  # columns that find a row's passage in its document
 
 
 class RowColumn(Sequence[Any]):
-    """A value for each row, looked up by number when it is asked for.
+    """A value for each of n rows, read when it is asked for.
 
     Attributes
     ----------
@@ -319,24 +250,17 @@ class RowColumn(Sequence[Any]):
         Whether no value is there twice, which was checked when the rows were made.
     """
 
-    def __init__(self, samples: Samples, field: str | None, *, piece: bool = False) -> None:
-        self._samples, self._field, self._piece = samples, field, piece
-        self.distinct = piece
+    def __init__(self, n: int, read: Callable[[slice], list[Any]], *, distinct: bool = False) -> None:
+        self._n, self._read, self.distinct = n, read, distinct
 
     def __len__(self) -> int:
-        return len(self._samples)
+        return self._n
 
     def __getitem__(self, key: Any) -> Any:
         if not isinstance(key, slice):
             return self[key : key + 1][0]
-        rows = range(len(self))[key]
-        documents = self._samples.document[rows.start : rows.stop]
-        if not self._piece:
-            return documents.tolist() if self._field is None else self._samples.field(self._field, documents)
-        names = documents.tolist()
-        if self._field is not None:
-            names = [as_text(value) for value in self._samples.field(self._field, documents, kept=False)]
-        return row_names(names, self._samples.piece[rows.start : rows.stop].tolist())
+        start, stop, _ = key.indices(self._n)
+        return self._read(slice(start, stop))
 
 
 class Samples:
@@ -405,73 +329,80 @@ class Samples:
         texts = list(fields.parts.values())
         named = [field for field in (fields.label, fields.id) if field is not None]
         missing = on_missing == "skip"  # then the first documents may lack their texts
-        check_fields(documents, named if missing else texts + named, [*(texts if missing else ()), *fields.keep])
+        _check_fields(documents, named if missing else texts + named, [*(texts if missing else ()), *fields.keep])
         self._documents, self.fields, self._tokenise = documents, fields, Tokeniser(tokenizer, fields, max_length)
         self.documents, self.max_length, self._labels = len(documents), max_length, labels
-        if fields.label is not None:
-            check_room(tokenizer, max_length)
         maker = RowMaker(documents, self._tokenise, fields, max_length, on_missing, numbers)
-        self._index = open_index(documents, maker.settings(), tokenizer, lambda folder: maker.make(folder, progress))
-        self._held: OrderedDict[int, tuple[npt.NDArray[np.int32], int]] = OrderedDict()
-        self._held_tokens = 0
-        self._last: tuple[bytes, list[dict[str, Any]]] = (b"", [])
-        self._take(self._index)
+        key = None
+        if documents.fingerprint is not None and len(documents) >= _WORTH_KEEPING:
+            libraries = {name: version(name) for name in ("transformers", "tokenizers")}
+            key = {"documents": documents.fingerprint, "settings": maker.settings(), "libraries": libraries,
+                   "code": _code_digest(), "tokenizer": _tokenizer_digest(tokenizer)}  # fmt: skip
+        self._index = RowIndex(cached_folder("rows", key, lambda folder: maker.make(folder, progress)))
+        columns, counts = self._index.columns, self._index.counts
+        self.document, self.piece, self._start = columns["document"], columns["piece"], columns["start"]
+        self.lengths, self.n_tokens = columns["lengths"], columns["n_tokens"]
+        self.char_start, self.char_stop = columns["char_start"], columns["char_stop"]
+        self.text_digest = columns["text_digest"]
+        self.without_target, self.truncated, self.missing = counts.without_target, counts.truncated, counts.missing
+        self._token_cache: OrderedDict[int, tuple[npt.NDArray[np.int32], int]] = OrderedDict()
+        self._cached_tokens = 0
+        self._last_read: tuple[bytes, list[dict[str, Any]]] = (b"", [])
         if not len(self):
             raise InputError("expected documents with target tokens; received none that has any")
         if labels is not None:
             labels.check(self.document, self._labels_of)
 
-    def _take(self, index: RowIndex) -> None:
-        found, counts = index.columns, index.counts
-        self.document, self.piece, self._start = found["document"], found["piece"], found["start"]
-        self.lengths, self.n_tokens = found["lengths"], found["n_tokens"]
-        self.char_start, self.char_stop = found["char_start"], found["char_stop"]
-        self.text_digest = found["text_digest"]
-        self.without_target, self.truncated, self.missing = counts.without_target, counts.truncated, counts.missing
-        self._kinds = counts.kinds
-
     def __len__(self) -> int:
         return len(self.document)
 
-    def field(self, name: str, documents: npt.NDArray[np.int64], *, kept: bool = True) -> list[Any]:
-        """Return a field of some documents, as its column has it or, if not ``kept``, as the file says."""
-        own, places = np.unique(documents, return_inverse=True)
-        if self._last[0] != own.tobytes():  # all fields of a block of rows are asked for one after the other
-            self._last = own.tobytes(), self._read(own.tolist())
-        records = self._last[1]
-        kind = self._kinds.get(name) if kept else None
-        values = [as_kind(record.get(name), kind) if kind else record.get(name) for record in records]
-        return [values[place] for place in places.tolist()]
+    def _field(self, name: str, documents: Numbers) -> list[Any]:
+        """Return a field of some documents, as the file says."""
+        distinct, index = np.unique(documents, return_inverse=True)
+        if self._last_read[0] != distinct.tobytes():  # all fields of a block of rows are asked for one after the other
+            self._last_read = distinct.tobytes(), self._read(distinct.tolist())
+        records = self._last_read[1]
+        return [records[number].get(name) for number in index.tolist()]
 
     def _read(self, documents: list[int]) -> list[dict[str, Any]]:
         """Return what documents have beside their texts, which are long."""
         texts = set(self.fields.parts.values()) - {self.fields.id, self.fields.label, *self.fields.keep}
-        found = []
-        for low in range(0, len(documents), AT_ONCE):
-            for record in self._documents.read(documents[low : low + AT_ONCE], self.fields.used):
-                found.append({name: value for name, value in record.items() if name not in texts})
-        return found
+        return [
+            {name: value for name, value in record.items() if name not in texts}
+            for low in range(0, len(documents), AT_ONCE)
+            for record in self._documents.read(documents[low : low + AT_ONCE], self.fields.used)
+        ]
 
     def ids(self) -> RowColumn:
         """Return each row's name: its document's, with ``#piece`` where that has several rows."""
-        return RowColumn(self, self.fields.id, piece=True)
+
+        def read(rows: slice) -> list[str]:
+            documents, field = self.document[rows], self.fields.id
+            names = documents.tolist() if field is None else map(as_text, self._field(field, documents))
+            return row_names(names, self.piece[rows].tolist())
+
+        return RowColumn(len(self), read, distinct=True)
 
     def columns(self) -> dict[str, Any]:
         """Return what is kept of each row: its attributes here that are numbers, and the fields asked for."""
         kept: dict[str, Any] = {
             "document": self.document, "n_tokens": self.n_tokens, **{name: getattr(self, name) for name in SPANS},
         }  # fmt: skip
-        return kept | {name: RowColumn(self, name) for name in self.fields.keep}
+        return kept | {name: RowColumn(len(self), partial(self._kept, name)) for name in self.fields.keep}
+
+    def _kept(self, name: str, rows: slice) -> list[Any]:
+        kind = self._index.counts.kinds[name]
+        return [as_kind(value, kind) for value in self._field(name, self.document[rows])]
 
     def __getitem__(self, row: Any) -> dict[str, Any]:
         number, start, length = int(self.document[row]), int(self._start[row]), int(self.lengths[row])
         ids, first = self._tokens(number, int(self.text_digest[row]), start + length)
         piece = ids[start : start + length].tolist()
-        found: dict[str, Any] = {"row": int(row), "input_ids": piece}
+        sample: dict[str, Any] = {"row": int(row), "input_ids": piece}
         if self._labels is not None:
-            return found | {"label": self._labels(self._labels_of(self.document[row : row + 1])[0], number)}
+            return sample | {"label": self._labels(self._labels_of(self.document[row : row + 1])[0], number)}
         unseen = max(1, first - start)  # the first token has nothing to be predicted from
-        return found | {"labels": [IGNORED] * min(unseen, length) + piece[unseen:]}
+        return sample | {"labels": [IGNORED] * min(unseen, length) + piece[unseen:]}
 
     def _labels_of(self, documents: npt.NDArray[np.int64]) -> list[Any]:
         """Return what the file says of some documents' labels."""
@@ -480,9 +411,9 @@ class Samples:
 
     def _tokens(self, number: int, digest: int, least: int) -> tuple[npt.NDArray[np.int32], int]:
         """Return a document's tokens and the first target, checked against what its rows were made from."""
-        if number in self._held:
-            self._held.move_to_end(number)
-            return self._held[number]
+        if number in self._token_cache:
+            self._token_cache.move_to_end(number)
+            return self._token_cache[number]
         record = self._documents.read([number], self.fields.used)[0]
         text = text_of(record, self.fields.parts) or ""
         tokens = None if text_digest(text) != digest else self._tokenise([(number, record)])[0]
@@ -491,8 +422,17 @@ class Samples:
                 f"expected document {number} of {self._documents.name} to be as it was when its rows were counted; "
                 "received another text or other tokens: leave the file as it is, and run again"
             )
-        self._held[number] = np.array(tokens.ids, np.int32), tokens.first
-        self._held_tokens += len(tokens.ids)
-        while len(self._held) > 1 and self._held_tokens > _HELD:
-            self._held_tokens -= len(self._held.popitem(last=False)[1][0])
-        return self._held[number]
+        self._token_cache[number] = np.array(tokens.ids, np.int32), tokens.first
+        self._cached_tokens += len(tokens.ids)
+        while len(self._token_cache) > 1 and self._cached_tokens > _CACHED:
+            self._cached_tokens -= len(self._token_cache.popitem(last=False)[1][0])
+        return self._token_cache[number]
+
+
+def _check_fields(documents: Documents, everywhere: Sequence[str], somewhere: Sequence[str]) -> None:
+    """Check that the first documents have the fields of all, and that any has those of some, before all are read."""
+    lacking = [field for field in everywhere if field not in documents.column_names]
+    lacking += [field for field in somewhere if not lacking and not documents.has_field(field)]
+    if lacking:
+        names = ", ".join(documents.column_names)
+        raise InputError(f"expected a field {lacking[0]!r}; received documents with {names}")

@@ -1,7 +1,8 @@
-"""Which fields of a document are what."""
+"""Tokens of documents: which fields are what, texts, pairs, and chats through the tokenizer's template."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -67,54 +68,8 @@ class Fields:
     @property
     def used(self) -> list[str]:
         """All fields that are read, each once."""
-        named = (self.text, self.prompt, self.completion, self.messages, self.label, self.id, *self.keep)
+        named = (*self.parts.values(), self.label, self.id, *self.keep)
         return [name for name in dict.fromkeys(named) if name is not None]
-
-
-def check_room(tokenizer: Any, max_length: int) -> None:
-    """Check that rows have room for a token beside the special ones.
-
-    Raises
-    ------
-    InputError
-        If not.
-    """
-    special = tokenizer.num_special_tokens_to_add(pair=False)
-    if max_length <= special:
-        raise InputError(
-            f"expected max_length > {special}, the special tokens that the tokenizer adds; received {max_length}"
-        )
-
-
-def truncate(tokenizer: Any, text: str, max_length: int) -> tuple[list[int], tuple[int, int]]:
-    """Return a text's tokens, at most ``max_length``, and the characters they are of, from and to.
-
-    The characters are (-1, -1) of a tokenizer without offsets.
-
-    Raises
-    ------
-    InputError
-        If the tokenizer does not cut it.
-    """
-    made = tokenizer(text, add_special_tokens=True, truncation=True, max_length=max_length, verbose=False)
-    ids = list(made["input_ids"])
-    if len(ids) > max_length:
-        raise InputError(
-            f"expected a tokenizer that cuts texts to {max_length} tokens; received {type(tokenizer).__name__}, which "
-            "does not: shorten them yourself"
-        )
-    if not made.encodings:
-        return ids, (-1, -1)
-    encoding = made.encodings[0]
-    spans = [
-        span
-        for span, special in zip(encoding.offsets, encoding.special_tokens_mask, strict=True)
-        if not special and span[1] > span[0]
-    ]
-    if not spans:
-        return ids, (-1, -1)
-    left = tokenizer.truncation_side == "left"
-    return ids, (spans[0][0], len(text)) if left else (0, spans[-1][1])
 
 
 _REPLIES = ("assistant", "model")  # roles of what is learned
@@ -122,19 +77,13 @@ _ADVICE = "write prompt and completion yourself (--prompt, --completion)"
 
 
 class Chats:
-    """Renders chats and tokenises them.
-
-    Parameters
-    ----------
-    tokenizer : PreTrainedTokenizer
-        With a chat template.
-    """
+    """Renders chats with a tokenizer's template, and tokenises them."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
 
     def lacking(self, messages: Any) -> str | None:
-        """Return in words what a chat lacks to be learned from."""
+        """Return in words what a chat lacks to be learned from; None if nothing, or if it is no chat at all."""
         if not isinstance(messages, Sequence) or isinstance(messages, str) or not all(map(_is_turn, messages)):
             return None  # refused, when it is tokenised
         if not messages:
@@ -143,19 +92,12 @@ class Chats:
         return None if set(roles) & set(_REPLIES) else f"messages of {', '.join(roles)} only, no assistant's reply"
 
     def tokens(self, number: int, messages: Any) -> tuple[list[int], int]:
-        """Return the tokens of a chat up to its last reply, and which is the first of that reply.
-
-        Parameters
-        ----------
-        number : int
-            The document's, for messages.
-        messages : list of mapping
-            Turns with ``role`` and ``content``, a reply among them.
+        """Return the tokens of a chat (of document ``number``) up to its last reply, and which is the first of that.
 
         Raises
         ------
         InputError
-            For messages of another form, or that the template does not take.
+            For messages of another form, or that the template does not accept.
         """
         if getattr(self._tokenizer, "chat_template", None) is None:
             raise InputError("expected a tokenizer with a chat template; received one without: use prompt/completion")
@@ -166,20 +108,19 @@ class Chats:
             )
         odd = next((turn for turn in messages if not _is_turn(turn)), None)
         if odd is not None:
-            held = ", ".join(map(str, odd)) if isinstance(odd, Mapping) else type(odd).__name__
-            raise InputError(f"expected messages with role and content in document {number}; received one with {held}")
+            keys = ", ".join(map(str, odd)) if isinstance(odd, Mapping) else type(odd).__name__
+            raise InputError(f"expected messages with role and content in document {number}; received one with {keys}")
         turns = [dict(turn) for turn in messages]
-        last = max(at for at, turn in enumerate(turns) if turn["role"] in _REPLIES)
-        whole = self._render(number, turns[: last + 1])
-        return self._cut(number, whole, self._reply_start(number, turns[: last + 1], whole))
-
-    def _cut(self, number: int, whole: str, boundary: int) -> tuple[list[int], int]:
-        found = self._tokenizer(whole, add_special_tokens=False, verbose=False)
-        ids = list(found["input_ids"])
-        if found.encodings:
-            stops = np.array([stop for _, stop in found.encodings[0].offsets], np.int64)
-            return ids, int(np.searchsorted(np.maximum.accumulate(stops), boundary, side="right"))
-        before = self._tokenizer(whole[:boundary], add_special_tokens=False, verbose=False)["input_ids"]
+        while turns[-1]["role"] not in _REPLIES:
+            turns.pop()
+        whole = self._render(number, turns)
+        reply_start = self._reply_start(number, turns, whole)
+        encoded = self._tokenizer(whole, add_special_tokens=False, verbose=False)
+        ids = list(encoded["input_ids"])
+        if encoded.encodings:
+            stops = np.array([stop for _, stop in encoded.encodings[0].offsets], np.int64)
+            return ids, int(np.searchsorted(np.maximum.accumulate(stops), reply_start, side="right"))
+        before = self._tokenizer(whole[:reply_start], add_special_tokens=False, verbose=False)["input_ids"]
         if ids[: len(before)] != before:  # a tokenizer without offsets
             raise InputError(
                 f"expected a reply that begins with a token of its own in document {number}; received one whose first "
@@ -190,8 +131,8 @@ class Chats:
     def _reply_start(self, number: int, turns: list[dict[str, Any]], whole: str) -> int:
         """Return the character of the rendered chat that the last turn, the reply, begins at.
 
-        It is where the template's invitation to reply ends, or, where that is not what stands before this reply (some
-        open a thought that it lacks) or there is none, where another text in its place would begin.
+        That is the end of the template's generation prompt. Where there is none, or another one before this reply (some
+        templates open a thought that the reply lacks), it is where another text in the reply's place would begin.
         """
         invited, plain = (self._try(turns[:-1], add_generation_prompt=asked) for asked in (True, False))
         if invited is not None and invited != plain and whole.startswith(invited):
@@ -201,7 +142,7 @@ class Chats:
             mark += "0"
         marked = self._render(number, [*turns[:-1], {"role": turns[-1]["role"], "content": mark}])
         head = marked.partition(mark)[0]
-        start = _shared(head, whole)
+        start = len(os.path.commonprefix([head, whole]))  # noqa: RUF071 - of characters
         if mark not in marked or (start < len(head) and not (plain and start >= len(plain))):
             raise InputError(
                 f"expected a chat template that shows a reply as it is in document {number}; received one that changes "
@@ -210,28 +151,21 @@ class Chats:
         return start
 
     def _render(self, number: int, turns: list[dict[str, Any]]) -> str:
-        found = self._try(turns)
-        if isinstance(found, str):
-            return found
+        text = self._try(turns)
+        if text is not None:
+            return text
         raise InputError(
-            f"expected messages that the tokenizer's chat template takes in document {number}; received "
+            f"expected messages that the tokenizer's chat template accepts in document {number}; received "
             f"{type(self._error).__name__}: {self._error}: change them, or {_ADVICE}"
         ) from self._error
 
     def _try(self, turns: list[dict[str, Any]], **options: Any) -> str | None:
         """Return turns as the template renders them; None where it raises."""
         try:
-            found: str = self._tokenizer.apply_chat_template(turns, tokenize=False, **options)
+            return str(self._tokenizer.apply_chat_template(turns, tokenize=False, **options))
         except Exception as error:  # of the template, which is a program
             self._error = error
             return None
-        return found
-
-
-def _shared(one: str, other: str) -> int:
-    """Return how many characters two texts begin with alike."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((at for at, (left, right) in pairs if left != right), min(len(one), len(other)))
 
 
 def _is_turn(turn: Any) -> bool:
@@ -280,12 +214,22 @@ class Tokeniser:
         What is what.
     max_length : int
         Tokens that texts to be classified are cut to; others become several rows.
+
+    Raises
+    ------
+    InputError
+        If no text to be classified would fit beside the special tokens.
     """
 
     def __init__(self, tokenizer: Any, fields: Fields, max_length: int) -> None:
         self._tokenizer, self._fields, self._max_length = tokenizer, fields, max_length
         self._parts = fields.parts
         self._chats = Chats(tokenizer)
+        special = 0 if fields.label is None else tokenizer.num_special_tokens_to_add(pair=False)
+        if fields.label is not None and max_length <= special:
+            raise InputError(
+                f"expected max_length > {special}, the special tokens that the tokenizer adds; received {max_length}"
+            )
 
     def lacking(self, record: dict[str, Any]) -> str | None:
         """Return in words which text a document lacks: a field that is missing or null, or a chat's reply."""
@@ -317,21 +261,33 @@ class Tokeniser:
     def _texts(self, texts: list[str]) -> list[Tokens]:
         if not texts:
             return []
-        found = self._tokenizer(texts, add_special_tokens=True, truncation=False, verbose=False)
-        encodings = found.encodings or [None] * len(texts)  # of tokenizers without offsets
-        made = [
-            Tokens(list(ids), 1, ((encoding, 0, 0),))
-            for ids, encoding in zip(found["input_ids"], encodings, strict=True)
+        encoded = self._tokenizer(texts, add_special_tokens=True, truncation=False, verbose=False)
+        encodings = encoded.encodings or [None] * len(texts)  # of tokenizers without offsets
+        cut = self._fields.label is not None
+        return [
+            self._truncated(text) if cut and len(ids) > self._max_length else Tokens(list(ids), 1, ((encoding, 0, 0),))
+            for text, ids, encoding in zip(texts, encoded["input_ids"], encodings, strict=True)
         ]
-        if self._fields.label is None:
-            return made
-        return [self._fitting(text, tokens) for text, tokens in zip(texts, made, strict=True)]
 
-    def _fitting(self, text: str, tokens: Tokens) -> Tokens:
-        """Return a text's tokens as the tokenizer cuts them where they are too many to be classified at once."""
-        if len(tokens.ids) <= self._max_length:
-            return tokens
-        ids, passage = truncate(self._tokenizer, text, self._max_length)
+    def _truncated(self, text: str) -> Tokens:
+        """Return the tokens of a text as the tokenizer cuts it to be classified, and the characters they are of."""
+        words, most = self._tokenizer, self._max_length
+        encoded = words(text, add_special_tokens=True, truncation=True, max_length=most, verbose=False)
+        ids = list(encoded["input_ids"])
+        if len(ids) > most:
+            raise InputError(
+                f"expected a tokenizer that cuts texts to {most} tokens; received {type(words).__name__}, which does "
+                "not: shorten them yourself"
+            )
+        spans = [
+            span
+            for encoding in (encoded.encodings or ())[:1]
+            for span, special in zip(encoding.offsets, encoding.special_tokens_mask, strict=True)
+            if not special and span[1] > span[0]
+        ]
+        passage = (-1, -1)
+        if spans:
+            passage = (spans[0][0], len(text)) if words.truncation_side == "left" else (0, spans[-1][1])
         return Tokens(ids, 1, passage=passage)
 
     def _pair(self, number: int, prompt: str, completion: str) -> Tokens:
@@ -340,8 +296,8 @@ class Tokeniser:
             return Tokens(*self._chats.tokens(number, turns))
         encoded = [self._tokenizer(prompt, add_special_tokens=True, verbose=False)]
         encoded.append(self._tokenizer(completion, add_special_tokens=False, verbose=False))
-        before, after = (found["input_ids"] for found in encoded)
-        first, second = ((found.encodings or [None])[0] for found in encoded)
+        before, after = (each["input_ids"] for each in encoded)
+        first, second = ((each.encodings or [None])[0] for each in encoded)
         eos = self._tokenizer.eos_token_id
         if eos is not None and before and before[-1] == eos:
             before = before[:-1]  # some tokenizers end every text

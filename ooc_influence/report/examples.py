@@ -65,7 +65,7 @@ class Corpus:
 
     @classmethod
     def of(cls, data: Corpus | str | Path | None) -> Corpus:
-        """Return a corpus for what a caller gave: one, the path of a file, or nothing."""
+        """Return the corpus itself, the corpus of a file, or one without examples."""
         return data if isinstance(data, Corpus) else cls(data)
 
 
@@ -263,20 +263,19 @@ def open_images(images: Any, n: int) -> Any:
     """
     if images is None:
         return None
-    found = images
     if isinstance(images, (str, Path)):
         try:
-            found = np.load(images, mmap_mode="r", allow_pickle=False)
+            images = np.load(images, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
             raise InputError(f"expected images as a .npy file; received {images}: {error}") from error
-    shape = np.shape(found)
+    shape = np.shape(images)
     if len(shape) not in (3, 4) or shape[0] != n or (len(shape) == 4 and not {shape[1], shape[3]} & set(_CHANNELS)):
         raise InputError(f"expected images ({n}, h, w) or ({n}, h, w, 1, 3 or 4); received shape {shape}")
-    return found
+    return images
 
 
 class UnseenError(ValueError):
-    """Why an image is not shown, in words for the page."""
+    """Why an image is not shown, in a page's words."""
 
 
 class ImageFolder:
@@ -310,7 +309,7 @@ class ImageFolder:
         library = optional_library("PIL.Image", "images")
         return self._put(row, lambda: _as_bitmap(np.asarray(image), library))
 
-    def copy(self, row: int, root: Path, place: Any) -> dict[str, str]:
+    def copy(self, row: int, root: Path, name: Any) -> dict[str, str]:
         """Write an image file below ``root`` as the image of a row.
 
         Returns
@@ -324,7 +323,7 @@ class ImageFolder:
             If the system refuses.
         """
         library = optional_library("PIL.Image", "images")
-        return self._put(row, lambda: _decode(library, root, place))
+        return self._put(row, lambda: _decode(library, root, name))
 
     def _put(self, row: int, make: Callable[[], Any]) -> dict[str, str]:
         target = self._folder / f"{row}.png"
@@ -335,8 +334,8 @@ class ImageFolder:
                 picture = make()
                 picture.thumbnail((LARGEST_IMAGE, LARGEST_IMAGE))
             except Exception as error:  # whatever decoders raise: one bad file among thousands is no reason to stop
-                said = str(error) if isinstance(error, UnseenError) else type(error).__name__
-                self._unseen[row] = f"image not shown: {said}"
+                reason = str(error) if isinstance(error, UnseenError) else type(error).__name__
+                self._unseen[row] = f"image not shown: {reason}"
                 return {"unseen": self._unseen[row]}
             try:
                 self._folder.mkdir(parents=True, exist_ok=True)
@@ -346,7 +345,7 @@ class ImageFolder:
         return {"image": f"{self._name}/{row}.png"}
 
 
-def _decode(library: Any, root: Path, place: Any) -> Any:
+def _decode(library: Any, root: Path, name: Any) -> Any:
     """Return the image in a file, decoded no larger than it has to be.
 
     Raises
@@ -356,8 +355,8 @@ def _decode(library: Any, root: Path, place: Any) -> Any:
     Exception
         Whatever else its decoder raises.
     """
-    path = (root / str(place)).resolve()
-    if not path.is_relative_to(root.resolve()):  # a corpus names files: not any of the machine's
+    path = (root / str(name)).resolve()
+    if not path.is_relative_to(root.resolve()):  # a corpus names files: only its own may be shown
         raise UnseenError("not below the folder of the data")
     if not path.is_file():
         raise UnseenError("no such file")

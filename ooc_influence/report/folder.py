@@ -1,4 +1,4 @@
-"""The list of a report's own files, kept in it: what may be removed when another report takes its place."""
+"""A page's folder: written beside its path and published whole, with a list of its files that a later one replaces."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ NAME = "report.json"
 _KIND = "ooc-influence-report"
 
 
-def write_manifest(folder: Path) -> None:
+def _write_manifest(folder: Path) -> None:
     """List every file of a folder, in the folder."""
-    own = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    text = json.dumps({"kind": _KIND, "files": [*own, NAME]}, indent=0)
+    paths = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    text = json.dumps({"kind": _KIND, "files": [*paths, NAME]}, indent=0)
     (folder / NAME).write_text(text + "\n", "utf-8")
 
 
-def read_manifest(folder: Path) -> frozenset[str] | None:
+def _read_manifest(folder: Path) -> frozenset[str] | None:
     """Return the files that a report lists, relative to its folder; None where the folder is no report."""
     try:
-        found = json.loads((folder / NAME).read_text("utf-8"))
+        manifest = json.loads((folder / NAME).read_text("utf-8"))
     except (OSError, ValueError):
         return None
-    if not isinstance(found, dict) or found.get("kind") != _KIND or not isinstance(found.get("files"), list):
+    if not isinstance(manifest, dict) or manifest.get("kind") != _KIND or not isinstance(manifest.get("files"), list):
         return None
-    return frozenset(name for name in found["files"] if isinstance(name, str))
+    return frozenset(name for name in manifest["files"] if isinstance(name, str))
 
 
-def foreign_entries(folder: Path, own: frozenset[str]) -> list[str]:
+def _foreign_entries(folder: Path, listed: frozenset[str]) -> list[str]:
     """Return what else is in a folder, relative to it: files, and whole folders where nothing in them is listed."""
-    above = {parent.as_posix() for name in own for parent in Path(name).parents}
+    above = {parent.as_posix() for name in listed for parent in Path(name).parents}
 
     def walk(part: Path) -> Iterator[str]:
         for entry in sorted(part.iterdir()):
@@ -51,51 +51,38 @@ def foreign_entries(folder: Path, own: frozenset[str]) -> list[str]:
             folders = entry.is_dir() and not entry.is_symlink()
             if folders and name in above:
                 yield from walk(entry)
-            elif folders or name not in own:
+            elif folders or name not in listed:
                 yield name
 
     return list(walk(folder))
 
 
-def remove_own(folder: Path, own: frozenset[str]) -> None:
-    """Remove the listed files that are in a folder, and every folder that this leaves empty; what fails stays."""
-    for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
-        _remove(entry, folder, own)
-    _rmdir(folder)
+def _remove_listed(entry: Path, folder: Path, listed: frozenset[str]) -> None:
+    """Remove an entry if it is listed, and every folder that this leaves empty; what cannot be removed stays.
 
-
-def _remove(entry: Path, folder: Path, own: frozenset[str]) -> None:
-    """Remove an entry if it is listed; a name that leads out of the folder is never met on the way through it."""
-    if entry.is_dir() and not entry.is_symlink():
-        for inner in sorted(entry.iterdir()):
-            _remove(inner, folder, own)
-        _rmdir(entry)
-    elif entry.relative_to(folder).as_posix() in own:
-        try:
+    A name that leads out of the folder is never met on the way through it.
+    """
+    with contextlib.suppress(OSError):
+        if entry.is_dir() and not entry.is_symlink():
+            for inner in sorted(entry.iterdir()):
+                _remove_listed(inner, folder, listed)
+            entry.rmdir()
+        elif entry.relative_to(folder).as_posix() in listed:
             entry.unlink()
-        except OSError:
-            return
 
 
-def _rmdir(folder: Path) -> None:
-    try:
-        folder.rmdir()
-    except OSError:
-        return
-
-
-SCRIPTS = ("core.js", "draw.js", "cards.js", "queries.js", "labels.js", "overview.js", "ask.js", "start.js")
+_SCRIPTS = ("core.js", "draw.js", "cards.js", "queries.js", "labels.js", "overview.js", "ask.js", "start.js")
 _DIGITS = 6  # of a number in a page
 
 
 class PageFolder:
-    """A folder being written beside its place, put there whole when the context ends without an error.
+    """A folder being written beside its path, published whole when the context ends without an error.
 
     Parameters
     ----------
     target : Path
-        Where the page goes: nothing may be there but an empty folder, or an earlier page, whose own files are
-        replaced; what else is in its folder stays.
+        The folder of the page: it may be missing, empty, or an earlier page, whose own files are replaced; other files
+        in it stay.
 
     Attributes
     ----------
@@ -136,12 +123,15 @@ class PageFolder:
             (self.path / "data" / f"{name}.js").write_text(text, "ascii")
 
     def write_page(self, title: str, *, live: bool = False) -> None:
-        """Write ``index.html`` and what it loads."""
-        text = page(title, live=live)
+        """Write ``index.html``, escaped by its template, and what it loads."""
+        jinja2, source = optional_library("jinja2", "pages"), files("ooc_influence.report").joinpath("page")
+        environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+        template = environment.from_string(source.joinpath("index.html.j2").read_text("utf-8"))
+        text = template.render(title=title, scripts=_SCRIPTS, version=__version__, live=live)
         with self._writing():
             (self.path / "assets").mkdir()
-            for name in ("report.css", "icon.svg", *SCRIPTS):
-                (self.path / "assets" / name).write_bytes(asset(name))
+            for name in ("report.css", "icon.svg", *_SCRIPTS):
+                (self.path / "assets" / name).write_bytes(source.joinpath(name).read_bytes())
             (self.path / "index.html").write_text(text, "utf-8")
 
     def __enter__(self) -> Self:
@@ -160,16 +150,21 @@ class PageFolder:
             shutil.rmtree(self.path, ignore_errors=True)  # there still where that failed
 
     def _publish(self) -> None:
-        write_manifest(self.path)
+        _write_manifest(self.path)
         self.path.chmod(0o777 & ~_umask())
         if not self._target.exists():
             self.path.rename(self._target)
             return
-        own, earlier = replaceable_files(self._target), self.path.with_suffix(".earlier")
+        listed, earlier = replaceable_files(self._target), self.path.with_suffix(".earlier")
         self._target.rename(earlier)
         try:
-            kept = foreign_entries(earlier, own)
-            self._check_apart(kept)
+            kept = _foreign_entries(earlier, listed)
+            clash = next((name for name in kept if os.path.lexists(self.path / name)), None)
+            if clash is not None:
+                raise StoreExistsError(
+                    f"expected only files of an earlier report where this one has its own; received {clash} in "
+                    f"{self._target}: move it away, or choose another folder"
+                )
             self.path.rename(self._target)
         except BaseException:
             earlier.rename(self._target)
@@ -177,16 +172,7 @@ class PageFolder:
         for name in kept:
             (self._target / name).parent.mkdir(parents=True, exist_ok=True)
             (earlier / name).rename(self._target / name)
-        remove_own(earlier, own)
-
-    def _check_apart(self, kept: list[str]) -> None:
-        """Check that what stays in the folder leaves room for the page's files."""
-        taken = next((name for name in kept if os.path.lexists(self.path / name)), None)
-        if taken is not None:
-            raise StoreExistsError(
-                f"expected only files of an earlier report where this one has its own; received {taken} in "
-                f"{self._target}: move it away, or choose another folder"
-            )
+        _remove_listed(earlier, earlier, listed)
 
 
 def replaceable_files(target: Path) -> frozenset[str]:
@@ -197,46 +183,26 @@ def replaceable_files(target: Path) -> frozenset[str]:
     StoreExistsError
         If something is there that is no earlier page.
     """
-    own = read_manifest(target)
-    if own is None:
+    listed = _read_manifest(target)
+    if listed is None:
         check_free(target, f"nothing or an earlier report (a folder with its {NAME})")
-    return own or frozenset()
+    return listed or frozenset()
 
 
 def to_script(value: Any) -> str:
     """Return values as JSON that may stand in a script: ASCII, no ``<``, numbers of six digits, NaN as null."""
-    return json.dumps(tidy(value), allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    return json.dumps(_tidy(value), allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def tidy(value: Any) -> Any:
+def _tidy(value: Any) -> Any:
     """Return values with floats rounded to six digits, and null for those that are not finite."""
     if isinstance(value, float):
         return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {str(key): tidy(item) for key, item in value.items()}
+        return {str(key): _tidy(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [tidy(item) for item in value]
+        return [_tidy(item) for item in value]
     return value
-
-
-def asset(name: str) -> bytes:
-    """Return a file that the page loads."""
-    return files("ooc_influence.report").joinpath("page", name).read_bytes()
-
-
-def page(title: str, *, live: bool) -> str:
-    """Return ``index.html``, escaped by its template.
-
-    Raises
-    ------
-    MissingExtraError
-        Without Jinja2.
-    """
-    jinja2 = optional_library("jinja2", "pages")
-    source = files("ooc_influence.report").joinpath("page", "index.html.j2").read_text("utf-8")
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(source)
-    text: str = template.render(title=title, scripts=SCRIPTS, version=__version__, live=live)
-    return text
 
 
 def _umask() -> int:
@@ -268,7 +234,7 @@ class QueryList:
         self._lists = self._files = self._size = 0
 
     def add(self, entry: dict[str, Any]) -> None:
-        """Add the next query, as its page takes it."""
+        """Add the next query, in the form of its page."""
         text = " ".join((entry["text"] or "").split())
         self._lines.append(_line(entry, text[:_SNIPPET]))
         if len(self._lines) == LISTED_A_FILE:

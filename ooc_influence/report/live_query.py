@@ -1,6 +1,6 @@
 """Typed queries as jobs, one after the other in a thread, with their progress; each can be stopped by its name.
 
-One that waits is taken out of the line; one that runs stops between blocks of rows.
+A waiting job is taken out of the queue; a running one stops between blocks of rows.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ class Jobs:
     Parameters
     ----------
     answer : callable (mapping of str to str) -> dict
-        Does the work; an :class:`OocInfluenceError` is told as its message.
+        Does the work; of an :class:`OocInfluenceError` the message is shown.
     """
 
     def __init__(self, answer: Callable[[Mapping[str, str]], dict[str, Any]]) -> None:
         self._answer = answer
-        self._line: deque[tuple[str, Mapping[str, str]]] = deque()
+        self._queue: deque[tuple[str, Mapping[str, str]]] = deque()
         self._states: OrderedDict[str, dict[str, Any]] = OrderedDict()
-        self._stopping: set[str] = set()  # of those that run, who is to stop
+        self._stopping: set[str] = set()  # running jobs that are to stop
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="ooc_influence-jobs", daemon=True)
         self._thread.start()
 
     def submit(self, values: Mapping[str, str]) -> dict[str, Any]:
-        """Put a query in the line; return its state.
+        """Put a query in the queue; return its state.
 
         Raises
         ------
@@ -60,47 +60,47 @@ class Jobs:
         """
         name = uuid.uuid4().hex
         with self._changed:
-            if len(self._line) >= _WAITING:
+            if len(self._queue) >= _WAITING:
                 raise InputError(f"expected fewer than {_WAITING} queries waiting; received one more: wait")
             self._states[name] = {"job": name, "state": "waiting", "stage": "", "done": 0, "total": None}
-            self._line.append((name, values))
+            self._queue.append((name, values))
             self._forget()
             state = self._state(name)
             self._changed.notify()
         return state
 
     def state(self, name: str) -> dict[str, Any] | None:
-        """Return what is known of a job, with how many are ``ahead`` of it; None if nothing is known (any more)."""
+        """Return a job's state, with how many are ``ahead`` of it; None for a job that is unknown or forgotten."""
         with self._changed:
             return self._state(name) if name in self._states else None
 
     def stop(self, name: str) -> bool:
-        """Stop a job, before it begins or at its next block of rows; return whether it is known (still)."""
+        """Stop a job, before it begins or at its next block of rows; return False if it is unknown or forgotten."""
         with self._changed:
             if name not in self._states:
                 return False
             if self._states[name]["state"] == "waiting":
-                self._line = deque(entry for entry in self._line if entry[0] != name)
+                self._queue = deque(entry for entry in self._queue if entry[0] != name)
                 self._end(name, state="stopped", error="stopped")
             elif self._states[name]["state"] == "running":
                 self._stopping.add(name)
             return True
 
     def close(self, seconds: float = 10.0) -> None:
-        """Stop all, and wait so long for the thread to end."""
+        """Stop all jobs, and wait at most this long for the thread to end."""
         with self._changed:
             self._closed = True
-            self._line.clear()
+            self._queue.clear()
             self._changed.notify()
         self._thread.join(seconds)
 
     def _state(self, name: str) -> dict[str, Any]:
-        earlier = takewhile(lambda own: own["job"] != name, self._states.values())
-        return self._states[name] | {"ahead": sum(own["state"] in _UNFINISHED for own in earlier)}
+        earlier = takewhile(lambda state: state["job"] != name, self._states.values())
+        return self._states[name] | {"ahead": sum(state["state"] in _UNFINISHED for state in earlier)}
 
     def _forget(self) -> None:
-        """Forget the oldest of those that have ended, from a number on."""
-        ended = [name for name, own in self._states.items() if own["state"] not in _UNFINISHED]
+        """Forget the oldest jobs that have ended, beyond those that are kept."""
+        ended = [name for name, state in self._states.items() if state["state"] not in _UNFINISHED]
         for name in ended[: max(0, len(ended) - _KEPT)]:
             del self._states[name]
 
@@ -111,10 +111,10 @@ class Jobs:
     def _next(self) -> tuple[str, Mapping[str, str]] | None:
         """Wait for a job, and mark it as running; None at the end."""
         with self._changed:
-            self._changed.wait_for(lambda: self._line or self._closed)
+            self._changed.wait_for(lambda: self._queue or self._closed)
             if self._closed:
                 return None
-            name, values = self._line.popleft()
+            name, values = self._queue.popleft()
             self._states[name].update(state="running", stage="gradients")
             return name, values
 
@@ -123,8 +123,7 @@ class Jobs:
             name, values = entry
             try:
                 with watched(lambda *seen, name=name: self._watch(name, *seen)):
-                    found = self._answer(values)
-                outcome: dict[str, Any] = {"state": "done", "result": found}
+                    outcome: dict[str, Any] = {"state": "done", "result": self._answer(values)}
             except InterruptedError:
                 outcome = {"state": "stopped", "error": "stopped"}
             except OocInfluenceError as error:
@@ -132,7 +131,7 @@ class Jobs:
             except Exception as error:  # the page shows it; the server stays up
                 outcome = {"state": "failed", "error": f"unexpected {type(error).__name__}: {error}"}
             with self._changed:
-                if name in self._stopping:  # though it was done before it looked
+                if name in self._stopping:  # it was done before it noticed
                     outcome = {"state": "stopped", "error": "stopped"}
                 self._end(name, **outcome)
 
@@ -161,7 +160,7 @@ class Model(ABC):
     name : str
         What a page calls it.
     fields : tuple of str
-        What is asked for: ``text``, or ``prompt`` and ``completion``; ``label``.
+        What a reader types: ``text``, or ``prompt`` and ``completion``; ``label``.
     module : torch.nn.Module
         The model itself.
     """
@@ -188,8 +187,8 @@ class Model(ABC):
         expected = train.model_fingerprint
         check_same(
             train.path, {"model": expected}, {"model": fingerprint_as(self.module, expected)},
-            "name the model that extract was given (with its --adapter, --revision, --model-dtype), or leave it out to "
-            "serve the pages alone", other=self.name,
+            "name the model that the store was extracted with (and its --adapter, --revision, --model-dtype), or leave it "
+            "out to serve the pages alone", other=self.name,
         )  # fmt: skip
 
     def _check_once(self) -> bool:
@@ -279,19 +278,7 @@ class HuggingFaceModel(Model):
 
 
 class LiveQuery:
-    """Answers typed queries from a store.
-
-    Parameters
-    ----------
-    report : Report
-        The train store and how it is scored.
-    model : Model
-        Makes gradients.
-    data : Corpus
-        Where the texts or images of train rows are.
-    pictures : ImageFolder
-        Where images are written.
-    """
+    """Answers typed queries from a report's train store, with a model, and with examples from where they are."""
 
     def __init__(self, report: Report, model: Model, data: Corpus, pictures: ImageFolder) -> None:
         quiet = report.settings.scoring | {"progress": None}
@@ -314,9 +301,9 @@ class LiveQuery:
         report = self._report
         with tempfile.TemporaryDirectory(prefix="ooc_influence-") as folder:
             store = self._model.extract(values, report.train, Path(folder) / "query.zarr")
-            found = self._settings.find_top(store, report.train, average_queries=store.n > 1)
+            top = self._settings.find_top(store, report.train, average_queries=store.n > 1)
             loss, norm = float(store.loss.mean()), float(store.grad_norm.mean())
-        entry = report.entry(found, 0)
+        entry = report.entry(top, 0)
         text = "\n\n".join(values[name] for name in fields if name != "label")
         query = {
             "row": 0, "id": "typed", "loss": loss, "norm": norm, "dropped": False, "text": text[:TEXT_LIMIT],

@@ -1,7 +1,7 @@
 """Plots as matplotlib figures, for notebooks and papers: a spectrum, a mislabel curve, self-influence.
 
-Figures are made without pyplot: nothing is shown or kept unless the caller does so, and a notebook shows what a cell
-returns.
+Figures are made without pyplot: none is shown or kept open unless the caller does so; a notebook shows the one that a
+cell returns.
 """
 
 from __future__ import annotations
@@ -20,6 +20,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _LEVELS = np.logspace(-4, 2, 61)  # relative dampings at which d(λ) is drawn
+
+
+def resolved_eigenvalues(curvature: Curvature) -> npt.NDArray[np.float64]:
+    """Return the eigenvalues above rounding, descending."""
+    return np.sort(curvature.eigenvalues[resolved(curvature.eigenvalues)])[::-1]
+
+
+def dimension_curve(curvature: Curvature) -> list[list[float]]:
+    """Return relative damping, λ and d(λ) at many dampings."""
+    return [[level, curvature.damping_value(level), curvature.effective_dimension(curvature.lambdas(level)[0])]
+            for level in _LEVELS.tolist()]  # fmt: skip
 
 
 def _figure(columns: int = 1) -> tuple[Figure, list[Any]]:
@@ -52,7 +63,7 @@ def spectrum(curvature: Curvature, damping: float | None = None) -> Figure:
     Raises
     ------
     InputError
-        For something else, or a curvature without any positive eigenvalue.
+        For anything but a curvature, or one without any positive eigenvalue.
     MissingExtraError
         Without matplotlib.
     """
@@ -60,7 +71,7 @@ def spectrum(curvature: Curvature, damping: float | None = None) -> Figure:
         raise InputError(
             f"expected a Curvature; received {curvature!r}: give Curvature.open(path), or what a fit returned"
         )
-    values = np.sort(curvature.eigenvalues[resolved(curvature.eigenvalues)])[::-1]
+    values = resolved_eigenvalues(curvature)
     if not len(values):
         raise InputError(f"expected a curvature with positive eigenvalues; received {curvature!r}")
     chosen = curvature.damping_value(damping)
@@ -70,8 +81,8 @@ def spectrum(curvature: Curvature, damping: float | None = None) -> Figure:
     left.set(
         xlabel="number", ylabel="eigenvalue", title=f"Spectrum of F, {len(values)} of {curvature.d} above rounding"
     )
-    xs = [curvature.damping_value(level) for level in _LEVELS]
-    right.semilogx(xs, [curvature.effective_dimension(each) for each in curvature.lambdas(_LEVELS)])
+    _, lambdas, dimensions = zip(*dimension_curve(curvature), strict=True)
+    right.semilogx(lambdas, dimensions)
     dimension = curvature.effective_dimension(curvature.lambdas(damping)[0])
     right.plot([chosen], [dimension], "o", color="C1", label=f"d(λ) = {dimension:.1f}")
     right.set(xlabel="λ", ylabel="d(λ)", title="Effective dimension")
@@ -103,8 +114,8 @@ def mislabel_curve(scores: npt.ArrayLike | Mapping[str, npt.ArrayLike], flagged:
     if marks.ndim != 1 or not 0 < marks.sum() < len(marks):
         raise InputError(f"expected flags (n,), some set and some not; received {int(marks.sum())} of {marks.size} set")
     checked = np.arange(len(marks) + 1) / len(marks)
-    for name, given in named.items():
-        values = _numbers(given, f"scores {name!r}")
+    for name, ranking in named.items():
+        values = _numbers(ranking, f"scores {name!r}")
         if values.shape != marks.shape:
             raise InputError(f"expected scores {name!r} of shape {marks.shape}; received {values.shape}")
         order = np.argsort(np.where(np.isnan(values), np.inf, -values), kind="stable")
@@ -135,19 +146,19 @@ def self_influence(values: npt.ArrayLike, flagged: npt.ArrayLike | None = None, 
     MissingExtraError
         Without matplotlib.
     """
-    found = _numbers(values, "values")
-    marks = np.zeros(found.shape, bool) if flagged is None else np.asarray(flagged, bool)
-    if found.ndim != 1 or marks.shape != found.shape:
-        raise InputError(f"expected values (n,) and flags (n,); received {found.shape} and {marks.shape}")
-    drawn = np.isfinite(found) & (found > 0)
+    numbers = _numbers(values, "values")
+    marks = np.zeros(numbers.shape, bool) if flagged is None else np.asarray(flagged, bool)
+    if numbers.ndim != 1 or marks.shape != numbers.shape:
+        raise InputError(f"expected values (n,) and flags (n,); received {numbers.shape} and {marks.shape}")
+    drawn = np.isfinite(numbers) & (numbers > 0)
     if not drawn.any():
         raise InputError("expected some positive self-influence; received none: were all rows dropped?")
-    low, high = found[drawn].min(), found[drawn].max()
+    low, high = numbers[drawn].min(), numbers[drawn].max()
     edges = np.geomspace(low, high, bins + 1) if high > low else np.array([low / 2, low * 2])
     figure, (axis,) = _figure()
-    axis.hist(found[drawn & ~marks], edges, label="rows", color="C0", alpha=0.8)
+    axis.hist(numbers[drawn & ~marks], edges, label="rows", color="C0", alpha=0.8)
     if flagged is not None:
-        axis.hist(found[drawn & marks], edges, label="flagged", color="C1", alpha=0.8)
+        axis.hist(numbers[drawn & marks], edges, label="flagged", color="C1", alpha=0.8)
         axis.legend()
     left_out = int((~drawn).sum())
     axis.set_xscale("log")

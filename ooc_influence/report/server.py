@@ -1,8 +1,8 @@
 """A page served to this machine's browser: ``http.server``, since a page of one reader needs no more.
 
 Every address begins with a token that only the reader of the terminal has seen; the Host header must name this server,
-so that no other site can reach it by a name of its own (DNS rebinding); nothing is said to other origins; a query must
-come from the page itself.
+so that no other site can reach it by a name of its own (DNS rebinding); other origins get no answer; a query must come
+from the page itself.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ooc_influence.report.write import Settings, check_queries, open_report, wri
 from ooc_influence.store import GradientStore, PathLike
 
 LARGEST = 2**20  # bytes of a query
-_UNKNOWN = "this query is not known any more"
+_UNKNOWN = "this query is no longer known"
 _LOOPBACK = ("127.0.0.1", "localhost")
 _KINDS = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".png": "image/png",
           ".svg": "image/svg+xml"}  # fmt: skip
@@ -53,7 +53,7 @@ class PageServer(ThreadingHTTPServer):
     folder : Path
         The page.
     host, port : str, int
-        Where to listen; port 0 takes a free one.
+        Where to listen; port 0 chooses a free one.
     token : bool
         Whether addresses begin with a token.
 
@@ -62,12 +62,12 @@ class PageServer(ThreadingHTTPServer):
     url : str
         What to open.
     jobs : Jobs or None
-        What runs queries; without, none are taken.
+        What runs queries; None where there are none to run.
 
     Raises
     ------
     InputError
-        If one cannot listen there.
+        If the address cannot be listened on.
     """
 
     daemon_threads = True
@@ -87,23 +87,25 @@ class PageServer(ThreadingHTTPServer):
         self.url = f"http://{named}/{self.token}/" if token else f"http://{named}/"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing of a reader who left before the answer was there."""
+        """Say nothing of a reader who left before the answer was ready."""
         if not isinstance(sys.exception(), (ConnectionError, TimeoutError)):
             super().handle_error(request, client_address)
 
 
 def _refused(host: str, port: int, error: Exception) -> str:
-    """Return what to say where one cannot listen."""
-    number, said = getattr(error, "errno", None), getattr(error, "strerror", None) or str(error)
+    """Return the message for an address that cannot be listened on."""
+    number, reason = getattr(error, "errno", None), getattr(error, "strerror", None) or str(error)
     if isinstance(error, (socket.gaierror, UnicodeError)) or number == errno.EADDRNOTAVAIL:
-        return f"expected an IPv4 address of this machine to listen on (--host); received {host}: {said}: name another"
+        return (
+            f"expected an IPv4 address of this machine to listen on (--host); received {host}: {reason}: name another"
+        )
     if number == errno.EACCES:
-        return f"expected a port that you may listen on (--port); received {port}: {said}: choose one from 1024 on"
-    return f"expected a free port to listen on (--port); received {host}:{port}: {said}: choose another, or 0 for any"
+        return f"expected a port that you may listen on (--port); received {port}: {reason}: choose one from 1024 on"
+    return f"expected a free port to listen on (--port); received {host}:{port}: {reason}: choose another, or 0 for any"
 
 
 def _exposed(host: str, token: bool) -> str:
-    """Return what it means to listen there."""
+    """Return the warning for an address that other machines can reach."""
     if token:
         return f"listening on {host}: other machines reach it, unencrypted; whoever has the address can read the texts"
     return (
@@ -123,10 +125,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if path.startswith("api/jobs/"):
             state = None if self.server.jobs is None else self.server.jobs.state(path.removeprefix("api/jobs/"))
-            if state is None:
-                self._json(HTTPStatus.NOT_FOUND, {"error": _UNKNOWN})
-            else:
-                self._json(HTTPStatus.OK, state)
+            status = HTTPStatus.NOT_FOUND if state is None else HTTPStatus.OK
+            self._json(status, state or {"error": _UNKNOWN})
             return
         file = (self.server.folder / (path or "index.html")).resolve()
         kind = _KINDS.get(file.suffix)
@@ -176,7 +176,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._json(HTTPStatus.NOT_FOUND, {"error": _UNKNOWN})
 
     def _path(self) -> str | None:
-        """Return what is asked for, behind the token; None, and refused, where the caller may not ask."""
+        """Return the path behind the token; None, and the request refused, where the caller may not ask."""
         hosts = self.server.hosts
         if hosts is not None and self.headers.get("Host") not in hosts:
             self._refuse(HTTPStatus.MISDIRECTED_REQUEST)
@@ -184,8 +184,8 @@ class _Handler(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0].removeprefix("/")
         if not self.server.token:
             return path
-        given, slash, rest = path.partition("/")
-        right = hmac.compare_digest(given.encode("utf-8", "replace"), self.server.token.encode())
+        token, slash, rest = path.partition("/")
+        right = hmac.compare_digest(token.encode("utf-8", "replace"), self.server.token.encode())
         if not (right and slash):
             self._refuse(HTTPStatus.NOT_FOUND)
             return None
@@ -228,14 +228,14 @@ def live_report(
     normalize: str | None = None,
     **scoring: Any,
 ) -> Iterator[PageServer]:
-    """Write a report to a temporary folder and give its server, ready for ``serve_forever``; clean up at the end.
+    """Write a report to a temporary folder and yield its server, ready for ``serve_forever``; clean up at the end.
 
     Parameters
     ----------
     model : Model, optional
-        Makes gradients of new queries; without, there is no page to ask on.
+        Makes gradients of new queries; without it, the page has no form for them.
     listen : (str, int)
-        Host and port; port 0 takes a free one.
+        Host and port; port 0 chooses a free one.
     token : bool
         Whether addresses begin with a token.
     store, queries, data, query_data, curvature, damping, top, suspects, by, title, normalize, **scoring
@@ -244,7 +244,7 @@ def live_report(
     Raises
     ------
     InputError
-        If one cannot listen there.
+        If the address cannot be listened on.
     MismatchError
         If the store was made with another model.
     OocInfluenceError
@@ -255,19 +255,19 @@ def live_report(
     if model is not None:
         model.check(report.train)
     with contextlib.ExitStack() as stack:
-        place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ooc_influence-"))) / "page"
-        server = stack.enter_context(PageServer(place, host=listen[0], port=listen[1], token=token))
-        with PageFolder(place) as folder:
+        path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ooc_influence-"))) / "page"
+        server = stack.enter_context(PageServer(path, host=listen[0], port=listen[1], token=token))
+        with PageFolder(path) as folder:
             ask = None if model is None else model.facts()
             write_pages(report, folder, corpus, examples, suspects, by, title, ask=ask)
         if model is not None:
-            server.jobs = Jobs(LiveQuery(report, model, corpus, ImageFolder(place, "train")).answer)
+            server.jobs = Jobs(LiveQuery(report, model, corpus, ImageFolder(path, "train")).answer)
             stack.callback(server.jobs.close)
         yield server
 
 
 def serve(server: PageServer, started: Callable[[str], None]) -> None:
-    """Serve until the thread is interrupted; ``started`` is told the address."""
+    """Serve until Ctrl-C, after passing the address to ``started``."""
     started(server.url)
     with contextlib.suppress(KeyboardInterrupt):
         server.serve_forever(poll_interval=0.2)

@@ -1,7 +1,8 @@
 """A report: one folder of pages that opens from disk, written from stores alone, never with the model.
 
-Top lists, self-influence and group sums are the public calls'. Queries are written a file for every
-:data:`QUERIES_A_FILE`, each with the examples its lists name, so a page loads what it shows and memory holds one file.
+Top lists, self-influence and group sums come from the public calls. Queries are written in files of
+:data:`QUERIES_A_FILE`, each with the examples that its lists name, so that a page loads only what it shows and memory
+holds one file.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from ooc_influence._version import __version__
 from ooc_influence.curvature import Curvature, resolve_curvature
 from ooc_influence.errors import InputError, counted, warn
 from ooc_influence.influence import GroupInfluence, TopInfluential, group_influence, self_influence, top_influential
+from ooc_influence.options import DampingMode
 from ooc_influence.progress import Progress, optional_library
 from ooc_influence.report.examples import Corpus, Examples, ImageFolder
-from ooc_influence.report.facts import curvature_states, heat_map, histogram, layer_facts, spectrum_points, store_facts
+from ooc_influence.report.facts import curvature_states, layer_facts, store_facts
 from ooc_influence.report.folder import LISTED_A_FILE, PageFolder, QueryList, replaceable_files
+from ooc_influence.report.plot import dimension_curve, resolved_eigenvalues
 from ooc_influence.store import GradientStore, PathLike
 
 QUERIES_A_FILE = 20
@@ -70,7 +73,7 @@ class Settings:
 
 
 class Report:
-    """What a page of one train store is made from, computed when it is asked for.
+    """The contents of a page about one train store, computed when they are first used.
 
     Parameters
     ----------
@@ -121,10 +124,10 @@ class Report:
             rows.append(order)
         return np.unique(np.concatenate(rows)).astype(np.int64)
 
-    def entry(self, found: TopInfluential, number: int) -> dict[str, Any]:
-        """Return a query's lists as a page takes them: [row, score] each, up to where the sign of scores changes."""
-        lists = {side: [[row, score] for row, _, score in own] for side, own in found.of_query(number).items()}
-        return {"number": number, "outside": float(found.outside_share[number]), **lists}
+    def entry(self, top: TopInfluential, number: int) -> dict[str, Any]:
+        """Return a query's lists in a page's form: [row, score] each, up to where the sign of scores changes."""
+        lists = {side: [[row, score] for row, _, score in ranked] for side, ranked in top.of_query(number).items()}
+        return {"number": number, "outside": float(top.outside_share[number]), **lists}
 
     def examples(self, shown: Examples, rows: Any) -> dict[int, dict[str, Any]]:
         """Return train examples by row, with their self-influence."""
@@ -166,7 +169,7 @@ def write_report(
     top : int
         Proponents and opponents of each query.
     suspects : int
-        Rows on the page of label errors: so many of largest self-influence, and of largest loss.
+        Rows on the page of label errors: this many of largest self-influence, and of largest loss.
     by : sequence of str, optional
         Columns of the store to sum scores by. Default: label and source, where they have few values.
     title : str, optional
@@ -209,8 +212,8 @@ def check_queries(queries: Any, query_data: Corpus | str | Path | None, by: Sequ
         If there are examples of queries, or columns to sum their scores by, but no queries.
     """
     examples = Corpus.of(query_data)
-    given = {"--query-data": examples.path, "--query-images": examples.images, "--by": by or None}
-    named = [name for name, value in given.items() if value is not None]
+    options = {"--query-data": examples.path, "--query-images": examples.images, "--by": by or None}
+    named = [name for name, value in options.items() if value is not None]
     if queries is None and named:
         raise InputError(f"expected queries (--queries) with {' and '.join(named)}; received none: name their store")
     return examples
@@ -219,14 +222,14 @@ def check_queries(queries: Any, query_data: Corpus | str | Path | None, by: Sequ
 def open_report(
     store: GradientStore | PathLike, queries: GradientStore | PathLike | None, settings: Settings
 ) -> Report:
-    """Return what pages are made from; see :func:`write_report`."""
+    """Return the report of stores; see :func:`write_report`."""
     damping = settings.damping
     if np.ndim(damping if damping is not None else 0.0) or isinstance(store, (list, tuple)):
         raise InputError("expected one store and one damping for a report; received several: write one for each")
     optional_library("jinja2", "pages")
     train, query = (
-        given if given is None or isinstance(given, GradientStore) else GradientStore.open(given)
-        for given in (store, queries)
+        each if each is None or isinstance(each, GradientStore) else GradientStore.open(each)
+        for each in (store, queries)
     )
     assert train is not None
     return Report(train, query, settings)
@@ -243,19 +246,21 @@ def write_pages(
     *,
     ask: dict[str, Any] | None = None,
 ) -> None:
-    """Write everything of a page into its folder; ``ask`` is what a live one says of whom to ask."""
-    train, query, found = report.train, report.query, report.top
+    """Write everything of a page into its folder; ``ask`` describes the model that a live page puts queries to."""
+    train, query, top = report.train, report.query, report.top
     chosen = report.suspects(suspects)
-    lists = [] if found is None else [getattr(found, side).rows.ravel() for side in ("proponents", "opponents")]
+    lists = [] if top is None else [getattr(top, side).rows.ravel() for side in ("proponents", "opponents")]
     needed = np.unique(np.concatenate([chosen, *lists]))
     sums = {name: report.groups(name) for name in report.grouped_by(by)}
     albums = [ImageFolder(folder.path, "train"), ImageFolder(folder.path, "queries")]
     texts = 0
     shown = Examples(train, data, needed[needed >= 0], albums[0])
-    if query is not None and found is not None:
+    if query is not None and top is not None:
         asked = Examples(query, query_data, np.arange(query.n), albums[1])
-        texts = _write_queries(report, folder, found, shown, asked, sums)
-    _write_suspects(report, folder, shown, chosen)
+        texts = _write_queries(report, folder, top, shown, asked, sums)
+    for first in range(0, max(1, len(chosen)), SUSPECTS_A_FILE):
+        part = report.examples(shown, chosen[first : first + SUSPECTS_A_FILE])
+        folder.write_data(f"suspects-{first // SUSPECTS_A_FILE}", list(part.values()))
     unreadable = sum(pictures.unreadable for pictures in albums)
     if unreadable:
         warn(
@@ -268,10 +273,10 @@ def write_pages(
 
 
 def _write_queries(
-    report: Report, folder: PageFolder, found: TopInfluential, shown: Examples, asked: Examples,
+    report: Report, folder: PageFolder, top: TopInfluential, shown: Examples, asked: Examples,
     sums: dict[str, GroupInfluence],
 ) -> int:  # fmt: skip
-    """Write the queries and their list; return how many files the texts take that the list does not hold whole."""
+    """Write the queries and their list; return the number of files of texts that are too long for the list."""
     query = report.query
     assert query is not None
     listing = QueryList(folder)
@@ -280,8 +285,8 @@ def _write_queries(
             numbers = range(first, min(query.n, first + QUERIES_A_FILE))
             entries = []
             for number, example in zip(numbers, asked.describe(np.array(numbers)), strict=True):
-                entry = example | report.entry(found, number)
-                entry["groups"] = {name: _strongest(own, number) for name, own in sums.items()}
+                entry = example | report.entry(top, number)
+                entry["groups"] = {name: _strongest(groups, number) for name, groups in sums.items()}
                 entries.append(entry)
                 listing.add(entry)
             rows = [row for entry in entries for side in ("proponents", "opponents") for row, _ in entry[side]]
@@ -297,22 +302,16 @@ def _strongest(groups: GroupInfluence, number: int) -> list[list[Any]]:
     """Return the groups that weigh most in a query's scores: name, sum, rows."""
     sums = groups.sums[number]
     order = np.argsort(-np.nan_to_num(np.abs(sums)), kind="stable")[:_STRONGEST]
-    return [[str(groups.names[place]), float(sums[place]), int(groups.counts[place])] for place in order]
-
-
-def _write_suspects(report: Report, folder: PageFolder, shown: Examples, rows: npt.NDArray[np.int64]) -> None:
-    for first in range(0, max(1, len(rows)), SUSPECTS_A_FILE):
-        part = rows[first : first + SUSPECTS_A_FILE]
-        folder.write_data(f"suspects-{first // SUSPECTS_A_FILE}", list(report.examples(shown, part).values()))
+    return [[str(groups.names[index]), float(sums[index]), int(groups.counts[index])] for index in order]
 
 
 def _index(
     report: Report, suspects: npt.NDArray[np.int64], sums: dict[str, GroupInfluence], title: str
 ) -> dict[str, Any]:
-    train, query, settings, found = report.train, report.query, report.settings, report.top
+    train, query, settings, top = report.train, report.query, report.settings, report.top
     spectrum = None
     if report.curvature is not None:
-        spectrum = spectrum_points(report.curvature, settings.damping, settings.mode)
+        spectrum = _spectrum(report.curvature, settings.damping, settings.mode)
     labels = np.unique(train.column("label")).tolist() if "label" in train.layout.columns else []
     return {
         "title": title,
@@ -332,14 +331,14 @@ def _index(
         },
         "suspects": len(suspects),
         "labels": [str(label) for label in labels[:_FEW]],
-        "outside": None if found is None else _median(found.outside_share),
+        "outside": None if top is None else _median(top.outside_share),
         "spectrum": spectrum,
         "histograms": [
-            histogram("self-influence", report.self_influence),
-            histogram("loss", train.loss),
-            histogram("gradient norm", train.grad_norm),
+            _histogram("self-influence", report.self_influence),
+            _histogram("loss", train.loss),
+            _histogram("gradient norm", train.grad_norm),
         ],
-        "groups": [heat_map(by, own, query) for by, own in sums.items() if query is not None],
+        "groups": [_heat_map(by, groups, query) for by, groups in sums.items() if query is not None],
         "facts": store_facts(train),
         "layers": layer_facts(train),
         "curvatures": curvature_states(train),
@@ -348,3 +347,104 @@ def _index(
 
 def _median(values: npt.NDArray[np.float64]) -> float | None:
     return float(np.nanmedian(values)) if np.isfinite(values).any() else None
+
+
+_BINS = 48
+_POINTS = 600  # of a spectrum
+_GROUPS = 40  # columns of a heat map; the others are added up
+_QUERIES = 200  # its rows
+_OTHERS = "(others)"
+
+
+def _spectrum(curvature: Curvature, damping: float | None, mode: DampingMode) -> dict[str, Any]:
+    """Return eigenvalues above rounding by number, thinned evenly in the logarithm, and d(λ) at many dampings.
+
+    Parameters
+    ----------
+    curvature : Curvature
+        Whose.
+    damping : float, optional
+        What the scores were computed with; by default the curvature's own.
+    mode : {"relative", "absolute"}
+        Its unit.
+    """
+    chosen, lambdas = curvature.damping_value(damping, mode), curvature.lambdas(damping, mode)
+    values = resolved_eigenvalues(curvature)
+    indices = np.arange(len(values))
+    if len(values) > _POINTS:
+        indices = np.unique(np.geomspace(1, len(values), _POINTS).round().astype(np.int64)) - 1
+    return {
+        "facts": curvature.facts(),
+        "numbers": (indices + 1).tolist(),
+        "eigenvalues": values[indices].tolist(),
+        "positive": len(values),
+        "d": curvature.d,
+        "trace": curvature.trace,
+        "mean": curvature.trace / curvature.d,
+        "curve": dimension_curve(curvature) if curvature.trace > 0 else [],
+        "lambda": chosen,
+        "damping": (curvature.damping if damping is None else damping) if mode == "relative" else None,
+        "dimension": curvature.effective_dimension(lambdas[0]) if chosen > 0 else float(len(values)),
+    }
+
+
+def _histogram(name: str, values: npt.NDArray[Any]) -> dict[str, Any]:
+    """Return counts in bins, even in the logarithm where positive values span much; zeros and NaN are told apart."""
+    numbers = np.asarray(values, np.float64)
+    finite = numbers[np.isfinite(numbers)]
+    positive = finite[finite > 0]
+    log = len(positive) > 0 and not (finite < 0).any() and positive.max() > 50 * max(np.median(positive), 1e-300)
+    log = bool(log or (len(positive) > 0 and positive.max() > 1e3 * positive.min() and len(positive) == len(finite)))
+    drawn = positive if log else finite
+    if not len(drawn):
+        edges, counts = np.array([0.0, 1.0]), np.array([0])
+    elif drawn.min() == drawn.max():
+        edges, counts = np.array([drawn.min() - 0.5, drawn.min() + 0.5]), np.array([len(drawn)])
+    else:
+        low, high = drawn.min(), drawn.max()
+        edges = np.geomspace(low, high, _BINS + 1) if log else np.linspace(low, high, _BINS + 1)
+        edges[0], edges[-1] = low, high  # to rounding they are not
+        counts = np.histogram(drawn, edges)[0]
+    quantiles = np.quantile(finite, [0, 0.05, 0.5, 0.95, 1]).tolist() if len(finite) else []
+    return {
+        "name": name,
+        "edges": edges.tolist(),
+        "counts": counts.tolist(),
+        "log": log,
+        "zeros": int((finite == 0).sum()) if log else 0,
+        "missing": int(len(numbers) - len(finite)),
+        "quantiles": quantiles,
+    }
+
+
+def _heat_map(by: str, groups: GroupInfluence, query: GradientStore) -> dict[str, Any]:
+    """Return sums by group as a table.
+
+    Its lines are means over the queries of each value of the same column, or else of their label or source; where they
+    have none of these, the first queries. Groups beyond the strongest are added up.
+    """
+    sums, counts, names = groups.sums, groups.counts, [str(name) for name in groups.names.tolist()]
+    column = next((name for name in (by, "label", "source") if name in query.layout.columns), None)
+    lines, labels = sums, [str(name) for name in groups.query_ids.tolist()]
+    if column is not None:
+        values, codes = np.unique(query.column(column), return_inverse=True)
+        live = ~np.isnan(sums).any(1)
+        kept = np.unique(codes[live])
+        lines = np.array([sums[live & (codes == code)].mean(0) for code in kept]).reshape(len(kept), len(names))
+        labels = [str(value) for value in values[kept].tolist()]
+    shown = lines[:_QUERIES]
+    if len(names) > _GROUPS:
+        strong = np.argsort(-np.nan_to_num(np.abs(shown)).sum(0), kind="stable")
+        first, rest = np.sort(strong[: _GROUPS - 1]), strong[_GROUPS - 1 :]
+        shown = np.concatenate([shown[:, first], shown[:, rest].sum(1, keepdims=True)], axis=1)
+        counts = np.concatenate([counts[first], counts[rest].sum(keepdims=True)])
+        names = [names[index] for index in first] + [_OTHERS]
+    return {
+        "by": by,
+        "queries_by": column,
+        "groups": names,
+        "counts": counts.tolist(),
+        "queries": labels[:_QUERIES],
+        "left_out": max(0, len(labels) - _QUERIES),
+        "sums": shown.tolist(),
+    }

@@ -213,7 +213,7 @@ def many_chunks(folder: Path, chunks: int) -> tuple[float, float]:
     finally:
         os.fsync, writer.BUFFERS = fsync, buffers
     script = (
-        "import sys, time, ooc_influence as ooc; from ooc_influence.report.facts import store_facts\n"
+        "import sys, time, ooc_influence as ooc; from ooc_influence.report import store_facts\n"
         "ooc.GradientStore.open(sys.argv[1]); start = time.perf_counter()\n"
         "store = ooc.GradientStore.open(sys.argv[2])\n"
         "opened = time.perf_counter(); store_facts(store); print(opened - start, time.perf_counter() - start)"
