@@ -1,6 +1,7 @@
 """Typed queries as jobs, one after the other in a thread, with their progress; each can be stopped by its name.
 
-A waiting job is taken out of the queue; a running one stops between blocks of rows.
+A waiting job is taken out of the queue; a running one stops between blocks of rows. The models' side of the package,
+and torch with it, is imported by functions: pages alone are served without it.
 """
 
 from __future__ import annotations
