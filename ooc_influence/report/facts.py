@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ooc_influence.curvature import Curvature
+from ooc_influence.curvature import Curvature, resolved
 from ooc_influence.errors import OocInfluenceError
 from ooc_influence.memory import format_bytes
 from ooc_influence.store import GradientStore, claimed_rows, missing_spans, names, read_claims, tree_bytes
@@ -124,6 +124,20 @@ def layer_facts(store: GradientStore) -> list[dict[str, Any]]:
          "shape": "x".join(map(str, module.layer.shape)), "kept": len(module.rows), "entries": module.layer.entries}
         for module in store.mask.modules
     ]  # fmt: skip
+
+
+_LEVELS = np.logspace(-4, 2, 61)  # relative dampings at which d(λ) is drawn
+
+
+def resolved_eigenvalues(curvature: Curvature) -> npt.NDArray[np.float64]:
+    """Return the eigenvalues above rounding, descending."""
+    return np.sort(curvature.eigenvalues[resolved(curvature.eigenvalues)])[::-1]
+
+
+def dimension_curve(curvature: Curvature) -> list[list[float]]:
+    """Return relative damping, λ and d(λ) at many dampings."""
+    return [[level, curvature.damping_value(level), curvature.effective_dimension(curvature.lambdas(level)[0])]
+            for level in _LEVELS.tolist()]  # fmt: skip
 
 
 def curvature_states(store: GradientStore) -> dict[str, str]:

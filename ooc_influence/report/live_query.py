@@ -188,8 +188,8 @@ class Model(ABC):
         expected = train.model_fingerprint
         check_same(
             train.path, {"model": expected}, {"model": fingerprint_as(self.module, expected)},
-            "name the model that the store was extracted with (and its --adapter, --revision, --model-dtype), or leave it "
-            "out to serve the pages alone", other=self.name,
+            "name the model that the store was extracted with (and its --adapter, --revision, --model-dtype), or leave "
+            "it out to serve the pages alone", other=self.name,
         )  # fmt: skip
 
     def _check_once(self) -> bool:

@@ -12,25 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ooc_influence.curvature import Curvature, resolved
+from ooc_influence.curvature import Curvature
 from ooc_influence.errors import InputError
 from ooc_influence.progress import optional_library
+from ooc_influence.report.facts import dimension_curve, resolved_eigenvalues
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-_LEVELS = np.logspace(-4, 2, 61)  # relative dampings at which d(λ) is drawn
-
-
-def resolved_eigenvalues(curvature: Curvature) -> npt.NDArray[np.float64]:
-    """Return the eigenvalues above rounding, descending."""
-    return np.sort(curvature.eigenvalues[resolved(curvature.eigenvalues)])[::-1]
-
-
-def dimension_curve(curvature: Curvature) -> list[list[float]]:
-    """Return relative damping, λ and d(λ) at many dampings."""
-    return [[level, curvature.damping_value(level), curvature.effective_dimension(curvature.lambdas(level)[0])]
-            for level in _LEVELS.tolist()]  # fmt: skip
 
 
 def _figure(columns: int = 1) -> tuple[Figure, list[Any]]:

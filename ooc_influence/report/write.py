@@ -24,9 +24,8 @@ from ooc_influence.influence import GroupInfluence, TopInfluential, group_influe
 from ooc_influence.options import DampingMode
 from ooc_influence.progress import Progress, optional_library
 from ooc_influence.report.examples import Corpus, Examples, ImageFolder
-from ooc_influence.report.facts import curvature_states, layer_facts, store_facts
+from ooc_influence.report.facts import curvature_states, dimension_curve, layer_facts, resolved_eigenvalues, store_facts
 from ooc_influence.report.folder import LISTED_A_FILE, PageFolder, QueryList, replaceable_files
-from ooc_influence.report.plot import dimension_curve, resolved_eigenvalues
 from ooc_influence.store import GradientStore, PathLike
 
 QUERIES_A_FILE = 20

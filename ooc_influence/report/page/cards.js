@@ -134,7 +134,7 @@ ooc.cards = (() => {
     return el("div", { class: "detail" },
       el("div", { class: "query" }, heading,
         el("div", { class: "body" }, image(query, "query"), el("div", { class: "said" }, text(query, 1200), facts(query, [fact("outside the training spectrum", query.outside === null || query.outside === undefined ? null
-          : `${(100 * query.outside).toFixed(0)} %`, "share of the query's squared gradient that no training row speaks to")]))),
+          : `${(100 * query.outside).toFixed(0)} %`, "share of the query's squared gradient outside the span of the training rows")]))),
         groupBars(query.groups)),
       el("div", { class: "tools" },
         ooc.field("Filter examples", { type: "search", value: view.find, class: "examples-filter" }, ooc.later(set("find"))),
