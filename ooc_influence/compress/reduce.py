@@ -2,10 +2,10 @@
 
 M (k', r) is the eigenbasis of the wide rows' Fisher matrix, as :class:`Eigenbasis` makes it at extraction; or, for a
 query store, that of its train store. An already reduced store can be *rotated* into the eigenbasis R of the F of all
-its own rows: its basis V becomes V R, its rows z become z R, and what lies outside the span of V stays outside. How
-much that is, all rows tell: tr(F) of the masked rows is the mean of their squared norms, which every store has.
+its own rows: its basis V becomes V R, its rows z become z R, and what is outside the span of V stays outside. How
+much that is follows from tr(F) of the masked rows, the mean of their squared norms, which every store has.
 
-The new store is made, with its basis, before its rows: a pass that was killed goes on with the same basis.
+The new store is made, with its basis, before its rows: a pass that was killed resumes with the same basis.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ def reduce_store(
     memory: int | str | None = None,
     progress: bool | None = None,
 ) -> GradientStore:
-    """Write the rows of a wide store in the top of their eigenbasis to a new store, or go on where a run stopped.
+    """Write the rows of a wide store in the top of their eigenbasis to a new store, or resume where a run stopped.
 
-    Losses, norms (of the wide rows), ids, columns and dropped marks carry over; row numbers stay. Query stores can be
+    Losses, norms (of the wide rows), ids, columns and tombstones carry over; row numbers stay. Query stores can be
     extracted with ``like=`` the new store, or reduced with it. When rows were appended to the wide store since, the
     same call adds them in the same basis.
 
@@ -121,20 +121,20 @@ def reduce_store(
         If rows are too large for float32 sums.
     """
     job = _Job.parse(wide, r, rows, weights, like, rotate)
-    place = parse_path(out)
-    if place in (job.source.path, job.like and job.like.path):
-        raise InputError(f"expected another path than those of the stores given; received {out}: choose one")
+    path = parse_path(out)
+    if path in (job.source.path, job.like and job.like.path):
+        raise InputError(f"expected a path other than those of the stores; received {out}: choose another")
     means: dict[str, Any] = {"workers": workers, "memory": memory, "progress": progress}
-    target = _earlier(place, job, dtype, storage)
+    target = _open_earlier(path, job, dtype, storage)
     if target is None:
-        target = _create(place, job, dtype, storage, means)
+        target = _create(path, job, dtype, storage, means)
     copy_tombstones(job.source, target)  # before the rows: none of them is ever seen as live
-    found = RetainedEnergy()
+    retained = RetainedEnergy()
     if target.n < job.source.n:
         weighting = basis_weights(target.attrs, target.attrs["reduction"])
-        found = fill(job.source, target, _turn(job.source, target), weighting, **means)
-    _finish(place, job, found)
-    return GradientStore.open(place)
+        retained = fill(job.source, target, _turn(job.source, target), weighting, **means)
+    _finish(path, job, retained)
+    return GradientStore.open(path)
 
 
 @dataclass(frozen=True)
@@ -180,12 +180,12 @@ class _Job:
         job = cls(source, train, r, rows, parse_weighting(weights, source.attrs), rotate)
         if train is not None:
             job._check_like(train)
-        known = (source.attrs.get("reduction") or {"name": "none"})["name"]
-        if train is None and known != ("eigenbasis" if rotate else "none"):
+        reduction = (source.attrs.get("reduction") or {"name": "none"})["name"]
+        if train is None and reduction != ("eigenbasis" if rotate else "none"):
             raise InputError(
                 f"expected {'a store reduced to an eigenbasis' if rotate else 'a wide store'}; received {source.path}, "
-                f"whose reduction is {known}: "
-                + ("reduce it first" if known == "none" else "rotate=True (--rotate) turns an eigenbasis further")
+                f"whose reduction is {reduction}: "
+                + ("reduce it first" if reduction == "none" else "rotate=True (--rotate) turns an eigenbasis further")
             )
         return job
 
@@ -195,9 +195,9 @@ class _Job:
             raise InputError(f"expected like= a store reduced to an eigenbasis; received {train.path}: reduce it first")
         if source.columns_digest == train.columns_digest:
             raise InputError(f"expected rows that differ from those of {train.path}; received some of the same basis")
-        known = source.attrs.get("reduction")
-        turned = known is not None and known["digest"] in facts.get("rotated_from", [])
-        if source.mask_digest != train.mask_digest or not (known is None or turned):
+        reduction = source.attrs.get("reduction")
+        turned = reduction is not None and reduction["digest"] in facts.get("rotated_from", [])
+        if source.mask_digest != train.mask_digest or not (reduction is None or turned):
             raise MismatchError(
                 f"expected rows with the mask of {train.path}, wide or of the basis it was rotated from; received "
                 f"{source.path}, which has another: extract it with like= (--like) the wide train store"
@@ -209,7 +209,7 @@ class _Job:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What the new store says about where it is from, to be found again by the next run."""
+        """What the new store records about its source, for the next run to check."""
         return {
             "source": self.source.identity,
             "rotate": self.rotate,
@@ -223,8 +223,8 @@ def _open(store: GradientStore | PathLike) -> GradientStore:
     return store if isinstance(store, GradientStore) else GradientStore.open(store)
 
 
-def _earlier(place: StorePath, job: _Job, dtype: str | None, storage: Storage | None) -> GradientStore | None:
-    """Open the store of an earlier run to go on with it; None where nothing is there.
+def _open_earlier(path: StorePath, job: _Job, dtype: str | None, storage: Storage | None) -> GradientStore | None:
+    """Open the store of an earlier run to resume it; None where nothing is there.
 
     Raises
     ------
@@ -234,22 +234,22 @@ def _earlier(place: StorePath, job: _Job, dtype: str | None, storage: Storage | 
         If something else is there.
     """
     try:
-        found = GradientStore.open(place, "a")
+        target = GradientStore.open(path, "a")
     except StoreNotFoundError:
-        check_free(place, "a store or nothing")
+        check_free(path, "a store or nothing")
         return None
-    layout = found.layout
-    made_with = found.attrs.get("reduced") or {}
+    layout = target.layout
+    made_with = target.attrs.get("reduced") or {}
     expected = {name: made_with.get(name) for name in ("source", "rotate", "weights", "like")}
-    expected |= {"rows of the basis": made_with.get("rows"), "r": found.k, "dtype": layout.dtype, **layout.storage}
+    expected |= {"rows of the basis": made_with.get("rows"), "r": target.k, "dtype": layout.dtype, **layout.storage}
     received = {name: job.record[name] for name in ("source", "rotate", "weights", "like")}
-    received |= {"rows of the basis": job.rows or made_with.get("rows"), "r": job.r or found.k}
+    received |= {"rows of the basis": job.rows or made_with.get("rows"), "r": job.r or target.k}
     received |= {"dtype": dtype or layout.dtype, **(storage or Storage()).over(layout)}
-    check_same(f"the store at {place}", expected, received, "reduce to another path, or remove the store")
-    _check_same_rows(job.source, found)
-    if found.n < job.source.n != found.layout.planned_rows:
-        found.plan_rows(job.source.n)
-    return found
+    check_same(f"the store at {path}", expected, received, "reduce to another path, or remove the store")
+    _check_same_rows(job.source, target)
+    if target.n < job.source.n != target.layout.planned_rows:
+        target.plan_rows(job.source.n)
+    return target
 
 
 def _check_same_rows(source: GradientStore, target: GradientStore) -> None:
@@ -265,36 +265,35 @@ def _check_same_rows(source: GradientStore, target: GradientStore) -> None:
 
 
 def _create(
-    place: StorePath, job: _Job, dtype: str | None, storage: Storage | None, means: dict[str, Any]
+    path: StorePath, job: _Job, dtype: str | None, storage: Storage | None, means: dict[str, Any]
 ) -> GradientStore:
     """Make the basis, and the empty store that has it."""
-    source, path, reduction = job.source, None, None
-    is_wide = not source.is_reduced
-    known = parse_representation(dtype or ("float16" if is_wide else source.layout.dtype))
+    source, basis_path, reduction = job.source, None, None
+    representation = parse_representation(dtype or (source.layout.dtype if source.is_reduced else "float16"))
     if job.like is not None:
-        _check_room(source, job.like.k, means)
-        like = GradientStore.open(job.like.path)  # anew: what an open store reads it keeps in memory
-        reduction, path = like.reduction, like.basis_path
+        _check_memory(source, job.like.k, means)
+        like = GradientStore.open(job.like.path)  # opened again: an open store keeps what it reads in memory
+        reduction, basis_path = like.reduction, like.basis_path
         attributes = {name: like.attrs.get(name) for name in ("compressor", "covered")}
     else:
         reduction, attributes = _make_basis(job, means)
     assert isinstance(reduction, StoredReduction)
-    scale = reduction.column_scale() if known in ("int8", "int4") else None
+    scale = reduction.column_scale() if representation in ("int8", "int4") else None
     return create_like(
         source,
-        place,
+        path,
         [str(source.path)],
-        dtype=known,
-        storage=_chunking(storage or Storage(), reduction.columns, known, source.n),
+        dtype=representation,
+        storage=_chunking(storage or Storage(), reduction.columns, representation, source.n),
         planned_rows=source.n,
-        reduction=reduction if path is None else {**reduction.facts, "path": path},
+        reduction=reduction if basis_path is None else {**reduction.facts, "path": basis_path},
         column_scale=scale,
         attributes=attributes | {"reduced": job.record},
     )
 
 
 def _chunking(storage: Storage, r: int, dtype: Representation, n: int) -> Storage:
-    """Return how to lay out the new store: groups for many tasks, but each of rows enough to multiply at once."""
+    """Return how to lay out the new store: groups for many tasks, but each with enough rows to multiply at once."""
     rows = storage.chunk_rows or max(storage.sizes(r, dtype, n)[0], min(storage.sizes(r, dtype)[0], PRODUCT_ROWS))
     return replace(storage, chunk_rows=rows)
 
@@ -306,36 +305,38 @@ def _make_basis(job: _Job, means: dict[str, Any]) -> tuple[StoredReduction, dict
     rows = None if job.rotate else job.rows or max(ALL_ROWS, ROWS_FOR_EACH * (job.r or most))
     live = WeightedRows.of(source, even_ranges(source.n, rows)).live
     r = job.r or min(most, source.k, max(1, live))
-    _check_room(source, r, means)
-    found = fit_eigenbasis(source, r, rows=rows, weights=job.weights, **means)
+    _check_memory(source, r, means)
+    basis = fit_eigenbasis(source, r, rows=rows, weights=job.weights, **means)
     settings = dict(source.attrs.get("compressor") or {})
     if job.rotate:
-        found = _compose(source, found)
+        basis = _compose(source, basis)
         settings["reduce"] = {**settings.get("reduce", {}), "r": r, "weights": job.weights}
     else:
         settings["reduce"] = Eigenbasis(r, job.rows, job.weights).to_dict()
-    return found, {"compressor": settings}
+    return basis, {"compressor": settings}
 
 
-def _check_room(source: GradientStore, r: int, means: dict[str, Any]) -> None:
-    """Check, before the basis is made, that there will be memory to use it."""
+def _check_memory(source: GradientStore, r: int, means: dict[str, Any]) -> None:
+    """Check, before the basis is made, that the budget allows to use it."""
     shared = slots_per_process(check_workers(means["workers"]))
     plan_block_rows(fill_memory(source, r, 0, 4 * source.k * r), means["memory"], shared)
-    known = source.attrs.get("reduction")
-    if known is not None:
-        need = MemoryModel(f"rotating a basis of {known['rows']} entries", 4 * known["rows"] * (source.k + r), 0, 0)
+    reduction = source.attrs.get("reduction")
+    if reduction is not None:
+        need = MemoryModel(
+            f"rotating a basis of {reduction['rows']} entries", 4 * reduction["rows"] * (source.k + r), 0, 0
+        )
         plan_block_rows(need, means["memory"])
 
 
 def _vectors(store: GradientStore) -> Floats:
-    """Return a store's basis, read anew."""
-    found = GradientStore.open(store.path).reduction
-    assert isinstance(found, StoredReduction)
-    return found.vectors
+    """Return a store's basis, without keeping it in the store."""
+    reduction = GradientStore.open(store.path).reduction
+    assert isinstance(reduction, StoredReduction)
+    return reduction.vectors
 
 
 def _compose(source: GradientStore, turn: StoredReduction) -> StoredReduction:
-    """Return the basis V R of masked rows, V being the source's own, with what all rows tell about it."""
+    """Return the basis V R of masked rows, V the source's, with facts of all rows."""
     old = source.attrs["reduction"]
     whole = max(_trace(source, turn.facts["weights"]), turn.facts["trace"])
     facts = turn.facts | {
@@ -344,8 +345,8 @@ def _compose(source: GradientStore, turn: StoredReduction) -> StoredReduction:
         "span_rows": old.get("span_rows", old.get("pilot_rows")),
         "rotated_from": [*old.get("rotated_from", []), old["digest"]],
     }
-    own = {name: value for name, value in facts.items() if name not in ("name", "rows", "columns", "digest")}
-    return StoredReduction(_vectors(source) @ turn.vectors, turn.eigenvalues, turn.mean_square, own)
+    kept = {name: value for name, value in facts.items() if name not in ("name", "rows", "columns", "digest")}
+    return StoredReduction(_vectors(source) @ turn.vectors, turn.eigenvalues, turn.mean_square, kept)
 
 
 def _trace(store: GradientStore, weights: Weighting | None) -> float:
@@ -361,17 +362,17 @@ def _trace(store: GradientStore, weights: Weighting | None) -> float:
 
 
 def _turn(source: GradientStore, target: GradientStore) -> Floats:
-    """Return what source rows are multiplied by: the new basis, or its coordinates in the source's own."""
+    """Return what source rows are multiplied by: the new basis, or its coordinates in the source's basis."""
     new = _vectors(target)
     return new if not source.is_reduced else _vectors(source).T @ new
 
 
-def _finish(place: StorePath, job: _Job, found: RetainedEnergy) -> None:
-    """Mark what was dropped meanwhile, record what was measured, and let the store grow if its source does."""
-    target = GradientStore.open(place, "a")
+def _finish(path: StorePath, job: _Job, retained: RetainedEnergy) -> None:
+    """Copy later tombstones, record what was measured, and let the store grow if its source does."""
+    target = GradientStore.open(path, "a")
     copy_tombstones(job.source, target)
-    share = found.record(target)
-    if found.rows:
-        logger.info("%s: %.2g of the trace of %d rows is left out", place, share.left_out, share.rows)
+    share = retained.record(target)
+    if retained.rows:
+        logger.info("%s: %.2g of the trace of %d rows is left out", path, share.left_out, share.rows)
     if job.source.layout.planned_rows is None:
         target.plan_rows(None)
