@@ -140,13 +140,10 @@ def self_influence_command(
 def _save(out: Path, values: Any) -> None:
     import numpy as np
 
-    from ooc_influence.errors import StoreWriteError, refused
+    from ooc_influence.errors import writing
 
-    try:
-        with out.open("wb") as file:
-            np.save(file, values)
-    except OSError as error:
-        raise StoreWriteError(refused(f"to write {out}", error)) from error
+    with writing(f"to write {out}"), out.open("wb") as file:
+        np.save(file, values)
 
 
 @click.command()

@@ -16,10 +16,11 @@ import sys
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from ooc_influence.errors import OocInfluenceError, StoreWriteError, refused
+from ooc_influence.errors import writing
 from ooc_influence.store import NewFolder
 
 logger = logging.getLogger("ooc_influence")
@@ -108,16 +109,8 @@ def _publish(final: Path, make: Callable[[Path], None]) -> None:
         folder.publish()  # another process may have been first, where there are no locks
 
 
-@contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OocInfluenceError:
-        raise
-    except OSError as error:
-        raise StoreWriteError(
-            refused(f"to keep an index of the documents in {folder.parent}", error, ", or set OOC_INFLUENCE_CACHE")
-        ) from error
+def _writing(folder: Path) -> AbstractContextManager[None]:
+    return writing(f"to keep an index of the documents in {folder.parent}", ", or set OOC_INFLUENCE_CACHE")
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from ooc_influence.corpus import Documents, open_documents
 from ooc_influence.document_text import USUAL, as_text, text_digest, text_of
-from ooc_influence.errors import InputError, MismatchError, StoreWriteError, refused, warn
+from ooc_influence.errors import InputError, MismatchError, warn, writing
 from ooc_influence.progress import optional_library
 from ooc_influence.store import GradientStore
 
@@ -337,11 +337,9 @@ class ImageFolder:
                 reason = str(error) if isinstance(error, UnseenError) else type(error).__name__
                 self._unseen[row] = f"image not shown: {reason}"
                 return {"unseen": self._unseen[row]}
-            try:
+            with writing(f"to write an image to {self._folder}"):
                 self._folder.mkdir(parents=True, exist_ok=True)
                 picture.save(target, "PNG")
-            except OSError as error:
-                raise StoreWriteError(refused(f"to write an image to {self._folder}", error)) from error
         return {"image": f"{self._name}/{row}.png"}
 
 

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from importlib.resources import files
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from ooc_influence._version import __version__
-from ooc_influence.errors import OocInfluenceError, StoreExistsError, StoreWriteError, refused
+from ooc_influence.errors import StoreExistsError, writing
 from ooc_influence.progress import optional_library
 from ooc_influence.store import check_free
 
@@ -107,14 +107,8 @@ class PageFolder:
             )
             (self.path / "data").mkdir()
 
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            if isinstance(error, OocInfluenceError):
-                raise
-            raise StoreWriteError(refused(f"to write a report to {self._target}", error)) from error
+    def _writing(self) -> AbstractContextManager[None]:
+        return writing(f"to write a report to {self._target}")
 
     def write_data(self, name: str, value: Any) -> None:
         """Write JSON-ready values as ``data/<name>.js``."""

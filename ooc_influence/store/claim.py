@@ -30,7 +30,7 @@ from typing import Any, TypeVar
 
 import psutil
 
-from ooc_influence.errors import InputError, StoreBusyError, StoreWriteError, refused
+from ooc_influence.errors import InputError, StoreBusyError, writing
 from ooc_influence.store import local, paths
 from ooc_influence.store.layout import Layout
 from ooc_influence.store.paths import StorePath, is_local
@@ -321,12 +321,8 @@ def make_claim(path: StorePath, start: int = 0, stop: int | None = None, *, name
     StoreWriteError
         If the store's folder cannot be written to.
     """
-    try:
+    with writing(f"to write to {path}", ", or choose another path"):
         return Claim(path, start, stop, name=name)
-    except StoreBusyError:
-        raise
-    except OSError as error:
-        raise StoreWriteError(refused(f"to write to {path}", error, ", or choose another path")) from error
 
 
 def wait_for(claim: Callable[[], _Claimed], patience: float = PATIENCE) -> _Claimed:

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from zarr.core.buffer import cpu
 from zarr.core.sync import sync
 
-from ooc_influence.errors import StoreDamagedError, StoreWriteError, refused
+from ooc_influence.errors import StoreDamagedError, writing
 from ooc_influence.store.arrays import open_group, writable_array
 from ooc_influence.store.claim import Claim, make_claim, wait_for
 from ooc_influence.store.layout import TOMBSTONES, Layout, numpy_dtype
@@ -286,12 +286,11 @@ def mark_dropped(path: StorePath, layout: Layout, numbers: npt.NDArray[Any], *, 
     """
     claim = wait_for(lambda: make_claim(path, name="drop"))
     try:
-        files = array_store(path)
-        group = open_group(files, "r+")
-        writable_array(group, "dropped").set_orthogonal_selection((numbers,), dropped)
-        files.sync_folders()
-        list_tombstone_groups(files, set(tombstone_groups(group)) | set((numbers // layout.group_rows).tolist()))
-    except OSError as error:
-        raise StoreWriteError(refused(f"to mark rows of {path} as dropped", error, ", then run again")) from error
+        with writing(f"to mark rows of {path} as dropped", ", then run again"):
+            files = array_store(path)
+            group = open_group(files, "r+")
+            writable_array(group, "dropped").set_orthogonal_selection((numbers,), dropped)
+            files.sync_folders()
+            list_tombstone_groups(files, set(tombstone_groups(group)) | set((numbers // layout.group_rows).tolist()))
     finally:
         claim.release()
