@@ -123,7 +123,7 @@ def reduce_store(
     job = _Job.parse(wide, r, rows, weights, like, rotate)
     path = parse_path(out)
     if path in (job.source.path, job.like and job.like.path):
-        raise InputError(f"expected a path other than those of the stores; received {out}: choose another")
+        raise InputError(f"expected a path that is not one of the stores; received {out}: choose another path")
     means: dict[str, Any] = {"workers": workers, "memory": memory, "progress": progress}
     target = _open_earlier(path, job, dtype, storage)
     if target is None:

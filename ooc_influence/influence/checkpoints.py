@@ -2,7 +2,7 @@
 
 Scores over several checkpoints are means: of one training run's (TracIn, arXiv 2002.08484) or of models trained apart
 (TRAK, arXiv 2303.14186). All of them have the same queries and train rows, in the same order. A checkpoint that was
-trained on part of the rows gives credit to those only: a row's score is the mean over the checkpoints that saw it.
+trained on part of the rows scores those only: a row's score is the mean over the checkpoints that saw it.
 """
 
 from __future__ import annotations
@@ -79,10 +79,10 @@ class Checkpoint:
             if damping is not None:
                 raise InputError(f"expected no damping without a curvature; received {damping}: leave it out")
             return cls(queries, rows, None, (0.0,), np.zeros((1, 1)))
-        found = resolve_curvature(rows, curvature)
+        fitted = resolve_curvature(rows, curvature)
         each = damping if isinstance(damping, Sequence) else [damping]
-        values = tuple(found.damping_value(value, mode) for value in each)
-        return cls(queries, rows, found, values, found.lambdas(each, mode))
+        values = tuple(fitted.damping_value(value, mode) for value in each)
+        return cls(queries, rows, fitted, values, fitted.lambdas(each, mode))
 
     @property
     def identity(self) -> list[Any]:
@@ -121,12 +121,13 @@ def open_checkpoints(
             "expected a query store, a train store and a curvature for each checkpoint; received "
             f"{len(queries)}, {len(trains)} and {len(curvatures)}"
         )
-    found = [Checkpoint.open(*each, damping, mode) for each in zip(queries, trains, curvatures, strict=True)]
-    for other in found[1:]:
-        _check_same_rows(found[0].train, other.train)
-        if found[0].query is not None and other.query is not None:
-            _check_same_rows(found[0].query, other.query)
-    return tuple(found)
+    checkpoints = [Checkpoint.open(*each, damping, mode) for each in zip(queries, trains, curvatures, strict=True)]
+    first = checkpoints[0]
+    for other in checkpoints[1:]:
+        _check_same_rows(first.train, other.train)
+        if first.query is not None and other.query is not None:
+            _check_same_rows(first.query, other.query)
+    return tuple(checkpoints)
 
 
 def _listed(stores: Stores) -> list[Store]:
@@ -143,7 +144,7 @@ def _parse_damping(damping: Dampings) -> Dampings:
 
 
 def _check_same_rows(first: GradientStore, other: GradientStore) -> None:
-    """Check that two stores hold the same examples, as far as what they keep of each row tells."""
+    """Check that two stores hold the same examples, as far as their ids and columns show."""
     if first.identity == other.identity:
         return
     different = "numbers" if first.n != other.n else _first_difference(first, other)
@@ -155,14 +156,14 @@ def _check_same_rows(first: GradientStore, other: GradientStore) -> None:
 
 
 def _first_difference(first: GradientStore, other: GradientStore) -> str | None:
-    """Return what of the rows of two stores differs; None where nothing does that both keep."""
+    """Return which value of the rows of two stores differs; None if none does that both keep."""
     if (first.layout.ids is None) != (other.layout.ids is None):
         return "ids"
     kept = [name for name in first.layout.columns if name in other.layout.columns]
-    told = [name for name in kept if name == _TEXT]
-    if first.layout.ids is None and not told:  # numbers with a fraction may be a model's own
-        told = [name for name in kept if "float" not in first.layout.columns[name] + other.layout.columns[name]]
-    arrays = {f"columns/{name}": f"values of {name!r}" for name in told}
+    compared = [name for name in kept if name == _TEXT]
+    if first.layout.ids is None and not compared:  # numbers with a fraction may be a model's own
+        compared = [name for name in kept if "float" not in first.layout.columns[name] + other.layout.columns[name]]
+    arrays = {f"columns/{name}": f"values of {name!r}" for name in compared}
     if first.layout.ids is not None:
         arrays = {"example_id": "ids"} | arrays
     if not arrays:
@@ -202,15 +203,15 @@ def parse_marks(rows: Any, several: bool, checkpoints: int, n: int) -> Marks | N
     if len(each) != checkpoints:
         raise InputError(f"expected rows= with an entry for each of {checkpoints} checkpoints; received {len(each)}")
     marks = np.ones((checkpoints, n), bool)
-    for own, given in zip(marks, each, strict=True):
-        if given is None:
+    for mark, chosen in zip(marks, each, strict=True):
+        if chosen is None:
             continue
-        values: npt.NDArray[Any] = np.asarray(given)
+        values: npt.NDArray[Any] = np.asarray(chosen)
         if values.dtype == bool and values.shape == (n,):
-            own[:] = values
+            mark[:] = values
         elif values.ndim == 1 and values.dtype.kind in "iu" and values.size and 0 <= values.min() <= values.max() < n:
-            own[:] = False
-            own[values] = True
+            mark[:] = False
+            mark[values] = True
         else:
             raise InputError(
                 f"expected rows as numbers in [0, {n}) or {n} marks; received {values.dtype} {values.shape}"
@@ -232,7 +233,7 @@ def open_store(store: Store) -> GradientStore:
     return opened
 
 
-WAYS: tuple[Combine, ...] = get_args(Combine)
+_COMBINATIONS: tuple[Combine, ...] = get_args(Combine)
 
 
 def parse_combine(combine: str, checkpoints: Sequence[Checkpoint], normalize: str | None) -> Combine:
@@ -243,18 +244,19 @@ def parse_combine(combine: str, checkpoints: Sequence[Checkpoint], normalize: st
     InputError
         For another name, a loss that has no margin, or a unit in which errors cancel.
     """
-    found = next((way for way in WAYS if way == combine), None)
-    if found is None:
-        raise InputError(f"expected combine {', '.join(map(repr, WAYS))}; received {combine!r}")
-    if found == "mean":
-        return found
+    name = next((name for name in _COMBINATIONS if name == combine), None)
+    if name is None:
+        raise InputError(f"expected combine {', '.join(map(repr, _COMBINATIONS))}; received {combine!r}")
+    if name == "mean":
+        return name
     if normalize is not None:
         raise InputError(
             f"expected combine={combine!r} without normalize; received {normalize!r}: leave one of them out"
         )
-    for store in (store for own in checkpoints for store in (own.query, own.train) if store is not None):
+    stores = [store for checkpoint in checkpoints for store in (checkpoint.query, checkpoint.train)]
+    for store in (store for store in stores if store is not None):
         check_one_label(store.attrs, f"combine={combine!r}", f" in {store.path}")
-    return found
+    return name
 
 
 def margin_factors(stores: Sequence[GradientStore], start: int, stop: int) -> npt.NDArray[np.float64]:

@@ -68,9 +68,9 @@ class Form(NamedTuple):
         return self_influence_bytes(self.blocks, values)
 
 
-def form_ways(own: Checkpoint, need: Callable[[Form], MemoryModel], room: MemoryBudget) -> Iterator[Alternative]:
+def form_ways(checkpoint: Checkpoint, need: Callable[[Form], MemoryModel], room: MemoryBudget) -> Iterator[Alternative]:
     """Return the ways by other forms of a checkpoint's rows and curvature, given what a form would need."""
-    train, found = own.train, own.curvature
+    train, found = checkpoint.train, checkpoint.curvature
     shapes = FitShapes.of(choose_rows(train))
 
     def of_reduced(r: int) -> MemoryModel:
@@ -158,8 +158,8 @@ class Queries:
             if block.dropped is not None:
                 inside &= ~block.dropped
             weights = np.where(inside, 1 if factors is None else factors(block.start, block.stop), 0)
-            found, part = weighted_sums(block.gradients, codes, weights.astype(np.float32))
-            sums[found] += part
+            present, part = weighted_sums(block.gradients, codes, weights.astype(np.float32))
+            sums[present] += part
             counts += np.bincount(codes[inside], minlength=stop - start)
         return sums / np.maximum(counts, 1)[:, None], counts == 0
 
@@ -250,7 +250,7 @@ class ScoreRequest:
     @property
     def columns(self) -> int:
         """Columns of the widest checkpoint's rows."""
-        return max(own.train.k for own in self.checkpoints)
+        return max(checkpoint.train.k for checkpoint in self.checkpoints)
 
     @property
     def lambdas(self) -> int:
@@ -260,7 +260,7 @@ class ScoreRequest:
     @property
     def damping(self) -> Any:
         """λ itself: a number; (L,) for a list of dampings; one of these for each checkpoint where there are several."""
-        values = [list(own.values) if self.several else own.values[0] for own in self.checkpoints]
+        values = [list(checkpoint.values) if self.several else checkpoint.values[0] for checkpoint in self.checkpoints]
         return values[0] if len(values) == 1 else values
 
     def squeeze(self, values: Any) -> Any:
@@ -272,7 +272,7 @@ class ScoreRequest:
         seen = None if self.seen is None else hashlib.sha256(np.packbits(self.seen).tobytes()).hexdigest()
         codes = None if self.queries.groups is None else self.queries.groups.codes.tobytes()
         facts = {
-            "checkpoints": [own.identity for own in self.checkpoints],
+            "checkpoints": [checkpoint.identity for checkpoint in self.checkpoints],
             "average": None if codes is None else hashlib.sha256(codes).hexdigest(),
             "seen": seen,
             "normalize": self.normalize,
@@ -284,21 +284,21 @@ class ScoreRequest:
     def precondition(self, start: int, stop: int) -> PreconditionedQueries:
         """Return queries ``start`` to ``stop``, preconditioned."""
         arrays, shares, dropped = [], [], np.zeros(stop - start, bool)
-        for number, own in enumerate(self.checkpoints):
-            assert own.query is not None
-            rows, gone = self.queries.read(own.query, start, stop, self._query_factors(number))
-            if own.curvature is None:
+        for number, checkpoint in enumerate(self.checkpoints):
+            assert checkpoint.query is not None
+            rows, row_dropped = self.queries.read(checkpoint.query, start, stop, self._query_factors(number))
+            if checkpoint.curvature is None:
                 product = np.asarray(rows, np.float64)[None].copy()
             else:
-                product = own.curvature.precondition(rows, own.lambdas)
-            shares.append(_outside(own.curvature, rows, gone))
+                product = checkpoint.curvature.precondition(rows, checkpoint.lambdas)
+            shares.append(_outside(checkpoint.curvature, rows, row_dropped))
             if self.normalize == "cosine":
                 norms = np.sqrt(np.maximum(np.einsum("qk,lqk->lq", rows, product), 0))
                 product /= np.where(norms > 0, norms, 1)[:, :, None]
             if self.seen is None:
                 product /= len(self.checkpoints)  # with marks, each train row has its own number of checkpoints
-            product[:, gone] = np.nan
-            dropped |= gone
+            product[:, row_dropped] = np.nan
+            dropped |= row_dropped
             arrays.append(product.reshape(-1, product.shape[-1]).astype(np.float32))
         return PreconditionedQueries(start, stop, arrays, np.mean(shares, axis=0), dropped)
 
@@ -306,16 +306,16 @@ class ScoreRequest:
         """Return what gives factors of a checkpoint's query rows, where it has any."""
         if self.combine == "mean":
             return None
-        stores = [own.query for own in self.checkpoints if own.query is not None]
+        stores = [checkpoint.query for checkpoint in self.checkpoints if checkpoint.query is not None]
         return lambda start, stop: margin_factors(stores, start, stop)[number]
 
     def outside(self, start: int, stop: int) -> npt.NDArray[np.float64]:
         """Return the share of queries ``start`` to ``stop`` outside the span, (q,)."""
         shares = []
-        for number, own in enumerate(self.checkpoints):
-            assert own.query is not None
-            rows, gone = self.queries.read(own.query, start, stop, self._query_factors(number))
-            shares.append(_outside(own.curvature, rows, gone))
+        for number, checkpoint in enumerate(self.checkpoints):
+            assert checkpoint.query is not None
+            rows, row_dropped = self.queries.read(checkpoint.query, start, stop, self._query_factors(number))
+            shares.append(_outside(checkpoint.curvature, rows, row_dropped))
         return np.asarray(np.mean(shares, axis=0))
 
     def form_norm_bytes(self, form: Form) -> int:
@@ -328,9 +328,9 @@ class ScoreRequest:
         """Return what tasks need to multiply train rows; ``columns`` are those of each module, for each checkpoint."""
         normalized = self.normalize is not None if normalized is None else normalized
         return ScoreTask(
-            tuple(own.train for own in self.checkpoints),
-            tuple(own.curvature for own in self.checkpoints) if normalized else None,
-            tuple(own.lambdas for own in self.checkpoints),
+            tuple(checkpoint.train for checkpoint in self.checkpoints),
+            tuple(checkpoint.curvature for checkpoint in self.checkpoints) if normalized else None,
+            tuple(checkpoint.lambdas for checkpoint in self.checkpoints),
             columns or whole_rows(len(self.checkpoints)),
             block_rows,
             self.device,
@@ -339,13 +339,13 @@ class ScoreRequest:
 
     def need(self, stage: str, queries: int, costs: TileMemory) -> MemoryModel:
         """Return what a pass over the train rows for ``queries`` queries needs."""
-        forms = [Form.of(own.train.k, own.curvature) for own in self.checkpoints]
+        forms = [Form.of(checkpoint.train.k, checkpoint.curvature) for checkpoint in self.checkpoints]
         need = self._need(stage, queries, costs, self.lambdas, forms)
         return replace(need, alternatives=partial(self._ways, stage, queries, costs))
 
     def _ways(self, stage: str, queries: int, costs: TileMemory, room: MemoryBudget) -> Iterator[Alternative]:
         """Return other ways to the scores."""
-        forms = [Form.of(own.train.k, own.curvature) for own in self.checkpoints]
+        forms = [Form.of(checkpoint.train.k, checkpoint.curvature) for checkpoint in self.checkpoints]
         if self.lambdas > 1:
             yield Alternative("one --damping at a time ({})", self._need(stage, queries, costs, 1, forms))
         if len(forms) == 1:
@@ -354,12 +354,12 @@ class ScoreRequest:
             )
 
     def _need(self, stage: str, queries: int, costs: TileMemory, lambdas: int, forms: list[Form]) -> MemoryModel:
-        stores = [own.train for own in self.checkpoints]
+        stores = [checkpoint.train for checkpoint in self.checkpoints]
         preparing = max(
             form.working(queries, lambdas)
             + 8 * queries * form.columns * (2 + lambdas)
-            + (0 if own.query is None else self.queries.reading_bytes(own.query))
-            for own, form in zip(self.checkpoints, forms, strict=True)
+            + (0 if checkpoint.query is None else self.queries.reading_bytes(checkpoint.query))
+            for checkpoint, form in zip(self.checkpoints, forms, strict=True)
         )
         norms = sum(self.form_norm_bytes(form) for form in forms) if self.normalize else 0
         seen = 0 if self.seen is None else self.seen.nbytes
@@ -423,11 +423,14 @@ class ScoreRequest:
         return [(start, min(self.q, start + queries)) for start in range(0, self.q, queries)], rows
 
     def warn_outside(self, outside: npt.NDArray[np.float64]) -> None:
-        """Warn where much of a query's gradient lies outside what the curvature has seen."""
+        """Warn where much of a query's gradient is outside the span of the rows of the fit."""
         beyond = outside > OUTSIDE_WARNING
         if beyond.any():
-            advice = "no row of the fit speaks to that part; fit on more rows, or use a wider curvature"
-            if any(own.curvature is not None and own.curvature.kind == "top" for own in self.checkpoints):
+            advice = "no row of the fit can account for that part; fit on more rows, or use a wider curvature"
+            if any(
+                checkpoint.curvature is not None and checkpoint.curvature.kind == "top"
+                for checkpoint in self.checkpoints
+            ):
                 advice = "that part counts by the mean of the eigenvalues that are not kept; fit with a larger rank"
             warn(
                 f"{beyond.sum()} of {self.q} queries have more than {OUTSIDE_WARNING:.0%} of their squared gradient "
@@ -435,7 +438,7 @@ class ScoreRequest:
             )
 
 
-def _outside(curvature: Curvature | None, rows: Any, gone: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
+def _outside(curvature: Curvature | None, rows: Any, row_dropped: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
     if curvature is None:
         return np.full(len(rows), np.nan)
-    return np.where(gone, np.nan, curvature.outside_share(rows))
+    return np.where(row_dropped, np.nan, curvature.outside_share(rows))
