@@ -1,7 +1,8 @@
-"""Fits of one store at the same moment: none takes away what is another's, and a reader always finds a finished one."""
+"""Partial results: what is resumed, what is refused, and fits of one store at the same moment."""
 
 from __future__ import annotations
 
+import pickle
 import shutil
 import threading
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from ooc_influence import Curvature, checkpoint, fit_fisher
-from ooc_influence.errors import StoreWriteError
+from ooc_influence.errors import StoreExistsError, StoreWriteError
 from ooc_influence.store import create_array, local
 
 
@@ -106,3 +107,37 @@ def test_a_curvature_is_replaced_without_swapping_names(pair, monkeypatch):
     assert after.attrs["fit"] != before.attrs["fit"]
     assert Curvature.open(after.path).attrs["fit"] == after.attrs["fit"]
     assert [path.name for path in after.path.parent.iterdir() if path.is_dir()] == ["default"]
+
+
+def test_parts_are_those_of_one_call(tmp_path, caplog):
+    """Settings are compared as JSON; a damaged part counts as missing; what is not a part stays."""
+    output = checkpoint.ResumableOutput(tmp_path / "parts", {"digest": "a", "ranges": [(0, 3)]})
+    output.check()
+    assert not output.path.exists()
+    output.begin()
+    output.put("0-4-0-8", {"values": np.arange(3)})
+    output.put("0-4-8-16", {"values": np.arange(4)})
+    (output.path / "notes.txt").write_text("of its user")
+    again = pickle.loads(pickle.dumps(checkpoint.ResumableOutput(output.path, {"digest": "a", "ranges": [[0, 3]]})))
+    again.check()
+    assert again.part_names() == ["0-4-0-8", "0-4-8-16"]
+    assert again.get("0-4-0-8")["values"].tolist() == [0, 1, 2]
+    assert again.get("0-4-16-24") is None
+    (output.path / "0-4-8-16.npz").write_bytes(b"PK damaged")
+    assert again.get("0-4-8-16") is None
+    assert "0-4-8-16.npz cannot be read" in caplog.text
+    for settings, received in (({"digest": "b", "ranges": []}, "another call"), ({"seed": 1}, "something else")):
+        with pytest.raises(StoreExistsError, match=received):
+            checkpoint.ResumableOutput(output.path, settings).check()
+    output.remove()
+    assert [path.name for path in output.path.iterdir()] == ["notes.txt"]
+
+
+def test_without_a_folder_nothing_is_kept():
+    output = checkpoint.ResumableOutput()
+    output.check()
+    output.begin()
+    output.put("0-4-0-8", {"values": np.arange(3)})
+    output.put_group("rows-0", 3, {}, lambda group: None)
+    assert (output.get("0-4-0-8"), output.groups(), output.part_names(), output.clock().due()) == (None, {}, [], False)
+    output.remove()
