@@ -182,6 +182,19 @@ def cut_stripes(start: int, stop: int, block_rows: int, count: int) -> list[Stri
     return [Stripe(max(start, low * block_rows), min(stop, high * block_rows)) for low, high in pairwise(edges)]
 
 
+def cut_ranges(
+    ranges: Sequence[tuple[int, int]], block_rows: int, count: int, most_rows: int | None = None
+) -> list[Stripe]:
+    """Cut some ranges of rows into about ``count`` stripes in all, or more where these have more than ``most_rows``."""
+    total = sum(stop - start for start, stop in ranges)
+    stripes = []
+    for start, stop in ranges:
+        rows = stop - start
+        least = 1 if most_rows is None else -(-rows // most_rows)
+        stripes += cut_stripes(start, stop, block_rows, max(least, round(count * rows / total)))
+    return stripes
+
+
 def subtract_ranges(ranges: Sequence[tuple[int, int]], removed: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """Return what remains of some ranges without others."""
     remaining = list(ranges)

@@ -24,7 +24,7 @@ from ooc_influence.influence.request import ScoreRequest
 from ooc_influence.influence.tiles import Columns, ScoreTask, TileMemory, make_engine, score_tiles
 from ooc_influence.influence.topk import TopInfluential, find_top
 from ooc_influence.options import ListOptions, PairOptions, complete, takes
-from ooc_influence.parallel import Stripe, check_workers, cores, cut_stripes, run_stripes, sharing_blas
+from ooc_influence.parallel import Stripe, check_workers, cores, cut_ranges, run_stripes, sharing_blas
 from ooc_influence.progress import Progress
 from ooc_influence.store import (
     CHUNK_TARGET,
@@ -179,7 +179,7 @@ def _create(
 
 
 def _check_queries(output: ResumableArray, queries: int) -> None:
-    """Check that blocks of so many queries are whole chunks.
+    """Check that blocks of a number of queries are whole chunks.
 
     Raises
     ------
@@ -243,29 +243,17 @@ def _fill(
     with Progress("scores", len(blocks) * scoring.n, progress) as bar:
         for start, stop in blocks:
             missing = _missing(output, start, stop)
-            left_out = sum(high - low for low, high in missing)
-            bar.advance(scoring.n - left_out)
+            bar.advance(scoring.n - sum(high - low for low, high in missing))
             if not missing:
                 outside[start:stop] = scoring.outside(start, stop)
                 continue
-            stripes = []
-            for low, high in missing:
-                share = max(1, round(slots * (high - low) / left_out))
-                stripes += cut_stripes(low, high, work.block_rows, share)
             queries = scoring.precondition(start, stop)
             outside[start:stop] = queries.outside
+            stripes = cut_ranges(missing, work.block_rows, slots)
             run_stripes(
-                _write_stripe,
-                stripes,
-                bar,
-                work,
-                output,
-                (start, stop),
-                scoring.seen,
-                *queries.arrays,
-                slots=slots,
+                _write_stripe, stripes, bar, work, output, (start, stop), scoring.seen, *queries.arrays, slots=slots,
                 own_threads=True,
-            )
+            )  # fmt: skip
     return outside
 
 
@@ -279,9 +267,8 @@ def _write_stripe(
     *queries: Floats,
 ) -> None:
     with make_engine(work.device) as engine:
-        for low, high in _missing(
-            output, *query_range
-        ):  # again: where a worker died, part of a stripe is there already
+        # again: where a worker died, part of a stripe is there already
+        for low, high in _missing(output, *query_range):
             part = Stripe(max(low, stripe.start), min(high, stripe.stop))
             if part.start >= part.stop:
                 continue
@@ -309,7 +296,7 @@ class OutputWriter:
         self._task: Future[None] | None = None
 
     def write(self, first_row: int, tile: Floats) -> None:
-        """Write scores (L, M, q, rows); the tile before is written then, so two may be in use."""
+        """Write scores (L, M, q, rows), after the tile before: two may be in use."""
         self.wait()
         queries, rows = tile.shape[-2:]
         region = (slice(self._first, self._first + queries), slice(first_row, first_row + rows))

@@ -20,7 +20,7 @@ from ooc_influence.curvature import Curvature
 from ooc_influence.influence.checkpoints import Marks, margin_factors
 from ooc_influence.influence.engine import Engine, Floats, HostEngine
 from ooc_influence.memory import MemoryModel, block_limit
-from ooc_influence.parallel import Stripe, cut_stripes, run_stripes, subtract_ranges
+from ooc_influence.parallel import Stripe, cut_ranges, run_stripes, subtract_ranges
 from ooc_influence.progress import Progress, tick
 from ooc_influence.store import Block, GradientStore, PathLike, StorePath, parse_path
 
@@ -51,17 +51,17 @@ class ScoreTask:
     stores : tuple of GradientStore
         Each checkpoint's train rows.
     curvatures : tuple of Curvature or None, or None
-        Each checkpoint's, where train rows are divided by their own norm; None: they are not.
+        Each checkpoint's, where train rows are divided by their norms; None: they are not.
     values : tuple of (L, B) float64
         Each checkpoint's λ, for each block of its curvature.
     columns : tuple of tuple of slice
         Columns of each module, for each checkpoint.
     block_rows : int
-        Block multiplied at a time.
+        Rows multiplied at a time.
     device : str or None
-        Where.
+        Where they are multiplied; None for NumPy.
     margins : bool
-        Whether rows count by their margins (:mod:`.margins`).
+        Whether rows are weighted to margins (:func:`margin_factors`).
     """
 
     stores: tuple[GradientStore, ...]
@@ -112,7 +112,7 @@ class TileMemory(NamedTuple):
     fixed : int
         Once.
     modules : int
-        Tiles hold so many scores of a query and a row.
+        Scores that a tile holds for each query and row.
     """
 
     tile: int = 4
@@ -326,7 +326,9 @@ class ScoreParts(ResumableOutput):
             self.put(_part_name(name, stripe), part)
             on_result(stripe, part)
 
-        stripes = self._cut(work, finished, slots)
+        gaps = subtract_ranges([(0, work.rows)], [(part.start, part.stop) for part in finished])
+        most = None if self.path is None else max(1, _PART_BYTES // work.row_bytes)
+        stripes = cut_ranges(gaps, work.block_rows, slots, most)
         run_stripes(function, stripes, progress, work, *args, slots=slots, on_result=finish, own_threads=True)
 
     def _stripes(self, name: str) -> list[Stripe]:
@@ -336,16 +338,6 @@ class ScoreParts(ResumableOutput):
             (Stripe(int(match[1]), int(match[2])) for match in matches if match),
             key=lambda stripe: (stripe.start, -stripe.stop),
         )
-
-    def _cut(self, work: ScoreTask, finished: list[Stripe], slots: int) -> list[Stripe]:
-        """Return the stripes still to work on: together one a slot, or more where each is to be kept."""
-        gaps = subtract_ranges([(0, work.rows)], [(part.start, part.stop) for part in finished])
-        missing = sum(high - low for low, high in gaps)
-        stripes = []
-        for low, high in gaps:
-            least = 1 if self.path is None else -(-(high - low) * work.row_bytes // _PART_BYTES)
-            stripes += cut_stripes(low, high, work.block_rows, max(least, round(slots * (high - low) / missing)))
-        return stripes
 
 
 def _part_name(name: str, stripe: Stripe) -> str:
