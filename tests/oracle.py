@@ -98,7 +98,7 @@ def located_gradients(model, loss, samples, mask):
         found = use.kind.locate(kept.layer, use.module, kept.rows, kept.cols)
         named = dict(use.module.named_parameters(remove_duplicate=False))
         places.append([(named[place.parameter], place) for place in found])
-        assert sum(len(place.at) for place in found) == len(kept.rows)
+        assert sum(len(located.entries) for located in found) == len(kept.rows)
     rows = []
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -112,7 +112,7 @@ def located_gradients(model, loss, samples, mask):
                 values = np.zeros(len(kept.rows))
                 for parameter, place in found:
                     if parameter.grad is not None:
-                        values[place.at] = parameter.grad.flatten()[torch.from_numpy(place.places)].numpy()
+                        values[place.entries] = parameter.grad.flatten()[torch.from_numpy(place.positions)].numpy()
                 row.append(values * kept.weight)
             rows.append(np.concatenate(row))
     finally:

@@ -271,7 +271,7 @@ def test_a_failing_line_of_a_recipe_is_named(run, command, before, recipe, reaso
     status, out, err = run(f"{command} --recipe my_recipe.py:{recipe} --store a.zarr")
     assert (status, out) == (2, "")
     assert f"error: expected the recipe my_recipe.py:{recipe} to run; received {reason}" in err
-    assert f"my_recipe.py:{number}): mend the recipe\n" in err
+    assert f"my_recipe.py:{number}): fix the recipe\n" in err
     assert err.count("\n") == 1
 
 

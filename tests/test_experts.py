@@ -149,8 +149,8 @@ def test_wide_experts_are_cut_into_runs():
     assert shape.entries == 256 * 3 * 2048 * 7168
     assert max(shape.shape) < 2**24
     last = (np.array([shape.shape[0] - 1], np.int32), np.array([shape.shape[1] - 1], np.int32))
-    place = [p for p in KINDS["experts"].locate(shape, experts, *last) if len(p.at)]
-    assert [(p.parameter, p.places.tolist()) for p in place] == [("down_proj", [256 * 2048 * 7168 - 1])]
+    located = [each for each in KINDS["experts"].locate(shape, experts, *last) if len(each.entries)]
+    assert [(each.parameter, each.positions.tolist()) for each in located] == [("down_proj", [256 * 2048 * 7168 - 1])]
 
 
 def test_experts_that_see_sorted_tokens_are_left_out():

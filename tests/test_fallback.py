@@ -243,8 +243,8 @@ def test_layers_of_more_than_32_bits_of_parameters():
     assert shape.shape[0] > 1
     assert max(shape.shape) < 2**31
     rows, cols = (np.array([size - 1], np.int32) for size in shape.shape)
-    (place,) = [p for p in FuncEntries.locate(shape, layer, rows, cols) if len(p.at)]
-    assert (place.parameter, place.places.tolist()) == ("last", [7])
+    (located,) = [each for each in FuncEntries.locate(shape, layer, rows, cols) if len(each.entries)]
+    assert (located.parameter, located.positions.tolist()) == ("last", [7])
     assert rows_of(2**31 - 1) == 1  # as stores have always had it
     assert rows_of(2**31 + 11) == 0  # a prime number
 

@@ -1,8 +1,8 @@
 """Compressors: what is kept of a gradient."""
 
-from ooc_influence.compress.compressor import Compressor
+from ooc_influence.compress.compressor import Compressor, Eigenbasis
 from ooc_influence.compress.dropout import Dropout, variance_factors
-from ooc_influence.compress.eigenbasis import Eigenbasis, RetainedEnergy, basis_weights, fit_eigenbasis
+from ooc_influence.compress.eigenbasis import RetainedEnergy, basis_weights, fit_eigenbasis
 from ooc_influence.compress.projection import (
     FullGradient,
     Gaussian,

@@ -3,14 +3,84 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 
-from ooc_influence.compress.eigenbasis import Eigenbasis
 from ooc_influence.errors import InputError
 from ooc_influence.store import GeneratedReduction, LayerShape, Mask, PilotMoments
+
+PILOT_ROWS = 4  # pilot rows per number kept, by default; more keep more of the other rows
+
+
+def parse_whole_numbers(settings: Any, least: Mapping[str, int]) -> None:
+    """Check attributes of a frozen dataclass against their least values, and make them plain integers.
+
+    Raises
+    ------
+    InputError
+        If one is not a whole number, or is below its least value.
+    """
+    for name, bound in least.items():
+        value = getattr(settings, name)
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < bound:
+            raise InputError(f"expected a whole number {name} >= {bound}; received {value!r}")
+        object.__setattr__(settings, name, int(value))
+
+
+@dataclass(frozen=True)
+class Eigenbasis:
+    """Reduce masked gradients to the top of their eigenbasis.
+
+    Parameters
+    ----------
+    r : int
+        Numbers stored per row.
+    pilot : int, optional
+        Rows that the basis is fitted to; by default four times ``r``. All rows, if the data has fewer.
+    weights : {"ggn", "trak"}, optional
+        Weights of the pilot rows (:mod:`ooc_influence.linalg.rows`), for one-label cross-entropy.
+
+    Raises
+    ------
+    InputError
+        For an r below 1, fewer pilot rows than r, or an unknown weighting.
+    """
+
+    r: int = 1024
+    pilot: int | None = None
+    weights: str | None = None
+
+    def __post_init__(self) -> None:
+        parse_whole_numbers(self, {"r": 1} if self.pilot is None else {"r": 1, "pilot": 1})
+        if self.pilot is not None and self.pilot < self.r:
+            raise InputError(f"expected at least r = {self.r} pilot rows; received {self.pilot}")
+        if self.weights not in (None, "ggn", "trak"):
+            raise InputError(f"expected weights 'ggn', 'trak' or none; received {self.weights!r}")
+
+    @property
+    def pilot_rows(self) -> int:
+        """Rows that the basis is fitted to."""
+        return PILOT_ROWS * self.r if self.pilot is None else self.pilot
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as JSON-ready values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Self:
+        """Return the settings that :meth:`to_dict` described.
+
+        Raises
+        ------
+        InputError
+            If it described others.
+        """
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise InputError(f"expected the settings of an eigenbasis; received {values!r}") from error
 
 
 class Compressor(Protocol):
@@ -87,18 +157,3 @@ class Compressor(Protocol):
         except TypeError:
             pass
         raise InputError(f"expected the settings of {cls.__name__}; received {values!r}")
-
-
-def parse_whole_numbers(settings: Any, least: Mapping[str, int]) -> None:
-    """Check attributes of a frozen dataclass against their least values, and make them plain integers.
-
-    Raises
-    ------
-    InputError
-        If one is not a whole number, or is below its least value.
-    """
-    for name, bound in least.items():
-        value = getattr(settings, name)
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < bound:
-            raise InputError(f"expected a whole number {name} >= {bound}; received {value!r}")
-        object.__setattr__(settings, name, int(value))

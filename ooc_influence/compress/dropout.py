@@ -19,8 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import override
 
-from ooc_influence.compress.compressor import Compressor, parse_whole_numbers
-from ooc_influence.compress.eigenbasis import Eigenbasis
+from ooc_influence.compress.compressor import Compressor, Eigenbasis, parse_whole_numbers
 from ooc_influence.errors import InputError, NonFiniteError
 from ooc_influence.store import LayerShape, Mask, ModuleMask, PilotMoments
 

@@ -15,9 +15,8 @@ from typing import ClassVar
 import numpy as np
 from typing_extensions import override
 
-from ooc_influence.compress.compressor import Compressor, parse_whole_numbers
+from ooc_influence.compress.compressor import Compressor, Eigenbasis, parse_whole_numbers
 from ooc_influence.compress.dropout import Dropout
-from ooc_influence.compress.eigenbasis import Eigenbasis
 from ooc_influence.errors import InputError, MemoryBudgetError, warn
 from ooc_influence.memory import MemoryBudget, MemoryModel, format_bytes
 from ooc_influence.store import (

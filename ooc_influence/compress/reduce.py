@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from ooc_influence.compress.compressor import Eigenbasis
 from ooc_influence.compress.eigenbasis import (
     ALL_ROWS,
     ROWS_FOR_EACH,
-    Eigenbasis,
     RetainedEnergy,
     basis_weights,
     even_ranges,

@@ -1,14 +1,13 @@
-"""The self-check: entries that taps gather, compared with autograd's gradients of the caller's own loss.
+"""The self-check: gathered entries compared with autograd's gradients of the caller's own loss.
 
-Recognising a layer by its class is a guess. So of the first batch, and of every batch whose layers fold samples in a
-way not seen before, the first and the last sample are run once more, without taps, and an ordinary backward pass
-computes the gradient of c_0 ℓ_0 + c_1 ℓ_1 with respect to the tapped layers' parameters, c_0 and c_1 being different
-powers of two. A hook reads about a hundred entries of each, among those kept and not kept, and frees the gradient at
-once: the memory is that of the largest weight. The entries that taps gathered for both samples, times c_0 and c_1, must
-agree with it.
+Recognising a layer by its class is a guess. So the first and the last sample of the first batch, and of every batch
+whose layers fold samples in a new way, are run once more, without taps, and an ordinary backward pass computes the
+gradient of c_0 ℓ_0 + c_1 ℓ_1 with respect to the tapped layers' parameters, c_0 and c_1 being different powers of two.
+A hook reads about a hundred entries of each, kept and not kept, and frees the gradient at once: the memory is that of
+the largest weight. The entries gathered for both samples, times c_0 and c_1, must agree with it.
 
-Tolerances follow the coarsest dtype that the model computes in. The largest differences of correct layers that were
-measured: 1.3e-4 in float32 (over the families of ``tools/bench/families.py``), 0.023 in bfloat16 (SmolLM2-135M).
+Tolerances follow the coarsest dtype that the model computes in. The largest differences measured of correct layers:
+1.3e-4 in float32 (over the families of ``tools/bench/families.py``), 0.023 in bfloat16 (SmolLM2-135M).
 """
 
 from __future__ import annotations
@@ -34,50 +33,30 @@ from ooc_influence.extract.selection import Trained
 from ooc_influence.store import LayerShape, Mask, ModuleMask
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-_POOL = 1024  # entries of a parameter that are looked at; of these the largest and some others are compared
+_POOL = 1024  # entries read of a parameter; of these the largest and some others are compared
 _LARGEST, _OTHERS, _ROWS, _SEEN = 32, 16, 32, 8
-# differences are of a parameter's largest gradient, or of these shares of its layer's and the model's: a gradient that
-# is zero but for rounding (of the bias of attention's keys) has no scale of its own
+# differences are relative to a parameter's largest gradient, or to these shares of its layer's and the model's: a
+# gradient that is zero up to rounding (of the bias of attention's keys) has no scale of its own
 _LAYER_FLOOR, _MODEL_FLOOR = 0.1, 1e-4
-_NAMED = 6
+_NAMED = 6  # layers, in the error
 Numbers = npt.NDArray[np.int64]
 Receiver = Callable[[Use, Any, Any], None]
 
 
 class Disagreement(NamedTuple):
-    """A layer whose gathered entries are not autograd's.
-
-    Attributes
-    ----------
-    name, type : str
-        The layer, and its class.
-    error : float
-        The largest difference, of the parameter's largest entry; inf where nothing could be gathered.
-    reason : str or None
-        Why it can only be left out; None where another way of computing it may help.
-    detail : str
-        What happened, where no numbers tell.
-    """
+    """A layer whose gathered entries are not autograd's."""
 
     name: str
-    type: str
-    error: float
-    reason: str | None = None
-    detail: str = ""
+    type: str  # its class
+    error: float  # largest difference relative to the parameter's largest entry; inf where nothing could be gathered
+    reason: str | None = None  # why it can only be left out; None if another way of computing it may help
+    detail: str = ""  # what happened, where there is no difference to state
 
 
 class LayersDisagreeError(UnsupportedModelError):
-    """Layers whose entries differ from autograd's gradients.
+    """Layers whose entries differ from autograd's gradients."""
 
-    Attributes
-    ----------
-    layers : tuple of Disagreement
-        Which, and by how much.
-    final : bool
-        Whether rows are stored already, so that the layers cannot be chosen again.
-    """
-
-    final = False
+    final = False  # whether rows are stored already, so that the layers cannot be chosen again
 
     def __init__(self, message: str, layers: Sequence[Disagreement] = ()) -> None:
         super().__init__(message)
@@ -85,52 +64,37 @@ class LayersDisagreeError(UnsupportedModelError):
 
     @classmethod
     def of(cls, layers: Sequence[Disagreement]) -> LayersDisagreeError:
-        """Return the error that names layers and the ways out."""
+        """Return the error that names layers and what can be done."""
         worst = sorted(layers, key=lambda each: -each.error)
-        named = "; ".join(f"{each.name} ({each.type}): {_received(each)}" for each in worst[:_NAMED])
+        named = "; ".join(
+            f"{each.name} ({each.type}): "
+            + (each.reason or each.detail or f"a difference of {each.error:.2g} of the largest entry")
+            for each in worst[:_NAMED]
+        )
         more = f" and {len(worst) - _NAMED} more" if len(worst) > _NAMED else ""
         return cls(
             "expected the entries gathered from each layer to be autograd's gradients of the loss; received others of "
             f"{named}{more}: leave them out with modules= (--modules '!{worst[0].name}'), compute them by themselves "
-            "with fallback=True (--fallback), or, if the difference is meant, skip this check with "
+            "with fallback=True (--fallback), or, if the difference is intended, skip this check with "
             "check_gradients=False (--no-check)",
             layers,
         )
 
 
-def _received(each: Disagreement) -> str:
-    return each.reason or each.detail or f"a difference of {each.error:.2g} of the largest entry"
-
-
 @dataclass(frozen=True, eq=False)
 class _Reference:
-    """Autograd's gradient of the samples' losses at some entries of a parameter.
-
-    ``columns`` are the mask's, -1 for entries that are not kept.
-    """
+    """Autograd's gradient of the samples' losses at some entries of a parameter."""
 
     layer: int
     parameter: str
     positions: Numbers
     values: npt.NDArray[np.float64]
-    columns: Numbers
+    columns: Numbers  # of the mask; -1 for entries that are not kept
     scale: float  # the largest of the values
 
 
 class GradientCheck:
-    """Compares gathered entries with autograd's.
-
-    Parameters
-    ----------
-    uses : sequence of Use
-        The tapped modules.
-    device : torch.device
-        Where rows are put together.
-    trained : Trained
-        The model's trained parameters.
-    mask : Mask, optional
-        The kept entries, which are then compared too.
-    """
+    """Compares gathered entries, and the kept ones of ``mask``, with autograd's gradients."""
 
     def __init__(self, uses: Sequence[Use], device: torch.device, trained: Trained, mask: Mask | None = None) -> None:
         self._layers = {use.layer: use.first for use in uses if use.own}
@@ -165,17 +129,17 @@ class GradientCheck:
         self._watched += [(number, name, p) for name, p in floats.items()]
 
     def _kept_positions(self, mask: Mask) -> dict[tuple[int, str], tuple[Numbers, Numbers]]:
-        """Return columns of the mask, and their positions in the parameter, of some kept entries of each parameter."""
-        found, first = {}, 0
+        """Return for some kept entries of each parameter their columns in the mask and positions in the parameter."""
+        kept_positions, first = {}, 0
         for number, kept in enumerate(mask.modules):
             if number in self._layers:
                 shape, module = self._layers[number]
                 some = np.sort(self._random.permutation(len(kept.rows))[:_POOL]) if len(kept.rows) else np.empty(0, int)
                 some = some[kept.weight[some] != 0]
-                for name, at, positions in KINDS[shape.kind].locate(shape, module, kept.rows[some], kept.cols[some]):
-                    found[number, name] = (first + some[at], np.asarray(positions, np.int64))
+                for each in KINDS[shape.kind].locate(shape, module, kept.rows[some], kept.cols[some]):
+                    kept_positions[number, each.parameter] = (first + some[each.entries], each.positions)
             first += len(kept.rows)
-        return found
+        return kept_positions
 
     @property
     def verifiable(self) -> bool:
@@ -184,11 +148,11 @@ class GradientCheck:
 
     @property
     def tolerance(self) -> float:
-        """The largest difference allowed, of a parameter's largest entry."""
+        """The largest difference allowed, relative to a parameter's largest entry."""
         return max((TOLERANCE.get(dtype, 0.0) for dtype in self._dtypes), default=TOLERANCE[torch.float32])
 
     def see(self, *values: Any) -> None:
-        """Take notice of the dtypes that the model computes in."""
+        """Note the dtypes that the model computes in."""
         leaves = pytree.tree_leaves(values)
         self._dtypes |= {leaf.dtype for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()}
 
@@ -210,7 +174,7 @@ class GradientCheck:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Have autograd follow the parameters; afterwards flags are as they were."""
+        """Have autograd follow the parameters meanwhile."""
         flags = [p.requires_grad for _, _, p in self._followed]
         try:
             for _, _, parameter in self._followed:
@@ -222,7 +186,7 @@ class GradientCheck:
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
-        held = [p.grad for _, _, p in self._followed]
+        grads = [p.grad for _, _, p in self._followed]
         reached: set[tuple[int, str]] = set()
         handles = []
         try:
@@ -234,17 +198,14 @@ class GradientCheck:
         finally:
             for handle in handles:
                 handle.remove()
-            for grad, (_, _, parameter) in zip(held, self._followed, strict=True):
+            for grad, (_, _, parameter) in zip(grads, self._followed, strict=True):
                 parameter.grad = grad
         self._reached |= reached
         for number, name, parameter in self._followed:
-            if (number, name) not in reached:  # autograd never came by: its gradient is zero
-                self._references.append(self._at_random(number, name, parameter.numel()))
-
-    def _at_random(self, number: int, name: str, size: int) -> _Reference:
-        positions = self._random.integers(0, size, _OTHERS)
-        none = np.full(_OTHERS, -1)
-        return _Reference(number, name, positions, np.zeros(_OTHERS), none, 0.0)
+            if (number, name) not in reached:  # autograd never reached it: its gradient is zero
+                positions = self._random.integers(0, parameter.numel(), _OTHERS)
+                not_kept = np.full(_OTHERS, -1)
+                self._references.append(_Reference(number, name, positions, np.zeros(_OTHERS), not_kept, 0.0))
 
     def _read(self, number: int, name: str, reached: set[tuple[int, str]], parameter: nn.Parameter) -> None:
         gradient, parameter.grad = parameter.grad, None
@@ -260,9 +221,9 @@ class GradientCheck:
         positions = np.concatenate([kept[chosen], some[self._choose(flat, some)], self._of_rows(rows)])
         values = flat[torch.from_numpy(positions).to(flat.device)].double().cpu().numpy()
         scale = float(np.abs(values).max())
-        which = np.full(len(positions), -1)
-        which[: len(chosen)] = columns[chosen]
-        self._references.append(_Reference(number, name, positions, values, which, scale))
+        of_mask = np.full(len(positions), -1)
+        of_mask[: len(chosen)] = columns[chosen]
+        self._references.append(_Reference(number, name, positions, values, of_mask, scale))
 
     def _choose(self, flat: Tensor, positions: Numbers) -> Numbers:
         """Return which of some positions to compare: those with the largest gradients, and a few others."""
@@ -274,20 +235,24 @@ class GradientCheck:
         return np.concatenate([order[:_LARGEST], others]).astype(np.int64)
 
     def _of_rows(self, rows: Tensor) -> Numbers:
-        """Return positions in rows that have a gradient: of an embedding these are few."""
+        """Return positions in rows that have a gradient: few, of an embedding."""
         thin = rows[:, :: max(1, rows.shape[1] // _SEEN)]  # a pass over all of a large gradient would take a while
         peaks = thin.abs().amax(1)
         top = peaks.float().topk(min(_ROWS // 4, len(peaks))).indices.cpu().numpy()
         moved = torch.nonzero(peaks).flatten().cpu().numpy()
         some = np.concatenate([top, self._random.permutation(moved)[:_ROWS]])
-        at = torch.from_numpy(some).to(rows.device)
-        strongest = rows[at].abs().argmax(1).cpu().numpy() if len(some) else np.empty(0, np.int64)
+        strongest = (
+            rows[torch.from_numpy(some).to(rows.device)].abs().argmax(1).cpu().numpy()
+            if len(some)
+            else np.empty(0, np.int64)
+        )
         return np.asarray(some * rows.shape[1] + strongest, np.int64)
 
     def gather_into(self, b: int) -> tuple[Receiver, Callable[[], Tensor]]:
-        """Return a receiver (use, x, δ) for the entries to compare, and what it has gathered: (m,), times factors."""
-        some = next(iter(self._layers.values()))[0]  # stands for layers that are not tapped
-        modules = [ModuleMask(some, *_no_entries())] * (max(self._layers) + 1)
+        """Return a receiver (use, x, δ) of the entries to compare, and what returns them, (m,), times their factors."""
+        placeholder = next(iter(self._layers.values()))[0]  # of layers that are not tapped
+        none = np.empty(0, np.int32)
+        modules = [ModuleMask(placeholder, none, none, np.empty(0, np.float32))] * (max(self._layers) + 1)
         first = 0
         for number in self._active:
             shape, module = self._layers[number]
@@ -311,23 +276,21 @@ class GradientCheck:
         return receive, lambda: factors @ rows.double()
 
     def _entries_of(self, number: int, shape: LayerShape, module: nn.Module) -> ModuleMask:
-        """Return the entries of a layer to compare, as a mask has them: in order, each once."""
-        rows, cols = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        """Return the entries of a layer to compare, in a mask's order, each once."""
+        flat = [np.empty(0, np.int64)]
         for each in self._of_layer(number):
-            found = KINDS[shape.kind].entries_at(shape, module, each.parameter, each.positions)
-            rows.append(found[0])
-            cols.append(found[1])
-        flat = np.concatenate(rows) * shape.shape[1] + np.concatenate(cols)
-        distinct, self._columns[number] = np.unique(flat, return_inverse=True)
-        places = (distinct // shape.shape[1]).astype(np.int32), (distinct % shape.shape[1]).astype(np.int32)
-        return ModuleMask(shape, *places, np.ones(len(distinct), np.float32))
+            rows, cols = KINDS[shape.kind].entries_at(shape, module, each.parameter, each.positions)
+            flat.append(rows * shape.shape[1] + cols)
+        distinct, self._columns[number] = np.unique(np.concatenate(flat), return_inverse=True)
+        rows, cols = np.divmod(distinct, shape.shape[1])
+        return ModuleMask(shape, rows.astype(np.int32), cols.astype(np.int32), np.ones(len(distinct), np.float32))
 
     def _of_layer(self, number: int) -> list[_Reference]:
         return [each for each in self._references if each.layer == number]
 
-    def compare(self, found: Tensor, rows: Tensor | None) -> list[Disagreement]:
+    def compare(self, entries: Tensor, rows: Tensor | None) -> list[Disagreement]:
         """Compare gathered entries (m,), and kept ones (b, k), with autograd's; return layers that differ."""
-        gathered, disagree = found.cpu().numpy(), []
+        gathered, disagree = entries.cpu().numpy(), []
         errors: dict[int, float] = {}
         scales = self._scales()
         for number in self._active:
@@ -340,25 +303,22 @@ class GradientCheck:
                 shape, module = self._layers[number]
                 reason = "its weight is used without calling the layer" if silent else None
                 disagree.append(Disagreement(shape.name or "(the model)", type(module).__name__, error, reason))
-        if not disagree:  # else the batch is compared in another way, which decides
+        if not disagree:  # otherwise the batch is compared in another way, which decides
             self.errors |= errors
         return disagree
 
     def _difference(
-        self,
-        number: int,
-        gathered: npt.NDArray[np.float64],
-        rows: Tensor | None,
+        self, number: int, gathered: npt.NDArray[np.float64], rows: Tensor | None,
         scales: Mapping[tuple[int, str], float],
-    ) -> tuple[float | None, bool]:
-        """Return a layer's largest difference, and whether it gathered nothing; None where nothing is finite."""
+    ) -> tuple[float | None, bool]:  # fmt: skip
+        """Return a layer's largest difference, and whether it gathered nothing; None if nothing is finite."""
         errors, some, missing, first = [], False, 0.0, 0
         for each in self._of_layer(number):
             part = gathered[self._columns[number][first : first + len(each.positions)]]
             first += len(each.positions)
             scale = scales[each.layer, each.parameter]
             if not np.isfinite(scale):
-                continue  # a sample is not finite: the run names it
+                continue  # a sample is not finite, which is reported where its row is stored
             pairs = [(part, each.values)]
             if rows is not None and self._mask is not None:
                 pairs.append(self._kept_pair(each, rows))
@@ -371,13 +331,13 @@ class GradientCheck:
         return error, not some and missing > self.tolerance
 
     def _kept_pair(self, each: _Reference, rows: Tensor) -> tuple[Any, Any]:
-        at = each.columns >= 0
-        columns = each.columns[at]
+        kept = each.columns >= 0
+        columns = each.columns[kept]
         values = rows[self._samples][:, torch.from_numpy(columns).to(rows.device)].double().cpu().numpy()
-        return self._factors @ values / self._weights[columns], each.values[at]
+        return self._factors @ values / self._weights[columns], each.values[kept]
 
     def _scales(self) -> Mapping[tuple[int, str], float]:
-        """Return what each difference is measured against: the parameter's largest gradient, but no rounding."""
+        """Return what each difference is relative to: the parameter's largest gradient, unless that is rounding."""
         finite = [each for each in self._references if np.isfinite(each.scale)]
         of_model = max((each.scale for each in finite), default=0.0)
         of_layer: dict[int, float] = {}
@@ -390,7 +350,7 @@ class GradientCheck:
         }
 
     def facts(self) -> dict[str, Any]:
-        """Return what a store records: the share of the trained parameters that is verified, the largest difference."""
+        """Return what a store records: the verified share of the trained parameters, the largest difference."""
         right = [number for number, error in self.errors.items() if error <= self.tolerance]
         worst = max(right, key=lambda number: self.errors[number], default=None)
         names = {number: shape.name or "(the model)" for number, (shape, _) in self._layers.items()}
@@ -411,35 +371,24 @@ class GradientCheck:
         }
 
 
-def _no_entries() -> tuple[Any, Any, Any]:
-    return np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.float32)
-
-
-Plain = Callable[[Any], Tensor]  # a batch's losses, of the model without taps
-_CLOSE, _CLOSE_COARSE = 1e-3, 5e-2  # losses of one sample alone and in its batch
+_CLOSE, _CLOSE_COARSE = 1e-3, 5e-2  # relative difference of the losses of one sample alone and in its batch
 
 
 def differentiate_samples(
-    check: GradientCheck,
-    plain: Plain,
-    batch: Any,
-    losses: Tensor,
-    state: Any,
-    *,
-    alone: bool = True,
-    layers: Container[int] | None = None,
-) -> bool:
+    check: GradientCheck, plain: Callable[[Any], Tensor], batch: Any, losses: Tensor, state: Any, *,
+    alone: bool = True, layers: Container[int] | None = None,
+) -> bool:  # fmt: skip
     """Have a check read autograd's gradients of a batch's first and last loss.
 
-    The two samples are run by themselves where that is asked for, their batch can be cut, and their losses are then the
-    same; else the whole batch is run.
+    The two samples are run by themselves if that is asked for, the batch can be cut, and their losses stay the same;
+    otherwise the whole batch is run.
 
     Parameters
     ----------
     check : GradientCheck
         Reads the gradients.
     plain : callable batch -> (b,)
-        The losses.
+        Computes losses with the model without taps.
     batch : any
         The batch, on the device.
     losses : (b,) Tensor
@@ -449,35 +398,35 @@ def differentiate_samples(
     alone : bool
         Run the samples by themselves where possible.
     layers : container of int, optional
-        Check these only.
+        Check only these.
 
     Returns
     -------
     bool
-        False where the tapped model's losses are not the model's.
+        False if the tapped model's losses are not the model's.
     """
     factors = _factors(losses.detach())
     check.start(factors, layers)
     chosen = list(factors)
     if not chosen:
-        return True  # nothing is finite: the run names the samples
+        return True  # nothing is finite, which is reported where the rows are stored
     with check.watching():
-        found = _alone(plain, batch, chosen, losses) if alone and len(chosen) < len(losses) else None
-        if found is None:
+        checked = _alone(plain, batch, chosen, losses) if alone and len(chosen) < len(losses) else None
+        if checked is None:
             set_random_state(state)
             whole = plain(batch)
             if not _close(whole, losses):
                 return False
-            found = whole[chosen]
+            checked = whole[chosen]
         with explained():
-            check.differentiate(found)
+            check.differentiate(checked)
     return True
 
 
 def _factors(losses: Tensor) -> dict[int, float]:
-    """Return the samples to look at, and different factors that bring their losses to a similar size.
+    """Return the samples to check, and different factors that bring their losses to a similar size.
 
-    They are powers of two, by which numbers of few bits are multiplied without rounding.
+    The factors are powers of two, which multiply numbers of few bits without rounding.
     """
     values = {sample: float(losses[sample]) for sample in sorted({0, len(losses) - 1})}
     finite = [sample for sample, value in values.items() if math.isfinite(value)]
@@ -488,16 +437,16 @@ def _factors(losses: Tensor) -> dict[int, float]:
     return {finite[0]: 1.0, finite[1]: -(2.0**power)}
 
 
-def _alone(plain: Plain, batch: Any, chosen: list[int], losses: Tensor) -> Tensor | None:
-    """Return the losses of some samples, run without the others; None where they cannot be, or are others then."""
-    part = some_samples(batch, chosen, len(losses))
-    if part is None:
+def _alone(plain: Callable[[Any], Tensor], batch: Any, chosen: list[int], losses: Tensor) -> Tensor | None:
+    """Return the losses of some samples, run without the others; None if that is impossible or changes them."""
+    part, cut = _cut(batch, chosen, len(losses))
+    if not cut:
         return None
     try:
-        found = plain(part)
+        alone = plain(part)
     except Exception:  # of the user's model, which may need its whole batch
         return None
-    return found if _close(found, losses[chosen]) else None
+    return alone if _close(alone, losses[chosen]) else None
 
 
 def _close(one: Tensor, other: Tensor) -> bool:
@@ -509,28 +458,20 @@ def _close(one: Tensor, other: Tensor) -> bool:
     return bool(torch.allclose(one, other, rtol=share, atol=share * 1e-3, equal_nan=True))
 
 
-def some_samples(batch: Any, chosen: list[int], b: int) -> Any:
-    """Return some samples of a batch of ``b``: of every tensor, array or list that has b entries the ones they are.
-
-    None where there is nothing to cut.
-    """
-    found, cut = _cut(batch, chosen, b)
-    return found if cut else None
-
-
 def _cut(value: Any, chosen: list[int], b: int) -> tuple[Any, bool]:
+    """Return a batch with the chosen samples of every tensor, array or list of ``b`` entries, and whether any is."""
     if isinstance(value, (Tensor, np.ndarray)):
-        here = value.ndim > 0 and len(value) == b
-        return (value[chosen] if here else value), here
+        cut = value.ndim > 0 and len(value) == b
+        return (value[chosen] if cut else value), cut
     if isinstance(value, Mapping):
         parts = {key: _cut(each, chosen, b) for key, each in value.items()}
         kept: Any = {key: each for key, (each, _) in parts.items()}
         return (kept if type(value) is dict else type(value)(kept)), any(cut for _, cut in parts.values())  # type: ignore[call-arg]
     if isinstance(value, (tuple, list)):
-        each = [_cut(item, chosen, b) for item in value]
-        if any(cut for _, cut in each):
-            items = [item for item, _ in each]
-            return (type(value)._make(items) if hasattr(value, "_make") else type(value)(items)), True
+        items = [_cut(item, chosen, b) for item in value]
+        if any(cut for _, cut in items):
+            make = type(value)._make if hasattr(value, "_make") else type(value)
+            return make([item for item, _ in items]), True
         if len(value) == b and not hasattr(value, "_make"):
             return type(value)(value[sample] for sample in chosen), True
     return value, False
@@ -542,7 +483,7 @@ def random_state(device: torch.device) -> Any:
 
 
 def set_random_state(state: Any) -> None:
-    """Set the state of PyTorch's random numbers, so that a model that draws some draws them again."""
+    """Set the state of PyTorch's random numbers, so that a model draws the same ones again."""
     torch.set_rng_state(state[0])
     if state[1] is not None:
         torch.cuda.set_rng_state(state[1][1], state[1][0])
@@ -550,13 +491,7 @@ def set_random_state(state: Any) -> None:
 
 @contextmanager
 def explained() -> Any:
-    """Say what to do about gradient checkpointing that cannot be differentiated so.
-
-    Raises
-    ------
-    UnsupportedModelError
-        For its reentrant form.
-    """
+    """Explain errors of reentrant gradient checkpointing, which ``torch.autograd.grad`` cannot differentiate."""
     try:
         yield
     except RuntimeError as error:

@@ -25,8 +25,8 @@ class Batching:
     Attributes
     ----------
     first_row : int
-        Store row of the first sample of ``batches``. 0 where they are the whole data; to add further data to a store
-        of n rows, give n: a run that was killed then resumes inside the added part.
+        Store row of the first sample of ``batches``: 0 if they are the whole data; n to add further data to a store of
+        n rows, so that a killed run resumes inside the added part.
     check_independence : bool
         Check on the first batch that no sample's loss depends on another sample (one extra backward pass).
     """
@@ -41,13 +41,7 @@ class Batching:
 
 @dataclass(frozen=True)
 class Shard:
-    """One of several writers that fill a store together: a contiguous share of its whole chunk groups.
-
-    Attributes
-    ----------
-    index, count : int
-        This writer and how many there are.
-    """
+    """Writer ``index`` of ``count`` that fill a store together, each a contiguous range of its chunk groups."""
 
     index: int
     count: int
@@ -58,13 +52,7 @@ class Shard:
 
     @classmethod
     def parse(cls, shard: tuple[int, int] | None) -> Shard | None:
-        """Return the shard that ``(i, N)`` means; None where there is none.
-
-        Raises
-        ------
-        InputError
-            For anything but two whole numbers with 0 <= i < N.
-        """
+        """Return the shard ``(i, N)``, two whole numbers with 0 <= i < N; None for None."""
         if shard is None:
             return None
         numbers = tuple(shard) if isinstance(shard, (tuple, list)) else ()
@@ -73,7 +61,7 @@ class Shard:
         return cls(*numbers)
 
     def range(self, rows: int, group_rows: int) -> tuple[int, int]:
-        """Return this writer's rows of a store of ``rows``, ``start`` to ``stop``, cut at groups; may be empty."""
+        """Return this writer's range of a store of ``rows``, ``start`` to ``stop``, cut at groups; may be empty."""
         groups = -(-rows // group_rows)
         edges = (groups * self.index // self.count, groups * (self.index + 1) // self.count)
         return edges[0] * group_rows, min(rows, edges[1] * group_rows)
@@ -87,7 +75,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
         return type(batch)._make(to_device(value, device) for value in batch)
     if type(batch) in (list, tuple):
         return type(batch)(to_device(value, device) for value in batch)
-    if isinstance(batch, Tensor) and batch.is_inference():  # autograd cannot follow those
+    if isinstance(batch, Tensor) and batch.is_inference():  # autograd cannot follow it
         with torch.inference_mode(False):
             return batch.to(device, copy=True)
     if not hasattr(batch, "to"):
@@ -97,7 +85,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 
 def batch_size(batch: Any) -> int | None:
-    """Return how many samples a batch holds, from its first tensor or array; None where that is not to be seen."""
+    """Return how many samples a batch holds, from its first tensor or array; None if it has none."""
     if isinstance(batch, (Tensor, np.ndarray)):
         return len(batch) if batch.ndim else None
     values: Iterable[Any] = ()
@@ -109,10 +97,7 @@ def batch_size(batch: Any) -> int | None:
 
 
 def open_batches(batches: Batches, first_row: int, next_row: int) -> tuple[int, Iterable[Any]]:
-    """Return the store row of the first sample to come, and the batches.
-
-    A callable is asked for what starts at ``next_row``; an iterable starts where it starts.
-    """
+    """Return the store row of the first sample, and the batches: a callable is asked for those from ``next_row``."""
     if callable(batches):
         return max(first_row, next_row), batches(max(0, next_row - first_row))
     _warn_if_shuffled(batches)
@@ -130,7 +115,7 @@ def _warn_if_shuffled(batches: Any) -> None:
 
 
 def count_rows(batches: Batches) -> int | None:
-    """Return how many samples there are where that is known without reading them: a DataLoader or a list."""
+    """Return how many samples there are if that is known without reading them: of a DataLoader or a list."""
     if isinstance(batches, (list, tuple)):
         sizes = [batch_size(batch) for batch in batches]
         return None if None in sizes else sum(size or 0 for size in sizes)
@@ -145,12 +130,12 @@ def count_rows(batches: Batches) -> int | None:
 
 
 BLOCK_BYTES = 128 * 2**20  # of a block's float32 rows: the host memory that keeping the caller's order costs
-LARGEST_BLOCK = 2**30  # but a block has 64 rows, to sort by length, as long as they take no more than this
+LARGEST_BLOCK = 2**30  # bytes up to which a block has at least 64 rows, to be sorted by length
 _BLOCK_ROWS = 4096
 Numbers = npt.NDArray[np.int64]
 
 
-class _Part:
+class _Subset:
     """Some of a sequence's items."""
 
     def __init__(self, samples: Any, numbers: Numbers) -> None:
@@ -159,8 +144,8 @@ class _Part:
     def __len__(self) -> int:
         return len(self._numbers)
 
-    def __getitem__(self, place: int) -> Any:
-        return self._samples[int(self._numbers[place])]
+    def __getitem__(self, index: int) -> Any:
+        return self._samples[int(self._numbers[index])]
 
 
 class BudgetBatches:
@@ -171,18 +156,18 @@ class BudgetBatches:
     samples : sequence
         Samples by number: ``len(samples)`` and ``samples[number]``.
     collate : callable list of samples -> batch
-        Makes a batch of them, padded to the longest.
+        Makes a batch of some samples, padded to the longest.
     lengths : sequence of int, optional
-        Tokens of each sample; without it every sample counts one.
+        Tokens of each sample; by default every sample counts as one.
     tokens : int, optional
-        Most tokens a batch may hold, padding included; a sample longer than that is a batch of its own.
+        The most tokens in a batch, padding included; a longer sample is a batch of its own.
     batch_size : int, optional
-        Most samples a batch may hold.
+        The most samples in a batch.
 
     Attributes
     ----------
     halved : int
-        How often the budget was halved because the device ran out of memory.
+        Times that the budget was halved because the device ran out of memory.
 
     Raises
     ------
@@ -215,7 +200,7 @@ class BudgetBatches:
         return len(self._samples)
 
     def settings(self) -> dict[str, Any]:
-        """Return what is recorded: the budget as it is now."""
+        """Return what is recorded: the current budget."""
         return {"tokens": self.tokens, "batch_size": self.batch_size, "halved": self.halved}
 
     def load(self, numbers: Numbers) -> Any:
@@ -225,12 +210,12 @@ class BudgetBatches:
     def part(self, numbers: Numbers) -> BudgetBatches:
         """Return some of the samples, with the same budget."""
         return BudgetBatches(
-            _Part(self._samples, numbers), self._collate, lengths=self.lengths[numbers], tokens=self.tokens,
+            _Subset(self._samples, numbers), self._collate, lengths=self.lengths[numbers], tokens=self.tokens,
             batch_size=self.batch_size,
         )  # fmt: skip
 
     def blocks(self, k: int, start: int) -> Iterator[tuple[int, int]]:
-        """Yield blocks ``(first, last)`` of the grid for rows of ``k`` numbers, from the one that holds ``start``."""
+        """Yield blocks ``(first, last)`` of rows of ``k`` numbers, from the one that contains ``start``."""
         least = max(1, min(64, LARGEST_BLOCK // (4 * k)))
         size = int(max(least, min(_BLOCK_ROWS, BLOCK_BYTES // (4 * k))))
         for first in range(start // size * size, len(self), size):
@@ -254,7 +239,7 @@ class BudgetBatches:
         return int(lengths.sum()), int(lengths.max(initial=0)) * len(numbers)
 
     def halve(self, numbers: Numbers) -> list[Numbers]:
-        """Halve the budget after a batch that did not fit the device, and return that batch cut anew.
+        """Halve the budget after a batch that did not fit the device, and return that batch cut again.
 
         Raises
         ------
@@ -275,7 +260,7 @@ class BudgetBatches:
         return self.cut(numbers)
 
 
-_AT_ONCE = 2**14  # values looked at together
+_AT_ONCE = 2**14  # values processed together
 RowSource = Sequence[Any] | np.ndarray[Any, Any] | Callable[[Any], Sequence[Any]]
 
 
@@ -283,11 +268,8 @@ RowSource = Sequence[Any] | np.ndarray[Any, Any] | Callable[[Any], Sequence[Any]
 class RowMetadata:
     """Where the ids and columns of rows come from.
 
-    Attributes
-    ----------
-    sources : mapping of str to sequence or callable
-        By array path (``"example_id"``, ``"columns/<name>"``): a value for each sample, indexed by sample number, or
-        a function of the batch.
+    ``sources`` has by array path (``"example_id"``, ``"columns/<name>"``) a value for each sample, indexed by sample
+    number, or a function of the batch.
     """
 
     sources: Mapping[str, RowSource]
@@ -301,13 +283,7 @@ class RowMetadata:
         return cls(named | {f"columns/{name}": source for name, source in (columns or {}).items()})
 
     def check_length(self, samples: int | None) -> None:
-        """Check that sequences have one value for each of the samples, where their number is known.
-
-        Raises
-        ------
-        InputError
-            Naming the first that has not.
-        """
+        """Refuse sequences that do not have one value for each of the samples, if their number is known."""
         for name, source in self.sources.items():
             if samples is not None and hasattr(source, "__len__") and len(source) != samples:
                 raise InputError(
@@ -315,23 +291,17 @@ class RowMetadata:
                 )
 
     def check_ids(self) -> None:
-        """Check that ids given as a sequence do not repeat, as texts; the memory is that of a part of them.
-
-        Raises
-        ------
-        InputError
-            Naming one that does.
-        """
+        """Refuse a sequence of ids that repeat, as text; the memory is that of a part of them."""
         source = self.sources.get("example_id")
         if source is None or callable(source) or not hasattr(source, "__len__"):
-            return  # taken, or refused, batch by batch
+            return  # they are checked batch by batch
         if getattr(source, "distinct", False):
-            return  # they were looked at when they were made
+            return  # they were checked when they were made
         with Repeats() as repeats:
             for low in range(0, len(source), _AT_ONCE):
                 values = _listed(source[low : low + _AT_ONCE])
                 if not all(isinstance(value, (str, int, np.integer)) for value in values):
-                    return  # not ids at all, which is said where their type is looked at
+                    return  # not ids at all, which is refused where their type is checked
                 repeats.add([str(value) for value in values])
             pair = repeats.find(lambda numbers: [str(_at(source, number)) for number in numbers.tolist()])
         if pair is not None:
@@ -340,38 +310,31 @@ class RowMetadata:
             raise InputError(f"expected ids that do not repeat; received {received}: give every sample its own")
 
     def take(self, batch: Any, first: int, count: int) -> dict[str, list[Any]]:
-        """Return the values of a batch's ``count`` rows, by array path; ``first`` is its first sample's number.
-
-        Raises
-        ------
-        InputError
-            If there are not ``count`` of them.
-        """
+        """Return the values of a batch's ``count`` rows, by array path; ``first`` is its first sample's number."""
         return {name: _take(source, name, batch, first, count) for name, source in self.sources.items()}
 
-    def dtypes(self, taken: Mapping[str, list[Any]]) -> dict[str, str]:
-        """Return the stored dtype of each array, from all its values where they are known, else from the batch's.
+    def dtypes(self, of_batch: Mapping[str, list[Any]]) -> dict[str, str]:
+        """Return the stored dtype of each array, from all its values if they are known, otherwise from the batch's.
 
         Raises
         ------
         InputError
             If the values are not numbers, booleans or strings, or ids not whole numbers or strings.
         """
-        found = {}
+        dtypes = {}
         for name, source in self.sources.items():
-            known = isinstance(source, (list, tuple, np.ndarray, Tensor))
-            values = _plain(source) if known else taken[name]  # of a function or a lookup, this batch's
+            complete = isinstance(source, (list, tuple, np.ndarray, Tensor))
             try:
-                found[name] = _dtype(values)
+                dtypes[name] = _dtype(_plain(source) if complete else of_batch[name])
             except InputError as error:
                 raise InputError(f"{error} (in {name})") from error
-        if found.get("example_id", "str") not in ("str", "int64"):
-            raise InputError(f"expected ids that are whole numbers or strings; received {found['example_id']}")
-        return found
+        if dtypes.get("example_id", "str") not in ("str", "int64"):
+            raise InputError(f"expected ids that are whole numbers or strings; received {dtypes['example_id']}")
+        return dtypes
 
 
 def _dtype(values: Any) -> str:
-    """Return the stored dtype of values: of a long list from its parts, since an array of all may be much larger."""
+    """Return the stored dtype of values: of a long list by parts, since an array of all may be much larger."""
     if isinstance(values, np.ndarray) or len(values) <= _AT_ONCE:
         return column_dtype(values)
     kinds = {column_dtype(values[low : low + _AT_ONCE]) for low in range(0, len(values), _AT_ONCE)}
@@ -393,12 +356,12 @@ def _at(source: Any, number: int) -> Any:
 
 def _take(source: RowSource, name: str, batch: Any, first: int, count: int) -> list[Any]:
     try:
-        found = _listed(source(batch) if callable(source) else source[first : first + count])
+        values = _listed(source(batch) if callable(source) else source[first : first + count])
     except (TypeError, KeyError, IndexError) as error:
         raise InputError(
             f"expected {name} as a sequence with one value a sample, or a function of the batch that returns one; "
             f"received {type(source).__name__} ({error})"
         ) from error
-    if len(found) != count:
-        raise InputError(f"expected {count} values of {name} for rows {first}-{first + count}; received {len(found)}")
-    return found
+    if len(values) != count:
+        raise InputError(f"expected {count} values of {name} for rows {first}-{first + count}; received {len(values)}")
+    return values

@@ -1,8 +1,8 @@
-"""A model's fingerprint: a digest of all bytes of its tensors, whatever device, sharding or wrapper they are in.
+"""A model's fingerprint: a digest of all bytes of its tensors, independent of device, sharding and wrappers.
 
-Bytes are summed up by CRC-32C in blocks, several at once, and SHA-256 joins the sums: within a block a changed entry of
-up to 32 bits, or up to three changed bits, are always noticed, and any other change but once in 2^32. Nothing is
-remembered between calls: an assignment through ``.data`` changes weights that look untouched.
+Blocks of bytes are summed up by CRC-32C, several at once, and SHA-256 joins the sums: within a block a changed entry of
+up to 32 bits, or up to three changed bits, are always detected, any other change with probability 1 − 2^-32. Nothing is
+cached between calls: an assignment through ``.data`` changes weights without a trace.
 """
 
 from __future__ import annotations

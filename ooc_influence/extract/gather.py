@@ -1,7 +1,8 @@
-"""The entries of a mask, gathered from the inputs and output gradients that layers hand over."""
+"""Kept entries, gathered from inputs and output gradients of layers, and the maps of these to fewer numbers."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from scipy.sparse import csr_matrix
 from torch import Tensor
+from typing_extensions import override
 
 from ooc_influence.errors import UnsupportedModelError
 from ooc_influence.extract.entries import KINDS, Entries
@@ -18,7 +20,7 @@ from ooc_influence.store import LograReduction, Mask, ModuleMask, Reduction, Sjl
 
 
 class MaskGatherer:
-    """Adds what one layer's use tells of the kept entries to the rows of a batch.
+    """Adds the kept entries that one use of a layer contributes to the rows of a batch.
 
     Parameters
     ----------
@@ -37,129 +39,125 @@ class MaskGatherer:
 
     def add(self, rows: Tensor, use: Use, x: Any, delta: Any) -> None:
         """Add the entries that one use of a layer contributes to rows (b, k)."""
-        here = next(value.device for value in (delta if isinstance(delta, list) else [delta]) if value is not None)
-        key = (use.layer, use.shape.name, here)
+        device = next(value.device for value in (delta if isinstance(delta, list) else [delta]) if value is not None)
+        key = (use.layer, use.shape.name, device)
         if key not in self._entries:
-            self._entries[key] = self._prepare(use, here)
+            self._entries[key] = self._prepare(use, device)
         entries, columns = self._entries[key]
         if not entries.entries:
             return
-        found = entries(x, delta).to(self._device)
-        if len(found) != len(rows):  # samples folded with windows or frames
-            found = found.view(len(rows), -1, found.shape[1]).sum(1)
+        gathered = entries(x, delta).to(self._device)
+        if len(gathered) != len(rows):  # samples folded with windows or frames
+            gathered = gathered.view(len(rows), -1, gathered.shape[1]).sum(1)
         if isinstance(columns, slice):
-            rows[:, columns] += found
+            rows[:, columns] += gathered
         else:
-            rows.index_add_(1, columns, found)
+            rows.index_add_(1, columns, gathered)
 
     def _prepare(self, use: Use, device: torch.device) -> tuple[Entries | LograEntries, slice | Tensor]:
         """Return a module's gatherer on a device, and the columns it adds to."""
         kept, first = self._mask.modules[use.layer], self._starts[use.layer]
+        columns = slice(first, first + len(kept.rows))
         if self._logra is not None:
             if use.shape != kept.layer:
                 raise UnsupportedModelError(
                     f"expected the weight of {kept.layer.name} in one layer for LoGra; received it in {use.shape.name} "
                     "too: use another compressor, or --modules without it"
                 )
-            return LograEntries(kept, use.layer, self._logra, device), slice(first, first + len(kept.rows))
+            return LograEntries(kept, use.layer, self._logra, device), columns
         if use.own:
-            return use.kind(kept, use.module, device), slice(first, first + len(kept.rows))
-        part, at = _shared_part(kept, use)
-        return use.kind(part, use.module, device), torch.from_numpy(first + at).to(self._device)
+            return use.kind(kept, use.module, device), columns
+        part, indices = _shared_part(kept, use)
+        return use.kind(part, use.module, device), torch.from_numpy(first + indices).to(self._device)
 
 
 def _shared_part(kept: ModuleMask, use: Use) -> tuple[ModuleMask, Any]:
-    """Return a layer's kept entries that another module shares, as that module has them, and which they are."""
+    """Return the kept entries of a layer that another module shares, as that module has them, and their indices."""
     shape, module = use.first
-    at, rows, cols = [np.empty(0, np.int64)], [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-    for parameter, which, positions in KINDS[shape.kind].locate(kept.layer, module, kept.rows, kept.cols):
-        if parameter in use.shared and len(which):
-            found = use.kind.entries_at(use.shape, use.module, use.shared[parameter], positions)
-            for values, new in zip((at, rows, cols), (which, *found), strict=True):
-                values.append(new)
-    which = np.concatenate(at)
-    order = np.argsort(which)
-    which = which[order]
-    down, across = (np.concatenate(values)[order].astype(np.int32) for values in (rows, cols))
-    return ModuleMask(use.shape, down, across, kept.weight[which]), which
+    parts = [(np.empty(0, np.int64),) * 3]
+    for parameter, indices, positions in KINDS[shape.kind].locate(kept.layer, module, kept.rows, kept.cols):
+        if parameter in use.shared and len(indices):
+            parts.append((indices, *use.kind.entries_at(use.shape, use.module, use.shared[parameter], positions)))
+    indices, rows, cols = (np.concatenate(values) for values in zip(*parts, strict=True))
+    order = np.argsort(indices)
+    indices, rows, cols = indices[order], rows[order].astype(np.int32), cols[order].astype(np.int32)
+    return ModuleMask(use.shape, rows, cols, kept.weight[indices]), indices
 
 
-_HELD_BYTES = 2**30  # of a generated map
+_CACHED_BYTES = 2**30  # of a generated map
 _SPARSE_ROWS, _SPARSE_ENTRY = 2**20, 16  # of a sparse map: rows at a time, bytes of an entry
 
 
-def make_reducer(reduction: Reduction, device: torch.device) -> Reducer | SparseReducer:
-    """Return what multiplies masked rows by a reduction on a device."""
-    return (SparseReducer if isinstance(reduction, SjltReduction) else Reducer)(reduction, device)  # type: ignore[arg-type]
+class Reducer(ABC):
+    """Multiplies masked rows by a reduction (k', r) on a device.
 
-
-class SparseReducer:
-    """Multiplies masked rows by a sparse projection: by SciPy on the host, which adds in a fixed order.
-
-    Parameters
-    ----------
-    reduction : SjltReduction
-        The map, (k', r). Held if it is small, else generated again for every batch.
-    device : torch.device
-        Where.
+    The map is cached there if it is stored or small, otherwise it is generated again for every batch.
     """
 
-    def __init__(self, reduction: SjltReduction, device: torch.device) -> None:
+    def __init__(self, reduction: Reduction, device: torch.device, *, cached: bool) -> None:
         self._reduction, self._device = reduction, device
-        self._held: list[tuple[slice, Any]] | None = None
-        if _SPARSE_ENTRY * reduction.rows * reduction.nonzeros <= _HELD_BYTES:
-            self._held = list(self._blocks())
+        self._cached = list(self._blocks()) if cached else None
 
+    @abstractmethod
+    def _blocks(self) -> Iterator[tuple[slice, Any]]:
+        """Yield ranges of the map's rows, and these rows on the device."""
+
+    @abstractmethod
+    def _add_product(self, out: Tensor, rows: Tensor, block: Any) -> None:
+        """Add rows (b, some of k') times a block of the map to out (b, r)."""
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Return rows (b, k') times the map, (b, r) float32."""
+        out = rows.new_zeros((len(rows), self._reduction.columns))
+        for part, block in self._blocks() if self._cached is None else self._cached:
+            self._add_product(out, rows[:, part], block)
+        return out
+
+
+def make_reducer(reduction: Reduction, device: torch.device) -> Reducer:
+    """Return the reducer of a reduction."""
+    if isinstance(reduction, SjltReduction):
+        size = _SPARSE_ENTRY * reduction.rows * reduction.nonzeros
+        return _SparseReducer(reduction, device, cached=size <= _CACHED_BYTES)
+    size = 4 * reduction.rows * reduction.columns
+    return _DenseReducer(reduction, device, cached=isinstance(reduction, StoredReduction) or size <= _CACHED_BYTES)
+
+
+class _DenseReducer(Reducer):
+    @override
+    def _blocks(self) -> Iterator[tuple[slice, Any]]:
+        for first, block in self._reduction.blocks(self._reduction.rows):
+            yield slice(first, first + len(block)), torch.from_numpy(np.ascontiguousarray(block)).to(self._device)
+
+    @override
+    def _add_product(self, out: Tensor, rows: Tensor, block: Any) -> None:
+        out.addmm_(rows, block)
+
+
+class _SparseReducer(Reducer):
+    """By SciPy on the host, which adds in a fixed order."""
+
+    _reduction: SjltReduction
+
+    @override
     def _blocks(self) -> Iterator[tuple[slice, Any]]:
         for start in range(0, self._reduction.rows, _SPARSE_ROWS):
             stop = min(start + _SPARSE_ROWS, self._reduction.rows)
             parts = [self._reduction.entries(first) for first in range(start, stop, 1024)]
-            places, signs = (np.concatenate(values) for values in zip(*parts, strict=True))
+            columns, signs = (np.concatenate(values) for values in zip(*parts, strict=True))
             if self._device.type == "cpu":
-                ends = np.arange(stop - start + 1, dtype=np.int64) * places.shape[1]
+                ends = np.arange(stop - start + 1, dtype=np.int64) * columns.shape[1]
                 shape = (stop - start, self._reduction.columns)
-                block: Any = csr_matrix((signs.ravel(), places.ravel(), ends), shape=shape).T.tocsr()
+                block: Any = csr_matrix((signs.ravel(), columns.ravel(), ends), shape=shape).T.tocsr()
             else:
-                block = torch.from_numpy(places).to(self._device), torch.from_numpy(signs).to(self._device)
+                block = torch.from_numpy(columns).to(self._device), torch.from_numpy(signs).to(self._device)
             yield slice(start, stop), block
 
-    def __call__(self, rows: Tensor) -> Tensor:
-        """Return rows (b, k') times the map, (b, r) float32."""
-        out = rows.new_zeros((len(rows), self._reduction.columns))
-        for part, block in self._blocks() if self._held is None else self._held:
-            if self._device.type == "cpu":
-                out += torch.from_numpy(np.ascontiguousarray((block @ rows[:, part].T.contiguous().numpy()).T))
-                continue
-            places, signs = block
-            for number in range(places.shape[1]):
-                out.index_add_(1, places[:, number], rows[:, part] * signs[:, number])
-        return out
-
-
-class Reducer:
-    """Multiplies masked rows by a reduction on a device.
-
-    Parameters
-    ----------
-    reduction : Reduction
-        The map, (k', r). Held on the device as float32 if it is stored or small, else generated again for every batch.
-    device : torch.device
-        Where.
-    """
-
-    def __init__(self, reduction: Reduction, device: torch.device) -> None:
-        self._reduction, self._device = reduction, device
-        self._held: list[tuple[int, Tensor]] | None = None
-        if isinstance(reduction, StoredReduction) or 4 * reduction.rows * reduction.columns <= _HELD_BYTES:
-            self._held = list(self._blocks())
-
-    def _blocks(self) -> Iterator[tuple[int, Tensor]]:
-        for first, block in self._reduction.blocks(self._reduction.rows):
-            yield first, torch.from_numpy(np.ascontiguousarray(block)).to(self._device)
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        """Return rows (b, k') times the map, (b, r) float32."""
-        out = rows.new_zeros((len(rows), self._reduction.columns))
-        for first, block in self._blocks() if self._held is None else self._held:
-            out.addmm_(rows[:, first : first + len(block)], block)
-        return out
+    @override
+    def _add_product(self, out: Tensor, rows: Tensor, block: Any) -> None:
+        if self._device.type == "cpu":
+            out += torch.from_numpy(np.ascontiguousarray((block @ rows.T.contiguous().numpy()).T))
+            return
+        columns, signs = block
+        for number in range(columns.shape[1]):
+            out.index_add_(1, columns[:, number], rows * signs[:, number])

@@ -1,4 +1,4 @@
-"""Per-sample losses that are exact where the model is sure of itself.
+"""Per-sample losses that are exact where the model is confident.
 
 Cross-entropy is computed as ℓ = log(1 + Σ_{c≠y} exp(z_c − z_y)) = softplus(logsumexp_{c≠y} z_c − z_y). Log-softmax
 returns ℓ = 0 once p_y rounds to 1; this form keeps ℓ's relative precision down to 1e-38, which row weights such as
@@ -24,7 +24,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     logits : (b, classes) float
         Scores before the softmax; at least two classes.
     labels : (b,) int
-        The right classes.
+        The correct classes.
 
     Returns
     -------
@@ -54,9 +54,9 @@ def token_cross_entropy(
     Parameters
     ----------
     logits : (b, t, classes) float
-        Scores for the token at the same place of ``labels``: shift them before the call.
+        Scores for the token at the same index of ``labels``: shift them before the call.
     labels : (b, t) int
-        Target tokens; ``ignore_index`` marks places that do not count.
+        Target tokens; ``ignore_index`` marks positions that do not count.
     reduction : {"mean", "sum"}
         Over a sample's own target tokens.
 

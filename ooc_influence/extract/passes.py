@@ -34,27 +34,13 @@ _COPIES = 3.5
 
 @dataclass(frozen=True)
 class ModelSetup:
-    """A model, its loss, and how it is run.
-
-    Attributes
-    ----------
-    model : nn.Module
-        The model.
-    per_sample_loss : callable
-        Its loss.
-    device : torch.device
-        Where it runs.
-    progress : bool or None
-        Whether to show progress lines.
-    check : bool
-        Whether gathered entries are compared with autograd.
-    """
+    """A model, its loss, and how it is run."""
 
     model: torch.nn.Module
     per_sample_loss: PerSampleLoss
     device: torch.device
     progress: bool | None = None
-    check: bool = True
+    check: bool = True  # whether gathered entries are compared with autograd
 
 
 class RowGatherer:
@@ -67,7 +53,7 @@ class RowGatherer:
     device : torch.device
         Where rows are put together; layers may be on others.
     reduction : Reduction, optional
-        What rows are multiplied by.
+        The map that rows are multiplied by.
     """
 
     def __init__(self, mask: Mask, device: torch.device, reduction: Reduction | None = None) -> None:
@@ -78,20 +64,12 @@ class RowGatherer:
         self._reduce = None if reduction is None or logra else make_reducer(reduction, device)
 
     def __call__(self, taps: Taps, per_sample_loss: PerSampleLoss, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Return losses (b,), compressed gradients (b, k) float32 and masked norms (b,) of a batch, on the device.
-
-        Raises
-        ------
-        InputError, UnsupportedModelError
-            See :meth:`Taps.run`.
-        MemoryBudgetError
-            If the rows do not fit the memory that is free.
-        """
+        """Return losses (b,), compressed gradients (b, k) float32 and masked norms (b,) of a batch, on the device."""
         rows = torch.empty(0)
 
         def receiver(b: int) -> Any:
             nonlocal rows
-            _check_room(b, self._k)
+            _check_memory(b, self._k)
             rows = torch.zeros((b, self._k), device=self._device)
             return lambda use, x, delta: self._gather.add(rows, use, x, delta)
 
@@ -100,21 +78,21 @@ class RowGatherer:
         return losses, rows if self._reduce is None else self._reduce(rows), norms
 
 
-def _check_room(b: int, k: int) -> None:
-    """Refuse a batch whose rows would have the process killed; small ones are not looked at."""
-    need = int(_COPIES * 4 * b * k)
-    if need <= BLOCK_BYTES or need <= (free := available(need)):
+def _check_memory(b: int, k: int) -> None:
+    """Refuse a batch whose rows do not fit the free memory; small ones are not checked."""
+    size = int(_COPIES * 4 * b * k)
+    if size <= BLOCK_BYTES or size <= (free := available(size)):
         return
-    fits = free * b // need
+    fits = free * b // size
     smaller = f"batches of at most {fits}, BudgetBatches, whose budget shrinks by itself, or " if fits else ""
     raise MemoryBudgetError(
-        f"a batch of {b} samples with {k} entries each needs {format_bytes(need)}, {format_bytes(free)} are free: use "
+        f"a batch of {b} samples with {k} entries each needs {format_bytes(size)}, {format_bytes(free)} are free: use "
         f"{smaller}a compressor that keeps fewer entries"
     )
 
 
 class PendingTransfer:
-    """Losses, rows and norms of a batch, on their way from the device."""
+    """Losses, rows and norms of a batch, being copied from the device."""
 
     def __init__(self, *values: Tensor) -> None:
         self._event = None
@@ -124,7 +102,7 @@ class PendingTransfer:
                 host.copy_(value, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()
-            self._sources, values = values, tuple(pinned)  # sources must outlive the copy
+            self._sources, values = values, tuple(pinned)  # the sources must outlive the copy
         self._values = values
 
     def result(self) -> Computed:
@@ -152,7 +130,7 @@ class DataPass:
         self._tokens, self._began = 0, time.perf_counter()
 
     def _compute(self, batch: Any) -> tuple[int, PendingTransfer]:
-        """Run the model on a batch on the device; return its number of samples and what is on its way."""
+        """Run the model on a batch on the device; return its number of samples and the pending results."""
         losses, rows, norms = self._gatherer(self._taps, self._loss, batch)
         if self._taps.silent:
             self._warn_silent()
@@ -180,7 +158,7 @@ class DataPass:
             )
 
     def _warn_silent(self) -> None:
-        """Say, once, which tapped layers the first computed batch did not reach; all of them is an error."""
+        """Warn, once, of tapped layers that the first computed batch did not reach; if it reached none, refuse."""
         names = sorted(name or "(the model)" for name in self._taps.silent)
         if self._taps.all_silent:
             raise InputError(
@@ -193,19 +171,13 @@ class DataPass:
 
 
 class BatchPass(DataPass):
-    """Through the caller's own batches, in their order."""
+    """A pass over the caller's own batches, in their order."""
 
-    _sizes_hold: bool | None = None  # whether a batch's first tensor tells its size; known after one batch
+    _sizes_agree: bool | None = None  # whether a batch's first tensor has its size; known after one batch
     _waiting: _Waiting | None = None
 
     def read(self, batches: Batches, first_row: int) -> None:
-        """Read the batches to their end, or to the end of this writer's range.
-
-        Raises
-        ------
-        InputError
-            If there are none, or too few for the range.
-        """
+        """Read the batches to their end, or to the end of this writer's range."""
         sink = self._sink
         row, source = open_batches(batches, first_row, sink.next_row)
         self._bar.advance(sink.own(first_row, row - first_row))
@@ -227,17 +199,17 @@ class BatchPass(DataPass):
         self._check_end(row)
 
     def _one(self, batch: Any, row: int) -> int:
-        """Pass over a batch, or compute it and store its rows; return its number of samples.
+        """Skip a batch, or compute it and store its rows; return its number of samples.
 
-        The first batch is always looked at: its losses show whether the data is still the same.
+        The first batch is always run: its losses show whether the data is still the same.
         """
-        size = None if self._sizes_hold is False else batch_size(batch)
+        size = None if self._sizes_agree is False else batch_size(batch)
         done = size is not None and row + size <= self._sink.next_row
-        if done and self._sizes_hold:
+        if done and self._sizes_agree:
             return size or 0
         moved = to_device(batch, self._device)
-        look = done or (size is None and row < self._sink.next_row)
-        losses = self._taps.losses(self._loss, moved) if look else None
+        compare = done or (size is None and row < self._sink.next_row)
+        losses = self._taps.losses(self._loss, moved) if compare else None
         if losses is not None and row + len(losses) <= self._sink.next_row:
             count = len(losses)
             self._sink.check_same_data(batch, row, losses.float().cpu().numpy())
@@ -248,17 +220,17 @@ class BatchPass(DataPass):
             self._waiting = _Waiting(batch, row, computed)
             if self._device.type != "cuda":
                 self._finish()
-        self._sizes_hold = size == count
+        self._sizes_agree = size == count
         return count
 
     def _finish(self) -> None:
-        """Store the rows of the batch before, whose copy ran beside this one."""
+        """Store the rows of the previous batch, which were copied while this one ran."""
         waiting, self._waiting = self._waiting, None
         if waiting is not None:
             self._sink.take(waiting.batch, waiting.row, waiting.computed.result())
 
     def _check_size(self, size: int | None, count: int) -> None:
-        if self._sizes_hold and size != count:
+        if self._sizes_agree and size != count:
             raise InputError(
                 f"expected one loss for each of the batch's {size} samples; received {count}: "
                 "the first tensor of a batch needs one entry a sample on axis 0"
@@ -266,16 +238,10 @@ class BatchPass(DataPass):
 
 
 class BudgetPass(DataPass):
-    """Through samples batched by a budget, block by block."""
+    """A pass over samples batched by a budget, block by block."""
 
     def read(self, source: BudgetBatches, k: int, first_row: int) -> None:
-        """Read all samples, or those of this writer's range.
-
-        Raises
-        ------
-        InputError
-            If there are none, or a sample does not fit the device.
-        """
+        """Read all samples, or those of this writer's range."""
         sink = self._sink
         stop = first_row + len(source) if sink.stop is None else min(sink.stop, first_row + len(source))
         self._bar.advance(sink.own(first_row, sink.next_row - first_row))
@@ -287,7 +253,7 @@ class BudgetPass(DataPass):
         self._check_end(first_row + len(source))
 
     def _check_start(self, source: BudgetBatches, first_row: int) -> None:
-        """Check that a few finished rows have the losses stored: that it is still the same data."""
+        """Compare the losses of a few finished rows with those stored: the data must still be the same."""
         sink = self._sink
         finished = np.arange(sink.start, sink.next_row) - first_row
         finished = finished[finished >= 0][-4:]
@@ -311,20 +277,20 @@ class BudgetPass(DataPass):
             if source.halved and source.padded(part)[1] > (source.tokens or np.inf) and len(part) > 1:
                 todo = source.cut(part) + todo
                 continue
-            found = self._compute_or_none(source.load(part))
-            if found is None:
+            computed = self._compute_or_none(source.load(part))
+            if computed is None:
                 if self._device.type == "cuda":
                     torch.cuda.empty_cache()
                 todo = source.halve(part) + todo
                 continue
-            count, computed = found
+            count, pending = computed
             if count != len(part):
                 raise InputError(f"expected one loss for each of {len(part)} samples; received {count}")
             if waiting is not None:
                 block.put(waiting[0] - low, waiting[1].result())
-            waiting = (part, computed)
-            mine = (part >= low) & (part < end)
-            self._report(int(mine.sum()), int(source.lengths[part[mine]].sum()))
+            waiting = (part, pending)
+            missing = (part >= low) & (part < end)
+            self._report(int(missing.sum()), int(source.lengths[part[missing]].sum()))
         if waiting is not None:
             block.put(waiting[0] - low, waiting[1].result())
         sink.take(None, first_row + low, block)
@@ -332,7 +298,7 @@ class BudgetPass(DataPass):
             sink.record(batching=source.settings())
 
     def _compute_or_none(self, batch: Any) -> tuple[int, PendingTransfer] | None:
-        """Run the model on a batch; None where it does not fit. On return nothing holds its tensors any more."""
+        """Run the model on a batch; None if it does not fit. On return nothing refers to its tensors any more."""
         try:
             return self._compute(to_device(batch, self._device))
         except MemoryBudgetError:
@@ -344,7 +310,7 @@ class BudgetPass(DataPass):
 
 
 def token_count(batch: Any) -> int | None:
-    """Return the tokens of a batch that says which are padding; None for others."""
+    """Return the tokens of a Hugging Face batch without its padding; None for others."""
     if isinstance(batch, Mapping):
         mask = batch.get("attention_mask")
         if isinstance(mask, Tensor):
@@ -358,7 +324,7 @@ def fill(
     sink: Sink, plan: StorePlan, setup: ModelSetup, batches: Batches | BudgetBatches, batching: Batching, *,
     total: int | None, label: str = "extract",
 ) -> None:  # fmt: skip
-    """Run the model over the batches whose rows are missing; ``total``: their samples, where that is known."""
+    """Run the model over the batches whose rows are missing; ``total``: their samples, if that is known."""
     with (
         tapped(
             setup.model,

@@ -33,24 +33,12 @@ logger = logging.getLogger("ooc_influence")
 
 @dataclass(frozen=True)
 class Pilot:
-    """What a pilot is run on, and what it is run for.
-
-    Attributes
-    ----------
-    setup : ModelSetup
-        The model and its loss.
-    batches : iterable or callable
-        The pilot's own batches, or the data to take some from.
-    memory : int, str or None
-        Budget for fitting the eigenbasis of the pilot's rows.
-    verification : dict
-        Result of the comparison with autograd, once a pass was made.
-    """
+    """A pilot on some of ``batches``, its own or the extraction's."""
 
     setup: ModelSetup
     batches: Batches | BudgetBatches
-    memory: int | str | None = None
-    verification: dict[str, Any] = field(default_factory=dict)
+    memory: int | str | None = None  # budget for fitting the eigenbasis of the pilot's rows
+    verification: dict[str, Any] = field(default_factory=dict)  # result of the comparison with autograd, after a pass
 
     def __post_init__(self) -> None:
         if self.memory is not None:
@@ -69,7 +57,7 @@ class Pilot:
             )
         wide, path = compressor.wide, pilot_path(store)
         plan = replace(plan, attributes=plan.attributes | {"compressor": wide.to_dict()})
-        earlier = self._earlier_mask(path, wide, layers, metric)
+        earlier = self._earlier(path, wide, layers, metric)
         if earlier is None:
             moments = self.moments(layers, wide.pilot_samples) if wide.pilot_samples else ()
             plan = replace(plan, mask=wide.draw(layers, moments)).weighted_by(metric, self.setup.model)
@@ -90,7 +78,7 @@ class Pilot:
         )
         return replace(plan, reduction=reduction, attributes=plan.attributes | {"compressor": compressor.to_dict()})
 
-    def _earlier_mask(
+    def _earlier(
         self, path: StorePath, wide: Compressor, layers: list[LayerShape], metric: AdamMetric | None
     ) -> GradientStore | None:
         """Return the wide store of a killed run with the same compressor, layers and metric."""
@@ -112,20 +100,13 @@ class Pilot:
             sink.close()
 
     def count(self) -> int | None:
-        """Return how many samples there are, where that is known without reading them."""
+        """Return how many samples there are, if that is known without reading them."""
         return len(self.batches) if isinstance(self.batches, BudgetBatches) else count_rows(self.batches)
 
     def moments(self, layers: Sequence[LayerShape], samples: int) -> list[PilotMoments]:
         """Return second moments of every layer's rows and columns over ``samples`` samples.
 
         Batches with NaN or Inf do not count: the extraction that follows names the samples, or skips them.
-
-        Raises
-        ------
-        InputError, UnsupportedModelError
-            See :meth:`Taps.run`.
-        NonFiniteError
-            If no batch is finite.
         """
         sums, skipped = MomentSums(layers), 0
         with (
@@ -151,13 +132,7 @@ class Pilot:
         return sums.result()
 
     def verify(self, layers: Sequence[LayerShape]) -> None:
-        """Compare what layers hand over for a first batch with autograd.
-
-        Raises
-        ------
-        InputError, UnsupportedModelError
-            See :meth:`Taps.run`.
-        """
+        """Compare the entries gathered of a first batch with autograd."""
         with tapped(self.setup.model, layers, self.setup.device, check=True) as taps:
             for batch in take_evenly(self.batches, 2):
                 moved = to_device(batch, self.setup.device)
@@ -194,11 +169,11 @@ def take_evenly(batches: Batches | BudgetBatches, samples: int) -> Iterator[Any]
             "expected batches that can be read twice, once for the pilot; received an iterator: give a list, a "
             "DataLoader or a callable start_row -> iterable, or the pilot's own batches with pilot="
         )
-    taken = 0
+    count = 0
     for batch in _spread(batches, samples):
-        if taken >= samples:
+        if count >= samples:
             return
-        taken += batch_size(batch) or 1
+        count += batch_size(batch) or 1
         yield batch
 
 
@@ -206,22 +181,22 @@ def _spread(batches: Batches | BudgetBatches, samples: int) -> Iterable[Any]:
     if isinstance(batches, (list, tuple)) and batches:
         sizes = [batch_size(batch) or 1 for batch in batches]
         count = max(1, -(-samples // max(sizes)))
-        while count < len(batches) and sum(sizes[place] for place in _even(len(batches), count)) < samples:
+        while count < len(batches) and sum(sizes[index] for index in _even(len(batches), count)) < samples:
             count += 1  # the last batch, which is always among them, may be short
-        return [batches[place] for place in _even(len(batches), count)]
+        return [batches[index] for index in _even(len(batches), count)]
     if isinstance(batches, BudgetBatches):
         numbers = np.array(_even(len(batches), samples), np.int64)
         return (batches.load(part) for part in (batches.cut(numbers) if len(numbers) else []))
     data = torch.utils.data
     if isinstance(batches, data.DataLoader) and batches.batch_size and hasattr(batches.dataset, "__getitem__"):
         size, collate, dataset = batches.batch_size, batches.collate_fn, batches.dataset
-        places = _even(len(dataset), samples)  # type: ignore[arg-type]
-        return (collate([dataset[place] for place in places[low : low + size]]) for low in range(0, len(places), size))
+        chosen = _even(len(dataset), samples)  # type: ignore[arg-type]
+        return (collate([dataset[index] for index in chosen[low : low + size]]) for low in range(0, len(chosen), size))
     return batches(0) if callable(batches) else batches
 
 
 def _even(count: int, wanted: int) -> list[int]:
-    return sorted({round(place) for place in np.linspace(0, count - 1, min(count, wanted)).tolist()})
+    return sorted({round(index) for index in np.linspace(0, count - 1, min(count, wanted)).tolist()})
 
 
 class MomentSums:
@@ -233,17 +208,18 @@ class MomentSums:
         self._sums: dict[tuple[int, str], list[Any]] = {}
 
     def receiver(self, b: int) -> Callable[[Use, Any, Any], None]:
-        """Return what takes a batch of ``b`` samples; what an earlier try of it left is forgotten."""
+        """Return the receiver of a batch of ``b`` samples, without what an earlier attempt at it added."""
         self._sums.clear()
         return self.add
 
     def add(self, use: Use, x: Any, delta: Any) -> None:
         """Add one module's input and output gradient of a batch."""
-        found = use.kind.moments(use.shape, use.module, x, delta)
-        parts = [found.rows.cpu().numpy(), found.cols.cpu().numpy(), found.tokens]
-        sums = self._sums.setdefault((use.layer, use.shape.name), [0.0, 0.0, 0])
-        for place, part in enumerate(parts):
-            sums[place] = sums[place] + part
+        rows, cols, tokens = use.kind.moments(use.shape, use.module, x, delta)
+        self._add((use.layer, use.shape.name), [rows.cpu().numpy(), cols.cpu().numpy(), tokens])
+
+    def _add(self, key: tuple[int, str], moments: list[Any]) -> None:
+        sums = self._sums.get(key, [0.0, 0.0, 0])
+        self._sums[key] = [total + value for total, value in zip(sums, moments, strict=True)]
 
     @property
     def finite(self) -> bool:
@@ -253,25 +229,24 @@ class MomentSums:
     def join(self, other: MomentSums) -> None:
         """Add the sums over other samples."""
         self.samples += other.samples
-        for key, parts in other._sums.items():
-            held = self._sums.setdefault(key, [0.0, 0.0, 0])
-            self._sums[key] = [mine + part for mine, part in zip(held, parts, strict=True)]
+        for key, moments in other._sums.items():
+            self._add(key, moments)
 
     def result(self) -> list[PilotMoments]:
-        """Return the moments of every layer that received gradients; of a tied weight those of each of its uses."""
+        """Return the moments of every layer that received gradients; of a tied weight, those of each of its uses."""
         if not self.samples:
             raise InputError("expected pilot batches with samples; received none: the data set is empty")
-        found = []
+        moments = []
         for (number, _), (rows, cols, tokens) in sorted(self._sums.items(), key=lambda item: item[0]):
             height, width = self._layers[number].shape
             if len(rows) != height:
-                continue  # a weight shared in another form: its other uses tell
+                continue  # a weight shared in another form: its other uses count
             full = np.zeros(width)  # a tied module may lack the bias column
             full[: min(width, len(cols))] = cols[:width] / max(1, tokens)
             if self._layers[number].kind == BiasEntries.kind:
                 full[:] = 1.0
-            found.append(PilotMoments(number, rows / self.samples, full))
-        return found
+            moments.append(PilotMoments(number, rows / self.samples, full))
+        return moments
 
 
 def pilot_path(store: PathLike) -> StorePath:

@@ -37,7 +37,7 @@ from ooc_influence.store import GradientStore, PathLike, StorePath, parse_path
 
 @dataclass(frozen=True)
 class Split:
-    """Named data: batches, and what belongs to each row.
+    """Named data: batches, and the ids and columns of their rows.
 
     Attributes
     ----------
@@ -54,7 +54,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A model, its per-sample loss and its data; what the function named by ``--recipe`` returns.
+    """A model, its per-sample loss and its data, as returned by the function named by ``--recipe``.
 
     Attributes
     ----------
@@ -67,7 +67,7 @@ class Recipe:
     loss_kind : str, optional
         As for :func:`extract_gradients`.
     query : callable (str) -> batch, optional
-        Makes a batch of what somebody types or pastes as a new query (``serve``), one sample or several.
+        Makes a batch, of one sample or several, of a new query that is typed or pasted (``serve``).
     """
 
     model: Any
@@ -84,8 +84,8 @@ class Recipe:
         KeyError
             If there is none of that name.
         """
-        found = self.splits[name]
-        return found if isinstance(found, Split) else Split(found)
+        split = self.splits[name]
+        return split if isinstance(split, Split) else Split(split)
 
 
 _PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
@@ -99,14 +99,14 @@ def load_recipe(name: str) -> Recipe:
     InputError
         If the name has another form, or the file, module or function is missing, fails or returns something else.
     """
-    place, colon, function_name = name.rpartition(":")
-    if not colon or not place or not function_name:
+    source, colon, function_name = name.rpartition(":")
+    if not colon or not source or not function_name:
         raise InputError(f"expected --recipe path.py:function or module:function; received {name!r}")
     try:
-        module = _load_file(Path(place)) if place.endswith(".py") else _load_module(place)
+        module = _load_file(Path(source)) if source.endswith(".py") else _load_module(source)
         function = getattr(module, function_name, None)
         if not callable(function):
-            raise InputError(f"expected a function {function_name!r} in {place}; received none: check the name")
+            raise InputError(f"expected a function {function_name!r} in {source}; received none: check the name")
         result = function()
     except InputError:
         raise
@@ -133,17 +133,9 @@ def load_recipe(name: str) -> Recipe:
 
 @contextlib.contextmanager
 def running(name: str | None) -> Iterator[None]:
-    """Say which line of a recipe's own code (its loss, its model, its data) failed; other errors pass as they are.
+    """Turn an exception of a recipe's own code (its loss, model or data) into an InputError that names the line.
 
-    Parameters
-    ----------
-    name : str or None
-        The recipe's; None where there is none.
-
-    Raises
-    ------
-    InputError
-        Naming the line, where an exception comes out of one.
+    Other errors pass unchanged, as do all errors without a recipe.
     """
     try:
         yield
@@ -157,9 +149,9 @@ def running(name: str | None) -> Iterator[None]:
 
 
 def _own_frame(error: Exception) -> traceback.FrameSummary | None:
-    """Return the user's line that an error comes out of, itself or by what it called of Python's and of libraries.
+    """Return the user's line that an error comes from, directly or through Python's library or installed packages.
 
-    None for an error of this package, also where the user's code called it.
+    None for an error of this package, even if the user's code called it.
     """
     libraries = tuple({sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")})
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
@@ -173,15 +165,15 @@ def _own_frame(error: Exception) -> traceback.FrameSummary | None:
 def _failed(name: str | None, error: BaseException, frame: traceback.FrameSummary) -> str:
     return (
         f"expected the recipe {name} to run; received {type(error).__name__}: {error} "
-        f"(at {frame.filename}:{frame.lineno}): mend the recipe"
+        f"(at {frame.filename}:{frame.lineno}): fix the recipe"
     )
 
 
 def _load_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise InputError(f"expected a Python file {path}; received no such file")
-    known = path.stem in sys.modules or importlib.util.find_spec(path.stem) is not None
-    name = f"recipe_{path.stem}" if known else path.stem  # datasets.py must not hide the library of that name
+    taken = path.stem in sys.modules or importlib.util.find_spec(path.stem) is not None
+    name = f"recipe_{path.stem}" if taken else path.stem  # datasets.py must not hide the library of that name
     sys.path.insert(0, str(path.resolve().parent))  # the recipe may import its neighbours
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
@@ -205,17 +197,17 @@ def choose_split(recipe: Recipe, name: str | None) -> Split:
     InputError
         If the name is missing or unknown.
     """
-    known = ", ".join(recipe.splits)
+    names = ", ".join(recipe.splits)
     if name is None and len(recipe.splits) > 1:
-        raise InputError(f"expected --split, one of {known}; received none")
+        raise InputError(f"expected --split, one of {names}; received none")
     if name is not None and name not in recipe.splits:
-        raise InputError(f"expected --split to be one of {known}; received {name!r}")
+        raise InputError(f"expected --split to be one of {names}; received {name!r}")
     return recipe.split(name or next(iter(recipe.splits)))
 
 
 RESOURCE = "shard"
-_PATIENCE = 180.0  # seconds to wait for a dead writer's claim to run out
-_POLL = 2.0  # seconds between looks at how far the shards are
+_PATIENCE = 180.0  # seconds to wait for a dead writer's claim to expire
+_POLL = 2.0  # seconds between queries of the shards' progress
 _INIT_OPTIONS = (
     "compressor", "like", "modules", "fallback", "dtype", "storage", "check_model", "check_gradients", "metric",
     "device", "memory", "origin",
@@ -235,7 +227,7 @@ def extract_shards(
 ) -> GradientStore:
     """Extract a recipe's gradients on the ambient Dask cluster, or shard by shard in this process without one.
 
-    The same call goes on where an interrupted one was.
+    The same call resumes an interrupted one.
 
     Parameters
     ----------
@@ -246,9 +238,9 @@ def extract_shards(
     split : str, optional
         Which split, of a recipe that has several.
     shards : int, optional
-        How many writers divide the store; default one a worker. A shard is what is done again least when a worker dies.
+        How many writers divide the store; by default one per worker.
     rows : int, optional
-        Rows of the whole store; default as many as the split has, where that is known.
+        Rows of the whole store; by default as many as the split has, if that is known.
     progress : bool, optional
         Show a progress line; silent by default.
     **options
@@ -264,64 +256,47 @@ def extract_shards(
     Raises
     ------
     InputError
-        For a recipe or options that cannot be used so, or a cluster without workers.
+        For an invalid recipe or invalid options, or a cluster without workers.
     ClusterError
-        If the cluster's workers die again and again.
+        If the cluster's workers die repeatedly.
     OocInfluenceError
         See :func:`extract_gradients`.
     """
-    name, place = _absolute(recipe), parse_path(store)
-    options = by_path(options)
-    init = {key: options[key] for key in _INIT_OPTIONS if key in options}
-    return run_shards(
-        place,
-        partial(_init_recipe, name, split, place, rows, init),
-        partial(_extract_recipe, name, split, place, options),
-        shards,
-        progress,
-    )
+    source, _, function = recipe.rpartition(":")
+    name = f"{Path(source).absolute()}:{function}" if source.endswith(".py") else recipe
+    path, options = parse_path(store), by_path(options)
+    init = partial(_init_recipe, name, split, path, rows, {k: options[k] for k in _INIT_OPTIONS if k in options})
+    return run_shards(path, init, partial(_extract_recipe, name, split, path, options), shards, progress)
 
 
 def by_path(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options whose paths hold in any folder.
-
-    Raises
-    ------
-    InputError
-        For an optimiser's state as an object: workers load it.
-    """
-    found = dict(options)
-    for name in ("like", "metric"):
-        if isinstance(found.get(name), (str, Path)):
-            found[name] = parse_path(found[name])
-    if isinstance(found.get("metric"), AdamMetric):
+    """Return options with absolute paths, for workers to load; an optimiser's state as an object is refused."""
+    if isinstance(options.get("metric"), AdamMetric):
         raise InputError("expected the path of Adam's state as metric= of shards; received an AdamMetric")
-    return found
+    paths = {
+        name: parse_path(options[name]) for name in ("like", "metric") if isinstance(options.get(name), (str, Path))
+    }
+    return {**options, **paths}
 
 
 def loaded(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options with what is given by its path loaded."""
+    """Return options with the metric loaded from its path."""
     metric = options.get("metric")
     return {**options, "metric": metric if metric is None else AdamMetric(metric)}
-
-
-def _absolute(recipe: str) -> str:
-    place, colon, function = recipe.rpartition(":")
-    return f"{Path(place).absolute()}{colon}{function}" if place.endswith(".py") else recipe
 
 
 def _init_recipe(name: str, split: str | None, store: StorePath, rows: int | None, options: dict[str, Any]) -> None:
     recipe = load_recipe(name)
     data = choose_split(recipe, split)
-    known, ids, columns = row_types(data.batches, data.ids, data.columns)
-    wanted = known if rows is None else rows
-    if wanted is None:
+    count, ids, columns = row_types(data.batches, data.ids, data.columns)
+    rows = count if rows is None else rows
+    if rows is None:
         raise InputError(
-            "expected the rows of the whole store, which the split does not tell; received none: make the store with "
+            "expected the rows of the whole store, which the split does not state; received none: make the store with "
             "ooc-influence init --rows N first, or give rows="
         )
     init_store(
-        recipe.model, store, wanted, ids=ids, columns=columns, loss_kind=recipe.loss_kind,
+        recipe.model, store, rows, ids=ids, columns=columns, loss_kind=recipe.loss_kind,
         per_sample_loss=recipe.per_sample_loss, pilot=data.batches, **loaded(options),
     )  # fmt: skip
 
@@ -359,9 +334,7 @@ def run_shards(
 
     check_workers(None)
     if getattr(store, "protocol", "") == "memory":
-        raise InputError(
-            f"expected a place that the cluster's workers can see; received {store}: use a folder or s3://"
-        )
+        raise InputError(f"expected a path that the cluster's workers can see; received {store}: use a folder or s3://")
     workers = client.scheduler_info(-1)["workers"].values()
     limited = all(RESOURCE in worker.get("resources", {}) for worker in workers)
     resources = {RESOURCE: 1} if limited else None
@@ -377,10 +350,10 @@ def run_shards(
     except KilledWorker as error:
         raise ClusterError(
             f"expected workers that stay alive; received several that died with one shard ({error.task}): see their "
-            "logs; what is committed stays, run again to go on"
+            "logs; committed rows stay, run again to resume"
         ) from error
     finally:
-        client.cancel(futures, force=True)  # where all went well, nothing is left to cancel
+        client.cancel(futures, force=True)  # nothing is left to cancel after a success
     return GradientStore.open(store)
 
 
@@ -394,7 +367,7 @@ def _make(store: StorePath, init: Callable[[], Any]) -> None:
 
 
 def _run_shard(extract: Callable[..., Any], shard: tuple[int, int]) -> None:
-    """Run one shard, alone in this process; wait for the claim of a writer that has died meanwhile."""
+    """Run one shard, alone in this process; wait for the claim of a writer that has died to expire."""
     while not _busy.acquire(timeout=1):
         check_cancelled()
     try:

@@ -1,8 +1,8 @@
-"""Which layers of a model are tapped, and what the others hold.
+"""Which layers of a model are tapped, and what share of its parameters the others hold.
 
 By default every layer of a known kind is tapped; of a model that is partly frozen, the trained parameters. A parameter
-that several modules use is one set of entries to which all of them add; where one of them is of no known kind, its
-gradient would lack a part, so it is left out altogether.
+that several modules use is one set of entries to which all of them contribute; if one of them is of an unknown kind,
+the gradient would lack a part, so the parameter is left out.
 """
 
 from __future__ import annotations
@@ -27,18 +27,10 @@ _FOREIGN = "shares its parameters with a layer of an unknown kind"
 
 @dataclass(frozen=True)
 class Adjustments:
-    """What the first batch showed of a model's layers (:mod:`.check`).
+    """Changes to the selection that the first batch showed to be necessary (:mod:`.check`)."""
 
-    Attributes
-    ----------
-    without : mapping of str to str
-        Layers that are left out, and why.
-    fallback : tuple of str
-        Layers that go through the fallback although their class is of a known kind.
-    """
-
-    without: Mapping[str, str] = field(default_factory=dict)
-    fallback: tuple[str, ...] = ()
+    without: Mapping[str, str] = field(default_factory=dict)  # layers that are left out, and why
+    fallback: tuple[str, ...] = ()  # layers that go through the fallback although their class is of a known kind
 
     def __bool__(self) -> bool:
         return bool(self.without or self.fallback)
@@ -46,11 +38,11 @@ class Adjustments:
     @classmethod
     def of(cls, attributes: Mapping[str, Any] | None) -> Adjustments:
         """Return what a store recorded."""
-        found = attributes or {}
-        return cls(dict(found.get("without", {})), tuple(found.get("fallback", ())))
+        recorded = attributes or {}
+        return cls(dict(recorded.get("without", {})), tuple(recorded.get("fallback", ())))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as a store records it."""
+        """Return what a store records."""
         return {"without": dict(self.without), "fallback": list(self.fallback)}
 
 
@@ -72,7 +64,7 @@ class Trained:
         return self.trained if some & self.trained.keys() else self.all
 
     def total(self, parameters: Iterable[nn.Parameter]) -> int:
-        """Return the size of what :meth:`share` is a share of."""
+        """Return the size that :meth:`share` is relative to."""
         return sum(self._sizes({id(p) for p in parameters}).values())
 
     def share(self, parameters: Iterable[nn.Parameter]) -> float:
@@ -84,44 +76,22 @@ class Trained:
 
 
 class Selection(NamedTuple):
-    """What is tapped.
+    """What is tapped."""
 
-    Attributes
-    ----------
-    layers : list of LayerShape
-        In the model's order.
-    share : float
-        The share of the (trained) parameters they hold.
-    missed : mapping of str to (str, float)
-        Of the modules with other parameters: why, and the share of the parameters that they hold.
-    """
-
-    layers: list[LayerShape]
-    share: float
-    missed: Mapping[str, tuple[str, float]]
+    layers: list[LayerShape]  # in the model's order
+    share: float  # of the (trained) parameters, held by these layers
+    missed: Mapping[str, tuple[str, float]]  # modules with other parameters: why, and their share of the parameters
 
 
 @dataclass(frozen=True, eq=False)
 class _Candidate:
-    """A module with parameters.
-
-    Attributes
-    ----------
-    name, module
-        The module.
-    shape : LayerShape or None
-        Its entry matrix; None of an unknown kind.
-    parameters : dict of str to Parameter
-        What belongs to its entries; of an unknown kind all that it owns.
-    used_in : str or None
-        The class of the module that uses it without calling it.
-    """
+    """A module with parameters."""
 
     name: str
     module: nn.Module
-    shape: LayerShape | None
-    parameters: dict[str, nn.Parameter]
-    used_in: str | None = None
+    shape: LayerShape | None  # its entry matrix; None if its kind is unknown
+    parameters: dict[str, nn.Parameter]  # those of its entries; all that it owns if its kind is unknown
+    used_in: str | None = None  # the class of the module that uses it without calling it
 
     @property
     def registers_only(self) -> bool:
@@ -140,13 +110,13 @@ def select_layers(
         The model.
     modules : str, sequence of str, callable, sequence of LayerShape or None
         Name patterns (``"encoder.*.fc?"``) or a predicate ``(name, module) -> bool``; None selects every supported
-        layer, or, of a model with frozen and trained parameters, the trained ones. A pattern that begins with ``!``
-        leaves layers out: of those that the other patterns select, or by default would be. Layers that share a
-        parameter with a selected one are tapped with it.
+        layer or, in a model with frozen and trained parameters, the trained ones. A pattern that begins with ``!``
+        leaves layers out of those selected by the other patterns, or by default. Layers that share a parameter with a
+        selected one are tapped with it.
     fallback : bool
         Tap layers of unknown kinds too, through ``torch.func``.
     adjusted : Adjustments, optional
-        What the first batch showed.
+        Changes that the first batch showed to be necessary.
 
     Warns
     -----
@@ -161,9 +131,9 @@ def select_layers(
     if isinstance(modules, (list, tuple)) and modules and all(isinstance(m, LayerShape) for m in modules):
         return Selection(list(modules), 1.0, {})
     adjusted = adjusted or Adjustments()
-    found = list(_candidates(model, fallback, adjusted))
-    wanted = _wanted(model, modules, found)
-    layers, placed, blocked = _place(found, wanted, adjusted)
+    candidates = list(_candidates(model, fallback, adjusted))
+    wanted = _wanted(model, modules, candidates)
+    layers, layer_of, blocked = _assign(candidates, wanted, adjusted)
     if not layers:
         kinds = sorted({type(m).__name__ for m in model.modules() if m._parameters}) or ["no layer with parameters"]
         raise UnsupportedModelError(
@@ -172,9 +142,9 @@ def select_layers(
             "fallback=True (--fallback)"
         )
     trained = Trained.of(model)
-    held = [p for p in model.parameters() if id(p) in placed]
-    missed = _missed(found, wanted, placed, blocked, adjusted, trained.total(held))
-    share = trained.share(held)
+    tapped = [p for p in model.parameters() if id(p) in layer_of]
+    missed = _missed(candidates, wanted, layer_of, blocked, adjusted, trained.total(tapped))
+    share = trained.share(tapped)
     _warn_missed(missed, share)
     return Selection(layers, share, missed)
 
@@ -210,58 +180,58 @@ def _only_registers(module: nn.Module) -> bool:
 
 
 class _Wanted(NamedTuple):
-    """What is asked for: parameters by identity, and layers by name whose quantised weights are too."""
+    """What is selected: parameters by identity, and by name the layers whose quantised weights are too."""
 
     parameters: set[int]
     coded: set[str]
 
 
-def _wanted(model: nn.Module, modules: ModuleSelection, found: Sequence[_Candidate]) -> _Wanted:
+def _wanted(model: nn.Module, modules: ModuleSelection, candidates: Sequence[_Candidate]) -> _Wanted:
     trained = _trained(model) if _by_default(modules) else None
-    chosen = _predicate(modules)
-    mine = [each for each in found if chosen(each.name, each.module)]
-    ids = {id(p) for each in mine for p in each.parameters.values() if trained is None or id(p) in trained}
-    return _Wanted(ids, {each.name for each in mine if trained is None})
+    selects = _predicate(modules)
+    selected = [each for each in candidates if selects(each.name, each.module)]
+    ids = {id(p) for each in selected for p in each.parameters.values() if trained is None or id(p) in trained}
+    return _Wanted(ids, {each.name for each in selected if trained is None})
 
 
-def _place(
-    found: Sequence[_Candidate], wanted: _Wanted, adjusted: Adjustments
+def _assign(
+    candidates: Sequence[_Candidate], wanted: _Wanted, adjusted: Adjustments
 ) -> tuple[list[LayerShape], dict[int, int], set[int]]:
-    """Return the layers; of each parameter which layer has its entries; and those left out for being shared."""
-    blocked = _blocked(found, adjusted)
+    """Return the layers; the layer that has each parameter's entries; and parameters left out for being shared."""
+    blocked = _blocked(candidates, adjusted)
     layers: list[LayerShape] = []
-    placed: dict[int, int] = {}
-    for each in found:
+    layer_of: dict[int, int] = {}
+    for each in candidates:
         if each.shape is None:
             continue
-        here = {name: p for name, p in each.parameters.items() if id(p) in wanted.parameters and id(p) not in blocked}
-        for number in dict.fromkeys(placed[id(p)] for p in here.values() if id(p) in placed):
+        usable = {name: p for name, p in each.parameters.items() if id(p) in wanted.parameters and id(p) not in blocked}
+        for number in dict.fromkeys(layer_of[id(p)] for p in usable.values() if id(p) in layer_of):
             if each.name != layers[number].name:
                 layers[number] = replace(layers[number], tied=(*layers[number].tied, each.name))
-        fresh = {name for name, p in here.items() if id(p) not in placed}
+        new = {name for name, p in usable.items() if id(p) not in layer_of}
         if KINDS[each.shape.kind].whole_call:
-            shape = each.shape if fresh == set(each.parameters) else None
+            shape = each.shape if new == set(each.parameters) else None
         else:
             codes = {"weight"} if each.name in wanted.coded and _has_codes(each) else set()
-            shape = restrict(each.shape, fresh | codes)
-            fresh |= codes
-        if shape is not None and fresh:
-            placed.update((id(p), len(layers)) for name, p in here.items() if name in fresh)
+            shape = restrict(each.shape, new | codes)
+            new |= codes
+        if shape is not None and new:
+            layer_of.update((id(p), len(layers)) for name, p in usable.items() if name in new)
             layers.append(shape)
-    return layers, placed, blocked
+    return layers, layer_of, blocked
 
 
 def _has_codes(each: _Candidate) -> bool:
-    """Return whether a layer's weight is no parameter of that name: quantised."""
+    """Return whether a layer's weight is not a parameter of that name: quantised."""
     assert each.shape is not None
     bias_only = each.shape.shape[1] == each.shape.bias
     return not bias_only and not KINDS[each.shape.kind].whole_call and "weight" not in each.parameters
 
 
-def _blocked(found: Sequence[_Candidate], adjusted: Adjustments) -> set[int]:
-    """Return parameters that several modules use, one of them of no known kind, or left out."""
+def _blocked(candidates: Sequence[_Candidate], adjusted: Adjustments) -> set[int]:
+    """Return parameters that several modules use, one of them of an unknown kind, or left out."""
     users: dict[int, list[_Candidate]] = {}
-    for each in found:
+    for each in candidates:
         for parameter in each.parameters.values():
             users.setdefault(id(parameter), []).append(each)
     return {
@@ -273,18 +243,18 @@ def _blocked(found: Sequence[_Candidate], adjusted: Adjustments) -> set[int]:
 
 
 def _missed(
-    found: Sequence[_Candidate], wanted: _Wanted, placed: Mapping[int, int], blocked: set[int],
+    candidates: Sequence[_Candidate], wanted: _Wanted, layer_of: Mapping[int, int], blocked: set[int],
     adjusted: Adjustments, total: int,
 ) -> dict[str, tuple[str, float]]:  # fmt: skip
     missed: dict[str, tuple[str, float]] = {}
-    told: set[int] = set()
-    for each in found:
-        own = (p for p in each.parameters.values() if id(p) in wanted.parameters and id(p) not in placed)
-        left = {id(p): p.numel() for p in own}
-        sizes = [size for key, size in left.items() if key not in told]
+    counted: set[int] = set()
+    for each in candidates:
+        parameters = (p for p in each.parameters.values() if id(p) in wanted.parameters and id(p) not in layer_of)
+        left = {id(p): p.numel() for p in parameters}
+        sizes = [size for key, size in left.items() if key not in counted]
         if not left or (not sizes and each.name not in adjusted.without):
             continue
-        told |= left.keys()
+        counted |= left.keys()
         missed[each.name or "(the model)"] = (_reason(each, left.keys(), blocked, adjusted), sum(sizes) / max(1, total))
     return missed
 
@@ -317,33 +287,33 @@ def _warn_missed(missed: Mapping[str, tuple[str, float]], share: float) -> None:
 
 
 def _trained(model: nn.Module) -> set[int] | None:
-    """Return the parameters that are trained, where a model has some and others that are not."""
+    """Return the trained parameters of a model of which some are frozen; None for another."""
     trained = {id(p) for p in model.parameters() if p.requires_grad}
     return trained if trained and len(trained) < len(list(model.parameters())) else None
 
 
 def _inside_others(model: nn.Module, fallback: Collection[str] | None) -> set[int]:
-    """Return the modules that belong to another layer: what computes its weight, and what it uses without calling it.
+    """Return the modules that belong to another layer: that compute its weight, or that it uses without calling them.
 
     ``fallback``: layers that go through it, None for all.
     """
-    found = {id(child) for m in model.modules() if computes_weights(m) for child in m.modules() if child is not m}
+    inside = {id(child) for m in model.modules() if computes_weights(m) for child in m.modules() if child is not m}
     for name, module in named_layers(model).items():
         shape = describe(name, module, fallback=fallback is None or name in fallback)
         if shape is not None and KINDS[shape.kind].whole_call:
-            found |= _parts(module, {id(p) for p in KINDS[shape.kind].parameters(module).values()})
-    return found
+            inside |= _covered(module, {id(p) for p in KINDS[shape.kind].parameters(module).values()})
+    return inside
 
 
-def _parts(module: nn.Module, covered: set[int]) -> set[int]:
+def _covered(module: nn.Module, covered: set[int]) -> set[int]:
     """Return the modules inside one whose parameters it covers."""
-    found = set()
+    modules = set()
     for child in module.modules():
         own = {id(p) for p in child.parameters(recurse=False)}
-        partly = isinstance(child, nn.ParameterDict) and own & covered  # the rest is inactive adapters'
+        partly = isinstance(child, nn.ParameterDict) and own & covered  # the rest belongs to inactive adapters
         if child is not module and own and (own <= covered or partly):
-            found.add(id(child))
-    return found
+            modules.add(id(child))
+    return modules
 
 
 def _predicate(modules: ModuleSelection) -> Callable[[str, nn.Module], bool]:
@@ -361,13 +331,14 @@ def _predicate(modules: ModuleSelection) -> Callable[[str, nn.Module], bool]:
 
 
 def _patterns(modules: Any) -> tuple[list[str], list[str]]:
-    """Return patterns of what is selected, and of what is left out whatever the order."""
-    given = [modules] if isinstance(modules, str) else list(modules)
-    return [own for own in given if not own.startswith("!")], [own[1:] for own in given if own.startswith("!")]
+    """Return patterns of layers that are selected, and of layers that are left out."""
+    patterns = [modules] if isinstance(modules, str) else list(modules)
+    selected = [pattern for pattern in patterns if not pattern.startswith("!")]
+    return selected, [pattern[1:] for pattern in patterns if pattern.startswith("!")]
 
 
 def _by_default(modules: ModuleSelection) -> bool:
-    """Return whether layers are chosen by default: nothing is said of them but, at most, which are left out."""
+    """Return whether layers are chosen by default: at most it is stated which are left out."""
     if modules is None or callable(modules):
         return modules is None
     named, left_out = _patterns(modules)

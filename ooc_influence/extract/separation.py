@@ -1,10 +1,10 @@
-"""Telling a batch's samples apart in every tapped layer, and finding out how where shapes leave it open."""
+"""Telling a batch's samples apart in every tapped layer, and finding out how where shapes alone do not tell."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -12,10 +12,12 @@ from torch.utils import _pytree as pytree
 from ooc_influence.errors import UnsupportedModelError
 from ooc_influence.extract.check import Disagreement
 from ooc_influence.extract.entries import FuncEntries
+from ooc_influence.extract.entries.base import reaches_others
 from ooc_influence.extract.entries.embedding import EmbeddingEntries
-from ooc_influence.extract.layers import Layout, Use, arrange, candidates, outside, time_major_modules, token_counts
+from ooc_influence.extract.layers import Use
 
 RawReceiver = Callable[[int, Any, Any], None]  # the use's number, x and δ as the layer saw them
+SampleAxis = Literal["samples", "folded", "second"]  # axis 0; axis 0, folded with something else; axis 1
 _Key = tuple[int, int]  # a use, and the number of axes of its input
 
 
@@ -24,14 +26,7 @@ class UnseparatedError(UnsupportedModelError):
 
 
 class Separation:
-    """What is known of where each use's samples are.
-
-    Parameters
-    ----------
-    model : nn.Module
-        The model.
-    uses : sequence of Use
-        The tapped modules.
+    """Where each use's samples are, as far as that is known.
 
     Attributes
     ----------
@@ -42,13 +37,13 @@ class Separation:
     """
 
     def __init__(self, model: nn.Module, uses: Sequence[Use]) -> None:
-        self._uses = uses
-        major = time_major_modules(model)
-        self._time_major = {number for number, use in enumerate(uses) if id(use.module) in major}
-        self._layouts: dict[_Key, Layout] = {}
-        self._shared: set[int] = set()  # embeddings whose ids are the same for all samples
-        self._unspread: set[int] = set()  # of these, such that cannot be given to each sample by itself
+        self.uses = uses
+        self.axes: dict[_Key, SampleAxis] = {}
+        self.shared: set[int] = set()  # embeddings whose ids are the same for all samples
+        self.unspread: set[int] = set()  # of these, those that cannot be copied for each sample
         self._spread_now: set[int] = set()
+        time_major = time_major_modules(model)
+        self._time_major = {number for number, use in enumerate(uses) if id(use.module) in time_major}
         self._count = itertools.count()
         self.shapes: list[tuple[int, tuple[int, ...]]] = []
         self.unseparated: dict[int, UnseparatedError] = {}
@@ -59,14 +54,14 @@ class Separation:
         self._spread_now.clear()
 
     def spread(self, number: int, x: Tensor, output: Tensor, b: int) -> tuple[Tensor, Tensor]:
-        """Give every sample its own copy of positions that all of them share, so that gradients come apart."""
+        """Give every sample its own copy of positions that all samples share, so that their gradients are separate."""
         alone = x.dim() == 1 or (x.dim() == 2 and x.shape[0] == 1)
-        if b <= 1 or not alone or number in self._unspread:
+        if b <= 1 or not alone or number in self.unspread:
             return x, output
-        if number not in self._shared:
+        if number not in self.shared:
             if x.shape[0] == b:
                 return x, output
-            self._shared.add(number)
+            self.shared.add(number)
         self._spread_now.add(number)
         if x.dim() == 1:
             x, output = x.unsqueeze(0), output.unsqueeze(0)
@@ -74,7 +69,7 @@ class Separation:
 
     def give_up_spreading(self) -> bool:
         """Leave shared positions as they are, where copies of them changed the model; return whether there were any."""
-        self._unspread |= self._spread_now
+        self.unspread |= self._spread_now
         return bool(self._spread_now)
 
     def arrange(self, number: int, x: Any, delta: Any, b: int) -> tuple[Any, Any]:
@@ -83,34 +78,47 @@ class Separation:
         Raises
         ------
         UnseparatedError
-            Where they cannot be told apart.
+            If they cannot be told apart.
         """
-        use = self._uses[number]
+        use = self.uses[number]
         if use.kind.whole_call:
-            x = x._replace(samples=b)
-            if not use.kind.batched(use.module, x, delta, b):
+            arranged = x._replace(samples=b), delta
+        else:
+            axes = [] if number in self.unspread and b > 1 else self.candidates(number, x, b)
+            if not axes:
                 raise self._refusal(number, x, b)
-            return x, delta
-        found = [] if number in self._unspread and b > 1 else self._candidates(number, x, b)
-        if not found:
-            raise self._refusal(number, x, b)
-        key = (number, x.dim())
-        layout = self._layouts.get(key, found[0])
-        layout = layout if layout in found else found[0]
-        if b > 1:
-            self._layouts.setdefault(key, layout)
-        arranged = arrange(use, x, delta, b, layout)
+            key = (number, x.dim())
+            axis = self.axes.get(key, axes[0])
+            axis = axis if axis in axes else axes[0]
+            if b > 1:
+                self.axes.setdefault(key, axis)
+            arranged = _arrange(use, x, delta, b, axis)
         if not use.kind.batched(use.module, *arranged, b):
-            raise self._refusal(number, x, b)
+            raise self._refusal(number, arranged[0] if use.kind.whole_call else x, b)
         return arranged
 
-    def _candidates(self, number: int, x: Tensor, b: int) -> list[Layout]:
-        return candidates(self._uses[number], x, b, time_major=number in self._time_major)
+    def candidates(self, number: int, x: Tensor, b: int) -> list[SampleAxis]:
+        """Return the axes of samples that an input's shape allows, the likeliest first."""
+        use = self.uses[number]
+        if x.dim() == 0:
+            return []
+        if b == 1:
+            return ["samples" if x.shape[0] == 1 else "folded"]  # nothing can mix
+        axes = x.dim() - (use.kind is not EmbeddingEntries)  # the last one is the features'
+        allowed: dict[SampleAxis, bool] = {
+            "samples": x.shape[0] == b,
+            "folded": x.shape[0] > b and x.shape[0] % b == 0,
+            "second": axes >= 2 and x.shape[1] == b and not use.kind.channels_first(use.module),
+        }
+        order: tuple[SampleAxis, ...] = ("samples", "folded", "second")
+        if number in self._time_major:
+            order = ("second", "samples", "folded")
+        return [axis for axis in order if allowed[axis]]
 
     def _refusal(self, number: int, x: Any, b: int) -> UnseparatedError:
-        use = self._uses[number]
+        use = self.uses[number]
         how = "run for one sample at a time of" if use.kind.whole_call else "see"
-        shape = f"an input of shape {tuple(x.shape)}" if isinstance(x, Tensor) else x.told()
+        shape = f"an input of shape {tuple(x.shape)}" if isinstance(x, Tensor) else x.shapes()
         return UnseparatedError(
             f"expected layer {use.name!r} to {how} a batch of {b} samples on axis 0; received {shape}: leave the layer "
             "out with modules=, keep the batch on axis 0, or use batches of one sample"
@@ -119,109 +127,129 @@ class Separation:
     def folds(self, batch: Any, b: int) -> set[Any]:
         """Return the ways in which this forward pass's layers fold b samples with something else.
 
-        Rows of features (b · m, f) whose m is no length that the batch or another layer has may be chosen by what the
-        samples contain: each such batch is a way of its own.
+        Rows of features (b · m, f) whose m is not a length of the batch or of another layer may be chosen by what the
+        samples contain: each such batch counts as a new way.
         """
         if b == 1:
             return set()
-        leaves = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
-        known = token_counts(leaves, b) | {shape[1] for _, shape in self.shapes if len(shape) > 2 and shape[0] == b}
-        found = set()
+        lengths = {shape[1] for _, shape in self.shapes if len(shape) > 2 and shape[0] == b}
+        for leaf in pytree.tree_leaves(batch):
+            if isinstance(leaf, Tensor) and leaf.dim() > 1 and len(leaf) == b:
+                lengths.add(leaf.shape[1])
+        folds = set()
         for number, shape in self.shapes:
-            if not shape or shape[0] <= b or shape[0] % b or self._layouts.get((number, len(shape))) == "second":
+            if not shape or shape[0] <= b or shape[0] % b or self.axes.get((number, len(shape))) == "second":
                 continue
-            ids = self._uses[number].kind is EmbeddingEntries
-            chosen = len(shape) == 2 - ids and shape[0] // b not in known
-            found.add((number, len(shape), ("chosen", next(self._count)) if chosen else shape[0] // b))
-        return found
+            ids = self.uses[number].kind is EmbeddingEntries
+            chosen = len(shape) == 2 - ids and shape[0] // b not in lengths
+            folds.add((number, len(shape), ("chosen", next(self._count)) if chosen else shape[0] // b))
+        return folds
 
     def left_out(self) -> list[Disagreement]:
         """Return the layers whose samples cannot be told apart."""
-        found = {}
+        layers = {}
         for number, error in self.unseparated.items():
-            name = self._uses[number].first[0].name or "(the model)"
-            alone = self._uses[number].kind.whole_call
+            use = self.uses[number]
+            name = use.first[0].name or "(the model)"
+            alone = use.kind.whole_call
             reason = "it cannot be run one sample at a time" if alone else "its input has no axis of samples"
-            found[name] = Disagreement(name, type(self._uses[number].module).__name__, float("inf"), reason, str(error))
-        return list(found.values())
+            layers[name] = Disagreement(name, type(use.module).__name__, float("inf"), reason, str(error))
+        return list(layers.values())
 
-    def probe(self, b: int) -> Probe:
-        """Return what finds the samples' axis by the gradients of single samples' losses."""
-        return Probe(self, b)
+
+def _arrange(use: Use, x: Tensor, delta: Tensor, b: int, axis: SampleAxis) -> tuple[Tensor, Tensor]:
+    """Return x and δ with the samples on axis 0.
+
+    Folded inputs of layers whose features are on axis 1 (convolutions) stay (b · m, ...): the entries of m consecutive
+    ones add up to a sample's.
+    """
+    if axis == "second":
+        return x.transpose(0, 1), delta.transpose(0, 1)
+    if axis == "samples":
+        return x, delta
+    if use.kind.channels_first(use.module):
+        kernel = getattr(use.module, "kernel_size", ())
+        if b == 1 and kernel and x.dim() == len(kernel) + 1:  # one sample without a batch axis
+            return x.unsqueeze(0), delta.unsqueeze(0)
+        return x, delta
+    return x.unflatten(0, (b, -1)), delta.unflatten(0, (b, -1))
+
+
+def time_major_modules(model: nn.Module) -> set[int]:
+    """Return the modules, by identity, that belong to one with ``batch_first=False``: itself, siblings, children."""
+    time_major: set[int] = set()
+    for parent in model.modules():
+        children = list(parent.children())
+        if any(getattr(child, "batch_first", None) is False for child in children):
+            time_major.update(id(module) for child in children for module in child.modules())
+    return time_major
 
 
 class Probe:
-    """Gradients of one sample's loss reach that sample alone: which layouts of a use's input allow that.
+    """Finds the samples' axis: the gradients of one sample's loss reach that sample alone.
 
-    Parameters
-    ----------
-    separation : Separation
-        What is known, and learns.
-    b : int
-        Samples of the batch.
+    It learns what :class:`Separation` knows, of a batch of ``b`` samples.
     """
 
     def __init__(self, separation: Separation, b: int) -> None:
         self._separation, self._b = separation, b
-        self._viable: dict[_Key, list[Layout]] = {}
+        self._viable: dict[_Key, list[SampleAxis]] = {}
         self._shapes: dict[_Key, tuple[int, ...]] = {}
         self._mixed: list[tuple[int, int]] = []  # (use, sample)
         self._changed = False  # whether a layer that is run again found its samples elsewhere
 
     def receiver(self, sample: int) -> RawReceiver:
-        """Return what takes the gradients of one sample's loss."""
+        """Return a receiver for the gradients of one sample's loss."""
 
         def receive(number: int, x: Any, delta: Any) -> None:
             if isinstance(delta, list):
-                self._look_at_call(number, x._replace(samples=self._b), delta, sample)
+                self._receive_call(number, x._replace(samples=self._b), delta, sample)
                 return
             key = (number, x.dim())
-            found = self._viable.get(key)
-            if found is None:
-                found = self._separation._candidates(number, x, self._b)
-            viable = [layout for layout in found if not outside(delta, sample, self._b, layout)]
+            axes = self._viable.get(key)
+            if axes is None:
+                axes = self._separation.candidates(number, x, self._b)
+            viable = [axis for axis in axes if not _reaches_others(delta, sample, self._b, axis)]
             self._viable[key], self._shapes[key] = viable, tuple(x.shape)
             if not viable:
                 self._mixed.append((number, sample))
 
         return receive
 
-    def _look_at_call(self, number: int, call: Any, delta: Any, sample: int) -> None:
-        """See where a layer that is run again has its samples, which may be elsewhere than it seemed."""
-        use, b = self._separation._uses[number], self._b
+    def _receive_call(self, number: int, call: Any, delta: Any, sample: int) -> None:
+        """Find where a layer that is run again has its samples, which may be elsewhere than it seemed."""
+        use, b = self._separation.uses[number], self._b
         if not use.kind.batched(use.module, call, delta, b):
             return
-        if not issubclass(use.kind, FuncEntries):
-            if use.kind.strays(use.module, call, delta, b, sample):
-                self._mixed.append((number, sample))
-            return
-        before = use.kind.known_layout(use.module, call)
+        layout = use.kind.known_layout if issubclass(use.kind, FuncEntries) else lambda module, call: None
+        before = layout(use.module, call)
         if use.kind.strays(use.module, call, delta, b, sample):
             self._mixed.append((number, sample))
-        self._changed |= use.kind.known_layout(use.module, call) is not before
+        self._changed |= layout(use.module, call) is not before
 
     def conclude(self) -> bool:
-        """Learn from the gradients; return whether another layout than the one assumed was found.
+        """Learn from the gradients; return whether another axis than the one assumed was found.
 
         Raises
         ------
         UnsupportedModelError
             If samples influence each other.
         """
-        known, changed = self._separation, self._changed
+        separation, changed = self._separation, self._changed
         for key, viable in self._viable.items():
             number, dim = key
             if viable:
-                changed |= known._layouts.get(key, viable[0]) not in viable
-                if known._layouts.get(key) not in viable:
-                    known._layouts[key] = viable[0]
+                changed |= separation.axes.get(key, viable[0]) not in viable
+                if separation.axes.get(key) not in viable:
+                    separation.axes[key] = viable[0]
                 continue
-            embedding = known._uses[number].kind is EmbeddingEntries
-            if embedding and (dim == 1 or self._shapes[key][0] == 1) and number not in known._shared | known._unspread:
-                known._shared.add(number)
+            embedding = separation.uses[number].kind is EmbeddingEntries
+            new = number not in separation.shared | separation.unspread
+            if embedding and (dim == 1 or self._shapes[key][0] == 1) and new:
+                separation.shared.add(number)
                 changed = True
             elif embedding or self._shapes[key][0] != self._b:
-                known.unseparated[number] = UnseparatedError("its input has no axis of samples")
+                separation.unseparated[number] = UnseparatedError("its input has no axis of samples")
             else:
                 continue
             self._mixed = [(other, sample) for other, sample in self._mixed if other != number]
@@ -229,7 +257,16 @@ class Probe:
             number, sample = self._mixed[0]
             raise UnsupportedModelError(
                 f"expected each sample's loss to depend on that sample alone; received a gradient of sample "
-                f"{sample}'s loss at another place of axis 0 at layer {known._uses[number].name!r}: remove what mixes "
-                "samples in a batch, or leave the layer out with modules="
+                f"{sample}'s loss at another index of axis 0 at layer {separation.uses[number].name!r}: remove what "
+                "mixes samples in a batch, or leave the layer out with modules="
             )
         return changed
+
+
+def _reaches_others(delta: Tensor, sample: int, b: int, axis: SampleAxis) -> bool:
+    """Return whether δ of one sample's loss has a gradient at other samples."""
+    if axis == "second":
+        delta = delta.transpose(0, 1)
+    elif axis == "folded":
+        delta = delta.unflatten(0, (b, -1))
+    return reaches_others(delta, sample)

@@ -25,18 +25,17 @@ from ooc_influence.extract.entries import Call, float_leaves
 from ooc_influence.extract.entries.embedding import EmbeddingEntries
 from ooc_influence.extract.layers import Use, find_uses
 from ooc_influence.extract.selection import Trained
-from ooc_influence.extract.separation import RawReceiver, Separation, UnseparatedError
+from ooc_influence.extract.separation import Probe, RawReceiver, Separation, UnseparatedError
 from ooc_influence.process import FUSED_ATTENTION
 from ooc_influence.store import LayerShape, Mask
 
-
-def out_of_memory(error: Exception) -> bool:
-    """Return whether an error is the device's, or PyTorch's CPU allocator's, lack of memory."""
-    return isinstance(error, torch.cuda.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-
-
 PerSampleLoss = Callable[[Any, Any], Tensor]
 _TRIES = 4  # of a batch: each of them learns where some layers' samples are
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Return whether an error is a lack of memory of the device, or of PyTorch's CPU allocator."""
+    return isinstance(error, torch.cuda.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 class _Tap(torch.autograd.Function):
@@ -58,7 +57,7 @@ class _Tap(torch.autograd.Function):
         return (delta if ctx.needs_input_grad[0] else None), None, None, None, None
 
 
-class _ArgumentTap(torch.autograd.Function):
+class _CallTap(torch.autograd.Function):
     """The same for a layer that is run again: any arguments, any number of outputs."""
 
     @staticmethod
@@ -84,7 +83,7 @@ class Taps:
     silent : set of str
         Tapped layers that have not received a gradient so far.
     check : GradientCheck or None
-        Compares what layers hand over with autograd, on the first batch and on those that fold samples in a new way.
+        Compares gathered entries with autograd, on the first batch and on those that fold samples in a new way.
     """
 
     def __init__(
@@ -104,7 +103,7 @@ class Taps:
         self._checked: set[Any] = set()  # ways of folding that were compared with autograd
         self._several = False  # whether a batch of several samples was
         self._pending = check is not None  # until the first batch agrees
-        self._news = True  # to be recorded
+        self._unrecorded = True  # whether verification() has something new
 
     @property
     def all_silent(self) -> bool:
@@ -130,11 +129,11 @@ class Taps:
     def _tap_call(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         leaves, spec = pytree.tree_flatten(output)
         floats = float_leaves(output)
-        tapped = iter(_ArgumentTap.apply(Call.of(args, kwargs, floats), self._anchor, self, number, *floats))
+        tapped = iter(_CallTap.apply(Call.of(args, kwargs, floats), self._anchor, self, number, *floats))
         return pytree.tree_unflatten([next(tapped) if any(v is f for f in floats) else v for v in leaves], spec)
 
     def receive(self, number: int, x: Any, delta: Any) -> None:
-        """Take a use's input and output gradient; calls add up."""
+        """Receive a use's input and output gradient; calls add up."""
         if self._receiver is None:
             raise UnsupportedModelError(
                 "expected a loss without gradients inside it; received one that differentiates the model: gradients "
@@ -144,7 +143,7 @@ class Taps:
             self._receiver(number, x, delta)
 
     def _arranged(self, receiver: Receiver) -> RawReceiver:
-        """Return what takes a use's raw x and δ and hands them, samples on axis 0, to a receiver."""
+        """Return what passes a use's raw x and δ, with samples on axis 0, on to a receiver."""
 
         def receive(number: int, x: Any, delta: Any) -> None:
             use = self._uses[number]
@@ -183,9 +182,9 @@ class Taps:
         batch : any
             On the device.
         receiver : callable b -> callable (use, x, δ)
-            Makes what every layer's input and output gradient are handed to; called again where a batch is tried again.
+            Makes the receiver of every layer's input and output gradient; called again if a batch is tried again.
         rows : callable -> (b, k) tensor, optional
-            Returns the kept entries that were gathered; they are compared with autograd too.
+            Returns the gathered kept entries, which are then compared with autograd too.
 
         Raises
         ------
@@ -194,32 +193,30 @@ class Taps:
         UnsupportedModelError
             If samples mix, a layer's samples cannot be told apart, or the loss differentiates the model.
         LayersDisagreeError
-            If what a layer hands over does not make autograd's gradients.
+            If a layer's gathered entries are not autograd's gradients.
         """
         with torch.inference_mode(False), torch.enable_grad():
             for number in range(_TRIES):
                 state = random_state(self._anchor.device) if self.check is not None else None
                 losses = self._forward(per_sample_loss, batch)
-                outcome = self._try(losses, per_sample_loss, batch, receiver, rows, state, alone=number == 0)
-                if outcome:
+                if self._try(losses, per_sample_loss, batch, receiver, rows, state, alone=number == 0):
                     return losses.detach()
         raise UnsupportedModelError(
-            "expected layers whose samples can be told apart; received some that look another way each time: use "
-            "batches of one sample, or leave layers out with modules= (--modules)"
+            "expected layers whose samples can be told apart; received some that differ each time: use batches of one "
+            "sample, or leave layers out with modules= (--modules)"
         )
 
     def _forward(self, per_sample_loss: PerSampleLoss, batch: Any) -> Tensor:
-        """Run a batch forwards, and once more where its size was not what the batch's tensors tell."""
-        told = batch_size(batch)
-        if told is None and self._embeds:
-            told = len(self.losses(per_sample_loss, batch))
-        for size in (told or 0, None):
+        """Run a batch forwards, and once more if its size differs from that of the batch's tensors."""
+        size = batch_size(batch)
+        if size is None and self._embeds:
+            size = len(self.losses(per_sample_loss, batch))
+        self._size = size or 0
+        for _ in range(2):
             self._separation.begin()
-            if size is not None:
-                self._size = size
             try:
                 losses = _check_losses(per_sample_loss(self._model, batch))
-            except Exception as error:  # of the user's code, which may not expect as many positions as samples
+            except Exception as error:  # of the user's code, which may expect a single copy of positions
                 if out_of_memory(error) or not self._separation.give_up_spreading():
                     raise
                 self._separation.begin()
@@ -239,9 +236,9 @@ class Taps:
         self, losses: Tensor, per_sample_loss: PerSampleLoss, batch: Any, receiver: Callable[[int], Receiver],
         rows: Callable[[], Tensor] | None, state: Any, *, alone: bool,
     ) -> bool:  # fmt: skip
-        """Run a batch backwards; return whether what was gathered can be kept.
+        """Run a batch backwards; return whether the gathered entries can be kept.
 
-        ``alone``: compare with samples run by themselves, which is cheap, but rounds otherwise than their batch does.
+        ``alone``: compare with samples run by themselves, which is cheap, but rounds differently from their batch.
         """
         b = len(losses)
         if self._probe_pending and self.check is None and b > 1:
@@ -253,24 +250,45 @@ class Taps:
             self._backward(losses.sum(), self._arranged(receiver(b)))
             return True
         with self._pausing(), _without_caches(self._model):
-            plain = lambda part: _check_losses(per_sample_loss(self._model, part))  # noqa: E731
             same = differentiate_samples(
-                self.check, plain, batch, losses, state, alone=alone, layers=self._to_check(b, folds)
-            )
+                self.check, lambda part: _check_losses(per_sample_loss(self._model, part)), batch, losses, state,
+                alone=alone, layers=self._to_check(b, folds),
+            )  # fmt: skip
         if not same and self._separation.give_up_spreading():
             return False
-        probing, found = self.check.gather_into(b)
+        compared, gathered = self.check.gather_into(b)
         main = receiver(b)
-        guard = _Guard(self._uses, main, probing)
+
+        def both(use: Use, x: Any, delta: Any) -> None:
+            main(use, x, delta)
+            compared(use, x, delta)
+
         self._separation.unseparated.clear()
-        self._backward(losses.sum(), guard.collecting(self._arranged(guard.both), self._separation), keep_graph=True)
-        disagree = self.check.compare(found(), None if rows is None else rows()) + guard.failed
+        failed: list[Disagreement] = []
+        self._backward(losses.sum(), self._noting_failures(self._arranged(both), failed), keep_graph=True)
+        disagree = self.check.compare(gathered(), None if rows is None else rows()) + failed
         if disagree or self._separation.unseparated:
             return not alone and self._settle(losses, disagree)
-        self._pending = not self.check.errors and self.check.verifiable  # else no sample was finite
-        self._several, self._news = self._several or b > 1, True
+        self._pending = not self.check.errors and self.check.verifiable  # still, if no sample was finite
+        self._several, self._unrecorded = self._several or b > 1, True
         self._checked |= folds
         return True
+
+    def _noting_failures(self, receive: RawReceiver, failed: list[Disagreement]) -> RawReceiver:
+        """Return a receiver that notes a layer's failure instead of raising it."""
+
+        def noting(number: int, x: Any, delta: Any) -> None:
+            try:
+                receive(number, x, delta)
+            except UnseparatedError as error:
+                self._separation.unseparated[number] = error
+            except (UnsupportedModelError, RuntimeError, ValueError, TypeError, IndexError) as error:
+                if out_of_memory(error):
+                    raise
+                use, detail = self._uses[number], f"{type(error).__name__}: {error}"
+                failed.append(Disagreement(use.name, type(use.module).__name__, float("inf"), None, detail))
+
+        return noting
 
     def _to_check(self, b: int, folds: set[Any]) -> set[int] | None:
         """Return the layers to compare with autograd: all at first, then those that fold in a new way."""
@@ -283,7 +301,7 @@ class Taps:
     def _settle(self, losses: Tensor, disagree: list[Disagreement]) -> bool:
         """Find out why layers disagree with autograd: return False to try again, or raise."""
         unseparated = self._separation.unseparated
-        if len(unseparated) == len(self._uses):  # nothing is in common with the losses
+        if len(unseparated) == len(self._uses):  # no layer has as many samples as the loss
             raise next(iter(unseparated.values()))
         if len(losses) > 1 and self._probe(losses):
             return False
@@ -293,7 +311,7 @@ class Taps:
 
     @contextmanager
     def _pausing(self) -> Iterator[None]:
-        """Run the model without taps: forwards, and where checkpoints are computed again in its backward pass."""
+        """Run the model without taps, also where its backward pass recomputes gradient checkpoints."""
         self._paused = True
         try:
             yield
@@ -301,9 +319,9 @@ class Taps:
             self._paused = False
 
     def _probe(self, losses: Tensor) -> bool:
-        """Differentiate single samples' losses to see where samples are; return whether that changed what is known."""
-        probe = self._separation.probe(len(losses))
-        for sample in (0, len(losses) - 1):  # both ends: some models mix one way only
+        """Differentiate single samples' losses to find the samples; return whether that found anything new."""
+        probe = Probe(self._separation, len(losses))
+        for sample in (0, len(losses) - 1):  # both ends: some models mix in one direction only
             self._backward(losses[sample], probe.receiver(sample), keep_graph=True)
         return probe.conclude()
 
@@ -316,64 +334,34 @@ class Taps:
             self._receiver = None
 
     def verification(self) -> dict[str, Any] | None:
-        """Return what a store records of the check, once after each; None where there is nothing new."""
-        if not self._news or self._pending:
+        """Return what a store records of the check, once after each; None if there is nothing new."""
+        if not self._unrecorded or self._pending:
             return None
-        self._news = False
+        self._unrecorded = False
         return {"checked": False} if self.check is None else self.check.facts()
 
 
 @contextmanager
 def _without_caches(model: nn.Module) -> Iterator[None]:
-    """Have modules forget, before and after, what they compute once in evaluation mode and keep (LeViT's biases).
+    """Have modules drop, before and after, what they compute once in evaluation mode and cache (LeViT's biases).
 
-    Autograd would not come through it to the parameters. They forget when they are put in training mode.
+    Autograd would not reach the parameters through it. They drop it when they are put in training mode.
     """
-    keeping = [module for module in model.modules() if type(module).train is not nn.Module.train]
+    caching = [module for module in model.modules() if type(module).train is not nn.Module.train]
 
-    def forget() -> None:
-        for module in keeping:
+    def drop_caches() -> None:
+        for module in caching:
             modes = [(each, each.training) for each in module.modules()]
             module.train()
             module.eval()
             for each, mode in modes:
                 each.training = mode
 
-    forget()
+    drop_caches()
     try:
         yield
     finally:
-        forget()
-
-
-class _Guard:
-    """On a checked batch: receives for the run and for the check, and notes layers that cannot be gathered."""
-
-    def __init__(self, uses: Sequence[Use], main: Receiver, probing: Receiver) -> None:
-        self._uses, self._main, self._probing = uses, main, probing
-        self.failed: list[Disagreement] = []
-
-    def both(self, use: Use, x: Any, delta: Any) -> None:
-        """Hand x and δ to both receivers."""
-        self._main(use, x, delta)
-        self._probing(use, x, delta)
-
-    def collecting(self, receive: RawReceiver, separation: Separation) -> RawReceiver:
-        """Return a receiver that notes a layer's failure instead of raising it."""
-
-        def guarded(number: int, x: Any, delta: Any) -> None:
-            try:
-                receive(number, x, delta)
-            except UnseparatedError as error:
-                separation.unseparated[number] = error
-            except (UnsupportedModelError, RuntimeError, ValueError, TypeError, IndexError) as error:
-                if out_of_memory(error):
-                    raise
-                use = self._uses[number]
-                detail = f"{type(error).__name__}: {error}"
-                self.failed.append(Disagreement(use.name, type(use.module).__name__, float("inf"), None, detail))
-
-        return guarded
+        drop_caches()
 
 
 def _check_losses(losses: Any) -> Tensor:
@@ -399,7 +387,7 @@ def tapped(
 ) -> Iterator[Taps]:
     """Tap layers of a model, in evaluation mode; afterwards it is as it was, also after an error.
 
-    Hooks, ``requires_grad`` flags, training modes, the device and torch's fused attention switch are put back;
+    Hooks, ``requires_grad`` flags, training modes, the device and torch's fused attention switch are restored;
     ``.grad`` is never touched. A compiled model runs uncompiled meanwhile: compiled code would not call the hooks.
 
     Parameters
@@ -407,16 +395,15 @@ def tapped(
     model : nn.Module
         The model.
     layers : sequence of LayerShape
-        What to tap.
+        The layers to tap.
     device : torch.device
         Where to run.
     skip : container of int
-        Layers to leave alone, by their number: those nothing is kept of.
+        Numbers of layers to leave alone, because none of their entries is kept.
     probe : bool
-        Check on the first batch of several samples that they do not influence each other; with ``check`` that is part
-        of it.
+        Check on the first batch of several samples that they do not influence each other; ``check`` includes that.
     check : bool
-        Compare what layers hand over with autograd (:mod:`.check`).
+        Compare gathered entries with autograd (:mod:`.check`).
     mask : Mask, optional
         The kept entries, which are then compared too.
 
@@ -464,10 +451,9 @@ def _wrapper_contexts(model: nn.Module) -> Iterable[AbstractContextManager[Any]]
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
         raise UnsupportedModelError(
             "expected a model sharded with torch.distributed.fsdp.fully_shard; received FullyShardedDataParallel, "
-            "whose weights are gone in a backward pass without weight gradients: wrap it with fully_shard"
+            "which frees its weights in a backward pass without weight gradients: wrap it with fully_shard"
         )
-    compiled = any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules())
-    if compiled:
+    if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules()):
         set_stance = getattr(torch.compiler, "set_stance", None)
         if set_stance is None:
             raise UnsupportedModelError(
@@ -479,13 +465,7 @@ def _wrapper_contexts(model: nn.Module) -> Iterable[AbstractContextManager[Any]]
 
 
 def parameter_sequence(model: nn.Module) -> Sequence[nn.Parameter]:
-    """Return the model's parameters.
-
-    Raises
-    ------
-    UnsupportedModelError
-        If it has none.
-    """
+    """Return the model's parameters, at least one."""
     parameters = list(model.parameters())
     if not parameters:
         raise UnsupportedModelError(

@@ -1,6 +1,6 @@
 """The layer kinds: what is a layer's entry matrix, and how its kept entries are gathered."""
 
-from ooc_influence.extract.entries.base import Entries, Moments, Place, computes_weights, is_coded
+from ooc_influence.extract.entries.base import Entries, Located, Moments, computes_weights, is_coded
 from ooc_influence.extract.entries.calls import Call, float_leaves
 from ooc_influence.extract.entries.conv import ConvEntries
 from ooc_influence.extract.entries.embedding import EmbeddingBagEntries, EmbeddingEntries
@@ -25,6 +25,16 @@ KINDS: dict[str, type[Entries]] = {
 }  # fmt: skip
 
 __all__ = [
-    "KINDS", "BiasEntries", "Call", "Entries", "FuncEntries", "Moments", "Place", "computes_weights", "float_leaves",
-    "is_coded", "own_parameters", "uncalled",
+    "KINDS",
+    "BiasEntries",
+    "Call",
+    "Entries",
+    "FuncEntries",
+    "Located",
+    "Moments",
+    "computes_weights",
+    "float_leaves",
+    "is_coded",
+    "own_parameters",
+    "uncalled",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a layer kind has to tell: its entry matrix, how kept entries are gathered, what a pilot learns of them.
+"""What a layer kind has to answer: its entry matrix, how kept entries are gathered, what a pilot learns of them.
 
 The entries of a layer form a matrix (:class:`~ooc_influence.store.LayerShape`). From the layer's input x and its
 output's gradient δ, both with the batch on axis 0, a kind computes the kept entries of every sample's gradient.
@@ -16,9 +16,12 @@ from torch import Tensor, nn
 
 from ooc_influence.store import LayerShape, ModuleMask
 
+Indices = npt.NDArray[np.int64]
+MaskIndices = npt.NDArray[np.int32]
+
 
 class Moments(NamedTuple):
-    """What a pilot batch says of the entries' second moments, in product form.
+    """Second moments of the entries over a pilot batch, in product form.
 
     Entry (i, j)'s second moment is estimated by ``rows[i] * cols[j]`` after division by the samples and the tokens.
 
@@ -37,22 +40,22 @@ class Moments(NamedTuple):
     tokens: int
 
 
-class Place(NamedTuple):
-    """Where some of a layer's entries are in one of its parameters.
+class Located(NamedTuple):
+    """The positions of some entries in one of a layer's parameters.
 
     Attributes
     ----------
     parameter : str
         The parameter's name in the module.
-    at : (m,) int64
+    entries : (m,) int64
         Which of the entries.
-    places : (m,) int64
-        Their places in the flattened parameter.
+    positions : (m,) int64
+        Their positions in the flattened parameter.
     """
 
     parameter: str
-    at: npt.NDArray[np.int64]
-    places: npt.NDArray[np.int64]
+    entries: Indices
+    positions: Indices
 
 
 class Entries(ABC):
@@ -69,7 +72,7 @@ class Entries(ABC):
     """
 
     kind: ClassVar[str]
-    whole_call: ClassVar[bool] = False  # whether x is the layer's whole call (func.Call), and δ a list, one an output
+    whole_call: ClassVar[bool] = False  # whether x is the layer's whole call (calls.Call), and δ a list, one per output
 
     def __init__(self, kept: ModuleMask, module: nn.Module, device: torch.device) -> None:
         self.entries = len(kept.rows)
@@ -78,6 +81,8 @@ class Entries(ABC):
         self._rows = torch.from_numpy(kept.rows).long().to(device)
         self._cols = torch.from_numpy(kept.cols).long().to(device)
         self._weight = torch.from_numpy(kept.weight).to(device)
+        is_bias = (self._cols == kept.layer.shape[1] - 1) & kept.layer.bias
+        self._bias_entries = torch.nonzero(is_bias).flatten()
 
     @classmethod
     @abstractmethod
@@ -87,13 +92,31 @@ class Entries(ABC):
     @classmethod
     def parameters(cls, module: nn.Module) -> dict[str, nn.Parameter]:
         """Return the parameters whose entries this kind covers, by their names in the module."""
-        own = {name: module._parameters.get(name) for name in ("weight", "bias")}
-        return {name: parameter for name, parameter in own.items() if parameter is not None}
+        parameters = {name: module._parameters.get(name) for name in ("weight", "bias")}
+        return {name: parameter for name, parameter in parameters.items() if parameter is not None}
+
+    @classmethod
+    def locate(cls, layer: LayerShape, module: nn.Module, rows: MaskIndices, cols: MaskIndices) -> list[Located]:
+        """Return the positions of entries (rows, cols) in the module's parameters: of the weight, then of the bias."""
+        is_bias = (cols == layer.shape[1] - 1) & layer.bias
+        weight = np.flatnonzero(~is_bias)
+        located = []
+        if len(weight):
+            positions = cls.weight_positions(layer, rows[weight].astype(np.int64), cols[weight])
+            located.append(Located("weight", weight, positions))
+        if is_bias.any():
+            located.append(Located("bias", np.flatnonzero(is_bias), rows[is_bias].astype(np.int64)))
+        return located
+
+    @classmethod
+    def weight_positions(cls, layer: LayerShape, rows: Indices, cols: MaskIndices) -> Indices:
+        """Return the positions of entries (rows, cols) in the flattened weight, here stored as the entry matrix."""
+        return rows * (layer.shape[1] - layer.bias) + cols
 
     @classmethod
     def entries_at(
-        cls, layer: LayerShape, module: nn.Module, parameter: str, positions: npt.NDArray[np.int64]
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        cls, layer: LayerShape, module: nn.Module, parameter: str, positions: Indices
+    ) -> tuple[Indices, Indices]:
         """Return the entries (rows, cols) at positions of a flattened parameter; the inverse of :meth:`locate`."""
         width = layer.shape[1] - layer.bias
         if parameter == "bias":
@@ -102,31 +125,22 @@ class Entries(ABC):
 
     @classmethod
     def strays(cls, module: nn.Module, x: Any, delta: Any, b: int, sample: int) -> bool:
-        """Return whether δ, of one sample's loss, holds a finite number that is not zero at another of ``b`` places."""
-        there: Tensor = ((delta != 0) & delta.isfinite()).reshape(b, -1).any(1)
-        there[sample] = False
-        return bool(there.any())
+        """Return whether δ of one sample's loss has finite entries other than zero at another of the ``b`` samples."""
+        return reaches_others(delta.reshape(b, -1), sample)
 
     @classmethod
     @abstractmethod
     def moments(cls, layer: LayerShape, module: nn.Module, x: Any, delta: Any) -> Moments:
-        """Return what x and δ of a pilot batch say of the entries' second moments."""
-
-    @classmethod
-    @abstractmethod
-    def locate(
-        cls, layer: LayerShape, module: nn.Module, rows: npt.NDArray[np.int32], cols: npt.NDArray[np.int32]
-    ) -> list[Place]:
-        """Return where entries (rows, cols) are in the module's parameters."""
+        """Return the entries' second moments over a pilot batch."""
 
     @classmethod
     def channels_first(cls, module: nn.Module) -> bool:
-        """Return whether features are on axis 1 of x and δ; elsewhere they are on the last axis."""
+        """Return whether features are on axis 1 of x and δ rather than on the last axis."""
         return False
 
     @classmethod
     def batched(cls, module: nn.Module, x: Any, delta: Any, b: int) -> bool:
-        """Return whether a batch of ``b`` samples can be told apart in x and δ, as :mod:`.layout` arranged them."""
+        """Return whether ``b`` samples can be told apart in x and δ, as :mod:`..separation` arranged them."""
         return bool(x.dim() >= 1)
 
     @abstractmethod
@@ -161,10 +175,18 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def split_bias(
-    layer: LayerShape, rows: npt.NDArray[np.int32], cols: npt.NDArray[np.int32]
-) -> tuple[npt.NDArray[np.int64], list[Place]]:
-    """Return which entries are the weight's, and where the others are in ``bias``, the last column."""
-    at_bias = (cols == layer.shape[1] - 1) & layer.bias
-    places = [Place("bias", np.flatnonzero(at_bias), rows[at_bias].astype(np.int64))] if at_bias.any() else []
-    return np.flatnonzero(~at_bias), places
+def square_sums(value: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    """Return sums of squares over axes, float64."""
+    return value.to(wide(value.dtype)).square().sum(dim, dtype=torch.float64)
+
+
+def with_bias_column(layer: LayerShape, cols: Tensor, tokens: int) -> Tensor:
+    """Return the columns' moments with that of the bias, whose input is 1, appended if the layer has one."""
+    return torch.cat([cols, cols.new_tensor([tokens])]) if layer.bias else cols
+
+
+def reaches_others(delta: Tensor, sample: int) -> bool:
+    """Return whether δ (b, ...) has finite entries other than zero at another sample than ``sample``."""
+    reached = ((delta != 0) & delta.isfinite()).reshape(len(delta), -1).any(1)
+    reached[sample] = False
+    return bool(reached.any())

@@ -1,8 +1,8 @@
 """A layer's call, and which parts of its arguments and outputs belong to which sample.
 
-A layer of any class is run again with one sample's part of its arguments. What that part is, is not told by lengths
-alone: a table of positions may be as long as the batch. So it is decided by trying: a choice of axes holds if the first
-and the last sample, run by themselves, give their part of what the layer gives for the whole batch.
+A layer of any class is run again with one sample's part of its arguments. Lengths alone do not determine that part: a
+table of positions may be as long as the batch. So it is found by trying: a choice of axes holds if the first and the
+last sample, run by themselves, yield their part of the layer's output for the whole batch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from ooc_influence.errors import UnsupportedModelError
 
-_TRIES = 64  # choices of axes before a layer is given up, and as many where large tensors disagree
+_TRIES = 64  # choices of axes before a layer is given up, and again as many where large tensors disagree
 _TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
@@ -35,7 +35,7 @@ class Call(NamedTuple):
     outputs : list of Tensor
         Its float outputs, detached, in pytree order.
     samples : int
-        Samples of the batch, b; 0 until the loss has told.
+        Samples of the batch, b; 0 until the loss is known.
     autocast : torch.dtype, optional
         The dtype that autocast was switched on with.
     """
@@ -49,23 +49,23 @@ class Call(NamedTuple):
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Tensor]) -> Call:
         """Return a call, everything in it detached."""
-        kept: Any = pytree.tree_map(_kept, (args, kwargs))
+        detached: Any = pytree.tree_map(_detached, (args, kwargs))
         device = outputs[0].device.type if outputs else "cpu"
         cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        return cls(kept[0], kept[1], [output.detach() for output in outputs], 0, cast)
+        return cls(detached[0], detached[1], [output.detach() for output in outputs], 0, cast)
 
     def tensors(self) -> list[Tensor]:
         """Return the tensors among the arguments, in pytree order."""
         return [v for v in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(v, Tensor)]
 
-    def told(self) -> str:
+    def shapes(self) -> str:
         """Return the shapes of arguments and outputs in words."""
         inputs, outputs = (", ".join(str(tuple(v.shape)) for v in values) for values in (self.tensors(), self.outputs))
         return f"arguments of shape {inputs} and outputs of shape {outputs}, no part of which is one sample's alone"
 
 
-def _kept(value: Any) -> Any:
-    """Return an argument as it is kept; not Hugging Face's caches, which the call has filled meanwhile."""
+def _detached(value: Any) -> Any:
+    """Return an argument as it is kept; not Hugging Face's caches, which the call has filled by then."""
     if isinstance(value, Tensor):
         return value.detach()
     return None if any(kind.__name__ == "Cache" for kind in type(value).__mro__) else value
@@ -90,36 +90,28 @@ class Axis(NamedTuple):
     groups: int = 1
 
     def take(self, value: Tensor, sample: int, b: int) -> Tensor:
-        """See :class:`Part`."""
+        """Return the part of one sample."""
         if self.groups > 1:
             return value.reshape(self.groups, b, -1, *value.shape[1:])[:, sample].flatten(0, 1)
         length = value.shape[self.axis] // b
         return value.narrow(self.axis, sample * length, length)
 
     def reached(self, value: Tensor, b: int) -> Tensor:
-        """See :class:`Part`."""
-        there = (value != 0) & value.isfinite()
+        """Return which samples' parts hold a finite number other than zero, (b,) bool."""
+        nonzero = (value != 0) & value.isfinite()
         if self.groups > 1:
-            return there.reshape(self.groups, b, -1).any(2).any(0)
-        return there.movedim(self.axis, 0).reshape(b, -1).any(1)
+            return nonzero.reshape(self.groups, b, -1).any(2).any(0)
+        return nonzero.movedim(self.axis, 0).reshape(b, -1).any(1)
 
 
 class Layout(NamedTuple):
-    """Where the samples are in a call's tensors; None for one that all samples share.
+    """Where the samples are in a call's tensors, in pytree order; None for a tensor that all samples share."""
 
-    Attributes
-    ----------
-    inputs : tuple of Part or None
-        Of the tensors among the arguments, in pytree order.
-    outputs : tuple of Part or None
-        Of the float outputs; None only in a batch of one sample.
-    """
-
-    inputs: tuple[Part | None, ...]
-    outputs: tuple[Part | None, ...]
+    inputs: tuple[Part | None, ...]  # of the tensors among the arguments
+    outputs: tuple[Part | None, ...]  # of the float outputs; None only in a batch of one sample
 
 
-_found: WeakKeyDictionary[nn.Module, dict[Any, Layout | None]] = WeakKeyDictionary()
+_layouts_of: WeakKeyDictionary[nn.Module, dict[Any, Layout | None]] = WeakKeyDictionary()
 
 
 def float_leaves(output: Any) -> list[Tensor]:
@@ -130,7 +122,7 @@ def float_leaves(output: Any) -> list[Tensor]:
 def find_layout(
     module: nn.Module, call: Call, groups: int = 1, accept: Callable[[Layout], bool] | None = None
 ) -> Layout | None:
-    """Return where a call's samples are; None where no choice of axes gives each sample's output from its part.
+    """Return where a call's samples are; None if no choice of axes yields each sample's output from its part.
 
     Parameters
     ----------
@@ -139,60 +131,57 @@ def find_layout(
     call : Call
         Its call, of several samples or one.
     groups : int
-        Into which axis 0 may be folded before the samples: experts that each see all tokens.
+        Into how many groups axis 0 may be folded before the samples: experts that each see all tokens.
     accept : callable (layout) -> bool, optional
-        What else has to hold. The layout is then looked for again, and kept if there is one.
+        A further condition. The layout is then searched for again, and remembered if there is one.
     """
     b, tensors = call.samples, call.tensors()
     if b == 1:
         return Layout((None,) * len(tensors), (None,) * len(call.outputs))
-    options = [_options(value, b, groups) for value in tensors]
-    places = [_options(value, b, groups) for value in call.outputs]
-    if not any(options) or not all(places):
+    inputs = [_options(value, b, groups) for value in tensors]
+    outputs = [_options(value, b, groups) for value in call.outputs]
+    if not any(inputs) or not all(outputs):
         return None
     spec = str(pytree.tree_structure((call.args, call.kwargs)))
-    key = (spec, *(tuple(o) for o in options), *(tuple(o) for o in places), _unfolded(tensors, b))
-    held = _found.setdefault(module, {})
-    if key not in held or accept is not None:
-        known = list(dict.fromkeys(layout for layout in held.values() if layout is not None))
-        found = _layouts(module, call, options, places, known)
-        layout = next((layout for layout in found if accept is None or accept(layout)), None)
+    one_each = tuple(value.dim() > 0 and len(value) == b for value in tensors)
+    key = (spec, *(tuple(axes) for axes in inputs), *(tuple(axes) for axes in outputs), one_each)
+    layouts = _layouts_of.setdefault(module, {})
+    if key not in layouts or accept is not None:
+        earlier = list(dict.fromkeys(layout for layout in layouts.values() if layout is not None))
+        valid = _valid_layouts(module, call, inputs, outputs, earlier)
+        layout = next((layout for layout in valid if accept is None or accept(layout)), None)
         if layout is None and accept is not None:
             return None
-        held[key] = layout
-    return held[key]
-
-
-def _unfolded(tensors: list[Tensor], b: int) -> tuple[bool, ...]:
-    return tuple(value.dim() > 0 and len(value) == b for value in tensors)
+        layouts[key] = layout
+    return layouts[key]
 
 
 def _options(value: Tensor, b: int, groups: int) -> list[Axis]:
-    found = []
+    axes = []
     if value.dim() and len(value) and len(value) % b == 0:
-        found.append(Axis(0))
+        axes.append(Axis(0))
     if groups > 1 and value.dim() and len(value) and len(value) % (b * groups) == 0:
-        found.append(Axis(0, groups))
+        axes.append(Axis(0, groups))
     if value.dim() > 1 and value.shape[1] == b:
-        found.append(Axis(1))
-    return found
+        axes.append(Axis(1))
+    return axes
 
 
-def _layouts(
-    module: nn.Module, call: Call, options: list[list[Axis]], places: list[list[Axis]], known: list[Layout]
+def _valid_layouts(
+    module: nn.Module, call: Call, inputs: list[list[Axis]], outputs: list[list[Axis]], earlier: list[Layout]
 ) -> Iterator[Layout]:
     """Yield the layouts that hold: those of earlier calls first, for lengths may agree in several ways."""
     with torch.no_grad(), running(module, call):
         whole = float_leaves(module(*call.args, **call.kwargs))  # again: the model may have changed its output in place
-    for layout in known:
-        if _possible(layout.inputs, options) and _possible(layout.outputs, places):
-            own: Any = [[axis] for axis in layout.outputs]
-            if all(_outputs_alike(module, call, layout.inputs, whole, own)):
+    for layout in earlier:
+        if _possible(layout.inputs, inputs) and _possible(layout.outputs, outputs):
+            fixed: Any = [[axis] for axis in layout.outputs]
+            if all(_matching_axes(module, call, layout.inputs, whole, fixed)):
                 yield layout
-    for inputs in _choices(call, options):
-        found = _outputs_alike(module, call, inputs, whole, places)
-        for outputs in itertools.islice(itertools.product(*found), _TRIES):
-            yield Layout(inputs, outputs)
+    for choice in _choices(call, inputs):
+        matching = _matching_axes(module, call, choice, whole, outputs)
+        for axes in itertools.islice(itertools.product(*matching), _TRIES):
+            yield Layout(choice, axes)
 
 
 def _possible(parts: tuple[Part | None, ...], options: list[list[Axis]]) -> bool:
@@ -200,18 +189,24 @@ def _possible(parts: tuple[Part | None, ...], options: list[list[Axis]]) -> bool
     return len(parts) == len(options) and all(fits)
 
 
-def _outputs_alike(
-    module: nn.Module,
-    call: Call,
-    inputs: tuple[Part | None, ...],
-    whole: list[Tensor],
-    places: list[list[Axis]],
+def _matching_axes(
+    module: nn.Module, call: Call, inputs: tuple[Part | None, ...], whole: list[Tensor], outputs: list[list[Axis]]
 ) -> list[list[Axis]]:
-    """Return on which axes each output's parts of the first and last sample are what their parts alone give."""
+    """Return the axes on which each output's parts of the first and last sample are what the layer yields for these."""
     with torch.no_grad(), running(module, call):
         for sample in (0, call.samples - 1):
-            places = _outputs(module, call, inputs, sample, whole, places)
-    return places
+            args, kwargs = part_of(call, inputs, sample)
+            try:
+                alone = float_leaves(module(*args, **kwargs))
+            except Exception:  # a layer may raise anything when given what it does not expect
+                return [[] for _ in outputs]
+            if len(alone) != len(whole):
+                return [[] for _ in outputs]
+            outputs = [
+                [axis for axis in axes if _alike(axis.take(value, sample, call.samples), part)]
+                for value, part, axes in zip(whole, alone, outputs, strict=True)
+            ]
+    return outputs
 
 
 def _choices(call: Call, options: list[list[Axis]]) -> Iterator[tuple[Axis | None, ...]]:
@@ -224,52 +219,30 @@ def _choices(call: Call, options: list[list[Axis]]) -> Iterator[tuple[Axis | Non
     for value, axes in zip(call.tensors(), options, strict=True):
         folded = Axis(0) in axes and len(value) > b and len(value) not in lengths
         likely.append([None, *axes] if folded else [*axes, None])
-    large = [place for place, value in enumerate(call.tensors()) if value.dim() > 2 and len(likely[place]) > 1]
-    agreed = list(dict.fromkeys(axis for place in large for axis in likely[place]))
-    together = [{p: axis if axis in likely[p] else None for p in large} for axis in agreed]
-    apart: list[list[dict[int, Axis | None]]] = [[{p: axis} for axis in axes] for p, axes in enumerate(likely)]
-    small = [unit for place, unit in enumerate(apart) if place not in large]
+    large = [index for index, value in enumerate(call.tensors()) if value.dim() > 2 and len(likely[index]) > 1]
+    agreed = list(dict.fromkeys(axis for index in large for axis in likely[index]))
+    together = [{i: axis if axis in likely[i] else None for i in large} for axis in agreed]
+    apart: list[list[dict[int, Axis | None]]] = [[{i: axis} for axis in axes] for i, axes in enumerate(likely)]
+    small = [unit for index, unit in enumerate(apart) if index not in large]
     seen = set()
     for units in ([together, *small] if large else small, apart):
-        for found in itertools.islice(_by_deviation(units), _TRIES):
-            choice = tuple(found[place] for place in range(len(likely)))
+        for axes_of in itertools.islice(_by_deviation(units), _TRIES):
+            choice = tuple(axes_of[index] for index in range(len(likely)))
             if any(choice) and choice not in seen:
                 seen.add(choice)
                 yield choice
 
 
 def _by_deviation(units: list[list[dict[int, Axis | None]]]) -> Iterator[dict[int, Axis | None]]:
-    """Yield one of each unit's ways, joined: first ways of all, then those where one unit deviates, then two, ..."""
+    """Yield one option of each unit, joined: the first of all, then those where one unit deviates, then two, ..."""
     for count in range(len(units) + 1):
-        for places in itertools.combinations(range(len(units)), count):
-            for ways in itertools.product(*(units[place][1:] for place in places)):
-                taken = dict(zip(places, ways, strict=True))
+        for deviating in itertools.combinations(range(len(units)), count):
+            for options in itertools.product(*(units[index][1:] for index in deviating)):
+                chosen = dict(zip(deviating, options, strict=True))
                 joined: dict[int, Axis | None] = {}
-                for place, unit in enumerate(units):
-                    joined |= taken.get(place, unit[0])
+                for index, unit in enumerate(units):
+                    joined |= chosen.get(index, unit[0])
                 yield joined
-
-
-def _outputs(
-    module: nn.Module,
-    call: Call,
-    inputs: tuple[Part | None, ...],
-    sample: int,
-    whole: list[Tensor],
-    places: list[list[Axis]],
-) -> list[list[Axis]]:
-    """Return on which axes each output's part of a sample is what the layer gives for the sample's part alone."""
-    args, kwargs = part_of(call, inputs, sample)
-    try:
-        alone = float_leaves(module(*args, **kwargs))
-    except Exception:  # whatever a layer raises that is given something else than it expects
-        return [[] for _ in places]
-    if len(alone) != len(whole):
-        return [[] for _ in places]
-    return [
-        [axis for axis in axes if _alike(axis.take(value, sample, call.samples), own)]
-        for value, own, axes in zip(whole, alone, places, strict=True)
-    ]
 
 
 def _alike(expected: Tensor, received: Tensor) -> bool:
@@ -298,7 +271,7 @@ def part_of(call: Call, inputs: tuple[Part | None, ...], sample: int) -> tuple[t
 
 @contextmanager
 def running(module: nn.Module, call: Call) -> Iterator[None]:
-    """Run a layer again as it ran in the model, but experts one at a time: autocast as it was, cuDNN's recurrence off.
+    """Run a layer again as it ran in the model, with its autocast, but experts one at a time and without cuDNN's RNNs.
 
     Other implementations of Hugging Face's experts copy weights for every token; cuDNN does not differentiate a
     recurrent layer in evaluation mode.
@@ -306,54 +279,42 @@ def running(module: nn.Module, call: Call) -> Iterator[None]:
     config: Any = getattr(module, "config", None)
     internal = hasattr(config, "_experts_implementation_internal")  # the other one also sets configurations inside
     name = "_experts_implementation_internal" if internal else "_experts_implementation"
-    chosen = getattr(config, name, None)
+    implementation = getattr(config, name, None)
     device = call.outputs[0].device.type if call.outputs else "cpu"
     cast: AbstractContextManager[Any] = nullcontext()
     if call.autocast is not None:
         cast = torch.autocast(device, call.autocast)
     plain = torch.backends.cudnn.flags(enabled=False) if isinstance(module, nn.RNNBase) else nullcontext()
-    if chosen is not None:
+    if implementation is not None:
         setattr(config, name, "eager")
     try:
         with cast, plain:
             yield
     finally:
-        if chosen is not None:
-            setattr(config, name, chosen)
+        if implementation is not None:
+            setattr(config, name, implementation)
 
 
-_RIGHT = {  # operations whose last factor may be a weight (in, out): place of the other factor
+_RIGHT = {  # operations whose last factor may be a weight (in, out): index of the other factor
     torch.matmul: 0, Tensor.matmul: 0, Tensor.__matmul__: 0, torch.mm: 0, Tensor.mm: 0, torch.bmm: 0, Tensor.bmm: 0,
     torch.addmm: 1, Tensor.addmm: 1, torch.baddbmm: 1, Tensor.baddbmm: 1,
 }  # fmt: skip
 
 
 class Patch(NamedTuple):
-    """A weight (out, in) inside a flattened parameter.
-
-    Attributes
-    ----------
-    parameter : str
-        Which parameter.
-    offset : int
-        The place of its first entry.
-    shape : (int, int)
-        Outputs and inputs.
-    strides : (int, int)
-        How far apart entries of neighbouring outputs and inputs are.
-    """
+    """A weight (out, in) inside a flattened parameter."""
 
     parameter: str
-    offset: int
-    shape: tuple[int, int]
-    strides: tuple[int, int]
+    offset: int  # of its first entry
+    shape: tuple[int, int]  # outputs, inputs
+    strides: tuple[int, int]  # distances of entries of neighbouring outputs and inputs
 
 
 Product = Callable[[Patch, Tensor, Tensor], None]
 
 
 class _ProductTap(torch.autograd.Function):
-    """Identity on a product; its backward hands on the factor that is no weight, and the product's gradient."""
+    """Identity on a product; its backward reports the factor that is not the weight, and the product's gradient."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, x: Tensor, anchor: Tensor, patches: list[Patch], product: Product) -> Tensor:
@@ -387,18 +348,18 @@ class _Products(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        place = 0 if func is F.linear else _RIGHT.get(func)
-        if place is not None and len(args) >= place + 2 and not {"alpha", "out"} & kwargs.keys():
-            x, weight = args[place : place + 2]
+        index = 0 if func is F.linear else _RIGHT.get(func)
+        if index is not None and len(args) >= index + 2 and not {"alpha", "out"} & kwargs.keys():
+            x, weight = args[index : index + 2]
             patches = self._patches(func, x, weight)
             if patches:
-                output = func(*args[: place + 1], weight.detach(), *args[place + 2 :], **kwargs)
+                output = func(*args[: index + 1], weight.detach(), *args[index + 2 :], **kwargs)
                 if output.shape[-1] == patches[0].shape[0]:
                     return _ProductTap.apply(output, x.detach(), self._anchor, patches, self._product)
         return func(*args, **kwargs)
 
     def _patches(self, func: Any, x: Any, weight: Any) -> list[Patch]:
-        """Return which weights a factor holds: one, or one for each of a stack; none if it is no leaf's."""
+        """Return which weights a factor holds: one, or one for each of a stack; none if it is not a leaf's."""
         if not isinstance(x, Tensor) or not isinstance(weight, Tensor) or not weight.requires_grad:
             return []
         name, leaf = self._leaves.get(weight.untyped_storage().data_ptr(), (None, None))
@@ -438,12 +399,12 @@ def pull_back(
     sample : int
         Which sample.
     product : callable (patch, x, δ), optional
-        Takes products by weights, x (t, in) and δ (t, out): the weight's gradient δᵀx is then not in what is returned.
+        Takes products by weights, x (t, in) and δ (t, out): the weight's gradient δᵀx is then not returned.
 
     Returns
     -------
     dict of str to Tensor
-        Of parameters that received a gradient otherwise.
+        The other gradients, by parameter.
 
     Raises
     ------
@@ -457,13 +418,11 @@ def pull_back(
         delta if delta is None or axis is None else axis.take(delta, sample, call.samples)
         for delta, axis in zip(deltas, layout.outputs, strict=True)
     ]
+    tapping = nullcontext() if product is None else _Products(leaves, anchor, product)
     try:
         with torch.enable_grad(), running(module, call):
-            if product is None:
+            with tapping:
                 result = torch.func.functional_call(module, leaves, args, kwargs)
-            else:
-                with _Products(leaves, anchor, product):
-                    result = torch.func.functional_call(module, leaves, args, kwargs)
             pairs = [
                 (value, delta.to(value.dtype))
                 for value, delta in zip(float_leaves(result), pulled, strict=True)
@@ -472,10 +431,10 @@ def pull_back(
             if not pairs:
                 return {}
             outputs, cotangents = zip(*pairs, strict=True)
-            found = torch.autograd.grad(outputs, [*leaves.values(), anchor], cotangents, allow_unused=True)
+            gradients = torch.autograd.grad(outputs, [*leaves.values(), anchor], cotangents, allow_unused=True)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise UnsupportedModelError(
             f"expected {type(module).__name__} to run for one sample at a time; received {type(error).__name__}: "
             f"{error}: leave the layer out with modules="
         ) from error
-    return {name: value for name, value in zip(leaves, found[:-1], strict=True) if value is not None}
+    return {name: value for name, value in zip(leaves, gradients[:-1], strict=True) if value is not None}

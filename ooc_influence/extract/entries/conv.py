@@ -1,7 +1,7 @@
 """Sampled per-sample gradients of convolutions in one, two or three dimensions.
 
 With the padded input x (b, in, ...), entry (o, c, κ) of sample s's weight gradient is
-Σ_y δ[s, o, y] · x[s, c, stride·y + dilation·κ] over output places y; c counts the channels of o's group. Entries are
+Σ_y δ[s, o, y] · x[s, c, stride·y + dilation·κ] over output positions y; c counts the channels of o's group. Entries are
 gathered kernel offset by kernel offset: at each, the inputs are a strided view and no unfolded copy is made.
 """
 
@@ -11,18 +11,16 @@ import itertools
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from typing_extensions import override
 
-from ooc_influence.extract.entries.base import Entries, Moments, Place, split_bias, wide
+from ooc_influence.extract.entries.base import Entries, Moments, square_sums, wide, with_bias_column
 from ooc_influence.store import LayerShape, ModuleMask
 
-_CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 _TILE = 2**19  # values of one gathered operand
-_PRODUCT_GAIN = 8  # a GEMM's multiplications that cost as much as gathering one
+_PRODUCT_GAIN = 8  # multiplications of a GEMM that cost as much as a gathered one
 
 
 class ConvEntries(Entries):
@@ -33,23 +31,21 @@ class ConvEntries(Entries):
     def __init__(self, kept: ModuleMask, module: nn.Module, device: torch.device) -> None:
         super().__init__(kept, module, device)
         width = kept.layer.shape[1] - kept.layer.bias
-        self._bias_at = torch.nonzero(self._cols == width).flatten() if kept.layer.bias else self._cols[:0]
         self._offsets: list[tuple[tuple[int, ...], Tensor, Tensor, Tensor]] = []
         kernel = tuple(module.kernel_size)  # type: ignore[arg-type]
-        places = int(np.prod(kernel))
-        out, groups = kept.layer.shape[0], int(module.groups)  # type: ignore[arg-type]
-        channels = width // places
+        size = int(np.prod(kernel))
+        channels, outputs_of_group = width // size, kept.layer.shape[0] // int(module.groups)  # type: ignore[arg-type]
         for number, offset in enumerate(itertools.product(*map(range, kernel))):
-            at = torch.nonzero((self._cols < width) & (self._cols % places == number)).flatten()
-            if len(at):
-                rows = self._rows[at]
-                inputs = self._cols[at] // places + (rows // (out // groups)) * channels
-                self._offsets.append((offset, at, rows, inputs))
+            entries = torch.nonzero((self._cols < width) & (self._cols % size == number)).flatten()
+            if len(entries):
+                rows = self._rows[entries]
+                inputs = self._cols[entries] // size + (rows // outputs_of_group) * channels
+                self._offsets.append((offset, entries, rows, inputs))
 
     @classmethod
     @override
     def describe(cls, name: str, module: nn.Module) -> LayerShape | None:
-        kind = next((kind for kind in _CONVOLUTIONS if isinstance(module, kind)), None)
+        kind = next((kind for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(module, kind)), None)
         if kind is None or type(module).forward is not kind.forward:
             return None
         if type(module)._conv_forward is not kind._conv_forward:  # type: ignore[attr-defined]
@@ -71,25 +67,14 @@ class ConvEntries(Entries):
     @classmethod
     @override
     def moments(cls, layer: LayerShape, module: nn.Module, x: Any, delta: Any) -> Moments:
-        """All places of the kernel see the same inputs, but for the border."""
+        # all offsets of the kernel see the same inputs, except at the border
         tokens = delta.numel() // delta.shape[1]
-        rows = delta.transpose(0, 1).flatten(1).to(wide(delta.dtype)).square().sum(1, dtype=torch.float64)
+        rows = square_sums(delta.transpose(0, 1).flatten(1), 1)
         inputs = x.transpose(0, 1).flatten(1).to(wide(x.dtype)).square().mean(1, dtype=torch.float64) * tokens
-        places = int(np.prod(module.kernel_size))  # type: ignore[arg-type]
-        channels = (layer.shape[1] - layer.bias) // places
-        cols = inputs.view(-1, channels).mean(0).repeat_interleave(places)  # groups share their columns
-        if layer.bias:
-            cols = torch.cat([cols, cols.new_tensor([tokens])])
-        return Moments(rows, cols, tokens)
-
-    @classmethod
-    @override
-    def locate(
-        cls, layer: LayerShape, module: nn.Module, rows: npt.NDArray[np.int32], cols: npt.NDArray[np.int32]
-    ) -> list[Place]:
-        at, places = split_bias(layer, rows, cols)
-        width = layer.shape[1] - layer.bias
-        return [Place("weight", at, rows[at].astype(np.int64) * width + cols[at]), *places]
+        size = int(np.prod(module.kernel_size))  # type: ignore[arg-type]
+        channels = (layer.shape[1] - layer.bias) // size
+        cols = inputs.view(-1, channels).mean(0).repeat_interleave(size)  # groups share their columns
+        return Moments(rows, with_bias_column(layer, cols, tokens), tokens)
 
     def gather(self, x: Any, delta: Any) -> Tensor:
         """Return the entries, (b, m), of x (b, in, ...) and δ (b, out, ...)."""
@@ -99,18 +84,18 @@ class ConvEntries(Entries):
         padded = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
         sizes, d = delta.shape[2:], delta.flatten(2).to(dtype)
         out = torch.zeros((len(x), self.entries), dtype=dtype, device=x.device)
-        for offset, at, rows, inputs in self._offsets:
+        for offset, entries, rows, inputs in self._offsets:
             window = [
                 slice(k * dilation, k * dilation + stride * (size - 1) + 1, stride)
                 for k, dilation, stride, size in zip(offset, module.dilation, module.stride, sizes, strict=True)
             ]
-            out[:, at] = self._at_offset(padded[(slice(None), slice(None), *window)], d, rows, inputs)
-        if len(self._bias_at):
-            out[:, self._bias_at] = d.sum(2).index_select(1, self._rows[self._bias_at])
+            out[:, entries] = self._at_offset(padded[(slice(None), slice(None), *window)], d, rows, inputs)
+        if len(self._bias_entries):
+            out[:, self._bias_entries] = d.sum(2).index_select(1, self._rows[self._bias_entries])
         return out
 
     def _at_offset(self, view: Tensor, d: Tensor, rows: Tensor, inputs: Tensor) -> Tensor:
-        """Return Σ_y δ[:, rows, y] x[:, inputs, y] of the inputs seen at one offset of the kernel, (b, m)."""
+        """Return Σ_y δ[:, rows, y] x[:, inputs, y] for the inputs at one offset of the kernel, (b, m)."""
         distinct_rows, at_rows = torch.unique(rows, return_inverse=True)
         distinct, at_inputs = torch.unique(inputs, return_inverse=True)
         x = view.index_select(1, distinct).flatten(2).to(d.dtype)

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from typing_extensions import override
 
 from ooc_influence.errors import UnsupportedModelError
-from ooc_influence.extract.entries.base import Entries, Moments, Place, wide
+from ooc_influence.extract.entries.base import Entries, Moments, square_sums, wide
 from ooc_influence.extract.entries.calls import Call
 from ooc_influence.store import LayerShape, ModuleMask
 
@@ -50,17 +48,10 @@ class EmbeddingEntries(Entries):
     @classmethod
     @override
     def moments(cls, layer: LayerShape, module: nn.Module, x: Any, delta: Any) -> Moments:
-        """Rows are how often an id occurs, columns Σ δ_d²."""
+        # rows are how often an id occurs, columns Σ δ_d²
         rows = torch.bincount(x.reshape(-1).long(), minlength=layer.shape[0]).double()
         d = delta.reshape(-1, delta.shape[-1])
-        return Moments(rows, d.to(wide(d.dtype)).square().sum(0, dtype=torch.float64), x.numel())
-
-    @classmethod
-    @override
-    def locate(
-        cls, layer: LayerShape, module: nn.Module, rows: npt.NDArray[np.int32], cols: npt.NDArray[np.int32]
-    ) -> list[Place]:
-        return [Place("weight", np.arange(len(rows)), rows.astype(np.int64) * layer.shape[1] + cols)]
+        return Moments(rows, square_sums(d, 0), x.numel())
 
     def gather(self, x: Any, delta: Any) -> Tensor:
         """Return the entries, (b, m), of ids x (b, ...) and δ (b, ..., features)."""
@@ -71,7 +62,7 @@ class EmbeddingEntries(Entries):
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < rows:
             raise UnsupportedModelError(
                 f"expected ids below {rows} in embedding {self.layer.name!r}; received {int(ids.max())}: it does not "
-                "look its ids up as they are; leave it out with modules= (--modules)"
+                "look up ids as they are; leave it out with modules= (--modules)"
             )
         out = torch.zeros(b * self.entries, dtype=wide(delta.dtype), device=delta.device)
         sample = torch.arange(b, device=ids.device).repeat_interleave(len(ids) // max(1, b))
@@ -89,7 +80,7 @@ class EmbeddingEntries(Entries):
 
 
 def _scale(module: nn.Module) -> float | None:
-    """Return what an embedding multiplies its rows by, 1 for torch's; None where it does something else."""
+    """Return the factor that an embedding multiplies its rows by, 1 for torch's; None if it does something else."""
     if isinstance(module, nn.EmbeddingBag) or type(module).forward is nn.Embedding.forward:
         return 1.0
     assert isinstance(module, nn.Embedding)
@@ -100,14 +91,14 @@ def _scale(module: nn.Module) -> float | None:
     with torch.inference_mode(False), torch.no_grad():
         plain = nn.functional.embedding(ids, module.weight.detach()).float()
         try:
-            found = module(ids).detach().float()
+            output = module(ids).detach().float()
         except Exception:  # it takes something else than ids
             return None
     norm = float(plain.norm())
-    if found.shape != plain.shape or norm == 0:
+    if output.shape != plain.shape or norm == 0:
         return None
-    factor = float((found * plain).sum()) / norm**2
-    return factor if torch.allclose(found, factor * plain, rtol=1e-2, atol=1e-6) else None
+    factor = float((output * plain).sum()) / norm**2
+    return factor if torch.allclose(output, factor * plain, rtol=1e-2, atol=1e-6) else None
 
 
 class EmbeddingBagEntries(EmbeddingEntries):
@@ -119,17 +110,16 @@ class EmbeddingBagEntries(EmbeddingEntries):
     @classmethod
     @override
     def describe(cls, name: str, module: nn.Module) -> LayerShape | None:
-        """Leave the maximum to the fallback."""
         if not isinstance(module, nn.EmbeddingBag) or type(module).forward is not nn.EmbeddingBag.forward:
             return None
         if module.scale_grad_by_freq or module.max_norm is not None or module.mode == "max":
-            return None
+            return None  # the maximum needs the fallback
         return LayerShape(name, cls.kind, (module.num_embeddings, module.embedding_dim), False)
 
     @classmethod
     @override
     def batched(cls, module: nn.Module, x: Any, delta: Any, b: int) -> bool:
-        """Every sample has as many bags, one as a rule."""
+        # every sample has as many bags, one as a rule
         return len(x.outputs[0]) > 0 and len(x.outputs[0]) % b == 0
 
     @classmethod
@@ -140,7 +130,7 @@ class EmbeddingBagEntries(EmbeddingEntries):
     @classmethod
     @override
     def moments(cls, layer: LayerShape, module: nn.Module, x: Any, delta: Any) -> Moments:
-        """Rows are how often an id occurs, columns Σ (w δ_d)²."""
+        # rows are how often an id occurs, columns Σ (w δ_d)²
         ids, d, _ = _tokens(module, x, delta[0])
         return super().moments(layer, module, ids, d)
 
@@ -169,7 +159,7 @@ def _tokens(module: Any, call: Call, delta: Tensor) -> tuple[Tensor, Tensor, Ten
     if weights is not None:
         return ids, d * weights.reshape(-1)[: len(ids), None].to(d.dtype), counts
     if module.mode == "mean":
-        there = torch.ones_like(ids) if module.padding_idx is None else (ids != module.padding_idx).long()
-        filled = torch.zeros(bags, dtype=torch.long, device=ids.device).index_add_(0, bag, there)
-        d = d / filled.clamp(min=1)[bag, None].to(d.dtype)
+        counted = torch.ones_like(ids) if module.padding_idx is None else (ids != module.padding_idx).long()
+        bag_sizes = torch.zeros(bags, dtype=torch.long, device=ids.device).index_add_(0, bag, counted)
+        d = d / bag_sizes.clamp(min=1)[bag, None].to(d.dtype)
     return ids, d, counts

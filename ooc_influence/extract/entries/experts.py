@@ -17,17 +17,13 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from ooc_influence.extract.entries.base import Moments, wide
+from ooc_influence.extract.entries.base import Moments, square_sums, wide
 from ooc_influence.extract.entries.calls import Call, Layout, Patch, find_layout, pull_back
 from ooc_influence.extract.entries.func import FuncEntries
 from ooc_influence.store import LayerShape
 
 _ROWS = 2**20  # runs of entries whose second moments a pilot tells apart, where the weights' widths allow it
-_SORTED = (
-    "expert_size",
-    "tokens_per_expert",
-    "batch_size",
-)  # arguments of experts that see tokens of no sample's order
+_SORTED = ("expert_size", "tokens_per_expert", "batch_size")  # arguments of experts that see tokens sorted by expert
 _ROUTERS = ("router", "gate", "gating")
 
 
@@ -51,14 +47,14 @@ class ExpertEntries(FuncEntries):
     @classmethod
     @override
     def layout(cls, module: nn.Module, call: Call, accept: Callable[[Layout], bool] | None = None) -> Layout | None:
-        """Tokens may be there once for every expert (Llama 4)."""
+        # tokens may be repeated for every expert (Llama 4)
         first = next(iter(cls.parameters(module).values()))
         return find_layout(module, call, len(first) if first.dim() == 3 else 1, accept)
 
     @classmethod
     @override
     def moments(cls, layer: LayerShape, module: nn.Module, x: Any, delta: Any) -> Moments:
-        """Of every weight the product of its δ's and its x's squares, averaged over each run."""
+        # for every weight the product of the squares of δ and x, averaged over each run
         parameters, layout = cls.parameters(module), cls.known_layout(module, x)
         sums = _Squares(x.outputs[0].device)
         rows = torch.zeros(layer.shape[0], dtype=torch.float64, device=x.outputs[0].device)
@@ -69,8 +65,8 @@ class ExpertEntries(FuncEntries):
         for sample in range(x.samples):
             for name, value in pull_back(module, parameters, x, layout, delta, sample, sums.add).items():
                 squares = value.detach().reshape(-1, layer.shape[1]).to(wide(value.dtype)).square()
-                at = starts[name] // layer.shape[1]
-                rows[at : at + len(squares)] += squares.mean(1, dtype=torch.float64)
+                row = starts[name] // layer.shape[1]
+                rows[row : row + len(squares)] += squares.mean(1, dtype=torch.float64)
         sums.add_to(rows, starts, layer.shape[1])
         return Moments(rows, rows.new_full((layer.shape[1],), float(x.samples)), x.samples)
 
@@ -84,12 +80,8 @@ class _Squares:
 
     def add(self, patch: Patch, x: Tensor, delta: Tensor) -> None:
         """Add a product's factors."""
-        outputs, inputs = (v.to(wide(v.dtype)).square().sum(0, dtype=torch.float64) for v in (delta, x))
-        if patch in self._sums:
-            held = self._sums[patch]
-            outputs, inputs = outputs + held[0], inputs + held[1]
-        tokens = len(x) + (self._sums[patch][2] if patch in self._sums else 0)
-        self._sums[patch] = outputs, inputs, tokens
+        outputs, inputs, tokens = self._sums.get(patch, (0.0, 0.0, 0))
+        self._sums[patch] = square_sums(delta, 0) + outputs, square_sums(x, 0) + inputs, tokens + len(x)
 
     def add_to(self, rows: Tensor, starts: dict[str, int], run: int) -> None:
         """Add the mean of every run of entries to its row."""
@@ -98,15 +90,16 @@ class _Squares:
             major, minor, step, wide_step = outputs, inputs, along, down
             if down < along:
                 major, minor, step, wide_step = inputs, outputs, down, along
+            first = torch.arange(len(major), device=self._device)[:, None]
             if step == 1 and start % run == 0 and wide_step % run == 0 and len(minor) % run == 0:
                 means = torch.outer(major, minor.view(-1, run).mean(1)) / tokens
-                ends = torch.arange(len(minor) // run, device=self._device)
-                at = start // run + torch.arange(len(major), device=self._device)[:, None] * (wide_step // run) + ends
+                offsets = torch.arange(len(minor) // run, device=self._device)
+                index = start // run + first * (wide_step // run) + offsets
             else:
                 means = torch.outer(major, minor) / (tokens * run)
-                ends = torch.arange(len(minor), device=self._device) * step
-                at = (start + torch.arange(len(major), device=self._device)[:, None] * wide_step + ends) // run
-            rows.index_add_(0, at.flatten(), means.flatten())
+                offsets = torch.arange(len(minor), device=self._device) * step
+                index = (start + first * wide_step + offsets) // run
+            rows.index_add_(0, index.flatten(), means.flatten())
 
 
 def _experts(module: nn.Module) -> bool:

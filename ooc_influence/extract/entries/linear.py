@@ -1,15 +1,16 @@
 """Sampled per-sample gradients of a linear layer, without the full gradient.
 
 For an input x (b, t, in) and an output gradient δ (b, t, out), entry (i, j) of sample s's weight gradient is
-Σ_t δ[s, t, i] x[s, t, j]; its bias gradient is Σ_t δ[s, t, i]. m kept entries cost O(t·m) a sample. Three ways of
-computing them, chosen by their cost:
+Σ_t δ[s, t, i] x[s, t, j]; its bias gradient is Σ_t δ[s, t, i]. m kept entries cost O(t·m) per sample. They are computed
+in one of four ways, chosen by cost:
 
 - token-major: for a few samples at a time, columns of δ and x are gathered, multiplied and summed over t;
 - feature-major: x and δ are transposed once, then each entry is a dot product of two runs of t numbers
-  (``torch.sparse.sampled_addmm``), where kept entries are many against the features;
-- on a GPU with Triton, one kernel does the gathering and the sum;
-- product: one small GEMM a sample over the distinct rows and columns of the kept entries, where these are few against
-  the entries: a grid, a mask that keeps nearly everything, importance sampling of a layer with a few strong features.
+  (``torch.sparse.sampled_addmm``), where kept entries are many compared to the features;
+- kernel: on a GPU with Triton, one kernel gathers, multiplies and sums;
+- product: one small GEMM per sample over the distinct rows and columns of the kept entries, where these are few
+  compared to the entries: a grid, a mask of nearly everything, importance sampling of a layer with a few strong
+  features.
 """
 
 from __future__ import annotations
@@ -20,34 +21,41 @@ import warnings
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F  # noqa: N812 - the community's name
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from typing_extensions import override
 
-from ooc_influence.extract.entries.base import Entries, Moments, Place, is_coded, split_bias, wide
+from ooc_influence.extract.entries.base import (
+    Entries,
+    Indices,
+    MaskIndices,
+    Moments,
+    is_coded,
+    square_sums,
+    wide,
+    with_bias_column,
+)
 from ooc_influence.store import LayerShape, LograReduction, ModuleMask
 
 _CPU_TILE = 2**19  # values of one gathered operand: two float32 tiles of 2 MiB stay in the shared cache
 _GPU_TILE = 2**25  # on a GPU, few large launches
 _FEW_THREADS = 1  # up to which index_select, a fifth cheaper but serial along the last axis, is the quicker one
-_PRODUCT_GAIN = 3  # a GEMM's multiplications that cost as much as gathering one
+_PRODUCT_GAIN = 3  # multiplications of a GEMM that cost as much as a gathered one
 _QUANTISED = ("8bit", "4bit", "Quant", "HQQ", "FP8", "WQLinear", "Awq", "Bit")  # in the class names of such layers
 
 
 class LinearEntries(Entries):
-    """``torch.nn.Linear``, and quantised layers that compute the same: the weight is never looked at."""
+    """``torch.nn.Linear``, and quantised layers that compute the same: the weight is never read."""
 
     kind = "linear"
 
     def __init__(self, kept: ModuleMask, module: nn.Module, device: torch.device) -> None:
         super().__init__(kept, module, device)
         inputs = kept.layer.shape[1] - kept.layer.bias
-        self._bias_at = torch.nonzero(self._cols == inputs).flatten() if kept.layer.bias else self._cols[:0]
-        self._bias_rows = self._rows[self._bias_at]
-        self._places = (self._rows.int(), self._cols.int())  # for the kernel, which knows the bias column
+        self._bias_rows = self._rows[self._bias_entries]
+        self._kernel_entries = (self._rows.int(), self._cols.int())  # the kernel handles the bias column
         self._cols = self._cols.clamp(max=max(0, inputs - 1))  # bias entries are overwritten
         self._sparse: Tensor | None = None
         in_order = bool((self._rows[1:] >= self._rows[:-1]).all())  # as masks are drawn
@@ -66,31 +74,20 @@ class LinearEntries(Entries):
     @override
     def moments(cls, layer: LayerShape, module: nn.Module, x: Any, delta: Any) -> Moments:
         tokens = delta.numel() // delta.shape[-1]
-        cols = x.reshape(-1, x.shape[-1]).to(wide(x.dtype)).square().sum(0, dtype=torch.float64)
-        if layer.bias:
-            cols = torch.cat([cols, cols.new_tensor([tokens])])
-        rows = delta.reshape(-1, delta.shape[-1]).to(wide(delta.dtype)).square().sum(0, dtype=torch.float64)
-        return Moments(rows, cols, tokens)
-
-    @classmethod
-    @override
-    def locate(
-        cls, layer: LayerShape, module: nn.Module, rows: npt.NDArray[np.int32], cols: npt.NDArray[np.int32]
-    ) -> list[Place]:
-        at, places = split_bias(layer, rows, cols)
-        width = layer.shape[1] - layer.bias
-        return [Place("weight", at, rows[at].astype(np.int64) * width + cols[at]), *places]
+        cols = square_sums(x.reshape(-1, x.shape[-1]), 0)
+        rows = square_sums(delta.reshape(-1, delta.shape[-1]), 0)
+        return Moments(rows, with_bias_column(layer, cols, tokens), tokens)
 
     def gather(self, x: Any, delta: Any) -> Tensor:
         """Return the entries, (b, m), of x (b, ..., in) and δ (b, ..., out)."""
         x = x.reshape(x.shape[0], -1, x.shape[-1])
         delta = delta.reshape(delta.shape[0], -1, delta.shape[-1])
         if self._grid is None and self.entries and x.shape[1] > 1 and usable(x):
-            return sampled_outer(x, delta, *self._places)
+            return sampled_outer(x, delta, *self._kernel_entries)
         out = self._weights(x, delta)
-        if len(self._bias_at):
+        if len(self._bias_entries):
             summed = delta.sum(1, dtype=wide(delta.dtype))
-            out.index_copy_(1, self._bias_at, summed.index_select(1, self._bias_rows).to(out.dtype))
+            out.index_copy_(1, self._bias_entries, summed.index_select(1, self._bias_rows).to(out.dtype))
         return out
 
     def _weights(self, x: Tensor, delta: Tensor) -> Tensor:
@@ -100,7 +97,7 @@ class LinearEntries(Entries):
             return self._feature_major(x, delta)
         return self._token_major(x, delta, _GPU_TILE if x.is_cuda else _CPU_TILE)
 
-    def _product(self, x: Tensor, delta: Tensor, rows: Tensor, cols: Tensor, places: Tensor) -> Tensor:
+    def _product(self, x: Tensor, delta: Tensor, rows: Tensor, cols: Tensor, indices: Tensor) -> Tensor:
         dtype = wide(delta.dtype)
         xs = x if len(cols) == x.shape[2] else x.index_select(2, cols)
         ds = delta if len(rows) == delta.shape[2] else delta.index_select(2, rows)
@@ -108,7 +105,7 @@ class LinearEntries(Entries):
         buffer = torch.empty((len(rows), len(cols)), dtype=dtype, device=x.device)
         for sample in range(len(x)):  # one at a time: the product stays in cache
             torch.mm(ds[sample].t().to(dtype), xs[sample].to(dtype), out=buffer)
-            torch.index_select(buffer.view(-1), 0, places, out=out[sample])
+            torch.index_select(buffer.view(-1), 0, indices, out=out[sample])
         return out
 
     def _token_major(self, x: Tensor, delta: Tensor, tile: int) -> Tensor:
@@ -137,7 +134,7 @@ class LinearEntries(Entries):
         return out
 
     def _pattern(self, dtype: torch.dtype) -> Tensor:
-        """Return the kept entries as a sparse matrix, which says where to compute a product."""
+        """Return the kept entries as a sparse matrix: the pattern of the products to compute."""
         if self._sparse is None or self._sparse.dtype != dtype:
             height, width = self.layer.shape[0], self.layer.shape[1] - self.layer.bias
             starts = torch.bincount(self._rows, minlength=height).cumsum(0)
@@ -173,24 +170,21 @@ class TransposedLinearEntries(LinearEntries):
 
     @classmethod
     @override
-    def locate(
-        cls, layer: LayerShape, module: nn.Module, rows: npt.NDArray[np.int32], cols: npt.NDArray[np.int32]
-    ) -> list[Place]:
-        at, places = split_bias(layer, rows, cols)
-        return [Place("weight", at, cols[at].astype(np.int64) * layer.shape[0] + rows[at]), *places]
+    def weight_positions(cls, layer: LayerShape, rows: Indices, cols: MaskIndices) -> Indices:
+        return cols.astype(np.int64) * layer.shape[0] + rows
 
     @classmethod
     @override
     def entries_at(
-        cls, layer: LayerShape, module: nn.Module, parameter: str, positions: npt.NDArray[np.int64]
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        cls, layer: LayerShape, module: nn.Module, parameter: str, positions: Indices
+    ) -> tuple[Indices, Indices]:
         if parameter == "bias":
             return super().entries_at(layer, module, parameter, positions)
         return positions % layer.shape[0], positions // layer.shape[0]
 
 
 def _grid(rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Return distinct rows and columns and each entry's place in their product, where that product is worth it."""
+    """Return distinct rows and columns and each entry's index in their product, where that product is worth it."""
     if not len(rows):
         return None
     distinct_rows, at_rows = torch.unique(rows, return_inverse=True)
@@ -211,21 +205,21 @@ def _plain(module: nn.Module) -> bool:
     x = torch.linspace(-1.0, 2.0, 2 * module.in_features).view(2, -1).to(module.weight)
     with torch.inference_mode(False), torch.no_grad():
         try:
-            found = module.forward(x)
+            output = module.forward(x)
             expected = F.linear(x, module.weight, module.bias)
-        except Exception:  # it takes something else
+        except Exception:  # it takes other arguments
             return False
-    if not isinstance(found, Tensor) or found.shape != expected.shape:
+    if not isinstance(output, Tensor) or output.shape != expected.shape:
         return False
-    close = 1e-4 if found.dtype in (torch.float32, torch.float64) else 1e-2
-    return torch.allclose(found, expected, rtol=close, atol=close)
+    tolerance = 1e-4 if output.dtype in (torch.float32, torch.float64) else 1e-2
+    return torch.allclose(output, expected, rtol=tolerance, atol=tolerance)
 
 
 def _quantised(module: nn.Module) -> bool:
-    """Return whether a module is a linear layer with a quantised weight, of whatever library.
+    """Return whether a module is a linear layer with a quantised weight, of any library.
 
-    A float weight that is trained while the layer computes with its rounded values (BitNet's) is none: its gradient
-    goes through the rounding.
+    A float weight that is trained while the layer computes with its rounded values (BitNet's) is not one: its gradient
+    passes through the rounding.
     """
     sizes = all(isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features"))
     if not sizes or any(True for _ in module.children()) or type(module).forward is nn.Linear.forward:
@@ -238,18 +232,9 @@ def _quantised(module: nn.Module) -> bool:
 
 
 class LograEntries:
-    """What :class:`~ooc_influence.extract.entries.base.Entries` is for kept entries, for a layer's projected numbers.
+    """The projected numbers of a layer, gathered as :class:`Entries` gathers kept entries.
 
-    Parameters
-    ----------
-    kept : ModuleMask
-        The layer, and which numbers are stored of it.
-    number : int
-        Which layer of the mask it is.
-    reduction : LograReduction
-        Where the projections come from.
-    device : torch.device
-        Where its activations are.
+    ``number`` is the layer's in the mask.
     """
 
     def __init__(self, kept: ModuleMask, number: int, reduction: LograReduction, device: torch.device) -> None:
@@ -271,10 +256,8 @@ class LograEntries:
 
 
 def _ranks(kept: ModuleMask) -> tuple[int, int]:
-    """Return the sides of what is stored of a layer."""
-    if not len(kept.rows):
-        return 0, 0
-    return int(kept.rows[-1]) + 1, int(kept.cols[-1]) + 1
+    """Return how many rows and columns are stored of a layer."""
+    return (int(kept.rows[-1]) + 1, int(kept.cols[-1]) + 1) if len(kept.rows) else (0, 0)
 
 
 _BLOCK_ENTRIES, _BLOCK_TOKENS = 128, 32
@@ -283,7 +266,7 @@ _PROGRAMS = 1024  # enough of them to fill a large GPU
 
 @functools.cache
 def _kernel() -> Any:
-    """Return the compiled kernel; None where Triton is not installed."""
+    """Return the compiled kernel; None if Triton is not installed."""
     try:
         import triton
         import triton.language as tl
@@ -298,17 +281,17 @@ def _kernel() -> Any:
     ):  # fmt: skip
         sample = tl.program_id(0).to(tl.int64)
         part = tl.program_id(2)
-        places = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
-        there = places < entries
-        row = tl.load(rows + places, mask=there, other=0).to(tl.int64)
-        col = tl.load(cols + places, mask=there, other=0).to(tl.int64)
+        index = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+        kept = index < entries
+        row = tl.load(rows + index, mask=kept, other=0).to(tl.int64)
+        col = tl.load(cols + index, mask=kept, other=0).to(tl.int64)
         bias = col == inputs
         first = part * span
         last = tl.minimum(tokens, first + span)
         total = tl.zeros([BLOCK_E], dtype=tl.float32)
         for start in range(first, last, BLOCK_T):
             token = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
-            inside = (token < last)[:, None] & there[None, :]
+            inside = (token < last)[:, None] & kept[None, :]
             d = tl.load(
                 delta + sample * d_sample + token[:, None] * d_token + row[None, :] * d_feature, mask=inside, other=0.0
             )
@@ -318,7 +301,7 @@ def _kernel() -> Any:
             )  # fmt: skip
             total += tl.sum(d.to(tl.float32) * a.to(tl.float32), axis=0)
         samples = tl.num_programs(0)
-        tl.store(out + (part * samples + sample) * entries + places, total, mask=there)
+        tl.store(out + (part * samples + sample) * entries + index, total, mask=kept)
 
     return sampled_outer_kernel
 

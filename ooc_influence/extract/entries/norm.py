@@ -1,6 +1,7 @@
-"""Per-sample gradients of a bias by itself: entry i is Σ_t δ[t, i].
+"""Per-sample gradients of normalisations, and of a bias by itself: entry i is Σ_t δ[t, i].
 
-For layers of any kind whose weight is frozen, or is another layer's (a tied unembedding with a bias).
+Biases by themselves are those of layers of any kind whose weight is frozen, or belongs to another layer (a tied
+unembedding with a bias).
 """
 
 from __future__ import annotations
@@ -10,25 +11,44 @@ import inspect
 from abc import abstractmethod
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from typing_extensions import override
 
-from ooc_influence.extract.entries.base import Entries, Moments, Place, split_bias, wide
+from ooc_influence.extract.entries.base import Entries, Moments, square_sums, wide
 from ooc_influence.store import LayerShape, ModuleMask
 
 
-class BiasEntries(Entries):
+class FeatureEntries(Entries):
+    """What biases and normalisations share: one weight or bias per feature, which all tokens use."""
+
+    @classmethod
+    @override
+    def channels_first(cls, module: nn.Module) -> bool:
+        return isinstance(module, (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm))
+
+    @classmethod
+    def features(cls, layer: LayerShape, module: nn.Module, value: Tensor) -> Tensor:
+        """Return ``value`` as (b, tokens, features)."""
+        if cls.channels_first(module):
+            return value.reshape(len(value), layer.shape[0], -1).transpose(1, 2)
+        return value.reshape(len(value), -1, layer.shape[0])
+
+    @classmethod
+    @override
+    def moments(cls, layer: LayerShape, module: nn.Module, x: Any, delta: Any) -> Moments:
+        # inputs are normalised, or 1: their mean square is 1
+        d = cls.features(layer, module, delta)
+        tokens = d.shape[0] * d.shape[1]
+        rows = square_sums(d, (0, 1))
+        return Moments(rows, rows.new_full((layer.shape[1],), float(tokens)), tokens)
+
+
+class BiasEntries(FeatureEntries):
     """The bias of a layer whose output is something plus its bias; the entry matrix is (features, 1)."""
 
     kind = "bias"
-
-    def __init__(self, kept: ModuleMask, module: nn.Module, device: torch.device) -> None:
-        super().__init__(kept, module, device)
-        self._channels = self.channels_first(module)
 
     @classmethod
     @override
@@ -41,53 +61,32 @@ class BiasEntries(Entries):
     def parameters(cls, module: nn.Module) -> dict[str, nn.Parameter]:
         return {name: p for name, p in super().parameters(module).items() if name == "bias"}
 
-    @classmethod
-    @override
-    def channels_first(cls, module: nn.Module) -> bool:
-        """Convolutions, batch and group normalisation."""
-        return isinstance(module, (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm))
-
-    @classmethod
-    @override
-    def moments(cls, layer: LayerShape, module: nn.Module, x: Any, delta: Any) -> Moments:
-        d = _tokens(delta, layer.shape[0], cls.channels_first(module))
-        tokens = d.shape[0] * d.shape[1]
-        rows = d.to(wide(d.dtype)).square().sum((0, 1), dtype=torch.float64)
-        return Moments(rows, rows.new_full((1,), float(tokens)), tokens)
-
-    @classmethod
-    @override
-    def locate(
-        cls, layer: LayerShape, module: nn.Module, rows: npt.NDArray[np.int32], cols: npt.NDArray[np.int32]
-    ) -> list[Place]:
-        return [Place("bias", np.arange(len(rows)), rows.astype(np.int64))]
-
     def gather(self, x: Any, delta: Any) -> Tensor:
         """Return the entries, (b, m), of δ (b, ..., features) or (b, features, ...)."""
-        d = _tokens(delta, self.layer.shape[0], self._channels)
+        d = self.features(self.layer, self._module, delta)
         return d.sum(1, dtype=wide(d.dtype)).index_select(1, self._rows)
 
 
-def _tokens(delta: Tensor, features: int, channels: bool) -> Tensor:
-    """Return δ as (b, tokens, features)."""
-    if channels:
-        return delta.reshape(len(delta), features, -1).transpose(1, 2)
-    return delta.reshape(len(delta), -1, features)
-
-
-class NormEntries(Entries):
-    """What all normalisations share: elementwise weights over features."""
+class NormEntries(FeatureEntries):
+    """What all normalisations share: elementwise weights, and perhaps biases."""
 
     def __init__(self, kept: ModuleMask, module: nn.Module, device: torch.device) -> None:
         super().__init__(kept, module, device)
-        at_bias = (self._cols == kept.layer.shape[1] - 1) & kept.layer.bias
-        self._bias_at, self._weight_at = torch.nonzero(at_bias).flatten(), torch.nonzero(~at_bias).flatten()
+        is_weight = torch.ones(self.entries, dtype=torch.bool, device=device)
+        is_weight[self._bias_entries] = False
+        self._weight_entries = torch.nonzero(is_weight).flatten()
 
     @classmethod
-    def shape_of(cls, name: str, module: nn.Module) -> LayerShape | None:
-        """Return the entry matrix of a module with elementwise weights; None without any."""
+    @abstractmethod
+    def recognises(cls, module: nn.Module) -> bool:
+        """Return whether a module computes this kind's function."""
+
+    @classmethod
+    @override
+    def describe(cls, name: str, module: nn.Module) -> LayerShape | None:
+        """None without elementwise weights."""
         weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-        if weight is None:
+        if weight is None or not cls.recognises(module):
             return None
         return LayerShape(name, cls.kind, (weight.numel(), 1 + (bias is not None)), bias is not None)
 
@@ -96,36 +95,14 @@ class NormEntries(Entries):
     def normalised(cls, module: Any, x: Tensor, rows: Tensor) -> Tensor:
         """Return features ``rows`` of x̂, (b, t, m), float32 or wider."""
 
-    @classmethod
-    def features(cls, layer: LayerShape, value: Tensor) -> Tensor:
-        """Return ``value`` as (b, tokens, features); here features are the last axes."""
-        return value.reshape(value.shape[0], -1, layer.shape[0])
-
-    @classmethod
-    @override
-    def moments(cls, layer: LayerShape, module: nn.Module, x: Any, delta: Any) -> Moments:
-        """Moments of x̂, which has unit variance by construction."""
-        d = cls.features(layer, delta)
-        tokens = d.shape[0] * d.shape[1]
-        rows = d.to(wide(d.dtype)).square().sum((0, 1), dtype=torch.float64)
-        return Moments(rows, rows.new_full((layer.shape[1],), float(tokens)), tokens)
-
-    @classmethod
-    @override
-    def locate(
-        cls, layer: LayerShape, module: nn.Module, rows: npt.NDArray[np.int32], cols: npt.NDArray[np.int32]
-    ) -> list[Place]:
-        at, places = split_bias(layer, rows, cols)
-        return [Place("weight", at, rows[at].astype(np.int64)), *places]
-
     def gather(self, x: Any, delta: Any) -> Tensor:
         """Return the entries, (b, m), of x and δ, which have one shape."""
-        d = self.features(self.layer, delta)
+        d = self.features(self.layer, self._module, delta)
         d = d.index_select(2, self._rows).to(wide(d.dtype))
-        if len(self._weight_at):
-            rows = self._rows[self._weight_at]
+        if len(self._weight_entries):
+            rows = self._rows[self._weight_entries]
             scaled = self.normalised(self._module, x, rows).to(d.dtype)
-            d[:, :, self._weight_at] = d[:, :, self._weight_at] * scaled
+            d[:, :, self._weight_entries] = d[:, :, self._weight_entries] * scaled
         return d.sum(1)
 
 
@@ -142,9 +119,8 @@ class LayerNormEntries(NormEntries):
 
     @classmethod
     @override
-    def describe(cls, name: str, module: nn.Module) -> LayerShape | None:
-        plain = isinstance(module, nn.LayerNorm) and type(module).forward is nn.LayerNorm.forward
-        return cls.shape_of(name, module) if plain else None
+    def recognises(cls, module: nn.Module) -> bool:
+        return isinstance(module, nn.LayerNorm) and type(module).forward is nn.LayerNorm.forward
 
     @classmethod
     @override
@@ -161,8 +137,8 @@ class RMSNormEntries(NormEntries):
 
     @classmethod
     @override
-    def describe(cls, name: str, module: nn.Module) -> LayerShape | None:
-        return cls.shape_of(name, module) if _is_rms_norm(module) else None
+    def recognises(cls, module: nn.Module) -> bool:
+        return _is_rms_norm(module)
 
     @classmethod
     @override
@@ -181,19 +157,8 @@ class GroupNormEntries(NormEntries):
 
     @classmethod
     @override
-    def describe(cls, name: str, module: nn.Module) -> LayerShape | None:
-        plain = isinstance(module, nn.GroupNorm) and type(module).forward is nn.GroupNorm.forward
-        return cls.shape_of(name, module) if plain else None
-
-    @classmethod
-    @override
-    def channels_first(cls, module: nn.Module) -> bool:
-        return True
-
-    @classmethod
-    @override
-    def features(cls, layer: LayerShape, value: Tensor) -> Tensor:
-        return value.reshape(value.shape[0], value.shape[1], -1).transpose(1, 2)
+    def recognises(cls, module: nn.Module) -> bool:
+        return isinstance(module, nn.GroupNorm) and type(module).forward is nn.GroupNorm.forward
 
     @classmethod
     @override
@@ -202,18 +167,17 @@ class GroupNormEntries(NormEntries):
         return whole.flatten(2).transpose(1, 2).index_select(2, rows)
 
 
-class BatchNormEntries(GroupNormEntries):
+class BatchNormEntries(NormEntries):
     """``torch.nn.BatchNorm1d``, ``2d``, ``3d`` and ``SyncBatchNorm``, which in evaluation mode do not mix samples."""
 
     kind = "batch_norm"
 
     @classmethod
     @override
-    def describe(cls, name: str, module: nn.Module) -> LayerShape | None:
+    def recognises(cls, module: nn.Module) -> bool:
         if not isinstance(module, nn.modules.batchnorm._BatchNorm) or module.running_mean is None:
-            return None
-        plain = type(module).forward in (nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward)
-        return cls.shape_of(name, module) if plain else None
+            return False
+        return type(module).forward in (nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward)
 
     @classmethod
     @override
@@ -223,11 +187,8 @@ class BatchNormEntries(GroupNormEntries):
 
 
 def _eps(module: nn.Module) -> float | None:
-    for name in ("variance_epsilon", "eps", "epsilon"):
-        found = getattr(module, name, None)
-        if isinstance(found, float):
-            return found
-    return None
+    values = (getattr(module, name, None) for name in ("variance_epsilon", "eps", "epsilon"))
+    return next((value for value in values if isinstance(value, float)), None)
 
 
 def _is_rms_norm(module: nn.Module) -> bool:
@@ -247,8 +208,10 @@ def _is_rms_norm(module: nn.Module) -> bool:
         try:
             probe = copy.deepcopy(module).to("cpu", torch.float32)
             x = torch.linspace(-1.0, 2.0, 3 * len(weight)).view(1, 3, -1)
-            found, scaled = probe(x), RMSNormEntries.normalised(probe, x, torch.arange(len(weight)))
+            output, scaled = probe(x), RMSNormEntries.normalised(probe, x, torch.arange(len(weight)))
             plain: Any = probe.weight
         except Exception:
             return False
-        return any(found.shape == x.shape and torch.allclose(found, scaled * w, atol=1e-4) for w in (plain, 1 + plain))
+        return any(
+            output.shape == x.shape and torch.allclose(output, scaled * w, atol=1e-4) for w in (plain, 1 + plain)
+        )
