@@ -42,19 +42,7 @@ class _Component:
 class EntryDistribution:
     """A distribution over the entries of layers, to draw from and to evaluate.
 
-    Parameters
-    ----------
-    layers : sequence of LayerShape
-        The layers.
-    moments : sequence of PilotMoments
-        At least one for every layer that is to be drawn more than uniformly.
-
-    Raises
-    ------
-    InputError
-        If moments do not fit the layers.
-    NonFiniteError
-        If they are not finite.
+    Layers without moments, which a pilot measures, are drawn uniformly. Moments must fit the layers and be finite.
     """
 
     def __init__(self, layers: Sequence[LayerShape], moments: Sequence[PilotMoments]) -> None:
@@ -187,21 +175,8 @@ class Dropout(Compressor):
         unused = {"pilot": not self.pilot_samples, "reduce": self.reduce is None}
         return {name: value for name, value in super().to_dict().items() if not unused.get(name)}
 
+    @override
     def draw(self, layers: Sequence[LayerShape], moments: Sequence[PilotMoments] = ()) -> Mask:
-        """Draw the mask over all entries of ``layers``.
-
-        Parameters
-        ----------
-        layers : sequence of LayerShape
-            The layers.
-        moments : sequence of PilotMoments
-            For importance sampling: the second moments that the pilot measured.
-
-        Raises
-        ------
-        InputError
-            If k is larger than p, or moments are missing.
-        """
         p = sum(layer.entries for layer in layers)
         if self.k > p:
             raise InputError(

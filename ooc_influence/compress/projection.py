@@ -39,15 +39,7 @@ class FullGradient(Compressor):
     """What compressors that keep every entry have in common."""
 
     def draw(self, layers: Sequence[LayerShape], moments: Sequence[PilotMoments] = ()) -> Mask:
-        """Return the mask that keeps every entry.
-
-        Raises
-        ------
-        InputError
-            For more numbers than there are entries.
-        MemoryBudgetError
-            If mask and rows do not fit half of the free memory.
-        """
+        """Return the mask that keeps every entry, if mask and rows fit half of the free memory."""
         p = sum(layer.entries for layer in layers)
         model = MemoryModel(f"{self.name} of all p = {p} entries", _MASK_BYTES * p, 0, _ROW_BYTES * p, min_rows=2)
         budget = MemoryBudget.of(None)
@@ -252,13 +244,7 @@ class LoGra(FullGradient):
         parse_whole_numbers(self, {"rank_out": 1, "rank_in": 1, "seed": 0})
 
     def draw(self, layers: Sequence[LayerShape], moments: Sequence[PilotMoments] = ()) -> Mask:
-        """Return a mask that holds the indices of each layer's projected numbers instead of kept entries.
-
-        Raises
-        ------
-        InputError
-            If no layer is linear.
-        """
+        """Return a mask that holds the indices of each layer's projected numbers instead of kept entries."""
         others = [layer for layer in layers if layer.kind not in _KINDS]
         if len(others) == len(layers):
             raise InputError(

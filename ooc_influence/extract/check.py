@@ -378,32 +378,12 @@ def differentiate_samples(
     check: GradientCheck, plain: Callable[[Any], Tensor], batch: Any, losses: Tensor, state: Any, *,
     alone: bool = True, layers: Container[int] | None = None,
 ) -> bool:  # fmt: skip
-    """Have a check read autograd's gradients of a batch's first and last loss.
+    """Have a check read autograd's gradients of a batch's first and last loss, of some layers only, or of all.
 
-    The two samples are run by themselves if that is asked for, the batch can be cut, and their losses stay the same;
-    otherwise the whole batch is run.
-
-    Parameters
-    ----------
-    check : GradientCheck
-        Reads the gradients.
-    plain : callable batch -> (b,)
-        Computes losses with the model without taps.
-    batch : any
-        The batch, on the device.
-    losses : (b,) Tensor
-        Its losses, of the tapped model.
-    state : any
-        The random state before they were computed (:func:`random_state`).
-    alone : bool
-        Run the samples by themselves where possible.
-    layers : container of int, optional
-        Check only these.
-
-    Returns
-    -------
-    bool
-        False if the tapped model's losses are not the model's.
+    The two samples are run by themselves if that is asked for (``alone``), the batch can be cut, and their losses stay
+    the same; otherwise the whole batch is run. ``plain`` computes losses (b,) with the model without taps; ``losses``
+    are those of the tapped model, before which the random state was ``state``. Returns False if these are not the
+    model's losses.
     """
     factors = _factors(losses.detach())
     check.start(factors, layers)

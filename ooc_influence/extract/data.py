@@ -239,13 +239,7 @@ class BudgetBatches:
         return int(lengths.sum()), int(lengths.max(initial=0)) * len(numbers)
 
     def halve(self, numbers: Numbers) -> list[Numbers]:
-        """Halve the budget after a batch that did not fit the device, and return that batch cut again.
-
-        Raises
-        ------
-        InputError
-            For a batch of one sample.
-        """
+        """Halve the budget after a batch that did not fit the device, and return that batch cut again."""
         if len(numbers) == 1:
             raise InputError(
                 f"expected sample {int(numbers[0])} of {int(self.lengths[numbers[0]])} tokens to fit the device; "
@@ -314,13 +308,7 @@ class RowMetadata:
         return {name: _take(source, name, batch, first, count) for name, source in self.sources.items()}
 
     def dtypes(self, of_batch: Mapping[str, list[Any]]) -> dict[str, str]:
-        """Return the stored dtype of each array, from all its values if they are known, otherwise from the batch's.
-
-        Raises
-        ------
-        InputError
-            If the values are not numbers, booleans or strings, or ids not whole numbers or strings.
-        """
+        """Return the stored dtype of each array, from all its values if they are known, otherwise from the batch's."""
         dtypes = {}
         for name, source in self.sources.items():
             complete = isinstance(source, (list, tuple, np.ndarray, Tensor))

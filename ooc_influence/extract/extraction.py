@@ -223,9 +223,8 @@ def init_store(
 ) -> GradientStore:
     """Make an empty store of ``rows`` rows for ``extract_gradients(..., shard=(i, N))`` to fill.
 
-    What is fixed here once: the rows, the mask, the basis, the representation, what belongs to each row. On a store
-    that is there already, of the same settings, more rows make room for further data; readers opened before see what
-    they opened.
+    This fixes the rows, the mask, the basis, the representation, and the types of ids and columns. On an existing store
+    of the same settings, more rows extend the plan for further data; readers opened before still see what they opened.
 
     Parameters
     ----------
@@ -258,11 +257,11 @@ def init_store(
     """
     if type(rows) is not int or rows < 1:
         raise InputError(f"expected rows >= 1; received {rows!r}")
-    for name, kind, known in [("ids", ids or "str", ("str", "int64"))] + [
+    for name, kind, allowed in [("ids", ids or "str", ("str", "int64"))] + [
         (f"column {name}", kind, ("bool", "int64", "float64", "str")) for name, kind in (columns or {}).items()
     ]:
-        if kind not in known:
-            raise InputError(f"expected {name} of type {', '.join(known)}; received {kind!r}")
+        if kind not in allowed:
+            raise InputError(f"expected {name} of type {', '.join(allowed)}; received {kind!r}")
     settings = Settings(compressor, like, modules, fallback, dtype, loss_kind, storage, check_model, metric, origin)
     pilot_run = None
     if per_sample_loss is not None and pilot is not None:
@@ -277,8 +276,8 @@ def init_store(
         return plan
 
     plan = adjusting(settings, attempt)
-    found = open_existing(store, plan)
-    if found is None:
+    existing = open_existing(store, plan)
+    if existing is None:
         GradientStore.create(
             store,
             plan.mask,
@@ -291,34 +290,34 @@ def init_store(
         remove_pilot(store)
         return GradientStore.open(store)
     check_same(
-        f"the store at {store}", {"ids": found.layout.ids, "columns": found.layout.columns},
+        f"the store at {store}", {"ids": existing.layout.ids, "columns": existing.layout.columns},
         {"ids": ids, "columns": dict(columns or {})}, "give the same, or another path",
     )  # fmt: skip
-    found.grow(rows)
+    existing.grow(rows)
     return GradientStore.open(store)
 
 
 def row_types(
     batches: Batches, ids: RowSource | None, columns: Mapping[str, RowSource] | None
 ) -> tuple[int | None, str | None, dict[str, str]]:
-    """Return the number of samples, where it is known, and the types of ids and columns that the samples have.
+    """Return the number of samples, if it is known, and the types of their ids and columns.
 
-    Where they are functions of a batch, the first batch is read.
+    If these are functions of a batch, the first batch is read.
 
     Raises
     ------
     InputError
-        If there is no first batch, or values have no type that can be stored.
+        If there is no first batch, or values are of a type that cannot be stored.
     """
     metadata = RowMetadata.of(ids, columns)
-    taken = {}
+    of_batch = {}
     if any(callable(source) for source in metadata.sources.values()):
         batch = next(iter(batches(0) if callable(batches) else batches), None)
         size = None if batch is None else batch_size(batch)
         if size is None:
             raise InputError("expected a first batch that tells its size; received none: give ids and columns as lists")
-        taken = metadata.take(batch, 0, size)
-    types = {name.removeprefix("columns/"): kind for name, kind in metadata.dtypes(taken).items()}
+        of_batch = metadata.take(batch, 0, size)
+    types = {name.removeprefix("columns/"): kind for name, kind in metadata.dtypes(of_batch).items()}
     return count_rows(batches), types.pop("example_id", None), types
 
 
@@ -326,13 +325,7 @@ T = TypeVar("T")
 
 
 def adjusting(settings: Settings, attempt: Callable[[Settings], T]) -> T:
-    """Attempt something, again without layers that the first batch showed to be others than they seemed.
-
-    Raises
-    ------
-    LayersDisagreeError
-        Where another attempt would not help.
-    """
+    """Attempt an extraction, again with other layers if the first batch showed that some are not what they seem."""
     while True:
         try:
             return attempt(settings)
@@ -343,7 +336,7 @@ def adjusting(settings: Settings, attempt: Callable[[Settings], T]) -> T:
 
 
 def _adjusted(settings: Settings, error: LayersDisagreeError) -> Adjustments:
-    """Return what leaves out, or puts through the fallback, the layers that an error names; else raise it."""
+    """Return the adjustments that leave out, or use the fallback for, the layers that an error names; or raise it."""
     without, through = dict(settings.adjusted.without), list(settings.adjusted.fallback)
     for each in error.layers:
         name = "" if each.name == "(the model)" else each.name
@@ -358,16 +351,9 @@ def _adjusted(settings: Settings, error: LayersDisagreeError) -> Adjustments:
 
 
 def parse_device(model: torch.nn.Module, device: torch.device | str | None) -> torch.device:
-    """Return where to run: the device asked for, if it is there, or the model's.
-
-    Raises
-    ------
-    InputError
-        For a device that is not known or not there.
-    """
-    home = parameter_sequence(model)[0].device
+    """Return the device to run on, by default the model's; one that is unknown or missing is refused."""
     try:
-        chosen = home if device is None else torch.device(device)
+        chosen = parameter_sequence(model)[0].device if device is None else torch.device(device)
     except RuntimeError as error:
         raise InputError(f"expected a device such as 'cuda' or 'cpu'; received {device!r}") from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
@@ -379,15 +365,7 @@ def parse_device(model: torch.nn.Module, device: torch.device | str | None) -> t
 
 @dataclass(frozen=True)
 class Settings:
-    """What a caller asks a store to be; see :func:`extract_gradients`.
-
-    Attributes
-    ----------
-    compressor, like, modules, fallback, dtype, loss_kind, storage, check_model, metric, origin
-        As given.
-    adjusted : Adjustments
-        What the first batch showed of the model's layers.
-    """
+    """The options of :func:`extract_gradients` that determine what a store holds, and the necessary adjustments."""
 
     compressor: Compressor | Callable[[int], Compressor] | None = None
     like: GradientStore | PathLike | None = None
@@ -403,23 +381,9 @@ class Settings:
 
 
 def plan_store(model: torch.nn.Module, settings: Settings, path: PathLike, pilot: Pilot | None) -> StorePlan:
-    """Fix mask, reduction and attributes: from the train store, an earlier run's store, or by drawing them.
+    """Return the plan of a store at ``path``: its mask is the train store's, an earlier run's, or drawn.
 
-    Parameters
-    ----------
-    model : nn.Module
-        The model.
-    settings : Settings
-        What is asked for.
-    path : path
-        The store to be made, or gone on with.
-    pilot : callable (plan, pilot samples) -> StorePlan or None
-        Runs the pilot that a compressor may need; None where there is no data for one.
-
-    Raises
-    ------
-    InputError, MismatchError, UnsupportedModelError
-        See :func:`extract_gradients`.
+    ``pilot`` runs the pilot that a compressor may need; None if there is no data for one.
     """
     representation = parse_representation(settings.dtype)
     kind = settings.loss_kind
@@ -467,7 +431,7 @@ def plan_store(model: torch.nn.Module, settings: Settings, path: PathLike, pilot
 
 
 def _fingerprint(model: torch.nn.Module, like: GradientStore | PathLike | None, path: PathLike) -> str:
-    """Return the model's fingerprint, in the form of the store that it will be compared with."""
+    """Return the model's fingerprint, by the algorithm of the store that it will be compared with."""
     try:
         store = like if isinstance(like, GradientStore) else GradientStore.open(path if like is None else like)
     except StoreNotFoundError:
@@ -487,7 +451,7 @@ def _parse_origin(origin: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _same_metric(plan: StorePlan, earlier: GradientStore, settings: Settings) -> StorePlan:
-    """Return the plan of a run that goes on, its metric checked against the one that the mask carries."""
+    """Return the plan of a resumed run, its metric checked against the one that the mask carries."""
     metric = earlier.attrs.get("metric")
     expected, received = (value and "adam" for value in (metric, settings.metric))
     check_same(earlier.path, {"metric=": expected}, {"metric=": received}, "give the same, or another path")
@@ -501,7 +465,7 @@ def _plan_like(
     path: PathLike,
     attributes: dict[str, Any],
 ) -> StorePlan:
-    """Return the plan of a query store: mask, reduction and scaling of its train store."""
+    """Return the plan of a query store, with the mask, reduction and scaling of its train store."""
     if settings.compressor is not None or settings.modules is not None or settings.fallback or settings.metric:
         raise InputError(
             "expected either like= or compressor=, modules=, fallback= and metric=; received both: like fixes the mask"
@@ -529,6 +493,6 @@ def _existing(path: PathLike) -> GradientStore | None:
 
 
 def _same_run(store: GradientStore, layers: list[LayerShape], attributes: dict[str, Any]) -> bool:
-    """Return whether a store is of an earlier run with the same compressor and layers, whose mask is to be kept."""
-    alike = store.attrs.get("compressor") == attributes["compressor"]
-    return bool(alike and [module.layer for module in store.mask.modules] == layers)
+    """Return whether a store is of an earlier run with the same compressor and layers, so that its mask is kept."""
+    same = store.attrs.get("compressor") == attributes["compressor"]
+    return bool(same and [module.layer for module in store.mask.modules] == layers)

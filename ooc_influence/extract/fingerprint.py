@@ -53,20 +53,10 @@ def model_fingerprint(model: nn.Module) -> str:
 
 
 def fingerprint_as(model: nn.Module, recorded: str | None) -> str:
-    """Return a model's fingerprint, to be compared with one that a store recorded.
+    """Return a model's fingerprint, to be compared with one that a store recorded, perhaps in an earlier version.
 
-    Parameters
-    ----------
-    model : nn.Module
-        The model.
-    recorded : str or None
-        What the store says; stores of earlier versions have a digest of sampled entries.
-
-    Returns
-    -------
-    str
-        ``recorded`` itself where the model has it by the algorithm it was made with; otherwise
-        :func:`model_fingerprint`.
+    That is ``recorded`` itself if the model has it by the algorithm it was made with, otherwise
+    :func:`model_fingerprint`.
     """
     earlier = recorded is not None and not recorded.startswith(_TAG)
     if earlier and _sampled_fingerprint(model) == recorded:

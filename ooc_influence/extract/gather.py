@@ -20,16 +20,9 @@ from ooc_influence.store import LograReduction, Mask, ModuleMask, Reduction, Sjl
 
 
 class MaskGatherer:
-    """Adds the kept entries that one use of a layer contributes to the rows of a batch.
+    """Adds the kept entries that one use of a layer contributes to the rows of a batch, on ``device``.
 
-    Parameters
-    ----------
-    mask : Mask
-        The kept entries, k in all.
-    device : torch.device
-        Where rows are put together; layers may be on others.
-    logra : LograReduction, optional
-        Project every layer's gradient instead.
+    With ``logra``, they are the layers' projected numbers. Layers may be on other devices.
     """
 
     def __init__(self, mask: Mask, device: torch.device, logra: LograReduction | None = None) -> None:

@@ -44,17 +44,7 @@ class ModelSetup:
 
 
 class RowGatherer:
-    """Computes the kept entries of every sample of a batch, or the projected numbers of its layers.
-
-    Parameters
-    ----------
-    mask : Mask
-        The kept entries, k in all.
-    device : torch.device
-        Where rows are put together; layers may be on others.
-    reduction : Reduction, optional
-        The map that rows are multiplied by.
-    """
+    """Computes a batch's rows: kept entries or projected numbers, times the reduction."""
 
     def __init__(self, mask: Mask, device: torch.device, reduction: Reduction | None = None) -> None:
         self._k, self._device = mask.k, device

@@ -92,13 +92,7 @@ _PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
 
 
 def load_recipe(name: str) -> Recipe:
-    """Return the recipe of ``path.py:function`` or ``module:function``.
-
-    Raises
-    ------
-    InputError
-        If the name has another form, or the file, module or function is missing, fails or returns something else.
-    """
+    """Return the recipe of ``path.py:function`` or ``module:function``; anything else is refused."""
     source, colon, function_name = name.rpartition(":")
     if not colon or not source or not function_name:
         raise InputError(f"expected --recipe path.py:function or module:function; received {name!r}")
@@ -190,13 +184,7 @@ def _load_module(name: str) -> ModuleType:
 
 
 def choose_split(recipe: Recipe, name: str | None) -> Split:
-    """Return the split called ``name``, or the only one.
-
-    Raises
-    ------
-    InputError
-        If the name is missing or unknown.
-    """
+    """Return the split called ``name``, or the only one."""
     names = ", ".join(recipe.splits)
     if name is None and len(recipe.splits) > 1:
         raise InputError(f"expected --split, one of {names}; received none")
@@ -315,13 +303,7 @@ def _extract_recipe(
 def run_shards(
     store: StorePath, init: Callable[[], Any], extract: Callable[..., Any], shards: int | None, progress: bool | None
 ) -> GradientStore:
-    """Make a store with ``init()`` unless it is there, and fill it with ``extract(shard=(i, N))``, on the cluster.
-
-    Raises
-    ------
-    InputError, ClusterError
-        See :func:`extract_shards`.
-    """
+    """Make a store with ``init()`` unless it exists, and fill it with ``extract(shard=(i, N))``, on the cluster."""
     if shards is not None and shards < 1:
         raise InputError(f"expected shards >= 1; received {shards}")
     client = ambient_client()

@@ -102,7 +102,7 @@ class _Candidate:
 def select_layers(
     model: nn.Module, modules: ModuleSelection, *, fallback: bool = False, adjusted: Adjustments | None = None
 ) -> Selection:
-    """Return the layers to tap, and the share of the model's parameters they hold.
+    """Return the layers to tap, and the share of the model's parameters they hold; warn of others that are selected.
 
     Parameters
     ----------
@@ -117,16 +117,6 @@ def select_layers(
         Tap layers of unknown kinds too, through ``torch.func``.
     adjusted : Adjustments, optional
         Changes that the first batch showed to be necessary.
-
-    Warns
-    -----
-    OocInfluenceWarning
-        Naming selected layers that hold parameters and are not supported, with their share.
-
-    Raises
-    ------
-    UnsupportedModelError
-        If no selected layer can be tapped.
     """
     if isinstance(modules, (list, tuple)) and modules and all(isinstance(m, LayerShape) for m in modules):
         return Selection(list(modules), 1.0, {})

@@ -26,15 +26,7 @@ class UnseparatedError(UnsupportedModelError):
 
 
 class Separation:
-    """Where each use's samples are, as far as that is known.
-
-    Attributes
-    ----------
-    shapes : list of (int, tuple)
-        The inputs of this forward pass: use, shape.
-    unseparated : dict of int to UnseparatedError
-        On a checked batch: uses whose samples cannot be told apart.
-    """
+    """Where each use's samples are, as far as that is known."""
 
     def __init__(self, model: nn.Module, uses: Sequence[Use]) -> None:
         self.uses = uses
@@ -45,8 +37,8 @@ class Separation:
         time_major = time_major_modules(model)
         self._time_major = {number for number, use in enumerate(uses) if id(use.module) in time_major}
         self._count = itertools.count()
-        self.shapes: list[tuple[int, tuple[int, ...]]] = []
-        self.unseparated: dict[int, UnseparatedError] = {}
+        self.shapes: list[tuple[int, tuple[int, ...]]] = []  # the inputs of this forward pass: use, shape
+        self.unseparated: dict[int, UnseparatedError] = {}  # on a checked batch: uses that cannot be separated
 
     def begin(self) -> None:
         """Begin a forward pass."""
@@ -73,13 +65,7 @@ class Separation:
         return bool(self._spread_now)
 
     def arrange(self, number: int, x: Any, delta: Any, b: int) -> tuple[Any, Any]:
-        """Return x and δ with samples on axis 0.
-
-        Raises
-        ------
-        UnseparatedError
-            If they cannot be told apart.
-        """
+        """Return x and δ with samples on axis 0; raise UnseparatedError if they cannot be told apart."""
         use = self.uses[number]
         if use.kind.whole_call:
             arranged = x._replace(samples=b), delta

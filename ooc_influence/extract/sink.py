@@ -41,33 +41,15 @@ OnNonFinite = Literal["raise", "skip"]
 
 @dataclass(frozen=True)
 class StorePlan:
-    """Everything that determines what a store will hold.
-
-    Attributes
-    ----------
-    mask : Mask
-        The kept entries.
-    reduction : Reduction or None
-        The map that masked rows are multiplied by.
-    dtype : str
-        Representation of the rows.
-    attributes : dict
-        What the store records about how its rows are made.
-    storage : Storage
-        Chunking and codec, where the caller chose them.
-    check_model : bool
-        Whether another model than the store's is an error, or a warning.
-    kept_at : str or None
-        The store that holds the reduction, if this one only refers to it.
-    """
+    """Everything that determines what a store will hold."""
 
     mask: Mask
-    reduction: Reduction | None
+    reduction: Reduction | None  # the map that masked rows are multiplied by
     dtype: Representation
-    attributes: dict[str, Any]
-    storage: Storage
-    check_model: bool
-    kept_at: str | None = None
+    attributes: dict[str, Any]  # recorded: how the rows are made
+    storage: Storage  # chunking and codec, where the caller chose them
+    check_model: bool  # whether another model than the store's is an error, or a warning
+    kept_at: str | None = None  # the store that holds the reduction, if this one only refers to it
 
     @property
     def k(self) -> int:
@@ -213,16 +195,9 @@ class Computed(NamedTuple):
 
 
 class Sink:
-    """One writer's rows of a store, ``start`` to ``stop``.
+    """One writer's rows of a store, ``start`` to ``stop``, which is None for a store that grows.
 
-    Attributes
-    ----------
-    store : GradientStore or None
-        None until the first batch of a new store has been computed.
-    start : int
-        First row of this writer.
-    stop : int or None
-        End of its rows, exclusive; None for a store that grows.
+    ``store`` is None until the first batch of a new store has been computed.
     """
 
     def __init__(
@@ -351,16 +326,7 @@ class Sink:
             self.store.record(verification=recorded)
 
     def take(self, batch: Any, row: int, computed: Computed) -> None:
-        """Append the rows of a batch that are missing and belong to this writer.
-
-        Parameters
-        ----------
-        batch : any
-            The batch, for ids and columns that are functions of it.
-        row : int
-            Store row of its first sample.
-        computed : Computed
-            Its losses, rows and norms.
+        """Append the rows of a batch that are missing and belong to this writer; its first sample is store row ``row``.
 
         Raises
         ------
@@ -431,13 +397,7 @@ class Sink:
         self.store = store
 
     def check_same_data(self, batch: Any, row: int, losses: Floats, count: int | None = None) -> None:
-        """Compare losses (b,) of a batch, and ids, with those stored for its first ``count`` rows (default all).
-
-        Raises
-        ------
-        MismatchError
-            If they differ: the data or its order changed since.
-        """
+        """Refuse a batch whose losses (b,) or ids differ from those stored for its first ``count`` rows."""
         low, high = max(row, self.start), row + (len(losses) if count is None else count)
         if self.store is None or low >= high or self.store.n < high:
             return

@@ -159,13 +159,7 @@ class Taps:
         return receive
 
     def losses(self, per_sample_loss: PerSampleLoss, batch: Any) -> Tensor:
-        """Return the losses (b,) of a batch on the device, without gradients.
-
-        Raises
-        ------
-        InputError
-            If they are not a (b,) tensor.
-        """
+        """Return the losses (b,) of a batch on the device, without gradients."""
         with torch.inference_mode(False), torch.no_grad():
             return _check_losses(per_sample_loss(self._model, batch))
 
@@ -392,25 +386,14 @@ def tapped(
 
     Parameters
     ----------
-    model : nn.Module
-        The model.
-    layers : sequence of LayerShape
-        The layers to tap.
-    device : torch.device
-        Where to run.
+    model, layers, device
+        The model, the layers to tap, and where to run.
     skip : container of int
         Numbers of layers to leave alone, because none of their entries is kept.
     probe : bool
         Check on the first batch of several samples that they do not influence each other; ``check`` includes that.
     check : bool
-        Compare gathered entries with autograd (:mod:`.check`).
-    mask : Mask, optional
-        The kept entries, which are then compared too.
-
-    Raises
-    ------
-    UnsupportedModelError
-        For a model made in inference mode, which autograd cannot follow.
+        Compare gathered entries, and the kept ones of ``mask``, with autograd (:mod:`.check`).
     """
     parameters = parameter_sequence(model)
     if any(parameter.is_inference() for parameter in parameters):

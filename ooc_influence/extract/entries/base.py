@@ -41,21 +41,11 @@ class Moments(NamedTuple):
 
 
 class Located(NamedTuple):
-    """The positions of some entries in one of a layer's parameters.
+    """The positions of some entries in one of a layer's parameters."""
 
-    Attributes
-    ----------
-    parameter : str
-        The parameter's name in the module.
-    entries : (m,) int64
-        Which of the entries.
-    positions : (m,) int64
-        Their positions in the flattened parameter.
-    """
-
-    parameter: str
-    entries: Indices
-    positions: Indices
+    parameter: str  # its name in the module
+    entries: Indices  # which of the entries, (m,)
+    positions: Indices  # theirs in the flattened parameter, (m,)
 
 
 class Entries(ABC):

@@ -26,25 +26,13 @@ _TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3, torch.float16: 1e-2, tor
 
 
 class Call(NamedTuple):
-    """A layer's call, as it was made for a batch.
-
-    Attributes
-    ----------
-    args, kwargs : tuple, dict
-        Its arguments, detached.
-    outputs : list of Tensor
-        Its float outputs, detached, in pytree order.
-    samples : int
-        Samples of the batch, b; 0 until the loss is known.
-    autocast : torch.dtype, optional
-        The dtype that autocast was switched on with.
-    """
+    """A layer's call, as it was made for a batch, everything in it detached."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    outputs: list[Tensor]
-    samples: int = 0
-    autocast: torch.dtype | None = None
+    outputs: list[Tensor]  # the float ones, in pytree order
+    samples: int = 0  # of the batch, b; 0 until the loss is known
+    autocast: torch.dtype | None = None  # the dtype of autocast, if it was on
 
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Tensor]) -> Call:
@@ -124,16 +112,8 @@ def find_layout(
 ) -> Layout | None:
     """Return where a call's samples are; None if no choice of axes yields each sample's output from its part.
 
-    Parameters
-    ----------
-    module : nn.Module
-        The layer.
-    call : Call
-        Its call, of several samples or one.
-    groups : int
-        Into how many groups axis 0 may be folded before the samples: experts that each see all tokens.
-    accept : callable (layout) -> bool, optional
-        A further condition. The layout is then searched for again, and remembered if there is one.
+    Axis 0 may be folded into ``groups`` before the samples: experts that each see all tokens. A layout that ``accept``
+    takes is searched for again, and remembered if there is one.
     """
     b, tensors = call.samples, call.tensors()
     if b == 1:
@@ -384,32 +364,18 @@ def pull_back(
     sample: int,
     product: Product | None = None,
 ) -> dict[str, Tensor]:
-    """Return the gradients of a sample's part of a layer's outputs with respect to parameters.
+    """Return the gradients of a sample's part of a layer's outputs with respect to parameters, where there are any.
 
     Parameters
     ----------
-    module : nn.Module
-        The layer.
-    parameters : mapping of str to Tensor
-        Its parameters, by name.
-    call, layout
-        What it was called with, and where the samples are.
+    module, parameters, call, layout
+        The layer, its parameters by name, its call, and where the samples are.
     deltas : list of Tensor or None
         The gradient of each of its float outputs, in pytree order.
     sample : int
         Which sample.
     product : callable (patch, x, δ), optional
         Takes products by weights, x (t, in) and δ (t, out): the weight's gradient δᵀx is then not returned.
-
-    Returns
-    -------
-    dict of str to Tensor
-        The other gradients, by parameter.
-
-    Raises
-    ------
-    UnsupportedModelError
-        If the layer does not run for one sample.
     """
     leaves = {name: p.detach().requires_grad_() for name, p in parameters.items()}
     anchor = torch.zeros((), device=call.outputs[0].device, requires_grad=True)
