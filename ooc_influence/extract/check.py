@@ -81,7 +81,7 @@ class LayersDisagreeError(UnsupportedModelError):
         )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Reference:
     """Autograd's gradient of the samples' losses at some entries of a parameter."""
 
@@ -91,6 +91,7 @@ class _Reference:
     values: npt.NDArray[np.float64]
     columns: Numbers  # of the mask; -1 for entries that are not kept
     scale: float  # the largest of the values
+    gathered: Numbers | slice = slice(0)  # indices of these entries among those gathered to compare
 
 
 class GradientCheck:
@@ -115,7 +116,6 @@ class GradientCheck:
         self._factors: npt.NDArray[np.float64] = np.empty(0)
         self._active: list[int] = []
         self._followed = self._watched
-        self._columns: dict[int, Numbers] = {}  # of the gathered rows: where each reference's entries are
 
     def _watch(self, number: int, shape: LayerShape, module: nn.Module) -> None:
         parameters = layer_parameters(shape, module)
@@ -241,11 +241,7 @@ class GradientCheck:
         top = peaks.float().topk(min(_ROWS // 4, len(peaks))).indices.cpu().numpy()
         moved = torch.nonzero(peaks).flatten().cpu().numpy()
         some = np.concatenate([top, self._random.permutation(moved)[:_ROWS]])
-        strongest = (
-            rows[torch.from_numpy(some).to(rows.device)].abs().argmax(1).cpu().numpy()
-            if len(some)
-            else np.empty(0, np.int64)
-        )
+        strongest = rows[torch.from_numpy(some).to(rows.device)].abs().argmax(1).cpu().numpy()
         return np.asarray(some * rows.shape[1] + strongest, np.int64)
 
     def gather_into(self, b: int) -> tuple[Receiver, Callable[[], Tensor]]:
@@ -255,9 +251,7 @@ class GradientCheck:
         modules = [ModuleMask(placeholder, none, none, np.empty(0, np.float32))] * (max(self._layers) + 1)
         first = 0
         for number in self._active:
-            shape, module = self._layers[number]
-            modules[number] = self._entries_of(number, shape, module)
-            self._columns[number] += first
+            modules[number] = self._entries_of(number, first)
             first += len(modules[number].rows)
         mask = Mask(tuple(modules))
         gatherer, samples = MaskGatherer(mask, self._device), self._samples
@@ -275,13 +269,16 @@ class GradientCheck:
 
         return receive, lambda: factors @ rows.double()
 
-    def _entries_of(self, number: int, shape: LayerShape, module: nn.Module) -> ModuleMask:
-        """Return the entries of a layer to compare, in a mask's order, each once."""
-        flat = [np.empty(0, np.int64)]
-        for each in self._of_layer(number):
+    def _entries_of(self, number: int, first: int) -> ModuleMask:
+        """Return the entries of a layer to compare, in order, each once; ``first`` others are gathered before them."""
+        (shape, module), references = self._layers[number], self._of_layer(number)
+        flat = []
+        for each in references:
             rows, cols = KINDS[shape.kind].entries_at(shape, module, each.parameter, each.positions)
             flat.append(rows * shape.shape[1] + cols)
-        distinct, self._columns[number] = np.unique(np.concatenate(flat), return_inverse=True)
+        distinct = np.unique(np.concatenate([np.empty(0, np.int64), *flat]))
+        for each, entries in zip(references, flat, strict=True):
+            each.gathered = first + np.searchsorted(distinct, entries)
         rows, cols = np.divmod(distinct, shape.shape[1])
         return ModuleMask(shape, rows.astype(np.int32), cols.astype(np.int32), np.ones(len(distinct), np.float32))
 
@@ -312,14 +309,12 @@ class GradientCheck:
         scales: Mapping[tuple[int, str], float],
     ) -> tuple[float | None, bool]:  # fmt: skip
         """Return a layer's largest difference, and whether it gathered nothing; None if nothing is finite."""
-        errors, some, missing, first = [], False, 0.0, 0
+        errors, some, missing = [], False, 0.0
         for each in self._of_layer(number):
-            part = gathered[self._columns[number][first : first + len(each.positions)]]
-            first += len(each.positions)
             scale = scales[each.layer, each.parameter]
             if not np.isfinite(scale):
                 continue  # a sample is not finite, which is reported where its row is stored
-            pairs = [(part, each.values)]
+            pairs = [(gathered[each.gathered], each.values)]
             if rows is not None and self._mask is not None:
                 pairs.append(self._kept_pair(each, rows))
             some |= any(bool(mine.any()) for mine, _ in pairs)

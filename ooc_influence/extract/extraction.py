@@ -389,17 +389,18 @@ def plan_store(model: torch.nn.Module, settings: Settings, path: PathLike, pilot
     kind = settings.loss_kind
     if kind is not None and not isinstance(kind, str):
         raise InputError(f"expected loss_kind as a string; received {type(kind).__name__}")
+    reference = _open_if_there(path if settings.like is None else settings.like)
+    fingerprint = fingerprint_as(model, None if reference is None else reference.model_fingerprint)
     attributes: dict[str, Any] = {
-        "model": {"fingerprint": _fingerprint(model, settings.like, path), "class": type(model).__name__},
+        "model": {"fingerprint": fingerprint, "class": type(model).__name__},
         "loss_kind": kind,
         "origin": _parse_origin(settings.origin),
     }
     if settings.like is not None:
         return _plan_like(model, settings, representation, path, attributes)
-    existing = _existing(path)
     adjusted = settings.adjusted
-    if existing is not None and not adjusted:
-        adjusted = Adjustments.of(existing.attrs.get("adjusted"))
+    if reference is not None and not adjusted:
+        adjusted = Adjustments.of(reference.attrs.get("adjusted"))
     layers, share, missed = select_layers(model, settings.modules, fallback=settings.fallback, adjusted=adjusted)
     chosen = settings.compressor or Dropout()
     if callable(chosen):
@@ -411,8 +412,8 @@ def plan_store(model: torch.nn.Module, settings: Settings, path: PathLike, pilot
     if adjusted:
         attributes["adjusted"] = adjusted.to_dict()
     plan = StorePlan(Mask(()), None, representation, attributes, settings.storage or Storage(), settings.check_model)
-    if existing is not None and _same_run(existing, layers, attributes):
-        return _same_metric(replace(plan, mask=existing.mask, reduction=existing.reduction), existing, settings)
+    if reference is not None and _same_run(reference, layers, attributes):
+        return _same_metric(replace(plan, mask=reference.mask, reduction=reference.reduction), reference, settings)
     if settings.metric is not None and not chosen.weighs_entries:
         raise InputError(
             f"expected no metric with {type(chosen).__name__}; received one: it weighs entries, which "
@@ -428,15 +429,6 @@ def plan_store(model: torch.nn.Module, settings: Settings, path: PathLike, pilot
             "init_store, or sampling='uniform' without reduce"
         )
     return pilot.run(plan, chosen, layers, settings.metric, path)
-
-
-def _fingerprint(model: torch.nn.Module, like: GradientStore | PathLike | None, path: PathLike) -> str:
-    """Return the model's fingerprint, by the algorithm of the store that it will be compared with."""
-    try:
-        store = like if isinstance(like, GradientStore) else GradientStore.open(path if like is None else like)
-    except StoreNotFoundError:
-        return fingerprint_as(model, None)
-    return fingerprint_as(model, store.model_fingerprint)
 
 
 def _parse_origin(origin: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -485,9 +477,9 @@ def _plan_like(
     )  # fmt: skip
 
 
-def _existing(path: PathLike) -> GradientStore | None:
+def _open_if_there(store: GradientStore | PathLike) -> GradientStore | None:
     try:
-        return GradientStore.open(path)
+        return store if isinstance(store, GradientStore) else GradientStore.open(store)
     except StoreNotFoundError:
         return None
 

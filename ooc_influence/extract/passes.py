@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -102,21 +102,12 @@ class PendingTransfer:
         return Computed(*(value.float().cpu().numpy() for value in self._values))
 
 
-class _Waiting(NamedTuple):
-    batch: Any
-    row: int
-    computed: PendingTransfer
-
-
 class DataPass:
     """What both kinds of passes share: running the model, the progress line."""
 
-    def __init__(
-        self, sink: Sink, taps: Taps, gatherer: RowGatherer, per_sample_loss: PerSampleLoss, device: torch.device,
-        bar: Progress,
-    ) -> None:  # fmt: skip
-        self._sink, self._taps, self._gatherer, self._loss = sink, taps, gatherer, per_sample_loss
-        self._device, self._bar = device, bar
+    def __init__(self, sink: Sink, taps: Taps, gatherer: RowGatherer, setup: ModelSetup, bar: Progress) -> None:
+        self._sink, self._taps, self._gatherer, self._bar = sink, taps, gatherer, bar
+        self._loss, self._device = setup.per_sample_loss, setup.device
         self._tokens, self._began = 0, time.perf_counter()
 
     def _compute(self, batch: Any) -> tuple[int, PendingTransfer]:
@@ -164,13 +155,13 @@ class BatchPass(DataPass):
     """A pass over the caller's own batches, in their order."""
 
     _sizes_agree: bool | None = None  # whether a batch's first tensor has its size; known after one batch
-    _waiting: _Waiting | None = None
+    _waiting: tuple[Any, int, PendingTransfer] | None = None  # the previous batch, its first row, its results
 
     def read(self, batches: Batches, first_row: int) -> None:
         """Read the batches to their end, or to the end of this writer's range."""
         sink = self._sink
         row, source = open_batches(batches, first_row, sink.next_row)
-        self._bar.advance(sink.own(first_row, row - first_row))
+        self._bar.advance(sink.own_rows(first_row, row - first_row))
         for batch in source:
             if sink.stop is not None and row >= sink.stop:
                 break
@@ -183,7 +174,7 @@ class BatchPass(DataPass):
                     f"expected the batch of rows from {row} on to fit the device; received out of memory: use smaller "
                     "batches, or BudgetBatches, whose budget shrinks by itself"
                 ) from error
-            self._report(sink.own(row, count), token_count(batch))
+            self._report(sink.own_rows(row, count), token_count(batch))
             row += count
         self._finish()
         self._check_end(row)
@@ -204,10 +195,14 @@ class BatchPass(DataPass):
             count = len(losses)
             self._sink.check_same_data(batch, row, losses.float().cpu().numpy())
         else:
-            count, computed = self._compute(moved)
-            self._check_size(size, count)
+            count, pending = self._compute(moved)
+            if self._sizes_agree and size != count:
+                raise InputError(
+                    f"expected one loss for each of the batch's {size} samples; received {count}: "
+                    "the first tensor of a batch needs one entry a sample on axis 0"
+                )
             self._finish()
-            self._waiting = _Waiting(batch, row, computed)
+            self._waiting = (batch, row, pending)
             if self._device.type != "cuda":
                 self._finish()
         self._sizes_agree = size == count
@@ -217,14 +212,8 @@ class BatchPass(DataPass):
         """Store the rows of the previous batch, which were copied while this one ran."""
         waiting, self._waiting = self._waiting, None
         if waiting is not None:
-            self._sink.take(waiting.batch, waiting.row, waiting.computed.result())
-
-    def _check_size(self, size: int | None, count: int) -> None:
-        if self._sizes_agree and size != count:
-            raise InputError(
-                f"expected one loss for each of the batch's {size} samples; received {count}: "
-                "the first tensor of a batch needs one entry a sample on axis 0"
-            )
+            batch, row, pending = waiting
+            self._sink.take(batch, row, pending.result())
 
 
 class BudgetPass(DataPass):
@@ -234,7 +223,7 @@ class BudgetPass(DataPass):
         """Read all samples, or those of this writer's range."""
         sink = self._sink
         stop = first_row + len(source) if sink.stop is None else min(sink.stop, first_row + len(source))
-        self._bar.advance(sink.own(first_row, sink.next_row - first_row))
+        self._bar.advance(sink.own_rows(first_row, sink.next_row - first_row))
         self._check_start(source, first_row)
         for first, last in source.blocks(k, max(sink.start, sink.next_row) - first_row):
             if first + first_row >= stop:
@@ -325,10 +314,9 @@ def fill(
             check=setup.check,
             mask=None if isinstance(plan.reduction, LograReduction) else plan.mask,
         ) as taps,
-        Progress(label, total if sink.stop is None else sink.own(0, sink.stop), setup.progress) as bar,
+        Progress(label, total if sink.stop is None else sink.own_rows(0, sink.stop), setup.progress) as bar,
     ):
-        gatherer = RowGatherer(plan.mask, setup.device, plan.reduction)
-        parts = (sink, taps, gatherer, setup.per_sample_loss, setup.device, bar)
+        parts = (sink, taps, RowGatherer(plan.mask, setup.device, plan.reduction), setup, bar)
         if isinstance(batches, BudgetBatches):
             BudgetPass(*parts).read(batches, plan.k, batching.first_row)
         else:

@@ -177,8 +177,8 @@ class _Wanted(NamedTuple):
 
 
 def _wanted(model: nn.Module, modules: ModuleSelection, candidates: Sequence[_Candidate]) -> _Wanted:
-    trained = _trained(model) if _by_default(modules) else None
-    selects = _predicate(modules)
+    selects, default = _parse(modules)
+    trained = _trained(model) if default else None
     selected = [each for each in candidates if selects(each.name, each.module)]
     ids = {id(p) for each in selected for p in each.parameters.values() if trained is None or id(p) in trained}
     return _Wanted(ids, {each.name for each in selected if trained is None})
@@ -306,30 +306,17 @@ def _covered(module: nn.Module, covered: set[int]) -> set[int]:
     return modules
 
 
-def _predicate(modules: ModuleSelection) -> Callable[[str, nn.Module], bool]:
-    if modules is None:
-        return lambda name, module: True
+def _parse(modules: ModuleSelection) -> tuple[Callable[[str, nn.Module], bool], bool]:
+    """Return what selects layers, and whether that is the default selection, perhaps with some layers left out."""
     if callable(modules):
-        return modules
-    named, left_out = _patterns(modules)
+        return modules, False
+    patterns: list[Any] = [modules] if isinstance(modules, str) else list(modules or ())
+    named = [pattern for pattern in patterns if not pattern.startswith("!")]
+    left_out = [pattern[1:] for pattern in patterns if pattern.startswith("!")]
+    default = modules is None or bool(left_out and not named)
 
-    def matches(name: str, patterns: list[str]) -> bool:
-        return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    def selects(name: str, module: nn.Module) -> bool:
+        selected = default or any(fnmatch.fnmatchcase(name, pattern) for pattern in named)
+        return selected and not any(fnmatch.fnmatchcase(name, pattern) for pattern in left_out)
 
-    every = _by_default(modules)
-    return lambda name, module: (every or matches(name, named)) and not matches(name, left_out)
-
-
-def _patterns(modules: Any) -> tuple[list[str], list[str]]:
-    """Return patterns of layers that are selected, and of layers that are left out."""
-    patterns = [modules] if isinstance(modules, str) else list(modules)
-    selected = [pattern for pattern in patterns if not pattern.startswith("!")]
-    return selected, [pattern[1:] for pattern in patterns if pattern.startswith("!")]
-
-
-def _by_default(modules: ModuleSelection) -> bool:
-    """Return whether layers are chosen by default: at most it is stated which are left out."""
-    if modules is None or callable(modules):
-        return modules is None
-    named, left_out = _patterns(modules)
-    return bool(left_out) and not named
+    return selects, default

@@ -303,7 +303,7 @@ class Sink:
         """Whether the writer has an end and no row before it is missing."""
         return self.store is not None and self.stop is not None and self.next_row >= self.stop
 
-    def own(self, row: int, count: int) -> int:
+    def own_rows(self, row: int, count: int) -> int:
         """Return how many of ``count`` rows from ``row`` on belong to this writer."""
         last = row + count if self.stop is None else min(row + count, self.stop)
         return max(0, last - max(row, self.start))
