@@ -108,8 +108,8 @@ def fill(
         Of the rows written.
     """
     slots, size = check_workers(workers), target.layout.group_rows
-    need = fill_memory(source, target.k, writing_bytes(target.layout, target.path))
-    step = plan_block_rows(need, memory, slots_per_process(slots))
+    model = fill_memory(source, target.k, writing_bytes(target.layout, target.path))
+    step = plan_block_rows(model, memory, slots_per_process(slots))
     spans = [(start, stop or source.n) for start, stop in missing_spans(target.records, target.layout, 0, source.n)]
     groups = sorted({group for start, stop in spans for group in range(start // size, -(-stop // size))})
     stripes = [
