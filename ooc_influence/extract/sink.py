@@ -92,13 +92,7 @@ class StorePlan:
 
 
 def same_model(store: GradientStore, model: dict[str, Any], check: bool) -> dict[str, Any]:
-    """Return what to record about a model that has to be the one of ``store``.
-
-    Raises
-    ------
-    MismatchError
-        If it is another, and that was not allowed.
-    """
+    """Return what to record about a model that must be the one of ``store``; another is refused, or warned of."""
     if store.model_fingerprint == model["fingerprint"]:
         return model
     if check:
@@ -108,8 +102,8 @@ def same_model(store: GradientStore, model: dict[str, Any], check: bool) -> dict
             "check_model=False (--other-model)",
         )  # fmt: skip
     warn(
-        f"the model is not the one that {store.path} was made with; its rows are taken as comparable because "
-        "check_model=False (--other-model) says so"
+        f"the model is not the one that {store.path} was made with; its rows are treated as comparable because of "
+        "check_model=False (--other-model)"
     )
     recorded = store.attrs.get("model")
     expected: dict[str, Any] = dict(recorded) if isinstance(recorded, Mapping) else {"fingerprint": recorded}
@@ -117,33 +111,22 @@ def same_model(store: GradientStore, model: dict[str, Any], check: bool) -> dict
 
 
 def open_existing(path: PathLike, plan: StorePlan) -> GradientStore | None:
-    """Open the store of an earlier run to go on with it; None where there is none.
-
-    Raises
-    ------
-    MismatchError
-        If it was made with other settings or, unless that is allowed, another model.
-    """
+    """Open the store of an earlier run with the same settings, to resume it; None if there is none."""
     try:
         store = GradientStore.open(path, mode="a")
     except StoreNotFoundError:
         check_free(parse_path(path), "a store or nothing")
         check_writable(parse_path(path))
         return None
+    digest = "selected layers (digest of mask and basis)"
     expected = {
-        "compressor": store.attrs.get("compressor"),
-        "selected layers (digest of mask and basis)": store.columns_digest,
-        "dtype": store.layout.dtype,
-        "loss_kind": store.attrs.get("loss_kind"),
-        **store.layout.storage,
-    }
+        "compressor": store.attrs.get("compressor"), digest: store.columns_digest, "dtype": store.layout.dtype,
+        "loss_kind": store.attrs.get("loss_kind"), **store.layout.storage,
+    }  # fmt: skip
     received = {
-        "compressor": plan.attributes["compressor"],
-        "selected layers (digest of mask and basis)": plan.columns_digest,
-        "dtype": plan.dtype,
-        "loss_kind": plan.attributes["loss_kind"],
-        **plan.storage.over(store.layout),
-    }
+        "compressor": plan.attributes["compressor"], digest: plan.columns_digest, "dtype": plan.dtype,
+        "loss_kind": plan.attributes["loss_kind"], **plan.storage.over(store.layout),
+    }  # fmt: skip
     check_same(f"the store at {path}", expected, received, "extract to another path, or remove the store")
     if store.model_fingerprint != plan.model["fingerprint"]:
         store.record(model=same_model(store, plan.model, plan.check_model))
