@@ -91,7 +91,7 @@ class _Reference:
     values: npt.NDArray[np.float64]
     columns: Numbers  # of the mask; -1 for entries that are not kept
     scale: float  # the largest of the values
-    gathered: Numbers | slice = slice(0)  # indices of these entries among those gathered to compare
+    gathered: Numbers | None = None  # indices of these entries among those gathered to compare
 
 
 class GradientCheck:
