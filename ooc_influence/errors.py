@@ -11,7 +11,7 @@ import errno
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +144,13 @@ class NonFiniteError(OocInfluenceError, ArithmeticError):
 def counted(count: int, noun: str, many: str | None = None) -> str:
     """Return a number with its noun: ``1 row``, ``2 rows``."""
     return f"{count} {noun if count == 1 else many or noun + 's'}"
+
+
+def listed(items: Iterable[object], most: int, separator: str = ", ") -> str:
+    """Return the first ``most`` items in words, and how many more there are."""
+    texts = [str(item) for item in items]
+    more = f" and {len(texts) - most} more" if len(texts) > most else ""
+    return separator.join(texts[:most]) + more
 
 
 @contextlib.contextmanager

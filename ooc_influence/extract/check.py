@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ooc_influence.errors import UnsupportedModelError
+from ooc_influence.errors import UnsupportedModelError, listed
 from ooc_influence.extract.entries import KINDS, is_coded
 from ooc_influence.extract.gather import MaskGatherer
 from ooc_influence.extract.layers import Use, layer_parameters
@@ -66,17 +66,16 @@ class LayersDisagreeError(UnsupportedModelError):
     def of(cls, layers: Sequence[Disagreement]) -> LayersDisagreeError:
         """Return the error that names layers and what can be done."""
         worst = sorted(layers, key=lambda each: -each.error)
-        named = "; ".join(
+        described = (
             f"{each.name} ({each.type}): "
             + (each.reason or each.detail or f"a difference of {each.error:.2g} of the largest entry")
-            for each in worst[:_NAMED]
+            for each in worst
         )
-        more = f" and {len(worst) - _NAMED} more" if len(worst) > _NAMED else ""
         return cls(
             "expected the entries gathered from each layer to be autograd's gradients of the loss; received others of "
-            f"{named}{more}: leave them out with modules= (--modules '!{worst[0].name}'), compute them by themselves "
-            "with fallback=True (--fallback), or, if the difference is intended, skip this check with "
-            "check_gradients=False (--no-check)",
+            f"{listed(described, _NAMED, '; ')}: leave them out with modules= (--modules '!{worst[0].name}'), compute "
+            "them by themselves with fallback=True (--fallback), or, if the difference is intended, skip this check "
+            "with check_gradients=False (--no-check)",
             layers,
         )
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from ooc_influence.errors import MismatchError, warn
+from ooc_influence.errors import MismatchError, listed, warn
 from ooc_influence.extract.entries import KINDS, BiasEntries, Entries, FuncEntries, computes_weights
 from ooc_influence.store import LayerShape
 
@@ -150,8 +150,7 @@ def warn_if_training(model: nn.Module) -> None:
         )
     ]  # fmt: skip
     if drops:
-        more = f" and {len(drops) - 1} more" if len(drops) > 1 else ""
         warn(
-            f"the model is in training mode with layers that behave otherwise there ({drops[0]}{more}): gradients are "
-            "those of evaluation mode"
+            f"the model is in training mode with layers that behave otherwise there ({listed(drops, 1)}): gradients "
+            "are those of evaluation mode"
         )

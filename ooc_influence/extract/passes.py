@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ooc_influence.errors import InputError, MemoryBudgetError, warn
+from ooc_influence.errors import InputError, MemoryBudgetError, listed, warn
 from ooc_influence.extract.data import (
     Batches,
     Batching,
@@ -147,8 +147,7 @@ class DataPass:
                 "per_sample_loss calling another model?"
             )
         self._taps.silent.clear()
-        named = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        warn(f"no gradient reached these layers in the first batch, their entries are zero there: {named}")
+        warn(f"no gradient reached these layers in the first batch, their entries are zero there: {listed(names, 8)}")
 
 
 class BatchPass(DataPass):

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ooc_influence.errors import UnsupportedModelError, warn
+from ooc_influence.errors import UnsupportedModelError, listed, warn
 from ooc_influence.extract.entries import KINDS, FuncEntries, computes_weights, own_parameters, uncalled
 from ooc_influence.extract.entries.func import rows_of
 from ooc_influence.extract.layers import describe, named_layers, restrict
@@ -267,12 +267,11 @@ def _reason(each: _Candidate, left: Any, blocked: set[int], adjusted: Adjustment
 def _warn_missed(missed: Mapping[str, tuple[str, float]], share: float) -> None:
     if not missed:
         return
-    first = sorted(missed, key=lambda name: -missed[name][1])[:_NAMED]
-    named = ", ".join(f"{name} ({missed[name][0]}, {missed[name][1]:.1%})" for name in first)
-    more = f" and {len(missed) - _NAMED} more" if len(missed) > _NAMED else ""
+    by_share = sorted(missed, key=lambda name: -missed[name][1])
+    described = (f"{name} ({missed[name][0]}, {missed[name][1]:.1%})" for name in by_share)
     warn(
-        f"gradients cover {share:.1%} of the model's parameters; not covered: {named}{more}: fallback=True "
-        "(--fallback) covers layers of unknown kinds at the cost of their full gradients"
+        f"gradients cover {share:.1%} of the model's parameters; not covered: {listed(described, _NAMED)}: "
+        "fallback=True (--fallback) covers layers of unknown kinds at the cost of their full gradients"
     )
 
 
