@@ -132,7 +132,7 @@ def _fill_stripe(
         writer = _claim(target, stripe)
         while writer.rows_left:  # a gap at a time
             first = writer.next_row
-            for low, high, start in _grid(first, first + writer.room, target.layout.group_rows, step):
+            for low, high, start in _grid(first, first + writer.rows_left, target.layout.group_rows, step):
                 metadata = {name: source.small(name, low, high) for name in _carried(source)}
                 for block in read_blocks(source, start, high, step):
                     rows = np.matmul(block.gradients, basis, out=product[: block.stop - block.start])
@@ -228,12 +228,12 @@ def fit_eigenbasis(
         See :func:`ooc_influence.linalg.spectrum.top_spectrum`.
     """
     weighting = parse_weighting(weights, store.attrs)
-    chosen = WeightedRows(store, even_ranges(store.n, rows), weighting)
+    chosen = WeightedRows.of(store, even_ranges(store.n, rows), weighting)
     means: Any = {"workers": workers, "memory": memory, "progress": progress}
     spectrum = top_spectrum(chosen, r, **means)
     mean_square = spectrum.eigenvalues
     if weighting is not None:
-        mean_square = mean_squares(replace(chosen, weights=None), spectrum.vectors, **means)
+        mean_square = mean_squares(replace(chosen, weighting=None), spectrum.vectors, **means)
     left_out = max(0.0, 1 - float(spectrum.eigenvalues.sum()) / spectrum.trace) if spectrum.trace > 0 else 0.0
     facts = {
         "trace": spectrum.trace, "left_out": left_out, "weights": weights, "pilot_rows": spectrum.rows,
