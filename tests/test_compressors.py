@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from models import Encoder, Mlp, Twice, batches, data, loss, make
 from numpy.testing import assert_allclose, assert_array_equal
 from test_cli import run  # noqa: F401 - a fixture
@@ -155,6 +156,30 @@ def test_logra_of_tokens_and_of_layers_called_twice(tmp_path, kind, modules):
     expected = stores[0].rows().astype(np.float64) @ logra_matrix(stores[1])
     assert_allclose(stores[1].rows(), expected, atol=1e-5 * np.abs(expected).max())
     assert stores[1].k < p
+
+
+@pytest.mark.filterwarnings("ignore:LoGra leaves out")
+def test_logra_of_a_model_with_tied_embeddings(tmp_path):
+    class Tied(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.inner = torch.nn.Embedding(11, 6), torch.nn.Linear(6, 6)
+            self.head = torch.nn.Linear(6, 11, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, ids):
+            return self.head(torch.tanh(self.inner(self.embed(ids))).mean(1))
+
+    torch.manual_seed(0)
+    model, ids = Tied(), torch.randint(0, 11, (8, 5))
+    inner, everything = (
+        extract_gradients(model, loss, batches(ids, ids[:, 0], 4), tmp_path / name, compressor=compressor,
+                          modules=modules, dtype="float32")
+        for name, compressor, modules in (("inner", Dropout(k=42), ["inner"]), ("all", LoGra(2, 3), None))
+    )  # fmt: skip
+    assert [module.layer.tied for module in everything.mask.modules] == [("head",), ()]
+    expected = inner.rows().astype(np.float64) @ logra_matrix(everything)[-42:]
+    assert_allclose(everything.rows(), expected, atol=1e-5 * np.abs(expected).max())
 
 
 def test_logra_names_what_it_leaves_out(tmp_path):

@@ -52,7 +52,7 @@ class MaskGatherer:
         kept, first = self._mask.modules[use.layer], self._starts[use.layer]
         columns = slice(first, first + len(kept.rows))
         if self._logra is not None:
-            if use.shape != kept.layer:
+            if use.shape != kept.layer and len(kept.rows):
                 raise UnsupportedModelError(
                     f"expected the weight of {kept.layer.name} in one layer for LoGra; received it in {use.shape.name} "
                     "too: use another compressor, or --modules without it"
