@@ -278,8 +278,9 @@ def create_file(path: StorePath, data: bytes) -> bool:
         path.fs.pipe_file(path.path, data, mode="create")
     except FileExistsError:
         return False
-    except OSError as error:  # s3fs: PreconditionFailed (412) or a conflicting request (409)
-        if "condition" in str(error).lower() or "conflict" in str(error).lower():
+    except OSError as error:
+        answer = getattr(error.__cause__, "response", None) or {}  # of S3, as s3fs passes it on
+        if answer.get("ResponseMetadata", {}).get("HTTPStatusCode") in (409, 412):  # conflict, precondition failed
             return False
         raise
     return True
