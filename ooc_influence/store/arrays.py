@@ -1,7 +1,7 @@
 """Creating and reading Zarr arrays as every part of the store does.
 
 Chunk keys are flat (``c.5.0``), so that a chunk is one file and one folder entry; empty chunks are written, because a
-missing file has to mean damage; no codec unless asked, so that chunks can be mapped; ``check=True`` adds Zarr's crc32c
+missing file must mean damage; no codec unless asked, so that chunks can be mapped; ``check=True`` adds Zarr's crc32c
 codec, for small arrays that no commit record covers.
 """
 
@@ -53,7 +53,7 @@ def create_array(
     """Create array ``name`` in a Zarr group, or, without a name, as the root of a store.
 
     Strings (``dtype=str``) keep Zarr's own default codecs. ``dims`` are what xarray calls the axes; where none are
-    given, it makes names of the array's own.
+    given, they are named after the array.
     """
     options: dict[str, Any] = {}
     if dtype is not str:
@@ -109,7 +109,7 @@ def _group_document(attributes: Mapping[str, Any]) -> bytes:
 
 
 def _array_document(values: npt.NDArray[Any], name: str) -> bytes:
-    """Return the metadata that Zarr writes for an array, from those that it wrote for one of the same type."""
+    """Return the metadata that Zarr would write for an array, made from its metadata for one of the same type."""
     document = json.loads(_template(values.dtype.str))
     document["shape"] = [values.size]
     document["chunk_grid"]["configuration"]["chunk_shape"] = [max(1, values.size)]
@@ -127,7 +127,7 @@ def _template(dtype: str) -> bytes:
 def writable_array(parent: Any, name: str | None = None) -> Any:
     """Return an array of a group, or the root of a store, to write to.
 
-    Zarr forgets on every open that empty chunks are to be written: without it an all-zero chunk would leave no file.
+    Zarr has to be told on every open to write empty chunks: otherwise an all-zero chunk leaves no file.
     """
     array = zarr.open_array(parent, mode="r+") if name is None else parent[name]
     return array.with_config({"write_empty_chunks": True})

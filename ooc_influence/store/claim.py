@@ -1,14 +1,14 @@
 """One writer per range: a claim, kept alive by a heartbeat, that another process takes over once its owner is dead.
 
 A claim is a small file ``commits/.claim-<name>.<generation>`` (inside an array's folder, where Zarr does not look for
-members) that says who holds it. It is created exclusively (a hard link, or a conditional PUT), so of two that want
-it one gets it. Who takes over creates the next generation; an owner that finds a later one than its own has lost the
-claim and must not write: it looks before every commit, before the data and before the record. Whether an owner is dead
-is decided by its process where that certainly ran on this machine: since the same boot, in the same process namespace.
-Everywhere else its heartbeat decides: two machines may have the same name.
+members) that says who holds it. It is created exclusively (a hard link, or a conditional PUT), so only one of two
+processes gets it. Whoever takes over creates the next generation; an owner that finds a later one than its own has
+lost the claim and must not write: it checks before every commit, before the data and before the record. Whether an
+owner is dead is decided by its process if that certainly ran on this machine: since the same boot, in the same process
+namespace. Otherwise its heartbeat decides: two machines may have the same name.
 
-Ranges may be cut differently from run to run, so a new claim is checked against every other after it was made; of two
-that overlap and come at the same moment, one or both are refused.
+Ranges may differ from run to run, so a new claim is checked against all others once it is made; of two overlapping
+claims made at the same moment, one or both are refused.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _machine() -> dict[str, str]:
 
 
 def _apple_boot() -> str:
-    """Return what macOS calls this start of the machine; empty on other systems."""
+    """Return the id that macOS gives to this boot; empty on other systems."""
     text, size = ctypes.create_string_buffer(64), ctypes.c_size_t(64)
     with contextlib.suppress(OSError, TypeError, AttributeError):
         if ctypes.CDLL(None).sysctlbyname(b"kern.bootsessionuuid", text, ctypes.byref(size), None, 0) == 0:
@@ -116,7 +116,7 @@ def read_claims(store: StorePath) -> dict[str, tuple[int, Owner]]:
 
 
 def may_write(store: StorePath, name: str, generation: int, owner: Owner) -> bool:
-    """Return whether the owner of a claim lives; one that is dead by our clock is watched: clocks may differ."""
+    """Return whether the owner of a claim is alive; if it seems dead, watch it for a while, as clocks may differ."""
     if owner.alive():
         return True
     if owner.released or owner.local:
@@ -131,7 +131,7 @@ def claim_name(start: int, stop: int | None) -> str:
 
 
 def claimed_rows(name: str) -> tuple[int, int | None] | None:
-    """Return the rows a claim is about, the second None for all there will be; None for other claims."""
+    """Return the first row and the end of a claim on rows, the end None if it is open; None for other claims."""
     match = re.fullmatch(r"rows-(\d+)-(\d+|end)", name)
     return None if match is None else (int(match[1]), None if match[2] == "end" else int(match[2]))
 

@@ -190,7 +190,7 @@ class Committer:
         self._arrays["gradients"][slot.first : stop] = slot.gradients[: stop - slot.first]
 
     def _open_group(self, group: int) -> None:
-        """Hold the small values of a group, those of its committed rows read from the disk."""
+        """Load the small values of a group: those of its committed rows are read from the disk."""
         if group == self._group:
             return
         size, first = self.layout.group_rows, group * self.layout.group_rows
@@ -226,9 +226,9 @@ class Committer:
         self._arrays["commits"][first:stop] = self.records[first:stop]
 
     def make_room(self, rows: int, shape: int) -> None:
-        """Grow the arrays to ``shape`` rows unless they have room for ``rows``.
+        """Grow the arrays to ``shape`` rows if they are shorter than ``rows``.
 
-        A crash may have left some of them short: Zarr clips what is written behind an array's end.
+        A crash may have left some of them short: Zarr clips what is written beyond an array's end.
         """
         if min(self._stored_rows(), self._arrays["commits"].shape[0] * self.layout.chunk_rows) >= rows:
             return
@@ -241,13 +241,13 @@ class Committer:
         return min(int(self._arrays[name].shape[0]) for name in self._per_row)
 
     def _write_blank_records(self, group: int) -> None:
-        """Write a group's file of zero records, which Zarr cannot before the array is long enough."""
+        """Write a group's file of zero records, which Zarr cannot do before the array is long enough."""
         blank = np.zeros(self.layout.group_chunks, "<u8")
         crc = checksum([blank]).to_bytes(4, "little")
         sync(self.files.set(f"commits/c.{group}", cpu.Buffer.from_bytes(blank.tobytes() + crc)))
 
     def resize(self, rows: int) -> None:
-        """Give all arrays this many rows, durably."""
+        """Resize all arrays to ``rows`` rows, durably."""
         for name in self._per_row:
             if self._arrays[name].shape[0] != rows:
                 self._arrays[name].resize((rows, *self._arrays[name].shape[1:]))

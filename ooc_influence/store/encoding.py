@@ -30,7 +30,7 @@ _SMALLEST = np.float32(np.finfo(np.float32).tiny)  # a smaller scale would lose 
 
 
 def block_count(k: int, block: int | None) -> int:
-    """Return the codes behind a row of ``k`` numbers."""
+    """Return the number of codes that follow a row of ``k`` numbers."""
     return 0 if block is None else -(-k // block)
 
 
@@ -92,7 +92,7 @@ def _block_maxima(sizes: Floats, block: int | None) -> Floats:
 def restore(
     tile: Floats, scale: Floats, codes: npt.NDArray[np.uint8], top: int, block: int | None, buffer: Floats
 ) -> None:
-    """Turn whole numbers, as float32 in ``tile`` (b, k), into what they stand for, in place; ``buffer`` is (b, k)."""
+    """Decode whole numbers, as float32 in ``tile`` (b, k), in place; ``buffer`` is (b, k)."""
     np.add(np.abs(tile, out=buffer), np.float32(0 if block is None else top), out=buffer)
     np.multiply(tile, buffer, out=tile)
     steps = _steps(scale, codes, block)
@@ -275,11 +275,11 @@ class Encoding:
         return max(1, min(rows, _TILE_BYTES // max(1, 4 * self.k)))
 
     def _buffer(self, rows: int) -> FloatRows:
-        """Return room for a tile, whole blocks of it."""
+        """Return a buffer for a tile, rounded up to whole blocks."""
         return np.empty((rows, self.k if self.block is None else block_count(self.k, self.block) * self.block), "f4")
 
     def _encode_tile(self, tile: FloatRows, raw: RawRows, buffer: FloatRows) -> FloatRows | float:
-        """Write the stored form of a few rows, by way of ``buffer``; return their scale."""
+        """Write the stored form of a few rows, using ``buffer``; return their scale."""
         if self.name == "float32":
             raw[...] = tile
             return 1.0

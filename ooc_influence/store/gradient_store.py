@@ -145,7 +145,7 @@ def parse_column_scale(column_scale: Any, k: int) -> FloatRows | None:
 
 
 class GradientStore(StoreView):
-    """Per-sample gradients on disk or object storage, (n, k), with what belongs to each row.
+    """Per-sample gradients on disk or object storage, (n, k), with a loss, a norm and more for each row.
 
     Use :meth:`open` or :meth:`create`; a context manager closes it (and commits what was appended).
 
@@ -224,7 +224,7 @@ class GradientStore(StoreView):
         attributes: Mapping[str, Any] | None = None,
         exist_ok: bool = False,
     ) -> Self:
-        """Create an empty store, whole or not at all, and open it for appending.
+        """Create an empty store atomically, and open it for appending.
 
         Parameters
         ----------
@@ -374,7 +374,7 @@ class GradientStore(StoreView):
         self._see(writer.take_fresh(), has_tombstones=writer.has_tombstones)
 
     def drop(self, rows: npt.ArrayLike) -> None:
-        """Mark rows as dropped: NaN in scores, absent from top-k and from F; their numbers stay the same.
+        """Mark rows as dropped: NaN in scores, absent from top-k and from F; row numbers do not change.
 
         Parameters
         ----------
@@ -457,7 +457,7 @@ class GradientStore(StoreView):
         write_attributes(self.path, self._attrs)
 
     def grow(self, rows: int) -> None:
-        """Give a store with planned rows room for more, ``rows`` in all; readers opened before see what they opened.
+        """Extend a store with planned rows to ``rows`` in all; readers that are open keep seeing what they opened.
 
         Raises
         ------
@@ -474,7 +474,7 @@ class GradientStore(StoreView):
         self.plan_rows(rows)
 
     def plan_rows(self, rows: int | None) -> None:
-        """Let several writers divide a store of ``rows`` rows in all; None: a finished one grows by appending again.
+        """Plan ``rows`` rows, which several writers may divide; None lets a finished store grow by appending again.
 
         Raises
         ------
@@ -505,7 +505,7 @@ class GradientStore(StoreView):
         super().__init__(path)
 
     def flush(self) -> None:
-        """Commit what was appended; it survives a crash from here on."""
+        """Commit what was appended: from now on it survives a crash."""
         if self._writer is not None:
             self._writer.flush()
             self._refresh(self._writer)
@@ -553,7 +553,7 @@ class GradientStore(StoreView):
         return out
 
     def raw_chunks(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, npt.NDArray[Any]]]:
-        """Yield ``(first row, stored form)`` chunk by chunk, the next one read ahead; maps, where they can be."""
+        """Yield ``(first row, stored form)`` chunk by chunk, the next one read ahead; memory maps where possible."""
         stop = self._rows if stop is None else stop
         self._check_range(start, stop)
         with ChunkStream(self, start, stop) as stream:
@@ -584,7 +584,7 @@ class GradientStore(StoreView):
         return rows
 
     def to_pandas(self) -> Any:
-        """Return a DataFrame with a line a row: id, loss, grad_norm, dropped and the store's columns.
+        """Return a DataFrame with one line per row: id, loss, grad_norm, dropped and the store's columns.
 
         Raises
         ------
@@ -597,10 +597,10 @@ class GradientStore(StoreView):
         return frame
 
     def to_xarray(self) -> Any:
-        """Return a Dataset of dimensions (row, column): lazy float32 gradients, and what belongs to each row.
+        """Return a Dataset of dimensions (row, column): lazy float32 gradients, and the other values of each row.
 
-        ``xarray.open_zarr(path, consolidated=False)`` opens the arrays as they are stored: with scales apart, rows that
-        are not committed, and those of quantised stores as whole numbers.
+        ``xarray.open_zarr(path, consolidated=False)`` opens the arrays as they are stored: scales in an array of
+        their own, uncommitted rows included, quantised rows as whole numbers.
 
         Raises
         ------

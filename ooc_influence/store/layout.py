@@ -1,4 +1,4 @@
-"""What is fixed about a store when it is created, and the arrays that follow from it.
+"""What is fixed when a store is created, the arrays that follow from it, and the attributes that record it.
 
 ==================  ===========  =====================================================================================
 array               shape        meaning
@@ -79,7 +79,7 @@ def column_dtype(values: Any) -> str:
 
 
 def numpy_dtype(name: str) -> Any:
-    """Return what NumPy holds a column of dtype ``name`` in."""
+    """Return the NumPy dtype for a column of dtype ``name``."""
     return object if name == "str" else np.dtype(name)
 
 
@@ -112,7 +112,7 @@ class Storage:
         parse_codec(self.codec)
 
     def over(self, layout: Layout) -> dict[str, Any]:
-        """Return these settings by name, those not given as ``layout`` has them."""
+        """Return these settings by name; where one is None, that of ``layout``."""
         return {name: getattr(self, name) or value for name, value in layout.storage.items()}
 
     def sizes(self, k: int, dtype: Representation, planned_rows: int | None = None) -> tuple[int, int]:
@@ -301,7 +301,7 @@ _REQUIRED = {"format": int, "layout": dict, "mask_digest": str, "created": dict,
 
 
 def read_attributes(path: StorePath) -> dict[str, Any]:
-    """Return what a store's root says about it, checked."""
+    """Return a store's attributes, checked."""
     try:
         group = open_group(array_store(path, read_only=True), "r")
         attrs: Any = dict(group.attrs).get(ATTRIBUTES)
@@ -336,13 +336,13 @@ def _tells_reduction(facts: Any) -> bool:
 
 
 def attributes_digest(attrs: Mapping[str, Any]) -> str:
-    """Return the SHA-256 over a store's attributes, themselves stored without it."""
+    """Return the SHA-256 over a store's attributes without the digest itself."""
     rest = {name: value for name, value in attrs.items() if name != "digest"}
     return json_digest(rest)
 
 
 def write_attributes(path: StorePath, attributes: Mapping[str, Any]) -> None:
-    """Replace a store's attributes, in one write of one file."""
+    """Replace a store's attributes by writing one file once."""
     files = array_store(path)
     attrs = json.loads(json.dumps({name: value for name, value in attributes.items() if name != "digest"}))
     open_group(files, "r+").attrs[ATTRIBUTES] = attrs | {"digest": attributes_digest(attrs)}

@@ -1,4 +1,4 @@
-"""Row blocks out of a store: float32, in a reused buffer, with the next chunk already being read.
+"""Blocks of a store's rows: float32, in a reused buffer, with the next chunk already being read; and searching ids.
 
 A thread fetches ahead: it maps two local chunks and touches their pages, asking the kernel for the one after them; of
 others, which it reads and decodes, one, so at most two are held in memory. Blocks are aligned to a grid that starts at
@@ -170,12 +170,12 @@ class ChunkStream:
         return Piece(base + low, base + high, dropped, loss, raw, self._scale[inside])
 
     def _touch(self, raw: RawRows) -> None:
-        """Look at every page of the columns wanted."""
+        """Touch every page of the columns wanted, so that they are in memory."""
         for first, last in self._columns:
             raw[:, first:last].view(np.uint8)[:, ::_PAGE].max()
 
     def _read_group(self, group: int) -> None:
-        """Hold the scales, tombstones and losses of a group, which are in one file each."""
+        """Load the scales, tombstones and losses of a group, which are in one file each."""
         if group == self._group:
             return
         store, size = self._store, self._store.layout.group_rows
@@ -268,7 +268,7 @@ def read_raw_blocks(
     numbers: RowNumbers | None = None,
     loss: bool = False,
 ) -> Iterator[RawBlock]:
-    """Yield the same blocks as :func:`read_blocks`, as stored: to be decoded elsewhere."""
+    """Yield the same blocks as :func:`read_blocks`, as they are stored, to be decoded elsewhere."""
     pieces: list[Piece] = []
     for first, last, piece in _block_pieces(store, start, stop, block_rows, numbers, loss, None):
         pieces.append(piece)
@@ -310,7 +310,7 @@ def _block_pieces(
 def _decode_together(
     store: StoreView, piece: Piece, out: FloatRows, columns: Columns | None, pool: ThreadPoolExecutor, threads: int
 ) -> None:
-    """Decode rows in several threads: NumPy holds no lock while it converts."""
+    """Decode rows in several threads: NumPy releases the lock while it converts."""
     share = max(1, -(-len(out) // threads))
     cuts = [slice(low, min(len(out), low + share)) for low in range(0, len(out), share)]
     tasks = [pool.submit(_decode, store, piece.raw[cut], piece.scale[cut], out[cut], columns) for cut in cuts[1:]]
@@ -371,7 +371,7 @@ def find_rows(store: StoreView, ids: Any) -> npt.NDArray[np.int64]:
 
 
 def repeated_ids(store: StoreView) -> Iterator[str]:
-    """Yield what to say of each id that several rows have: by hash, part of the hashes at a time, then by the ids."""
+    """Yield a message for each id of several rows: compared by hash, some of the hashes at a time, then exactly."""
     if store.layout.ids is None or store.n < 2:
         return
     passes = -(-store.n // IDS_AT_ONCE)

@@ -48,7 +48,7 @@ class Reduction(ABC):
     @property
     @abstractmethod
     def digest(self) -> str:
-        """Changes with the map."""
+        """A digest that changes with the map."""
 
     @property
     @abstractmethod
@@ -163,11 +163,11 @@ class GeneratedReduction(Reduction):
 
     @override
     def save(self, group: Any) -> None:
-        """There is nothing to write."""
+        """Do nothing: the seed is all there is."""
 
     @property
     def settings(self) -> dict[str, int]:
-        """What it is made of, beside its kind."""
+        """Its settings, besides its kind."""
         return {"rows": self.rows, "columns": self.columns, "seed": self.seed}
 
     @property
@@ -187,7 +187,7 @@ class GeneratedReduction(Reduction):
             yield first, self.block(first)
 
     def block_rows(self, first: int) -> int:
-        """Return how many rows the block from row ``first`` on has."""
+        """Return the number of rows of the block that starts at row ``first``."""
         return min(_BLOCK_ROWS, self.rows - first)
 
     @abstractmethod
@@ -268,7 +268,7 @@ class LograReduction(GeneratedReduction):
     name = "logra"
 
     def factors(self, number: int, layer: LayerShape, ranks: tuple[int, int]) -> tuple[FloatRows, FloatRows]:
-        """Return P_out (out, out') and P_in (in, in') of layer ``number``; the identity for a side kept whole."""
+        """Return P_out (out, out') and P_in (in, in') of layer ``number``, the identity for a side not projected."""
         projections = []
         for side, (size, rank) in enumerate(zip(layer.shape, ranks, strict=True)):
             if rank == size:
@@ -288,7 +288,7 @@ _GENERATED = {kind.name: kind for kind in (GaussianReduction, LograReduction, Ra
 
 
 def load_reduction(group: Any, facts: Mapping[str, Any], home: StorePath) -> Reduction:
-    """Return the reduction that the attributes of the store at ``home`` describe, from there or where they say it is.
+    """Return the reduction of the store at ``home``, read from there or from the store that its attributes refer to.
 
     Raises
     ------

@@ -1,7 +1,12 @@
-"""A Zarr store behind an fsspec URL (``s3://``, ``gs://``, ``memory://``...).
+"""Object storage: a Zarr store behind an fsspec URL (``s3://``, ``gs://``, ``memory://``...); a local cache of chunks.
 
-A successful PUT is an object's durability point and replaces it whole, so there is nothing to sync. What a folder's
-rename does on a disk, the root's ``zarr.json`` does here: it is held back while a store is being built and put last.
+A successful PUT is an object's durability point and replaces it whole, so there is nothing to sync. Instead of
+renaming a folder, as on a disk, the root's ``zarr.json`` is held back while a store is being built, and put last.
+
+The cache keeps chunks decoded, under the store's identity, their number and their commit record, so that a rewritten
+chunk is another entry and a cached file may be mapped as it is. It stays below a limit: the entries that were used
+longest ago are removed first. Several processes may share it. Other files in its folder are neither counted nor
+removed.
 """
 
 from __future__ import annotations
@@ -83,7 +88,7 @@ class RemoteArrayStore(FsspecStore):
     async def get(
         self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
-        """Return the bytes under ``key``; None where there is no object, unless it has to be there."""
+        """Return the bytes under ``key``; None where there is no object, unless there must be one."""
         if self._hold_root and key == METADATA:
             return self._held
         data = await self._read(key, prototype or default_buffer_prototype(), byte_range)
@@ -97,7 +102,7 @@ class RemoteArrayStore(FsspecStore):
         return checked(data, self.root, key)
 
     async def _read(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None) -> Buffer | None:
-        """Read an object, a whole one in one request: s3fs asks for its size first, for what large ones gain."""
+        """Read an object, a whole one in one request: s3fs would ask for its size first, for large objects' sake."""
         if byte_range is not None or "max_concurrency" not in signature(type(self.fs)._cat_file).parameters:
             return await super().get(key, prototype, byte_range)
         try:

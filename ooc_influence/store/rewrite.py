@@ -1,8 +1,12 @@
-"""New stores out of old ones: merged from several, or without the dropped rows.
+"""New stores from old ones (merged, or without the dropped rows), and upgrading stores of older formats in place.
 
-Rows move in their stored form, so they keep their bits. Where a chunk of a source falls on a chunk of the new store,
-its file is linked (or copied, across file systems) instead of written; its rows are still read once and checked
-against their commit record.
+Rows are copied in their stored form, bit by bit. Where a chunk of a source is a chunk of the new store, its file is
+linked (or copied, across file systems) instead of written; its rows are still read once and checked against their
+commit record.
+
+Format 1 to 2: every group gets its file of commit records, the groups with dropped rows are listed, the attributes get
+a digest. Format 2 to 3: only the number changes; int8 and int4 rows stay without blocks, and so do rows appended later.
+The last write decides: an interrupted upgrade leaves a readable store of the old format and is simply repeated.
 """
 
 from __future__ import annotations
@@ -139,7 +143,7 @@ def create_like(store: GradientStore, out: PathLike, sources: list[str], **chang
 
 
 def _create_same(store: GradientStore, out: PathLike, sources: list[str], ids: str | None = None) -> GradientStore:
-    """Create an empty store that grows, whose rows have the very stored form of another's."""
+    """Create an empty store that grows, whose rows have exactly the stored form of another's."""
     target = parse_path(out)
     layout = replace(store.layout, planned_rows=None, ids=store.layout.ids or ids)
     attributes = _inherited(store, sources)
@@ -163,7 +167,7 @@ def _read_checked(store: GradientStore, chunk: int) -> tuple[Any, SmallValues]:
 
 
 def _move_chunk(store: GradientStore, chunk: int, writer: RangeWriter) -> int:
-    """Append a chunk to a writer, by a link where it may be one; return its rows."""
+    """Append a chunk to a writer, by a link where possible; return its rows."""
     raw, small = _read_checked(store, chunk)
     rows = store.layout.chunk_rows
     aligned = writer.next_row % rows == 0 and len(raw) == rows and is_local(store.path)
@@ -257,7 +261,7 @@ def _upgrade_first(store: GradientStore) -> None:
 
 
 def copy_tombstones(source: StoreView, target: StoreView) -> None:
-    """Mark the rows of ``target`` that are dropped in ``source``, row by row the same; also rows still to be written.
+    """Mark as dropped in ``target`` the rows that are dropped in ``source``, including rows still to be written.
 
     Raises
     ------

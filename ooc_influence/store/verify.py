@@ -1,8 +1,8 @@
 """Finding damage: every committed chunk against its commit record, and the parts of a store that no record covers.
 
-Of each chunk: the files are there and as long as they should be, the crc32c over its rows in every per-row array is the
-record's, and no number is NaN or Inf. Of the rest (mask, basis, column scale, tombstones, curvatures): Zarr's own
-checksums hold. And no example id is there twice. Memory does not grow with the rows.
+Of each chunk: its files exist and have the right length, the crc32c over its rows in every per-row array is that of the
+record, and no number is NaN or Inf. Of the rest (mask, basis, column scale, tombstones, curvatures): Zarr's own
+checksums hold. No example id occurs twice. Memory does not grow with the rows.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Reading a store: what it is, and its committed rows."""
+"""Opening a store: its attributes, and its committed rows in their stored form.
+
+Nothing from a store is executed: its attributes and metadata are JSON, checked value by value; no array holds Python
+objects other than text.
+"""
 
 from __future__ import annotations
 
@@ -205,7 +209,7 @@ class StoreView:
             self._dropped_groups = self.dropped_groups() if has_tombstones else self._dropped_groups
 
     def _pin(self) -> Pin:
-        """Return what fixes the rows seen: the store, their number, and the last chunk's record, which may change."""
+        """Return what identifies the rows seen: the store, their number, the last chunk's record (which may change)."""
         chunks = -(-self._rows // self.layout.chunk_rows)
         return self.identity, self._rows, int(self._records[chunks - 1]) if chunks else 0
 
@@ -221,7 +225,7 @@ class StoreView:
 
     @property
     def n(self) -> int:
-        """Committed rows, without a gap from row 0, when the store was opened (or last flushed here)."""
+        """Committed rows up to the first gap, as of when the store was opened (or last flushed here)."""
         return self._rows
 
     @property
@@ -241,7 +245,7 @@ class StoreView:
 
     @property
     def ndim(self) -> int:
-        """2."""
+        """The number of dimensions, 2."""
         return 2
 
     def __len__(self) -> int:
@@ -249,7 +253,7 @@ class StoreView:
 
     @property
     def committed(self) -> int:
-        """Committed rows in all; more than ``n`` only while there are gaps: other writers' or a repair's."""
+        """Committed rows in all; more than ``n`` only while there are gaps, left by other writers or a repair."""
         return int(self.committed_rows.sum())
 
     @property
@@ -296,7 +300,7 @@ class StoreView:
 
     @property
     def fingerprints(self) -> dict[str, str | None]:
-        """What has to be the same for rows of two stores to be compared: of the columns, and of the model."""
+        """The digests that must be equal for rows of two stores to be comparable: of the columns, and of the model."""
         return {"mask and basis": self.columns_digest, "model": self.model_fingerprint}
 
     @property
@@ -319,7 +323,7 @@ class StoreView:
 
     @property
     def identity(self) -> str:
-        """An id of this very store, drawn at creation."""
+        """An id of this store, drawn when it was created."""
         return str(self._attrs["created"]["id"])
 
     @property
@@ -349,7 +353,7 @@ class StoreView:
     def holds(self, records: commits.Records, chunks: Iterable[int]) -> bool:
         """Return whether the rows that earlier commit records of some chunks cover are unchanged.
 
-        A chunk that was part-filled then and has more rows now is read, and its first rows' checksum compared.
+        Of a chunk that was part-filled then and has more rows now, the first rows are read and their checksum compared.
         """
         for chunk in chunks:
             then, now = int(records[chunk]), int(self._records[chunk]) if chunk < len(self._records) else 0
@@ -412,7 +416,7 @@ class StoreView:
 
     @property
     def reading_bytes(self) -> int:
-        """Anonymous bytes that reading through holds: chunks that cannot be mapped, one of them read ahead."""
+        """Anonymous memory that reading all rows needs: for chunks that cannot be mapped, one of them read ahead."""
         return 0 if is_local(self.path) and self.layout.codec is None else 4 * self.layout.chunk_bytes
 
     def small(self, name: str, start: int = 0, stop: int | None = None) -> npt.NDArray[Any]:

@@ -2,7 +2,7 @@
 
 A bounded number of chunk buffers circulates between the two, so a caller that is faster than the disk waits and memory
 stays flat. An error of the thread is raised in the caller's next call, :meth:`RangeWriter.close` at the latest; what
-was not committed is then lost to this run and written again by the next.
+was not committed is then lost, and written by the next run.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def missing_spans(records: commits.Records, layout: Layout, start: int, stop: in
 
 
 class RangeWriter:
-    """Fills what is missing of one range, in order of rows.
+    """Writes the missing rows of one range, in order.
 
     Parameters
     ----------
@@ -126,7 +126,7 @@ class RangeWriter:
     def append(self, rows: FloatRows, small: Mapping[str, Any], dropped: Dropped = None) -> None:
         """Add float32 rows (b, k) and, by array name, their values (b,); full chunks are handed to the thread.
 
-        Rows that are ``dropped`` (b,) are so from their commit on.
+        Rows that are ``dropped`` (b,) are never visible as live ones.
 
         Raises
         ------
@@ -175,7 +175,7 @@ class RangeWriter:
             self._advance(take)
 
     def _advance(self, rows: int) -> None:
-        """Move on by some rows, to the next chunk or span where this one is full."""
+        """Advance by some rows, to the next chunk or span if this one is full."""
         self.next_row += rows
         full = self.next_row % self._layout.chunk_rows == 0
         if self.rows_left == 0:
@@ -221,7 +221,7 @@ class RangeWriter:
         self._task = self._thread.submit(self._drain)
 
     def _drain(self) -> None:
-        """Commit what waits; runs in the thread."""
+        """Commit the waiting slots; runs in the thread."""
         with self._change:
             slots, self._waiting = self._waiting, []
         if not slots or self._error is not None:
@@ -245,7 +245,7 @@ class RangeWriter:
         self._check_usable()
 
     def flush(self) -> None:
-        """Commit what was appended; after this the rows survive a crash."""
+        """Commit what was appended: from now on the rows survive a crash."""
         self._check_usable()
         self._hand_over()  # a part-filled chunk is loaded again with its next row
         self._wait()
