@@ -100,7 +100,7 @@ def test_an_interrupted_fit_goes_on(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(checkpoint, "INTERVAL", 0.0)
     monkeypatch.setattr(checkpoint, "_SHARE", 0)
     train = write_store(tmp_path / "t.zarr", random_rows(2000, 30))
-    plain, added = sums._Running.add, []
+    plain, added = sums._RunningSums.add, []
 
     def stopping(self, rows, live, clipped):
         added.append(len(rows))
@@ -108,11 +108,11 @@ def test_an_interrupted_fit_goes_on(tmp_path, monkeypatch, caplog):
             raise KeyboardInterrupt
         plain(self, rows, live, clipped)
 
-    monkeypatch.setattr(sums._Running, "add", stopping)
+    monkeypatch.setattr(sums._RunningSums, "add", stopping)
     with pytest.raises(KeyboardInterrupt):
         fit_fisher(train, device="cpu")
     assert "run it again to resume" in caplog.text
-    monkeypatch.setattr(sums._Running, "add", lambda self, *block: (added.append(len(block[0])), plain(self, *block)))
+    monkeypatch.setattr(sums._RunningSums, "add", lambda self, *block: (added.append(len(block[0])), plain(self, *block)))
     added.clear()
     found = fit_fisher(train, device="cpu")
     assert 0 < sum(added) < 1800

@@ -143,7 +143,7 @@ def _by_tiles(fit: Fitting, side: int, rank: int, seed: int) -> Found:
 
 def _by_rows(fit: Fitting, rank: int, seed: int) -> Found:
     """Multiply the rows, once a pass."""
-    if fit.old is not None:
+    if fit.earlier is not None:
         logger.info("%s is found from all rows again: it keeps no sum of F to add rows to", fit.target)
     moments: Matrix = np.empty(0)
     how = fit.how

@@ -1,4 +1,4 @@
-"""One fit of a Fisher matrix: what it sums, from scratch or from an old sum on, and what it writes down."""
+"""A fit by the Fisher matrix: its sums, from scratch or from those of an earlier fit; F in tiles on disk."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from ooc_influence.checkpoint import ResumableOutput, read_facts
 from ooc_influence.curvature.costs import Preferred
@@ -18,6 +17,7 @@ from ooc_influence.curvature.rows import FittedRows, Staleness, fit_attributes
 from ooc_influence.curvature.sums import ROWS, Summing, Sums, bfloat16_holds, sum_name, sum_rows
 from ooc_influence.errors import InputError, NonFiniteError, StoreBusyError, StoreWriteError, refused
 from ooc_influence.linalg import (
+    Matrix,
     MatrixAccumulator,
     Range,
     RowPartition,
@@ -39,7 +39,7 @@ _MOST_DROPPED = 0.5  # of the trace: beyond it, differences would lose digits
 
 @dataclass
 class Fitting:
-    """A fit that is going on.
+    """A fit in progress.
 
     Attributes
     ----------
@@ -55,7 +55,7 @@ class Fitting:
         Show progress lines.
     partial : ResumableOutput
         Partial results.
-    old : Curvature or None
+    earlier : Curvature or None
         An earlier fit of the same kind, whose rows are still there.
     staleness : Staleness or None
         How they have changed since.
@@ -67,7 +67,7 @@ class Fitting:
     slots: int
     progress: bool | None
     partial: ResumableOutput
-    old: Curvature | None
+    earlier: Curvature | None
     staleness: Staleness | None
 
     def __post_init__(self) -> None:
@@ -76,55 +76,59 @@ class Fitting:
     @property
     def base(self) -> Curvature | None:
         """The earlier fit, where it keeps the sums F is made of."""
-        return self.old if self.old is not None and self.old.keeps_sums else None
+        return self.earlier if self.earlier is not None and self.earlier.keeps_sums else None
+
+    @property
+    def added(self) -> list[Range]:
+        """The rows to be added to the earlier sum."""
+        return [] if self.staleness is None or self.staleness.added is None else [self.staleness.added]
 
     @cached_property
-    def gone(self) -> WeightedRows | None:
+    def removed(self) -> WeightedRows | None:
         """Rows of the earlier sum that are dropped now."""
         if self.base is None or self.staleness is None or not len(self.staleness.removed):
             return None
         return replace(self.chosen.at(self.staleness.removed), dropped_too=True)
 
-    def taken(self, trace: float) -> float | None:
-        """Return the trace taken from the earlier sum so far, ``trace`` included; None where that is too much."""
+    def subtracted(self, trace: float = 0.0) -> float | None:
+        """Return the trace subtracted from the earlier sum so far, ``trace`` included; None where that is too much."""
         assert self.base is not None
         total = float(self.base.attrs.get("taken", 0.0)) + trace
-        if total <= _MOST_DROPPED * self.base.trace * self.base.rows:
+        if not trace or total <= _MOST_DROPPED * self.base.trace * self.base.rows:
             return total
         logger.warning("rows with more than half of the trace of %s are dropped: fitting again", self.base.path)
         return None
 
     def sums(self) -> tuple[Sums, float]:
-        """Return the undamped sums, and the trace taken from them so far."""
-        found = None if self.base is None else self._updated(self.base)
-        if found is None:
-            with Progress("fisher", self.chosen.count, self.progress) as bar:
-                found = sum_rows(self.chosen, self.how, self.slots, bar, [(0, self.chosen.count)]), 0.0
-        return found
+        """Return the undamped sums, and the trace subtracted from them so far."""
+        updated = None if self.base is None else self._updated(self.base)
+        if updated is not None:
+            return updated
+        with Progress("fisher", self.chosen.count, self.progress) as bar:
+            return sum_rows(self.chosen, self.how, self.slots, bar, [(0, self.chosen.count)]), 0.0
 
     def _updated(self, base: Curvature) -> tuple[Sums, float] | None:
-        """Return an old curvature's sums with rows added and subtracted; None where too much is gone."""
-        removed, taken = None, float(base.attrs.get("taken", 0.0))
-        added = None if self.staleness is None else self.staleness.added
-        if self.gone is not None:
+        """Return an earlier curvature's sums with rows added and subtracted; None where too much is dropped."""
+        dropped = None
+        if self.removed is not None:
             plain = replace(self.how, fourth=False, partial=ResumableOutput())
-            with Progress("fisher: dropped rows", self.gone.count, self.progress) as bar:
-                removed = sum_rows(self.gone, plain, self.slots, bar, [(0, self.gone.count)])
-            now = self.taken(removed.trace())
-            if now is None:
-                return None
-            taken = now
-        if added is None:
-            total = base.sums()
-        else:
-            with Progress("fisher: new rows", added[1] - added[0], self.progress) as bar:
-                total = sum_rows(self.chosen, self.how, self.slots, bar, [added])
+            with Progress("fisher: dropped rows", self.removed.count, self.progress) as bar:
+                dropped = sum_rows(self.removed, plain, self.slots, bar, [(0, self.removed.count)])
+        subtracted = self.subtracted(0.0 if dropped is None else dropped.trace())
+        if subtracted is None:
+            return None
+        if self.added:
+            ((first, last),) = self.added
+            with Progress("fisher: new rows", last - first, self.progress) as bar:
+                total = sum_rows(self.chosen, self.how, self.slots, bar, self.added)
             base.add_sums_to(total)
-        if removed is not None:
-            for square, part in zip(total.squares, removed.squares, strict=True):
+        else:
+            total = base.sums()
+        if dropped is not None:
+            for square, part in zip(total.squares, dropped.squares, strict=True):
                 square -= part
-            total.live, total.clipped = total.live - removed.live, total.clipped - removed.clipped
-        return total, taken
+            total.live, total.clipped = total.live - dropped.live, total.clipped - dropped.clipped
+        return total, subtracted
 
     def check(self, live: int, trace: float) -> None:
         """Check that there are live rows and that their sum is finite.
@@ -144,16 +148,17 @@ class Fitting:
                 [],
             )
 
-    def attributes(self, live: int, clipped: int, trace: float, taken: float) -> dict[str, Any]:
-        """Return what is written down about an undamped sum over ``live`` rows, whose trace is ``trace``."""
+    def attributes(self, live: int, clipped: int, trace: float, subtracted: float) -> dict[str, Any]:
+        """Return a curvature's attributes, of an undamped sum over ``live`` rows whose trace is ``trace``."""
         self.check(live, trace)
         if clipped:
             logger.info("%d rows have a loss below the floor of their weights", clipped)
-        found = fit_attributes(self.chosen, self.record, live, trace / live)
-        return found | {"ranges": [list(part) for part in self.how.blocks], "clipped": clipped, "taken": taken}
+        ranges = [list(part) for part in self.how.blocks]
+        more = {"ranges": ranges, "clipped": clipped, "taken": subtracted}
+        return fit_attributes(self.chosen, self.record, live, trace / live) | more
 
 
-def squared_norm(square: npt.NDArray[np.float64]) -> float:
+def squared_norm(square: Matrix) -> float:
     """Return the squared Frobenius norm of a symmetric matrix: its upper triangle is given, or its diagonal (d,)."""
     if square.ndim == 1:
         return float(np.vdot(square, square))
@@ -167,12 +172,12 @@ _F = sum_name(0)
 
 
 class SummedTiles(NamedTuple):
-    """F in tiles, undamped: where it is, its live rows and clipped losses, the trace taken from it so far."""
+    """F in tiles on disk, undamped; its live rows and clipped losses; the trace subtracted from it so far."""
 
     tiles: TriangleTiles
     live: int
     clipped: int
-    taken: float
+    subtracted: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,12 +187,12 @@ class TileSum:
     Attributes
     ----------
     partial : ResumableOutput
-        Partial results: marks of finished tiles.
+        Partial results: which tiles are finished.
     group : StorePath
         Where the tiles are.
-    chosen, places : WeightedRows, sequence of (first, last)
+    chosen, ranges : WeightedRows, sequence of (first, last)
         The rows, and which of them are to be added.
-    gone : WeightedRows or None
+    removed : WeightedRows or None
         Rows to be subtracted.
     bases : sequence of StorePath
         The groups of earlier sums, which every tile starts from.
@@ -200,8 +205,8 @@ class TileSum:
     partial: ResumableOutput
     group: StorePath
     chosen: WeightedRows
-    places: Sequence[Range]
-    gone: WeightedRows | None
+    ranges: Sequence[Range]
+    removed: WeightedRows | None
     bases: Sequence[StorePath]
     base_counts: tuple[int, int]
     block_rows: int
@@ -220,12 +225,12 @@ class TileSum:
 
     def blocks(self, columns: Sequence[Range], threads: int) -> Iterator[tuple[Any, float]]:
         """Yield blocks of those columns, and the sign with which they count."""
-        for low, high in self.places:
+        for low, high in self.ranges:
             for block in self.chosen.blocks(low, high, self.block_rows, columns=columns, threads=threads):
                 yield block, 1.0
-        if self.gone is not None:
-            for block in self.gone.blocks(0, self.gone.count, self.block_rows, columns=columns, threads=threads):
-                yield block, -1.0
+        if self.removed is not None:
+            rows = self.removed.blocks(0, self.removed.count, self.block_rows, columns=columns, threads=threads)
+            yield from ((block, -1.0) for block in rows)
 
 
 def sum_tiles(fit: Fitting, side: int) -> SummedTiles:
@@ -234,35 +239,32 @@ def sum_tiles(fit: Fitting, side: int) -> SummedTiles:
     Raises
     ------
     StoreBusyError
-        If another process is at it.
+        If another process is fitting the same.
     """
     if fit.partial.path is None:
         raise StoreBusyError(
             f"expected to sum F on disk beside {fit.target}; received another process that is fitting it: wait for it, "
             "give another name or out=, or more memory"
         )
-    k, base, gone, taken = fit.chosen.store.k, fit.base, fit.gone, 0.0
+    k, base, removed, subtracted = fit.chosen.store.k, fit.base, fit.removed, 0.0
     if base is not None:
-        taken = float(base.attrs.get("taken", 0.0))
-        if gone is not None:
-            now = fit.taken(_moments(fit, gone, side)[2])
-            base, gone, taken = (None, None, 0.0) if now is None else (base, gone, now)
-    places: Sequence[Range] = [(0, fit.chosen.count)]
-    if base is not None:
-        places = [] if fit.staleness is None or fit.staleness.added is None else [fit.staleness.added]
+        trace = 0.0 if removed is None else float(_moments(fit, removed, side)[2])
+        total = fit.subtracted(trace)
+        base, removed, subtracted = (None, None, 0.0) if total is None else (base, removed, total)
+    ranges: Sequence[Range] = [(0, fit.chosen.count)] if base is None else fit.added
     if not fit.partial.groups(_TILES):
         fit.partial.put_group(_TILES, 0, {}, lambda group: _create_tiles(group, k))
     group = fit.partial.groups(_TILES)[_TILES]
-    partial = {path: read_facts(path) for path in fit.partial.groups(ROWS).values()}
-    places = subtract_ranges(places, [tuple(part) for facts in partial.values() for part in facts["ranges"]])
-    counts = tuple(sum(int(facts[name]) for facts in partial.values()) for name in ("live", "clipped"))
-    bases = [*([] if base is None else [base.path]), *partial]
-    how = TileSum(fit.partial, group, fit.chosen, places, gone, bases, counts, fit.how.block_rows, side)  # type: ignore[arg-type]
+    saved = {path: read_facts(path) for path in fit.partial.groups(ROWS).values()}
+    ranges = subtract_ranges(ranges, [tuple(part) for facts in saved.values() for part in facts["ranges"]])
+    live, clipped = (sum(int(facts[name]) for facts in saved.values()) for name in ("live", "clipped"))
+    bases = [*([] if base is None else [base.path]), *saved]
+    how = TileSum(fit.partial, group, fit.chosen, ranges, removed, bases, (live, clipped), fit.how.block_rows, side)
     live, clipped = _run(fit, how)
     if base is not None:
         live, clipped = live + base.rows, clipped + int(base.attrs["clipped"])
         base.check_fit()
-    return SummedTiles(TriangleTiles.open(group, _F, k), live, clipped, taken)
+    return SummedTiles(TriangleTiles.open(group, _F, k), live, clipped, subtracted)
 
 
 def _create_tiles(group: Any, k: int) -> None:
@@ -270,11 +272,11 @@ def _create_tiles(group: Any, k: int) -> None:
 
 
 def _run(fit: Fitting, how: TileSum) -> tuple[int, int]:
-    """Sum what is not done yet; return the rows and clipped losses that went into every tile."""
+    """Sum the tiles that are not finished; return the rows and clipped losses that every tile is made of."""
     regions, unit = how.regions(), tile_side(how.chosen.store.k)
-    done = _units(unit, *(read_facts(path)["region"] for path in fit.partial.groups(_DONE).values()))
-    left = [number for number, part in enumerate(regions) if not _units(unit, _region(*part)) <= done]
-    rows = sum(b - a for a, b in how.places) + (0 if how.gone is None else how.gone.count)
+    done = _disk_tiles(unit, *(read_facts(path)["region"] for path in fit.partial.groups(_DONE).values()))
+    left = [number for number, part in enumerate(regions) if not _disk_tiles(unit, _region(*part)) <= done]
+    rows = sum(b - a for a, b in how.ranges) + (0 if how.removed is None else how.removed.count)
     with Progress("fisher tiles", rows * len(regions), fit.progress) as bar:
         bar.advance(rows * (len(regions) - len(left)))
         stripes = [Stripe(number, number + 1) for number in left]
@@ -284,7 +286,7 @@ def _run(fit: Fitting, how: TileSum) -> tuple[int, int]:
 
 
 def usable_plans(results: Mapping[str, StorePath]) -> Preferred:
-    """Return the ways to the top of a spectrum that can use what earlier runs of a fit have kept."""
+    """Return the low-rank plans that can use what earlier runs of a fit have kept."""
     tiles = [path for name, path in results.items() if name.startswith(f"{_DONE}-")]
     if tiles:
         return Preferred(("tiles",), int(read_facts(tiles[0])["side"]))
@@ -295,8 +297,8 @@ def _region(rows: slice, columns: slice) -> tuple[int, int, int, int]:
     return rows.start, rows.stop, columns.start, columns.stop
 
 
-def _units(unit: int, *regions: Sequence[int]) -> set[tuple[int, int]]:
-    """Return the tiles of the disk, of the lower triangle, that regions are made of."""
+def _disk_tiles(unit: int, *regions: Sequence[int]) -> set[tuple[int, int]]:
+    """Return the tiles on disk, of ``unit`` rows each, that regions of the lower triangle are made of."""
     return {
         (row, column)
         for low, high, first, last in regions
@@ -306,7 +308,7 @@ def _units(unit: int, *regions: Sequence[int]) -> set[tuple[int, int]]:
 
 
 def _sum_tile(stripe: Stripe, key: str, how: TileSum) -> None:
-    """Sum one tile over all rows, write it and mark it."""
+    """Sum one tile over all rows, write it and record that it is finished."""
     with Team(task_threads()) as team:
         _sum_with(team, stripe.start, key, how)
 
@@ -342,30 +344,26 @@ def _sum_with(team: Team, number: int, key: str, how: TileSum) -> None:
         raise StoreWriteError(refused(f"to write tiles of F to {how.group}", error, then)) from error
 
 
-def _moments(fit: Fitting, chosen: WeightedRows, side: int) -> npt.NDArray[np.float64]:
-    rows = max(1, fit.how.block_rows * 2 * side // fit.chosen.store.k)
-    with Progress("fisher: norms of rows", chosen.count, fit.progress) as bar:
-        return row_moments(chosen, fit.how, rows, fit.slots, bar)
+def _moments(fit: Fitting, rows: WeightedRows, side: int) -> Matrix:
+    """Return the moments of rows (:func:`block_moments`), in blocks that take no more memory than tiles of ``side``."""
+    block_rows = max(1, fit.how.block_rows * 2 * side // rows.store.k)
+    partitions = partition_rows(rows, [(0, rows.count)], block_rows, fit.slots)
+    with Progress("fisher: norms of rows", rows.count, fit.progress) as bar:
+        moments: Matrix = run_stripes(
+            _sum_moments, partitions, bar, rows.store, block_rows, slots=fit.slots, reduce=np.add
+        )
+    return moments
 
 
 def sum_fourth(fit: Fitting, side: int) -> float:
-    """Return Σ‖x‖⁴ over the rows of a fit, in blocks that take no more memory than tiles of ``side`` columns."""
+    """Return Σ‖x‖⁴ over the rows of a fit, by the memory of tiles of ``side`` columns."""
     return float(_moments(fit, fit.chosen, side)[3])
 
 
-def row_moments(
-    chosen: WeightedRows, how: Summing, block_rows: int, slots: int, bar: Progress
-) -> npt.NDArray[np.float64]:
-    """Return, over some rows: how many are live, how many losses are clipped, Σ‖x‖², Σ‖x‖⁴."""
-    shares = partition_rows(chosen, [(0, chosen.count)], block_rows, slots)
-    found: npt.NDArray[np.float64] = run_stripes(_sum_moments, shares, bar, how, block_rows, slots=slots, reduce=np.add)
-    return found
-
-
-def _sum_moments(share: RowPartition, key: str, how: Summing, block_rows: int) -> npt.NDArray[np.float64]:
+def _sum_moments(partition: RowPartition, key: str, store: object, block_rows: int) -> Matrix:
     total = np.zeros(4)
-    for _, chosen in share.parts:
-        for block in chosen.blocks(0, chosen.count, block_rows, threads=task_threads()):
+    for _, rows in partition.parts:
+        for block in rows.blocks(0, rows.count, block_rows, threads=task_threads()):
             total += block_moments(block)
             tick(key, block.stop - block.start)
     return total

@@ -1,8 +1,8 @@
 """Sums Σ w g gᵀ over chosen rows: whole, or a block for each of some ranges of columns; undamped, float64.
 
-Striped over places: each task reads its blocks, adds XᵀX in place (float32 inside a few thousand rows, float64 across
-them) and returns one sum of each kind; sums go up a tree. A task saves what it has every half minute, and goes on from
-there if it runs again; what earlier runs saved is added at the end.
+Striped over rows: each task reads its blocks, adds XᵀX in place (float32 inside a few thousand rows, float64 across
+them) and returns one sum of each kind; the results are added in a tree. A task saves its sums every half minute, and
+continues from there if it runs again; what earlier runs saved is added at the end.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Sums:
     Attributes
     ----------
     squares : list of (d, d) float64, or one (d,)
-        Σ w g gᵀ of each block of columns: upper triangles; below them, nothing that counts. Or the diagonal of all.
+        Σ w g gᵀ of each block of columns, of which only the upper triangle is defined; or the diagonal of all.
     live : int
         Rows that are not dropped.
     clipped : int
@@ -117,29 +117,23 @@ def empty_sums(blocks: Sequence[Range], diagonal: bool) -> Sums:
     return Sums([np.zeros(last - first if diagonal else (last - first, last - first)) for first, last in blocks])
 
 
-def sum_rows(
-    chosen: WeightedRows,
-    how: Summing,
-    slots: int,
-    bar: Progress,
-    ranges: Sequence[Range],
-) -> Sums:
-    """Return the sums over some ranges of places, those that earlier runs saved included."""
-    done = {path: read_facts(path) for path in how.partial.groups(ROWS).values()}
-    left = subtract_ranges(ranges, [tuple(part) for facts in done.values() for part in facts["ranges"]])
+def sum_rows(chosen: WeightedRows, how: Summing, slots: int, bar: Progress, ranges: Sequence[Range]) -> Sums:
+    """Return the sums over some ranges of rows, those that earlier runs saved included."""
+    saved = {path: read_facts(path) for path in how.partial.groups(ROWS).values()}
+    left = subtract_ranges(ranges, [tuple(part) for facts in saved.values() for part in facts["ranges"]])
     bar.advance(sum(b - a for a, b in ranges) - sum(b - a for a, b in left))
-    shares = partition_rows(chosen, left, how.block_rows, slots)
-    if shares:
-        total: Sums = run_stripes(_sum_share, shares, bar, how, slots=slots, reduce=Sums.plus, own_threads=True)
+    partitions = partition_rows(chosen, left, how.block_rows, slots)
+    if partitions:
+        total: Sums = run_stripes(_sum_partition, partitions, bar, how, slots=slots, reduce=Sums.plus, own_threads=True)
     else:
         total = how.nothing()
-    for path, facts in done.items():
+    for path, facts in saved.items():
         _add_saved(total, path, facts)
     return total
 
 
 def save_sums(partial: ResumableOutput, total: Sums, ranges: Sequence[Range]) -> None:
-    """Save sums over some ranges of places; a later one with the same first place replaces this."""
+    """Save sums over some ranges of rows; later ones that begin with the same row replace these."""
     facts = {"ranges": [list(part) for part in ranges], "live": total.live, "clipped": total.clipped,
              "fourth": total.fourth}  # fmt: skip
 
@@ -174,8 +168,8 @@ def write_sum(group: Any, number: int, square: Matrix) -> None:
 def add_written_sum(path: StorePath, number: int, square: Matrix) -> None:
     """Add to the sum of a block of columns what :func:`write_sum` wrote."""
     if square.ndim == 1:
-        found: Any = open_group(array_store(path, read_only=True), "r")[sum_name(number)]
-        square += found[...]
+        diagonal: Any = open_group(array_store(path, read_only=True), "r")[sum_name(number)]
+        square += diagonal[...]
     else:
         TriangleTiles.open(path, sum_name(number), len(square)).add_to_upper(square)
 
@@ -194,11 +188,11 @@ def _fourth_powers(rows: Any, diagonal: bool) -> float:
     return float(sum(np.vdot(part, part) for part in parts))
 
 
-class _Running:
+class _RunningSums:
     """The sums of one task, which can be saved whenever they are consistent."""
 
-    def __init__(self, share: RowPartition, how: Summing, team: Team) -> None:
-        self._share, self._how, self._team = share, how, team
+    def __init__(self, partition: RowPartition, how: Summing, team: Team) -> None:
+        self._partition, self._how, self._team = partition, how, team
         self._squares = self._accumulators()
         self._counts = (0, 0, 0.0)
         self._folded = (0, self._counts)  # rows in the float64 sums, and the counts that go with them
@@ -212,13 +206,13 @@ class _Running:
             return [DeviceAccumulator(side, side, self._how.device) for side in sides]
         if self._how.diagonal:
             return [DiagonalAccumulator(side, self._team) for side in sides]
-        exact = all(bfloat16_holds(rows) for _, rows in self._share.parts)
+        exact = all(bfloat16_holds(rows) for _, rows in self._partition.parts)
         team = self._team
         return [MatrixAccumulator(side, None, choose_engine(side, bfloat16=exact, team=team), team) for side in sides]
 
     def _resume(self) -> int:
-        """Go on from what this very task saved before it was killed; return its places done."""
-        name = f"{ROWS}-{self._share.start}"
+        """Continue from what this task saved before it was killed; return the rows that it had summed."""
+        name = f"{ROWS}-{self._partition.start}"
         path = self._how.partial.groups(name).get(name)
         if path is None:
             return 0
@@ -232,7 +226,7 @@ class _Running:
         return rows
 
     def add(self, rows: Any, live: int, clipped: int) -> None:
-        """Add weighed rows."""
+        """Add weighted rows."""
         before = self._squares[0].folded
         parts = list(zip(self._squares, self._how.blocks, strict=True))
         if self._how.device is not None:
@@ -242,9 +236,7 @@ class _Running:
             self._team.run(piece for square, (first, last) in parts for piece in square.pieces(rows[:, first:last]))
             for square, _ in parts:
                 square.added(len(rows))
-        fourth = 0.0
-        if self._how.fourth:
-            fourth = _fourth_powers(rows, self._how.diagonal)
+        fourth = _fourth_powers(rows, self._how.diagonal) if self._how.fourth else 0.0
         self._counts = (self._counts[0] + live, self._counts[1] + clipped, self._counts[2] + fourth)
         if self._squares[0].folded != before:
             self._folded = (self._squares[0].folded, self._counts)
@@ -257,14 +249,14 @@ class _Running:
         if self._how.partial.path is None or not rows or not consistent:
             return
         ranges, left = [], rows
-        for low, chosen in self._share.parts:
+        for low, chosen in self._partition.parts:
             if left > 0:
                 ranges.append((low, low + min(left, chosen.count)))
                 left -= chosen.count
         save_sums(self._how.partial, Sums([square for square in squares if square is not None], *counts), ranges)
 
     def total(self) -> Sums:
-        """Return the sums; the accumulators are used up."""
+        """Return the sums; the accumulators must not be used any more."""
         squares = []
         while self._squares:
             square = self._squares.pop(0)
@@ -272,26 +264,21 @@ class _Running:
         return Sums(squares, *self._counts)
 
 
-def _sum_share(share: RowPartition, key: str, how: Summing) -> Sums:
-    """Return the sums over a share."""
+def _sum_partition(partition: RowPartition, key: str, how: Summing) -> Sums:
+    """Return the sums over a partition of the rows."""
     with Team(task_threads()) as team:
-        return _sum_with(team, share, key, how)
-
-
-def _sum_with(team: Team, share: RowPartition, key: str, how: Summing) -> Sums:
-    running = _Running(share, how, team)
-    clock = how.partial.clock()
-    skip = running.done
-    try:
-        for _, chosen in share.parts:
-            start, skip = min(skip, chosen.count), max(0, skip - chosen.count)
-            tick(key, start)
-            for block in how.read(chosen, start, team.threads):
-                running.add(block.rows, block.live, block.clipped)
-                if clock.due():
-                    clock.run(running.save)
-                tick(key, block.stop - block.start)
-    except (KeyboardInterrupt, InterruptedError):
-        running.save()
-        raise
-    return running.total()
+        running, clock = _RunningSums(partition, how, team), how.partial.clock()
+        skip = running.done
+        try:
+            for _, rows in partition.parts:
+                start, skip = min(skip, rows.count), max(0, skip - rows.count)
+                tick(key, start)
+                for block in how.read(rows, start, team.threads):
+                    running.add(block.rows, block.live, block.clipped)
+                    if clock.due():
+                        clock.run(running.save)
+                    tick(key, block.stop - block.start)
+        except (KeyboardInterrupt, InterruptedError):
+            running.save()
+            raise
+        return running.total()
