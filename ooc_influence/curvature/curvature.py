@@ -241,7 +241,7 @@ class Curvature(BlockSpectrum):
         """
         if not exists(self.path / "gram" / "zarr.json"):
             raise CurvatureNotFoundError(f"expected the Gram matrix in {self.path}; received none: fit with refit=True")
-        array = zarr.open_array(array_store(self.path / "gram", read_only=True, chunk_bytes={}), mode="r")
+        array = open_matrix(self.path / "gram")
         self.check_fit()
         return array
 
@@ -461,6 +461,11 @@ def _command(train: GradientStore, place: StorePath) -> str:
     if place.parent == train.path / "curvature":
         how = {"default": "", "gram": " --method dual"}.get(place.name, f" --name {place.name}")
     return f"ooc-influence fisher {train.path}{how}"
+
+
+def open_matrix(path: StorePath) -> zarr.Array[Any]:
+    """Return a Gram matrix on disk, to read; a missing tile is damage."""
+    return zarr.open_array(array_store(path, read_only=True, chunk_bytes={}), mode="r")
 
 
 def write_curvature(path: StorePath, attributes: Mapping[str, Any], write: Callable[[Any], Mapping[str, Any]]) -> None:

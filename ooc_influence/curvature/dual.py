@@ -1,9 +1,9 @@
 """The Gram matrix K = A Aᵀ (m, m) of chosen rows, A = diag(√w) G, tile by tile.
 
-The tiles of the lower triangle are multiplied by striped tasks in float64: what is left of F beside the largest
-eigenvalues is too small for float32. A small K is put together in memory. A larger one is a Zarr array of tiles: each
-is written with its transpose, and one that is there is finished, so a killed run goes on with those that are missing.
-A dropped row is a row of zeros.
+The tiles of the lower triangle are multiplied by striped tasks in float64: float32 would lose the eigenvalues far below
+the largest. A small K is assembled in memory. A larger one is a Zarr array of tiles: each is written with its
+transpose, and one that exists is finished, so a killed run resumes with those that are missing. A dropped row is a row
+of zeros.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import zarr
 
 from ooc_influence.checkpoint import ClaimedOutput, ResumableArray
 from ooc_influence.curvature.costs import KEPT_BYTES, PANEL
-from ooc_influence.curvature.curvature import write_curvature
+from ooc_influence.curvature.curvature import open_matrix, write_curvature
 from ooc_influence.curvature.eigen import slab_rows, write_long, write_vectors
 from ooc_influence.curvature.rows import FittedRows, fit_attributes
 from ooc_influence.errors import (
@@ -53,7 +53,7 @@ logger = logging.getLogger("ooc_influence")
 
 @dataclass(frozen=True, eq=False)
 class Multiplying:
-    """How tasks multiply rows.
+    """How tasks multiply rows with rows.
 
     Attributes
     ----------
@@ -84,7 +84,7 @@ class Multiplying:
 
 @dataclass(frozen=True)
 class _Tiles(Stripe):
-    """Some tiles of K: ``start`` to ``stop`` of those that are to be made."""
+    """Some tiles of K: ``start`` to ``stop`` of those to be computed."""
 
     tiles: tuple[Tile, ...] = ()
 
@@ -92,18 +92,18 @@ class _Tiles(Stripe):
 def multiply_in_memory(how: Multiplying, slots: int, progress: bool | None) -> Matrix:
     """Return K, (m, m)."""
     m = how.chosen.count
-    found = np.empty((m, m))
+    matrix = np.empty((m, m))
     stripes = [_Tiles(number, number + 1, (tile,)) for number, tile in enumerate(list_tiles(m))]
 
-    def take(stripe: Stripe, values: Matrix) -> None:
+    def keep(stripe: Stripe, values: Matrix) -> None:
         assert isinstance(stripe, _Tiles)
         (tile,) = stripe.tiles
-        found[tile.rows, tile.columns] = values
-        found[tile.columns, tile.rows] = values.T
+        matrix[tile.rows, tile.columns] = values
+        matrix[tile.columns, tile.rows] = values.T
 
     with Progress("gram", len(stripes), progress, "tile") as bar:
-        run_stripes(_one_tile, stripes, bar, how, slots=slots, on_result=take)
-    return found
+        run_stripes(_one_tile, stripes, bar, how, slots=slots, on_result=keep)
+    return matrix
 
 
 def multiply_on_disk(
@@ -133,8 +133,7 @@ def multiply_on_disk(
     """
     path, m = how.path, how.chosen.count
     assert path is not None
-    side = tile_side(m)
-    digest += f"-{side}"
+    digest += f"-{tile_side(m)}"
     with writing(f"to write the Gram matrix to {path}", ", then run the same call again: it resumes"):
         output = ResumableArray.find(path, "gram", digest)
         if output is None:
@@ -151,11 +150,6 @@ def multiply_on_disk(
     return open_matrix(path)
 
 
-def open_matrix(path: StorePath) -> zarr.Array[Any]:
-    """Return a K on disk, to read; a missing tile is damage."""
-    return zarr.open_array(array_store(path, read_only=True, chunk_bytes={}), mode="r")
-
-
 def create_matrix(parent: Any, name: str | None, m: int) -> Any:
     """Create an array for K in a group, or as the root of a store: a chunk is a tile, with a checksum."""
     side = tile_side(m)
@@ -163,7 +157,7 @@ def create_matrix(parent: Any, name: str | None, m: int) -> Any:
 
 
 def _missing(output: ResumableArray, tiles: Sequence[Tile]) -> list[Tile]:
-    """Return the tiles that are not there; the lower one of a pair is written last."""
+    """Return the tiles that are missing; the lower one of a pair is written last."""
     side, finished = output.chunks[0], output.finished_chunks()
 
     def index(tile: Tile) -> tuple[int, int]:
@@ -173,7 +167,7 @@ def _missing(output: ResumableArray, tiles: Sequence[Tile]) -> list[Tile]:
 
 
 def _some_tiles(stripe: _Tiles, key: str, how: Multiplying, output: ResumableArray) -> None:
-    """Write tiles that are not there: where a worker died, some of them are."""
+    """Write the tiles that are missing: if another worker died, some of them may exist."""
     files = array_store(output.path)
     array = writable_array(files)
     missing = _missing(output, stripe.tiles)
@@ -191,26 +185,26 @@ def _some_tiles(stripe: _Tiles, key: str, how: Multiplying, output: ResumableArr
 
 def _one_tile(stripe: _Tiles, key: str, how: Multiplying) -> Matrix:
     (tile,) = stripe.tiles
-    found = _multiply(tile, how)
+    product = _multiply(tile, how)
     tick(key, 1)
-    return found
+    return product
 
 
 def _multiply(tile: Tile, how: Multiplying) -> Matrix:
     """Return the products of a tile's rows with those of its columns."""
-    found = np.zeros((tile.rows.stop - tile.rows.start, tile.columns.stop - tile.columns.start))
+    product = np.zeros((tile.rows.stop - tile.rows.start, tile.columns.stop - tile.columns.start))
     panels = np.empty((2, how.block_rows, min(PANEL, how.chosen.store.k)))
-    products = np.empty((how.block_rows, how.block_rows))
+    buffer = np.empty((how.block_rows, how.block_rows))
     for left in how.read(tile.rows.start, tile.rows.stop):
         rows = slice(left.start - tile.rows.start, left.stop - tile.rows.start)
         for right in how.read(tile.columns.start, tile.columns.stop):
             columns = slice(right.start - tile.columns.start, right.stop - tile.columns.start)
             if how.device is None:
-                _add_product(left.rows, right.rows, found[rows, columns], panels, products)
+                _add_product(left.rows, right.rows, product[rows, columns], panels, buffer)
             else:
-                found[rows, columns] = _device_product(left.rows, right.rows)
+                product[rows, columns] = _device_product(left.rows, right.rows)
             check_cancelled()
-    return found
+    return product
 
 
 def _device_product(left: Any, right: Any) -> Matrix:
@@ -229,25 +223,25 @@ def device_bytes(chosen: WeightedRows, block_rows: int) -> int:
     return 2 * block_rows * row + 2 * 8 * block_rows**2
 
 
-def _add_product(left: Floats, right: Floats, out: Matrix, panels: Matrix, products: Matrix) -> None:
+def _add_product(left: Floats, right: Floats, out: Matrix, panels: Matrix, buffer: Matrix) -> None:
     """Add left rightᵀ, (a, b), in float64 to ``out``; new memory would cost more than the conversion."""
-    made = products[: len(left), : len(right)]
+    product = buffer[: len(left), : len(right)]
     for start in range(0, left.shape[1], PANEL):
         parts = []
         for panel, rows in zip(panels, (left, right), strict=True):
             part = panel[: len(rows), : min(PANEL, left.shape[1] - start)]
             np.copyto(part, rows[:, start : start + PANEL])
             parts.append(part)
-        np.matmul(parts[0], parts[1].T, out=made)
-        out += made
+        np.matmul(parts[0], parts[1].T, out=product)
+        out += product
 
 
-_FLOOR = 1e-10  # of the largest eigenvalue: below it K's are rounding
+_FLOOR = 1e-10  # of the largest eigenvalue: K's eigenvalues below it are rounding
 
 
 @dataclass(frozen=True, eq=False)
 class GramFit:
-    """A fit to be run.
+    """A fit by the Gram matrix.
 
     Attributes
     ----------
@@ -260,7 +254,7 @@ class GramFit:
     block_rows : int
         Rows read at a time.
     free : int
-        Bytes that each task may take beyond the least.
+        Bytes that each task may use beyond its minimum.
     progress : bool or None
         Show progress lines.
     device : str or None
@@ -276,7 +270,7 @@ class GramFit:
     device: str | None = None
 
     def run(self) -> None:
-        """Multiply, factorise, turn and write."""
+        """Multiply, factorise, compute F's eigenvectors and write."""
         began = time.monotonic()
         chosen = self.chosen
         record = FittedRows.of(chosen)
@@ -302,26 +296,26 @@ class GramFit:
             how = Multiplying(chosen, self.block_rows, device=self.device)
             save(multiply_in_memory(how, self.slots, self.progress))
             return
-        matter = chosen.digest()
-        with ClaimedOutput(self.target, {"gram": matter}) as partial:
+        digest = chosen.digest()
+        with ClaimedOutput(self.target, {"gram": digest}) as partial:
             if partial.path is None:
                 raise StoreBusyError(
                     f"expected to write the Gram matrix for {self.target}; received a folder that another process is "
-                    "writing it to: wait for that fit, or give another place with out="
+                    "writing it to: wait for that fit, or give another path with out="
                 )
             how = Multiplying(chosen, self.block_rows, partial.path / "gram-0", self.device)
-            save(multiply_on_disk(how, self.slots, self.progress, matter, {}))
+            save(multiply_on_disk(how, self.slots, self.progress, digest, {}))
 
     def _write_spectrum(self, group: Any, gram: Any, live: int) -> dict[str, Any]:
-        """Write K, which is given in memory or on disk, its spectrum and F's eigenvectors; return what it tells."""
+        """Write K, given in memory or on disk, its spectrum and F's eigenvectors; return facts for the attributes."""
         m = self.chosen.count
         matrix = gram if isinstance(gram, np.ndarray) else np.empty((m, m))
         array = create_matrix(group, "gram", m)
         for tile in list_tiles(m):
-            for place in ((tile.rows, tile.columns), (tile.columns, tile.rows)):
+            for part in ((tile.rows, tile.columns), (tile.columns, tile.rows)):
                 if matrix is not gram:
-                    matrix[place] = read_part(gram, place)
-                array[place] = matrix[place]
+                    matrix[part] = read_part(gram, part)
+                array[part] = matrix[part]
         diagonal = np.diagonal(matrix).copy()
         trace = float(diagonal.sum()) / live
         if not np.isfinite(trace):
@@ -345,28 +339,27 @@ class GramFit:
         width = min(PANEL + self.free // (2 * 8 * r), -(-k // self.slots))
         width = max(1, width // step) * step
         stripes = cut_stripes(0, k, step, -(-k // width))
-
         write_vectors(group, "eigenvectors", (k, r), [])
         array = group["eigenvectors"]
 
-        def take(stripe: Stripe, panel: Matrix) -> None:
+        def write(stripe: Stripe, panel: Matrix) -> None:
             for start in range(stripe.start, stripe.stop, step):
                 stop = min(stripe.stop, start + step)
                 array[start:stop] = panel[start - stripe.start : stop - stripe.start] * scale
 
         with Progress("gram: eigenvectors", len(stripes) * self.chosen.count, self.progress) as bar:
             how = Multiplying(self.chosen, self.block_rows)
-            run_stripes(_lift, stripes, bar, how, turn, slots=self.slots, on_result=take)
+            run_stripes(_lift, stripes, bar, how, turn, slots=self.slots, on_result=write)
 
 
 def _lift(stripe: Stripe, key: str, how: Multiplying, turn: Matrix) -> Matrix:
     """Return rows ``start`` to ``stop`` of AᵀU."""
     panel = np.zeros((stripe.stop - stripe.start, turn.shape[1]))
-    made = np.empty((min(PANEL, len(panel)), turn.shape[1]))
+    buffer = np.empty((min(PANEL, len(panel)), turn.shape[1]))
     for block in how.chosen.blocks(0, how.chosen.count, how.block_rows, columns=[(stripe.start, stripe.stop)]):
         part = np.ascontiguousarray(turn[block.start : block.stop])
         for low in range(0, len(panel), PANEL):
             columns = block.rows[:, low : low + PANEL].astype(np.float64)
-            panel[low : low + PANEL] += np.matmul(columns.T, part, out=made[: columns.shape[1]])
+            panel[low : low + PANEL] += np.matmul(columns.T, part, out=buffer[: columns.shape[1]])
         tick(key, block.stop - block.start)
     return panel

@@ -164,9 +164,17 @@ def write_long(group: Any, name: str, values: Any) -> None:
         array[start : start + _PART] = values[start : start + _PART]
 
 
-def write_vectors(group: Any, name: str, shape: tuple[int, int], slabs: Iterable[tuple[slice, Matrix]]) -> None:
+def row_slabs(vectors: Matrix) -> Iterator[tuple[slice, Matrix]]:
+    """Yield eigenvectors (w, r) by the rows of a chunk on disk: copies into its order are of a chunk."""
+    step = slab_rows(len(vectors), vectors.shape[1])
+    for start in range(0, len(vectors), step):
+        rows = slice(start, min(len(vectors), start + step))
+        yield rows, vectors[rows]
+
+
+def write_vectors(group: Any, name: str, shape: tuple[int, ...], slabs: Iterable[tuple[slice, Matrix]]) -> None:
     """Write eigenvectors (w, r), given by rows, in chunks of whole rows."""
-    array = create_array(group, name, shape, (slab_rows(*shape), shape[1]), "float64", check=True)
+    array = create_array(group, name, shape, (slab_rows(shape[0], shape[1]), shape[1]), "float64", check=True)
     for rows, values in slabs:
         array[rows] = values
 

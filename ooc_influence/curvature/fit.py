@@ -33,7 +33,7 @@ from ooc_influence.curvature.costs import (
 )
 from ooc_influence.curvature.curvature import Curvature, check_replaceable, curvature_path, write_curvature
 from ooc_influence.curvature.dual import GramFit, Multiplying, device_bytes, multiply_on_disk
-from ooc_influence.curvature.eigen import slab_rows, vectors_name, write_long, write_vectors
+from ooc_influence.curvature.eigen import row_slabs, vectors_name, write_long, write_vectors
 from ooc_influence.curvature.low_rank import fit_low_rank
 from ooc_influence.curvature.primal import Fitting, squared_norm, usable_plans
 from ooc_influence.curvature.rows import Staleness, choose_rows
@@ -241,10 +241,7 @@ def _write_spectra(group: Any, kind: str, total: Sums) -> None:
         mirror(square)
         values, vectors = symmetric_eigen(square)
         spectra.append(values)
-        name, (side, _) = vectors_name(kind, number), vectors.shape
-        step = slab_rows(side, side)  # LAPACK's order is not the disk's: copies are of a slab
-        slabs = (slice(start, min(side, start + step)) for start in range(0, side, step))
-        write_vectors(group, name, (side, side), ((rows, vectors[rows]) for rows in slabs))
+        write_vectors(group, vectors_name(kind, number), vectors.shape, row_slabs(vectors))
     write_long(group, "eigenvalues", np.concatenate(spectra))
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from ooc_influence.checkpoint import read_facts
 from ooc_influence.curvature.costs import PASSES, LowRankPlan, iteration_columns
 from ooc_influence.curvature.curvature import write_curvature
-from ooc_influence.curvature.eigen import slab_rows, write_long, write_vectors
+from ooc_influence.curvature.eigen import row_slabs, slab_rows, write_long, write_vectors
 from ooc_influence.curvature.primal import Fitting, squared_norm, sum_fourth, sum_tiles
 from ooc_influence.curvature.sums import sum_name
 from ooc_influence.errors import warn
@@ -40,15 +40,15 @@ _BASIS = "basis"  # of partial results
 _F = sum_name(0)
 
 
-class Found(NamedTuple):
-    """What a way found.
+class _Solution(NamedTuple):
+    """The sum F is made of, as far as it was taken, and its largest eigenpairs.
 
     Attributes
     ----------
     live, clipped : int
         Rows that count, and those whose loss was clipped.
-    trace, taken : float
-        Of the undamped sum; what was taken from an earlier one.
+    trace, subtracted : float
+        Of the undamped sum; what was subtracted from an earlier one.
     fourth, norm : float
         Σ‖x‖⁴, and the squared Frobenius norm of the undamped sum; NaN where not known.
     write : callable
@@ -58,59 +58,60 @@ class Found(NamedTuple):
     live: int
     clipped: int
     trace: float
-    taken: float
+    subtracted: float
     fourth: float
     norm: float
     write: Callable[[Any], tuple[Matrix, dict[str, Any]]]
 
 
-def fit_low_rank(fit: Fitting, way: LowRankPlan, rank: int, seed: int) -> None:
-    """Find the top ``rank`` eigenpairs of F and write them to the target."""
+def fit_low_rank(fit: Fitting, plan: LowRankPlan, rank: int, seed: int) -> None:
+    """Compute the ``rank`` largest eigenpairs of F and write them to the target."""
     began = time.monotonic()
-    if way.name in ("whole", "sums"):
-        found = _by_sums(fit, rank, seed, exact=way.name == "whole")
+    if plan.name in ("whole", "sums"):
+        solution = _by_sums(fit, rank, seed, exact=plan.name == "whole")
     else:
-        found = _by_tiles(fit, way.tile, rank, seed) if way.name == "tiles" else _by_rows(fit, rank, seed)
-    attributes = fit.attributes(found.live, found.clipped, found.trace, found.taken)
-    trace, others = found.trace / found.live, fit.chosen.store.k - rank
-    attributes |= {"kind": "top", "rank": rank, "way": way.name, "summed": way.name != "rows"}
+        solution = _by_tiles(fit, plan.tile, rank, seed) if plan.name == "tiles" else _by_rows(fit, rank, seed)
+    live = solution.live
+    attributes = fit.attributes(live, solution.clipped, solution.trace, solution.subtracted)
+    trace, others = solution.trace / live, fit.chosen.store.k - rank
+    attributes |= {"kind": "top", "rank": rank, "way": plan.name, "summed": plan.name != "rows"}
 
     def write(group: Any) -> Mapping[str, Any]:
         fit.record.write(group)
-        values, facts = found.write(group)
+        values, facts = solution.write(group)
         write_long(group, "eigenvalues", values)
         tail = max(0.0, trace - float(values.sum())) if others else 0.0
         facts |= {"left_out": tail / trace if trace > 0 else 0.0, "rest": tail / others if others else 0.0}
         if fit.how.fourth:
-            norm = found.norm
+            norm = solution.norm
             if np.isnan(norm):
-                norm = (float(np.square(values).sum()) + (tail**2 / others if others else 0.0)) * found.live**2
-            facts["sampling_error"] = fit.chosen.sampling_error(found.live, found.fourth, norm)
+                norm = (float(np.square(values).sum()) + (tail**2 / others if others else 0.0)) * live**2
+            facts["sampling_error"] = fit.chosen.sampling_error(live, solution.fourth, norm)
         return facts | {"seconds": time.monotonic() - began}
 
     write_curvature(fit.target, attributes, write)
 
 
-def _by_sums(fit: Fitting, rank: int, seed: int, *, exact: bool) -> Found:
+def _by_sums(fit: Fitting, rank: int, seed: int, *, exact: bool) -> _Solution:
     """Sum F in memory, then factorise it or multiply it there."""
-    total, taken = fit.sums()
+    total, subtracted = fit.sums()
     (square,) = total.squares
     trace = total.trace()
     fit.check(total.live, trace)
     norm = squared_norm(square) if fit.how.fourth else float("nan")
     mirror(square)
-    top = None if exact else _iterate(fit, rank, seed, lambda basis: _multiply_square(square, basis, total.live))
+    pairs = None if exact else _iterate(fit, rank, seed, lambda basis: _multiply_square(square, basis, total.live))
 
     def write(group: Any) -> tuple[Matrix, dict[str, Any]]:
         TriangleTiles.create(group, _F, len(square)).write_upper(square)
-        if top is not None:
-            return _write_pairs(group, top)
+        if pairs is not None:
+            return _write_pairs(group, pairs)
         np.divide(square, total.live, out=square)
         values, vectors = symmetric_eigen(square)
-        write_vectors(group, "eigenvectors", (len(vectors), rank), [(slice(None), vectors[:, :rank])])
+        write_vectors(group, "eigenvectors", (len(vectors), rank), row_slabs(vectors[:, :rank]))
         return values[:rank], {"passes": 0, "residual": 0.0, "converged": True}
 
-    return Found(total.live, total.clipped, trace, taken, total.fourth, norm, write)
+    return _Solution(total.live, total.clipped, trace, subtracted, total.fourth, norm, write)
 
 
 def _multiply_square(square: Matrix, basis: Floats, live: int) -> Matrix:
@@ -120,9 +121,9 @@ def _multiply_square(square: Matrix, basis: Floats, live: int) -> Matrix:
     return product
 
 
-def _by_tiles(fit: Fitting, side: int, rank: int, seed: int) -> Found:
+def _by_tiles(fit: Fitting, side: int, rank: int, seed: int) -> _Solution:
     """Sum F to tiles on disk, then multiply it from there."""
-    tiles, live, clipped, taken = sum_tiles(fit, side)
+    tiles, live, clipped, subtracted = sum_tiles(fit, side)
     trace, norm = tiles.moments()
     fit.check(live, trace)
     fourth = sum_fourth(fit, side) if fit.how.fourth else 0.0
@@ -132,19 +133,19 @@ def _by_tiles(fit: Fitting, side: int, rank: int, seed: int) -> Found:
         product /= live
         return product
 
-    top = _iterate(fit, rank, seed, multiply)
+    pairs = _iterate(fit, rank, seed, multiply)
 
     def write(group: Any) -> tuple[Matrix, dict[str, Any]]:
         TriangleTiles.create(group, _F, tiles.side).copy_from(tiles)
-        return _write_pairs(group, top)
+        return _write_pairs(group, pairs)
 
-    return Found(live, clipped, trace, taken, fourth, norm, write)
+    return _Solution(live, clipped, trace, subtracted, fourth, norm, write)
 
 
-def _by_rows(fit: Fitting, rank: int, seed: int) -> Found:
-    """Multiply the rows, once a pass."""
+def _by_rows(fit: Fitting, rank: int, seed: int) -> _Solution:
+    """Multiply by the rows, once a pass; F is never formed."""
     if fit.earlier is not None:
-        logger.info("%s is found from all rows again: it keeps no sum of F to add rows to", fit.target)
+        logger.info("%s is computed from all rows again: it keeps no sum of F to add rows to", fit.target)
     moments: Matrix = np.empty(0)
     how = fit.how
 
@@ -163,35 +164,35 @@ def _by_rows(fit: Fitting, rank: int, seed: int) -> Found:
     pairs = _iterate(fit, rank, seed, multiply)
     live, clipped = int(moments[0]), int(moments[1])
     trace, fourth = float(moments[2]), float(moments[3])
-    return Found(live, clipped, trace, 0.0, fourth, float("nan"), lambda group: _write_pairs(group, pairs))
+    return _Solution(live, clipped, trace, 0.0, fourth, float("nan"), lambda group: _write_pairs(group, pairs))
 
 
 def _iterate(fit: Fitting, rank: int, seed: int, multiply: Callable[[Floats], Matrix]) -> Eigenpairs:
     """Run the subspace iteration, from the pass that an earlier run saved."""
-    k, done, held = fit.chosen.store.k, 0, 0.0
+    k, passes, explained = fit.chosen.store.k, 0, 0.0
     name = f"{_BASIS}-{rank}-{seed}"
-    found = fit.partial.groups(_BASIS).get(name)
-    if found is None:
+    saved = fit.partial.groups(_BASIS).get(name)
+    if saved is None:
         basis = start_basis(k, iteration_columns(k, fit.chosen.count, rank), seed)
     else:
-        facts = read_facts(found)
-        done, held = int(facts["passes"]), float(facts["held"])
-        array: Any = open_group(array_store(found, read_only=True), "r")[_BASIS]
+        facts = read_facts(saved)
+        passes, explained = int(facts["passes"]), float(facts["held"])
+        array: Any = open_group(array_store(saved, read_only=True), "r")[_BASIS]
         basis = np.asarray(read_part(array, ...), np.float32, order="F")
     clock = fit.partial.clock()
 
-    def save(passes: int, held: float, basis: Floats) -> None:
+    def save(passes: int, explained: float, basis: Floats) -> None:
         if clock.due():
-            facts = {"passes": passes, "held": held}
+            facts = {"passes": passes, "held": explained}
             clock.run(lambda: fit.partial.put_group(name, passes, facts, lambda group: _write_basis(group, basis)))
 
-    top = subspace_iteration(multiply, basis, rank, PASSES, save, done, held)
-    if not top.converged:
+    pairs = subspace_iteration(multiply, basis, rank, PASSES, save, passes, explained)
+    if not pairs.converged:
         warn(
-            f"the top {rank} eigenvalues of {fit.target} still grew by more than {TOLERANCE:.0e} of their sum in pass "
-            f"{top.passes}, the last: they are lower bounds; a larger rank converges sooner"
+            f"the {rank} largest eigenvalues of {fit.target} still grew by more than {TOLERANCE:.0e} of their sum in "
+            f"pass {pairs.passes}, the last: they are lower bounds; a larger rank converges sooner"
         )
-    return top
+    return pairs
 
 
 def _write_pairs(group: Any, pairs: Eigenpairs) -> tuple[Matrix, dict[str, Any]]:
