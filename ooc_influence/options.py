@@ -33,6 +33,7 @@ Combine = Literal["mean", "query-margins", "margins"]
 Weighting = Literal["ggn", "trak"]
 Blocks = Literal["module", "diagonal"]
 OnNonFinite = Literal["raise", "skip"]
+Task = Literal["causal-lm", "classification"]
 DTYPES = ("float16", "bfloat16", "float32", "int8", "int4")
 
 
@@ -58,6 +59,8 @@ class Option:
         The values it may have.
     multiple : bool
         Whether the flag may be repeated.
+    least : int, optional
+        The least whole number it may be, checked by the command line.
     flag : str, optional
         The flag, where it is not named like the option; of an option that is True by default, what turns it off.
     """
@@ -70,6 +73,7 @@ class Option:
     metavar: str | None = None
     choices: tuple[str, ...] = ()
     multiple: bool = False
+    least: int | None = None
     flag: str | None = None
 
 
@@ -117,7 +121,7 @@ class DampedOptions(Striped, total=False):
         None, "Curvature, str, path or False, or a list with one for each checkpoint",
         'An object, a name in the train store, or a path; default the one named ``"default"``. False: none, for plain '
         'dot products g_qᵀ g_i (with ``normalize="cosine"`` the cosine of the gradients).',
-        "Which curvature. Default: 'default' in TRAIN. With --also, one for all or one for each checkpoint.",
+        "Curvature to use. Default: 'default' in TRAIN. With --also, one for all or one for each checkpoint.",
         kind="path", metavar="NAME|PATH", multiple=True)]
     damping: Annotated[float | Sequence[float] | None, Option(
         None, "float or sequence of float, optional",
@@ -181,10 +185,11 @@ class ReportOptions(DampedOptions, Normalized, total=False):
     """What a report takes."""
 
     top: Annotated[int, Option(
-        10, "int", "Proponents and opponents of each query.", "Proponents and opponents of a query.", kind=int)]
+        10, "int", "Proponents and opponents of each query.", "Proponents and opponents of a query.", kind=int,
+        least=1)]
     suspects: Annotated[int, Option(
         500, "int", "Rows on the page of label errors: this many of largest self-influence, and of largest loss.",
-        "Rows on the page of label errors, by self-influence and by loss.", kind=int)]
+        "Rows on the page of label errors, by self-influence and by loss.", kind=int, least=1)]
     by: Annotated[Sequence[str] | None, Option(
         None, "sequence of str, optional",
         "Columns of the store to sum scores by; default label and source, where they have few values.",
@@ -393,10 +398,10 @@ class ExtractOptions(InitOptions, Sharded, total=False):
 class LoadingOptions(TypedDict, total=False):
     """How a Hugging Face model is loaded."""
 
-    task: Annotated[Literal["causal-lm", "classification"] | None, Option(
+    task: Annotated[Task | None, Option(
         None, '{"causal-lm", "classification"}, optional',
         "What to load it for; default what its adapter, or its configuration, says.",
-        "What the model is for. Default: as it says itself.", choices=("causal-lm", "classification"))]
+        "What the model is for. Default: as its configuration says.", choices=get_args(Task))]
     adapter: Annotated["str | Path | None", Option(
         None, "str or path, optional",
         "A PEFT adapter to put on it. One with a classifier's head says how many classes there are.",
@@ -418,26 +423,27 @@ class FieldOptions(TypedDict, total=False):
 
     text: Annotated[str | None, Option(
         None, "str, optional", "Field with running text; default the field ``text``, where no other form is named.",
-        "Running text. Default: the field 'text'.", metavar="FIELD")]
+        "Field with running text. Default: 'text'.", metavar="FIELD")]
     prompt: Annotated[str | None, Option(
         None, "str, optional", "Field with a prompt: only the tokens of ``completion`` are targets.",
-        "With --completion: only the completion's tokens are targets.", metavar="FIELD")]
+        "Field with a prompt, with --completion: only the completion's tokens are targets.", metavar="FIELD")]
     completion: Annotated[str | None, Option(
-        None, "str, optional", "Field with the completion of ``prompt``.", "See --prompt.", metavar="FIELD")]
+        None, "str, optional", "Field with the completion of ``prompt``.", "Field with the completion.",
+        metavar="FIELD")]
     messages: Annotated[str | None, Option(
         None, "str, optional",
         "Field with a chat, put through the tokenizer's template; the tokens of the assistant's last reply are "
         "targets.",
-        "A chat; the tokens of the assistant's last reply are targets.", metavar="FIELD")]
+        "Field with a chat: the tokens of the assistant's last reply are targets.", metavar="FIELD")]
     label: Annotated[str | None, Option(
         None, "str, optional", "With ``text``: field with the class, for sequence classification.",
-        "With --text: the class, for sequence classification.", metavar="FIELD")]
+        "With --text: field with the class, for sequence classification.", metavar="FIELD")]
     chat: Annotated[bool, Option(
         False, "bool", "Put prompt and completion through the chat template, as a user's and an assistant's turn.",
         "Put prompt and completion through the tokenizer's chat template.")]
     id: Annotated[str | None, Option(
         None, "str, optional", "Field with the document's name; default its number.",
-        "The document's name. Default: its number.", metavar="FIELD")]
+        "Field with the document's name. Default: its number.", metavar="FIELD")]
     keep: Annotated[Sequence[str], Option(
         (), "sequence of str", "Further fields, kept as columns.", "Keep a field as a column; may be repeated.",
         metavar="FIELD", multiple=True)]
@@ -481,6 +487,13 @@ class DocumentOptions(FieldOptions, LoadingOptions, total=False):
         "Weights of the tokens of curvature rows. Default: none.", choices=("ggn",), flag="--token-weights")]
     sign_seed: Annotated[int, Option(
         0, "int", "Seed of the signs of curvature rows.", "Seed of the signs of curvature rows.", kind=int)]
+
+
+class JobOptions(DocumentOptions, Reporting, total=False):
+    """How a Hugging Face model and rows of documents are made ready."""
+
+    device: Annotated["torch.device | str | None", Option(
+        None, "torch.device or str, optional", "Where the model is loaded to; default the CPU.")]
 
 
 class HuggingFaceOptions(DocumentOptions, ExtractionOptions, Sharded, total=False):
@@ -541,7 +554,7 @@ class PlanOptions(Budgeted, total=False):
         "Bytes read from the disk in a second. Default: measured here.", metavar="SIZE")]
     folder: Annotated["PathLike", Option(
         ".", "path", "Where the stores will be: the disk that is measured.",
-        "Where the stores will be: the disk measured. Default: here.", kind="path", metavar="DIR")]
+        "Where the stores will be: the disk that is measured.", kind="path", metavar="DIR")]
 # fmt: on
 
 
@@ -552,14 +565,20 @@ _LAST = ("device", "workers", "memory", "progress")  # what a call takes from th
 
 def definitions(kind: type[Any]) -> dict[str, Option]:
     """Return the options of a kind by name, in the order they are listed."""
-    found = {name: get_args(hint)[1] for name, hint in kind.__annotations__.items()}
-    return {name: found[name] for name in sorted(found, key=lambda name: _LAST.index(name) if name in _LAST else -1)}
+    options = {name: get_args(hint)[1] for name, hint in kind.__annotations__.items()}
+    order = sorted(options, key=lambda name: _LAST.index(name) if name in _LAST else -1)
+    return {name: options[name] for name in order}
 
 
 def complete(kind: type[Options], options: Mapping[str, Any]) -> Options:
     """Return options with the defaults of those that are missing."""
     defaults = {name: option.default for name, option in definitions(kind).items()}
     return cast(Options, {**defaults, **options})
+
+
+def select(kind: type[Options], options: Mapping[str, Any]) -> Options:
+    """Return those options that are of a kind."""
+    return cast(Options, {name: options[name] for name in definitions(kind) if name in options})
 
 
 def takes(kind: type[Any]) -> Callable[[Function], Function]:
@@ -591,14 +610,14 @@ def takes(kind: type[Any]) -> Callable[[Function], Function]:
 def _signature(function: Callable[..., Any], kind: type[Any], options: Mapping[str, Option]) -> inspect.Signature:
     """Return a function's signature with each option in the place of ``**options``."""
     signature = inspect.signature(function)
-    own = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
+    explicit = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
     further = [
         inspect.Parameter(
             name, inspect.Parameter.KEYWORD_ONLY, default=option.default, annotation=_annotation(kind, name)
         )
         for name, option in options.items()
     ]
-    return signature.replace(parameters=[*own, *further])
+    return signature.replace(parameters=[*explicit, *further])
 
 
 def _annotation(kind: type[Any], name: str) -> Any:

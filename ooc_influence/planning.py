@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
@@ -27,12 +27,12 @@ from ooc_influence.errors import InputError, MemoryBudgetError
 from ooc_influence.influence import LEFT_ROWS, TileMemory, pass_need, self_memory, top_costs
 from ooc_influence.linalg import choose_engine, spectrum_solvers, symmetric_eigen, tile_side
 from ooc_influence.memory import MemoryModel, budget_bytes, format_bytes, held_now, plan_block_rows
+from ooc_influence.options import PlanOptions, takes
 from ooc_influence.parallel import blas_threads
 from ooc_influence.store import (
     BUFFERS,
     Encoding,
     Layout,
-    PathLike,
     Storage,
     map_file,
     parse_representation,
@@ -456,45 +456,16 @@ class Plan:
         }
 
 
-def plan(
-    rows: int,
-    k: int,
-    *,
-    queries: int = 100,
-    dtype: str = "float16",
-    reduce: int | None = None,
-    top: int = 100,
-    dampings: int = 1,
-    memory: int | str | None = None,
-    workers: int = 1,
-    gflops: float | None = None,
-    read_rate: float | None = None,
-    folder: PathLike = ".",
-) -> Plan:
+@takes(PlanOptions)
+def plan(rows: int, k: int, **options: Unpack[PlanOptions]) -> Plan:
     """Say what every stage will take, before anything runs.
 
     Parameters
     ----------
     rows, k : int
         Train rows, and gradient entries kept of each.
-    queries : int
-        Query rows.
-    dtype : {"float16", "bfloat16", "float32", "int8", "int4"}
-        Representation on disk.
-    reduce : int, optional
-        Numbers that kept entries are reduced to.
-    top : int
-        Rows of a top list.
-    dampings : int
-        λs at once.
-    memory : int or str, optional
-        Budget of a process; default half of what is free.
-    workers : int
-        Row stripes at once in a process.
-    gflops, read_rate : float, optional
-        10⁹ float32 FLOP, and bytes read, in a second; default measured here, in about two seconds.
-    folder : path
-        Where the stores will be: the disk that is measured.
+    **options : PlanOptions
+        See :mod:`ooc_influence.options`.
 
     Returns
     -------
@@ -506,14 +477,19 @@ def plan(
     InputError
         For sizes below one, a reduction beyond k, or rates that are not positive.
     """
-    sizes = {"rows": rows, "k": k, "queries": queries, "top": top, "dampings": dampings, "workers": workers}
-    for name, value in sizes.items():
+    counts = {name: options[name] for name in ("queries", "top", "dampings", "workers")}
+    for name, value in {"rows": rows, "k": k, **counts}.items():
         if type(value) is not int or value < 1:
             raise InputError(f"expected {name} >= 1; received {value!r}")
+    reduce = options["reduce"]
     if reduce is not None and not 1 <= reduce <= min(k, rows):
         raise InputError(f"expected reduce between 1 and {min(k, rows)}, k or the rows; received {reduce}")
-    budget = budget_bytes(memory)
-    rates = Rates.measure(str(folder), gflops=gflops, read=read_rate)
+    budget = budget_bytes(options["memory"])
+    rates = Rates.measure(str(options["folder"]), gflops=options["gflops"], read=options["read_rate"])
     dims = k if reduce is None else reduce
-    shapes = Shapes(rows, k, queries, dims, parse_representation(dtype), dampings, top, workers, budget, held_now())
+    representation = parse_representation(options["dtype"])
+    shapes = Shapes(
+        rows, k, options["queries"], dims, representation, options["dampings"], options["top"], options["workers"],
+        budget, held_now(),
+    )  # fmt: skip
     return Plan(all_stages(shapes, rates), budget, rates)

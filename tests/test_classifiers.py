@@ -12,7 +12,7 @@ from tiny_hf import MARKS, datasets, transformers, words_tokenizer
 
 from ooc_influence import Dropout, hf
 from ooc_influence.errors import InputError
-from ooc_influence.hf.extraction import open_job
+from ooc_influence.hf.extraction import prepare
 
 pytestmark = MARKS
 WORDS = [f"w{n}" for n in range(30)]
@@ -65,7 +65,7 @@ def job(model, labels, rows=None, tokenizer=None, **options):
     rows = texts(len(labels)) if rows is None else rows
     data = labels if isinstance(labels, datasets.Dataset) else datasets.Dataset.from_dict({"text": rows, "y": labels})
     loaded = hf.Loaded(model, tokenizer or make_tokenizer(), "classification")
-    return open_job(loaded, data, text="text", label="y", **options)
+    return prepare(loaded, data, text="text", label="y", **options)
 
 
 def parts(made):
@@ -355,7 +355,7 @@ def test_a_label_from_a_file(tmp_path):
     make_tokenizer().save_pretrained(folder)
     rows = [{"text": text, "y": name} for text, name in zip(texts(4), ["POS", "neg", "1", "0"], strict=True)]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    made = open_job(str(folder), tmp_path / "d.jsonl", text="text", label="y")
+    made = prepare(str(folder), tmp_path / "d.jsonl", text="text", label="y")
     assert [made.samples[row]["label"] for row in range(4)] == [1, 0, 1, 0]
 
 
@@ -370,7 +370,7 @@ def test_labels_of_files(tmp_path, name, text, expected):
     """What the file says; documents that are left out need no label."""
     (tmp_path / name).write_text(text)
     loaded = hf.Loaded(named(["NEG", "POS"]), make_tokenizer(), "classification")
-    made = open_job(loaded, tmp_path / name, text="text", label="y", on_missing="skip")
+    made = prepare(loaded, tmp_path / name, text="text", label="y", on_missing="skip")
     assert [made.samples[row]["label"] for row in range(len(made.samples))] == expected
 
 
@@ -378,7 +378,7 @@ def test_lists_of_labels_in_a_file(tmp_path):
     """They say that a model without problem_type gives several classes."""
     (tmp_path / "d.jsonl").write_text('{"text": "w1", "y": ["NEG", "POS"]}\n{"text": "w2", "y": []}\n')
     loaded = hf.Loaded(named(["NEG", "POS"]), make_tokenizer(), "classification")
-    made = open_job(loaded, tmp_path / "d.jsonl", text="text", label="y")
+    made = prepare(loaded, tmp_path / "d.jsonl", text="text", label="y")
     assert made.loss_kind == "binary_cross_entropy"
     assert [made.samples[row]["label"] for row in range(2)] == [[1.0, 1.0], [0.0, 0.0]]
 

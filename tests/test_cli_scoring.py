@@ -123,7 +123,7 @@ def test_self_influence_of_several(run, stores):  # noqa: F811
         ("score test.zarr train.zarr --out s --device nonsense", "expected a device such as"),
         ("groups test.zarr train.zarr --by colour", "expected one of id, label to group"),
         ("modules test.zarr train.zarr", "either top= or out="),
-        ("top test.zarr train.zarr --resume train.zarr", "something else: choose another folder"),
+        ("top test.zarr train.zarr --resume train.zarr", "something else: choose another path"),
         ("top test.zarr train.zarr --resume my_recipe.py/x", "a folder for partial results"),
         ("verify train.zarr --memory 1MiB", "verify needs"),
     ],

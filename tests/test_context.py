@@ -10,7 +10,7 @@ from tiny_hf import MARKS, datasets, transformers, words_tokenizer
 
 from ooc_influence import hf
 from ooc_influence.errors import InputError
-from ooc_influence.hf.extraction import open_job
+from ooc_influence.hf.extraction import prepare
 from ooc_influence.hf.padding import longest_row
 
 pytestmark = MARKS
@@ -165,7 +165,7 @@ def job(model, texts, **options):
     task = "classification" if hasattr(model, "num_labels") and "Sequence" in type(model).__name__ else "causal-lm"
     rows = {"text": texts} | ({"y": [0] * len(texts)} if task == "classification" else {})
     fields = {"text": "text"} | ({"label": "y"} if task == "classification" else {})
-    return open_job(hf.Loaded(model, tokenizer, task), datasets.Dataset.from_dict(rows), **fields, **options)
+    return prepare(hf.Loaded(model, tokenizer, task), datasets.Dataset.from_dict(rows), **fields, **options)
 
 
 @pytest.mark.parametrize("name", ["RobertaForSequenceClassification", "MPNetForSequenceClassification"])

@@ -272,7 +272,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, rank, blocks, workers):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert "interrupted: sums and passes saved so far stay; run the same command again, it goes on from there" in err
+    assert "interrupted: sums and passes saved so far stay; run the same command again, it continues from there" in err
     assert "partial results of the fit are kept in" in err
     assert "Traceback" not in err
     if rank is not None:

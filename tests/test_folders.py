@@ -65,9 +65,7 @@ def test_rows_of_an_adapter_of_a_classifier(tmp_path):
     assert (store.n, store.attrs["loss_kind"]) == (5, "cross_entropy")
     assert any("lora_" in module.layer.name for module in store.mask.modules)
     with pytest.raises(InputError, match=r"5 labels .* document 1; received 5"):
-        hf.prepare(
-            tmp_path / "adapter", data.select([0]).add_item({"text": "w1", "y": 5}), hf.Fields("text", label="y")
-        )
+        hf.prepare(tmp_path / "adapter", data.select([0]).add_item({"text": "w1", "y": 5}), text="text", label="y")
 
 
 def test_adapters_that_do_not_fit(tmp_path):

@@ -96,11 +96,11 @@ def test_every_token_is_a_target_once(tmp_path, length):
     ],
 )
 def test_what_is_left_out_or_cut_is_said_where_there_is_some(tmp_path, caplog, kind, text, more, said):
-    from ooc_influence.hf.extraction import open_job
+    from ooc_influence.hf.extraction import prepare
 
     rows = [{"text": own, "y": 1} for own in ["w1 w2"] + [text] * more]
     fields = {"text": "text"} | ({"label": "y"} if kind == "bert" else {})
-    open_job(make_model(tmp_path / "m", kind), write(tmp_path / "d.jsonl", rows), **fields)
+    prepare(make_model(tmp_path / "m", kind), write(tmp_path / "d.jsonl", rows), **fields)
     assert [record.getMessage() for record in caplog.records if record.name.startswith("ooc")] == said
 
 
@@ -207,7 +207,7 @@ def test_rows_with_random_signs_estimate_the_token_matrix(tmp_path):
     mask = train.mask
     for weights in (None, "ggn"):
         total = np.zeros((50, 50))
-        job = hf.prepare(loaded, data, hf.Fields(text="text"), output="curvature", weights=weights)
+        job = hf.prepare(loaded, data, output="curvature", weights=weights)
         for seed in range(300):
             rows = gradients(loaded.model, job, mask, seed)
             total += rows.T @ rows / 300
@@ -297,9 +297,7 @@ def test_writers_share_a_store(tmp_path):
     compressor = Dropout(k=200, sampling="importance", reduce=Eigenbasis(r=20))
     hf.extract(folder, data, tmp_path / "s.zarr", compressor=compressor, rows_only=True, keep=["source"])
     for part in (1, 0):
-        hf.extract(
-            folder, data, tmp_path / "s.zarr", compressor=compressor, options={"shard": (part, 2)}, keep=["source"]
-        )
+        hf.extract(folder, data, tmp_path / "s.zarr", compressor=compressor, shard=(part, 2), keep=["source"])
     store = GradientStore.open(tmp_path / "s.zarr")
     assert store.n == store.layout.planned_rows > 40
     alone = hf.extract(folder, data, tmp_path / "a.zarr", compressor=compressor, keep=["source"])
@@ -312,17 +310,23 @@ def test_shards(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_model(tmp_path / "model")
     write(tmp_path / "d.jsonl", documents(40))
-    options = {"storage": Storage(chunk_rows=8, group_chunks=2)}
-    settings = {"compressor": Dropout(k=200), "dtype": "float32", "id": "name", "keep": ["source"], "max_length": 8}
-    store = hf.extract_shards("model", "d.jsonl", "s.zarr", shards=3, options=options, **settings)
+    settings = {
+        "storage": Storage(chunk_rows=8, group_chunks=2),
+        "compressor": Dropout(k=200),
+        "dtype": "float32",
+        "id": "name",
+        "keep": ["source"],
+        "max_length": 8,
+    }
+    store = hf.extract_shards("model", "d.jsonl", "s.zarr", shards=3, **settings)
     assert store.n == store.layout.planned_rows > 40
-    alone = hf.extract("model", "d.jsonl", tmp_path / "a.zarr", options=options, **settings)
+    alone = hf.extract("model", "d.jsonl", tmp_path / "a.zarr", **settings)
     assert store.columns_digest == alone.columns_digest
     assert_allclose(store.rows(), alone.rows(), atol=1e-5 * np.abs(alone.rows()).max())
     assert_array_equal(store.column("source"), alone.column("source"))
     assert list(store.ids(range(5))) == list(alone.ids(range(5)))
     written = [file.stat().st_mtime_ns for file in sorted((store.path / "gradients").iterdir())]
-    again = hf.extract_shards("model", "d.jsonl", "s.zarr", shards=3, options=options, **settings)
+    again = hf.extract_shards("model", "d.jsonl", "s.zarr", shards=3, **settings)
     assert again.n == store.n
     assert [file.stat().st_mtime_ns for file in sorted((store.path / "gradients").iterdir())] == written
     queries = hf.extract_shards("model", "d.jsonl", "q.zarr", like="s.zarr", id="name", max_length=8)

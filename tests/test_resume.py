@@ -185,7 +185,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, stores):
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=120)
         assert process.returncode == 130
-        wanted = "finished chunks stay; run the same command again" if out else "with --resume DIR it would go on"
+        wanted = "finished chunks stay; run the same command again" if out else "with --resume DIR it would continue"
         assert wanted in err
         assert "Traceback" not in err
     assert not zarr.open_array(str(tmp_path / "s")).attrs["complete"]

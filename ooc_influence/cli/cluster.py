@@ -9,10 +9,13 @@ import re
 import shlex
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
+
+from ooc_influence.errors import ClusterError, InputError, MissingExtraError, install_extra
 
 ANSWER = 10.0  # seconds in which a scheduler answers
 PATIENCE = 60.0  # seconds to wait for a scheduler's file and for its first worker
@@ -31,8 +34,6 @@ def connected(address: str | None, file: str | None) -> Iterator[None]:
     MissingExtraError
         If distributed is not installed.
     """
-    from ooc_influence.errors import ClusterError, InputError, MissingExtraError, install_extra
-
     if address is None and file is None:
         yield
         return
@@ -44,21 +45,21 @@ def connected(address: str | None, file: str | None) -> Iterator[None]:
         raise MissingExtraError(
             f"expected distributed for --scheduler; received none: {install_extra('distributed')}"
         ) from error
-    place = _read_address(Path(file)) if file is not None else str(address)
-    _check_answers(place)
-    with Client(place, timeout=ANSWER, set_as_default=False) as client:
+    scheduler = _read_address(Path(file)) if file is not None else str(address)
+    _check_answers(scheduler)
+    with Client(scheduler, timeout=ANSWER, set_as_default=False) as client:
         try:
             client.wait_for_workers(1, timeout=PATIENCE)
         except TimeoutError as error:
             raise ClusterError(
-                f"expected workers of the scheduler at {place}; received none in {PATIENCE:.0f} s: start some with "
-                f"'dask worker {place}'"
+                f"expected workers of the scheduler at {scheduler}; received none in {PATIENCE:.0f} s: start some with "
+                f"'dask worker {scheduler}'"
             ) from error
-    with Client(place, timeout=ANSWER):
+    with Client(scheduler, timeout=ANSWER):
         yield
 
 
-def _check_answers(place: str) -> None:
+def _check_answers(scheduler: str) -> None:
     """Check that a scheduler answers, by a bare connection.
 
     A client that cannot connect stays Dask's default one until it is collected, and says then that it cannot be closed.
@@ -66,25 +67,21 @@ def _check_answers(place: str) -> None:
     from distributed.comm.core import connect
     from distributed.security import Security
 
-    from ooc_influence.errors import ClusterError
-
     async def ask() -> None:
-        comm = await connect(place, timeout=ANSWER, **Security().get_connection_args("client"))
+        comm = await connect(scheduler, timeout=ANSWER, **Security().get_connection_args("client"))
         await comm.close()
 
     try:
         asyncio.run(ask())
     except Exception as error:  # whatever the protocol named makes of the address
         raise ClusterError(
-            f"expected a Dask scheduler at {place}, as in tcp://host:8786; received none ({error}): start one with "
+            f"expected a Dask scheduler at {scheduler}, as in tcp://host:8786; received none ({error}): start one with "
             "'dask scheduler', see docs/cluster.md"
         ) from error
 
 
 def _read_address(file: Path) -> str:
     """Return the address in a scheduler's file, which may take a while to be written."""
-    from ooc_influence.errors import ClusterError
-
     end = time.monotonic() + PATIENCE
     while True:
         try:
@@ -106,18 +103,18 @@ def _read_address(file: Path) -> str:
 @click.option("--memory", default="32GiB", show_default=True, metavar="SIZE", help="Memory of a job.")
 @click.option("--walltime", default="04:00:00", show_default=True, metavar="HH:MM:SS", help="Time of a job.")
 @click.option("--queue", metavar="NAME", help="The partition.")
-@click.option("--account", metavar="NAME", help="Who pays.")
+@click.option("--account", metavar="NAME", help="The account that is billed.")
 @click.option("--gpus", type=click.IntRange(min=0), default=0, show_default=True, help="GPUs of a job.")
 @click.option("--directive", "directives", multiple=True, metavar="TEXT",
               help="A further #SBATCH line, such as '--constraint=a100'; may be repeated.")  # fmt: skip
-def cluster_script(kind: str, commands: tuple[str, ...], **given: Any) -> None:
+def cluster_script(kind: str, commands: tuple[str, ...], **worker: Any) -> None:
     """Print a bash script that starts workers, runs COMMANDS on them, and stops them.
 
     COMMANDS are ooc-influence commands, each one argument, such as 'fisher train.zarr'; the script adds the scheduler.
     slurm: workers are jobs of SLURM, by way of dask-jobqueue (pip install dask-jobqueue), whose defaults in
     ~/.config/dask/jobqueue.yaml hold too. local: processes of this machine, to try things out.
     """
-    click.echo(make_script(kind, commands, **given), nl=False)
+    click.echo(make_script(kind, commands, Worker(**worker)), nl=False)
 
 
 _SCRIPT = """\
@@ -158,19 +155,21 @@ dask worker --scheduler-file "$file" --nworkers {jobs} --nthreads 1 --memory-lim
   --resources "shard=1" &"""
 
 
-def make_script(
-    kind: str,
-    commands: Sequence[str],
-    *,
-    jobs: int,
-    cores: int,
-    memory: str,
-    walltime: str,
-    queue: str | None,
-    account: str | None,
-    gpus: int,
-    directives: Sequence[str],
-) -> str:
+@dataclass(frozen=True)
+class Worker:
+    """What a cluster's workers are: how many, their size, and how SLURM runs them; as the options of the same names."""
+
+    jobs: int = 4
+    cores: int = 8
+    memory: str = "32GiB"
+    walltime: str = "04:00:00"
+    queue: str | None = None
+    account: str | None = None
+    gpus: int = 0
+    directives: Sequence[str] = ()
+
+
+def make_script(kind: str, commands: Sequence[str], worker: Worker) -> str:
     """Return the script that :func:`cluster_script` prints.
 
     Raises
@@ -178,30 +177,31 @@ def make_script(
     InputError
         For a memory or walltime of another form, or options that go with SLURM only.
     """
-    from ooc_influence.errors import InputError
     from ooc_influence.memory import parse_bytes
 
-    parse_bytes(memory)
+    parse_bytes(worker.memory)
     run = "\n".join(f'ooc-influence {command} --scheduler-file "$file"' for command in commands)
     run = run or 'echo "scheduler file: $file"; wait'
     if kind == "local":
-        if queue or account or gpus or directives:
+        if worker.queue or worker.account or worker.gpus or worker.directives:
             raise InputError("expected --queue, --account, --gpus and --directive with slurm; received them with local")
-        start = _LOCAL.format(jobs=jobs, memory=shlex.quote(memory))
-        return _SCRIPT.format(jobs=jobs, what="processes of this machine", start=start, more=" $scheduler", run=run)
-    if not re.fullmatch(r"(\d+-)?\d{1,2}:\d{2}:\d{2}", walltime):
-        raise InputError(f"expected --walltime as HH:MM:SS or D-HH:MM:SS; received {walltime!r}")
-    lines = [*directives, *([f"--gpus={gpus}"] if gpus else [])]
+        start = _LOCAL.format(jobs=worker.jobs, memory=shlex.quote(worker.memory))
+        return _SCRIPT.format(
+            jobs=worker.jobs, what="processes of this machine", start=start, more=" $scheduler", run=run
+        )
+    if not re.fullmatch(r"(\d+-)?\d{1,2}:\d{2}:\d{2}", worker.walltime):
+        raise InputError(f"expected --walltime as HH:MM:SS or D-HH:MM:SS; received {worker.walltime!r}")
+    lines = [*worker.directives, *([f"--gpus={worker.gpus}"] if worker.gpus else [])]
     arguments = {
-        "queue": queue,
-        "account": account,
-        "cores": cores,  # all of a job's: one task at a time, whose BLAS uses them
+        "queue": worker.queue,
+        "account": worker.account,
+        "cores": worker.cores,  # all of a job's: one task at a time, whose BLAS uses them
         "processes": 1,
-        "memory": memory,
-        "walltime": walltime,
+        "memory": worker.memory,
+        "walltime": worker.walltime,
         "worker_extra_args": ["--nthreads", "1", "--resources", "shard=1"],
         "job_extra_directives": lines or None,
     }
-    told = "\n".join(f"        {name}={value!r}," for name, value in arguments.items() if value is not None)
-    start = _SLURM.format(arguments=told, jobs=jobs)
-    return _SCRIPT.format(jobs=jobs, what="jobs of SLURM", start=start, more="", run=run)
+    keywords = "\n".join(f"        {name}={value!r}," for name, value in arguments.items() if value is not None)
+    start = _SLURM.format(arguments=keywords, jobs=worker.jobs)
+    return _SCRIPT.format(jobs=worker.jobs, what="jobs of SLURM", start=start, more="", run=run)

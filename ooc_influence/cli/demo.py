@@ -226,16 +226,16 @@ def run_demo(out: str, *, rows: int | None, k: int, memory: str, progress: bool,
         train, test = _extract(recipe, folder, k, progress)
         curvature = fit_fisher(train, memory=memory, progress=progress)
         say(f"{train}\n{curvature}\n")
-        found = _find_mislabelled(train, digits, memory, progress)
+        recall = _find_mislabelled(train, digits, memory, progress)
         say(f"Wrong labels found by checking the most suspicious part of the {train.n} rows:")
-        say(_found_table(found))
+        say(_recall_table(recall))
         explained = _explain(train, test, digits, model, memory, folder, say)
     seconds = time.perf_counter() - began
     facts = _facts(train, test, watch, memory)
     say(f"\n{table(('on disk and in memory', ''), list(facts['text']))}")
     say(f"\n{seconds:.0f} s in all; stores and picture are in {folder}/")
     numbers = {name: value for name, value in facts.items() if name != "text"}
-    return {"rows": train.n, "k": train.k, "mislabelled": found, "explained": explained, **numbers, "seconds": seconds}
+    return {"rows": train.n, "k": train.k, "mislabelled": recall, "explained": explained, **numbers, "seconds": seconds}
 
 
 def _extract(recipe: Any, folder: Path, k: int, progress: bool) -> tuple[GradientStore, GradientStore]:
@@ -269,10 +269,10 @@ def _find_mislabelled(train: GradientStore, digits: Digits, memory: str, progres
     }
 
 
-def _found_table(found: dict[str, dict[str, float]]) -> str:
+def _recall_table(recall: dict[str, dict[str, float]]) -> str:
     header = ("ranked by", "AUC", *(f"found at {share:.0%}" for share in _CHECKED))
     rows = []
-    for name, numbers in found.items():
+    for name, numbers in recall.items():
         shares = (f"{numbers[f'found_at_{share:.0%}']:.0%}" for share in _CHECKED)
         rows.append((name, f"{numbers['auc']:.3f}", *shares))
     return table(header, rows)
@@ -295,10 +295,10 @@ def _explain(
             images.append(digits.train_batch(int(row), int(row) + 1)[0].view(8, 8).numpy())
             wrong = " (wrong)" if digits.flipped[row % TRAIN] else ""
             captions.append([f"{name} {row}", f"label {digits.labels[row % TRAIN]}{wrong}", f"score {score:+.3g}"])
-    say("\nThe misclassified test image of largest loss, and what in training spoke for and against its label:")
+    say("\nThe misclassified test image of largest loss, and the training images that speak for and against its label:")
     for first in range(1, len(images), _SHOWN):
         chosen = [0, *range(first, min(len(images), first + _SHOWN))]
-        say("\n" + draw_images([images[place] for place in chosen], [captions[place] for place in chosen]))
+        say("\n" + draw_images([images[index] for index in chosen], [captions[index] for index in chosen]))
     picture = _draw_png(images, captions, folder / "explained.png")
     if picture:
         say(f"\nThe same as a picture: {picture}")
@@ -330,8 +330,8 @@ def _draw_png(images: list[npt.NDArray[np.float32]], captions: list[list[str]], 
     except ImportError:
         return None
     figure = Figure(figsize=(1.6 * len(images), 2.3), layout="constrained")
-    for place, (image, lines) in enumerate(zip(images, captions, strict=True)):
-        axes = figure.add_subplot(1, len(images), place + 1)
+    for index, (image, lines) in enumerate(zip(images, captions, strict=True)):
+        axes = figure.add_subplot(1, len(images), index + 1)
         axes.imshow(image, cmap="gray_r", vmin=0, vmax=1)
         axes.set_title("\n".join(lines), fontsize=9)
         axes.set_axis_off()

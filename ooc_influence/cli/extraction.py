@@ -1,23 +1,22 @@
-"""The commands that need a model: ``init`` and ``extract``."""
+"""The commands that need a model, ``init``, ``extract`` and ``check``, and ``plan``, which says what they will take."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import click
 
 from ooc_influence.cli import options
 from ooc_influence.cli.options import keep_freed_memory
+from ooc_influence.errors import InputError
+from ooc_influence.options import CheckOptions, DocumentOptions, ExtractionOptions, PlanOptions, Sharded, definitions
 
-_FIELDS = ("text", "prompt", "completion", "messages", "label", "chat", "id", "keep")
-_PREPARING = (
-    "max_length", "tokens", "batch_size", "reduction", "task", "model_dtype", "adapter", "tokenizer", "revision",
-    "trust_remote_code", "allow_pickle", "output", "documents", "weights", "sign_seed", "on_missing",
-)  # fmt: skip
+_DOCUMENTS = [name for name in definitions(DocumentOptions) if name != "split"]  # a recipe says all of these itself
 _MASK = ("compressor", "k", "sampling", "dims", "pilot", "basis_weights", "nonzeros", "rank_out", "rank_in", "seed")
-_BASELINES = {  # the options that each takes, by the names of its arguments
+_BASELINES = {  # the options of each, by the names of its arguments
     "gaussian": {"k": "k", "seed": "seed"},
     "rademacher": {"k": "k", "seed": "seed"},
     "sjlt": {"k": "k", "seed": "seed", "nonzeros": "nonzeros"},
@@ -28,90 +27,62 @@ _BASELINES = {  # the options that each takes, by the names of its arguments
 }
 
 
-def _asked(names: tuple[str, ...]) -> list[str]:
-    """Return which options were given on the command line."""
+def _asked(names: Iterable[str]) -> list[str]:
+    """Return which options are on the command line."""
     source = click.get_current_context().get_parameter_source
     return [name for name in names if source(name) is click.core.ParameterSource.COMMANDLINE]
 
 
-def _compressor(given: dict[str, Any]) -> Any:
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _compressor(settings: dict[str, Any]) -> Any:
     """Return the compressor that options ask for; None for the default, or where a train store fixes it."""
     from ooc_influence import Dropout, Eigenbasis
-    from ooc_influence.errors import InputError
+    from ooc_influence.compress import DEFAULT_REDUCED, DEFAULT_WIDE
 
     asked = _asked(_MASK)
-    if given["like"] is not None:
-        if asked or given["modules"] or given["fallback"]:
+    if settings["like"] is not None:
+        if asked or settings["modules"] or settings["fallback"]:
             raise InputError(
                 "expected --like without --compressor, --k, --sampling, --dims, --seed and --modules; received both: "
                 "--like fixes the mask"
             )
         return None
-    if given["model"] is not None and not asked:
+    wide = settings["model"] is not None
+    if wide and not asked:
         return None
-    if given["compressor"] != "dropout":
-        return _rival(given["compressor"], given, asked)
+    if settings["compressor"] != "dropout":
+        return _baseline(settings["compressor"], settings, asked)
     for option, owner in (("nonzeros", "sjlt or grass"), ("rank_out", "logra"), ("rank_in", "logra")):
-        if given[option] is not None:
-            named = option.replace("_", "-")
-            raise InputError(f"expected --{named} with --compressor {owner}; received it with dropout")
-    wide = given["model"] is not None
-    from ooc_influence.compress import DEFAULT_REDUCED, DEFAULT_WIDE
-
-    dims = given["dims"] if given["dims"] is not None else (DEFAULT_REDUCED if wide else 0)
-    if not dims and (given["pilot"] is not None or given["basis_weights"] is not None):
+        if settings[option] is not None:
+            raise InputError(f"expected {_flag(option)} with --compressor {owner}; received it with dropout")
+    dims = settings["dims"] if settings["dims"] is not None else (DEFAULT_REDUCED if wide else 0)
+    if not dims and (settings["pilot"] is not None or settings["basis_weights"] is not None):
         raise InputError("expected --dims with --pilot and --basis-weights; received none: they belong to a reduction")
     return Dropout(
-        k=given["k"] if given["k"] is not None else (DEFAULT_WIDE if wide else 4096),
-        sampling=given["sampling"] or ("importance" if wide else "uniform"),
-        seed=given["seed"],
-        reduce=Eigenbasis(dims, given["pilot"], given["basis_weights"]) if dims else None,
+        k=settings["k"] if settings["k"] is not None else (DEFAULT_WIDE if wide else 4096),
+        sampling=settings["sampling"] or ("importance" if wide else "uniform"),
+        seed=settings["seed"],
+        reduce=Eigenbasis(dims, settings["pilot"], settings["basis_weights"]) if dims else None,
     )
 
 
-def _rival(name: str, given: dict[str, Any], asked: list[str]) -> Any:
+def _baseline(name: str, settings: dict[str, Any], asked: list[str]) -> Any:
     """Return a compressor that dropout is compared with."""
     import ooc_influence
-    from ooc_influence.errors import InputError
 
-    taken = _BASELINES[name]
-    foreign = [option for option in asked if option not in ("compressor", *taken.values())]
+    arguments = _BASELINES[name]
+    foreign = [option for option in asked if option not in ("compressor", *arguments.values())]
     if foreign:
-        known = ", ".join(f"--{option.replace('_', '-')}" for option in taken.values()) or "no further options"
-        raise InputError(
-            f"expected {known} with --compressor {name}; received --{foreign[0].replace('_', '-')}: leave it out"
-        )
-    settings = {argument: given[option] for argument, option in taken.items() if given[option] is not None}
-    return getattr(ooc_influence, "LoGra" if name == "logra" else name.capitalize())(**settings)
+        possible = ", ".join(map(_flag, arguments.values())) or "no further options"
+        raise InputError(f"expected {possible} with --compressor {name}; received {_flag(foreign[0])}: leave it out")
+    named = {argument: settings[option] for argument, option in arguments.items() if settings[option] is not None}
+    return getattr(ooc_influence, "LoGra" if name == "logra" else name.capitalize())(**named)
 
 
-def _common(given: dict[str, Any], *, divided: bool = False) -> dict[str, Any]:
-    """Return what extraction and initialisation take, from a recipe or for a Hugging Face model.
-
-    Where shards are ``divided`` among tasks, these load what is given by its path.
-    """
-    from ooc_influence import AdamMetric, Storage
-    from ooc_influence.store import parse_path
-
-    parse_path(given["store"])
-    check_source(given)
-    return {
-        "compressor": _compressor(given),
-        "like": given["like"],
-        "modules": list(given["modules"]) or None,
-        "dtype": given["dtype"],
-        "device": given["device"],
-        "memory": given["memory"],
-        "progress": options.show_progress(),
-        "storage": Storage(codec=given["codec"]),
-        "fallback": given["fallback"],
-        "metric": given["adam"] if given["adam"] is None or divided else AdamMetric(given["adam"]),
-        "check_model": not given["other_model"],
-        "check_gradients": not given["no_check"],
-    }
-
-
-def check_source(given: dict[str, Any]) -> None:
+def check_source(settings: dict[str, Any]) -> None:
     """Check that a recipe, or a model with data, is named, and only what goes with it.
 
     Raises
@@ -119,96 +90,46 @@ def check_source(given: dict[str, Any]) -> None:
     InputError
         If not.
     """
-    from ooc_influence.errors import InputError
-
-    if (given["recipe_name"] is None) == (given["model"] is None):
+    if (settings["recipe_name"] is None) == (settings["model"] is None):
         raise InputError("expected either --recipe, or --model with --data; received both or neither")
-    if (given["model"] is None) != (given["data"] is None):
+    if (settings["model"] is None) != (settings["data"] is None):
         raise InputError("expected --model and --data together; received one of them")
-    if given["recipe_name"] is not None:
-        misplaced = _asked(_FIELDS + _PREPARING)
+    if settings["recipe_name"] is not None:
+        misplaced = _asked(_DOCUMENTS)
         if misplaced:
-            raise InputError(
-                f"expected --{misplaced[0].replace('_', '-')} with --model; received it with --recipe, which says it"
-            )
+            raise InputError(f"expected {_flag(misplaced[0])} with --model; received it with --recipe, which says it")
 
 
-def _origin(given: dict[str, Any]) -> dict[str, Any]:
-    """Return what is recorded about a recipe's store."""
-    return {"recipe": given["recipe_name"], "split": given["split"]}
+def _library_options(settings: dict[str, Any], *, divided: bool = False) -> dict[str, Any]:
+    """Return the options of extraction and initialisation, from a recipe or for a Hugging Face model.
 
-
-def _hugging_face(given: dict[str, Any], common: dict[str, Any], more: dict[str, Any], **how: Any) -> Any:
-    """Run an extraction, all shards of one, or make the store for one, for ``--model`` and ``--data``."""
-    from ooc_influence import hf
-
-    options_of = ("storage", "fallback", "check_model", "check_gradients", "metric", "memory")
-    further = {name: common.pop(name) for name in options_of}
-    named = {name: given[name] for name in (*_FIELDS, *_PREPARING) if given[name] not in (None, (), False)}
-    run: Any = hf.extract_shards if "shards" in how else hf.extract
-    return run(
-        given["model"], given["data"], given["store"], split=given["split"], options=further | more, **how, **common,
-        **named,
-    )  # fmt: skip
-
-
-@click.command()
-@options.building
-@click.option("--shard", metavar="I/N", help="Be writer I of N (from 0) that fill one store together; see init.")
-@click.option(
-    "--shards",
-    type=int,
-    metavar="N",
-    help="Divide the store into N shards and extract all of them: one "
-    "task each with --scheduler, one after the other without. Default with --scheduler: one a worker.",
-)
-@click.option("--on-nonfinite", type=click.Choice(["raise", "skip"]), default="raise", show_default=True,
-              help="Samples with NaN or Inf: stop and name them, or record them as dropped rows.")  # fmt: skip
-@options.documents
-@options.cluster
-@options.as_json
-def extract(shard: str | None, shards: int | None, on_nonfinite: str, as_json: bool, **given: Any) -> None:
-    """Extract compressed per-sample gradients into a store, of a recipe or of a Hugging Face model and a file.
-
-    A run that was stopped goes on where it was when the same command runs again.
+    Where shards are ``divided`` among tasks, these load what is given by its path.
     """
-    from ooc_influence import extract_gradients, extract_shards
-    from ooc_influence.errors import InputError
-    from ooc_influence.extract import choose_split, load_recipe, running
-    from ooc_influence.parallel import ambient_client
-    from ooc_influence.report import describe, store_facts
+    from ooc_influence import AdamMetric, Storage
+    from ooc_influence.store import parse_path
 
-    place = _parse_shard(shard)
-    keep_freed_memory()
-    more: dict[str, Any] = {"on_nonfinite": on_nonfinite}
-    divided = shards is not None or (place is None and ambient_client() is not None)
-    if place is not None and (shards is not None or ambient_client() is not None):
-        raise InputError("expected --shard I/N, or --shards N and --scheduler; received both: shards run there by task")
-    # what the user's code prints must not end up in our output
-    with contextlib.redirect_stdout(sys.stderr), running(given["recipe_name"]):
-        common = _common(given, divided=divided)
-        if given["model"] is not None and divided:
-            result = _hugging_face(given, common, more, shards=shards)
-        elif given["model"] is not None:
-            result = _hugging_face(given, common, more | {"shard": place})
-        elif divided:
-            result = extract_shards(
-                given["recipe_name"], given["store"], split=given["split"], shards=shards, origin=_origin(given),
-                **common, **more,
-            )  # fmt: skip
-        else:
-            recipe = load_recipe(given["recipe_name"])
-            data = choose_split(recipe, given["split"])
-            result = extract_gradients(
-                recipe.model, recipe.per_sample_loss, data.batches, given["store"], ids=data.ids, columns=data.columns,
-                loss_kind=recipe.loss_kind, shard=place, origin=_origin(given), **common, **more,
-            )  # fmt: skip
-    options.print_result(as_json, store_facts(result), lambda: describe(result))
+    parse_path(settings["store"])
+    check_source(settings)
+    adam = settings["adam"]
+    return _named(ExtractionOptions, settings) | {
+        "compressor": _compressor(settings),
+        "modules": list(settings["modules"]) or None,
+        "progress": options.show_progress(),
+        "storage": Storage(codec=settings["codec"]),
+        "metric": adam if adam is None or divided else AdamMetric(adam),
+    }
 
 
-def _parse_shard(text: str | None) -> tuple[int, int] | None:
-    from ooc_influence.errors import InputError
+def _named(kind: type[Any], settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: settings[name] for name in definitions(kind) if name in settings}
 
+
+def _origin(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return what is recorded about a recipe's store."""
+    return {"recipe": settings["recipe_name"], "split": settings["split"]}
+
+
+def _parse_shard(_: click.Context, __: click.Parameter, text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
     index, slash, count = text.partition("/")
@@ -219,65 +140,104 @@ def _parse_shard(text: str | None) -> tuple[int, int] | None:
 
 @click.command()
 @options.building
+@click.option("--shards", type=int, metavar="N",
+              help="Divide the store into N shards and extract all of them: one task each with --scheduler, one after "
+              "the other without. Default with --scheduler: one a worker.")  # fmt: skip
+@options.flags(Sharded, shard={"callback": _parse_shard})
+@options.documents
+@options.cluster
+@options.as_json
+def extract(
+    shard: tuple[int, int] | None, shards: int | None, on_nonfinite: str, as_json: bool, **settings: Any
+) -> None:
+    """Extract compressed per-sample gradients into a store, of a recipe or of a Hugging Face model and a file.
+
+    After an interruption, the same command continues where it was.
+    """
+    from ooc_influence import extract_gradients, extract_shards
+    from ooc_influence.extract import choose_split, load_recipe, running
+    from ooc_influence.parallel import ambient_client
+    from ooc_influence.report import describe, store_facts
+
+    keep_freed_memory()
+    on_cluster = ambient_client() is not None
+    divided = shards is not None or (shard is None and on_cluster)
+    if shard is not None and (shards is not None or on_cluster):
+        raise InputError("expected --shard I/N, or --shards N and --scheduler; received both: shards run there by task")
+    # what the user's code prints must not end up in our output
+    with contextlib.redirect_stdout(sys.stderr), running(settings["recipe_name"]):
+        chosen = _library_options(settings, divided=divided) | {"on_nonfinite": on_nonfinite}
+        if settings["model"] is not None:
+            from ooc_influence import hf
+
+            files = (settings["model"], settings["data"], settings["store"])
+            chosen |= _named(DocumentOptions, settings)
+            if divided:
+                store = hf.extract_shards(*files, shards=shards, **chosen)
+            else:
+                store = hf.extract(*files, shard=shard, **chosen)
+        elif divided:
+            store = extract_shards(
+                settings["recipe_name"], settings["store"], split=settings["split"], shards=shards,
+                origin=_origin(settings), **chosen,
+            )  # fmt: skip
+        else:
+            recipe = load_recipe(settings["recipe_name"])
+            data = choose_split(recipe, settings["split"])
+            store = extract_gradients(
+                recipe.model, recipe.per_sample_loss, data.batches, settings["store"], ids=data.ids,
+                columns=data.columns, loss_kind=recipe.loss_kind, shard=shard, origin=_origin(settings), **chosen,
+            )  # fmt: skip
+    options.print_result(as_json, store_facts(store), lambda: describe(store))
+
+
+@click.command()
+@options.building
 @click.option(
     "--rows", type=int, help="Rows of the whole store. Default: as many as the data has, where that is known."
 )
 @options.documents
 @options.as_json
-def init(rows: int | None, as_json: bool, **given: Any) -> None:
+def init(rows: int | None, as_json: bool, **settings: Any) -> None:
     """Make the empty store that 'extract --shard' runs fill together.
 
     Fixes its rows, mask, basis and settings once. Run again with more --rows to make room for further data.
     """
     from ooc_influence import init_store
-    from ooc_influence.errors import InputError
     from ooc_influence.extract import choose_split, load_recipe, row_types, running
     from ooc_influence.report import describe, store_facts
 
     keep_freed_memory()
-    with contextlib.redirect_stdout(sys.stderr), running(given["recipe_name"]):
-        common = _common(given)
-        if given["model"] is not None:
+    with contextlib.redirect_stdout(sys.stderr), running(settings["recipe_name"]):
+        chosen = _library_options(settings)
+        if settings["model"] is not None:
+            from ooc_influence import hf
+
             if rows is not None:
                 raise InputError("expected --rows with --recipe only; received it with --model, whose data tells")
-            result = _hugging_face(given, common, {}, rows_only=True)
-            wanted: int | None = result.layout.planned_rows
+            chosen |= _named(DocumentOptions, settings)
+            store = hf.extract(settings["model"], settings["data"], settings["store"], rows_only=True, **chosen)
+            planned = store.layout.planned_rows
         else:
-            recipe = load_recipe(given["recipe_name"])
-            data = choose_split(recipe, given["split"])
-            known, ids, columns = row_types(data.batches, data.ids, data.columns)
-            wanted = known if rows is None else rows
-            if wanted is None:
+            recipe = load_recipe(settings["recipe_name"])
+            data = choose_split(recipe, settings["split"])
+            counted_rows, ids, columns = row_types(data.batches, data.ids, data.columns)
+            planned = counted_rows if rows is None else rows
+            if planned is None:
                 raise InputError("expected --rows, since the split does not tell its length; received none")
-            result = init_store(
-                recipe.model, given["store"], wanted, ids=ids, columns=columns, loss_kind=recipe.loss_kind,
-                per_sample_loss=recipe.per_sample_loss, pilot=data.batches, origin=_origin(given), **common,
+            store = init_store(
+                recipe.model, settings["store"], planned, ids=ids, columns=columns, loss_kind=recipe.loss_kind,
+                per_sample_loss=recipe.per_sample_loss, pilot=data.batches, origin=_origin(settings), **chosen,
             )  # fmt: skip
-    options.print_result(as_json, store_facts(result), lambda: f"{describe(result)}, {wanted} rows planned")
+    options.print_result(as_json, store_facts(store), lambda: f"{describe(store)}, {planned} rows planned")
 
 
 @click.command()
 @click.option("--rows", type=int, required=True, metavar="N", help="Train rows.")
 @click.option("--k", type=int, required=True, help="Gradient entries kept of each row.")
-@click.option("--queries", type=int, default=100, show_default=True, metavar="Q", help="Query rows.")
-@click.option("--dtype", type=click.Choice(["float16", "bfloat16", "float32", "int8", "int4"]), default="float16",
-              show_default=True, help="Representation on disk.")  # fmt: skip
-@click.option("--reduce", type=int, metavar="R", help="Numbers that kept entries are reduced to. Default: none.")
-@click.option("--top", type=int, default=100, show_default=True, help="Rows of a top list.")
-@click.option("--dampings", type=int, default=1, show_default=True, help="Damping values at once.")
-@options.memory
-@click.option("--workers", type=int, default=1, show_default=True, metavar="W", help="Row stripes at once.")
-@click.option("--gflops", type=float, help="10^9 float32 FLOP in a second. Default: measured here.")
-@click.option("--read-rate", metavar="SIZE", help="Bytes read from the disk in a second. Default: measured here.")
-@click.option(
-    "--folder",
-    default=".",
-    type=options.PATH,
-    metavar="DIR",
-    help="Where the stores will be: the disk measured. Default: here.",
-)
+@options.flags(PlanOptions)
 @options.as_json
-def plan(as_json: bool, read_rate: str | None, **given: Any) -> int:
+def plan(as_json: bool, read_rate: str | None, **settings: Any) -> int:
     """Show what each stage will take: disk, memory, arithmetic, time. Exit code 1 where one does not fit the budget.
 
     Nothing is written but a file of 128 MiB for the two seconds in which the machine is measured.
@@ -285,17 +245,17 @@ def plan(as_json: bool, read_rate: str | None, **given: Any) -> int:
     from ooc_influence.memory import parse_bytes
     from ooc_influence.planning import plan as make_plan
 
-    found = make_plan(read_rate=None if read_rate is None else parse_bytes(read_rate), **given)
-    options.print_result(as_json, found.to_dict(), lambda: _text(found))
-    return 0 if found.fits else 1
+    stages = make_plan(read_rate=None if read_rate is None else parse_bytes(read_rate), **settings)
+    options.print_result(as_json, stages.to_dict(), lambda: _plan_text(stages))
+    return 0 if stages.fits else 1
 
 
-def _text(found: Any) -> str:
+def _plan_text(estimate: Any) -> str:
     from ooc_influence.memory import format_bytes
     from ooc_influence.report import table
 
     lines = []
-    for stage in found.stages:
+    for stage in estimate.stages:
         lines.append(
             (
                 stage.name,
@@ -307,8 +267,8 @@ def _text(found: Any) -> str:
             )
         )
     header = ("stage", "disk", "peak memory", "GFLOP", "time", "fits")
-    notes = [f"{stage.name}: {stage.refusal or stage.note}" for stage in found.stages if stage.refusal or stage.note]
-    ends = [f"budget {format_bytes(found.budget)} a process", f"this machine: {found.rates}"]
+    notes = [f"{stage.name}: {stage.refusal or stage.note}" for stage in estimate.stages if stage.refusal or stage.note]
+    ends = [f"budget {format_bytes(estimate.budget)} a process", f"this machine: {estimate.rates}"]
     return "\n".join([table(header, lines), "", *notes, *ends])
 
 
@@ -319,68 +279,43 @@ def _duration(seconds: float) -> str:
 
 
 @click.command()
-@click.option(
-    "--store", required=True, type=options.PATH, metavar="PATH|URL", help="The store whose compression is looked at."
-)
-@click.option(
-    "--recipe",
-    "recipe_name",
-    type=options.PATH,
-    metavar="FILE.py:FUNCTION|MODULE:FUNCTION",
-    help="As the store was made with.",
-)
-@click.option(
-    "--model",
-    type=options.PATH,
-    metavar="DIR|ID",
-    help="Instead: a Hugging Face model, or a PEFT adapter; with --data.",
-)
-@click.option("--data", type=options.PATH, metavar="FILE", help="Documents, as for extract.")
-@click.option("--split", metavar="NAME", help="Which split, of a recipe or a datasets folder that has several.")
-@click.option(
-    "--rows", type=int, default=256, show_default=True, help="Samples to compare on; one in eight is a query."
-)
-@click.option("--damping", "dampings", type=float, multiple=True, metavar="X",
-              help="Relative dampings beside the default; may be repeated. Default: 0.01, 1, 10.")  # fmt: skip
-@click.option("--device", help="Where to run, such as cuda. Default: where the model is.")
-@options.memory
+@click.option("--store", required=True, type=options.PATH, metavar="PATH|URL",
+              help="The store whose compression is checked, with the recipe or model it was made with.")  # fmt: skip
+@options.source
+@options.flags(CheckOptions)
 @options.documents
 @options.as_json
-def check(rows: int, dampings: tuple[float, ...], memory: str | None, as_json: bool, **given: Any) -> None:
+def check(rows: int, dampings: tuple[float, ...], memory: str | None, as_json: bool, **settings: Any) -> None:
     """Say how well the scores of a store agree with uncompressed ones, on a few hundred samples.
 
     Gradients of the same samples are taken as the store has them, and whole; both are scored with the F of these rows.
     """
-    from ooc_influence.evaluate import SWEEP
     from ooc_influence.evaluate import check as run
     from ooc_influence.extract import running
 
     keep_freed_memory()
     # what the user's code prints must not end up in our output
-    with contextlib.redirect_stdout(sys.stderr), running(given["recipe_name"]):
-        model, per_sample_loss, batches = _parts(given)
-        found = run(
-            given["store"], model, per_sample_loss, batches, rows=rows, dampings=dampings or SWEEP,
-            device=given["device"], memory=memory, progress=options.show_progress(),
+    with contextlib.redirect_stdout(sys.stderr), running(settings["recipe_name"]):
+        asked: Any = {"dampings": dampings} if dampings else {}
+        agreement = run(
+            settings["store"], *_model_and_batches(settings), rows=rows, device=settings["device"], memory=memory,
+            progress=options.show_progress(), **asked,
         )  # fmt: skip
-    options.print_result(as_json, found.to_dict(), lambda: str(found))
+    options.print_result(as_json, agreement.to_dict(), lambda: str(agreement))
 
 
-def _parts(given: dict[str, Any]) -> tuple[Any, Any, Any]:
+def _model_and_batches(settings: dict[str, Any]) -> tuple[Any, Any, Any]:
     """Return model, loss and batches."""
-    from ooc_influence.errors import InputError
-
-    check_source(given)
-    if given["output"] == "curvature":
+    check_source(settings)
+    if settings["output"] == "curvature":
         raise InputError("expected gradients to check; received --output curvature: leave it out")
-    if given["recipe_name"] is not None:
+    if settings["recipe_name"] is not None:
         from ooc_influence.extract import choose_split, load_recipe
 
-        recipe = load_recipe(given["recipe_name"])
-        return recipe.model, recipe.per_sample_loss, choose_split(recipe, given["split"]).batches
-    from ooc_influence.hf import open_job
+        recipe = load_recipe(settings["recipe_name"])
+        return recipe.model, recipe.per_sample_loss, choose_split(recipe, settings["split"]).batches
+    from ooc_influence import hf
 
-    kept = ("store", "recipe_name", "model", "data")
-    named = {name: value for name, value in given.items() if name not in kept and value not in (None, (), False)}
-    job = open_job(given["model"], given["data"], progress=options.show_progress(), **named)
+    asked: Any = _named(DocumentOptions, settings) | {"device": settings["device"]}
+    job = hf.prepare(settings["model"], settings["data"], progress=options.show_progress(), **asked)
     return job.model, job.per_sample_loss, job.batches

@@ -1,4 +1,4 @@
-"""The commands that compute: options in, a library call, its result as text or JSON."""
+"""The command line: its commands, how it ends, and what it says after an error or an interruption."""
 
 from __future__ import annotations
 
@@ -10,19 +10,13 @@ from typing import Any
 import click
 
 from ooc_influence._version import __version__
-from ooc_influence.cli import cluster, extraction, options, reporting, scoring, stores
+from ooc_influence.cli import cluster, extraction, options, scoring, stores
 from ooc_influence.errors import InputError, OocInfluenceError, OocInfluenceWarning, refused
 
 
 @click.command()
-@click.option(
-    "--out",
-    default="demo-output",
-    show_default=True,
-    type=options.PATH,
-    metavar="DIR",
-    help="Where stores and pictures go.",
-)
+@click.option("--out", default="demo-output", show_default=True, type=options.PATH, metavar="DIR",
+              help="Where stores and pictures go.")  # fmt: skip
 @click.option("--rows", type=int, help="Grow the train store to this many rows by passes over augmented images.")
 @click.option("--k", type=int, default=1024, show_default=True, help="Gradient entries kept of each image.")
 @click.option("--memory", metavar="SIZE", default="1GiB", show_default=True, help="Memory budget.")
@@ -38,7 +32,7 @@ def demo(out: str, rows: int | None, k: int, memory: str, as_json: bool) -> None
 
 ALL = (
     demo, extraction.init, extraction.extract, scoring.fisher, scoring.score, scoring.top,
-    scoring.self_influence_command, scoring.groups, scoring.modules, reporting.report, reporting.serve,
+    scoring.self_influence_command, scoring.groups, scoring.modules, scoring.report, scoring.serve,
     extraction.check, extraction.plan, cluster.cluster_script,
     stores.info, stores.verify, stores.ids, stores.drop, stores.compact, stores.merge, stores.reduce, stores.upgrade,
 )  # fmt: skip
@@ -73,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
         error.show()
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
-        click.echo(f"interrupted: {_going_on(arguments)}", err=True)
+        click.echo(f"interrupted: {_resuming(arguments)}", err=True)
         sys.exit(130)
     except BrokenPipeError:
         sys.stderr.close()
@@ -93,19 +87,20 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(1)
 
 
-def _going_on(arguments: list[str]) -> str:
-    """Return how to go on after an interruption."""
+def _resuming(arguments: list[str]) -> str:
+    """Return how to continue after an interruption."""
     command = next((name for name in arguments if name in cli.commands), "")
+    again = "run the same command again, it continues"
     if command in ("extract", "init", "demo", "reduce"):
-        return "what is committed stays; run the same command again, it goes on where it was"
+        return f"what is committed stays; {again} where it was"
     if command == "fisher":
-        return "sums and passes saved so far stay; run the same command again, it goes on from there"
+        return f"sums and passes saved so far stay; {again} from there"
     if command == "score" or (command == "modules" and "--out" in " ".join(arguments)):
-        return "finished chunks stay; run the same command again, it goes on with those that are missing"
+        return f"finished chunks stay; {again} with those that are missing"
     if command in ("top", "self-influence", "groups"):
         if any(argument.startswith("--resume") for argument in arguments):
-            return "finished parts stay; run the same command again, it goes on with those that are missing"
-        return "run the same command again, it starts again; with --resume DIR it would go on where it was"
+            return f"finished parts stay; {again} with those that are missing"
+        return "run the same command again, it starts again; with --resume DIR it would continue where it was"
     return "nothing is half done; run the same command again, it starts again"
 
 

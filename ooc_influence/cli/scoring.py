@@ -1,7 +1,10 @@
-"""The commands that score train rows: options in, a library call, its result as text or JSON."""
+"""The commands that fit a curvature and score train rows with it: results as text or JSON, in a file, or as pages."""
 
 from __future__ import annotations
 
+import contextlib
+import signal
+import sys
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -10,251 +13,25 @@ from typing import Any
 import click
 
 from ooc_influence.cli import options
-from ooc_influence.errors import counted
-
-
-@click.command()
-@click.argument("query", type=options.PATH)
-@click.argument("train", type=options.PATH)
-@click.option(
-    "--out",
-    required=True,
-    type=options.PATH,
-    metavar="PATH",
-    help="The Zarr array (queries, rows) to write, or to go on with.",
+from ooc_influence.errors import InputError, counted, writing
+from ooc_influence.options import (
+    DocumentOptions,
+    FisherOptions,
+    ListOptions,
+    LoadingOptions,
+    PairOptions,
+    ReportOptions,
+    SelfInfluenceOptions,
 )
-@options.pairing
-@options.scoring
-def score(query: str, train: str, out: str, as_json: bool, **given: Any) -> None:
-    """Write the influence of every row of TRAIN on every query of QUERY to a Zarr array.
 
-    Chunks that are written stay: the same command goes on with those that are missing.
-    """
-    from ooc_influence import influence_scores
-
-    scores: Any = influence_scores(**_paired(query, train, given), out=out)
-    _print_scores(scores, out, as_json)
-
-
-def _print_scores(scores: Any, out: str, as_json: bool) -> None:
-    sizes = dict(zip(scores.attrs["dims"], scores.shape, strict=True))
-    facts = {"scores": out, "queries": sizes["query"], "rows": sizes["train"], "damping": scores.attrs["damping"]}
-    facts |= {"normalize": scores.attrs["normalize"], "outside_share": scores.attrs["outside_share"]}
-    facts |= {"modules": scores.attrs["modules"]} if "module" in sizes else {}
-    more = "".join(f"{sizes[name]} {label} x " for name, label in (("damping", "dampings"), ("module", "modules"))
-                   if name in sizes)  # fmt: skip
-    size = f"{counted(sizes['query'], 'query', 'queries')} x {counted(sizes['train'], 'row')}"
-    options.print_result(as_json, facts, lambda: f"{out}: {more}{size}")
-
-
-@click.command()
-@click.argument("query", type=options.PATH)
-@click.argument("train", type=options.PATH)
-@click.option("--top", "count", type=int, default=10, show_default=True, help="How many of each.")
-@options.pairing
-@options.resume
-@options.scoring
-def top(query: str, train: str, count: int, resume: str | None, as_json: bool, **given: Any) -> None:
-    """Show each query's strongest proponents and opponents among the rows of TRAIN."""
-    from ooc_influence import top_influential
-
-    found = top_influential(**_paired(query, train, given), top=count, resume=resume)
-    options.print_result(as_json, found.to_dict(), lambda: _by_damping(found, partial(_lists, count)))
-
-
-def _by_damping(found: Any, text: Any) -> str:
-    if found.dampings is None:
-        return str(text(found))
-    parts = (found.at(number) for number in range(found.dampings))
-    return "\n\n".join(f"damping {own.damping}\n\n{text(own)}" for own in parts)
-
-
-def _lists(asked: int, found: Any) -> str:
-    from ooc_influence.report import table
-
-    parts = []
-    for number, name in enumerate(found.query_ids.tolist()):
-        sides = found.of_query(number)
-        pairs = zip_longest(*([own[1:] for own in side] for side in sides.values()), fillvalue=("", ""))
-        lines = [table(("proponent", "score", "opponent", "score"), [left + right for left, right in pairs])]
-        short = [_found(len(own), side) for side, own in sides.items() if len(own) < asked]
-        if short:
-            lines.append(f"{', '.join(short)}: no other row has a score of that sign")
-        outside = found.outside_share[number]
-        title = f"query {name}" + (f" ({outside:.0%} outside the training spectrum)" if outside >= 0.005 else "")
-        parts.append("\n".join([title, *(["dropped"] if (found.proponents.rows[number] < 0).all() else lines)]))
-    return "\n\n".join(parts)
-
-
-def _found(count: int, side: str) -> str:
-    return f"only {counted(count, side[:-1])}" if count else f"no {side}"
-
-
-@click.command("self-influence")
-@click.argument("train", type=options.PATH)
-@click.option(
-    "--also", multiple=True, type=options.PATH, metavar="TRAIN", help="Another checkpoint's store; values are averaged."
-)
-@click.option(
-    "--top", "count", type=click.IntRange(min=1), default=20, show_default=True, help="How many rows to show."
-)
-@click.option("--out", type=click.Path(dir_okay=False), help="Write all values to this .npy file.")
-@options.resume
-@options.scoring
-def self_influence_command(
-    train: str, also: tuple[str, ...], count: int, out: str | None, as_json: bool, **given: Any
-) -> None:
-    """Show the rows of TRAIN that speak most for themselves: candidates for wrong labels."""
-    import numpy as np
-
-    from ooc_influence import self_influence
-    from ooc_influence.report import table
-    from ooc_influence.store import check_writable
-
-    if out is not None:
-        check_writable(Path(out), missing_folders=False)
-    arguments = _common((train, *also), given)
-    values = self_influence(**arguments)
-    if out is not None:
-        _save(Path(out), values)
-    store = arguments["train"][0] if also else arguments["train"]
-    header, parts, lists = ("row", "id", "self-influence"), [], []
-    for own in np.atleast_2d(values):
-        order = np.argsort(np.where(np.isnan(own), np.inf, -own), kind="stable")[:count]
-        order = order[~np.isnan(own[order])]
-        lists.append(
-            [
-                {"row": row, "id": name, "self_influence": value}
-                for row, name, value in zip(order.tolist(), store.ids(order).tolist(), own[order].tolist(), strict=True)
-            ]
-        )
-        parts.append(table(header, [tuple(row.values()) for row in lists[-1]]))
-    several = values.ndim == 2
-    facts: dict[str, Any] = {"n": store.n, "rows": lists[0]}
-    if several:
-        facts = {"n": store.n, "damping": arguments["damping"], "by_damping": lists}
-        parts = [f"damping {value}\n\n{part}" for value, part in zip(arguments["damping"], parts, strict=True)]
-    options.print_result(as_json, facts, lambda: "\n\n".join(parts))
-
-
-def _save(out: Path, values: Any) -> None:
-    import numpy as np
-
-    from ooc_influence.errors import writing
-
-    with writing(f"to write {out}"), out.open("wb") as file:
-        np.save(file, values)
-
-
-@click.command()
-@click.argument("query", type=options.PATH)
-@click.argument("train", type=options.PATH)
-@click.option("--by", required=True, metavar="COLUMN", help="The column of TRAIN whose values are groups, or 'id'.")
-@click.option("--top", "count", type=click.IntRange(min=1), default=20, show_default=True,
-              help="How many groups of each query to show, largest sums first.")  # fmt: skip
-@options.pairing
-@options.resume
-@options.scoring
-def groups(query: str, train: str, by: str, count: int, resume: str | None, as_json: bool, **given: Any) -> None:
-    """Show the influence of groups of rows of TRAIN (labels, sources, documents) on each query: sums and means."""
-    import numpy as np
-
-    from ooc_influence import group_influence
-    from ooc_influence.report import table
-
-    found = group_influence(**_paired(query, train, given), by=by, resume=resume)
-
-    def text() -> str:
-        parts = []
-        for level, sums in enumerate(found.sums if found.sums.ndim == 3 else found.sums[None]):
-            means = (found.means if found.means.ndim == 3 else found.means[None])[level]
-            title = f"damping {found.damping[level]}, " if found.sums.ndim == 3 else ""
-            for number, name in enumerate(found.query_ids.tolist()):
-                order = np.argsort(-sums[number], kind="stable")[:count]
-                columns = (found.names[order], found.counts[order], sums[number][order], means[number][order])
-                lines = list(zip(*columns, strict=True))
-                parts.append(f"{title}query {name}\n{table((by, 'rows', 'sum', 'mean'), lines)}")
-        return "\n\n".join(parts)
-
-    options.print_result(as_json, found.to_dict(), text)
-
-
-@click.command()
-@click.argument("query", type=options.PATH)
-@click.argument("train", type=options.PATH)
-@click.option("--top", "count", type=int, help="How many of each, by module.")
-@click.option(
-    "--out", type=options.PATH, metavar="PATH", help="Instead: the Zarr array (modules, queries, rows) to write."
-)
-@options.pairing
-@options.scoring
-def modules(query: str, train: str, count: int | None, out: str | None, as_json: bool, **given: Any) -> None:
-    """Show or write the part of each score that runs through each module; the parts add up to the score."""
-    from ooc_influence import module_influence
-
-    found: Any = module_influence(**_paired(query, train, given), top=count, out=out)
-    if out is not None:
-        _print_scores(found, out, as_json)
-        return
-    assert count is not None  # the call refuses neither
-    facts, lists = {name: own.to_dict() for name, own in found.items()}, partial(_lists, count)
-    options.print_result(
-        as_json, facts, lambda: "\n\n".join(f"module {n}\n\n{_by_damping(own, lists)}" for n, own in found.items())
-    )
-
-
-def _paired(query: str, train: str, given: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a library call that options stand for."""
-    from ooc_influence.errors import InputError
-
-    also = given.pop("also")
-    average, column = given.pop("average_queries"), given.pop("average_by")
-    if average and column is not None:
-        raise InputError("expected --average-queries or --average-by; received both")
-    queries: Any = [query, *(pair[0] for pair in also)] if also else query
-    found = _common((train, *(pair[1] for pair in also)), given)
-    return {"query": queries, "average_queries": column if column is not None else average, **found}
-
-
-def _common(trains: tuple[str, ...], given: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments that train stores and the options of every scoring command stand for."""
-    from ooc_influence.errors import InputError
-
-    cache, size = given.pop("cache"), given.pop("cache_size")
-    stores = [options.open_train(path, cache, size) for path in trains]
-    curvature, damping, rows = given.pop("curvature"), given.pop("damping"), given.pop("rows")
-    if given.pop("dot"):
-        if curvature:
-            raise InputError("expected --dot or --curvature; received both")
-        curvature = (False,)
-    several = len(trains) > 1
-    for name, values in (("--curvature", curvature), ("--rows", rows)):
-        if len(values) > 1 and len(values) != len(trains):
-            raise InputError(f"expected {name} once for each of {len(trains)} checkpoints; received {len(values)}")
-    marks = [_read_rows(path) for path in rows]
-    if several and len(marks) == 1:
-        raise InputError(f"expected --rows once for each of {len(trains)} checkpoints ('all': all); received 1")
-    return {
-        "train": stores if several else stores[0],
-        "curvature": None if not curvature else (list(curvature) if len(curvature) > 1 else curvature[0]),
-        "damping": None if not damping else (list(damping) if len(damping) > 1 else damping[0]),
-        "rows": None if not marks else (marks if several else marks[0]),
-        "progress": options.show_progress(),
-        **given,
-    }
-
-
-def _read_rows(path: str) -> Any:
-    import numpy as np
-
-    from ooc_influence.errors import InputError
-
-    if path == "all":
-        return None
-    try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"expected row numbers or marks in a .npy file; received {path}: {error}") from error
+_pair = options.several(click.argument("query", type=options.PATH), click.argument("train", type=options.PATH))
+_pairing = options.several(
+    click.option("--also", nargs=2, multiple=True, type=options.PATH, metavar="QUERY TRAIN",
+                 help="Another checkpoint's stores of the same rows; scores are averaged. May be repeated."),
+    options.dot,
+    click.option("--average-by", metavar="COLUMN", help="One query for each value of a column of QUERY."),
+    options.where,
+)  # fmt: skip
 
 
 def _parse_rows(_: click.Context, __: click.Parameter, value: str | None) -> slice | None:
@@ -272,36 +49,364 @@ def _parse_rows(_: click.Context, __: click.Parameter, value: str | None) -> sli
 
 @click.command()
 @click.argument("train", type=options.PATH)
-@click.option(
-    "--method",
-    type=click.Choice(["primal", "dual", "auto"]),
-    default="primal",
-    show_default=True,
-    help="primal: the Fisher matrix; dual: the Gram matrix of the rows, for fewer rows than columns; auto: the cheaper "
-    "one that fits.",
-)
-@click.option("--name", help="Name of the curvature in the store: by default 'default', or 'gram' with --method dual.")
-@click.option("--out", type=options.PATH, metavar="PATH", help="Save it there instead of in the store.")
-@click.option("--refit", is_flag=True, help="Fit again although an up-to-date curvature is there.")
-@click.option("--rows", metavar="A:B", callback=_parse_rows, help="Use rows A to B - 1 only.")
-@click.option("--sample", type=int, metavar="N", help="Use N of them, drawn at random; tells the error of F expected.")
-@click.option("--seed", type=int, default=0, show_default=True, help="What the sample is drawn with.")
-@click.option("--weights", type=click.Choice(["ggn", "trak"]), help="Weigh rows by their losses.")
-@click.option("--force-weights", is_flag=True, help="Whatever the loss is.")
-@click.option("--blocks", type=click.Choice(["module", "diagonal"]),
-              help="One matrix for each module; or the diagonal only, for a rotated store.")  # fmt: skip
-@click.option("--rank", type=int, metavar="R", help="Keep the top R eigenvectors only: any number of columns fits.")
-@click.option("--device", help="Multiply rows there, such as cuda. Default: NumPy's or SciPy's BLAS.")
-@options.workers
-@options.memory
-@options.cluster
-@options.cache
-@options.cache_size
-@options.as_json
-def fisher(train: str, method: Any, cache: str | None, cache_size: str, as_json: bool, **given: Any) -> None:
+@click.option("--method", type=click.Choice(["primal", "dual", "auto"]), default="primal", show_default=True,
+              help="primal: the Fisher matrix; dual: the rows' Gram matrix, for fewer rows than columns; auto: the "
+              "cheaper one that fits.")  # fmt: skip
+@options.flags(FisherOptions, rows={"callback": _parse_rows})
+@options.where
+def fisher(train: str, cache: str | None, cache_size: str, as_json: bool, **settings: Any) -> None:
     """Compute and factorise the Fisher matrix of TRAIN, and save it there."""
     from ooc_influence import fit_curvature
 
-    opened = options.open_train(train, cache, cache_size)
-    curvature = fit_curvature(opened, method=method, progress=options.show_progress(), **given)
+    store = options.open_train(train, cache, cache_size)
+    curvature = fit_curvature(store, progress=options.show_progress(), **settings)
     options.print_result(as_json, curvature.facts(), lambda: repr(curvature))
+
+
+@click.command()
+@_pair
+@click.option("--out", required=True, type=options.PATH, metavar="PATH",
+              help="The Zarr array (queries, rows) to write, or to continue.")  # fmt: skip
+@options.flags(PairOptions)
+@_pairing
+def score(query: str, train: str, out: str, as_json: bool, **settings: Any) -> None:
+    """Write the influence of every row of TRAIN on every query of QUERY to a Zarr array.
+
+    Chunks that are written stay: the same command continues with those that are missing.
+    """
+    from ooc_influence import influence_scores
+
+    scores: Any = influence_scores(**_paired(query, train, settings), out=out)
+    _print_scores(scores, out, as_json)
+
+
+def _print_scores(scores: Any, out: str, as_json: bool) -> None:
+    sizes = dict(zip(scores.attrs["dims"], scores.shape, strict=True))
+    facts = {"scores": out, "queries": sizes["query"], "rows": sizes["train"], "damping": scores.attrs["damping"]}
+    facts |= {"normalize": scores.attrs["normalize"], "outside_share": scores.attrs["outside_share"]}
+    facts |= {"modules": scores.attrs["modules"]} if "module" in sizes else {}
+    more = "".join(f"{sizes[name]} {label} x " for name, label in (("damping", "dampings"), ("module", "modules"))
+                   if name in sizes)  # fmt: skip
+    size = f"{counted(sizes['query'], 'query', 'queries')} x {counted(sizes['train'], 'row')}"
+    options.print_result(as_json, facts, lambda: f"{out}: {more}{size}")
+
+
+@click.command()
+@_pair
+@click.option("--top", "count", type=int, default=10, show_default=True, help="How many of each.")
+@options.flags(ListOptions)
+@_pairing
+def top(query: str, train: str, count: int, as_json: bool, **settings: Any) -> None:
+    """Show each query's strongest proponents and opponents among the rows of TRAIN."""
+    from ooc_influence import top_influential
+
+    lists = top_influential(**_paired(query, train, settings), top=count)
+    options.print_result(as_json, lists.to_dict(), lambda: _by_damping(lists, partial(_list_text, count)))
+
+
+def _by_damping(lists: Any, text: Any) -> str:
+    if lists.dampings is None:
+        return str(text(lists))
+    levels = (lists.at(number) for number in range(lists.dampings))
+    return "\n\n".join(f"damping {level.damping}\n\n{text(level)}" for level in levels)
+
+
+def _list_text(count: int, lists: Any) -> str:
+    from ooc_influence.report import table
+
+    parts = []
+    for number, name in enumerate(lists.query_ids.tolist()):
+        ranked = lists.of_query(number)
+        pairs = zip_longest(*([entry[1:] for entry in entries] for entries in ranked.values()), fillvalue=("", ""))
+        lines = [table(("proponent", "score", "opponent", "score"), [left + right for left, right in pairs])]
+        short = [
+            f"only {counted(len(entries), kind[:-1])}" if entries else f"no {kind}"
+            for kind, entries in ranked.items()
+            if len(entries) < count
+        ]
+        if short:
+            lines.append(f"{', '.join(short)}: no other row has a score of that sign")
+        outside = lists.outside_share[number]
+        title = f"query {name}" + (f" ({outside:.0%} outside the training spectrum)" if outside >= 0.005 else "")
+        parts.append("\n".join([title, *(["dropped"] if (lists.proponents.rows[number] < 0).all() else lines)]))
+    return "\n\n".join(parts)
+
+
+@click.command("self-influence")
+@click.argument("train", type=options.PATH)
+@click.option("--also", multiple=True, type=options.PATH, metavar="TRAIN",
+              help="Another checkpoint's store; values are averaged.")  # fmt: skip
+@click.option("--top", "count", type=click.IntRange(min=1), default=20, show_default=True,
+              help="How many rows to show.")  # fmt: skip
+@click.option("--out", type=click.Path(dir_okay=False), help="Write all values to this .npy file.")
+@options.flags(SelfInfluenceOptions)
+@options.dot
+@options.where
+def self_influence_command(
+    train: str, also: tuple[str, ...], count: int, out: str | None, as_json: bool, **settings: Any
+) -> None:
+    """Show the rows of TRAIN with the largest self-influence: candidates for wrong labels."""
+    import numpy as np
+
+    from ooc_influence import self_influence
+    from ooc_influence.report import table
+    from ooc_influence.store import check_writable
+
+    if out is not None:
+        check_writable(Path(out), missing_folders=False)
+    arguments = _arguments((train, *also), settings)
+    values = self_influence(**arguments)
+    if out is not None:
+        with writing(f"to write {out}"), Path(out).open("wb") as file:
+            np.save(file, values)
+    store = arguments["train"][0] if also else arguments["train"]
+    levels = []
+    for level in np.atleast_2d(values):
+        order = np.argsort(np.where(np.isnan(level), np.inf, -level), kind="stable")[:count]
+        order = order[~np.isnan(level[order])]
+        columns = (order.tolist(), store.ids(order).tolist(), level[order].tolist())
+        lines = zip(*columns, strict=True)
+        levels.append([{"row": row, "id": name, "self_influence": value} for row, name, value in lines])
+    tables = [table(("row", "id", "self-influence"), [tuple(row.values()) for row in rows]) for rows in levels]
+    facts: dict[str, Any] = {"n": store.n, "rows": levels[0]}
+    if values.ndim == 2:
+        facts = {"n": store.n, "damping": arguments["damping"], "by_damping": levels}
+        tables = [f"damping {value}\n\n{text}" for value, text in zip(arguments["damping"], tables, strict=True)]
+    options.print_result(as_json, facts, lambda: "\n\n".join(tables))
+
+
+@click.command()
+@_pair
+@click.option("--by", required=True, metavar="COLUMN", help="The column of TRAIN whose values are groups, or 'id'.")
+@click.option("--top", "count", type=click.IntRange(min=1), default=20, show_default=True,
+              help="How many groups of each query to show, largest sums first.")  # fmt: skip
+@options.flags(ListOptions)
+@_pairing
+def groups(query: str, train: str, by: str, count: int, as_json: bool, **settings: Any) -> None:
+    """Show the influence of groups of rows of TRAIN (labels, sources, documents) on each query: sums and means."""
+    import numpy as np
+
+    from ooc_influence import group_influence
+    from ooc_influence.report import table
+
+    influence = group_influence(**_paired(query, train, settings), by=by)
+
+    def text() -> str:
+        parts = []
+        several = influence.sums.ndim == 3
+        for level, sums in enumerate(influence.sums if several else influence.sums[None]):
+            means = influence.means[level] if several else influence.means
+            title = f"damping {influence.damping[level]}, " if several else ""
+            for number, name in enumerate(influence.query_ids.tolist()):
+                order = np.argsort(-sums[number], kind="stable")[:count]
+                columns = (influence.names[order], influence.counts[order], sums[number][order], means[number][order])
+                lines = list(zip(*columns, strict=True))
+                parts.append(f"{title}query {name}\n{table((by, 'rows', 'sum', 'mean'), lines)}")
+        return "\n\n".join(parts)
+
+    options.print_result(as_json, influence.to_dict(), text)
+
+
+@click.command()
+@_pair
+@click.option("--top", "count", type=int, help="How many of each, by module.")
+@click.option("--out", type=options.PATH, metavar="PATH",
+              help="Instead: the Zarr array (modules, queries, rows) to write.")  # fmt: skip
+@options.flags(PairOptions)
+@_pairing
+def modules(query: str, train: str, count: int | None, out: str | None, as_json: bool, **settings: Any) -> None:
+    """Show or write the part of each score that each module contributes; the parts add up to the score."""
+    from ooc_influence import module_influence
+
+    influence: Any = module_influence(**_paired(query, train, settings), top=count, out=out)
+    if out is not None:
+        _print_scores(influence, out, as_json)
+        return
+    assert count is not None  # the call refuses neither
+    text = partial(_list_text, count)
+    options.print_result(
+        as_json,
+        {name: lists.to_dict() for name, lists in influence.items()},
+        lambda: "\n\n".join(f"module {name}\n\n{_by_damping(lists, text)}" for name, lists in influence.items()),
+    )
+
+
+def _paired(query: str, train: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a library call that the options of a command stand for."""
+    also, column = settings.pop("also"), settings.pop("average_by")
+    if settings["average_queries"] and column is not None:
+        raise InputError("expected --average-queries or --average-by; received both")
+    queries = [query, *(pair[0] for pair in also)] if also else query
+    arguments = _arguments((train, *(pair[1] for pair in also)), settings)
+    return {"query": queries, **arguments} | ({} if column is None else {"average_queries": column})
+
+
+def _arguments(trains: tuple[str, ...], settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments that train stores and the options of every scoring command stand for."""
+    cache, size = settings.pop("cache"), settings.pop("cache_size")
+    stores = [options.open_train(path, cache, size) for path in trains]
+    curvature, damping, rows = settings["curvature"], settings["damping"], settings["rows"]
+    if settings.pop("dot"):
+        if curvature:
+            raise InputError("expected --dot or --curvature; received both")
+        curvature = (False,)
+    for name, values in (("--curvature", curvature), ("--rows", rows)):
+        if len(values) > 1 and len(values) != len(trains):
+            raise InputError(f"expected {name} once for each of {len(trains)} checkpoints; received {len(values)}")
+    trained_on = [_read_rows(path) for path in rows]
+    several = len(trains) > 1
+    if several and len(trained_on) == 1:
+        raise InputError(f"expected --rows once for each of {len(trains)} checkpoints ('all': all); received 1")
+    return settings | {
+        "train": stores if several else stores[0],
+        "curvature": None if not curvature else (list(curvature) if len(curvature) > 1 else curvature[0]),
+        "damping": None if not damping else (list(damping) if len(damping) > 1 else damping[0]),
+        "rows": None if not trained_on else (trained_on if several else trained_on[0]),
+        "progress": options.show_progress(),
+    }
+
+
+def _read_rows(path: str) -> Any:
+    import numpy as np
+
+    if path == "all":
+        return None
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"expected row numbers or a mask in a .npy file; received {path}: {error}") from error
+
+
+_FIELDS = ("text", "label", "source", "id", "image")
+_pages = options.several(
+    click.option("--queries", type=options.PATH, metavar="Q",
+                 help="Query store whose proponents and opponents to show."),
+    click.option("--data", type=options.PATH, metavar="FILE",
+                 help="Where the texts of STORE's rows are: .jsonl, .csv, .tsv, .parquet, .json, .txt (or .gz, .zst "
+                 "of these), 'dir/*.jsonl', a datasets folder."),
+    click.option("--query-data", type=options.PATH, metavar="FILE", help="The same of the queries."),
+    click.option("--text", metavar="FIELD", help="Field with the text. Default: as extracted; text; prompt and "
+                 "completion; messages."),
+    click.option("--label", metavar="FIELD", help="Field with the label. Default: the column or field 'label'."),
+    click.option("--source", metavar="FIELD", help="Field with the source. Default: the column or field 'source'."),
+    click.option("--id", metavar="FIELD", help="Field with the ids that the store has. Default: as extracted, or "
+                 "'id'."),
+    click.option("--image", metavar="FIELD", help="Field with an image's path, below the folder of the data file."),
+    click.option("--images", type=options.PATH, metavar="FILE.npy",
+                 help="Instead: images of STORE's rows, (n, h, w) or (n, h, w, c)."),
+    click.option("--query-images", type=options.PATH, metavar="FILE.npy", help="The same of the queries."),
+    options.flags(
+        ReportOptions, without=("device",),
+        curvature={"multiple": False, "help": "Curvature to use. Default: 'default' in STORE."},
+        damping={"multiple": False, "help": "Damping factor. Default: the curvature's (0.1, relative)."},
+    ),
+    options.dot, options.where,
+)  # fmt: skip
+
+
+@click.command()
+@click.argument("store", type=options.PATH)
+@click.option("-o", "--out", required=True, type=options.PATH, metavar="DIR",
+              help="The folder to write; an earlier report is replaced.")  # fmt: skip
+@_pages
+def report(store: str, out: str, as_json: bool, **settings: Any) -> None:
+    """Write pages about STORE to a folder that opens from disk: examples, label errors, spectrum, groups.
+
+    Open DIR/index.html in a browser; nothing is loaded from anywhere else.
+    """
+    from ooc_influence.report import write_report
+
+    folder = write_report(out=out, **_report_arguments(store, settings))
+    facts = {"report": str(folder), "open": str(folder / "index.html")}
+    options.print_result(as_json, facts, lambda: f"open {facts['open']}")
+
+
+@click.command()
+@click.argument("store", type=options.PATH)
+@click.option("--model", type=options.PATH, metavar="DIR|ID",
+              help="Take new queries with this Hugging Face model, the one STORE was made with.")  # fmt: skip
+@click.option("--recipe", type=options.PATH, metavar="FILE.py:FUNCTION",
+              help="Take them with a recipe that has query=.")  # fmt: skip
+@click.option("--typed", type=click.Choice(["text", "prompt", "chat"]), default="text", show_default=True,
+              help="What is typed, with --model: running text, or a prompt and a completion (chat: through the "
+              "tokenizer's template).")  # fmt: skip
+@options.flags(LoadingOptions, without=("task", "allow_pickle"))
+@options.flags(DocumentOptions, only=("model_dtype",))
+@click.option("--device", help="Where the model runs, such as cuda. Default: the CPU.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; others than this machine's "
+              "own let the network in.")  # fmt: skip
+@click.option("--port", type=click.IntRange(0, 65535), default=0, help="Default: a free one.")
+@click.option("--no-token", is_flag=True, help="Let anybody ask who reaches the port.")
+@_pages
+def serve(store: str, host: str, port: int, no_token: bool, as_json: bool, **settings: Any) -> None:
+    """Serve pages about STORE on this machine, and take new queries. Ctrl-C ends it.
+
+    A query typed or pasted is extracted as the rows of STORE were; its proponents come from STORE.
+    """
+    from ooc_influence.report.server import live_report
+    from ooc_influence.report.server import serve as run
+
+    loading = {name: settings.pop(name) for name in ("adapter", "tokenizer", "revision", "trust_remote_code", "device")}
+    loading["dtype"] = settings.pop("model_dtype")
+    model = _query_model(settings.pop("model"), settings.pop("recipe"), settings.pop("typed"), loading)
+
+    def started(url: str) -> None:
+        options.print_result(as_json, {"url": url}, lambda: f"open {url} (Ctrl-C ends it)")
+        sys.stdout.flush()
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    arguments = _report_arguments(store, settings)
+    with live_report(model=model, listen=(host, port), token=not no_token, **arguments) as server:
+        run(server, started)
+    click.echo("stopped", err=True)
+
+
+def _query_model(name: str | None, recipe: str | None, typed: str, loading: dict[str, Any]) -> Any:
+    from ooc_influence.report.live_query import HuggingFaceModel, RecipeModel
+
+    if name is not None and recipe is not None:
+        raise InputError("expected --model or --recipe; received both")
+    if name is not None:
+        return HuggingFaceModel(name, typed, **loading)
+    if recipe is None:
+        return None
+    from ooc_influence.extract import load_recipe
+
+    with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints must not end up in our output
+        return RecipeModel(load_recipe(recipe), recipe)
+
+
+def _report_arguments(store: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a report that options stand for."""
+    from ooc_influence.report import Corpus
+
+    if settings.pop("dot"):
+        if settings["curvature"] is not None:
+            raise InputError("expected --dot or --curvature; received both")
+        settings["curvature"] = False
+    train = options.open_train(store, settings.pop("cache"), settings.pop("cache_size"))
+    fields = {name: settings.pop(name) for name in _FIELDS}
+    data, images = settings.pop("data"), settings.pop("images")
+    query_data, query_images = settings.pop("query_data"), settings.pop("query_images")
+    if data is None and query_data is None and any(fields.values()):
+        raise InputError("expected --data or --query-data with the names of fields; received neither")
+    data_fields = query_fields = fields
+    if data is not None and query_data is not None:  # queries may have fewer fields, or others
+        data_fields, query_fields = _fields_of(data, fields), _fields_of(query_data, fields)
+        # a field that neither has is refused where it is looked for
+        data_fields |= {name: field for name, field in fields.items() if name not in query_fields}
+    return settings | {
+        "store": train,
+        "data": Corpus(data, images=images, **(data_fields if data else {})),
+        "query_data": Corpus(query_data, images=query_images, **(query_fields if query_data else {})),
+        "by": list(settings["by"]) or None,
+        "progress": options.show_progress(),
+    }
+
+
+def _fields_of(path: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """Return those of the fields that a file's documents have."""
+    from ooc_influence.corpus import open_documents
+
+    names = open_documents(path).column_names
+    return {name: field for name, field in fields.items() if field in names}

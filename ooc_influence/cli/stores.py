@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from ooc_influence.cli import options
-from ooc_influence.errors import counted
+from ooc_influence.errors import InputError, counted
+from ooc_influence.options import ReduceOptions
 
 
 @click.command()
@@ -35,8 +36,8 @@ def info(store: str, as_json: bool) -> None:
 
 @click.command()
 @click.argument("store", type=options.PATH)
-@click.option("--repair", is_flag=True, help="Give up damaged chunks: the next extraction writes just those again.")
-@click.option("--workers", type=int, metavar="N", help="Row stripes at once. Default: one a core.")
+@click.option("--repair", is_flag=True, help="Discard damaged chunks: the next extraction writes just those again.")
+@click.option("--workers", type=int, metavar="N", help="Ranges of rows worked on at once. Default: one a core.")
 @options.memory
 @options.cluster
 @options.as_json
@@ -46,21 +47,23 @@ def verify(store: str, repair: bool, workers: int | None, memory: str | None, as
 
     opened = GradientStore.open(store, "a" if repair else "r", damaged=True)
     checked = opened.committed
-    found = opened.verify(repair=repair, workers=workers, memory=memory, progress=options.show_progress())
-    damage = [part._asdict() for part in found]
+    damage = opened.verify(repair=repair, workers=workers, memory=memory, progress=options.show_progress())
 
     def text() -> str:
-        if not found:
+        if not damage:
             return f"{store}: {counted(checked, 'committed row')}, nothing wrong"
         lines = [
-            f"rows {part.start}-{part.stop}: {part.reason}" if part.start is not None else part.reason for part in found
+            f"rows {part.start}-{part.stop}: {part.reason}" if part.start is not None else part.reason
+            for part in damage
         ]
-        end = "the rows listed are given up: run the extraction again to write them" if repair else ""
-        end = end or "run with --repair to give up the rows listed, then the extraction again to write them"
+        end = "the rows listed are discarded: run the extraction again to write them" if repair else ""
+        end = end or "run with --repair to discard the rows listed, then the extraction again to write them"
         return "\n".join([*lines, end])
 
-    options.print_result(as_json, {"store": store, "checked_rows": checked, "damage": damage}, text)
-    return 1 if found else 0
+    options.print_result(
+        as_json, {"store": store, "checked_rows": checked, "damage": [part._asdict() for part in damage]}, text
+    )
+    return 1 if damage else 0
 
 
 @click.command()
@@ -73,10 +76,10 @@ def ids(store: str, ids: tuple[str, ...], as_json: bool) -> int:
     from ooc_influence.report import table
 
     opened = GradientStore.open(store)
-    wanted = _parse_ids(opened, ids)
-    numbers = opened.find(wanted).tolist()
+    example_ids = _parse_ids(opened, ids)
+    numbers = opened.find(example_ids).tolist()
     lines = []
-    for name, row in zip(wanted, numbers, strict=True):
+    for name, row in zip(example_ids, numbers, strict=True):
         line: dict[str, Any] = {"id": name, "row": None if row < 0 else row}
         for what in ("loss", "grad_norm", "dropped"):
             line[what] = None if row < 0 else opened.small(what, row, row + 1)[0].item()
@@ -110,7 +113,6 @@ def drop(
     without them.
     """
     from ooc_influence import GradientStore
-    from ooc_influence.errors import InputError
     from ooc_influence.report import read_decisions
 
     named = [*rows, *(line.strip() for line in file or () if line.strip())]
@@ -120,16 +122,16 @@ def drop(
         raise InputError("expected --from FILE with --relabelled; received none: it says what is to be relabelled")
     with GradientStore.open(store, "a") as opened:
         if by_id:
-            wanted = _parse_ids(opened, named)
-            numbers = opened.find(wanted).tolist()
-            missing = [name for name, row in zip(wanted, numbers, strict=True) if row < 0]
+            example_ids = _parse_ids(opened, named)
+            numbers = opened.find(example_ids).tolist()
+            missing = [name for name, row in zip(example_ids, numbers, strict=True) if row < 0]
             if missing:
                 raise InputError(f"expected ids of {store}; received {missing[:5]}, which no row has")
         else:
             numbers = [number for text in named for number in _parse_range(text)]
-        found = [] if decisions is None else read_decisions(decisions, opened)
-        kept = [own.row for own in found if own.action == "relabel" and not relabelled]
-        numbers += [own.row for own in found if own.action == "drop" or relabelled]
+        made = [] if decisions is None else read_decisions(decisions, opened)
+        kept = [each.row for each in made if each.action == "relabel" and not relabelled]
+        numbers += [each.row for each in made if each.action == "drop" or relabelled]
         before = int(opened.dropped.sum())
         opened.drop(numbers)
         total = int(opened.dropped.sum())
@@ -144,7 +146,6 @@ def drop(
 
 
 def _parse_ids(store: Any, names: Any) -> list[Any]:
-    from ooc_influence.errors import InputError
 
     if store.layout.ids == "str":
         return list(names)
@@ -155,7 +156,6 @@ def _parse_ids(store: Any, names: Any) -> list[Any]:
 
 
 def _parse_range(text: str) -> range:
-    from ooc_influence.errors import InputError
 
     first, dash, last = text.partition("-")
     if not first.isdigit() or (dash and (not last.isdigit() or int(last) < int(first))):
@@ -194,7 +194,7 @@ def merge(sources: tuple[str, ...], out: str, move: bool, as_json: bool) -> None
 @click.argument("store", type=options.PATH)
 @options.as_json
 def upgrade(store: str, as_json: bool) -> None:
-    """Bring a STORE of an older format to the present one, in place."""
+    """Convert a STORE of an older format to the present one, in place."""
     from ooc_influence import GradientStore, upgrade_store
 
     changed = upgrade_store(store)
@@ -208,32 +208,19 @@ def upgrade(store: str, as_json: bool) -> None:
 @click.argument("out", type=options.PATH)
 @click.option("--dims", "r", type=int, metavar="R", help="Numbers stored a row. Default: 1024; with --rotate as many "
               "as there are.")  # fmt: skip
-@click.option("--pilot", "rows", type=int, metavar="N", help="Rows the basis is made from. Default: all, up to "
-              "131072 or 64 R.")  # fmt: skip
-@click.option("--weights", type=click.Choice(["ggn", "trak"]), help="Row weights of the basis. Default: none.")
-@click.option(
-    "--like", type=options.PATH, metavar="TRAIN", help="Use the basis of this reduced train store: makes a query store."
-)
-@click.option("--rotate", is_flag=True, help="WIDE is reduced already: turn it to the basis of the F of all its rows.")
-@click.option("--dtype", type=click.Choice(["float16", "bfloat16", "float32", "int8", "int4"]),
-              help="Representation on disk. Default: float16; with --rotate as WIDE.")  # fmt: skip
-@click.option("--codec", type=click.Choice(["zstd", "blosc", "lz4", "gzip"]), help="Compress chunks. Default: none.")
-@options.workers
-@options.memory
-@options.cluster
-@options.cache
-@options.cache_size
-@options.as_json
-def reduce(wide: str, codec: str | None, cache: str | None, cache_size: str, as_json: bool, **given: Any) -> None:
-    """Write the rows of WIDE in the top of their eigenbasis to OUT.
+@options.flags(ReduceOptions)
+@options.codec
+@options.where
+def reduce(wide: str, codec: str | None, cache: str | None, cache_size: str, as_json: bool, **settings: Any) -> None:
+    """Write the rows of WIDE in the largest directions of their eigenbasis to OUT.
 
-    A run that was stopped goes on where it was when the same command runs again, with the same basis.
+    After an interruption, the same command continues where it was, with the same basis.
     """
     from ooc_influence import Storage, reduce_store
     from ooc_influence.report import describe, store_facts
 
     opened = options.open_train(wide, cache, cache_size)
-    result = reduce_store(opened, storage=Storage(codec=codec), progress=options.show_progress(), **given)
+    result = reduce_store(opened, storage=Storage(codec=codec), progress=options.show_progress(), **settings)
     options.print_result(as_json, store_facts(result), lambda: describe(result))
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
@@ -31,7 +31,7 @@ from ooc_influence.errors import InputError, MismatchError, StoreNotFoundError
 from ooc_influence.fingerprint import check_same, check_same_rows
 from ooc_influence.linalg import Floats, WeightedRows, parse_weighting, row_weights
 from ooc_influence.memory import PRODUCT_ROWS, MemoryModel, plan_block_rows
-from ooc_influence.options import Weighting
+from ooc_influence.options import ReduceOptions, Striped, Weighting, select, takes
 from ooc_influence.parallel import check_workers, slots_per_process
 from ooc_influence.store import (
     GradientStore,
@@ -50,22 +50,14 @@ from ooc_influence.store import (
 logger = logging.getLogger("ooc_influence")
 
 
+@takes(ReduceOptions)
 def reduce_store(
     wide: GradientStore | PathLike,
     out: PathLike,
     r: int | None = None,
-    *,
-    rows: int | None = None,
-    weights: str | None = None,
-    like: GradientStore | PathLike | None = None,
-    rotate: bool = False,
-    dtype: str | None = None,
-    storage: Storage | None = None,
-    workers: int | None = None,
-    memory: int | str | None = None,
-    progress: bool | None = None,
+    **options: Unpack[ReduceOptions],
 ) -> GradientStore:
-    """Write the rows of a wide store in the top of their eigenbasis to a new store, or resume where a run stopped.
+    """Write the rows of a wide store in the largest directions of their eigenbasis to a new store, or resume.
 
     Losses, norms (of the wide rows), ids, columns and tombstones carry over; row numbers stay. Query stores can be
     extracted with ``like=`` the new store, or reduced with it. When rows were appended to the wide store since, the
@@ -80,26 +72,8 @@ def reduce_store(
     r : int, optional
         Numbers stored a row; default 1024, or fewer where there are fewer rows or entries. With ``rotate`` as many as
         there are, with ``like`` as it has.
-    rows : int, optional
-        Floats the basis is made from, spread evenly over the store; default all of them, up to 131,072 or 64 for each
-        number kept. Fewer take less time, and leave out more of the other rows.
-    weights : {"ggn", "trak"}, optional
-        Weights of these rows (:mod:`ooc_influence.linalg.rows`), for one-label cross-entropy.
-    like : GradientStore or path, optional
-        A reduced train store whose basis to use instead: makes a query store. ``wide`` has its mask; or is reduced with
-        the basis that ``like`` was rotated from.
-    rotate : bool
-        ``wide`` is reduced already: write its rows in the eigenbasis of the F of all of them.
-    dtype : {"float16", "bfloat16", "float32", "int8", "int4"}, optional
-        Representation on disk; default float16, or that of an already reduced store.
-    storage : Storage, optional
-        Chunking and codec.
-    workers : int, optional
-        Row stripes worked on at once; by default one with all cores, or the slots of the ambient Dask cluster.
-    memory : int or str, optional
-        Budget for the process, such as ``"4GiB"``; by default half of what is free.
-    progress : bool, optional
-        Show progress lines; silent by default.
+    **options : ReduceOptions
+        See :mod:`ooc_influence.options`.
 
     Returns
     -------
@@ -120,11 +94,12 @@ def reduce_store(
     NonFiniteError
         If rows are too large for float32 sums.
     """
-    job = _Job.parse(wide, r, rows, weights, like, rotate)
+    job = _Job.parse(wide, r, options)
     path = parse_path(out)
     if path in (job.source.path, job.like and job.like.path):
         raise InputError(f"expected a path that is not one of the stores; received {out}: choose another path")
-    means: dict[str, Any] = {"workers": workers, "memory": memory, "progress": progress}
+    means: dict[str, Any] = {**select(Striped, options)}
+    dtype, storage = options["dtype"], options["storage"]
     target = _open_earlier(path, job, dtype, storage)
     if target is None:
         target = _create(path, job, dtype, storage, means)
@@ -163,11 +138,9 @@ class _Job:
     rotate: bool
 
     @classmethod
-    def parse(
-        cls, wide: GradientStore | PathLike, r: int | None, rows: int | None, weights: str | None,
-        like: GradientStore | PathLike | None, rotate: bool,
-    ) -> _Job:  # fmt: skip
+    def parse(cls, wide: GradientStore | PathLike, r: int | None, options: ReduceOptions) -> _Job:
         """Open what is a path and check that all of it belongs together."""
+        like, rows, weights, rotate = options["like"], options["rows"], options["weights"], options["rotate"]
         source = _open(wide)
         train = None if like is None else _open(like)
         if train is not None and (r is not None or rows is not None or weights is not None or rotate):

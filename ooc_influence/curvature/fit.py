@@ -48,7 +48,7 @@ from ooc_influence.errors import (
 )
 from ooc_influence.linalg import Range, WeightedRows, check_room, mirror, parse_device, symmetric_eigen
 from ooc_influence.memory import MemoryBudget, format_bytes, plan_block_rows
-from ooc_influence.options import FisherOptions, FittingOptions, RowOptions, definitions, takes
+from ooc_influence.options import FisherOptions, FittingOptions, RowOptions, select, takes
 from ooc_influence.parallel import check_workers, slots_per_process
 from ooc_influence.store import GradientStore, PathLike, StorePath, parse_path
 
@@ -396,13 +396,12 @@ def fit_curvature(
         raise InputError(
             f"expected method='primal' for {' and '.join(primal)}; received method='dual': leave one of them out"
         )
-    shared: Any = {name: options[name] for name in definitions(FittingOptions)}  # type: ignore[literal-required]
-    return fit_gram(train, **shared)
+    return fit_gram(train, **select(FittingOptions, options))
 
 
 def _cheaper_method(train: GradientStore, options: FisherOptions) -> Literal["primal", "dual"]:
     """Return the method of the smaller matrix, or the other one where only that fits the budget."""
-    chosen = choose_rows(train, {"rows": options["rows"], "sample": options["sample"], "seed": options["seed"]})
+    chosen = choose_rows(train, {**select(RowOptions, options), "weights": None})
     cheaper = choose_method(chosen.count, train.k)
     budget, shapes = MemoryBudget.of(options["memory"]), FitShapes.of(chosen)
     needs = {"dual": shapes.gram, "primal": fisher_memory(train.k, 1, train.reading_bytes, rows=chosen.small_bytes)}

@@ -1,6 +1,6 @@
 """Measures of how well influence does what it is used for, and the retraining they are measured against."""
 
-from ooc_influence.evaluate.agreement import SWEEP, Agreement, CheckResult, check
+from ooc_influence.evaluate.agreement import Agreement, CheckResult, check
 from ooc_influence.evaluate.bounds import CompressionErrors, ExactInfluence, reduction_bounds
 from ooc_influence.evaluate.measures import LdsResult, auc, lds, recall_at
 from ooc_influence.evaluate.removal import LeaveOneOut, RemovalCurve, leave_one_out, removal_curve
@@ -8,7 +8,7 @@ from ooc_influence.evaluate.retrain import finished_runs, random_subsets, retrai
 from ooc_influence.evaluate.runs import Runs
 
 __all__ = [
-    "SWEEP", "Agreement", "CheckResult", "CompressionErrors", "ExactInfluence", "LdsResult", "LeaveOneOut",
+    "Agreement", "CheckResult", "CompressionErrors", "ExactInfluence", "LdsResult", "LeaveOneOut",
     "RemovalCurve", "Runs", "auc", "check", "finished_runs", "lds", "leave_one_out", "random_subsets", "recall_at",
     "reduction_bounds", "removal_curve", "retrain",
 ]  # fmt: skip

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -28,10 +28,10 @@ from ooc_influence.curvature import DEFAULT_DAMPING
 from ooc_influence.errors import InputError, MemoryBudgetError
 from ooc_influence.extract import PerSampleLoss, extract_gradients, parse_device, part_of
 from ooc_influence.memory import MemoryBudget, format_bytes
+from ooc_influence.options import CheckOptions, takes
 from ooc_influence.store import GradientStore, LayerShape, PathLike
 
 Matrix = npt.NDArray[np.float64]
-SWEEP = (0.01, DEFAULT_DAMPING, 1.0, 10.0)
 _TOP = 10
 _ENTRY_BYTES = 40  # of a group's entries while its rows are taken: mask, indices, a batch of rows, its copy
 _GOOD, _FAIR, _GAIN = 0.9, 0.7, 0.05  # of a rank correlation; a difference worth telling
@@ -101,18 +101,13 @@ class CheckResult:
         return "\n".join([*lines, *self.advice])
 
 
+@takes(CheckOptions)
 def check(
     store: GradientStore | PathLike,
     model: torch.nn.Module,
     per_sample_loss: PerSampleLoss,
     batches: Any,
-    *,
-    rows: int = 256,
-    dampings: Sequence[float] = SWEEP,
-    device: torch.device | str | None = None,
-    memory: int | str | None = None,
-    folder: str | Path | None = None,
-    progress: bool | None = None,
+    **options: Unpack[CheckOptions],
 ) -> CheckResult:
     """Compare a store's scores with uncompressed ones on a few samples.
 
@@ -123,18 +118,8 @@ def check(
     model, per_sample_loss, batches
         As it was extracted with (:func:`extract_gradients`); some of the samples are taken, spread over the data where
         batches can be addressed.
-    rows : int
-        Samples, at least 32; one in eight becomes a query.
-    dampings : sequence of float
-        Relative dampings to compare at; the default is always among them.
-    device : torch.device or str, optional
-        Where to run; by default where the model is.
-    memory : int or str, optional
-        Budget for the process; by default half of what is free. Whole gradients are taken by groups of layers that fit.
-    folder : path, optional
-        Where temporary rows are written; by default the system's folder for temporary files.
-    progress : bool, optional
-        Show progress lines.
+    **options : CheckOptions
+        See :mod:`ooc_influence.options`. Full gradients are computed for groups of layers that fit ``memory``.
 
     Raises
     ------
@@ -146,18 +131,19 @@ def check(
         See :func:`extract_gradients`.
     """
     train = store if isinstance(store, GradientStore) else GradientStore.open(store)
+    rows, dampings = options["rows"], options["dampings"]
     if isinstance(rows, bool) or rows < _LEAST_ROWS:
         raise InputError(f"expected at least {_LEAST_ROWS} rows to compare on; received {rows!r}")
     if any(not damping > 0 for damping in dampings):
         raise InputError(f"expected dampings > 0; received {list(dampings)}")
     layers = [module.layer for module in train.mask.modules]
-    budget = MemoryBudget.of(memory)
+    budget = MemoryBudget.of(options["memory"])
     groups = list(_groups(layers, rows, budget.budget - budget.held))
     sample = part_of(batches, rows)
-    options: dict[str, Any] = {"device": parse_device(model, device), "progress": progress}
-    with tempfile.TemporaryDirectory(prefix=".ooc_influence-check-", dir=folder) as name:
+    how: dict[str, Any] = {"device": parse_device(model, options["device"]), "progress": options["progress"]}
+    with tempfile.TemporaryDirectory(prefix=".ooc_influence-check-", dir=options["folder"]) as name:
         compressed = extract_gradients(
-            model, per_sample_loss, sample, Path(name) / "stored", like=train, dtype=train.layout.dtype, **options
+            model, per_sample_loss, sample, Path(name) / "stored", like=train, dtype=train.layout.dtype, **how
         )
         n = compressed.n
         if n < _LEAST_ROWS:
@@ -167,7 +153,7 @@ def check(
             whole += _products(
                 extract_gradients(
                     model, per_sample_loss, sample, Path(name) / f"whole-{number}", compressor=Identity(),
-                    dtype="float32", modules=group, check_gradients=False, **options,
+                    dtype="float32", modules=group, check_gradients=False, **how,
                 )
             )  # fmt: skip
     agreement = compare(stored, whole, train.k, sorted({*dampings, DEFAULT_DAMPING}))

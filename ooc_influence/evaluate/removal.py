@@ -8,10 +8,10 @@ the prediction is its "brittleness" (Ilyas et al. 2022, arXiv 2202.00622).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ import numpy.typing as npt
 from ooc_influence.errors import InputError
 from ooc_influence.evaluate.retrain import Measure, Train, retrain
 from ooc_influence.evaluate.runs import Rows, Runs
+from ooc_influence.options import RetrainOptions, takes
 
 Floats = npt.NDArray[np.float64]
 
@@ -97,6 +98,7 @@ class RemovalCurve:
         return np.asarray((self.outcomes.mean(0)[right] < threshold).mean(0))
 
 
+@takes(RetrainOptions)
 def leave_one_out(
     train: Train,
     measure: Measure,
@@ -105,15 +107,13 @@ def leave_one_out(
     *,
     rows: npt.ArrayLike | None = None,
     repeats: int = 1,
-    settings: Mapping[str, Any] | None = None,
-    workers: int = 1,
-    progress: bool | None = None,
+    **options: Unpack[RetrainOptions],
 ) -> LeaveOneOut:
     """Retrain without each of some rows, and with all.
 
     Parameters
     ----------
-    train, measure, folder, settings, workers, progress
+    train, measure, folder
         As for :func:`retrain`.
     n : int
         Rows in all.
@@ -121,6 +121,8 @@ def leave_one_out(
         The rows to leave out, one at a time; default every one: n runs.
     repeats : int
         Seeds to repeat it with. A single row's effect is usually smaller than the noise of training.
+    **options : RetrainOptions
+        See :mod:`ooc_influence.options`.
 
     Raises
     ------
@@ -133,11 +135,12 @@ def leave_one_out(
     if left_out.ndim != 1 or not len(left_out) or left_out.min() < 0 or left_out.max() >= n or n < 2:
         raise InputError(f"expected rows (r,) from 0 to {n - 1} to leave out; received {left_out.shape}")
     removed = [np.empty(0, np.int64), *left_out[:, None]]
-    runs = _without(train, measure, n, removed, folder, repeats, settings, workers, progress)
+    runs = _without(train, measure, n, removed, folder, repeats, options)
     outcomes = runs.outcomes.reshape(repeats, len(removed), -1)
     return LeaveOneOut(left_out, outcomes[:, 0], outcomes[:, 1:])
 
 
+@takes(RetrainOptions)
 def removal_curve(
     train: Train,
     measure: Measure,
@@ -148,9 +151,7 @@ def removal_curve(
     *,
     targets: npt.ArrayLike | None = None,
     repeats: int = 1,
-    settings: Mapping[str, Any] | None = None,
-    workers: int = 1,
-    progress: bool | None = None,
+    **options: Unpack[RetrainOptions],
 ) -> RemovalCurve:
     """Remove the rows that matter most to each target, retrain, and measure the target.
 
@@ -158,7 +159,7 @@ def removal_curve(
 
     Parameters
     ----------
-    train, measure, folder, settings, workers, progress
+    train, measure, folder
         As for :func:`retrain`.
     n : int
         Rows in all.
@@ -170,6 +171,8 @@ def removal_curve(
         The index of each target among the measured rows; default ``0 ... t - 1``.
     repeats : int
         Seeds to repeat it with.
+    **options : RetrainOptions
+        See :mod:`ooc_influence.options`.
 
     Raises
     ------
@@ -193,7 +196,7 @@ def removal_curve(
     if indices.shape != (len(ranked),) or indices.min() < 0:
         raise InputError(f"expected an index >= 0 for each of {len(ranked)} targets; received {indices.shape}")
     removed = [np.empty(0, np.int64), *(row[:size] for row in ranked for size in sizes)]
-    runs = _without(train, measure, n, removed, folder, repeats, settings, workers, progress)
+    runs = _without(train, measure, n, removed, folder, repeats, options)
     if indices.max() >= runs.outcomes.shape[1]:
         raise InputError(f"expected targets below {runs.outcomes.shape[1]}, the outcomes; received {indices.max()}")
     outcomes = runs.outcomes.reshape(repeats, len(removed), -1)
@@ -224,16 +227,14 @@ def _without(
     removed: Sequence[npt.NDArray[np.int64]],
     folder: str | Path,
     repeats: int,
-    settings: Mapping[str, Any] | None,
-    workers: int,
-    progress: bool | None,
+    options: RetrainOptions,
 ) -> Runs:
     """Retrain without each set of rows, every repeat with a seed of its own."""
     if repeats < 1:
         raise InputError(f"expected repeats >= 1; received {repeats}")
     seeds = [repeat for repeat in range(repeats) for _ in removed]
     subsets = _Removals(n, removed, repeats)
-    return retrain(train, measure, subsets, folder, settings=settings, seeds=seeds, workers=workers, progress=progress)
+    return retrain(train, measure, subsets, folder, seeds=seeds, **options)
 
 
 def _standard_error(values: Floats) -> Floats:

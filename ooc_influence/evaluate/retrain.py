@@ -21,7 +21,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,7 @@ from threadpoolctl import threadpool_limits
 
 from ooc_influence.errors import InputError, RunFailedError
 from ooc_influence.evaluate.runs import RunFolder, Runs, Subsets, ranges, run_digest
+from ooc_influence.options import RetrainOptions, takes
 from ooc_influence.parallel import cores
 from ooc_influence.progress import Progress
 
@@ -69,16 +70,15 @@ def random_subsets(n: int, m: int, share: float = 0.5, seed: int = 0) -> npt.NDA
     return subsets
 
 
+@takes(RetrainOptions)
 def retrain(
     train: Train,
     measure: Measure,
     subsets: Subsets,
     folder: str | Path,
     *,
-    settings: Mapping[str, Any] | None = None,
     seeds: Sequence[int] | None = None,
-    workers: int = 1,
-    progress: bool | None = None,
+    **options: Unpack[RetrainOptions],
 ) -> Runs:
     """Train a model on each subset and measure it, or resume where an earlier call was stopped.
 
@@ -96,16 +96,10 @@ def retrain(
         The rows to train on, run by run.
     folder : path
         A local folder, made if it is not there. A run that finishes is kept there before the next one starts.
-    settings : mapping, optional
-        What the runs depend on besides the rows (learning rate, epochs, data version), JSON values: a folder of runs
-        with other settings is refused.
     seeds : sequence of int, optional
         A seed a run; default its number. Equal seeds for runs that are compared leave less noise in the difference.
-    workers : int
-        Processes that train at once; each has its share of the cores. With more than one, ``train`` and ``measure``
-        are sent to them: functions of a module, in a script that guards its start with ``__name__ == "__main__"``.
-    progress : bool, optional
-        Show a progress line; silent by default.
+    **options : RetrainOptions
+        See :mod:`ooc_influence.options`.
 
     Returns
     -------
@@ -124,12 +118,13 @@ def retrain(
     StoreWriteError
         If the disk refuses.
     """
-    run_folder, seeds = _open(subsets, folder, settings, seeds)
+    run_folder, seeds = _open(subsets, folder, options["settings"], seeds)
+    workers = options["workers"]
     if workers < 1:
         raise InputError(f"expected workers >= 1; received {workers}")
     missing = run_folder.collect(subsets, seeds).missing
     task = _Task(train, measure, run_folder)
-    with Progress("retrain", len(subsets), progress, unit="run") as bar:
+    with Progress("retrain", len(subsets), options["progress"], unit="run") as bar:
         bar.advance(len(subsets) - len(missing))
         if workers > 1 and missing:
             _run_in_processes(task, missing, subsets, seeds, workers, bar)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar, Unpack
 
 import torch
 
@@ -34,9 +34,10 @@ from ooc_influence.extract.metric import AdamMetric
 from ooc_influence.extract.passes import ModelSetup, fill
 from ooc_influence.extract.pilot import Pilot, remove_pilot
 from ooc_influence.extract.selection import Adjustments, ModuleSelection, select_layers
-from ooc_influence.extract.sink import OnNonFinite, Sink, StorePlan, open_existing, same_model
+from ooc_influence.extract.sink import Sink, StorePlan, open_existing, same_model
 from ooc_influence.extract.taps import PerSampleLoss, parameter_sequence
 from ooc_influence.fingerprint import check_same
+from ooc_influence.options import ExtractOptions, InitOptions, takes
 from ooc_influence.store import (
     GradientStore,
     LayerShape,
@@ -51,41 +52,29 @@ from ooc_influence.store import (
 logger = logging.getLogger("ooc_influence")
 
 
+@takes(ExtractOptions)
 def extract_gradients(
     model: torch.nn.Module,
     per_sample_loss: PerSampleLoss,
     batches: Batches | BudgetBatches,
     store: PathLike,
     *,
-    compressor: Compressor | Callable[[int], Compressor] | None = None,
-    like: GradientStore | PathLike | None = None,
-    modules: ModuleSelection = None,
-    fallback: bool = False,
-    dtype: str = "float16",
-    device: torch.device | str | None = None,
     ids: RowSource | None = None,
     columns: Mapping[str, RowSource] | None = None,
-    loss_kind: str | None = None,
     batching: Batching | None = None,
-    storage: Storage | None = None,
-    shard: tuple[int, int] | None = None,
-    pilot: Batches | BudgetBatches | None = None,
-    metric: AdamMetric | None = None,
-    on_nonfinite: OnNonFinite = "raise",
-    check_model: bool = True,
-    check_gradients: bool = True,
-    origin: Mapping[str, Any] | None = None,
-    memory: int | str | None = None,
-    progress: bool | None = None,
+    **options: Unpack[ExtractOptions],
 ) -> GradientStore:
-    """Extract compressed per-sample gradients of a model into a store on disk, or go on where a run stopped.
+    """Extract compressed per-sample gradients of a model into a store on disk, or continue where a run stopped.
+
+    ``memory`` bounds the making of an eigenbasis from the pilot's rows. Batches have a budget of their own
+    (:class:`BudgetBatches`); rows on their way to the disk are a few chunks.
 
     Parameters
     ----------
     model : torch.nn.Module
         A trained model. It is put in evaluation mode meanwhile and comes back as it was.
     per_sample_loss : callable (model, batch) -> (b,) tensor
-        The loss of each sample. Sample s of a batch must be at place s of axis 0 in every tapped layer.
+        The loss of each sample. Sample s of a batch must be at index s of axis 0 in every tapped layer.
     batches : iterable, callable start_row -> iterable, or BudgetBatches
         Batches in a fixed order (a DataLoader without shuffling). Tensors, tuples, dicts and objects with ``.to`` are
         moved to the device. A callable is given the number of samples already done and returns the batches after them.
@@ -93,57 +82,14 @@ def extract_gradients(
     store : path
         The store to write: a folder, or an fsspec URL. A store of the same run is continued: its finished rows are not
         computed again.
-    compressor : Dropout, Gaussian, Rademacher, Sjlt, Grass, LoGra, Pca or Identity, optional
-        What to keep of each gradient; default ``Dropout()``. Also a function of p, the entries of the tapped layers,
-        that returns one.
-    like : GradientStore or path, optional
-        A train store whose mask to use instead: makes a query store. The model must be the same.
-    modules : str, sequence of str, callable, optional
-        Layers to tap: name patterns or a predicate ``(name, module) -> bool``; default every supported layer, or those
-        that are trained where the others are frozen. Patterns that begin with ``!`` leave layers out.
-    fallback : bool
-        Tap selected layers of unknown kinds too, through ``torch.func``, at the cost of their full gradients.
-    dtype : {"float16", "bfloat16", "float32", "int8", "int4"}
-        Representation on disk; float16, int8 and int4 have a float32 scale a row.
-    device : torch.device or str, optional
-        Where to run; default where the model is.
     ids : sequence or callable, optional
         An id (str or int) for each sample: indexed by sample number, or ``batch -> sequence`` (not with a budget).
     columns : mapping of str to sequence or callable, optional
         Further per-row values (bool, int, float, str), given like ``ids``.
-    loss_kind : str, optional
-        Which loss it is, recorded: ``"cross_entropy"`` for one-label cross-entropy; row weights need to know.
     batching : Batching, optional
         Where the samples go in the store; checks.
-    storage : Storage, optional
-        Chunking and codec.
-    shard : (int, int), optional
-        This process is writer i of N (from 0) that fill one store together, on one machine or several that see the same
-        folder or object store. The number of rows has to be known: from the batches, or from :func:`init_store`. A
-        writer whose share is finished does nothing.
-    pilot : iterable or callable, optional
-        Batches for the pilot that importance sampling and an eigenbasis need; by default some of ``batches``, spread
-        evenly where they can be addressed (a list, a DataLoader, a budget), else the first ones.
-    metric : AdamMetric, optional
-        Weigh entries as the optimiser that trained the model did.
-    on_nonfinite : {"raise", "skip"}
-        What to do with a sample whose loss or gradient has NaN or Inf: stop and name it, or record it as a dropped row.
-    check_model : bool
-        Refuse another model than the one ``store`` or ``like`` was made with; False warns and records it instead.
-    check_gradients : bool
-        Compare entries of the first and the last sample of the first batch with autograd's gradients of the loss before
-        a row is stored, for about one and a half training steps of two samples; what was verified is recorded. A layer
-        whose samples cannot be told apart, or whose weight is used without calling it, is left out and named; one that
-        differs goes through the fallback where that is allowed.
-    origin : mapping, optional
-        What a new store's rows are made from, JSON values by name, such as the model's path and the data's: recorded,
-        and shown by ``info`` and on a report's page.
-    memory : int or str, optional
-        Budget for the process while it makes an eigenbasis of the pilot's rows, such as ``"4GiB"``; by default half of
-        what is free. Batches have a budget of their own (:class:`BudgetBatches`); rows on their way to the disk are a
-        few chunks.
-    progress : bool, optional
-        Show a progress line; silent by default.
+    **options : ExtractOptions
+        See :mod:`ooc_influence.options`.
 
     Returns
     -------
@@ -164,14 +110,15 @@ def extract_gradients(
     StoreBusyError
         If another process writes the same range.
     StoreWriteError
-        If the disk refuses; a later run goes on from the last commit.
+        If the disk refuses; a later run continues from the last commit.
     MemoryBudgetError
         If an eigenbasis does not fit the budget, or a batch's rows the memory that is free.
     """
     batching = batching or Batching()
-    setup = ModelSetup(model, per_sample_loss, parse_device(model, device), progress, check_gradients)
-    settings = Settings(compressor, like, modules, fallback, dtype, loss_kind, storage, check_model, metric, origin)
-    writer = Shard.parse(shard)
+    device = parse_device(model, options["device"])
+    setup = ModelSetup(model, per_sample_loss, device, options["progress"], options["check_gradients"])
+    settings = Settings.of(options)
+    writer = Shard.parse(options["shard"])
     warn_if_training(model)
     total = len(batches) if isinstance(batches, BudgetBatches) else count_rows(batches)
     metadata = RowMetadata.of(ids, columns)
@@ -179,9 +126,9 @@ def extract_gradients(
     metadata.check_ids()
 
     def attempt(settings: Settings) -> None:
-        source = batches if pilot is None else pilot
-        plan = plan_store(model, settings, store, None if writer else Pilot(setup, source, memory))
-        sink = Sink(store, plan, metadata, batching, writer, total, on_nonfinite)
+        source = batches if options["pilot"] is None else options["pilot"]
+        plan = plan_store(model, settings, store, None if writer else Pilot(setup, source, options["memory"]))
+        sink = Sink(store, plan, metadata, batching, writer, total, options["on_nonfinite"])
         try:
             if not sink.finished:
                 fill(sink, plan, setup, batches, batching, total=total)
@@ -197,29 +144,16 @@ def extract_gradients(
     return GradientStore.open(store)
 
 
+@takes(InitOptions)
 def init_store(
     model: torch.nn.Module,
     store: PathLike,
     rows: int,
     *,
-    compressor: Compressor | None = None,
-    like: GradientStore | PathLike | None = None,
-    modules: ModuleSelection = None,
-    fallback: bool = False,
-    dtype: str = "float16",
     ids: str | None = None,
     columns: Mapping[str, str] | None = None,
-    loss_kind: str | None = None,
-    storage: Storage | None = None,
-    check_model: bool = True,
-    check_gradients: bool = True,
-    origin: Mapping[str, Any] | None = None,
     per_sample_loss: PerSampleLoss | None = None,
-    pilot: Batches | BudgetBatches | None = None,
-    metric: AdamMetric | None = None,
-    device: torch.device | str | None = None,
-    memory: int | str | None = None,
-    progress: bool | None = None,
+    **options: Unpack[InitOptions],
 ) -> GradientStore:
     """Make an empty store of ``rows`` rows for ``extract_gradients(..., shard=(i, N))`` to fill.
 
@@ -228,17 +162,20 @@ def init_store(
 
     Parameters
     ----------
-    model, store, compressor, like, modules, fallback, dtype, loss_kind, storage, check_model, check_gradients, origin
-        As for :func:`extract_gradients`. Without a pilot, the model's weights are looked at for the fingerprint only.
+    model : torch.nn.Module
+        The model. Without a pilot, only its weights are read, for the fingerprint.
+    store : path
+        The store to make.
     rows : int
         Rows of the whole store, n.
     ids : {"str", "int64"}, optional
         Type of the rows' ids, where they will have some.
     columns : mapping of str to {"bool", "int64", "float64", "str"}, optional
         Types of further per-row values, by name.
-    per_sample_loss, pilot, metric, device, memory, progress
-        As for :func:`extract_gradients`: for the pilot of importance sampling or an eigenbasis. ``pilot`` may be the
-        whole data; some of it is taken.
+    per_sample_loss : callable (model, batch) -> (b,) tensor, optional
+        The loss of each sample, for a ``pilot`` (which may be the whole data; some of it is taken).
+    **options : InitOptions
+        See :mod:`ooc_influence.options`.
 
     Returns
     -------
@@ -262,11 +199,13 @@ def init_store(
     ]:
         if kind not in allowed:
             raise InputError(f"expected {name} of type {', '.join(allowed)}; received {kind!r}")
-    settings = Settings(compressor, like, modules, fallback, dtype, loss_kind, storage, check_model, metric, origin)
+    settings = Settings.of(options)
     pilot_run = None
-    if per_sample_loss is not None and pilot is not None:
-        setup = ModelSetup(model, per_sample_loss, parse_device(model, device), progress, check_gradients)
-        pilot_run = Pilot(setup, pilot, memory)
+    check_gradients = options["check_gradients"]
+    if per_sample_loss is not None and options["pilot"] is not None:
+        device = parse_device(model, options["device"])
+        setup = ModelSetup(model, per_sample_loss, device, options["progress"], check_gradients)
+        pilot_run = Pilot(setup, options["pilot"], options["memory"])
 
     def attempt(settings: Settings) -> StorePlan:
         plan = plan_store(model, settings, store, pilot_run)
@@ -378,6 +317,12 @@ class Settings:
     metric: AdamMetric | None = None
     origin: Mapping[str, Any] | None = None
     adjusted: Adjustments = field(default_factory=Adjustments)
+
+    @classmethod
+    def of(cls, options: InitOptions) -> Settings:
+        """Return the settings among a call's options."""
+        asked: Mapping[str, Any] = options
+        return cls(**{each.name: asked[each.name] for each in fields(cls) if each.name in asked})
 
 
 def plan_store(model: torch.nn.Module, settings: Settings, path: PathLike, pilot: Pilot | None) -> StorePlan:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ from ooc_influence.errors import InputError, StoreNotFoundError, warn
 from ooc_influence.extract.data import Batching, RowMetadata, Shard
 from ooc_influence.extract.metric import AdamMetric
 from ooc_influence.fingerprint import check_same, check_same_rows
+from ooc_influence.options import OnNonFinite
 from ooc_influence.store import (
     GradientStore,
     Mask,
@@ -36,7 +37,6 @@ from ooc_influence.store import (
 logger = logging.getLogger("ooc_influence")
 Floats = npt.NDArray[np.float32]
 _SKIPPED = np.finfo(np.float32).max  # the norm recorded for a row that was not finite
-OnNonFinite = Literal["raise", "skip"]
 
 
 @dataclass(frozen=True)

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import numpy as np
-import torch
 
-from ooc_influence.compress import DEFAULT_REDUCED, DEFAULT_WIDE, Compressor, Dropout, Eigenbasis
+from ooc_influence.compress import DEFAULT_REDUCED, DEFAULT_WIDE, Dropout, Eigenbasis
 from ooc_influence.corpus import local_path
 from ooc_influence.errors import InputError, StoreNotFoundError, counted
 from ooc_influence.extract import (
     BudgetBatches,
-    ModuleSelection,
     by_path,
     extract_gradients,
     init_store,
@@ -31,6 +29,16 @@ from ooc_influence.hf.models import Loaded, load, open_documents
 from ooc_influence.hf.padding import ClassifierCollator, Collator, choose_side, context_length, longest_row
 from ooc_influence.hf.samples import SPANS, Samples
 from ooc_influence.hf.tokens import Fields
+from ooc_influence.options import (
+    ExtractionOptions,
+    FieldOptions,
+    HuggingFaceOptions,
+    JobOptions,
+    LoadingOptions,
+    definitions,
+    select,
+    takes,
+)
 from ooc_influence.store import GradientStore, PathLike, StorePath, column_dtype, parse_path
 
 logger = logging.getLogger("ooc_influence")
@@ -61,32 +69,35 @@ class Job(NamedTuple):
     loss_kind: str
 
 
-def prepare(
-    model: str | Path | Loaded,
-    data: Any,
-    fields: Fields,
-    *,
-    split: str | None = None,
-    max_length: int | None = None,
-    tokens: int | None = None,
-    batch_size: int | None = None,
-    reduction: Literal["mean", "sum"] = "mean",
-    output: Literal["gradients", "curvature"] = "gradients",
-    documents: int | None = None,
-    weights: Literal["ggn"] | None = None,
-    sign_seed: int = 0,
-    on_missing: Literal["raise", "skip"] = "raise",
-    progress: bool | None = None,
-    **loading: Any,
-) -> Job:
-    """Load a model and make rows of a file; see :func:`extract`.
+@takes(JobOptions)
+def prepare(model: str | Path | Loaded, data: Any, **options: Unpack[JobOptions]) -> Job:
+    """Load a model and make rows of documents.
+
+    Parameters
+    ----------
+    model, data
+        As for :func:`extract`.
+    **options : JobOptions
+        See :mod:`ooc_influence.options`.
 
     Raises
     ------
     InputError
         For settings that do not go together, or data that cannot be read.
     """
-    loaded = model if isinstance(model, Loaded) else load(model, **loading)
+    asked: dict[str, Any] = dict(select(FieldOptions, options))
+    if all(asked[name] is None for name in ("text", "prompt", "completion", "messages")):
+        asked["text"] = "text"
+    fields = Fields(**{**asked, "keep": tuple(asked["keep"])})
+    if not isinstance(model, Loaded):
+        device = None if options["device"] is None else str(options["device"])
+        model = load(model, dtype=options["model_dtype"], device=device, **select(LoadingOptions, options))
+    return _make_job(model, data, fields, options)
+
+
+def _make_job(loaded: Loaded, data: Any, fields: Fields, options: JobOptions) -> Job:
+    output, batch_size, max_length = options["output"], options["batch_size"], options["max_length"]
+    documents, reduction, weights = options["documents"], options["reduction"], options["weights"]
     if output not in ("gradients", "curvature"):
         raise InputError(f"expected output 'gradients' or 'curvature'; received {output!r}")
     if (loaded.task == "classification") != (fields.label is not None):
@@ -98,7 +109,7 @@ def prepare(
         raise InputError(
             "expected a language model for output='curvature'; received a classifier, whose rows are curvature already"
         )
-    source = open_documents(data, split)
+    source = open_documents(data, options["split"])
     numbers = None
     if documents is not None and documents < len(source):
         numbers = np.unique(np.linspace(0, len(source) - 1, documents).round().astype(np.int64))
@@ -118,8 +129,8 @@ def prepare(
         length,
         labels=labels,
         numbers=numbers,
-        on_missing=on_missing,
-        progress=progress,
+        on_missing=options["on_missing"],
+        progress=options["progress"],
     )
     for count, lack in ((samples.without_target, "a target token"), (samples.missing, "a text")):
         if count:
@@ -129,9 +140,10 @@ def prepare(
         logger.warning("%s cut to %d tokens", counted(samples.truncated, "text is", "texts are"), length)
     tokens_to_pad = (getattr(loaded.tokenizer, f"{name}_token_id", None) for name in ("pad", "eos", "unk"))
     pad = next((token for token in tokens_to_pad if token is not None), 0)
-    collate: Any = Collator(int(pad), sign_seed if output == "curvature" else None)
+    collate: Any = Collator(int(pad), options["sign_seed"] if output == "curvature" else None)
     if labels is not None:
         collate = _classifier_collator(loaded, samples, batch_size)
+    tokens = options["tokens"]
     if tokens is None:
         tokens = _TOKENS_CPU if loaded.model.device.type == "cpu" else _TOKENS
     batches = BudgetBatches(samples, collate, lengths=samples.lengths, tokens=tokens, batch_size=batch_size)
@@ -155,61 +167,19 @@ def _classifier_collator(loaded: Loaded, samples: Samples, batch_size: int | Non
     return make(choose_side(loaded.model, samples[shortest], samples[longer], make, class_logits))
 
 
-def open_job(
-    model: str | Path | Loaded,
-    data: Any,
-    *,
-    text: str | None = None,
-    prompt: str | None = None,
-    completion: str | None = None,
-    messages: str | None = None,
-    label: str | None = None,
-    id: str | None = None,  # noqa: A002 - the field's name is what users call it
-    keep: Sequence[str] = (),
-    chat: bool = False,
-    device: torch.device | str | None = None,
-    **preparing: Any,
-) -> Job:
-    """Return model, loss and batches of documents; the arguments are those of :func:`extract`.
-
-    Raises
-    ------
-    InputError
-        See :func:`extract`.
-    """
-    if all(field is None for field in (text, prompt, completion, messages)):
-        text = "text"
-    if "model_dtype" in preparing:
-        preparing["dtype"] = preparing.pop("model_dtype")
-    if device is not None and not isinstance(model, Loaded):
-        preparing["device"] = str(device)
-    return prepare(model, data, Fields(text, prompt, completion, messages, label, id, tuple(keep), chat), **preparing)
-
-
+@takes(HuggingFaceOptions)
 def extract(
     model: str | Path | Loaded,
     data: Any,
     store: PathLike,
     *,
-    text: str | None = None,
-    prompt: str | None = None,
-    completion: str | None = None,
-    messages: str | None = None,
-    label: str | None = None,
-    id: str | None = None,  # noqa: A002 - the field's name is what users call it
-    keep: Sequence[str] = (),
-    chat: bool = False,
-    compressor: Compressor | None = None,
-    like: GradientStore | PathLike | None = None,
-    modules: ModuleSelection = None,
-    dtype: str = "float16",
-    device: torch.device | str | None = None,
     rows_only: bool = False,
-    options: dict[str, Any] | None = None,
-    progress: bool | None = None,
-    **preparing: Any,
+    **options: Unpack[HuggingFaceOptions],
 ) -> GradientStore:
     """Extract gradients of a Hugging Face model over a file of documents.
+
+    Without a ``compressor``: importance dropout of 65536 entries, reduced to 4096 numbers (fewer for small models or
+    data).
 
     Parameters
     ----------
@@ -220,24 +190,10 @@ def extract(
         :func:`ooc_influence.corpus.open_documents`.
     store : path
         The store to write, or to resume.
-    text, prompt, completion, messages, label, id, keep, chat
-        Which fields are what: :class:`Fields`. Default: the field ``text``.
-    compressor : Dropout, Gaussian, Rademacher, Sjlt, Grass, LoGra, Pca or Identity, optional
-        Default: importance dropout of 65536 entries, reduced to 4096 numbers (fewer for small models or data).
-    like : GradientStore or path, optional
-        Make a query store of this train store.
-    modules, dtype, device, progress
-        As for :func:`extract_gradients`.
     rows_only : bool
         Make the store for ``shard=`` writers to fill, and its mask and basis, without any rows.
-    options : dict, optional
-        Further arguments of :func:`extract_gradients`: ``shard``, ``storage``, ``on_nonfinite``, ...
-    **preparing
-        ``split`` of a folder; ``on_missing="skip"`` to leave out documents whose text is missing; ``max_length`` of a
-        row in tokens; ``tokens`` and ``batch_size``, the budget of a batch; ``reduction`` of token losses, "mean" or
-        "sum"; ``output="curvature"`` for rows with random signs
-        (:class:`SignedLoss`; with ``like``, ``documents``, ``weights``, ``sign_seed``); and those of :func:`load`:
-        ``task``, ``model_dtype``, ``adapter``, ``tokenizer``, ``revision``, ``trust_remote_code``, ``allow_pickle``.
+    **options : HuggingFaceOptions
+        See :mod:`ooc_influence.options`.
 
     Returns
     -------
@@ -253,30 +209,27 @@ def extract(
     OocInfluenceError
         See :func:`extract_gradients`.
     """
-    if preparing.get("output") == "curvature" and like is None:
+    if options["output"] == "curvature" and options["like"] is None:
         raise InputError("expected like=, a train store, for output='curvature'; received none: it fixes the mask")
-    job = open_job(
-        model, data, text=text, prompt=prompt, completion=completion, messages=messages, label=label, id=id, keep=keep,
-        chat=chat, device=device, progress=progress, **preparing,
-    )  # fmt: skip
-    chosen: Any = compressor
-    if compressor is None and like is None:
-        chosen = partial(default_compressor, rows=len(job.samples))
-    arguments = {
-        "compressor": chosen, "like": like, "modules": modules, "dtype": dtype, "loss_kind": job.loss_kind,
-        "progress": progress, "device": None if device == "auto" else device, **(options or {}),
-    }  # fmt: skip
-    arguments["origin"] = _origin(model, data, job, preparing)
+    job = prepare(model, data, **select(JobOptions, options))
+    settings = select(ExtractionOptions, options)
+    if settings["compressor"] is None and settings["like"] is None:
+        settings["compressor"] = partial(default_compressor, rows=len(job.samples))
+    if settings["device"] == "auto":
+        settings["device"] = None
+    record: Any = {"loss_kind": job.loss_kind, "origin": _origin(model, data, job, options)}
     ids, columns = job.samples.ids(), _columns(job.samples, store)
     if rows_only:
         kinds = {name: column_dtype(values[:64]) for name, values in columns.items()}
-        arguments = {name: value for name, value in arguments.items() if name not in ("shard", "on_nonfinite")}
         return init_store(
             job.model, store, len(job.samples), ids="str", columns=kinds, per_sample_loss=job.per_sample_loss,
-            pilot=job.batches, **arguments,
+            pilot=job.batches, **settings, **record,
         )  # fmt: skip
-    parse_device(job.model, arguments["device"])
-    return extract_gradients(job.model, job.per_sample_loss, job.batches, store, ids=ids, columns=columns, **arguments)
+    parse_device(job.model, settings["device"])
+    return extract_gradients(
+        job.model, job.per_sample_loss, job.batches, store, ids=ids, columns=columns, shard=options["shard"],
+        on_nonfinite=options["on_nonfinite"], **settings, **record,
+    )  # fmt: skip
 
 
 def extract_shards(
@@ -286,8 +239,7 @@ def extract_shards(
     *,
     shards: int | None = None,
     progress: bool | None = None,
-    options: dict[str, Any] | None = None,
-    **arguments: Any,
+    **options: Any,
 ) -> GradientStore:
     """Extract on the ambient Dask cluster, each worker loading model and documents from where they are.
 
@@ -301,8 +253,8 @@ def extract_shards(
         As for :func:`ooc_influence.extract_shards`.
     progress : bool, optional
         Show a progress line; silent by default.
-    options, **arguments
-        As for :func:`extract`.
+    **options
+        As for :func:`extract`; ``metric`` is a path.
 
     Returns
     -------
@@ -321,15 +273,12 @@ def extract_shards(
     path = parse_path(store)
     source = str(Path(model).absolute()) if Path(model).exists() else str(model)  # or a name on the hub
     documents = os.path.abspath(local_path(data))  # noqa: PTH100 - of a pattern, too
-    write = partial(_extract, source, documents, path, by_path(options or {}), by_path(arguments))
+    write = partial(_extract, source, documents, path, by_path(options))
     return run_shards(path, partial(write, rows_only=True), write, shards, progress)
 
 
-def _extract(
-    model: str, data: str, store: StorePath, options: dict[str, Any], arguments: dict[str, Any], *,
-    shard: tuple[int, int] | None = None, rows_only: bool = False,
-) -> None:  # fmt: skip
-    extract(model, data, store, rows_only=rows_only, options=loaded(options) | {"shard": shard}, **arguments)
+def _extract(model: str, data: str, store: StorePath, options: dict[str, Any], **more: Any) -> None:
+    extract(model, data, store, **loaded(options), **more)
 
 
 def default_compressor(p: int, rows: int) -> Dropout:
@@ -339,14 +288,16 @@ def default_compressor(p: int, rows: int) -> Dropout:
     return Dropout(k=k, sampling="importance", reduce=Eigenbasis(r=r))
 
 
-def _origin(model: Any, data: Any, job: Job, preparing: Mapping[str, Any]) -> dict[str, Any]:
+def _origin(model: Any, data: Any, job: Job, options: HuggingFaceOptions) -> dict[str, Any]:
     """Return the record of a store's model and documents, by which a row's text is found again."""
-    samples, named = job.samples, ("split", "adapter", "revision", "reduction", "output", "weights", "sign_seed")
+    samples, recorded = job.samples, ("split", "adapter", "revision", "reduction", "output", "weights", "sign_seed")
+    asked: Mapping[str, Any] = options
+    defaults = {name: option.default for name, option in definitions(HuggingFaceOptions).items()}
     return {
         "model": str(getattr(job.model, "name_or_path", "")) if isinstance(model, Loaded) else str(model),
         "data": str(data) if isinstance(data, (str, Path)) else None,
         "documents": samples.documents, "fields": samples.fields.all, "max_length": samples.max_length,
-        **{name: preparing[name] for name in named if preparing.get(name) is not None},
+        **{name: asked[name] for name in recorded if asked[name] != defaults[name]},
     }  # fmt: skip
 
 

@@ -7,13 +7,14 @@ import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import torch
 
 from ooc_influence import corpus
 from ooc_influence.corpus import Documents
 from ooc_influence.errors import InputError
+from ooc_influence.options import LoadingOptions, Task, takes
 from ooc_influence.progress import optional_library
 
 
@@ -36,7 +37,6 @@ def open_documents(data: Any, split: str | None = None) -> Documents:
     return corpus.open_documents(data, split)
 
 
-Task = Literal["causal-lm", "classification"]
 _TASKS: dict[str, Task] = {"CAUSAL_LM": "causal-lm", "SEQ_CLS": "classification"}
 _PREFIX = "base_model.model."  # of what an adapter saves
 _UNLIKELY = 7919  # classes: where a shape has this number, it means the classes
@@ -154,17 +154,9 @@ class Loaded(NamedTuple):
     task: Task
 
 
+@takes(LoadingOptions)
 def load(
-    name: str | Path,
-    *,
-    task: Task | None = None,
-    dtype: str = "auto",
-    adapter: str | Path | None = None,
-    tokenizer: str | Path | None = None,
-    revision: str | None = None,
-    device: str | None = None,
-    trust_remote_code: bool = False,
-    allow_pickle: bool = False,
+    name: str | Path, *, dtype: str = "auto", device: str | None = None, **options: Unpack[LoadingOptions]
 ) -> Loaded:
     """Load a model and its tokenizer from a folder or the hub.
 
@@ -172,22 +164,12 @@ def load(
     ----------
     name : str or path
         A folder or a hub id; of a model, or of a PEFT adapter (which names its base model).
-    task : {"causal-lm", "classification"}, optional
-        What to load it for; by default its adapter or its configuration decides.
     dtype : {"auto", "float32", "bfloat16", "float16", "8bit"}
         Of the weights; auto is the one they were saved in. 8bit needs ``bitsandbytes``.
-    adapter : str or path, optional
-        A PEFT adapter to put on it. One with a classifier's head says how many classes there are.
-    tokenizer : str or path, optional
-        Where the tokenizer is, if not with the model.
-    revision : str, optional
-        Of the hub's repository.
     device : str, optional
         Where to put it, such as ``"cuda"``; ``"auto"`` spreads it over all devices.
-    trust_remote_code : bool
-        Run Python code that comes with the model.
-    allow_pickle : bool
-        Load weights from ``.bin`` files too (with ``weights_only``).
+    **options : LoadingOptions
+        See :mod:`ooc_influence.options`.
 
     Raises
     ------
@@ -205,10 +187,11 @@ def load(
             "--adapter"
         )
     base = str(name) if named is None or named.base is None else named.base
+    adapter, tokenizer = options["adapter"], options["tokenizer"]
     chosen = named if adapter is None else Adapter.read(adapter) or Adapter(str(adapter), None, None, {})
-    common = {"revision": None if named else revision, "trust_remote_code": trust_remote_code}
-    with _explained(base, named, allow_pickle):
-        model, task = _load_model(base, chosen, task, dtype, device, allow_pickle, common)
+    common = {"revision": None if named else options["revision"], "trust_remote_code": options["trust_remote_code"]}
+    with _explained(base, named, options["allow_pickle"]):
+        model, task = _load_model(base, chosen, options["task"], dtype, device, options["allow_pickle"], common)
     paths = [str(tokenizer)] if tokenizer is not None else [base, *([named.path] if named else [])]
     words = _load_tokenizer(paths, common)
     if chosen is not None:

@@ -273,7 +273,7 @@ class HuggingFaceModel(Model):
         named: dict[str, Any] = {name: name for name in self.fields}
         return extract(
             self._loaded, [record], out, like=train, chat=self._form == "chat",
-            reduction="sum" if kind.endswith("_sum") else "mean", options={"check_gradients": self._check_once()},
+            reduction="sum" if kind.endswith("_sum") else "mean", check_gradients=self._check_once(),
             **named,
         )  # fmt: skip
 

@@ -16,14 +16,14 @@ import secrets
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
-from ooc_influence.curvature import Curvature
 from ooc_influence.errors import InputError, warn
+from ooc_influence.options import ReportOptions, takes
 from ooc_influence.report.examples import Corpus, ImageFolder
 from ooc_influence.report.folder import PageFolder, to_script
 from ooc_influence.report.live_query import Jobs, LiveQuery, Model
@@ -210,6 +210,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
+@takes(ReportOptions)
 def live_report(
     store: GradientStore | PathLike,
     queries: GradientStore | PathLike | None = None,
@@ -219,14 +220,7 @@ def live_report(
     token: bool = True,
     data: Corpus | str | Path | None = None,
     query_data: Corpus | str | Path | None = None,
-    curvature: Curvature | PathLike | bool | None = None,
-    damping: float | None = None,
-    top: int = 10,
-    suspects: int = 500,
-    by: Sequence[str] | None = None,
-    title: str | None = None,
-    normalize: str | None = None,
-    **scoring: Any,
+    **options: Unpack[ReportOptions],
 ) -> Iterator[PageServer]:
     """Write a report to a temporary folder and yield its server, ready for ``serve_forever``; clean up at the end.
 
@@ -238,8 +232,10 @@ def live_report(
         Host and port; port 0 chooses a free one.
     token : bool
         Whether addresses begin with a token.
-    store, queries, data, query_data, curvature, damping, top, suspects, by, title, normalize, **scoring
+    store, queries, data, query_data
         As for :func:`write_report`.
+    **options : ReportOptions
+        See :mod:`ooc_influence.options`; one curvature and one damping.
 
     Raises
     ------
@@ -250,8 +246,8 @@ def live_report(
     OocInfluenceError
         See :func:`write_report`.
     """
-    corpus, examples = Corpus.of(data), check_queries(queries, query_data, by)
-    report = open_report(store, queries, Settings(curvature, damping, top, normalize, scoring))
+    corpus, examples = Corpus.of(data), check_queries(queries, query_data, options["by"])
+    report = open_report(store, queries, Settings.of(options))
     if model is not None:
         model.check(report.train)
     with contextlib.ExitStack() as stack:
@@ -259,7 +255,7 @@ def live_report(
         server = stack.enter_context(PageServer(path, host=listen[0], port=listen[1], token=token))
         with PageFolder(path) as folder:
             ask = None if model is None else model.facts()
-            write_pages(report, folder, corpus, examples, suspects, by, title, ask=ask)
+            write_pages(report, folder, corpus, examples, options, ask=ask)
         if model is not None:
             server.jobs = Jobs(LiveQuery(report, model, corpus, ImageFolder(path, "train")).answer)
             stack.callback(server.jobs.close)

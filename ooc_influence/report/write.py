@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,7 @@ from ooc_influence._version import __version__
 from ooc_influence.curvature import Curvature, resolve_curvature
 from ooc_influence.errors import InputError, counted, warn
 from ooc_influence.influence import GroupInfluence, TopInfluential, group_influence, self_influence, top_influential
-from ooc_influence.options import DampingMode
+from ooc_influence.options import DampingMode, ReportOptions, takes
 from ooc_influence.progress import Progress, optional_library
 from ooc_influence.report.examples import Corpus, Examples, ImageFolder
 from ooc_influence.report.facts import curvature_states, dimension_curve, layer_facts, resolved_eigenvalues, store_facts
@@ -33,6 +33,9 @@ SUSPECTS_A_FILE = 500
 _FEW = 200  # values of a column that is grouped by unasked
 _GROUPED = ("label", "source")
 _STRONGEST = 12  # groups shown with a query
+
+
+_SCORING = ("damping_mode", "device", "workers", "memory", "progress")
 
 
 @dataclass(frozen=True)
@@ -52,10 +55,16 @@ class Settings:
     """
 
     curvature: Any
-    damping: float | None
+    damping: Any
     top: int
     normalize: Any
     scoring: dict[str, Any]
+
+    @classmethod
+    def of(cls, options: ReportOptions) -> Settings:
+        """Return the settings among a report's options."""
+        scoring = {name: options[name] for name in _SCORING}  # type: ignore[literal-required]
+        return cls(options["curvature"], options["damping"], options["top"], options["normalize"], scoring)
 
     @property
     def mode(self) -> Any:
@@ -135,6 +144,7 @@ class Report:
         return {entry["row"]: entry | {"self": float(self.self_influence[entry["row"]])} for entry in entries}
 
 
+@takes(ReportOptions)
 def write_report(
     store: GradientStore | PathLike,
     out: str | Path,
@@ -142,14 +152,7 @@ def write_report(
     *,
     data: Corpus | str | Path | None = None,
     query_data: Corpus | str | Path | None = None,
-    curvature: Curvature | PathLike | bool | None = None,
-    damping: float | None = None,
-    top: int = 10,
-    suspects: int = 500,
-    by: Sequence[str] | None = None,
-    title: str | None = None,
-    normalize: str | None = None,
-    **scoring: Any,
+    **options: Unpack[ReportOptions],
 ) -> Path:
     """Write a folder of pages about a store and its influence on queries; ``index.html`` opens from disk.
 
@@ -163,18 +166,8 @@ def write_report(
         Whose proponents and opponents to show.
     data, query_data : Corpus or path, optional
         Where the texts or images of train rows and of queries are; without, ids alone are shown.
-    curvature, damping, normalize
-        As for :func:`top_influential`; one damping.
-    top : int
-        Proponents and opponents of each query.
-    suspects : int
-        Rows on the page of label errors: this many of largest self-influence, and of largest loss.
-    by : sequence of str, optional
-        Columns of the store to sum scores by. Default: label and source, where they have few values.
-    title : str, optional
-        Of the pages.
-    **scoring
-        ``damping_mode``, ``device``, ``workers``, ``memory``, ``progress`` as for :func:`top_influential`.
+    **options : ReportOptions
+        See :mod:`ooc_influence.options`; one curvature and one damping.
 
     Returns
     -------
@@ -195,10 +188,10 @@ def write_report(
         See :func:`top_influential`.
     """
     replaceable_files(Path(out).resolve())
-    examples = check_queries(queries, query_data, by)
-    report = open_report(store, queries, Settings(curvature, damping, top, normalize, scoring))
+    examples = check_queries(queries, query_data, options["by"])
+    report = open_report(store, queries, Settings.of(options))
     with PageFolder(Path(out)) as folder:
-        write_pages(report, folder, Corpus.of(data), examples, suspects, by, title)
+        write_pages(report, folder, Corpus.of(data), examples, options)
     return Path(out)
 
 
@@ -239,18 +232,16 @@ def write_pages(
     folder: PageFolder,
     data: Corpus,
     query_data: Corpus,
-    suspects: int,
-    by: Sequence[str] | None,
-    title: str | None = None,
+    options: ReportOptions,
     *,
     ask: dict[str, Any] | None = None,
 ) -> None:
     """Write everything of a page into its folder; ``ask`` describes the model that a live page puts queries to."""
     train, query, top = report.train, report.query, report.top
-    chosen = report.suspects(suspects)
+    chosen = report.suspects(options["suspects"])
     lists = [] if top is None else [getattr(top, side).rows.ravel() for side in ("proponents", "opponents")]
     needed = np.unique(np.concatenate([chosen, *lists]))
-    sums = {name: report.groups(name) for name in report.grouped_by(by)}
+    sums = {name: report.groups(name) for name in report.grouped_by(options["by"])}
     albums = [ImageFolder(folder.path, "train"), ImageFolder(folder.path, "queries")]
     texts = 0
     shown = Examples(train, data, needed[needed >= 0], albums[0])
@@ -266,7 +257,7 @@ def write_pages(
             f"not shown: {counted(unreadable, 'image')} that cannot be read, are not below the folder of the data, or "
             "are too large: the pages say which"
         )
-    name = title or Path(str(train.path)).name
+    name = options["title"] or Path(str(train.path)).name
     folder.write_data("index", _index(report, chosen, sums, name) | {"ask": ask, "texts": texts})
     folder.write_page(name, live=ask is not None)
 

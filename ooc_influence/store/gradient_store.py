@@ -12,7 +12,7 @@ import socket
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,7 @@ from ooc_influence.errors import (
     StoreWriteError,
     refused,
 )
+from ooc_influence.options import CreateOptions, takes
 from ooc_influence.progress import html_table, optional_library
 from ooc_influence.store import commits, paths
 from ooc_influence.store.arrays import create_array, open_group
@@ -209,21 +210,8 @@ class GradientStore(StoreView):
         return cls(path, mode, cache=kept, damaged=damaged)
 
     @classmethod
-    def create(
-        cls,
-        path: PathLike,
-        mask: Mask,
-        *,
-        dtype: str = "float16",
-        storage: Storage | None = None,
-        planned_rows: int | None = None,
-        ids: str | None = None,
-        columns: Mapping[str, str] | None = None,
-        reduction: Reduction | Mapping[str, Any] | None = None,
-        column_scale: npt.ArrayLike | None = None,
-        attributes: Mapping[str, Any] | None = None,
-        exist_ok: bool = False,
-    ) -> Self:
+    @takes(CreateOptions)
+    def create(cls, path: PathLike, mask: Mask, **options: Unpack[CreateOptions]) -> Self:
         """Create an empty store atomically, and open it for appending.
 
         Parameters
@@ -232,26 +220,8 @@ class GradientStore(StoreView):
             Where; must not exist (an empty folder may).
         mask : Mask
             Which entries the rows hold.
-        dtype : str
-            Representation of the rows: float16 (with a scale a row), int8 or int4 (with one for every 16 columns),
-            bfloat16 or float32.
-        storage : Storage, optional
-            Chunking and codec.
-        planned_rows : int, optional
-            Rows in all, where several writers divide the store.
-        ids : str, optional
-            Dtype of the rows' ids (``"str"``, ``"int64"``); None for no ids.
-        columns : mapping of str to str, optional
-            Name to dtype (bool, int64, float64, str) of per-row columns.
-        reduction : Reduction or mapping, optional
-            What masked rows are multiplied by before they are stored; as a mapping, the facts of one that is kept in
-            another store (with its ``path``).
-        column_scale : (k,), optional
-            Positive numbers that rows are divided by before they are encoded and multiplied by on reading.
-        attributes : mapping, optional
-            What else to record (compressor, model fingerprint, loss kind); JSON values.
-        exist_ok : bool
-            Open the store that another process created in the meantime, if it has the same mask, instead of failing.
+        **options : CreateOptions
+            See :mod:`ooc_influence.options`.
 
         Raises
         ------
@@ -263,21 +233,24 @@ class GradientStore(StoreView):
             If the disk refuses.
         """
         target = parse_path(path)
-        representation = parse_representation(dtype)
-        storage = storage or Storage()
+        representation = parse_representation(options["dtype"])
+        storage, planned_rows = options["storage"] or Storage(), options["planned_rows"]
+        reduction = options["reduction"]
         facts = reduction.facts if isinstance(reduction, Reduction) else reduction
         k = mask.k if facts is None else int(facts["columns"])
         if facts is not None and int(facts["rows"]) != mask.k:
             raise InputError(f"expected a reduction of {mask.k} masked entries; received one of {facts['rows']}")
         chunk_rows, group_chunks = storage.sizes(k, representation, planned_rows)
-        scale = parse_column_scale(column_scale, k)
+        scale = parse_column_scale(options["column_scale"], k)
         layout = Layout(
-            k, representation, chunk_rows, group_chunks, planned_rows, ids, dict(columns or {}), storage.codec,
-            scale is not None, Encoding.of(representation, k).block,
+            k, representation, chunk_rows, group_chunks, planned_rows, options["ids"], dict(options["columns"] or {}),
+            storage.codec, scale is not None, Encoding.of(representation, k).block,
         )  # fmt: skip
-        published = create_store(target, layout, mask, reduction, attributes or {}, scale)
-        if not published and not (exist_ok and cls(target).columns_digest == columns_digest(mask.digest, facts)):
-            raise not_free(target)
+        published = create_store(target, layout, mask, reduction, options["attributes"] or {}, scale)
+        if not published:
+            same = options["exist_ok"] and cls(target).columns_digest == columns_digest(mask.digest, facts)
+            if not same:
+                raise not_free(target)
         return cls(target, "a")
 
     def __reduce__(self) -> tuple[Any, ...]:
