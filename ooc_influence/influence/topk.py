@@ -143,6 +143,15 @@ class Ranking:
     scores: npt.NDArray[np.float32]
     ids: npt.NDArray[Any]
 
+    def at(self, number: int) -> Ranking:
+        """Return the ranking of one of several dampings."""
+        return Ranking(self.rows[number], self.scores[number], self.ids[number])
+
+    def of_query(self, number: int) -> list[tuple[int, Any, float]]:
+        """Return a query's train rows, (row, id, score) each."""
+        columns = (self.rows[number], self.ids[number], self.scores[number])
+        return [entry for entry in zip(*(column.tolist() for column in columns), strict=True) if entry[0] >= 0]
+
 
 @dataclass(frozen=True, eq=False)
 class TopInfluential:
@@ -182,12 +191,13 @@ class TopInfluential:
         IndexError
             If there is no such one.
         """
-        proponents, opponents = (
-            Ranking(ranking.rows[number], ranking.scores[number], ranking.ids[number])
-            for ranking in (self.proponents, self.opponents)
-        )
         damping = [values[number] for values in self.damping] if np.ndim(self.damping) == 2 else self.damping[number]
+        proponents, opponents = self.proponents.at(number), self.opponents.at(number)
         return TopInfluential(proponents, opponents, self.query_ids, damping, self.outside_share)
+
+    def _lists(self, number: int) -> dict[str, list[tuple[int, Any, float]]]:
+        """Return all of a query's proponents and opponents."""
+        return {"proponents": self.proponents.of_query(number), "opponents": self.opponents.of_query(number)}
 
     def of_query(self, number: int) -> dict[str, list[tuple[int, Any, float]]]:
         """Return a query's ``proponents`` and ``opponents``, (row, id, score) each, as they are shown to a reader.
@@ -195,13 +205,11 @@ class TopInfluential:
         Lists end where the sign of scores changes: a proponent's is positive, an opponent's negative. Both are empty
         for a query that is dropped. For one damping; see :meth:`at`.
         """
-        lists = {}
-        for side, sign in (("proponents", 1), ("opponents", -1)):
-            ranking: Ranking = getattr(self, side)
-            columns = (ranking.rows[number], ranking.ids[number], ranking.scores[number])
-            entries = zip(*(column.tolist() for column in columns), strict=True)
-            lists[side] = [(row, name, score) for row, name, score in entries if row >= 0 and sign * score > 0]
-        return lists
+        signs = {"proponents": 1, "opponents": -1}
+        return {
+            side: [entry for entry in entries if signs[side] * entry[2] > 0]
+            for side, entries in self._lists(number).items()
+        }
 
     def to_dict(self) -> Mapping[str, Any]:
         """Return the result as JSON-ready values: an entry a query, or ``by_damping`` with one of these for each λ."""
@@ -209,15 +217,10 @@ class TopInfluential:
             return {"by_damping": [self.at(number).to_dict() for number in range(self.dampings)]}
         queries = []
         for number, name in enumerate(self.query_ids.tolist()):
-            lists = {}
-            for side in ("proponents", "opponents"):
-                ranking: Ranking = getattr(self, side)
-                columns = (ranking.rows[number], ranking.ids[number], ranking.scores[number])
-                lists[side] = [
-                    {"row": row, "id": row_id, "score": score}
-                    for row, row_id, score in zip(*(column.tolist() for column in columns), strict=True)
-                    if row >= 0
-                ]
+            lists = {
+                side: [{"row": row, "id": row_id, "score": score} for row, row_id, score in entries]
+                for side, entries in self._lists(number).items()
+            }
             outside = self.outside_share[number].item()
             queries.append(
                 {"query": number, "id": name, "outside_share": None if np.isnan(outside) else outside, **lists}
@@ -236,18 +239,16 @@ class TopInfluential:
         if self.dampings is not None:
             parts = [self.at(number) for number in range(self.dampings)]
             return pandas.concat([part.to_pandas() for part in parts], ignore_index=True)
-        frames = []
-        for side in ("proponents", "opponents"):
-            ranking: Ranking = getattr(self, side)
-            q, top = ranking.rows.shape
-            query, rank = np.repeat(np.arange(q), top), np.tile(np.arange(1, top + 1), q)
-            lists = (ranking.rows.ravel(), ranking.ids.ravel(), ranking.scores.ravel())
-            columns = dict(zip(("row", "id", "score"), lists, strict=True))
-            frames.append(pandas.DataFrame({"query": query, "side": side, "rank": rank, **columns}))
-        frame = pandas.concat(frames).sort_values(["query", "side", "rank"], ascending=[True, False, True])
-        frame.insert(1, "query_id", np.asarray(self.query_ids)[frame["query"]])
+        records = [
+            (number, query_id, side, rank, *entry)
+            for number, query_id in enumerate(self.query_ids.tolist())
+            for side, entries in self._lists(number).items()
+            for rank, entry in enumerate(entries, 1)
+        ]
+        columns = ["query", "query_id", "side", "rank", "row", "id", "score"]
+        frame = pandas.DataFrame.from_records(records, columns=columns).astype({"score": "float32"})
         frame["damping"] = str(self.damping) if np.ndim(self.damping) else self.damping
-        return frame[frame["row"] >= 0].reset_index(drop=True)
+        return frame
 
     def __repr__(self) -> str:
         levels = "" if self.dampings is None else f"{self.dampings} dampings, "
