@@ -12,46 +12,44 @@ import pytest
 import ooc_influence
 
 PACKAGE = Path(ooc_influence.__file__).parent
-ROOMS = [
+LEVELS = [
     {"_version", "errors", "options"},
     {"fingerprint", "memory", "process", "progress", "scratch", "document_text"}, {"repeats"}, {"parallel"},
     {"store"}, {"checkpoint"}, {"corpus"}, {"linalg"}, {"compress"}, {"extract"}, {"hf"}, {"curvature"}, {"influence"},
     {"planning"}, {"evaluate"}, {"report"}, {"cli"}, {"__main__"},
 ]  # fmt: skip
-LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
+OPTIONS = "ooc_influence.options"  # it names types of every level, for type checkers only: not looked at
+LEVEL = {unit: level for level, units in enumerate(LEVELS) for unit in units}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 
-def room_of(module: str) -> str | None:
+def unit_of(module: str) -> str | None:
     parts = module.split(".")
     return parts[1] if parts[0] == "ooc_influence" and len(parts) > 1 else None
 
 
-def imported_rooms(path: Path) -> set[str]:
-    tree, found = ast.parse(path.read_text()), set()
-    types = [node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
-    of_types = {id(node) for each in types for node in ast.walk(each)}  # loaded by no one who runs the package
-    for node in ast.walk(tree):
-        if id(node) in of_types:
-            continue
+def imported_units(path: Path) -> set[str]:
+    """Return the modules and packages at the top of ours that a file imports anywhere; see ``OPTIONS``."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {room_of(alias.name) for alias in node.names}
+            found |= {unit_of(alias.name) for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            found.add(room_of(node.module or ""))
+            found.add(unit_of(node.module or ""))
     return found - {None}
 
 
-def test_every_room_is_known():
-    rooms = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in FILES}
-    assert rooms == set(LEVEL)
+def test_every_unit_has_a_level():
+    units = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in FILES}
+    assert units == set(LEVEL)
 
 
 def test_imports_go_one_way():
-    for path in FILES:
-        own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        upwards = {room for room in imported_rooms(path) if LEVEL[room] > LEVEL[own]}
-        assert not upwards, f"{own} imports {upwards}"
+    for module, path in MODULES.items():
+        unit = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        upwards = {other for other in imported_units(path) if LEVEL[other] > LEVEL[unit]}
+        assert module == OPTIONS or not upwards, f"{unit} imports {upwards}"
 
 
 MODULES = {"ooc_influence." + ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in FILES}
@@ -106,8 +104,8 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
 
 
 def test_no_circles():
-    """Nor any that functions or type checkers would close; but options name types of every level, for type checkers."""
-    graph = {name: set() if name == "ooc_influence.options" else imported_modules(p) for name, p in MODULES.items()}
+    """Nor any that imports in functions or for type checkers would close."""
+    graph = {module: set() if module == OPTIONS else imported_modules(path) for module, path in MODULES.items()}
     assert not circles(graph)
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == [["b", "c"]]
 
@@ -118,7 +116,7 @@ def test_packages_are_imported_by_their_interface():
         for node in ast.walk(ast.parse(path.read_text())):
             module = node.module if isinstance(node, ast.ImportFrom) else None
             if module in MODULES and module.count(".") > 1 and module not in NOT_IN_THE_INTERFACE:
-                package = room_of(module)
+                package = unit_of(module)
                 if path.relative_to(PACKAGE).parts[0] != package:
                     deep.add((str(path.relative_to(PACKAGE)), module.removeprefix("ooc_influence.")))
     assert not deep
@@ -126,7 +124,7 @@ def test_packages_are_imported_by_their_interface():
 
 def test_the_rule_can_fail(tmp_path):
     (tmp_path / "bad.py").write_text("from ooc_influence.cli.main import main\n")
-    assert imported_rooms(tmp_path / "bad.py") == {"cli"}
+    assert imported_units(tmp_path / "bad.py") == {"cli"}
 
 
 def test_files_say_what_they_do():

@@ -112,7 +112,9 @@ def test_an_interrupted_fit_goes_on(tmp_path, monkeypatch, caplog):
     with pytest.raises(KeyboardInterrupt):
         fit_fisher(train, device="cpu")
     assert "run it again to resume" in caplog.text
-    monkeypatch.setattr(sums._RunningSums, "add", lambda self, *block: (added.append(len(block[0])), plain(self, *block)))
+    monkeypatch.setattr(
+        sums._RunningSums, "add", lambda self, *block: (added.append(len(block[0])), plain(self, *block))
+    )
     added.clear()
     found = fit_fisher(train, device="cpu")
     assert 0 < sum(added) < 1800
