@@ -17,7 +17,8 @@ import numpy.typing as npt
 
 from ooc_influence.curvature.eigen import DEFAULT_DAMPING, write_long
 from ooc_influence.errors import InputError
-from ooc_influence.linalg import Matrix, Numbers, Range, WeightedRows, digest_of, parse_weighting
+from ooc_influence.fingerprint import array_digest
+from ooc_influence.linalg import Matrix, Numbers, Range, WeightedRows, parse_weighting
 from ooc_influence.options import RowOptions, complete
 from ooc_influence.store import GradientStore, parse_numbers
 
@@ -53,7 +54,7 @@ def _parse_rows(rows: Any, n: int) -> tuple[int, int, Numbers | None, dict[str, 
     numbers = parse_numbers(rows, n).astype(np.int64)
     if not numbers.size:
         raise InputError("expected rows to fit; received none")
-    return 0, len(numbers), numbers, {"kind": "numbers", "digest": digest_of(numbers)}
+    return 0, len(numbers), numbers, {"kind": "numbers", "digest": array_digest(numbers)}
 
 
 def _parse_range(rows: slice, n: int) -> tuple[int, int, None, dict[str, Any]]:

@@ -6,7 +6,6 @@ sums are multiplied: Σ_{i in group} score(q, i) = x_qᵀ Σ_i w_i g_i. With few
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Unpack
@@ -14,6 +13,7 @@ from typing import Any, Unpack
 import numpy as np
 import numpy.typing as npt
 
+from ooc_influence.fingerprint import array_digest
 from ooc_influence.influence.checkpoints import Marks, Stores
 from ooc_influence.influence.engine import Codes, Floats, parse_groups
 from ooc_influence.influence.request import ScoreRequest
@@ -150,7 +150,7 @@ def group_influence(
     scoring = ScoreRequest.open(query, train, options)
     groups = parse_groups(by, scoring.checkpoints[0].train)
     size, slots = len(groups.names), check_workers(options["workers"])
-    made = hashlib.sha256(groups.codes.tobytes()).hexdigest()
+    made = array_digest(groups.codes)
     parts = ScoreParts(options["resume"], scoring.digest(kind="groups", groups=made))
     costs = group_costs(size, scoring.q, scoring.lambdas, scoring.n, scoring.columns)
     blocks, block_rows = scoring.plan("group sums", options["memory"], slots, costs, queries=parts.queries)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,6 +20,7 @@ from ooc_influence.curvature import (
     self_influence_bytes,
 )
 from ooc_influence.errors import InputError, MemoryBudgetError, warn
+from ooc_influence.fingerprint import array_digest, json_digest
 from ooc_influence.influence.checkpoints import (
     Checkpoint,
     Marks,
@@ -269,17 +268,16 @@ class ScoreRequest:
 
     def digest(self, **more: Any) -> str:
         """Return a digest of all that the scores depend on: another one means other numbers."""
-        seen = None if self.seen is None else hashlib.sha256(np.packbits(self.seen).tobytes()).hexdigest()
-        codes = None if self.queries.groups is None else self.queries.groups.codes.tobytes()
+        groups = self.queries.groups
         facts = {
             "checkpoints": [checkpoint.identity for checkpoint in self.checkpoints],
-            "average": None if codes is None else hashlib.sha256(codes).hexdigest(),
-            "seen": seen,
+            "average": None if groups is None else array_digest(groups.codes),
+            "seen": None if self.seen is None else array_digest(np.packbits(self.seen)),
             "normalize": self.normalize,
             **({} if self.combine == "mean" else {"combine": self.combine}),
             **more,
         }
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        return json_digest(facts)
 
     def precondition(self, start: int, stop: int) -> PreconditionedQueries:
         """Return queries ``start`` to ``stop``, preconditioned."""

@@ -19,7 +19,6 @@ from ooc_influence.linalg.rows import (
     WeightedBlock,
     WeightedRows,
     check_one_label,
-    digest_of,
     parse_weighting,
     partition_rows,
     row_errors,
@@ -45,7 +44,7 @@ from ooc_influence.linalg.spectrum import (
 __all__ = [
     "ONE_LABEL", "TILE", "TOLERANCE", "DiagonalAccumulator", "Eigenpairs", "Floats", "Matrix", "MatrixAccumulator",
     "Numbers", "Range", "RowPartition", "Solver", "Spectrum", "Team", "Tile", "TriangleTiles", "WeightedBlock",
-    "WeightedRows", "block_moments", "check_one_label", "check_room", "choose_engine", "digest_of",
+    "WeightedRows", "block_moments", "check_one_label", "check_room", "choose_engine",
     "iteration_bytes", "iteration_memory", "list_tiles", "mirror", "multiply_rows", "orthonormal_slabs",
     "parse_device", "parse_weighting", "partition_rows", "row_errors", "row_squares", "row_weights",
     "spectrum_solvers", "start_basis", "subspace_iteration", "symmetric_eigen", "tile_side", "top_spectrum",

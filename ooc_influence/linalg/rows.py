@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ooc_influence.errors import InputError
+from ooc_influence.fingerprint import array_digest
 from ooc_influence.options import Weighting
 from ooc_influence.parallel import Stripe
 from ooc_influence.store import Block, GradientStore, RawBlock, read_blocks, read_raw_blocks
@@ -79,11 +80,6 @@ def row_weights(losses: npt.NDArray[Any], weights: Weighting | None) -> npt.NDAr
 def row_errors(losses: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     """Return 1 − p of each row's label, (m,) float64, from its cross-entropy."""
     return np.asarray(-np.expm1(-np.maximum(np.asarray(losses, np.float64), LOSS_FLOOR)))
-
-
-def digest_of(values: npt.NDArray[Any]) -> str:
-    """Return the SHA-256 of an array's bytes, in hexadecimal digits."""
-    return hashlib.sha256(np.ascontiguousarray(values).data).hexdigest()
 
 
 class WeightedBlock(NamedTuple):
@@ -222,7 +218,7 @@ class WeightedRows:
     def record(self) -> dict[str, Any]:
         """Return what is written in a curvature's attributes about their weights."""
         if self.weights is not None:
-            return {"name": "array", "digest": digest_of(self.weights)}
+            return {"name": "array", "digest": array_digest(self.weights)}
         return {"name": self.weighting, "loss_floor": LOSS_FLOOR} if self.weighting else {}
 
     def digest(self) -> str:
