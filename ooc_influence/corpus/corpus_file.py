@@ -41,17 +41,7 @@ _NAMED = 8  # files of a pattern that are named when they are listed
 
 
 class Source(NamedTuple):
-    """A file of documents.
-
-    Attributes
-    ----------
-    path : Path
-        The file.
-    kind : str
-        One of ``KINDS``, by its name.
-    compression : str
-        One of ``COMPRESSIONS``, or empty.
-    """
+    """A file of documents: its kind, one of ``KINDS``, and its compression, one of ``COMPRESSIONS`` or empty."""
 
     path: Path
     kind: str
@@ -76,13 +66,7 @@ def local_path(data: str | os.PathLike[str]) -> Path:
 
 
 def find_sources(path: Path) -> list[Source]:
-    """Return the file of this name; of a pattern, such as ``dir/*.jsonl``, all that match, sorted by name.
-
-    Raises
-    ------
-    InputError
-        If there is none, or one of another kind.
-    """
+    """Return the file of this name; of a pattern, such as ``dir/*.jsonl``, all that match, sorted by name."""
     if path.exists() or not glob.has_magic(str(path)):
         if not path.is_file():
             raise InputError(f"expected a file or folder of documents; received {path}, where there is none")
@@ -109,15 +93,7 @@ def _source(path: Path) -> Source:
 
 @contextlib.contextmanager
 def _opened(source: Source, buffer: int = 2**18) -> Iterator[Any]:
-    """Open a file to read its uncompressed bytes, ``buffer`` at a time.
-
-    Raises
-    ------
-    InputError
-        If it cannot be read, now or later, or is not compressed as its name says.
-    MissingExtraError
-        For ``.zst``, without ``pyarrow``.
-    """
+    """Open a file to read its uncompressed bytes, ``buffer`` at a time; errors then and later are of the family."""
     try:
         if source.compression == ".zst":
             library = optional_library("pyarrow", "files compressed by zstd")
@@ -344,13 +320,7 @@ _BETWEEN = re.compile(r"[\s,]*")
 
 
 def _json_list(path: Path, file: Any) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a JSON list, of which only a part is in memory.
-
-    Raises
-    ------
-    InputError
-        If it is not JSON, or has something else than objects.
-    """
+    """Yield the objects of a JSON list, of which only a part is in memory."""
     decoder, number = json.JSONDecoder(), 0
     characters = io.TextIOWrapper(file, "utf-8-sig")
 

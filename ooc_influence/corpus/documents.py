@@ -250,15 +250,7 @@ class _Records(Documents):
 
 
 class _Files(Documents):
-    """Documents of one or more files, numbered through.
-
-    Parameters
-    ----------
-    name : str
-        What messages call them.
-    sources : sequence of Source
-        The files.
-    """
+    """Documents of one or more files, numbered through."""
 
     def __init__(self, name: str, sources: Sequence[Source]) -> None:
         self._files = [open_file(source) for source in sources]

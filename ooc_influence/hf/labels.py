@@ -20,10 +20,7 @@ _EXACT = 2**53  # whole numbers up to here are floats without a loss
 class FieldKind:
     """The kind of a field's column: settled once every document's value was seen, the same for all rows.
 
-    Parameters
-    ----------
-    textual : bool
-        Values come from a file that has text only, as CSV: numbers are those texts that are written as numbers are.
+    In a ``textual`` file, such as CSV, texts that are written as numbers are count as numbers.
     """
 
     def __init__(self, textual: bool) -> None:
@@ -145,17 +142,8 @@ class Labels:
     def check(self, numbers: npt.NDArray[np.int64], read: Callable[[npt.NDArray[np.int64]], list[Any]]) -> None:
         """Read the labels of all documents once, and settle what lists mean.
 
-        Parameters
-        ----------
-        numbers : (m,) int64
-            The documents.
-        read : callable (numbers) -> list
-            Returns the labels of some of them.
-
-        Raises
-        ------
-        InputError
-            Naming the first document whose label is none of the model's.
+        ``read`` returns the labels of some of the documents, (m,) int64. An InputError names the first document whose
+        label is none of the model's.
         """
         if self._undecided and len(numbers) and isinstance(read(numbers[:1])[0], (list, tuple, np.ndarray)):
             self.loss = "binary_cross_entropy"

@@ -43,18 +43,9 @@ _UNLIKELY = 7919  # classes: where a shape has this number, it means the classes
 
 
 class Adapter(NamedTuple):
-    """What an adapter's files say about its model.
+    """An adapter's folder or id on the hub, and what its files say: its base model, and what it was trained for.
 
-    Attributes
-    ----------
-    path : str
-        Its folder, or its id on the hub.
-    base : str or None
-        The model it was trained on; None if it does not say.
-    task : {"causal-lm", "classification"} or None
-        What it was trained for; None if it does not say.
-    shapes : dict of str to tuple
-        Parameters of the model itself that it has, such as a classifier's head, by their names in the model.
+    ``shapes`` are those of parameters of the model itself, such as a classifier's head, by their names in the model.
     """
 
     path: str
@@ -64,13 +55,7 @@ class Adapter(NamedTuple):
 
     @classmethod
     def read(cls, path: str | Path) -> Adapter | None:
-        """Return the adapter in a folder; None where there is none.
-
-        Raises
-        ------
-        InputError
-            If its configuration or its weights cannot be read.
-        """
+        """Return the adapter in a folder; None where there is none."""
         file = Path(path) / "adapter_config.json"
         if not file.is_file():
             return None

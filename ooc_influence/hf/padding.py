@@ -115,13 +115,7 @@ def choose_side(
     model: Any, short: dict[str, Any], long: dict[str, Any], make: Callable[[Side], ClassifierCollator],
     logits: Callable[[Any, dict[str, Tensor]], Tensor],
 ) -> Side:  # fmt: skip
-    """Return the side where padding a short row beside a long one leaves its logits as they are alone.
-
-    Raises
-    ------
-    InputError
-        If padding changes them on both sides.
-    """
+    """Return the side where padding a short row beside a long one leaves its logits as they are alone."""
     differences = []
     with ExitStack() as stack, torch.no_grad():
         for module in model.modules():

@@ -106,13 +106,7 @@ class RowMaker:
                 "numbers": chosen}  # fmt: skip
 
     def make(self, folder: Path, progress: bool | None) -> None:
-        """Write the rows to a folder.
-
-        Raises
-        ------
-        InputError
-            Naming a document that lacks a text or an id, or two rows of one name.
-        """
+        """Write the rows to a folder; an InputError names a document without text or id, or two rows of one name."""
         counts = Counts()
         kinds = {name: FieldKind(self._documents.textual) for name in self._fields.keep}
         numbers: Any = range(len(self._documents)) if self._chosen is None else self._chosen

@@ -92,13 +92,7 @@ class Chats:
         return None if set(roles) & set(_REPLIES) else f"messages of {', '.join(roles)} only, no assistant's reply"
 
     def tokens(self, number: int, messages: Any) -> tuple[list[int], int]:
-        """Return the tokens of a chat (of document ``number``) up to its last reply, and which is the first of that.
-
-        Raises
-        ------
-        InputError
-            For messages of another form, or that the template does not accept.
-        """
+        """Return the tokens of a chat (of document ``number``) up to its last reply, and which is the first of that."""
         if getattr(self._tokenizer, "chat_template", None) is None:
             raise InputError("expected a tokenizer with a chat template; received one without: use prompt/completion")
         if not isinstance(messages, Sequence) or isinstance(messages, str):
@@ -173,18 +167,10 @@ def _is_turn(turn: Any) -> bool:
 
 
 class Tokens(NamedTuple):
-    """A document's tokens.
+    """A document's tokens, of which ``first`` is the first target.
 
-    Attributes
-    ----------
-    ids : list of int
-        The tokens.
-    first : int
-        The first target.
-    spans : tuple of (Encoding or None, int, int)
-        How tokens map to characters: from which encoding, which token and which character on. Empty if not known.
-    passage : (int, int) or None
-        Of a text to be classified that was cut: the characters that are left, from and to; (-1, -1) if not known.
+    ``spans`` map tokens to characters: from which encoding, which token and which character on; empty if not known.
+    ``passage`` is, of a text to be classified that was cut, the characters left, from and to; (-1, -1) if not known.
     """
 
     ids: list[int]
@@ -204,22 +190,7 @@ class Tokens(NamedTuple):
 
 
 class Tokeniser:
-    """Makes tokens of documents.
-
-    Parameters
-    ----------
-    tokenizer : PreTrainedTokenizer
-        The model's.
-    fields : Fields
-        What is what.
-    max_length : int
-        Tokens that texts to be classified are cut to; others become several rows.
-
-    Raises
-    ------
-    InputError
-        If no text to be classified would fit beside the special tokens.
-    """
+    """Makes tokens of documents. Texts to classify are cut to ``max_length`` tokens; others become several rows."""
 
     def __init__(self, tokenizer: Any, fields: Fields, max_length: int) -> None:
         self._tokenizer, self._fields, self._max_length = tokenizer, fields, max_length
@@ -242,10 +213,7 @@ class Tokeniser:
     def __call__(self, documents: Sequence[tuple[int, dict[str, Any]]]) -> list[Tokens]:
         """Return the tokens of documents, numbers and records, that lack nothing.
 
-        Raises
-        ------
-        InputError
-            Naming the document whose text is no text, or whose chat the template does not take.
+        An InputError names the document whose text is no text, or whose chat the template does not accept.
         """
         parts = self._parts
         if "messages" in parts:

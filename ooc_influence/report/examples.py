@@ -70,20 +70,9 @@ class Corpus:
 
 
 class Examples:
-    """Rows of a store as JSON-ready values.
+    """Rows of a store as JSON-ready values; ``rows``, (m,) int64, are all that will be asked for.
 
     Memory holds, where rows are matched by id, a name and a number for each row, never the documents.
-
-    Parameters
-    ----------
-    store : GradientStore
-        What the rows are in.
-    corpus : Corpus
-        Where their text and images are.
-    rows : (m,) int64
-        All rows that will be asked for.
-    pictures : ImageFolder
-        Where images are written.
     """
 
     def __init__(
@@ -279,15 +268,7 @@ class UnseenError(ValueError):
 
 
 class ImageFolder:
-    """The images of one store in a page's folder. An image that cannot be shown is counted, and the page says why.
-
-    Parameters
-    ----------
-    folder : Path
-        The page's.
-    name : str
-        Of the folder of images within it.
-    """
+    """The images of one store in a page's folder. An image that cannot be shown is counted, and the page says why."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self._folder, self._name = folder / "images" / name, f"images/{name}"
@@ -299,28 +280,14 @@ class ImageFolder:
         return len(self._unseen)
 
     def write(self, row: int, image: Any) -> dict[str, str]:
-        """Write an array as the image of a row, once; return what an example says of it, see :meth:`copy`.
-
-        Raises
-        ------
-        StoreWriteError
-            If the system refuses.
-        """
+        """Write an array as the image of a row, once; return what :meth:`copy` does."""
         library = optional_library("PIL.Image", "images")
         return self._put(row, lambda: _as_bitmap(np.asarray(image), library))
 
     def copy(self, row: int, root: Path, name: Any) -> dict[str, str]:
         """Write an image file below ``root`` as the image of a row.
 
-        Returns
-        -------
-        dict
-            ``image``, its path in the page; or ``unseen``, why there is none.
-
-        Raises
-        ------
-        StoreWriteError
-            If the system refuses.
+        Returned is its path in the page, as ``image``; or, as ``unseen``, why there is none.
         """
         library = optional_library("PIL.Image", "images")
         return self._put(row, lambda: _decode(library, root, name))
@@ -344,15 +311,7 @@ class ImageFolder:
 
 
 def _decode(library: Any, root: Path, name: Any) -> Any:
-    """Return the image in a file, decoded no larger than it has to be.
-
-    Raises
-    ------
-    UnseenError
-        If it is none, or not to be opened.
-    Exception
-        Whatever else its decoder raises.
-    """
+    """Return the image in a file, decoded no larger than it has to be; its decoder may raise anything."""
     path = (root / str(name)).resolve()
     if not path.is_relative_to(root.resolve()):  # a corpus names files: only its own may be shown
         raise UnseenError("not below the folder of the data")

@@ -215,11 +215,6 @@ class QueryList:
     """Writes ``list-<i>``, lines of queries, and ``texts-<i>``, [query, text] of each text longer than its line's.
 
     White space counts as one blank in both. Memory holds a file of each.
-
-    Parameters
-    ----------
-    folder : PageFolder
-        Where.
     """
 
     def __init__(self, folder: PageFolder) -> None:

@@ -33,13 +33,7 @@ _UNFINISHED = ("waiting", "running")
 
 
 class Jobs:
-    """Runs what is submitted, in order. :meth:`close` ends the thread.
-
-    Parameters
-    ----------
-    answer : callable (mapping of str to str) -> dict
-        Does the work; of an :class:`OocInfluenceError` the message is shown.
-    """
+    """Runs ``answer`` on what is submitted, in order; shows the message of an error. :meth:`close` ends the thread."""
 
     def __init__(self, answer: Callable[[Mapping[str, str]], dict[str, Any]]) -> None:
         self._answer = answer
@@ -137,13 +131,7 @@ class Jobs:
                 self._end(name, **outcome)
 
     def _watch(self, name: str, label: str, done: int, total: int | None) -> None:
-        """Note a job's progress.
-
-        Raises
-        ------
-        InterruptedError
-            If it is to stop.
-        """
+        """Note a job's progress; raise InterruptedError if it is to stop."""
         with self._changed:
             if name in self._stopping or self._closed:
                 raise InterruptedError("stopped")

@@ -48,14 +48,7 @@ _HEADERS = {
 class PageServer(ThreadingHTTPServer):
     """Serves a page's folder, and answers its queries. Warns where others than this machine can reach it.
 
-    Parameters
-    ----------
-    folder : Path
-        The page.
-    host, port : str, int
-        Where to listen; port 0 chooses a free one.
-    token : bool
-        Whether addresses begin with a token.
+    Port 0 chooses a free one.
 
     Attributes
     ----------

@@ -40,19 +40,7 @@ _SCORING = ("damping_mode", "device", "workers", "memory", "progress")
 
 @dataclass(frozen=True)
 class Settings:
-    """What scores are computed with.
-
-    Attributes
-    ----------
-    curvature, damping
-        As for :func:`top_influential`.
-    top : int
-        Proponents and opponents of a query.
-    normalize : str, optional
-        Of top lists and group sums.
-    scoring : dict
-        ``damping_mode``, ``device``, ``workers``, ``memory``, ``progress``: of every call.
-    """
+    """The settings of scores, see :func:`top_influential`: ``scoring`` of every call, ``normalize`` not of all."""
 
     curvature: Any
     damping: Any
@@ -81,17 +69,7 @@ class Settings:
 
 
 class Report:
-    """The contents of a page about one train store, computed when they are first used.
-
-    Parameters
-    ----------
-    train : GradientStore
-        The store.
-    query : GradientStore, optional
-        Queries.
-    settings : Settings
-        What scores are computed with.
-    """
+    """The contents of a page about one train store, and perhaps queries, computed when they are first used."""
 
     def __init__(self, train: GradientStore, query: GradientStore | None, settings: Settings) -> None:
         self.train, self.query, self.settings = train, query, settings
@@ -196,13 +174,7 @@ def write_report(
 
 
 def check_queries(queries: Any, query_data: Corpus | str | Path | None, by: Sequence[str] | None) -> Corpus:
-    """Return where the examples of the queries are.
-
-    Raises
-    ------
-    InputError
-        If there are examples of queries, or columns to sum their scores by, but no queries.
-    """
+    """Return where the examples of the queries are, after checking that nothing of queries is named without any."""
     examples = Corpus.of(query_data)
     options = {"--query-data": examples.path, "--query-images": examples.images, "--by": by or None}
     named = [name for name, value in options.items() if value is not None]
@@ -349,14 +321,7 @@ _OTHERS = "(others)"
 def _spectrum(curvature: Curvature, damping: float | None, mode: DampingMode) -> dict[str, Any]:
     """Return eigenvalues above rounding by number, thinned evenly in the logarithm, and d(λ) at many dampings.
 
-    Parameters
-    ----------
-    curvature : Curvature
-        Whose.
-    damping : float, optional
-        What the scores were computed with; by default the curvature's own.
-    mode : {"relative", "absolute"}
-        Its unit.
+    ``damping`` is the one that scores were computed with, by default the curvature's own.
     """
     chosen, lambdas = curvature.damping_value(damping, mode), curvature.lambdas(damping, mode)
     values = resolved_eigenvalues(curvature)
