@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ooc_influence.corpus.cache import CachedFolder, cached_folder
-from ooc_influence.errors import InputError, counted, refused
+from ooc_influence.errors import InputError, counted, listed, refused
 from ooc_influence.progress import optional_library
 from ooc_influence.scratch import ArrayFile, map_array
 from ooc_influence.store import expand_home
@@ -75,9 +75,8 @@ def find_sources(path: Path) -> list[Source]:
     files = [_source(file) for file in matching if file.is_file()]
     if not files:
         raise InputError(f"expected files of documents; received {path}, which none matches")
-    names = ", ".join(str(source.path) for source in files[:_NAMED])
-    more = f" and {len(files) - _NAMED} more" if len(files) > _NAMED else ""
-    logger.info("%s %s: %s%s", counted(len(files), "file matches", "files match"), path, names, more)
+    names = listed((source.path for source in files), _NAMED)
+    logger.info("%s %s: %s", counted(len(files), "file matches", "files match"), path, names)
     return files
 
 

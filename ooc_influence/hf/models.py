@@ -13,7 +13,7 @@ import torch
 
 from ooc_influence import corpus
 from ooc_influence.corpus import Documents
-from ooc_influence.errors import InputError
+from ooc_influence.errors import InputError, listed
 from ooc_influence.options import LoadingOptions, Task, takes
 from ooc_influence.progress import optional_library
 
@@ -228,10 +228,9 @@ def _check_whole(model: Any, base: str, facts: Any, supplied: dict[str, Any]) ->
         )
     missing = sorted(name for name in facts["missing_keys"] if name in names and name not in supplied)
     if missing:
-        more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
         raise InputError(
             f"expected all weights of {type(model).__name__} at {base}; received none for "
-            f"{', '.join(missing[:_NAMED])}{more}, which would be random: give the checkpoint that was trained for "
+            f"{listed(missing, _NAMED)}, which would be random: give the checkpoint that was trained for "
             "this task, or its --adapter"
         )
 
