@@ -1,8 +1,9 @@
-"""Limits that the system sets this process's control group: its memory and its share of the cores.
+"""Bounded memory: what this process may take, and models of what a stage takes, as functions of shapes.
 
-A container, a systemd slice or a job of SLURM is a control group, and the limits of every group above it hold too. The
-process's own groups are named in ``/proc/self/cgroup``, and ``/proc/self/mountinfo`` says where their files are seen:
-both versions of the interface may be there at once, with a controller in one of them.
+A container, a systemd slice or a job of SLURM is a control group that limits memory and the share of the cores, and the
+limits of every group above it apply too. The process's groups are named in ``/proc/self/cgroup``, and
+``/proc/self/mountinfo`` says where their files are mounted: both versions of the interface may be there at once, each
+controller in one of them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, Self
 
@@ -22,7 +23,7 @@ import psutil
 from ooc_influence.errors import InputError, MemoryBudgetError
 
 _ROOT = Path("/")
-_UNLIMITED = 2**62  # version 1 says "none" by a number of this size
+_UNLIMITED = 2**62  # version 1 reports no limit as a number of this size
 
 
 def memory_left(root: Path = _ROOT) -> int | None:
@@ -41,7 +42,7 @@ def memory_left(root: Path = _ROOT) -> int | None:
         if version == 2:
             limits = [_text(folder / "memory.max"), _text(folder / "memory.high")]
             used, inactive = _text(folder / "memory.current"), stat.get("inactive_file", 0)
-        else:  # what its statistics name is the tightest limit of groups above, too, whose files may be out of sight
+        else:  # the statistics include the limits of groups above, whose files may not be mounted
             limits = [_text(folder / "memory.limit_in_bytes"), stat.get("hierarchical_memory_limit", "")]
             used, inactive = _text(folder / "memory.usage_in_bytes"), stat.get("total_inactive_file", 0)
         bounds = [int(limit) for limit in limits if limit.isdigit() and int(limit) < _UNLIMITED]  # nor "max"
@@ -87,17 +88,17 @@ def _groups(controller: str, root: Path) -> Iterator[tuple[Path, int]]:
 
 
 def _mounts(version: int, controller: str, root: Path) -> Iterator[tuple[PurePosixPath, Path]]:
-    """Yield what part of a hierarchy is mounted, and where."""
+    """Yield which part of a hierarchy is mounted, and where."""
     for line in _text(root / "proc/self/mountinfo").splitlines():
-        place, dash, source = line.partition(" - ")
-        fields, (kind, *_, options) = place.split(" "), source.split(" ") if dash else ("", "")
+        mount, dash, source = line.partition(" - ")
+        fields, (kind, *_, options) = mount.split(" "), source.split(" ") if dash else ("", "")
         if kind == "cgroup2" if version == 2 else kind == "cgroup" and controller in options.split(","):
             top, seen = (re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), field) for field in fields[3:5])
             yield PurePosixPath(top), root / seen.lstrip("/")
 
 
 def _below(group: str, top: PurePosixPath) -> PurePosixPath:
-    """Return a group's path below what is mounted; of a group elsewhere (a container's view), nothing."""
+    """Return a group's path below the mounted one; an empty path for a group elsewhere, as a container sees it."""
     path = PurePosixPath(group)
     return path.relative_to(top) if path.is_relative_to(top) and ".." not in path.parts else PurePosixPath()
 
@@ -108,10 +109,10 @@ def _text(path: Path) -> str:
     return ""
 
 
-WORKING = 96 * 2**20  # BLAS work buffers, Zarr's chunks in flight, Dask: what every stage needs besides its own
+WORKING = 96 * 2**20  # of every stage, beside its model: BLAS buffers, Zarr's chunks in flight, Dask
 BLOCK_BYTES = 64 * 2**20  # a block's float32 rows: larger ones gain nothing
-PRODUCT_ROWS = 1024  # but where it is multiplied by a large matrix: reading that is shared by so many rows
-DEFAULT_SHARE = 0.5  # of what is free, when no budget is given: the page cache and the user need the rest
+PRODUCT_ROWS = 1024  # but blocks that are multiplied by a large matrix: reading it is shared by this many rows
+DEFAULT_SHARE = 0.5  # of the free memory, where no budget is given: the page cache and the user need the rest
 _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None  # glibc's
 _UNITS = {
     "": 1,
@@ -150,7 +151,7 @@ def format_bytes(number: float) -> str:
 
 
 def process_anonymous() -> int:
-    """Return this process's anonymous resident bytes: what mmapped files do not count towards."""
+    """Return this process's anonymous resident bytes, to which mapped files do not count."""
     status = Path("/proc/self/status")
     if status.exists():
         match = re.search(r"^RssAnon:\s+(\d+) kB", status.read_text(), re.M)
@@ -160,31 +161,21 @@ def process_anonymous() -> int:
 
 
 def release_freed() -> None:
-    """Hand memory that was freed to the system, where the C library has kept it: it would count as held."""
+    """Return freed memory that the C library has kept to the system: it would count as resident."""
     if _malloc_trim is not None:
         _malloc_trim(ctypes.c_size_t(0))
 
 
-def held_now() -> int:
-    """Return the anonymous bytes that this process holds, without what was freed.
-
-    Microseconds, or milliseconds for every 10 MB that are released. A loop that takes the same memory again and again
-    calls :func:`process_anonymous`: releasing it there would cost what keeping it saves.
-    """
-    release_freed()
-    return process_anonymous()
-
-
-def available(need: int = 0) -> int:
+def available(wanted: int = 0) -> int:
     """Return the bytes this process may still take: free memory, or less where a control group limits it.
 
     Parameters
     ----------
-    need : int
-        Where less than this is free, memory that was freed but kept is released first.
+    wanted : int
+        Where less than this is free, memory that the C library has kept is released first.
     """
     free = _free()
-    if free < need:
+    if free < wanted:
         release_freed()
         free = _free()
     return free
@@ -196,130 +187,178 @@ def _free() -> int:
 
 
 @dataclass(frozen=True)
+class ProblemSize:
+    """The shapes that memory models are functions of: of a store's rows, and of what is asked of them.
+
+    Attributes
+    ----------
+    k : int
+        Numbers in a stored row.
+    rows : int
+        Rows of the store, or those that a fit uses.
+    workers : int
+        Tasks that share the memory of a process.
+    reading_bytes : int
+        Held by a worker to read the store.
+    row_bytes : int
+        Of a row as it is stored.
+    index_bytes : int
+        Of what is kept in memory for the rows of a fit, all together: numbers, weights and tombstones.
+    staging_bytes : int
+        Held for each row of a block to copy it to a device; 0 where blocks are multiplied on the host.
+    queries, dampings : int
+        Query rows, and λs at once.
+    modules : tuple of (first, last)
+        Columns of each module; empty where rows are reduced.
+    path : str
+        The store, as commands name it.
+    """
+
+    k: int
+    rows: int
+    workers: int = 1
+    reading_bytes: int = 0
+    row_bytes: int = 0
+    index_bytes: int = 0
+    staging_bytes: int = 0
+    queries: int = 0
+    dampings: int = 1
+    modules: tuple[tuple[int, int], ...] = ()
+    path: str = "TRAIN"
+
+    @property
+    def alone(self) -> Self:
+        """The same size with one worker, as alternatives are priced."""
+        return replace(self, workers=1)
+
+
+@dataclass(frozen=True)
 class MemoryModel:
-    """What a stage needs, in bytes; see the module's formula.
+    """The memory that a stage takes, in bytes, as a linear function of workers and the rows of their blocks.
+
+    Functions of a :class:`ProblemSize` make one; a call sizes its blocks, refuses, and is planned by the same model.
 
     Attributes
     ----------
     stage : str
-        Its name in messages, with the sizes that matter (``"fisher, k=4096"``).
+        Its name in messages, with the sizes that matter (``"fisher for k=4096"``).
     fixed, per_worker, per_row : int
         Bytes held once, by each worker, and for each row of a worker's block.
+    workers : int
+        Tasks that share the memory.
     min_rows, max_rows : int
         The smallest block worth running and the largest that gains anything.
     advice : str
         What else the user could do, for the refusal.
-    ways : callable or None
-        Given the room there is, returns other ways to the result; the refusal names those that fit, with their prices.
+    alternatives : callable or None
+        Given the budget, returns other computations of the result; a refusal lists those that fit, with their prices.
     """
 
     stage: str
     fixed: int
     per_worker: int
     per_row: int
+    workers: int = 1
     min_rows: int = 16
     max_rows: int = 4096
     advice: str = ""
-    alternatives: Ways | None = None
+    alternatives: Alternatives | None = field(default=None, compare=False)
 
-    def peak(self, block_rows: int, workers: int, reserved: int) -> int:
-        """Return the projected peak in bytes."""
-        return reserved + WORKING + self.fixed + workers * (self.per_worker + block_rows * self.per_row)
-
-    def of_rows(self, rows: int) -> MemoryModel:
-        """Return the same need for blocks of exactly ``rows``."""
-        return replace(self, min_rows=rows, max_rows=rows)
+    def peak(self, block_rows: int, reserved: int = 0) -> int:
+        """Return the projected peak in bytes, beside the bytes that the process has ``reserved`` already."""
+        return reserved + WORKING + self.fixed + self.workers * (self.per_worker + block_rows * self.per_row)
 
 
 class Alternative(NamedTuple):
-    """Another way to a result: what to say, and what it needs. The first ``{}`` becomes the price in bytes."""
+    """Another computation of a result: how to ask for it, and its memory. The first ``{}`` becomes the price."""
 
     text: str
-    need: MemoryModel
+    model: MemoryModel
 
 
 @dataclass(frozen=True)
 class MemoryBudget:
-    """What a process may take.
+    """The memory that a process may take.
 
     Attributes
     ----------
-    budget, held : int
-        Bytes in all, and those it holds already.
+    limit, reserved : int
+        Bytes in all, and those the process holds already.
     """
 
-    budget: int
-    held: int
+    limit: int
+    reserved: int
 
     @classmethod
-    def of(cls, memory: int | str | None, held: int | None = None) -> MemoryBudget:
-        """Return the room in a budget; by default for this process as it is."""
-        return cls(budget_bytes(memory), held_now() if held is None else held)
+    def of(cls, memory: int | str | None) -> Self:
+        """Return the budget of this process: ``memory``, or by default what it holds and half of what is free.
 
-    def price(self, need: MemoryModel, workers: int = 1) -> int:
-        """Return the least projected peak of a need."""
-        return need.peak(need.min_rows, workers, self.held)
+        Freed memory is released first. That takes milliseconds for every 10 MB: a loop that takes the same memory
+        again and again calls :func:`process_anonymous` instead.
+        """
+        release_freed()
+        reserved = process_anonymous()
+        return cls(reserved + int(available() * DEFAULT_SHARE) if memory is None else parse_bytes(memory), reserved)
 
-    def fits(self, need: MemoryModel, workers: int = 1) -> bool:
-        """Return whether a need fits, with the smallest blocks."""
-        return self.price(need, workers) <= self.budget
+    def price(self, model: MemoryModel) -> int:
+        """Return the projected peak of a model with its smallest blocks."""
+        return model.peak(model.min_rows, self.reserved)
+
+    def fits(self, model: MemoryModel) -> bool:
+        """Return whether a model fits, with its smallest blocks."""
+        return self.price(model) <= self.limit
+
+    def block_rows(self, model: MemoryModel) -> int:
+        """Return the rows of the largest blocks with which a model fits, or those of its smallest blocks.
+
+        Halving from ``max_rows`` keeps the grid of blocks, and with it every rounding, the same over a range of
+        budgets.
+        """
+        rows = model.max_rows
+        while rows > model.min_rows and model.peak(rows, self.reserved) > self.limit:
+            rows = max(model.min_rows, rows // 2)
+        return rows
+
+    def plan(self, model: MemoryModel) -> int:
+        """Return the rows of a block, as :meth:`block_rows`.
+
+        Raises
+        ------
+        MemoryBudgetError
+            If the smallest blocks do not fit: with what the stage needs, the budget, and every alternative that fits.
+        """
+        if not self.fits(model):
+            raise MemoryBudgetError(self._refusal(model))
+        return self.block_rows(model)
 
     def largest(self, make: Callable[[int], MemoryModel], most: int) -> int:
-        """Return the largest power of two, at most ``most``, whose need fits; 0 where none does."""
+        """Return the largest power of two, at most ``most``, whose model fits; 0 where none does."""
         size = 1 << max(1, most).bit_length() - 1
         while size and not self.fits(make(size)):
             size //= 2
         return size
 
-
-Ways = Callable[[MemoryBudget], Iterable[Alternative]]
-
-
-def budget_bytes(memory: int | str | None) -> int:
-    """Return the budget in bytes: as given, or a share of what is free plus what the process holds."""
-    if memory is not None:
-        return parse_bytes(memory)
-    return held_now() + int(available() * DEFAULT_SHARE)
-
-
-def plan_block_rows(need: MemoryModel, memory: int | str | None, workers: int = 1, reserved: int | None = None) -> int:
-    """Return how many rows a block may have so that ``need`` fits the budget: a power of two.
-
-    Powers of two keep the grid of blocks, and with it every rounding, the same over a range of budgets.
-
-    Raises
-    ------
-    MemoryBudgetError
-        If the smallest block does not fit; the message names the two numbers and the ways out.
-    """
-    room = MemoryBudget.of(memory, reserved)
-    rows = need.max_rows
-    while rows > need.min_rows and need.peak(rows, workers, room.held) > room.budget:
-        rows = max(need.min_rows, rows // 2)
-    if need.peak(rows, workers, room.held) > room.budget:
-        raise MemoryBudgetError(_refusal(need, room, workers))
-    return rows
+    def _refusal(self, model: MemoryModel) -> str:
+        price, alone = self.price(model), replace(model, workers=1)
+        advice = [f"--memory {format_bytes(price * 1.05).replace(' ', '')}"]
+        if model.workers > 1 and self.fits(alone):
+            advice.insert(0, f"--workers 1 ({format_bytes(self.price(alone))})")
+        for text, other in model.alternatives(self) if model.alternatives is not None else ():
+            if self.fits(other):
+                advice.append(text.replace("{}", format_bytes(self.price(other)), 1))
+        if model.advice:
+            advice.append(model.advice)
+        return (
+            f"{model.stage} needs {format_bytes(price)} with {model.workers} worker{'s' if model.workers > 1 else ''}, "
+            f"budget {format_bytes(self.limit)}: use {', or '.join(advice)}"
+        )
 
 
-def _refusal(need: MemoryModel, room: MemoryBudget, workers: int) -> str:
-    """Return what a stage needs, the budget, and every way out with what it would need."""
-    smallest = room.price(need, workers)
-    alternatives = [f"--memory {format_bytes(smallest * 1.05).replace(' ', '')}"]
-    if workers > 1 and room.fits(need):
-        alternatives.insert(0, f"--workers 1 ({format_bytes(room.price(need))})")
-    for way in need.alternatives(room) if need.alternatives is not None else ():
-        if room.fits(way.need):
-            alternatives.append(way.text.replace("{}", format_bytes(room.price(way.need)), 1))
-    if need.advice:
-        alternatives.append(need.advice)
-    return (
-        f"{need.stage} needs {format_bytes(smallest)} with {workers} worker{'s' if workers > 1 else ''}, "
-        f"budget {format_bytes(room.budget)}: use {', or '.join(alternatives)}"
-    )
+Alternatives = Callable[[MemoryBudget], Iterable[Alternative]]
 
 
 def block_limit(k: int, *, least: int = 64) -> int:
-    """Return the largest block of rows of ``k`` float32 that gains anything, a power of two; at least ``least``."""
+    """Return the largest useful block of float32 rows (·, k), in rows: a power of two, at least about ``least``."""
     rows = max(least, BLOCK_BYTES // (4 * k))
     return 1 << min(13, rows.bit_length() - 1)
 

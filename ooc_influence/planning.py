@@ -1,4 +1,4 @@
-"""How fast this machine is: a calibration of about two seconds."""
+"""Plans: the memory, disk and time of every stage, from the calls' own memory models and this machine's speed."""
 
 from __future__ import annotations
 
@@ -7,26 +7,24 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import median
 from typing import Any, Unpack
 
 import numpy as np
 
-from ooc_influence.curvature import (
-    BlockShape,
-    FitShapes,
-    costs,
-    fisher_memory,
-    gram_memory,
-    precondition_bytes,
-    self_influence_bytes,
-)
+from ooc_influence.curvature import USUAL_PASSES, BlockShape, fisher_memory, gram_memory, largest_rank, plan_low_rank
 from ooc_influence.errors import InputError, MemoryBudgetError
-from ooc_influence.influence import LEFT_ROWS, TileMemory, pass_need, self_memory, top_costs
-from ooc_influence.linalg import choose_engine, spectrum_solvers, symmetric_eigen, tile_side
-from ooc_influence.memory import MemoryModel, budget_bytes, format_bytes, held_now, plan_block_rows
+from ooc_influence.influence import (
+    CheckpointMemory,
+    ScoringMemory,
+    TileMemory,
+    top_tiles,
+    written_tiles,
+)
+from ooc_influence.linalg import choose_engine, choose_solver, symmetric_eigen, tile_side
+from ooc_influence.memory import MemoryBudget, MemoryModel, ProblemSize, format_bytes
 from ooc_influence.options import PlanOptions, takes
 from ooc_influence.parallel import blas_threads
 from ooc_influence.store import (
@@ -166,21 +164,23 @@ class Stage:
     Attributes
     ----------
     name : str
-        What it is.
+        Its name.
     disk : int
         Bytes it leaves on disk.
     peak : int or None
-        Peak bytes of a process; None where the model decides.
+        Peak bytes of a process; None where the user's model decides.
     read : int
         Bytes it reads.
     flops : float or None
-        Arithmetic; None where the model decides.
+        Arithmetic; None where the user's model decides.
     seconds : float or None
-        Estimate; None where the model decides.
+        Estimate; None where the user's model decides.
     refusal : str or None
-        Why it does not fit the budget, and what to change; None where it does.
+        Why it does not fit the budget, and what to change, in the words of the call itself; None where it fits.
     note : str
         What else to know.
+    memory : MemoryModel or None
+        What ``peak`` and ``refusal`` follow from: the model by which the call sizes its blocks or refuses.
     """
 
     name: str
@@ -191,50 +191,56 @@ class Stage:
     seconds: float | None
     refusal: str | None = None
     note: str = ""
+    memory: MemoryModel | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as JSON-ready values."""
-        return asdict(self)
+        """Return it as JSON-ready values, without the memory model."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "memory"}
 
 
 @dataclass(frozen=True)
-class Shapes:
-    """What is planned for.
+class _Planner:
+    """A corpus, the machine and the budget that its stages are planned for.
 
     Attributes
     ----------
-    rows, k, queries : int
-        Train rows, kept entries, query rows.
-    dims : int
-        Stored numbers a row: k, or fewer after a reduction.
+    size : ProblemSize
+        Of the train store.
+    entries : int
+        Kept of a gradient: more than ``size.k`` where rows are reduced.
     dtype : str
         Representation on disk.
-    dampings, top, workers : int
-        λs, rows of a top list, row stripes at once.
-    memory : int, str or None
-        The budget.
-    held : int
-        Bytes a process holds before a stage starts.
+    top : int
+        Rows of a top list.
+    budget : MemoryBudget
+        Of a process.
+    rates : Rates
+        Of the machine.
     rank : int or None
         Eigenvectors kept of the curvature; None for all.
     """
 
-    rows: int
-    k: int
-    queries: int
-    dims: int
+    size: ProblemSize
+    entries: int
     dtype: str
-    dampings: int
     top: int
-    workers: int
-    memory: int | str | None
-    held: int
+    budget: MemoryBudget
+    rates: Rates
     rank: int | None = None
 
-    @property
-    def fit_shapes(self) -> FitShapes:
-        """Return what the ways to a curvature are priced by."""
-        return FitShapes(self.dims, self.rows, modules=((0, self.k),) if self.dims == self.k else ())
+    def stages(self) -> list[Stage]:
+        """Return every stage that the corpus goes through, in the order they run."""
+        reduced = [self.eigenbasis()] if self.size.k < self.entries else []
+        fisher, planner = self.fisher(), self
+        fits = [fisher]
+        rank = largest_rank(self.size, self.budget) if fisher.refusal else 0
+        if rank:
+            planner = replace(self, rank=rank)
+            fits.append(planner.low_rank(rank))
+        if self.size.rows < self.size.k:
+            fits.append(self.gram())
+        scoring = [planner.scores(), planner.top_lists(), planner.self_influence(), self.verify()]
+        return [*reduced, self.extraction(), self.query_extraction(), *fits, *scoring]
 
     def layout(self, columns: int) -> Layout:
         """Return the layout of a store with so many columns."""
@@ -242,179 +248,143 @@ class Shapes:
         return Layout(columns, dtype, *Storage().sizes(columns, dtype), block=Encoding.of(dtype, columns).block)
 
     def store_bytes(self, rows: int, columns: int) -> int:
-        """Return the bytes of a store: whole chunk files, and what belongs to each row."""
+        """Return the bytes of a store: whole chunk files, and the small values of each row."""
         layout = self.layout(columns)
-        chunks = -(-rows // layout.chunk_rows)
-        groups = -(-rows // layout.group_rows)
+        chunks, groups = -(-rows // layout.chunk_rows), -(-rows // layout.group_rows)
         small = groups * (layout.group_rows * sum(4 for _ in layout.row_arrays) + 8 * layout.group_chunks)
         return chunks * layout.chunk_bytes + small
 
-    def fit(self, need: MemoryModel) -> tuple[int, int | None, str | None]:
-        """Return the peak bytes of a stage, the rows of its blocks, and its refusal where it does not fit."""
+    def train_bytes(self) -> int:
+        """Return the bytes of the train store."""
+        return self.store_bytes(self.size.rows, self.size.k)
+
+    def stage(
+        self, name: str, memory: MemoryModel, *, disk: int, read: int, flops: float, seconds: float, note: str = ""
+    ) -> Stage:
+        """Return a stage, with its peak or refusal by the budget."""
         try:
-            rows = plan_block_rows(need, self.memory, self.workers, self.held)
+            peak, refusal = memory.peak(self.budget.plan(memory), self.budget.reserved), None
         except MemoryBudgetError as error:
-            return need.peak(need.min_rows, self.workers, self.held), None, str(error)
-        return need.peak(rows, self.workers, self.held), rows, None
+            peak, refusal = self.budget.price(memory), str(error)
+        return Stage(name, disk, peak, read, flops, seconds, refusal, note, memory)
 
+    def pass_seconds(self, read: float, computing: float) -> float:
+        """Return the seconds of reading all rows beside converting and computing."""
+        return max(read / self.rates.read, 4.0 * self.size.rows * self.size.k / self.rates.convert + computing)
 
-def extraction(shapes: Shapes, rates: Rates) -> Stage:
-    """Return the train store's extraction; time and most memory are the model's."""
-    layout = shapes.layout(shapes.dims)
-    disk = shapes.store_bytes(shapes.rows, shapes.dims)
-    if shapes.dims < shapes.k:
-        disk += 4 * shapes.k * shapes.dims
-    buffers = BUFFERS * shapes.layout(shapes.dims).chunk_rows * 4 * shapes.dims
-    rows = shapes.rows
-    note = (
-        f"{-(-rows // layout.chunk_rows)} chunks of {layout.chunk_rows} rows; writing takes {disk / rates.write:.0f} s"
-    )
-    return Stage("extract train", disk, None, 0, None, None, note=f"{note}; the model and {buffers / 2**20:.0f} MiB")
-
-
-def query_extraction(shapes: Shapes) -> Stage:
-    """Return the query store's extraction."""
-    disk = shapes.store_bytes(shapes.queries, shapes.dims)
-    copied = 4 * shapes.k * shapes.dims if shapes.dims < shapes.k else 0
-    return Stage("extract queries", disk + (copied if copied < 256 * 2**20 else 0), None, 0, None, None)
-
-
-def basis(shapes: Shapes, rates: Rates) -> Stage:
-    """Return the reduction: the pilot's wide rows and the top of their spectrum, by the cheapest way that fits."""
-    pilot = min(shapes.rows, 4 * shapes.dims)
-    ways = spectrum_solvers(shapes.k, pilot, shapes.dims)
-    found = [(way, *shapes.fit(way.need)) for way in ways]
-    way, peak, _, refusal = next((fit for fit in found if fit[3] is None), min(found, key=lambda fit: fit[1]))
-    read = way.passes * shapes.store_bytes(pilot, shapes.k)
-    seconds = max(read / rates.read, way.flops / rates.gemm) + way.factoring / rates.eigen
-    disk = shapes.store_bytes(pilot, shapes.k)
-    note = f"{pilot} pilot rows of {shapes.k} entries, removed afterwards; by {way.name}"
-    return Stage("eigenbasis", disk, peak, read, way.flops + way.factoring, seconds, refusal, note)
-
-
-def fisher(shapes: Shapes, rates: Rates) -> Stage:
-    """Return the Fisher matrix and its factorisation."""
-    n, d = shapes.rows, shapes.dims
-    peak, _, refusal = shapes.fit(
-        replace(fisher_memory(d, shapes.workers), alternatives=shapes.fit_shapes.fisher_alternatives)
-    )
-    sums, factoring = float(n) * d * d, 9.0 * d**3
-    read = shapes.store_bytes(n, d)
-    seconds = _pass(shapes, rates, read, sums / rates.syrk) + factoring / rates.eigen
-    return Stage("fisher", 16 * d * d + 8 * d, peak, read, sums + factoring, seconds, refusal)
-
-
-def top_fisher(shapes: Shapes, rates: Rates) -> Stage | None:
-    """Return the largest top of the Fisher matrix's spectrum that fits, by the quickest way; None where none does."""
-    n, d, budget = shapes.rows, shapes.dims, budget_bytes(shapes.memory)
-    row_bytes = shapes.layout(d).encoding.row_bytes
-    sizes = costs.Shapes(d, n, n, row_bytes, shapes.workers, 0, 0)
-    rank = costs.largest_rank(sizes, budget, shapes.held)
-    if not rank:
-        return None
-    way = costs.low_rank_plans(sizes, rank, fisher_memory(d, shapes.workers), budget, shapes.held)[0]
-    seconds = _pass(shapes, rates, int(way.read), way.flops / rates.gemm)
-    disk = 8 * d * (rank + (0 if way.name == "rows" else d // 2))
-    note = f"instead of fisher, --rank {rank}; by {way.name}, in about {costs.USUAL_PASSES} passes"
-    peak = way.need.peak(way.block_rows, shapes.workers, shapes.held)
-    return Stage(f"fisher, rank {rank}", disk, peak, int(way.read), way.flops, seconds, None, note)
-
-
-def gram(shapes: Shapes, rates: Rates) -> Stage:
-    """Return the Gram matrix of the rows: what the other side of Woodbury's identity costs."""
-    n, d = shapes.rows, shapes.dims
-    need = replace(gram_memory(n, d, shapes.workers), alternatives=shapes.fit_shapes.gram_alternatives)
-    peak, rows, refusal = shapes.fit(need)
-    side = tile_side(n)
-    strips, blocks = -(-n // side), -(-side // (rows or need.min_rows))
-    products, factoring = float(n) * n * d * (1 + 1 / strips) + 2.0 * n * n * d, 9.0 * n**3  # K, then eigenvectors
-    read = shapes.store_bytes(n, d) * ((strips + 1) * (1 + blocks) // 2 + 1)
-    seconds = _pass(shapes, rates, read, products / rates.double) + factoring / rates.eigen
-    return Stage("Gram side", 8 * n * (n + d), peak, read, products + factoring, seconds, refusal, "instead of fisher")
-
-
-def scores(shapes: Shapes, rates: Rates) -> Stage:
-    """Return the whole matrix of scores, on disk."""
-    out = 4 * shapes.queries * shapes.rows * shapes.dampings
-    return _scored("scores", shapes, rates, lambda queries: TileMemory(tile=12), out)
-
-
-def top(shapes: Shapes, rates: Rates) -> Stage:
-    """Return top lists."""
-    count = min(shapes.top, shapes.rows)
-    costs = top_costs(count, shapes.dampings * shapes.queries, shapes.rows)
-    return _scored(f"top {count}", shapes, rates, lambda queries: costs, 0)
-
-
-def _scored(name: str, shapes: Shapes, rates: Rates, costs: Callable[[int], TileMemory], out: int) -> Stage:
-    """Return a pass over the train rows, with as many queries at a time as fit."""
-    n, d, values = shapes.rows, shapes.dims, shapes.dampings
-    limit = max(1, LEFT_ROWS // values)
-    queries = shapes.queries if shapes.queries <= limit else 1 << limit.bit_length() - 1
-    while True:
-        own = costs(queries)
-        preparing = precondition_bytes(_eigen_block(shapes), queries, values) + 8 * queries * d * (2 + values)
-        need = pass_need(
-            f"{name} for k={d}",
-            [d],
-            values * queries,
-            own._replace(fixed=own.fixed + preparing, row=own.row + 16 * values),
+    def extraction(self) -> Stage:
+        """Return the train store's extraction; time and most memory depend on the user's model."""
+        rows, k, layout = self.size.rows, self.size.k, self.layout(self.size.k)
+        disk = self.train_bytes() + (4 * self.entries * k if k < self.entries else 0)
+        note = (
+            f"{-(-rows // layout.chunk_rows)} chunks of {layout.chunk_rows} rows; writing takes "
+            f"{disk / self.rates.write:.0f} s; the model and {BUFFERS * layout.chunk_rows * 4 * k / 2**20:.0f} MiB"
         )
-        peak, _, refusal = shapes.fit(need)
-        if refusal is None or queries == 1:
-            break
-        queries = 1 << (queries - 1).bit_length() - 1
-    passes = -(-shapes.queries // queries)
-    read = shapes.store_bytes(n, d)
-    preparing_flops = 2.0 * shapes.queries * d * (shapes.rank or d) * (1 + values)
-    products = 2.0 * shapes.queries * values * n * d
-    seconds = passes * _pass(shapes, rates, read, products / passes / rates.gemm) + preparing_flops / rates.double
-    seconds = max(seconds, out / rates.write)
-    note = f"{passes} passes over the rows, {queries} queries at a time" if passes > 1 else ""
-    return Stage(name, out, peak, passes * read, products + preparing_flops, seconds, refusal, note)
+        return Stage("extract train", disk, None, 0, None, None, note=note)
 
+    def query_extraction(self) -> Stage:
+        """Return the query store's extraction."""
+        basis = 4 * self.entries * self.size.k if self.size.k < self.entries else 0
+        copied = basis if basis < 256 * 2**20 else 0
+        return Stage("extract queries", self.store_bytes(self.size.queries, self.size.k) + copied, None, 0, None, None)
 
-def _eigen_block(shapes: Shapes) -> list[BlockShape]:
-    """Return the block of the curvature that fits."""
-    return [BlockShape(shapes.dims, shapes.rank or shapes.dims)]
+    def eigenbasis(self) -> Stage:
+        """Return the reduction: the pilot's wide rows and their largest eigenvalues."""
+        pilot = min(self.size.rows, 4 * self.size.k)
+        solver = choose_solver(replace(self.size, k=self.entries, rows=pilot), self.size.k, self.budget)
+        disk = self.store_bytes(pilot, self.entries)
+        read, rates = solver.passes * disk, self.rates
+        seconds = max(read / rates.read, solver.flops / rates.gemm) + solver.factoring / rates.eigen
+        note = f"{pilot} pilot rows of {self.entries} entries, removed afterwards; by {solver.name}"
+        flops = solver.flops + solver.factoring
+        return self.stage("eigenbasis", solver.model, disk=disk, read=read, flops=flops, seconds=seconds, note=note)
 
+    def fisher(self) -> Stage:
+        """Return the Fisher matrix and its factorisation."""
+        d, read = self.size.k, self.train_bytes()
+        sums, factoring = float(self.size.rows) * d * d, 9.0 * d**3
+        seconds = self.pass_seconds(read, sums / self.rates.syrk) + factoring / self.rates.eigen
+        disk = 16 * d * d + 8 * d
+        return self.stage(
+            "fisher", fisher_memory(self.size), disk=disk, read=read, flops=sums + factoring, seconds=seconds
+        )
 
-def self_influence(shapes: Shapes, rates: Rates) -> Stage:
-    """Return the rows' self-influence."""
-    n, d = shapes.rows, shapes.dims
-    rank, values = shapes.rank, shapes.dampings
-    norms = self_influence_bytes(_eigen_block(shapes), values)
-    peak, _, refusal = shapes.fit(self_memory([d], n, values, norms=norms))
-    products, read = 2.0 * n * d * (rank or d), shapes.store_bytes(n, d)
-    seconds = _pass(shapes, rates, read, products / rates.gemm)
-    return Stage("self-influence", 4 * n * shapes.dampings, peak, read, products, seconds, refusal)
+    def low_rank(self, rank: int) -> Stage:
+        """Return the largest eigenvalues of the Fisher matrix, by the quickest plan that fits."""
+        plan = plan_low_rank(self.size, rank, self.budget)
+        return self.stage(
+            f"fisher, rank {rank}",
+            plan.model,
+            disk=8 * self.size.k * (rank + (0 if plan.name == "rows" else self.size.k // 2)),
+            read=int(plan.read),
+            flops=plan.flops,
+            seconds=self.pass_seconds(int(plan.read), plan.flops / self.rates.gemm),
+            note=f"instead of fisher, --rank {rank}; by {plan.name}, in about {USUAL_PASSES} passes",
+        )
 
+    def gram(self) -> Stage:
+        """Return the Gram matrix of the rows and its factorisation."""
+        n, d, memory = self.size.rows, self.size.k, gram_memory(self.size)
+        side = tile_side(n)
+        strips, blocks = -(-n // side), -(-side // self.budget.block_rows(memory))
+        products, factoring = float(n) * n * d * (1 + 1 / strips) + 2.0 * n * n * d, 9.0 * n**3  # K, then eigenvectors
+        read = self.train_bytes() * ((strips + 1) * (1 + blocks) // 2 + 1)
+        return self.stage(
+            "Gram side",
+            memory,
+            disk=8 * n * (n + d),
+            read=read,
+            flops=products + factoring,
+            seconds=self.pass_seconds(read, products / self.rates.double) + factoring / self.rates.eigen,
+            note="instead of fisher",
+        )
 
-def verify(shapes: Shapes, rates: Rates) -> Stage:
-    """Return the check of every committed chunk."""
-    layout, read = shapes.layout(shapes.dims), shapes.store_bytes(shapes.rows, shapes.dims)
-    peak, _, refusal = shapes.fit(verify_memory(layout, shapes.rows, 0))
-    return Stage("verify", 0, peak, read, 0.0, read / rates.read, refusal)
+    def scores(self) -> Stage:
+        """Return the whole matrix of scores, on disk."""
+        written = 4 * self.size.queries * self.size.rows * self.size.dampings
+        return self._scored("scores", "scores", written_tiles(), written)
 
+    def top_lists(self) -> Stage:
+        """Return top lists."""
+        count = min(self.top, self.size.rows)
+        tile = top_tiles(count, self.size.dampings * self.size.queries, self.size.rows)
+        return self._scored(f"top {count}", "top", tile, 0)
 
-def _pass(shapes: Shapes, rates: Rates, read: int, computing: float) -> float:
-    """Return the seconds of reading all rows beside converting and computing."""
-    return max(read / rates.read, 4.0 * shapes.rows * shapes.dims / rates.convert + computing)
+    def _scored(self, name: str, stage: str, tile: TileMemory, written: int) -> Stage:
+        """Return passes over the train rows, with as many queries at a time as fit."""
+        n, d, total, dampings = self.size.rows, self.size.k, self.size.queries, self.size.dampings
+        queries, memory = self.scoring.plan_queries(self.budget, stage, tile)
+        passes, read = -(-total // queries), self.train_bytes()
+        preparing = 2.0 * total * d * (self.rank or d) * (1 + dampings)
+        products = 2.0 * total * dampings * n * d
+        seconds = passes * self.pass_seconds(read, products / passes / self.rates.gemm) + preparing / self.rates.double
+        return self.stage(
+            name,
+            memory,
+            disk=written,
+            read=passes * read,
+            flops=products + preparing,
+            seconds=max(seconds, written / self.rates.write),
+            note=f"{passes} passes over the rows, {queries} queries at a time" if passes > 1 else "",
+        )
 
+    def self_influence(self) -> Stage:
+        """Return the rows' self-influence."""
+        n, d, read = self.size.rows, self.size.k, self.train_bytes()
+        products, disk = 2.0 * n * d * (self.rank or d), 4 * n * self.size.dampings
+        seconds, memory = self.pass_seconds(read, products / self.rates.gemm), self.scoring.self_influence()
+        return self.stage("self-influence", memory, disk=disk, read=read, flops=products, seconds=seconds)
 
-def all_stages(shapes: Shapes, rates: Rates) -> list[Stage]:
-    """Return every stage that a corpus goes through."""
-    found = [extraction(shapes, rates), query_extraction(shapes)]
-    if shapes.dims < shapes.k:
-        found.insert(0, basis(shapes, rates))
-    found.append(fisher(shapes, rates))
-    part = top_fisher(shapes, rates) if found[-1].refusal else None
-    if part is not None:
-        found.append(part)
-        shapes = replace(shapes, rank=int(part.name.rpartition(" ")[2]))
-    if shapes.rows < shapes.dims:
-        found.append(gram(shapes, rates))
-    return found + [stage(shapes, rates) for stage in (scores, top, self_influence, verify)]
+    @property
+    def scoring(self) -> ScoringMemory:
+        """The memory models of scoring by the curvature that is planned."""
+        blocks = (BlockShape(self.size.k, self.rank or self.size.k),)
+        return ScoringMemory((CheckpointMemory(self.size, blocks, lambda: self.size),))
+
+    def verify(self) -> Stage:
+        """Return the check of every committed chunk."""
+        memory, read = verify_memory(self.layout(self.size.k), self.size), self.train_bytes()
+        return self.stage("verify", memory, disk=0, read=read, flops=0.0, seconds=read / self.rates.read)
 
 
 @dataclass(frozen=True)
@@ -484,12 +454,11 @@ def plan(rows: int, k: int, **options: Unpack[PlanOptions]) -> Plan:
     reduce = options["reduce"]
     if reduce is not None and not 1 <= reduce <= min(k, rows):
         raise InputError(f"expected reduce between 1 and {min(k, rows)}, k or the rows; received {reduce}")
-    budget = budget_bytes(options["memory"])
+    budget, dtype = MemoryBudget.of(options["memory"]), parse_representation(options["dtype"])
     rates = Rates.measure(str(options["folder"]), gflops=options["gflops"], read=options["read_rate"])
     dims = k if reduce is None else reduce
-    representation = parse_representation(options["dtype"])
-    shapes = Shapes(
-        rows, k, options["queries"], dims, representation, options["dampings"], options["top"], options["workers"],
-        budget, held_now(),
+    size = ProblemSize(
+        dims, rows, options["workers"], queries=options["queries"], dampings=options["dampings"],
+        modules=((0, k),) if dims == k else (), row_bytes=Encoding.of(dtype, dims).row_bytes,
     )  # fmt: skip
-    return Plan(all_stages(shapes, rates), budget, rates)
+    return Plan(_Planner(size, k, dtype, options["top"], budget, rates).stages(), budget.limit, rates)

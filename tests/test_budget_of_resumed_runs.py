@@ -15,6 +15,7 @@ from ooc_influence import checkpoint, fit_fisher, group_influence, self_influenc
 from ooc_influence.curvature import costs, fit, primal
 from ooc_influence.errors import MemoryBudgetError
 from ooc_influence.influence import tiles
+from ooc_influence.memory import MemoryBudget
 
 N, K = 1024, 120
 
@@ -106,12 +107,10 @@ def test_tiles_of_another_side_are_gone_on_from(train, monkeypatch, side):
     calls.clear()
     left[0] = 100
     monkeypatch.setattr(costs, "_LARGEST_TILE", side)
-    tried = costs.fitting_rows
+    fits = MemoryBudget.fits
     if side != 64:  # what is there does not fit this budget
         monkeypatch.setattr(
-            costs,
-            "fitting_rows",
-            lambda need, *a: 0 if need.per_row == 2 * 4 * 64 else tried(need, *a),
+            MemoryBudget, "fits", lambda budget, model: model.per_row != 2 * 4 * 64 and fits(budget, model)
         )
     found = fit_fisher(train, rank=K)
     assert len(calls) == (1 if side == 64 else 4 if square else 3)  # a tile of 64 is 4 of 32, 3 on the diagonal
@@ -192,7 +191,7 @@ def test_parts_keep_their_queries(tmp_path, pair, monkeypatch):
     """A larger budget takes more queries at a time, but for what is there; one that does not hold them is refused."""
     query, train = pair
     fit_fisher(train)
-    monkeypatch.setattr("ooc_influence.influence.request.LEFT_ROWS", 4)
+    monkeypatch.setattr("ooc_influence.influence.costs.QUERY_ROWS", 4)
     monkeypatch.setattr("ooc_influence.memory.BLOCK_BYTES", 64 * 4 * train.k)
     monkeypatch.setattr(tiles, "_PART_BYTES", 64 * train.layout.encoding.row_bytes)
     plain, written, folder = checkpoint.write_bytes, [], tmp_path / "parts"
@@ -209,7 +208,7 @@ def test_parts_keep_their_queries(tmp_path, pair, monkeypatch):
     monkeypatch.setattr(checkpoint, "write_bytes", plain)
     kept = list(folder.glob("0-4-*.npz"))
     assert len(kept) == 3
-    monkeypatch.setattr("ooc_influence.influence.request.LEFT_ROWS", 2048)
+    monkeypatch.setattr("ooc_influence.influence.costs.QUERY_ROWS", 2048)
     with pytest.raises(MemoryBudgetError):
         top_influential(query, train, top=5, resume=folder, memory="1MiB")
     assert list(folder.glob("0-4-*.npz")) == kept

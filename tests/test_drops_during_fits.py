@@ -105,7 +105,7 @@ def test_partial_sums_that_hold_a_row_dropped_since_are_not_used(train, monkeypa
             yield block
 
     with monkeypatch.context() as patch:
-        patch.setattr("ooc_influence.curvature.fit.plan_block_rows", lambda *args: 16)
+        patch.setattr("ooc_influence.memory.MemoryBudget.plan", lambda budget, model: 16)
         patch.setattr("ooc_influence.linalg.accumulate.FOLD_ROWS", 16)
         drop_at(patch, "chosen", train.path, LATER)
         plain = rows.read_blocks

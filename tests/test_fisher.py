@@ -290,7 +290,7 @@ ONLY_ROWS = """
 from ooc_influence.curvature import costs
 from ooc_influence.linalg import spectrum
 spectrum.PRODUCT_ROWS, costs.EXTRA, plain = 64, 16, costs.low_rank_plans
-costs.low_rank_plans = lambda *a, **o: [way for way in plain(*a, **o) if way.name == "rows"]
+costs.low_rank_plans = lambda *a, **o: [plan for plan in plain(*a, **o) if plan.name == "rows"]
 """
 
 

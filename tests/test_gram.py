@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import oracle
@@ -23,7 +24,7 @@ from ooc_influence import (
 )
 from ooc_influence.cli.main import main
 from ooc_influence.curvature import Curvature, choose_method, dual, eigen, fit, fit_gram
-from ooc_influence.curvature.costs import FitShapes, fisher_memory, gram_memory, kernel_memory
+from ooc_influence.curvature.costs import fisher_memory, gram_memory, kernel_memory
 from ooc_influence.errors import (
     CurvatureNotFoundError,
     InputError,
@@ -36,7 +37,7 @@ from ooc_influence.errors import (
 )
 from ooc_influence.linalg import accumulate
 from ooc_influence.linalg.rows import LOSS_FLOOR
-from ooc_influence.memory import MemoryBudget
+from ooc_influence.memory import MemoryBudget, ProblemSize
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*effective dimension")
 ONE_LABEL = {"loss_kind": "cross_entropy"}
@@ -353,15 +354,14 @@ def test_which_method(tmp_path):
 def test_the_method_that_fits_is_taken(tmp_path, caplog):
     caplog.set_level("INFO", "ooc_influence")
     train = write_store(tmp_path / "t.zarr", random_rows(80, 50))
-    needs = {"fisher": fisher_memory(3000, 1), "gram": gram_memory(2500, 3000)}
-    room = MemoryBudget.of(roomy())
-    assert room.price(needs["gram"]) < room.price(needs["fisher"])  # the smaller matrix is the smaller need
+    size, budget = ProblemSize(3000, 2500), MemoryBudget.of(roomy())
+    assert budget.price(gram_memory(size)) < budget.price(fisher_memory(size))  # the smaller matrix takes less
 
     def side(**options):
-        return fit_curvature(train, memory=room.budget, **options).kind
+        return fit_curvature(train, memory=budget.limit, **options).kind
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FitShapes, "gram", property(lambda self: gram_memory(10**5, 50)))
+        patch.setattr("ooc_influence.curvature.fit.gram_memory", lambda size: gram_memory(ProblemSize(50, 10**5)))
         assert side(rows=(0, 30)) == "whole"
     assert "the dual method needs 2" in caplog.text
     assert side(rows=(0, 30)) == "gram"
@@ -369,13 +369,16 @@ def test_the_method_that_fits_is_taken(tmp_path, caplog):
 
 def test_needs_are_sums_of_their_parts():
     kept = 8 * 2003**2
-    need = kernel_memory(2003, 5003, 3, 7, 11)
-    assert (need.fixed, need.per_worker) == (11 + kept, 32 * 1024**2 + 2 * 7)
-    assert need.per_row == 2 * (4 * 5003 + 8 * 1024)
-    assert kernel_memory(20011, 5003).fixed == 0  # on disk
-    need = gram_memory(20011, 5003, 3, 7, 11)
-    assert need.fixed == 11 + 24 * 20011**2 + 24 * 1024**2 - 3 * (32 * 1024**2 + 2 * 7)
-    assert gram_memory(31, 100_003, 2).fixed > gram_memory(31, 1009, 2).fixed  # eigenvectors' panels
+    size = ProblemSize(5003, 2003, 3, reading_bytes=7, index_bytes=11)
+    model = kernel_memory(size)
+    assert (model.fixed, model.per_worker) == (11 + kept, 32 * 1024**2 + 2 * 7)
+    assert model.per_row == 2 * (4 * 5003 + 8 * 1024)
+    assert kernel_memory(replace(size, staging_bytes=13)).per_row == model.per_row + 2 * 13
+    assert kernel_memory(ProblemSize(5003, 20011)).fixed == 0  # on disk
+    model = gram_memory(replace(size, rows=20011))
+    assert model.fixed == 11 + 24 * 20011**2 + 24 * 1024**2 - 3 * (32 * 1024**2 + 2 * 7)
+    panels = [gram_memory(ProblemSize(k, 31, 2)).fixed for k in (1009, 100_003)]
+    assert panels[0] < panels[1]  # of eigenvectors
 
 
 def test_a_small_budget_is_refused(tmp_path):

@@ -33,9 +33,9 @@ from ooc_influence.errors import (
     StoreDamagedError,
     StoreExistsError,
 )
+from ooc_influence.influence.costs import TileMemory
 from ooc_influence.influence.engine import HostEngine
 from ooc_influence.influence.request import ScoreRequest
-from ooc_influence.influence.tiles import TileMemory
 from ooc_influence.influence.topk import TopKHeap, merge
 from ooc_influence.memory import WORKING
 
@@ -367,11 +367,11 @@ def test_fewer_queries_at_a_time_before_a_refusal(large, monkeypatch):
         working = scoring.checkpoints[0].curvature.working_bytes(queries, 1) + queries * 2000 * (8 * 3 + 4)
         return WORKING + working + 16 * (4 * 2000 + 16 + 8 * queries)
 
-    blocks, rows = scoring.plan("scores", budget(8), 1, TileMemory(tile=8))
+    blocks, rows = scoring.plan("scores", budget(8), 1, TileMemory(per_score=8))
     assert (blocks, rows) == ([(0, 8), (8, 16), (16, 20)], 16)
-    assert len(scoring.plan("scores", budget(1), 1, TileMemory(tile=8))[0]) == 20
+    assert len(scoring.plan("scores", budget(1), 1, TileMemory(per_score=8))[0]) == 20
     with pytest.raises(MemoryBudgetError, match="scores for k=2000 needs"):
-        scoring.plan("scores", budget(1) - 1, 1, TileMemory(tile=8))
+        scoring.plan("scores", budget(1) - 1, 1, TileMemory(per_score=8))
 
 
 def test_a_curvature_of_another_model_is_refused(tmp_path):

@@ -6,26 +6,27 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
 from ooc_influence.errors import InputError, MemoryBudgetError
 from ooc_influence.memory import (
     WORKING,
+    MemoryBudget,
     MemoryModel,
     PeakMemory,
     block_limit,
-    budget_bytes,
     format_bytes,
     parse_bytes,
-    plan_block_rows,
     process_anonymous,
 )
 
 # distinct primes: a term that is missing or counted twice shows
-NEED = MemoryModel(
-    "stage for k=5", fixed=1_000_003, per_worker=100_003, per_row=10_007, max_rows=1024, advice="reduce k"
+MODEL = MemoryModel(
+    "stage for k=5", fixed=1_000_003, per_worker=100_003, per_row=10_007, workers=2, max_rows=1024, advice="reduce k"
 )
+ALONE = replace(MODEL, workers=1)
 
 
 def test_sizes():
@@ -52,26 +53,27 @@ def test_format():
 
 
 def test_projection_counts_every_term():
-    assert NEED.peak(16, 3, 11) == 11 + WORKING + 1_000_003 + 3 * (100_003 + 16 * 10_007)
+    assert replace(MODEL, workers=3).peak(16, 11) == 11 + WORKING + 1_000_003 + 3 * (100_003 + 16 * 10_007)
 
 
 def test_blocks_shrink_to_the_budget_and_no_further():
-    budget = NEED.peak(256, 2, 0)
-    assert plan_block_rows(NEED, budget, 2, reserved=0) == 256
-    assert plan_block_rows(NEED, budget - 1, 2, reserved=0) == 128
-    assert plan_block_rows(NEED, 10**12, 2, reserved=0) == 1024
+    budget = MODEL.peak(256)
+    assert MemoryBudget(budget, 0).plan(MODEL) == 256
+    assert MemoryBudget(budget - 1, 0).plan(MODEL) == 128
+    assert MemoryBudget(10**12, 0).plan(MODEL) == 1024
+    assert MemoryBudget(0, 0).block_rows(MODEL) == 16
 
 
-def test_refusal_names_both_numbers_and_the_ways_out():
-    budget = NEED.peak(16, 1, 0)
+def test_refusal_names_both_numbers_and_the_alternatives():
+    budget = MemoryBudget(ALONE.peak(16), 0)
     with pytest.raises(MemoryBudgetError, match=r"needs .* with 2 workers, budget .*--workers 1.*--memory .*reduce k"):
-        plan_block_rows(NEED, budget, 2, reserved=0)
-    assert plan_block_rows(NEED, budget, 1, reserved=0) == 16
+        budget.plan(MODEL)
+    assert budget.plan(ALONE) == 16
 
 
 def test_default_budget_is_a_share_of_what_is_free():
-    assert process_anonymous() < budget_bytes(None)
-    assert budget_bytes("1GiB") == 2**30
+    assert process_anonymous() < MemoryBudget.of(None).limit
+    assert MemoryBudget.of("1GiB").limit == 2**30
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of glibc")
@@ -80,9 +82,7 @@ def test_memory_that_was_freed_is_not_held():
     script = """if True:
         import json
         from ooc_influence.cli.options import keep_freed_memory
-        from ooc_influence.memory import (
-            MemoryBudget, MemoryModel, available, plan_block_rows, process_anonymous
-        )
+        from ooc_influence.memory import MemoryBudget, MemoryModel, available, process_anonymous
         assert keep_freed_memory()
         start, found = process_anonymous(), {}
         def take():
@@ -91,9 +91,9 @@ def test_memory_that_was_freed_is_not_held():
         found["kept"] = process_anonymous() - start
         available(1)
         found["still kept"] = process_anonymous() - start
-        found["held"] = MemoryBudget.of("4GiB").held - start
+        found["held"] = MemoryBudget.of("4GiB").reserved - start
         take()
-        plan_block_rows(MemoryModel("a stage", 2**27, 0, 0), start + 2**28)  # fits, with what every stage needs besides
+        MemoryBudget.of(start + 2**28).plan(MemoryModel("a stage", 2**27, 0, 0))  # fits, with WORKING
         take()
         available(2**60)
         found["short"] = process_anonymous() - start

@@ -22,14 +22,12 @@ CHILD = f"import sys; sys.path.insert(0, {HERE!r})\n" + textwrap.dedent("""
     from ooc_influence import memory
     from ooc_influence.linalg import spectrum
     stage, query, train, workers, top = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
-    plan, projected = memory.plan_block_rows, []
-    def record(need, budget, workers=1, reserved=None):
-        rows = plan(need, budget, workers, reserved)
-        projected.append(need.peak(rows, workers, memory.process_anonymous()))
+    plan, projected = memory.MemoryBudget.plan, []
+    def record(budget, model):
+        rows = plan(budget, model)
+        projected.append(model.peak(rows, memory.process_anonymous()))
         return rows
-    for name, module in list(sys.modules.items()):
-        if name.startswith("ooc_influence.") and hasattr(module, "plan_block_rows"):
-            module.plan_block_rows = record
+    memory.MemoryBudget.plan = record
     options = {"workers": workers, "memory": "3GiB"}
     ways = spectrum.spectrum_solvers
     if query.startswith("_by_"):  # the one way to an eigenbasis that is looked at

@@ -13,9 +13,18 @@ from test_cli import run  # noqa: F401 - a fixture
 from test_memory_measured import write
 
 import ooc_influence as ooc
-from ooc_influence import GradientStore, fit_fisher
+from ooc_influence import (
+    GradientStore,
+    fit_fisher,
+    fit_gram,
+    influence_scores,
+    self_influence,
+    top_influential,
+)
+from ooc_influence.compress.eigenbasis import fit_eigenbasis
 from ooc_influence.curvature import BlockShape, precondition_bytes, self_influence_bytes
-from ooc_influence.errors import InputError
+from ooc_influence.errors import InputError, MemoryBudgetError
+from ooc_influence.memory import MemoryBudget
 from ooc_influence.planning import Rates
 from ooc_influence.store import tree_bytes
 
@@ -172,3 +181,50 @@ def test_the_command(run):  # noqa: F811
     assert "fisher: fisher for k=65536 needs" in out
     code, _, err = run("plan --rows 0 --k 5")
     assert (code, "rows >= 1" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    "stage", ["eigenbasis", "fisher", "fisher, rank", "Gram side", "scores", "top 10", "self-influence", "verify"]
+)
+def test_a_plan_is_what_the_call_itself_projects(tmp_path, stage, monkeypatch):
+    """Each stage's peak or refusal is that of the memory model which the call plans its blocks by."""
+    monkeypatch.setattr("ooc_influence.memory.process_anonymous", lambda: 0)
+    n, k, r = 300, 700, 20
+    train, query = (GradientStore.open(write(tmp_path / f"{rows}.zarr", rows, k)) for rows in (n, 5))
+
+    def out(options):
+        return tmp_path / f"{options['memory']}.out"
+
+    scored = {"curvature": fit_fisher(train), "damping": [0.1, 1.0]}
+    calls = {
+        "eigenbasis": lambda **o: fit_eigenbasis(train, r, rows=4 * r, **o),
+        "fisher": lambda **o: fit_fisher(train, out=out(o), **o),
+        "Gram side": lambda **o: fit_gram(train, out=out(o), **o),
+        "scores": lambda **o: influence_scores(query, train, out=out(o), **scored, **o),
+        "top 10": lambda **o: top_influential(query, train, top=10, **scored, **o),
+        "self-influence": lambda **o: self_influence(train, **scored, **o),
+        "verify": lambda **o: train.verify(**o),
+    }
+    budgets = [2**30, 2**20]
+    if stage == "fisher, rank":  # is planned where F does not fit
+        budgets = [ooc.plan(n, k, **GIVEN)["fisher"].memory.peak(16) - 1]
+        stage = next(each.name for each in ooc.plan(n, k, memory=budgets[0], **GIVEN).stages if "rank" in each.name)
+        rank = int(stage.split()[-1])
+        calls[stage] = lambda **o: fit_fisher(train, rank=rank, out=tmp_path / "rank.zarr", **o)
+    plain, used = MemoryBudget.plan, []
+    monkeypatch.setattr(MemoryBudget, "plan", lambda budget, model: used.append(model) or plain(budget, model))
+    reduce = r if stage == "eigenbasis" else None
+    for memory in budgets:
+        found = ooc.plan(n, k, queries=5, dampings=2, top=10, memory=memory, reduce=reduce, folder=tmp_path, **GIVEN)
+        used.clear()
+        refusal = None
+        try:
+            calls[stage](memory=memory, workers=1)
+        except MemoryBudgetError as error:
+            refusal = str(error)
+        assert used[-1] == found[stage].memory
+        peak = used[-1].peak(MemoryBudget(memory, 0).block_rows(used[-1]))
+        assert found[stage].peak == peak
+        assert (refusal is None) == (found[stage].refusal is None) == (peak <= memory)
+        if refusal is not None:
+            assert refusal.replace(str(train.path), "TRAIN") == found[stage].refusal

@@ -233,7 +233,7 @@ def test_a_basis_of_some_rows_only(tmp_path):
 
 
 def test_a_budget_for_the_basis_at_extraction(tmp_path):
-    with pytest.raises(MemoryBudgetError, match="more memory"):
+    with pytest.raises(MemoryBudgetError, match="--memory"):
         extract(tmp_path / "s.zarr", memory="1MiB")
     with pytest.raises(InputError, match="a memory size such as"):
         extract(tmp_path / "t.zarr", memory="much")

@@ -13,7 +13,7 @@ from numpy.testing import assert_array_equal
 from test_second_pass import LOSS, ROWS, K, R, make_wide
 
 from ooc_influence import GradientStore, fit_curvature, fit_fisher, influence_scores, module_influence, reduce_store
-from ooc_influence.curvature.costs import FitShapes
+from ooc_influence.curvature.costs import fit_size
 from ooc_influence.curvature.rows import choose_rows
 from ooc_influence.errors import InputError, OocInfluenceError, StoreFormatError, StoreNotFoundError, StoreReadError
 from ooc_influence.store import paths, reduction
@@ -69,7 +69,7 @@ def test_the_basis_is_not_read_to_ask_whether_there_is_one(stores, monkeypatch):
     assert train.is_reduced
     fit_fisher(train)
     fit_curvature(train, name="c")
-    assert FitShapes.of(choose_rows(train)).modules == ()
+    assert fit_size(choose_rows(train)).modules == ()
     with pytest.raises(InputError, match="blocks='module'"):
         fit_fisher(train, blocks="module", name="m")
     influence_scores(query, train).compute()

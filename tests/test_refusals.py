@@ -23,14 +23,12 @@ from ooc_influence import (
     top_influential,
 )
 from ooc_influence.curvature import dual, sums
-from ooc_influence.curvature.costs import FitShapes, fisher_memory, gram_memory
+from ooc_influence.curvature.costs import fisher_memory, gram_memory
 from ooc_influence.errors import MemoryBudgetError, StoreDamagedError
 from ooc_influence.influence import request, tiles
-from ooc_influence.influence.request import Form
-from ooc_influence.influence.self_scores import _need as self_memory
-from ooc_influence.influence.tiles import TileMemory
+from ooc_influence.influence.costs import TileMemory
 from ooc_influence.linalg import accumulate
-from ooc_influence.memory import Alternative, MemoryBudget, MemoryModel, format_bytes, parse_bytes, plan_block_rows
+from ooc_influence.memory import Alternative, MemoryBudget, MemoryModel, ProblemSize, format_bytes, parse_bytes
 from ooc_influence.store import LayerShape, Mask, ModuleMask
 
 pytestmark = [
@@ -70,9 +68,9 @@ def fitted(stores):
     return stores
 
 
-def refuse(call, need, workers=1):
+def refuse(call, model):
     """Call with one byte too few; return the budget and the message."""
-    budget = MemoryBudget(0, 0).price(need, workers) - 1
+    budget = MemoryBudget(0, 0).price(model) - 1
     with pytest.raises(MemoryBudgetError) as caught:
         call(budget)
     message = str(caught.value)
@@ -91,7 +89,9 @@ def offered(message):
 
 def test_every_way_out_of_a_fisher_fit_works(tmp_path, stores):
     train = stores[1]
-    budget, message = refuse(lambda memory: fit_fisher(train, memory=memory, refit=True), fisher_memory(K, 1))
+    budget, message = refuse(
+        lambda memory: fit_fisher(train, memory=memory, refit=True), fisher_memory(ProblemSize(K, N))
+    )
     assert message.startswith("fisher for k=1200 needs ")
     ways = offered(message)
     r = max(int(re.match(r"reduce to (\d+)", way)[1]) for way in ways if way.startswith("reduce"))
@@ -115,28 +115,28 @@ def test_ways_that_do_not_apply_are_not_offered(tmp_path, stores):
     with pytest.raises(MemoryBudgetError, match=r"--memory \S+, or extract with a smaller k$"):
         fit_fisher(reduced, memory=100)
     sides = [(300 * n, 300 * n + 300) for n in range(4)]
-    need = fisher_memory(K, 1, ranges=sides)
-    _, message = refuse(lambda memory: fit_fisher(train, blocks="module", memory=memory), need)
+    model = fisher_memory(ProblemSize(K, N), ranges=sides)
+    _, message = refuse(lambda memory: fit_fisher(train, blocks="module", memory=memory), model)
     assert "blocks" not in message.partition(": use ")[2]
     one = write_store(tmp_path / "one.zarr", random_rows(50, 400))
-    _, message = refuse(lambda memory: fit_fisher(one, memory=memory), fisher_memory(400, 1))
+    _, message = refuse(lambda memory: fit_fisher(one, memory=memory), fisher_memory(ProblemSize(400, 50)))
     assert "blocks" not in message
     assert "--method dual (" in message
     long = write_store(tmp_path / "long.zarr", random_rows(1100, 300))
-    _, message = refuse(lambda memory: fit_fisher(long, memory=memory), fisher_memory(300, 1))
+    _, message = refuse(lambda memory: fit_fisher(long, memory=memory), fisher_memory(ProblemSize(300, 1100)))
     assert "--method dual" not in message  # it would need more
 
 
 def test_workers_are_priced(stores):
-    need = fisher_memory(K, 3)
-    _, message = refuse(lambda memory: fit_fisher(stores[1], workers=3, memory=memory, refit=True), need, 3)
-    assert offered(message)["--workers 1"][0] < MemoryBudget(0, 0).price(need, 3)
+    model = fisher_memory(ProblemSize(K, N, workers=3))
+    _, message = refuse(lambda memory: fit_fisher(stores[1], workers=3, memory=memory, refit=True), model)
+    assert offered(message)["--workers 1"][0] < MemoryBudget(0, 0).price(model)
     assert "with 3 workers" in message
 
 
 def test_the_gram_side_offers_a_sample_and_fisher(tmp_path):
     train = write_store(tmp_path / "t.zarr", random_rows(1100, 300))
-    budget, message = refuse(lambda memory: fit_gram(train, memory=memory), gram_memory(1100, 300))
+    budget, message = refuse(lambda memory: fit_gram(train, memory=memory), gram_memory(ProblemSize(300, 1100)))
     ways = offered(message)
     assert set(ways) == {"--sample 1024", "--method primal", "--method primal --rank 256", "reduce to 256 columns"}
     assert fit_gram(train, memory=budget, sample=1024).rows == 1024
@@ -148,9 +148,9 @@ def test_the_gram_side_offers_a_sample_and_fisher(tmp_path):
 def test_every_way_out_of_scoring_works(tmp_path, fitted):
     query, train = fitted
     opened = request.ScoreRequest.open(query, train, {"damping": [0.1, 1.0]})
-    need = opened.need("scores", 1, TileMemory(tile=12))
+    model = opened.memory(1).scores("scores", 1, TileMemory(per_score=12))
     budget, message = refuse(
-        lambda memory: influence_scores(query, train, damping=[0.1, 1.0], memory=memory, out=tmp_path / "s.zarr"), need
+        lambda memory: influence_scores(query, train, damping=[0.1, 1.0], memory=memory, out=tmp_path / "s.zarr"), model
     )
     ways = offered(message)
     r = max(int(re.match(r"reduce to (\d+)", way)[1]) for way in ways if way.startswith("reduce"))
@@ -177,30 +177,30 @@ def test_other_scores_price_their_ways_too(fitted, what):
     query, train = fitted
     if what == "self":
         opened = request.ScoreRequest.open(None, train, {})
-        need = self_memory(opened, 1, [Form.of(K, opened.checkpoints[0].curvature)])
+        model = opened.memory(1).self_influence()
     else:
         opened = request.ScoreRequest.open(query, train, {"normalize": "cosine"})
-        need = opened.need(what, 1, TileMemory())
+        model = opened.memory(1).scores(what, 1, TileMemory())
     calls = {
         "self": lambda memory: self_influence(train, memory=memory),
         "top": lambda memory: top_influential(query, train, normalize="cosine", memory=memory),
         "groups": lambda memory: group_influence(query, train, np.zeros(N), normalize="cosine", memory=memory),
     }
-    _, message = refuse(calls[what], need)
+    _, message = refuse(calls[what], model)
     assert {"a curvature by module", "the Gram side"} <= set(offered(message))
 
 
 def test_plain_dot_products_offer_no_curvature(fitted):
     query, train = fitted
     opened = request.ScoreRequest.open(query, train, {"curvature": False})
-    need = opened.need("scores", 1, TileMemory())
-    ways = list(need.alternatives(MemoryBudget(MemoryBudget(0, 0).price(need) - 1, 0)))
+    model = opened.memory(1).scores("scores", 1, TileMemory())
+    ways = list(model.alternatives(MemoryBudget(MemoryBudget(0, 0).price(model) - 1, 0)))
     assert {way.text.split()[0] for way in ways} <= {"reduce"}
 
 
 def test_only_what_fits_is_offered():
     small, large = MemoryModel("small", 1, 0, 0), MemoryModel("large", 10**9, 0, 0)
-    need = MemoryModel(
+    model = MemoryModel(
         "it",
         10**10,
         0,
@@ -208,12 +208,12 @@ def test_only_what_fits_is_offered():
         alternatives=lambda room: [Alternative("this ({}: {x}{}", small), Alternative("that ({})", large)],
     )
     with pytest.raises(MemoryBudgetError, match=r"use --memory [^,]*, or this \(96 MiB: {x}{}$"):
-        plan_block_rows(need, "100MiB", reserved=0)
-    room = MemoryBudget(MemoryBudget(0, 0).price(MemoryModel("x", 700, 0, 0)), 0)
-    assert [room.largest(lambda size: MemoryModel("x", size, 0, 0), most) for most in (2000, 300, 1)] == [512, 256, 1]
+        MemoryBudget(100 * 2**20, 0).plan(model)
+    budget = MemoryBudget(MemoryBudget(0, 0).price(MemoryModel("x", 700, 0, 0)), 0)
+    assert [budget.largest(lambda size: MemoryModel("x", size, 0, 0), most) for most in (2000, 300, 1)] == [512, 256, 1]
     assert MemoryBudget(0, 0).largest(lambda size: small, 100) == 0
-    shapes = FitShapes(64, 10, modules=((0, 64),))
-    assert [way.text.split()[0] for way in shapes.fisher_alternatives(MemoryBudget(2**40, 0))] == [
+    model = fisher_memory(ProblemSize(64, 10, modules=((0, 64),)))
+    assert [way.text.split()[0] for way in model.alternatives(MemoryBudget(2**40, 0))] == [
         "--rank",
         "reduce",
         "--method",

@@ -38,7 +38,7 @@ def stores(tmp_path_factory):
 def small_blocks(monkeypatch):
     monkeypatch.setattr("ooc_influence.memory.BLOCK_BYTES", 64 * 4 * 6)  # 64 rows
     monkeypatch.setattr("ooc_influence.influence.scores.CHUNK_TARGET", 4 * 64 * 4)  # and 4 queries in a chunk
-    monkeypatch.setattr("ooc_influence.influence.request.LEFT_ROWS", 8)  # 8 queries a pass
+    monkeypatch.setattr("ooc_influence.influence.costs.QUERY_ROWS", 8)  # 8 queries a pass
 
 
 @pytest.fixture
@@ -105,11 +105,11 @@ def test_a_missing_sync_would_be_found(recorded, tmp_path, kind):
 CHILD = f"import sys; sys.path.insert(0, {HERE!r})\n" + textwrap.dedent("""
     import time
     import ooc_influence as ooc
-    import ooc_influence.influence.request as scoring
+    import ooc_influence.influence.costs as costs
     import ooc_influence.influence.tiles as tiles, ooc_influence.memory as memory
     output = sys.modules["ooc_influence.influence.scores"]
     query, train, out, pause = *sys.argv[1:4], float(sys.argv[4])
-    memory.BLOCK_BYTES, output.CHUNK_TARGET, scoring.LEFT_ROWS = 64 * 4 * 6, 4 * 64 * 4, 8
+    memory.BLOCK_BYTES, output.CHUNK_TARGET, costs.QUERY_ROWS = 64 * 4 * 6, 4 * 64 * 4, 8
     original = tiles.tick
     def slow(key, rows):
         time.sleep(pause)
@@ -198,7 +198,7 @@ def test_a_smaller_budget_than_it_was_begun_with_is_refused(tmp_path, stores, sm
         influence_scores(*stores, out=tmp_path / "s")
     monkeypatch.undo()
     next((tmp_path / "s").glob("c.2.*")).unlink()
-    monkeypatch.setattr("ooc_influence.influence.request.LEFT_ROWS", 2)
+    monkeypatch.setattr("ooc_influence.influence.costs.QUERY_ROWS", 2)
     with pytest.raises(MismatchError, match=r"room for 4 queries at a time.*give as much --memory"):
         influence_scores(*stores, out=tmp_path / "s")
     monkeypatch.undo()

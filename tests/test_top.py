@@ -19,7 +19,7 @@ from ooc_influence.curvature.costs import fisher_memory
 from ooc_influence.errors import InputError, MemoryBudgetError, OocInfluenceWarning, SingularFisherError, StoreBusyError
 from ooc_influence.linalg import accumulate, backend, spectrum
 from ooc_influence.linalg import rows as rows_room
-from ooc_influence.memory import WORKING, process_anonymous
+from ooc_influence.memory import WORKING, ProblemSize, process_anonymous
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*effective dimension")
 K, N = 120, 500
@@ -278,17 +278,17 @@ def test_what_fits_decides(tmp_path, monkeypatch):
     """Sizes at which each of the ways is the only one that fits, or the quickest."""
     monkeypatch.setattr("ooc_influence.memory.process_anonymous", lambda: 0)
     train = write_store(tmp_path / "t.zarr", random_rows(300, 700))
-    whole = fisher_memory(700, 1, train.reading_bytes)
-    room = whole.peak(whole.min_rows, 1, 0)
-    assert fit_fisher(train, memory=room).kind == "whole"
+    size = train.problem_size()
+    whole = fisher_memory(size)
+    budget = whole.peak(whole.min_rows)
+    assert fit_fisher(train, memory=budget).kind == "whole"
     with pytest.raises(MemoryBudgetError, match=r"fisher for k=700 needs .* --rank 128 \(") as refused:
-        fit_fisher(train, memory=room - 1, refit=True)
+        fit_fisher(train, memory=budget - 1, refit=True)
     assert "extract with a smaller k" in str(refused.value)
-    found = fit_fisher(train, memory=room - 1, rank=128)
+    found = fit_fisher(train, memory=budget - 1, rank=128)
     assert found.attrs["way"] != "whole"
-    shapes = costs.Shapes(700, 300, 300, 2800, 1, train.reading_bytes, 0)
-    needs = [costs.sums_need(shapes, 10), costs.tiles_need(shapes, 10, 700), costs.rows_need(shapes, 10)]
-    least = min(need.peak(need.min_rows, 1, 0) for need in needs)
+    models = [costs.sums_memory(size, 10), costs.tiles_memory(size, 10, 700), costs.rows_memory(size, 10)]
+    least = min(model.peak(model.min_rows) for model in models)
     assert fit_fisher(train, memory=least, rank=10, refit=True).attrs["way"] == "rows"
     with pytest.raises(MemoryBudgetError, match=r"fisher for k=700, rank=10 needs .*--rank 8 \([^)]* MiB\)"):
         fit_fisher(train, memory=least - 1, rank=10, refit=True)
@@ -297,18 +297,18 @@ def test_what_fits_decides(tmp_path, monkeypatch):
 def test_needs_count_everything_once():
     """Sizes are primes, so that a missing or doubled term shows."""
     k = 10007
-    shapes = costs.Shapes(k, 997, 997, 2 * k, 3, 7, 11)
+    size = ProblemSize(k, 997, 3, reading_bytes=7, index_bytes=11)
     c = 5 + costs.EXTRA
-    assert shapes.columns(5) == c
-    rows = costs.rows_need(shapes, 5)
+    assert costs.iteration_columns(size, 5) == c
+    rows = costs.rows_memory(size, 5)
     assert (rows.per_worker, rows.per_row) == (12 * k * c + 7, 4 * (k + c))
     assert rows.fixed == (4 + 8) * k * c + 11
-    sums = costs.sums_need(shapes, 5)
+    sums = costs.sums_memory(size, 5)
     assert (sums.per_worker, sums.per_row, sums.fixed) == (12 * k**2 + 7, 4 * k, 8 * k**2 + 11)
-    tiles = costs.tiles_need(shapes, 5, 31)
+    tiles = costs.tiles_memory(size, 5, 31)
     assert (tiles.per_worker, tiles.per_row) == (20 * 31**2 + 24 * 1024**2 + 7, 248)
     after = 16 * k * c + 40 * c**2 + 24 * 1024 * c + 8 * 1024 * (3 * 1024 + 2 * c)
-    assert costs.tiles_need(shapes._replace(workers=1), 5, 31).fixed == after - tiles.per_worker + 7 + 11 - 7
+    assert costs.tiles_memory(size.alone, 5, 31).fixed == after - tiles.per_worker + 7 + 11 - 7
 
 
 @pytest.mark.parametrize("way", ["sums", "tiles", "rows"])
@@ -324,9 +324,9 @@ def test_memory_stays_below_the_projection(tmp_path, way, monkeypatch):
     rows = (rng.normal(size=(600, k)) / np.sqrt(1 + np.arange(k))).astype(np.float32)
     train = write_store(tmp_path / "t.zarr", rows, dtype="float16")
     fit_fisher(train, rank=rank)  # what is imported and allocated once
-    shapes = costs.Shapes(k, 600, 600, 2 * k, 1, train.reading_bytes, 0)
-    need = {"sums": costs.sums_need(shapes, rank), "tiles": costs.tiles_need(shapes, rank, 512),
-            "rows": costs.rows_need(shapes, rank)}[way]  # fmt: skip
+    size = train.problem_size()
+    model = {"sums": costs.sums_memory(size, rank), "tiles": costs.tiles_memory(size, rank, 512),
+             "rows": costs.rows_memory(size, rank)}[way]  # fmt: skip
     tracemalloc.start()
     try:
         found = fit_fisher(train, rank=rank, refit=True, memory=process_anonymous() + 2**30)
@@ -334,7 +334,7 @@ def test_memory_stays_below_the_projection(tmp_path, way, monkeypatch):
     finally:
         tracemalloc.stop()
     assert found.attrs["way"] == way
-    projected = need.peak(600, 1, 0) - WORKING + 2**21  # Zarr's part
+    projected = model.peak(600) - WORKING + 2**21  # Zarr's part
     assert 0.5 * projected < peak < projected
 
 

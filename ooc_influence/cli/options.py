@@ -172,7 +172,7 @@ def keep_freed_memory() -> bool:
 
     glibc returns large blocks to the system as soon as they are freed, and a model on a CPU takes the same gigabytes of
     activations again with every batch: touching fresh pages then costs as much as the arithmetic. Only the command line
-    does this, for its own process; budgets count memory without it (:func:`ooc_influence.memory.held_now`).
+    does this, for its own process; budgets do not count that memory (:meth:`ooc_influence.memory.MemoryBudget.of`).
     """
     if any(name.startswith("MALLOC_") for name in os.environ):
         return False

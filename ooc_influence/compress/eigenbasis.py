@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ooc_influence.linalg import ONE_LABEL, Floats, WeightedRows, parse_weighting, row_weights, top_spectrum
-from ooc_influence.memory import PRODUCT_ROWS, MemoryModel, block_limit, plan_block_rows
+from ooc_influence.memory import PRODUCT_ROWS, MemoryBudget, MemoryModel, ProblemSize, block_limit
 from ooc_influence.options import Weighting
 from ooc_influence.parallel import Stripe, check_workers, cut_stripes, in_worker, run_stripes, slots_per_process
 from ooc_influence.progress import Progress, tick
@@ -78,14 +78,18 @@ def basis_weights(attributes: Any, facts: Any) -> Weighting | None:
     return weighting if attributes.get("loss_kind") == ONE_LABEL else None
 
 
-def fill_memory(source: GradientStore, r: int, writing: int, held: int = 0) -> MemoryModel:
-    """Return the memory of :func:`fill`: ``writing`` bytes per task to write; ``held``: of M, if not yet in memory."""
+def fill_memory(size: ProblemSize, r: int, writing: int = 0, fixed: int = 0) -> MemoryModel:
+    """Return the memory model of :func:`fill`.
+
+    ``writing`` bytes are held by a task to write, and ``fixed`` by the matrix (k, r) where it is not in memory yet.
+    """
     return MemoryModel(
-        f"reducing {source.k} numbers to {r}",
-        held,
-        source.reading_bytes + writing,
-        4 * (source.k + 2 * r),  # a block, its product, and a copy of that while it is encoded
-        max_rows=block_limit(source.k, least=PRODUCT_ROWS),
+        f"reducing {size.k} numbers to {r}",
+        fixed,
+        size.reading_bytes + writing,
+        4 * (size.k + 2 * r),  # a block, its product, and a copy of that while it is encoded
+        size.workers,
+        max_rows=block_limit(size.k, least=PRODUCT_ROWS),
         advice="reduce to fewer dims",
     )
 
@@ -108,8 +112,8 @@ def fill(
         Of the rows written.
     """
     slots, size = check_workers(workers), target.layout.group_rows
-    model = fill_memory(source, target.k, writing_bytes(target.layout, target.path))
-    step = plan_block_rows(model, memory, slots_per_process(slots))
+    source_size = source.problem_size(slots_per_process(slots))
+    step = MemoryBudget.of(memory).plan(fill_memory(source_size, target.k, writing_bytes(target.layout, target.path)))
     spans = [(start, stop or source.n) for start, stop in missing_spans(target.records, target.layout, 0, source.n)]
     groups = sorted({group for start, stop in spans for group in range(start // size, -(-stop // size))})
     stripes = [
@@ -178,7 +182,8 @@ def mean_squares(
 ) -> npt.NDArray[np.float64]:
     """Return the mean square over live rows of each column of rows @ vectors, (r,) float64."""
     slots = check_workers(workers)
-    step = plan_block_rows(fill_memory(rows.store, vectors.shape[1], 0), memory, slots_per_process(slots))
+    size = rows.store.problem_size(slots_per_process(slots))
+    step = MemoryBudget.of(memory).plan(fill_memory(size, vectors.shape[1]))
     stripes = cut_stripes(0, rows.count, step, slots)
     with Progress("mean squares", rows.count, progress) as bar:
         total = run_stripes(_square_stripe, stripes, bar, rows, step, vectors, slots=slots, reduce=np.add)

@@ -46,8 +46,7 @@ class FullGradient(Compressor):
         if not budget.fits(model):
             raise MemoryBudgetError(
                 f"{model.stage} needs {format_bytes(budget.price(model))} for the mask and two rows, budget "
-                f"{format_bytes(budget.budget)}: use Dropout, or Grass, which keep some entries only, or fewer "
-                "--modules"
+                f"{format_bytes(budget.limit)}: use Dropout or Grass, which keep only some entries, or fewer --modules"
             )
         return Dropout(k=p).draw(layers)
 

@@ -30,7 +30,7 @@ from ooc_influence.compress.eigenbasis import (
 from ooc_influence.errors import InputError, MismatchError, StoreNotFoundError
 from ooc_influence.fingerprint import check_same, check_same_rows
 from ooc_influence.linalg import Floats, WeightedRows, parse_weighting, row_weights
-from ooc_influence.memory import PRODUCT_ROWS, MemoryModel, plan_block_rows
+from ooc_influence.memory import PRODUCT_ROWS, MemoryBudget, MemoryModel
 from ooc_influence.options import ReduceOptions, Striped, Weighting, select, takes
 from ooc_influence.parallel import check_workers, slots_per_process
 from ooc_influence.store import (
@@ -290,15 +290,14 @@ def _make_basis(job: _Job, means: dict[str, Any]) -> tuple[StoredReduction, dict
 
 
 def _check_memory(source: GradientStore, r: int, means: dict[str, Any]) -> None:
-    """Check, before the basis is made, that the budget allows to use it."""
-    shared = slots_per_process(check_workers(means["workers"]))
-    plan_block_rows(fill_memory(source, r, 0, 4 * source.k * r), means["memory"], shared)
+    """Check, before the basis is made, that there will be memory to use it."""
+    budget = MemoryBudget.of(means["memory"])
+    size = source.problem_size(slots_per_process(check_workers(means["workers"])))
+    budget.plan(fill_memory(size, r, fixed=4 * size.k * r))
     reduction = source.attrs.get("reduction")
     if reduction is not None:
-        need = MemoryModel(
-            f"rotating a basis of {reduction['rows']} entries", 4 * reduction["rows"] * (source.k + r), 0, 0
-        )
-        plan_block_rows(need, means["memory"])
+        entries = reduction["rows"]
+        budget.plan(MemoryModel(f"rotating a basis of {entries} entries", 4 * entries * (size.k + r), 0, 0))
 
 
 def _vectors(store: GradientStore) -> Floats:

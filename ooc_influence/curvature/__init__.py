@@ -1,6 +1,14 @@
 """Curvature: the compressed Fisher matrix or the Gram matrix, their spectra, damping."""
 
-from ooc_influence.curvature.costs import FitShapes, fisher_memory, gram_memory, module_ranges
+from ooc_influence.curvature.costs import (
+    USUAL_PASSES,
+    fisher_memory,
+    fit_size,
+    gram_memory,
+    largest_rank,
+    plan_low_rank,
+    reduced_alternatives,
+)
 from ooc_influence.curvature.curvature import Curvature, resolve_curvature
 from ooc_influence.curvature.eigen import (
     DEFAULT_DAMPING,
@@ -13,7 +21,8 @@ from ooc_influence.curvature.fit import choose_method, fit_curvature, fit_fisher
 from ooc_influence.curvature.rows import choose_rows
 
 __all__ = [
-    "DEFAULT_DAMPING", "BlockShape", "Curvature", "FitShapes", "choose_method", "choose_rows", "fisher_memory",
-    "fit_curvature", "fit_fisher", "fit_gram", "gram_matrix", "gram_memory", "module_ranges", "precondition_bytes",
-    "resolve_curvature", "resolved", "self_influence_bytes",
+    "DEFAULT_DAMPING", "USUAL_PASSES", "BlockShape", "Curvature", "choose_method", "choose_rows", "fisher_memory",
+    "fit_curvature", "fit_fisher", "fit_gram", "fit_size", "gram_matrix", "gram_memory", "largest_rank",
+    "plan_low_rank", "precondition_bytes", "reduced_alternatives", "resolve_curvature", "resolved",
+    "self_influence_bytes",
 ]  # fmt: skip

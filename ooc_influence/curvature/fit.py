@@ -12,7 +12,6 @@ import contextlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Literal, NamedTuple, Unpack, get_args
 
 import numpy as np
@@ -20,12 +19,11 @@ import zarr
 
 from ooc_influence.checkpoint import ClaimedOutput, kept_groups
 from ooc_influence.curvature.costs import (
-    FitShapes,
     LowRankPlan,
-    Shapes,
     check_rank,
-    diagonal_need,
+    diagonal_memory,
     fisher_memory,
+    fit_size,
     gram_memory,
     kernel_memory,
     module_ranges,
@@ -47,7 +45,7 @@ from ooc_influence.errors import (
     warn,
 )
 from ooc_influence.linalg import Range, WeightedRows, check_room, mirror, parse_device, symmetric_eigen
-from ooc_influence.memory import MemoryBudget, format_bytes, plan_block_rows
+from ooc_influence.memory import MemoryBudget, ProblemSize, format_bytes
 from ooc_influence.options import FisherOptions, FittingOptions, RowOptions, select, takes
 from ooc_influence.parallel import check_workers, slots_per_process
 from ooc_influence.store import GradientStore, PathLike, StorePath, parse_path
@@ -100,6 +98,11 @@ class _Call(NamedTuple):
         earlier = None if options["refit"] else _fitted(target, train)
         staleness = None if earlier is None else fit_staleness(earlier, chosen, kind)
         return cls(target, chosen, slots, device, earlier, staleness)
+
+    @property
+    def size(self) -> ProblemSize:
+        """The size of the fit."""
+        return fit_size(self.chosen, slots_per_process(self.slots), device=self.device is not None)
 
     @property
     def is_current(self) -> bool:
@@ -179,33 +182,27 @@ def _choose_plan(
     call: _Call, kind: str, ranges: Sequence[Range], rank: int | None, memory: int | str | None,
     results: Mapping[str, StorePath],
 ) -> LowRankPlan:  # fmt: skip
-    """Return how to fit within the budget; ``results`` are those of earlier runs, which the plan should use."""
-    chosen, staleness, train, shared = call.chosen, call.staleness, call.chosen.store, slots_per_process(call.slots)
+    """Return how to fit within the budget, preferably by a plan that can use the ``results`` of earlier runs."""
+    staleness, budget, size = call.staleness, MemoryBudget.of(memory), call.size
     if kind == "diagonal":
-        need = diagonal_need(train.k, train.reading_bytes, rows=chosen.small_bytes)
-        return LowRankPlan(kind, need, plan_block_rows(need, memory, shared), 0.0, 0.0, 0.0)
-    need = fisher_memory(
-        train.k, shared, train.reading_bytes, ranges=ranges, rows=chosen.small_bytes, update=staleness is not None
-    )
-    row_bytes, changed = train.layout.encoding.row_bytes, chosen.count
-    # two blocks in flight, and their copies where the device is the host
-    sent = 0 if call.device is None else 4 * row_bytes
-    need = replace(need, per_row=need.per_row + sent)
-    if call.earlier is not None and call.earlier.keeps_sums and staleness is not None:
-        added = 0 if staleness.added is None else staleness.added[1] - staleness.added[0]
-        changed = added + len(staleness.removed)
-    shapes = Shapes(train.k, chosen.count, changed, row_bytes, shared, train.reading_bytes, chosen.small_bytes, sent)
-    priced = FitShapes.of(chosen)
+        model = diagonal_memory(size)
+        return LowRankPlan(kind, model, budget.plan(model))
     if rank is not None:
-        check_rank(shapes, rank)
-        update = staleness is not None and bool(len(staleness.removed))
-        plan = plan_low_rank(shapes, rank, need, memory, priced.rank_ways, update=update, prefer=usable_plans(results))
+        check_rank(size, rank)
+        new_rows = None
+        if call.earlier is not None and call.earlier.keeps_sums and staleness is not None:
+            added = 0 if staleness.added is None else staleness.added[1] - staleness.added[0]
+            new_rows = added + len(staleness.removed)
+        plan = plan_low_rank(
+            size, rank, budget, usable_plans(results), new_rows=new_rows, updating=staleness is not None,
+            subtracting=staleness is not None and bool(len(staleness.removed)),
+        )  # fmt: skip
     else:
-        need = replace(need, alternatives=priced.fisher_alternatives if len(ranges) == 1 else priced.block_ways)
-        plan = LowRankPlan("whole", need, plan_block_rows(need, memory, shared), 0.0, 0.0, 0.0)
+        model = fisher_memory(size, ranges=ranges, updating=staleness is not None)
+        plan = LowRankPlan("whole", model, budget.plan(model))
     if call.device is not None:
-        rows_bytes = plan.block_rows * shared * (2 * row_bytes + 4 * train.k)
-        check_room(call.device, shared * plan.need.per_worker + rows_bytes, need.stage)
+        block_bytes = plan.block_rows * (2 * size.row_bytes + 4 * size.k)
+        check_room(call.device, size.workers * (plan.model.per_worker + block_bytes), plan.model.stage)
     return plan
 
 
@@ -297,16 +294,13 @@ def fit_gram(store: GradientStore | PathLike, **options: Unpack[FittingOptions])
     if call.earlier is not None and call.is_current:
         logger.info("%s is up to date", call.target)
         return call.earlier
-    chosen, shared = call.chosen, slots_per_process(call.slots)
-    need = gram_memory(chosen.count, train.k, shared, train.reading_bytes, chosen.small_bytes)
-    need = replace(need, alternatives=FitShapes.of(chosen).gram_alternatives)
+    chosen, workers, budget = call.chosen, call.size.workers, MemoryBudget.of(options["memory"])
+    model = gram_memory(call.size)
     if call.device is not None:
-        check_room(call.device, shared * device_bytes(chosen, need.max_rows), need.stage)
-        need = replace(need, per_row=need.per_row + 2 * 4 * train.layout.encoding.row_bytes)
-    budget = MemoryBudget.of(options["memory"])
-    block_rows = plan_block_rows(need, budget.budget, shared, budget.held)
-    free = budget.budget - need.peak(block_rows, shared, budget.held)
-    GramFit(chosen, call.target, call.slots, block_rows, free // shared, options["progress"], call.device).run()
+        check_room(call.device, workers * device_bytes(chosen, model.max_rows), model.stage)
+    block_rows = budget.plan(model)
+    free = budget.limit - model.peak(block_rows, budget.reserved)
+    GramFit(chosen, call.target, call.slots, block_rows, free // workers, options["progress"], call.device).run()
     return _reopened(call.target)
 
 
@@ -343,9 +337,8 @@ def gram_matrix(store: GradientStore | PathLike, out: PathLike, **options: Unpac
     train, slots = _opened(store), check_workers(options["workers"])
     _check_rows(train)
     chosen = choose_rows(train, options)
-    shared = slots_per_process(slots)
-    need = kernel_memory(chosen.count, train.k, shared, train.reading_bytes, chosen.small_bytes)
-    how = Multiplying(chosen, plan_block_rows(need, options["memory"], shared), parse_path(out))
+    model = kernel_memory(fit_size(chosen, slots_per_process(slots)))
+    how = Multiplying(chosen, MemoryBudget.of(options["memory"]).plan(model), parse_path(out))
     facts = {"store": str(train.path), "weights": chosen.record(), "selection": dict(chosen.selection)}
     return multiply_on_disk(how, slots, options["progress"], chosen.digest(), facts)
 
@@ -403,14 +396,14 @@ def _cheaper_method(train: GradientStore, options: FisherOptions) -> Literal["pr
     """Return the method of the smaller matrix, or the other one where only that fits the budget."""
     chosen = choose_rows(train, {**select(RowOptions, options), "weights": None})
     cheaper = choose_method(chosen.count, train.k)
-    budget, shapes = MemoryBudget.of(options["memory"]), FitShapes.of(chosen)
-    needs = {"dual": shapes.gram, "primal": fisher_memory(train.k, 1, train.reading_bytes, rows=chosen.small_bytes)}
+    budget, size = MemoryBudget.of(options["memory"]), fit_size(chosen)
+    models = {"dual": gram_memory(size), "primal": fisher_memory(size)}
     other: Literal["primal", "dual"] = "primal" if cheaper == "dual" else "dual"
-    if budget.fits(needs[cheaper]) or not budget.fits(needs[other]):
+    if budget.fits(models[cheaper]) or not budget.fits(models[other]):
         return cheaper
     logger.info(
         "the %s method needs %s, which exceeds the budget: fitting by the %s method",
-        cheaper, format_bytes(budget.price(needs[cheaper])), other,
+        cheaper, format_bytes(budget.price(models[cheaper])), other,
     )  # fmt: skip
     return other
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ooc_influence.checkpoint import read_facts
-from ooc_influence.curvature.costs import PASSES, LowRankPlan, iteration_columns
+from ooc_influence.curvature.costs import PASSES, LowRankPlan, fit_size, iteration_columns
 from ooc_influence.curvature.curvature import write_curvature
 from ooc_influence.curvature.eigen import row_slabs, slab_rows, write_long, write_vectors
 from ooc_influence.curvature.primal import Fitting, squared_norm, sum_fourth, sum_tiles
@@ -173,7 +173,7 @@ def _iterate(fit: Fitting, rank: int, seed: int, multiply: Callable[[Floats], Ma
     name = f"{_BASIS}-{rank}-{seed}"
     saved = fit.partial.groups(_BASIS).get(name)
     if saved is None:
-        basis = start_basis(k, iteration_columns(k, fit.chosen.count, rank), seed)
+        basis = start_basis(k, iteration_columns(fit_size(fit.chosen), rank), seed)
     else:
         facts = read_facts(saved)
         passes, explained = int(facts["passes"]), float(facts["held"])

@@ -138,7 +138,7 @@ def check(
         raise InputError(f"expected dampings > 0; received {list(dampings)}")
     layers = [module.layer for module in train.mask.modules]
     budget = MemoryBudget.of(options["memory"])
-    groups = list(_groups(layers, rows, budget.budget - budget.held))
+    groups = list(_groups(layers, rows, budget.limit - budget.reserved))
     sample = part_of(batches, rows)
     how: dict[str, Any] = {"device": parse_device(model, options["device"]), "progress": options["progress"]}
     with tempfile.TemporaryDirectory(prefix=".ooc_influence-check-", dir=options["folder"]) as name:

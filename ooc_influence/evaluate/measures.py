@@ -22,7 +22,7 @@ from scipy.stats import mannwhitneyu, rankdata
 
 from ooc_influence.errors import InputError
 from ooc_influence.evaluate.runs import ranges
-from ooc_influence.memory import MemoryModel, plan_block_rows
+from ooc_influence.memory import MemoryBudget, MemoryModel
 from ooc_influence.parallel import blas_threads, cores, tree_sum
 from ooc_influence.progress import Progress
 
@@ -244,7 +244,7 @@ def _array_parts(scores: Any, subsets: Any, memory: int | str | None) -> Iterato
     """Yield the sums of blocks of an array that is sliced: NumPy's or Zarr's."""
     (q, n), m = scores.shape, len(subsets)
     queries = min(q, _QUERIES)
-    need = MemoryModel(
+    model = MemoryModel(
         stage=f"lds of {q} queries and {m} subsets",
         fixed=8 * m * q * 8 + m * _ROWS * 9 + queries * _ROWS * 26,  # sums and ranks; a tile
         per_worker=0,
@@ -252,7 +252,7 @@ def _array_parts(scores: Any, subsets: Any, memory: int | str | None) -> Iterato
         max_rows=8192,
         advice="fewer queries at a time",
     )
-    step = plan_block_rows(need, memory)
+    step = MemoryBudget.of(memory).plan(model)
     for left in range(0, n, step):
         columns = slice(left, min(n, left + step))
         inside = np.asarray(subsets[:, columns])

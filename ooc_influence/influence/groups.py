@@ -15,13 +15,13 @@ import numpy.typing as npt
 
 from ooc_influence.fingerprint import array_digest
 from ooc_influence.influence.checkpoints import Marks, Stores
+from ooc_influence.influence.costs import TileMemory
 from ooc_influence.influence.engine import Codes, Floats, parse_groups
 from ooc_influence.influence.request import ScoreRequest
 from ooc_influence.influence.tiles import (
     Part,
     ScoreParts,
     ScoreTask,
-    TileMemory,
     absent_rows,
     make_engine,
     row_blocks,
@@ -152,8 +152,9 @@ def group_influence(
     size, slots = len(groups.names), check_workers(options["workers"])
     made = array_digest(groups.codes)
     parts = ScoreParts(options["resume"], scoring.digest(kind="groups", groups=made))
-    costs = group_costs(size, scoring.q, scoring.lambdas, scoring.n, scoring.columns)
-    blocks, block_rows = scoring.plan("group sums", options["memory"], slots, costs, queries=parts.queries)
+    widest = max(checkpoint.train.k for checkpoint in scoring.checkpoints)
+    tile = group_tiles(size, scoring.q, scoring.lambdas, scoring.n, widest)
+    blocks, block_rows = scoring.plan("group sums", options["memory"], slots, tile, queries=parts.queries)
     parts.begin()
     work = scoring.work(block_rows)
     sums = np.zeros((scoring.lambdas, scoring.q, size))
@@ -179,13 +180,13 @@ def group_influence(
     return GroupInfluence(groups.names, scoring.squeeze(sums), counts, scoring.queries.names, scoring.damping, outside)
 
 
-def group_costs(groups: int, queries: int, values: int, n: int, k: int) -> TileMemory:
-    """Return what sums over ``groups`` groups of ``n`` rows hold, for ``queries`` queries and ``values`` λs."""
+def group_tiles(groups: int, queries: int, dampings: int, n: int, k: int) -> TileMemory:
+    """Return what a pass for sums over ``groups`` groups of ``n`` rows holds."""
     return TileMemory(
-        tile=4 + 4 + 8,  # products with a block's groups, and added to the sums
-        query=2 * 8 * groups,  # a stripe's sums, and those received
-        row=(1 + values) * 4 * k + 40,  # sums of a block's rows for each λ, and the weights that make them
-        fixed=8 * groups * queries * values + 3 * 8 * n,
+        per_score=4 + 4 + 8,  # products with a block's groups, and added to the sums
+        per_query=2 * 8 * groups,  # a stripe's sums, and those received
+        per_row=(1 + dampings) * 4 * k + 40,  # sums of a block's rows for each λ, and the weights that make them
+        fixed=8 * groups * queries * dampings + 3 * 8 * n,
     )
 
 

@@ -1,25 +1,17 @@
-"""Other ways to the same scores where a budget does not hold them: fewer columns, or another form of the curvature."""
+"""Requests for scores: checked input, preconditioned queries, and the blocks that fit a budget."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ooc_influence.curvature import (
-    BlockShape,
-    Curvature,
-    FitShapes,
-    choose_rows,
-    module_ranges,
-    precondition_bytes,
-    self_influence_bytes,
-)
-from ooc_influence.errors import InputError, MemoryBudgetError, warn
+from ooc_influence.curvature import Curvature, choose_rows, fit_size
+from ooc_influence.errors import InputError, warn
 from ooc_influence.fingerprint import array_digest, json_digest
 from ooc_influence.influence.checkpoints import (
     Checkpoint,
@@ -30,63 +22,14 @@ from ooc_influence.influence.checkpoints import (
     parse_combine,
     parse_marks,
 )
+from ooc_influence.influence.costs import CheckpointMemory, ScoringMemory, TileMemory
 from ooc_influence.influence.engine import Floats, Grouping, parse_groups, weighted_sums
-from ooc_influence.influence.tiles import Columns, ScoreTask, TileMemory, pass_need, whole_rows
+from ooc_influence.influence.tiles import Columns, ScoreTask, whole_rows
 from ooc_influence.linalg import parse_device
-from ooc_influence.memory import Alternative, MemoryBudget, MemoryModel, block_limit, plan_block_rows
+from ooc_influence.memory import MemoryBudget, ProblemSize, block_limit
 from ooc_influence.options import Combine, Normalize, PairOptions, ScoringOptions, complete
 from ooc_influence.parallel import slots_per_process, worker_memory
 from ooc_influence.store import GradientStore, read_blocks
-
-
-class Form(NamedTuple):
-    """What rows and a curvature hold.
-
-    Attributes
-    ----------
-    columns : int
-        Stored numbers a row.
-    blocks : sequence of BlockShape
-        The curvature's; none without one.
-    """
-
-    columns: int
-    blocks: Sequence[BlockShape] = ()
-
-    @classmethod
-    def of(cls, columns: int, curvature: Curvature | None) -> Form:
-        """Return the form of a curvature, or of none."""
-        return cls(columns, () if curvature is None else tuple(block.shape for block in curvature.blocks))
-
-    def working(self, queries: int, values: int) -> int:
-        """Return the bytes to precondition a number of queries by a number of λ."""
-        return precondition_bytes(self.blocks, queries, values) if self.blocks else 0
-
-    def norms(self, values: int) -> int:
-        """Return the bytes for self-influence by a number of λ."""
-        return self_influence_bytes(self.blocks, values)
-
-
-def form_ways(checkpoint: Checkpoint, need: Callable[[Form], MemoryModel], room: MemoryBudget) -> Iterator[Alternative]:
-    """Return the ways by other forms of a checkpoint's rows and curvature, given what a form would need."""
-    train, found = checkpoint.train, checkpoint.curvature
-    shapes = FitShapes.of(choose_rows(train))
-
-    def of_reduced(r: int) -> MemoryModel:
-        return need(Form(r, [] if found is None else [BlockShape(r, r)]))
-
-    yield from shapes.reduced(room, of_reduced)
-    if found is None or found.kind != "whole":
-        return
-    if len(shapes.modules) > 1:
-        blocks = [BlockShape(last - first, last - first) for first, last in module_ranges(train)]
-        text = f"a curvature by module ({{}}: ooc-influence fisher {train.path} --blocks module)"
-        yield Alternative(text, need(Form(train.k, blocks)))
-    if found.rows < train.k and room.fits(shapes.gram):
-        text = f"the Gram side ({{}}: ooc-influence fisher {train.path} --method dual)"
-        form = Form(train.k, [BlockShape(train.k, found.rows, keeps=False)])
-        yield Alternative(text, max(shapes.gram, need(form), key=room.price))
-
 
 Factors = Callable[[int, int], npt.NDArray[np.float64]]
 _BLOCK_ROWS = 1024  # rows read at a time where they are averaged
@@ -163,7 +106,6 @@ class Queries:
         return sums / np.maximum(counts, 1)[:, None], counts == 0
 
 
-LEFT_ROWS = 2048  # preconditioned queries a pass: more cost memory, fewer another pass over the train rows
 OUTSIDE_WARNING = 0.9  # share of a query's squared gradient outside the curvature's span, above which we say so
 
 
@@ -247,11 +189,6 @@ class ScoreRequest:
         return self.checkpoints[0].train.n
 
     @property
-    def columns(self) -> int:
-        """Columns of the widest checkpoint's rows."""
-        return max(checkpoint.train.k for checkpoint in self.checkpoints)
-
-    @property
     def lambdas(self) -> int:
         """Dampings, L."""
         return len(self.checkpoints[0].values)
@@ -316,12 +253,6 @@ class ScoreRequest:
             shares.append(_outside(checkpoint.curvature, rows, row_dropped))
         return np.asarray(np.mean(shares, axis=0))
 
-    def form_norm_bytes(self, form: Form) -> int:
-        """Return what a process holds to find the norms of train rows by a curvature of some form."""
-        if self.device is None or not form.blocks:
-            return form.norms(self.lambdas)
-        return form.working(form.columns, 1) + (32 + 4 * self.lambdas) * form.columns**2
-
     def work(self, block_rows: int, columns: Columns | None = None, *, normalized: bool | None = None) -> ScoreTask:
         """Return what tasks need to multiply train rows; ``columns`` are those of each module, for each checkpoint."""
         normalized = self.normalize is not None if normalized is None else normalized
@@ -335,48 +266,27 @@ class ScoreRequest:
             self.combine == "margins",
         )
 
-    def need(self, stage: str, queries: int, costs: TileMemory) -> MemoryModel:
-        """Return what a pass over the train rows for ``queries`` queries needs."""
-        forms = [Form.of(checkpoint.train.k, checkpoint.curvature) for checkpoint in self.checkpoints]
-        need = self._need(stage, queries, costs, self.lambdas, forms)
-        return replace(need, alternatives=partial(self._ways, stage, queries, costs))
-
-    def _ways(self, stage: str, queries: int, costs: TileMemory, room: MemoryBudget) -> Iterator[Alternative]:
-        """Return other ways to the scores."""
-        forms = [Form.of(checkpoint.train.k, checkpoint.curvature) for checkpoint in self.checkpoints]
-        if self.lambdas > 1:
-            yield Alternative("one --damping at a time ({})", self._need(stage, queries, costs, 1, forms))
-        if len(forms) == 1:
-            yield from form_ways(
-                self.checkpoints[0], lambda form: self._need(stage, queries, costs, self.lambdas, [form]), room
+    def memory(self, workers: int) -> ScoringMemory:
+        """Return the memory models of this request, with ``workers`` tasks that share a process."""
+        checkpoints = tuple(
+            CheckpointMemory(
+                replace(checkpoint.train.problem_size(workers), queries=self.q, dampings=self.lambdas),
+                () if checkpoint.curvature is None else tuple(block.shape for block in checkpoint.curvature.blocks),
+                partial(_fit_size, checkpoint.train),
+                0 if checkpoint.query is None else self.queries.reading_bytes(checkpoint.query),
             )
-
-    def _need(self, stage: str, queries: int, costs: TileMemory, lambdas: int, forms: list[Form]) -> MemoryModel:
-        stores = [checkpoint.train for checkpoint in self.checkpoints]
-        preparing = max(
-            form.working(queries, lambdas)
-            + 8 * queries * form.columns * (2 + lambdas)
-            + (0 if checkpoint.query is None else self.queries.reading_bytes(checkpoint.query))
-            for checkpoint, form in zip(self.checkpoints, forms, strict=True)
+            for checkpoint in self.checkpoints
         )
-        norms = sum(self.form_norm_bytes(form) for form in forms) if self.normalize else 0
-        seen = 0 if self.seen is None else self.seen.nbytes
-        shares = 24 * len(forms) if self.combine == "margins" else 0
-        return pass_need(
-            f"{stage} for k={self.columns}",
-            [form.columns for form in forms],
-            lambdas * queries,
-            costs._replace(fixed=costs.fixed + seen + norms + preparing, row=costs.row + 16 * lambdas + shares),
-            reading=sum(store.reading_bytes for store in stores),
-            raw=[store.layout.encoding.row_bytes for store in stores] if self.device else [],
-        )
+        seen_bytes = 0 if self.seen is None else self.seen.nbytes
+        normalized, margins = self.normalize is not None, self.combine == "margins"
+        return ScoringMemory(checkpoints, seen_bytes, normalized, self.device is not None, margins)
 
     def plan(
         self,
         stage: str,
         memory: int | str | None,
         workers: int,
-        costs: TileMemory,
+        tile: TileMemory,
         *,
         block_rows: int | None = None,
         queries: int | None = None,
@@ -391,34 +301,22 @@ class ScoreRequest:
             The budget.
         workers : int
             Row stripes at once.
-        costs : Costs
+        tile : TileMemory
             What the stage holds beside queries and rows.
-        block_rows : int, optional
-            Rows of a block, where they are fixed already.
-        queries : int, optional
-            Queries of a block, where they are.
+        block_rows, queries : int, optional
+            Rows or queries of a block, where an interrupted call has fixed them.
 
         Raises
         ------
         MemoryBudgetError
             If not even one query at a time fits, or not those that are fixed.
         """
-        shared, budget = slots_per_process(workers), worker_memory(memory)
-        limit = max(1, LEFT_ROWS // (self.lambdas * costs.modules))
-        fixed, largest = queries is not None, self.q if self.q <= limit else 1 << limit.bit_length() - 1
-        queries = queries or largest
-        while True:  # fewer queries at a time cost another pass over the train rows, a refusal costs the answer
-            need = self.need(stage, queries, costs)
-            if block_rows is not None:
-                need = need.of_rows(block_rows)
-            try:
-                rows = plan_block_rows(need, budget, shared)
-                break
-            except MemoryBudgetError:
-                if queries == 1 or fixed:
-                    raise
-                queries = 1 << (queries - 1).bit_length() - 1  # the next smaller power of two
-        return [(start, min(self.q, start + queries)) for start in range(0, self.q, queries)], rows
+        budget = MemoryBudget.of(worker_memory(memory))
+        count, model = self.memory(slots_per_process(workers)).plan_queries(
+            budget, stage, tile, queries=queries, block_rows=block_rows
+        )
+        rows = budget.plan(model)
+        return [(start, min(self.q, start + count)) for start in range(0, self.q, count)], rows
 
     def warn_outside(self, outside: npt.NDArray[np.float64]) -> None:
         """Warn where much of a query's gradient is outside the span of the rows of the fit."""
@@ -434,6 +332,10 @@ class ScoreRequest:
                 f"{beyond.sum()} of {self.q} queries have more than {OUTSIDE_WARNING:.0%} of their squared gradient "
                 f"outside the span of the training spectrum (up to {np.nanmax(outside):.0%}): {advice}"
             )
+
+
+def _fit_size(train: GradientStore) -> ProblemSize:
+    return fit_size(choose_rows(train))
 
 
 def _outside(curvature: Curvature | None, rows: Any, row_dropped: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:

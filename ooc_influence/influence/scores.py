@@ -19,9 +19,10 @@ import zarr
 from ooc_influence.checkpoint import ResumableArray
 from ooc_influence.errors import InputError, MismatchError, writing
 from ooc_influence.influence.checkpoints import Marks, Stores
+from ooc_influence.influence.costs import TileMemory, written_tiles
 from ooc_influence.influence.engine import Floats
 from ooc_influence.influence.request import ScoreRequest
-from ooc_influence.influence.tiles import Columns, ScoreTask, TileMemory, make_engine, score_tiles
+from ooc_influence.influence.tiles import Columns, ScoreTask, make_engine, score_tiles
 from ooc_influence.influence.topk import TopInfluential, find_top
 from ooc_influence.options import ListOptions, PairOptions, complete, takes
 from ooc_influence.parallel import Stripe, check_workers, cores, cut_ranges, run_stripes, sharing_blas
@@ -94,7 +95,8 @@ def _lazy_scores(scoring: ScoreRequest, memory: int | str | None) -> da.Array:
     """Build the graph: preconditioned query blocks times train blocks; tasks carry paths and row numbers."""
     import dask.array as da
 
-    blocks, block_rows = scoring.plan("scores", memory, cores(), TileMemory(tile=8))  # Dask computes with all of them
+    tile = TileMemory(per_score=8)
+    blocks, block_rows = scoring.plan("scores", memory, cores(), tile)  # Dask computes with all cores
     work = scoring.work(block_rows)
     numbers = da.arange(scoring.q, chunks=blocks[0][1])
     depth = sum(store.k for store in work.stores)
@@ -142,14 +144,13 @@ def write_scores(
     """
     slots = check_workers(options["workers"])
     modules = 1 if columns is None else len(columns[0])
-    costs = TileMemory(tile=12, modules=modules)  # two tiles, and the chunks of one while they are written
     digest = scoring.digest(kind="scores", modules=modules)
     with writing(f"to write scores to {out}", ", then run the same call again: it resumes"):
         output = ResumableArray.find(out, "scores", digest)
         if output is not None and output.complete:
             return output.open()
         width = None if output is None else output.chunks[-1]
-        blocks, block_rows = scoring.plan("scores", options["memory"], slots, costs, block_rows=width)
+        blocks, block_rows = scoring.plan("scores", options["memory"], slots, written_tiles(modules), block_rows=width)
         if output is None:
             leading = ([scoring.lambdas] if scoring.several else []) + ([modules] if columns else [])
             shape = (*leading, scoring.q, scoring.n)

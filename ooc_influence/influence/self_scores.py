@@ -6,18 +6,15 @@ Rows the rest of the data does not support (wrong labels, outliers) have large v
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from functools import partial
 from typing import Unpack
 
 import numpy as np
 import numpy.typing as npt
 
 from ooc_influence.influence.checkpoints import Marks, Stores
-from ooc_influence.influence.request import Form, ScoreRequest, form_ways
+from ooc_influence.influence.request import ScoreRequest
 from ooc_influence.influence.tiles import Part, ScoreParts, ScoreTask, absent_rows, make_engine, row_blocks, row_shares
-from ooc_influence.memory import Alternative, MemoryBudget, MemoryModel, block_limit, plan_block_rows
+from ooc_influence.memory import MemoryBudget
 from ooc_influence.options import SelfInfluenceOptions, takes
 from ooc_influence.parallel import Stripe, check_workers, slots_per_process, worker_memory
 from ooc_influence.progress import Progress, tick
@@ -48,13 +45,8 @@ def self_influence(train: Stores, **options: Unpack[SelfInfluenceOptions]) -> np
     """
     scoring = ScoreRequest.open(None, train, options)
     slots = check_workers(options["workers"])
-    need = _need(
-        scoring,
-        scoring.lambdas,
-        [Form.of(checkpoint.train.k, checkpoint.curvature) for checkpoint in scoring.checkpoints],
-    )
-    need = replace(need, alternatives=partial(_ways, scoring))
-    block_rows = plan_block_rows(need, worker_memory(options["memory"]), slots_per_process(slots))
+    model = scoring.memory(slots_per_process(slots)).self_influence()
+    block_rows = MemoryBudget.of(worker_memory(options["memory"])).plan(model)
     work = scoring.work(block_rows, normalized=True)
     parts = ScoreParts(options["resume"], scoring.digest(kind="self-influence"))
     parts.begin()
@@ -68,41 +60,6 @@ def self_influence(train: Stores, **options: Unpack[SelfInfluenceOptions]) -> np
     parts.remove()
     result: npt.NDArray[np.float32] = scoring.squeeze(values)
     return result
-
-
-def _need(scoring: ScoreRequest, lambdas: int, forms: list[Form]) -> MemoryModel:
-    return self_memory(
-        [form.columns for form in forms],
-        scoring.n,
-        lambdas,
-        norms=sum(scoring.form_norm_bytes(form) for form in forms),
-        fixed=0 if scoring.seen is None else scoring.seen.nbytes,
-        reading=sum(checkpoint.train.reading_bytes for checkpoint in scoring.checkpoints),
-    )
-
-
-def _ways(scoring: ScoreRequest, room: MemoryBudget) -> Iterator[Alternative]:
-    """Return other ways to the values."""
-    forms = [Form.of(checkpoint.train.k, checkpoint.curvature) for checkpoint in scoring.checkpoints]
-    if scoring.lambdas > 1:
-        yield Alternative("one --damping at a time ({})", _need(scoring, 1, forms))
-    if len(forms) == 1:
-        yield from form_ways(scoring.checkpoints[0], lambda form: _need(scoring, scoring.lambdas, [form]), room)
-
-
-def self_memory(
-    columns: Sequence[int], n: int, values: int, *, norms: int, fixed: int = 0, reading: int = 0
-) -> MemoryModel:
-    """Return what self-influence of ``n`` rows needs; ``norms`` is what the curvatures hold for it."""
-    k = max(columns)
-    return MemoryModel(
-        stage=f"self-influence for k={k}",
-        fixed=fixed + 8 * values * n,  # the result, and the stripes'
-        per_worker=norms + reading,
-        per_row=sum(4 * k for k in columns) + 16 * values,  # rows, and their results
-        max_rows=block_limit(k),
-        advice="extract with a smaller k",
-    )
 
 
 def _stripe(stripe: Stripe, key: str, work: ScoreTask, seen: Marks | None) -> Part:

@@ -19,7 +19,6 @@ from ooc_influence.checkpoint import ResumableOutput
 from ooc_influence.curvature import Curvature
 from ooc_influence.influence.checkpoints import Marks, margin_factors
 from ooc_influence.influence.engine import Engine, Floats, HostEngine
-from ooc_influence.memory import MemoryModel, block_limit
 from ooc_influence.parallel import Stripe, cut_ranges, run_stripes, subtract_ranges
 from ooc_influence.progress import Progress, tick
 from ooc_influence.store import Block, GradientStore, PathLike, StorePath, parse_path
@@ -96,68 +95,6 @@ class ScoreTask:
     def modules(self) -> int:
         """Modules, M; 1 where rows are taken whole."""
         return len(self.columns[0])
-
-
-class TileMemory(NamedTuple):
-    """Bytes a stage holds beside queries and train rows.
-
-    Attributes
-    ----------
-    tile : int
-        For each score of a tile.
-    query : int
-        For each query of a tile, by each worker.
-    row : int
-        For each train row of a block.
-    fixed : int
-        Once.
-    modules : int
-        Scores that a tile holds for each query and row.
-    """
-
-    tile: int = 4
-    query: int = 0
-    row: int = 0
-    fixed: int = 0
-    modules: int = 1
-
-
-def pass_need(
-    stage: str,
-    columns: Sequence[int],
-    query_rows: int,
-    costs: TileMemory,
-    *,
-    reading: int = 0,
-    raw: Sequence[int] = (),
-) -> MemoryModel:
-    """Return what a pass over train rows needs, in bytes, as a function of shapes.
-
-    Parameters
-    ----------
-    stage : str
-        Its name in a refusal.
-    columns : sequence of int
-        Columns of each checkpoint's rows.
-    query_rows : int
-        Preconditioned queries, over all λs.
-    costs : TileMemory
-        The stage's own.
-    reading : int
-        What a worker holds to read the stores.
-    raw : sequence of int
-        Stored bytes of each checkpoint's row, where blocks go to a device as they are stored.
-    """
-    scores = query_rows * costs.modules
-    second = 4 if len(columns) > 1 else 0  # the next checkpoint's tile
-    return MemoryModel(
-        stage=stage,
-        fixed=costs.fixed + sum(4 * query_rows * k for k in columns),
-        per_worker=costs.query * scores + reading,
-        per_row=sum(4 * k for k in columns) + 2 * sum(raw) + (costs.tile + second) * scores + costs.row,
-        max_rows=block_limit(max(columns)),
-        advice="extract with a smaller k",
-    )
 
 
 class Tile(NamedTuple):

@@ -16,9 +16,10 @@ import numpy.typing as npt
 
 from ooc_influence.errors import InputError
 from ooc_influence.influence.checkpoints import Marks, Stores
+from ooc_influence.influence.costs import TileMemory
 from ooc_influence.influence.engine import Engine, Entries, Floats
 from ooc_influence.influence.request import ScoreRequest
-from ooc_influence.influence.tiles import Columns, Part, ScoreParts, ScoreTask, TileMemory, make_engine, score_tiles
+from ooc_influence.influence.tiles import Columns, Part, ScoreParts, ScoreTask, make_engine, score_tiles
 from ooc_influence.options import ListOptions, takes
 from ooc_influence.parallel import Stripe, check_workers
 from ooc_influence.progress import Progress, html_table, optional_library
@@ -340,13 +341,12 @@ class Lists(NamedTuple):
         return TopInfluential(proponents, opponents, scoring.queries.names, scoring.damping, self.outside)
 
 
-def top_costs(top: int, query_rows: int, n: int, modules: int = 1) -> TileMemory:
-    """Return what top lists of ``n`` rows hold, ``query_rows`` preconditioned queries in all."""
+def top_tiles(top: int, query_rows: int, n: int, modules: int = 1) -> TileMemory:
+    """Return what a pass for lists of ``top`` of ``n`` rows holds, for ``query_rows`` preconditioned queries in all."""
     both = 2 * ENTRY_BYTES * top  # a query's two lists
     lists = 2 * list_bytes(top, n) + 3 * both  # of the stripe; of those before, of one more, and merged
-    return TileMemory(
-        tile=4 + 1, query=lists, fixed=4 * both * query_rows * modules, modules=modules
-    )  # and while ids are found
+    fixed = 4 * both * query_rows * modules  # with what looking up the ids takes
+    return TileMemory(per_score=4 + 1, per_query=lists, fixed=fixed, modules=modules)
 
 
 def find_top(
@@ -367,8 +367,8 @@ def find_top(
     slots, top = check_workers(options["workers"]), min(top, scoring.n)
     modules = 1 if columns is None else len(columns[0])
     parts = ScoreParts(options["resume"], scoring.digest(kind="top", top=top, modules=modules))
-    costs = top_costs(top, scoring.lambdas * scoring.q, scoring.n, modules)
-    blocks, block_rows = scoring.plan("top", options["memory"], slots, costs, queries=parts.queries)
+    tile = top_tiles(top, scoring.lambdas * scoring.q, scoring.n, modules)
+    blocks, block_rows = scoring.plan("top", options["memory"], slots, tile, queries=parts.queries)
     parts.begin()
     work = scoring.work(block_rows, columns)
     shape = (len(_SIDES), scoring.lambdas, modules, scoring.q, top)

@@ -17,19 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy.linalg
 
-from ooc_influence.errors import InputError, MemoryBudgetError, NonFiniteError
+from ooc_influence.errors import InputError, NonFiniteError
 from ooc_influence.linalg.accumulate import MatrixAccumulator
 from ooc_influence.linalg.backend import Floats, Matrix, Team, add_product, row_squares
 from ooc_influence.linalg.rows import RowPartition, WeightedBlock, WeightedRows, partition_rows
-from ooc_influence.memory import (
-    PRODUCT_ROWS,
-    MemoryModel,
-    block_limit,
-    budget_bytes,
-    format_bytes,
-    held_now,
-    plan_block_rows,
-)
+from ooc_influence.memory import PRODUCT_ROWS, MemoryBudget, MemoryModel, ProblemSize, block_limit
 from ooc_influence.parallel import Stripe, check_workers, cut_stripes, run_stripes, slots_per_process, task_threads
 from ooc_influence.progress import Progress, tick
 
@@ -81,27 +73,13 @@ def iteration_bytes(k: int, columns: int) -> int:
     return 16 * k * columns + 40 * columns**2 + 8 * _SLAB * 3 * columns
 
 
-def iteration_memory(
-    stage: str, k: int, columns: int, workers: int, *, reading: int = 0, sent: int = 0, small: int = 0
-) -> MemoryModel:
-    """Return what the iteration on products of :func:`multiply_rows` needs.
-
-    Parameters
-    ----------
-    stage : str
-        Its name in messages.
-    k, columns : int
-        Columns of the rows and of the basis.
-    workers : int
-        Tasks that share the memory.
-    reading, sent, small : int
-        Bytes a task holds to read the store, and of each row to send it to a device; bytes kept for all rows.
-    """
-    of_worker = MatrixAccumulator.nbytes(columns, k)
-    several = 8 * k * columns if workers > 1 else 0  # a sum of two results is a third one
-    fixed = max(4 * k * columns + several, iteration_bytes(k, columns) - workers * of_worker) + small
-    limit = block_limit(k, least=PRODUCT_ROWS)
-    return MemoryModel(stage, fixed, of_worker + reading, 4 * (k + columns) + sent, max_rows=limit)
+def iteration_memory(size: ProblemSize, columns: int) -> MemoryModel:
+    """Return the memory model, still without a stage, of the iteration on products of :func:`multiply_rows`."""
+    k, product = size.k, MatrixAccumulator.nbytes(columns, size.k)
+    several = 8 * k * columns if size.workers > 1 else 0  # a sum of two results is a third one
+    fixed = max(4 * k * columns + several, iteration_bytes(k, columns) - size.workers * product) + size.index_bytes
+    per_row, limit = 4 * (k + columns) + size.staging_bytes, block_limit(k, least=PRODUCT_ROWS)
+    return MemoryModel("", fixed, product + size.reading_bytes, per_row, size.workers, max_rows=limit)
 
 
 def start_basis(k: int, columns: int, seed: int) -> Floats:
@@ -298,8 +276,8 @@ class Solver(NamedTuple):
         What it factorises.
     run : callable
         See above.
-    need : MemoryModel
-        What it takes in memory.
+    model : MemoryModel
+        The memory it takes.
     passes : int
         How often it reads the rows.
     flops, factoring : float
@@ -308,26 +286,23 @@ class Solver(NamedTuple):
 
     name: str
     run: Callable[..., tuple[Matrix, Floats, float]]
-    need: MemoryModel
+    model: MemoryModel
     passes: int
     flops: float
     factoring: float
 
 
-def spectrum_solvers(k: int, m: int, r: int, slots: int = 1, reading: int = 0) -> list[Solver]:
-    """Return what finds the r largest eigenpairs of m rows of k numbers, the quickest first.
-
-    ``slots`` share a process, each of which holds ``reading`` bytes to read the store.
-    """
-    stage, advice = f"an eigenbasis of {r} of {k} entries", "a smaller r or k"
+def spectrum_solvers(size: ProblemSize, r: int) -> list[Solver]:
+    """Return what finds the r largest eigenpairs of a store's rows, the quickest first."""
+    k, m, slots = size.k, size.rows, size.workers
+    stage, advice = f"an eigenbasis of {r} of {k} entries from {m} rows", "a smaller r or k"
     several = slots > 1  # a sum of two results is a third one
-    c = min(k, m, r + _EXTRA)
     solvers = []
 
     def add(name: str, run: Callable[..., Any], fixed: int, per_row: int, *cost: float) -> None:
         limit = block_limit(k, least=PRODUCT_ROWS)
-        need = MemoryModel(stage, fixed, reading, per_row, max_rows=limit, advice=advice)
-        solvers.append(Solver(name, run, need, 1 if run is _by_fisher else 2, *cost))
+        model = MemoryModel(stage, fixed, size.reading_bytes, per_row, slots, max_rows=limit, advice=advice)
+        solvers.append(Solver(name, run, model, 1 if run is _by_fisher else 2, *cost))
 
     if k <= m:
         sums = slots * MatrixAccumulator.nbytes(k) + several * 8 * k * k
@@ -336,10 +311,18 @@ def spectrum_solvers(k: int, m: int, r: int, slots: int = 1, reading: int = 0) -
         lifting = 4 * m * r + (slots + several) * 4 * k * r
         fixed = max(10 * m * m, 8 * m * (m + r), 12 * m * r, lifting, 8 * k * r)
         add("Gram matrix", _by_gram, fixed, 2 * 4 * k, float(m) * m * k + 2.0 * m * k * r, 9.0 * m**3)
-    need = replace(iteration_memory(stage, k, c, slots, reading=reading), advice=advice)
+    c = min(k, m, r + _EXTRA)
+    model = replace(iteration_memory(size, c), stage=stage, advice=advice)
     flops, factoring = 4.0 * _PASSES * m * k * c, 4.0 * _PASSES * k * c**2
-    solvers.append(Solver("subspace iteration", _by_iteration, need, _PASSES, flops, factoring))
+    solvers.append(Solver("subspace iteration", _by_iteration, model, _PASSES, flops, factoring))
     return solvers
+
+
+def choose_solver(size: ProblemSize, r: int, budget: MemoryBudget) -> Solver:
+    """Return the quickest solver that fits the budget; where none does, the one that takes least."""
+    solvers = spectrum_solvers(size, r)
+    fitting = (solver for solver in solvers if budget.fits(solver.model))
+    return next(fitting, min(solvers, key=lambda solver: budget.price(solver.model)))
 
 
 def top_spectrum(
@@ -363,17 +346,9 @@ def top_spectrum(
             f"rows; received {r}: use more rows, a wider mask or a smaller r"
         )
     slots = check_workers(workers)
-    shared = slots_per_process(slots)
-    solvers = spectrum_solvers(k, m, r, shared, rows.store.reading_bytes)
-    free = budget_bytes(memory) - held_now()
-    peaks = [solver.need.peak(solver.need.min_rows, shared, 0) for solver in solvers]
-    solver = next((solver for solver, peak in zip(solvers, peaks, strict=True) if peak <= free), None)
-    if solver is None:
-        raise MemoryBudgetError(
-            f"{solvers[0].need.stage} from {m} rows needs {format_bytes(min(peaks))} more than the process holds, "
-            f"budget {format_bytes(max(0, free))}: use a smaller r or k, fewer workers, or more memory"
-        )
-    step = plan_block_rows(solver.need, memory, shared)
+    budget, size = MemoryBudget.of(memory), rows.store.problem_size(slots_per_process(slots))
+    solver = choose_solver(replace(size, rows=m), r, budget)
+    step = budget.plan(solver.model)
     with Progress("eigenbasis", solver.passes * m, progress) as bar:
         values, vectors, trace = solver.run(rows, r, step, slots, bar)
     _fix_signs(vectors)

@@ -10,13 +10,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from ooc_influence.errors import InputError, OocInfluenceError
-from ooc_influence.memory import MemoryModel, plan_block_rows
+from ooc_influence.memory import MemoryBudget, MemoryModel, ProblemSize
 from ooc_influence.parallel import (
     Stripe,
     check_workers,
@@ -56,11 +57,12 @@ class Damage(NamedTuple):
     reason: str
 
 
-def verify_memory(layout: Layout, rows: int, reading: int) -> MemoryModel:
-    """Return what checking a store of ``rows`` rows needs; ``reading`` is what a worker holds to read chunks."""
-    ids = min(rows, IDS_AT_ONCE) * 8 * 5 if layout.ids else 0  # hashes and rows, joined and sorted
-    small = 2 * layout.group_rows * 8 * (2 + len(layout.row_arrays))  # what belongs to the rows of two chunks
-    return MemoryModel("verify", ids, reading + small + 2**20, 0, min_rows=1, max_rows=1, advice="smaller chunks")
+def verify_memory(layout: Layout, size: ProblemSize) -> MemoryModel:
+    """Return the memory model of checking a store."""
+    ids = min(size.rows, IDS_AT_ONCE) * 8 * 5 if layout.ids else 0  # hashes and rows, joined and sorted
+    small = 2 * layout.group_rows * 8 * (2 + len(layout.row_arrays))  # the small values of two chunks' rows
+    per_worker = size.reading_bytes + small + 2**20
+    return MemoryModel("verify", ids, per_worker, 0, size.workers, min_rows=1, max_rows=1, advice="smaller chunks")
 
 
 def verify_store(
@@ -69,8 +71,8 @@ def verify_store(
     """Check a store, and discard its damaged chunks if asked; see :meth:`GradientStore.verify`."""
     size = store.layout.chunk_rows
     slots = cores() if workers is None and check_workers(None) == 1 else check_workers(workers)
-    need = verify_memory(store.layout, store.committed, store.reading_bytes)
-    plan_block_rows(need, worker_memory(memory), slots_per_process(slots))
+    committed = replace(store.problem_size(slots_per_process(slots)), rows=store.committed)
+    MemoryBudget.of(worker_memory(memory)).plan(verify_memory(store.layout, committed))
     chunks = np.flatnonzero(store.records)
     damage = [Damage(*rows, reason) for rows, reason in store.damaged_records]
     with Progress("verify", int(commits.rows_in(store.records).sum()), progress) as bar:

@@ -22,6 +22,7 @@ from ooc_influence.errors import (
     StoreReadError,
     refused,
 )
+from ooc_influence.memory import ProblemSize
 from ooc_influence.store import commits, paths
 from ooc_influence.store.arrays import open_group, read_array, read_whole
 from ooc_influence.store.encoding import FloatRows
@@ -418,6 +419,11 @@ class StoreView:
     def reading_bytes(self) -> int:
         """Anonymous memory that reading all rows needs: for chunks that cannot be mapped, one of them read ahead."""
         return 0 if is_local(self.path) and self.layout.codec is None else 4 * self.layout.chunk_bytes
+
+    def problem_size(self, workers: int = 1) -> ProblemSize:
+        """Return the shapes that memory models of work on all rows are functions of."""
+        row_bytes = self.layout.encoding.row_bytes
+        return ProblemSize(self.k, self.n, workers, self.reading_bytes, row_bytes, path=str(self.path))
 
     def small(self, name: str, start: int = 0, stop: int | None = None) -> npt.NDArray[Any]:
         """Return a per-row array by its path (``"loss"``, ``"columns/label"``, ...), (stop - start,)."""
