@@ -249,7 +249,7 @@ class FisherOptions(FittingOptions, total=False):
     blocks: Annotated[Blocks | None, Option(
         None, '{"module", "diagonal"}, optional',
         "Instead of the whole, one Fisher matrix for each module's columns, with a spectrum and a λ of its own; or the "
-        "diagonal only, which is all there is to F in a rotated store (:mod:`ooc_influence.curvature.spectral`).",
+        "diagonal only, which F nearly is in a rotated store.",
         "One matrix for each module; or the diagonal only, for a rotated store.", choices=get_args(Blocks))]
     rank: Annotated[int | None, Option(
         None, "int, optional",

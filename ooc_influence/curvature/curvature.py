@@ -1,4 +1,4 @@
-"""What every curvature is to those who use it: F = (1/m) Σ w g gᵀ of some rows, undamped, and products with F⁻¹.
+"""The curvature of some rows, F = (1/m) Σ w g gᵀ: its spectrum, undamped, on disk, and products with F⁻¹.
 
 On disk it is a Zarr group whose attributes say what it is of, and whether it is finished. A fit is written beside its
 path and renamed (on an object store: its root's metadata is put last); one that replaces another does so at once.
@@ -318,27 +318,26 @@ class Curvature(BlockSpectrum):
                 return Staleness()
             if self._attrs["format"] == 1:
                 return Staleness(refit="rows changed")
-        record = self.row_record()
+        record = self.fitted_rows()
         if record.live != self.rows:  # by a fit that looked up dropped rows as it went along
             return Staleness(refit=f"{self.rows} of {record.live} live rows were summed")
         return record.staleness(train, chosen)
 
     def equals(self, other: Curvature) -> bool:
         """Return whether two whole curvatures of one store, by F or the Gram matrix, are the same F to rounding."""
-        facts = ("store_id", "rows_digest", "selection", "weights", "rows")
-        same = all(self._attrs.get(name) == other.attrs.get(name) for name in facts)
+        names = ("store_id", "rows_digest", "selection", "weights", "rows")
+        same = all(self._attrs.get(name) == other.attrs.get(name) for name in names)
         return same and {self.kind, other.kind} <= {"whole", "gram"}
 
-    def row_record(self) -> FittedRows:
-        """Return what it remembers of its rows (from format 2 on)."""
-        kept = [name for name in ("records", "dropped", "numbers") if exists(self.path / name)]
-        return FittedRows.load(self._attrs, {name: self._read(name) for name in kept})
+    def fitted_rows(self) -> FittedRows:
+        """Return what it records of its rows (from format 2 on)."""
+        names = [name for name in ("records", "dropped", "numbers") if exists(self.path / name)]
+        return FittedRows.load(self._attrs, {name: self._read(name) for name in names})
 
     def facts(self) -> dict[str, Any]:
-        """Return what there is to know of it: JSON values."""
-        value = self.damping * self.trace / self.d
-        damped = self.trace > 0
-        known = {
+        """Return its sizes, its spectrum in numbers and what was recorded of the fit: JSON values."""
+        lambdas = self.lambdas()[0] if self.trace > 0 else None
+        facts = {
             "curvature": str(self.path),
             "kind": self.kind,
             "k": self.d,
@@ -346,16 +345,16 @@ class Curvature(BlockSpectrum):
             "trace": self.trace,
             "largest_eigenvalue": float(self.eigenvalues.max(initial=0.0)),
             "smallest_eigenvalue": float(self.eigenvalues.min(initial=np.inf)) if len(self.eigenvalues) else 0.0,
-            "default_damping": value,
-            "effective_dimension": self.effective_dimension(self.lambdas()[0]) if damped else 0.0,
+            "default_damping": self.damping * self.trace / self.d,
+            "effective_dimension": 0.0 if lambdas is None else self.effective_dimension(lambdas),
         }
-        named = ("weights", "clipped", "selection", "sampling_error", "seconds")
-        known |= {name: self._attrs[name] for name in named if self._attrs.get(name)}
+        optional = ("weights", "clipped", "selection", "sampling_error", "seconds")
+        facts |= {name: self._attrs[name] for name in optional if self._attrs.get(name)}
         if self.kind == "top":
             low_rank = ("rank", "left_out", "rest", "passes", "residual", "converged", "way")
-            known |= {name: self._attrs[name] for name in low_rank}
-            known["effective_dimension_at_least"] = self.least_dimension(self.lambdas()[0]) if damped else 0.0
-        return known
+            facts |= {name: self._attrs[name] for name in low_rank}
+            facts["effective_dimension_at_least"] = 0.0 if lambdas is None else self.least_dimension(lambdas)
+        return facts
 
     def __repr__(self) -> str:
         facts = self.facts()
@@ -406,61 +405,57 @@ def resolve_curvature(train: GradientStore, curvature: Curvature | PathLike | No
     """
     if curvature is None:
         return _usual_curvature(train)
-    if isinstance(curvature, Curvature):
-        found = curvature
-    else:
+    if not isinstance(curvature, Curvature):
         text = str(curvature)
-        places = [parse_path(curvature)]
-        if "/" not in text:
-            places.insert(0, curvature_path(train, text))
-        path = next((place for place in places if complete_attributes(place) is not None), None)
+        paths = ([] if "/" in text else [curvature_path(train, text)]) + [parse_path(curvature)]
+        path = next((path for path in paths if complete_attributes(path) is not None), None)
         if path is None:
             raise _not_found(train, text)
-        found = Curvature.open(path)
-    found.check(train)
-    return found
+        curvature = Curvature.open(path)
+    curvature.check(train)
+    return curvature
 
 
 def _usual_curvature(train: GradientStore) -> Curvature:
     """Return the curvature that scores take where none is named."""
-    found, stale = [], None
+    current, stale = [], None
     for name in ("default", "gram"):
         path = curvature_path(train, name)
         if complete_attributes(path) is None:
             continue
-        own = Curvature.open(path)
+        curvature = Curvature.open(path)
         try:
-            own.check(train)
+            curvature.check(train)
         except StaleCurvatureError as error:
             stale = stale or error
         else:
-            found.append(own)
-    if not found:
+            current.append(curvature)
+    if not current:
         raise stale or _not_found(train, "default")
     if stale is not None:
-        logger.info("scoring with %s, since another curvature is stale: %s", found[0].path, stale)
-    if len(found) > 1 and found[1].equals(found[0]):
-        return min(found, key=lambda own: own.working_bytes(1, 1))
-    return found[0]
+        logger.info("scoring with %s, since another curvature is stale: %s", current[0].path, stale)
+    if len(current) > 1 and current[1].equals(current[0]):
+        return min(current, key=lambda curvature: curvature.working_bytes(1, 1))
+    return current[0]
 
 
 def _not_found(train: GradientStore, name: str) -> CurvatureNotFoundError:
-    place = parse_path(name) if "/" in name else curvature_path(train, name)
+    path = parse_path(name) if "/" in name else curvature_path(train, name)
     call = {"default": "", "gram": ", method='dual'"}.get(
         name, f", out={name!r}" if "/" in name else f", name={name!r}"
     )
     return CurvatureNotFoundError(
         f"expected a fitted curvature {name!r} in {train.path}; received none: run "
-        f"fit_curvature({str(train.path)!r}{call}) or '{_command(train, place)}'"
+        f"fit_curvature({str(train.path)!r}{call}) or '{_command(train, path)}'"
     )
 
 
-def _command(train: GradientStore, place: StorePath) -> str:
-    """Return the command that fits a curvature of a store at a place."""
-    how = f" --out {place}"
-    if place.parent == train.path / "curvature":
-        how = {"default": "", "gram": " --method dual"}.get(place.name, f" --name {place.name}")
-    return f"ooc-influence fisher {train.path}{how}"
+def _command(train: GradientStore, path: StorePath) -> str:
+    """Return the command that fits a curvature of a store at ``path``."""
+    options = f" --out {path}"
+    if path.parent == train.path / "curvature":
+        options = {"default": "", "gram": " --method dual"}.get(path.name, f" --name {path.name}")
+    return f"ooc-influence fisher {train.path}{options}"
 
 
 def open_matrix(path: StorePath) -> zarr.Array[Any]:
@@ -469,16 +464,16 @@ def open_matrix(path: StorePath) -> zarr.Array[Any]:
 
 
 def write_curvature(path: StorePath, attributes: Mapping[str, Any], write: Callable[[Any], Mapping[str, Any]]) -> None:
-    """Make a curvature at ``path``, in place of one that is there.
+    """Write a curvature at ``path``, replacing one that is there.
 
     Parameters
     ----------
     path : StorePath
         Where.
     attributes : mapping
-        What is known of it beforehand: JSON values.
+        Its attributes, JSON values, as far as they are known beforehand.
     write : callable
-        Given a Zarr group, writes the arrays and returns further attributes.
+        Writes the arrays into a Zarr group and returns further attributes.
 
     Raises
     ------
@@ -488,13 +483,13 @@ def write_curvature(path: StorePath, attributes: Mapping[str, Any], write: Calla
     try:
         with NewFolder(path, replace=True) as folder:
             group = open_group(folder.arrays, "w")
-            found = write(group)
+            written = write(group)
             marks = {"format": FORMAT, "version": __version__, "fit": uuid.uuid4().hex, "complete": True}
-            group.attrs[_ATTRIBUTES] = dict(attributes) | dict(found) | marks
+            group.attrs[_ATTRIBUTES] = dict(attributes) | dict(written) | marks
             folder.publish()
     except OSError as error:
         raise StoreWriteError(
-            refused(f"to write the curvature to {path}", error, ", or give another place with out= (--out)")
+            refused(f"to write the curvature to {path}", error, ", or give another path with out= (--out)")
         ) from error
 
 
@@ -514,18 +509,18 @@ def check_replaceable(path: StorePath) -> None:
 
 def complete_attributes(path: StorePath) -> dict[str, Any] | None:
     """Return the attributes of the finished curvature at ``path``; None where there is none."""
-    found = _attributes(path)
-    return found if found and found.get("complete") else None
+    attributes = _attributes(path)
+    return attributes if attributes and attributes.get("complete") else None
 
 
 def _attributes(path: StorePath) -> dict[str, Any] | None:
     if not is_file(path / "zarr.json"):
         return None
     try:
-        found = dict(open_group(array_store(path, read_only=True), "r").attrs).get(_ATTRIBUTES)
+        attributes = dict(open_group(array_store(path, read_only=True), "r").attrs).get(_ATTRIBUTES)
     except (ValueError, TypeError, OSError):  # a damaged zarr.json, or a folder being replaced
         return None
-    return found if isinstance(found, dict) else None
+    return attributes if isinstance(attributes, dict) else None
 
 
 def curvature_path(train: GradientStore, name: str) -> StorePath:

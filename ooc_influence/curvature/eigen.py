@@ -202,7 +202,7 @@ class BlockShape(NamedTuple):
         return self.rank is None or self.rank == self.columns
 
     def vectors_bytes(self, *, keep: bool = False) -> int:
-        """Return what V takes in float64: all of it, or what is held of it while it is read in slabs."""
+        """Return the bytes of V in float64: of all of it, or of the slabs in which it is read."""
         whole = 8 * self.columns * (self.rank or 0)
         return whole if keep or whole <= HELD_BYTES else 3 * 8 * slab_rows(*self[:2]) * (self.rank or 0)
 
@@ -226,19 +226,19 @@ def precondition_bytes(shapes: Sequence[BlockShape], queries: int, values: int, 
 
 def self_influence_bytes(shapes: Sequence[BlockShape], values: int) -> int:
     """Return what :meth:`BlockSpectrum.self_influence` holds for a number of λ whatever the rows, its result apart."""
-    held, turning = 0, 0
+    kept, turning = 0, 0
     for shape in shapes:
         w, r = shape.columns, shape.rank or 0
         if shape.rank is None:
             turning = max(turning, 4 * w * (_cached_rows(w) + 3 * values))
         elif shape.complete:
-            held += 4 * w * r
+            kept += 4 * w * r
             turning = max(turning, 4 * w * (_rotated_rows(w) + values) + 2 * CHUNK_TARGET)
         else:
-            held += shape.vectors_bytes(keep=shape.keeps)
+            kept += shape.vectors_bytes(keep=shape.keeps)
             rows = min(_PANEL * cores(), _rotated_rows(w))
             turning = max(turning, 8 * rows * (2 * w + 2 * r + values + 2) + 8 * values * r + 3 * CHUNK_TARGET)
-    return held + turning
+    return kept + turning
 
 
 def _rotated_rows(columns: int) -> int:
@@ -284,10 +284,9 @@ class EigenBlock:
         self.shape = BlockShape(columns.stop - columns.start, rank, keeps)
 
     def dimensions(self, value: float) -> tuple[float, float]:
-        """Return what Σ e/(e + λ) is at least and at most.
+        """Return a lower and an upper bound of Σ e/(e + λ).
 
-        Eigenvalues that are not known contribute least where they are as large as can be, and most where they are
-        equal.
+        Eigenvalues that are not known contribute least if they are as large as possible, and most if they are equal.
         """
         positive = self.eigenvalues[self.eigenvalues > 0]
         exact = float((positive / (positive + value)).sum())
@@ -434,13 +433,13 @@ class BlockSpectrum:
         """
         values = self._of_blocks(lambdas)
         result = np.empty((len(values), *gradients.shape))
-        for block, own_lambdas in zip(self.blocks, values.T, strict=True):
+        for block, block_lambdas in zip(self.blocks, values.T, strict=True):
             part, out = gradients[:, block.columns], result[:, :, block.columns]
             if self.column_scale is None:
-                block.precondition(part, own_lambdas, out)
+                block.precondition(part, block_lambdas, out)
                 continue
             scale = self.column_scale[block.columns]
-            block.precondition(part / scale, own_lambdas, out)
+            block.precondition(part / scale, block_lambdas, out)
             out /= scale
         return result
 
@@ -453,9 +452,9 @@ class BlockSpectrum:
         """Return gᵀ times :meth:`precondition` of each row g, (L, b) float32: one matrix product a block for all λ."""
         values = self._of_blocks(lambdas)
         result = np.zeros((len(values), len(gradients)), np.float32)
-        for block, own_lambdas in zip(self.blocks, values.T, strict=True):
+        for block, block_lambdas in zip(self.blocks, values.T, strict=True):
             scale = None if self.column_scale is None else self.column_scale[block.columns]
-            block.add_norms(gradients[:, block.columns], own_lambdas, scale, result)
+            block.add_norms(gradients[:, block.columns], block_lambdas, scale, result)
         return result
 
     def self_working_bytes(self, values: int) -> int:
@@ -473,13 +472,13 @@ class BlockSpectrum:
     def effective_dimension(self, value: float | Matrix) -> float:
         """Return d(λ) = Σ e/(e + λ), the number of directions the damping leaves, at λ or the λ of each block, (B,).
 
-        Where eigenvalues are not known, what it is at most.
+        Where eigenvalues are not known, this is an upper bound.
         """
-        return sum(block.dimensions(own)[1] for block, own in self._with_lambda(value))
+        return sum(block.dimensions(damping)[1] for block, damping in self._with_lambda(value))
 
     def least_dimension(self, value: float | Matrix) -> float:
-        """Return what d(λ) is at least, where it is not known exactly."""
-        return sum(block.dimensions(own)[0] for block, own in self._with_lambda(value))
+        """Return a lower bound of d(λ): itself, where all eigenvalues are known."""
+        return sum(block.dimensions(damping)[0] for block, damping in self._with_lambda(value))
 
     def _with_lambda(self, value: float | Matrix) -> Iterator[tuple[EigenBlock, float]]:
         return zip(self.blocks, np.broadcast_to(value, len(self.blocks)).tolist(), strict=True)

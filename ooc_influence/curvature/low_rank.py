@@ -41,7 +41,7 @@ _F = sum_name(0)
 
 
 class _Solution(NamedTuple):
-    """The sum F is made of, as far as it was taken, and its largest eigenpairs.
+    """What is known of the sum that F is made of, and its largest eigenpairs.
 
     Attributes
     ----------

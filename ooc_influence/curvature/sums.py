@@ -70,7 +70,7 @@ class Sums:
 
 @dataclass(frozen=True)
 class Summing:
-    """How tasks sum: what each of them is given.
+    """How tasks sum.
 
     Attributes
     ----------

@@ -68,7 +68,7 @@ class TriangleTiles:
 
     @classmethod
     def create(cls, group: Any, name: str, side: int) -> TriangleTiles:
-        """Make room for a matrix in a group."""
+        """Create the array of a matrix in a group."""
         size = tile_side(side)
         shape = (len(list_tiles(side)), size, size)
         return cls(create_array(group, name, shape, (1, size, size), "float64", check=True), side)
@@ -101,8 +101,7 @@ class TriangleTiles:
             If it is missing or fails its checksum.
         """
         rows, columns = tile.rows.stop - tile.rows.start, tile.columns.stop - tile.columns.start
-        found: Matrix = read_part(self._array, tile.number)[:rows, :columns]
-        return found
+        return np.asarray(read_part(self._array, tile.number)[:rows, :columns])
 
     def inside(self, rows: slice, columns: slice) -> list[Tile]:
         """Return the tiles inside some rows and columns that begin and end with tiles."""

@@ -1,8 +1,8 @@
 """BLAS functions that add to what is there: C += XᵀX and C += XᵀY in float32, without temporaries.
 
 ``ssyrk`` with beta = 1 computes one triangle in place: half the arithmetic of a GEMM. SciPy's Python wrappers hold the
-interpreter lock; the same functions, taken from ``scipy.linalg.cython_blas`` and called through ctypes, do not, so
-reading and progress go on beside them.
+interpreter lock; the same functions of ``scipy.linalg.cython_blas``, called through ctypes, do not, so that reading and
+progress continue meanwhile.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _blas(name: str, arguments: int) -> Any:
 
 
 def _stride(matrix: Floats) -> Any:
-    """Return how many numbers lie between two rows, as BLAS wants it; rows themselves have to lie together."""
+    """Return the numbers from one row to the next, as BLAS wants it; each row must be contiguous."""
     if matrix.dtype != np.float32 or matrix.ndim != 2 or (matrix.shape[1] > 1 and matrix.strides[1] != 4):
         raise TypeError(f"expected float32 rows, each in one piece; received {matrix.dtype}, strides {matrix.strides}")
     step = matrix.strides[0] // 4 if len(matrix) > 1 else matrix.shape[1]
@@ -276,9 +276,9 @@ def _fastest(bfloat16: bool, team: Team) -> Engine:
     for engine in candidates:
         total[...] = 0
         engine.add_square(total, block)
-        found = np.triu(total)
-        expected = found if expected is None else expected
-        if np.abs(found - expected).max() <= _AGREEMENT * expected.max():
+        upper = np.triu(total)
+        expected = upper if expected is None else expected
+        if np.abs(upper - expected).max() <= _AGREEMENT * expected.max():
             agreeing.append(engine)
     rounds = [[_timed(engine, total, block, team) for engine in agreeing] for _ in range(_TRIALS)]
     seconds = dict(zip(agreeing, np.min(rounds, axis=0).tolist(), strict=True))
@@ -326,12 +326,12 @@ def parse_device(device: str | None) -> str | None:
 
 
 def check_room(device: str, needed: int, stage: str) -> None:
-    """Check that a device has so many bytes free; what has no memory of its own always has.
+    """Check that a device has enough bytes free; one without memory of its own always has.
 
     Raises
     ------
     MemoryBudgetError
-        If it has not.
+        If it has too few.
     """
     free = free_bytes(device)
     if free is not None and needed > free:

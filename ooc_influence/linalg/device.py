@@ -28,7 +28,7 @@ def send_array(values: npt.NDArray[Any], device: torch.device) -> Tensor:
 
 
 class _Slot:
-    """Host and device memory of one block on its way, and when each may be written again."""
+    """Host and device memory of one block in transfer, and when each may be overwritten."""
 
     def __init__(self, store: GradientStore, rows: int, device: torch.device) -> None:
         raw = torch.from_numpy(store.raw_rows(0, 1))
@@ -84,7 +84,7 @@ class DeviceRows:
         rows[send_array(which, self._device)] = 0
 
     def _send(self, raw: Iterator[RawBlock], slot: _Slot) -> RawBlock | None:
-        """Start the next block on its way; None behind the last."""
+        """Start to send the next block; None after the last."""
         with torch.inference_mode():
             if slot.sent is not None:
                 slot.sent.synchronize()
