@@ -205,6 +205,6 @@ def _write_basis(group: Any, basis: Floats) -> None:
     """Write the basis of the next pass in chunks of whole rows."""
     k, columns = basis.shape
     step = max(1, min(k, CHUNK_TARGET // (4 * columns)))
-    array = create_array(group, _BASIS, basis.shape, (step, columns), basis.dtype, check=True)
+    array = create_array(group, _BASIS, basis.shape, (step, columns), basis.dtype, codec="crc32c")
     for start in range(0, k, step):
         array[start : start + step] = basis[start : start + step]

@@ -71,7 +71,7 @@ class TriangleTiles:
         """Create the array of a matrix in a group."""
         size = tile_side(side)
         shape = (len(list_tiles(side)), size, size)
-        return cls(create_array(group, name, shape, (1, size, size), "float64", check=True), side)
+        return cls(create_array(group, name, shape, (1, size, size), "float64", codec="crc32c"), side)
 
     @classmethod
     def open(cls, path: StorePath, name: str, side: int) -> TriangleTiles:

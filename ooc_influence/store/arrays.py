@@ -1,8 +1,8 @@
 """Creating and reading Zarr arrays as every part of the store does.
 
 Chunk keys are flat (``c.5.0``), so that a chunk is one file and one folder entry; empty chunks are written, because a
-missing file must mean damage; no codec unless asked, so that chunks can be mapped; ``check=True`` adds Zarr's crc32c
-codec, for small arrays that no commit record covers.
+missing file must mean damage; no codec unless asked, so that chunks can be mapped; ``codec="crc32c"`` is for
+small arrays that no commit record covers.
 """
 
 from __future__ import annotations
@@ -46,7 +46,6 @@ def create_array(
     dtype: Any,
     *,
     fill: Any = None,
-    check: bool = False,
     codec: str | None = None,
     dims: Sequence[str] | None = None,
 ) -> Any:
@@ -57,9 +56,9 @@ def create_array(
     """
     options: dict[str, Any] = {}
     if dtype is not str:
-        compressor = _CODECS[codec](np.dtype(dtype).itemsize) if codec else None
+        compress = Crc32cCodec() if codec == "crc32c" else _CODECS[codec](np.dtype(dtype).itemsize) if codec else None
         options = {
-            "compressors": (Crc32cCodec(),) if check else (compressor,) if compressor else None,
+            "compressors": None if compress is None else (compress,),
             "fill_value": 0 if fill is None else fill,
         }
     make = zarr.create_array if name is None else parent.create_array
@@ -120,7 +119,7 @@ def _array_document(values: npt.NDArray[Any], name: str) -> bytes:
 @functools.cache
 def _template(dtype: str) -> bytes:
     store = zarr.storage.MemoryStore()
-    create_array(zarr.open_group(store, mode="w"), "one", (1,), (1,), dtype, check=True)
+    create_array(zarr.open_group(store, mode="w"), "one", (1,), (1,), dtype, codec="crc32c")
     return bytes(store._store_dict["one/zarr.json"].to_bytes())
 
 

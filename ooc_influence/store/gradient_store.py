@@ -103,9 +103,9 @@ def create_store(
             group = open_group(folder.arrays, "w")
             layout.create_arrays(group)
             if column_scale is not None:
-                create_array(group, "column_scale", (layout.k,), (layout.k,), "float32", check=True, dims=("column",))[
-                    ...
-                ] = column_scale
+                create_array(
+                    group, "column_scale", (layout.k,), (layout.k,), "float32", codec="crc32c", dims=("column",)
+                )[...] = column_scale
             mask.save(group)
             if isinstance(reduction, Reduction):
                 reduction.save(group)

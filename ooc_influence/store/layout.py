@@ -228,10 +228,12 @@ class Layout:
             fill = float("nan") if dtype.startswith("float") else None
             kind: Any = str if dtype == "str" else dtype
             create_array(group, name, (rows,), (self.group_rows,), kind, fill=fill, dims=("row",))
-        create_array(group, "dropped", (rows,), (self.group_rows,), bool, check=True, dims=("row",))
+        create_array(group, "dropped", (rows,), (self.group_rows,), bool, codec="crc32c", dims=("row",))
         group.create_group(TOMBSTONES, attributes={"dropped": []})
         chunks = -(-rows // self.chunk_rows)
-        create_array(group, "commits", (chunks,), (self.group_chunks,), "uint64", check=True, dims=("chunk",))[...] = 0
+        create_array(group, "commits", (chunks,), (self.group_chunks,), "uint64", codec="crc32c", dims=("chunk",))[
+            ...
+        ] = 0
 
     def __post_init__(self) -> None:
         if self.planned_rows is not None and self.planned_rows < 1:

@@ -118,11 +118,11 @@ class StoredReduction(Reduction):
         """Write vectors and eigenvalues as ``basis/...``."""
         target = group.create_group("basis")
         chunk = max(1, min(self.rows, CHUNK_TARGET // (4 * self.columns)))
-        array = create_array(target, "vectors", self.vectors.shape, (chunk, self.columns), "float32", check=True)
+        array = create_array(target, "vectors", self.vectors.shape, (chunk, self.columns), "float32", codec="crc32c")
         for first in range(0, self.rows, chunk):
             array[first : first + chunk] = self.vectors[first : first + chunk]
         for name in ("eigenvalues", "mean_square"):
-            kept = create_array(target, name, (self.columns,), (self.columns,), "float64", check=True)
+            kept = create_array(target, name, (self.columns,), (self.columns,), "float64", codec="crc32c")
             kept[...] = getattr(self, name)
 
     @classmethod
