@@ -241,8 +241,8 @@ def test_other_settings_than_a_stores_are_named(run):
     ):
         code, out, err = run(f"{extract} {options}")
         assert (code, out) == (2, "")
-        assert f" of the store at a.zarr ({expected}" in err
-        assert f"); received {received}" in err
+        assert f" of the store at a.zarr, {expected}" in err
+        assert f"; received {received}" in err
         assert "seed" not in err
         assert "{" not in err
 
