@@ -188,7 +188,7 @@ def _unreadable(where: object, error: Exception) -> str:
 def _check_stored(array: Any) -> None:
     """Check, before allocating memory, that an array's files can hold its shape, which may have been edited."""
     store = array.store
-    if isinstance(store, LocalArrayStore) and array.path not in store.may_lack:
+    if isinstance(store, LocalArrayStore) and array.path not in store.expected.may_lack:
         file_bytes = local.tree_bytes(store.root / array.path)
         if array.nbytes > file_bytes:
             raise ValueError(f"a shape of {array.shape}, and files of {file_bytes} bytes in all")

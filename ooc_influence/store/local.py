@@ -19,8 +19,9 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -310,6 +311,37 @@ def map_file(path: str | Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
         os.close(handle)
 
 
+@dataclass(frozen=True)
+class ExpectedChunks:
+    """Which chunk files have to exist, and how long they are.
+
+    Attributes
+    ----------
+    sizes : mapping of str to int or None, optional
+        Array path to the bytes of each of its chunk files, None where they vary. Without it, no file has to exist: a
+        missing chunk reads as the fill value.
+    may_lack : frozenset of str
+        Arrays of which files may be missing nevertheless.
+    """
+
+    sizes: Mapping[str, int | None] | None = None
+    may_lack: frozenset[str] = frozenset()
+
+    def check(self, key: str, path: object, size: int | None) -> None:
+        """Check the size of the chunk ``key``, None for a missing one; raise :class:`StoreDamagedError` if wrong."""
+        array = key.rpartition("/")[0]
+        if self.sizes is None or (size is None and array in self.may_lack):
+            return
+        verify = "'ooc-influence verify' lists what else is damaged"
+        if size is None:
+            raise StoreDamagedError(f"expected the committed chunk {path}; received no file: {verify}")
+        expected = self.sizes.get(array, size)
+        if expected is not None and size != expected:
+            raise StoreDamagedError(
+                f"expected {expected} bytes in the committed chunk {path}; received {size}: {verify}"
+            )
+
+
 class LocalArrayStore(LocalStore):
     """A folder of Zarr arrays: mapped chunk reads, durable writes.
 
@@ -319,31 +351,19 @@ class LocalArrayStore(LocalStore):
         The folder.
     read_only : bool
         Refuse writes.
-    chunk_bytes : mapping of str to int or None, optional
-        Array path to the size of each of its chunk files, where it is known: another size raises
-        :class:`StoreDamagedError`. Where it is given, so does a missing file of any array, which otherwise reads as
-        the fill value.
-    may_lack : collection of str
-        Arrays of which files may be missing nevertheless.
+    expected : ExpectedChunks, optional
+        What reading checks; by default nothing.
     """
 
-    def __init__(
-        self,
-        root: Path | str,
-        *,
-        read_only: bool = False,
-        chunk_bytes: Mapping[str, int | None] | None = None,
-        may_lack: Collection[str] = (),
-    ) -> None:
+    def __init__(self, root: Path | str, *, read_only: bool = False, expected: ExpectedChunks | None = None) -> None:
         super().__init__(root, read_only=read_only)
-        self.chunk_bytes = None if chunk_bytes is None else dict(chunk_bytes)
-        self.may_lack = frozenset(may_lack)
+        self.expected = expected or ExpectedChunks()
         self._new_entries: set[Path] = set()
         self._guard = threading.Lock()
 
     def with_read_only(self, read_only: bool = False) -> Self:
         """Return the same store, writable or not."""
-        return type(self)(self.root, read_only=read_only, chunk_bytes=self.chunk_bytes, may_lack=self.may_lack)
+        return type(self)(self.root, read_only=read_only, expected=self.expected)
 
     async def get(
         self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
@@ -364,19 +384,14 @@ class LocalArrayStore(LocalStore):
 
         What ``get`` does, without the event loop: for streaming through chunks.
         """
-        array = key.rpartition("/")[0]
         path = f"{self.root}/{key}"
         try:
             mapped = map_file(path)
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-            if self.chunk_bytes is None or array in self.may_lack:
-                return None
-            raise StoreDamagedError(missing_chunk(path)) from None
+            mapped = None
         except PermissionError as error:
             raise StoreReadError(refused(f"to read {path}", error)) from error
-        expected = (self.chunk_bytes or {}).get(array)
-        if expected is not None and mapped.size != expected:
-            raise StoreDamagedError(short_chunk(path, expected, mapped.size))
+        self.expected.check(key, path, None if mapped is None else mapped.size)
         return mapped
 
     async def set(self, key: str, value: Buffer) -> None:
@@ -426,16 +441,3 @@ class LocalArrayStore(LocalStore):
         with self._guard:
             folders, self._new_entries = self._new_entries, set()
         sync_folders(folders)
-
-
-def missing_chunk(path: object) -> str:
-    """Return what to say of a committed chunk that is not there."""
-    return f"expected the committed chunk {path}; received no file: 'ooc-influence verify' lists what else is damaged"
-
-
-def short_chunk(path: object, expected: int, received: int) -> str:
-    """Return what to say of a committed chunk of another size."""
-    return (
-        f"expected {expected} bytes in the committed chunk {path}; received {received}: 'ooc-influence verify' lists "
-        "what else is damaged"
-    )

@@ -26,7 +26,7 @@ from ooc_influence.errors import (
     refused,
 )
 from ooc_influence.store import local
-from ooc_influence.store.local import METADATA, LocalArrayStore
+from ooc_influence.store.local import METADATA, ExpectedChunks, LocalArrayStore
 from ooc_influence.store.remote import RemoteArrayStore
 
 StorePath = Path | UPath
@@ -134,9 +134,10 @@ def array_store(
     chunk_bytes: Mapping[str, int | None] | None = None,
     may_lack: Collection[str] = (),
 ) -> ArrayStore:
-    """Return the Zarr store on a folder; see :class:`LocalArrayStore`."""
+    """Return the Zarr store on a folder; see :class:`LocalArrayStore` and, of chunks, :class:`ExpectedChunks`."""
     kind: Any = LocalArrayStore if isinstance(path, Path) else RemoteArrayStore
-    store: ArrayStore = kind(path, read_only=read_only, chunk_bytes=chunk_bytes, may_lack=may_lack)
+    expected = ExpectedChunks(chunk_bytes, frozenset(may_lack))
+    store: ArrayStore = kind(path, read_only=read_only, expected=expected)
     return store
 
 

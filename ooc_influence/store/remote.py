@@ -15,7 +15,7 @@ import asyncio
 import contextlib
 import os
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from inspect import signature
 from pathlib import Path
 from typing import Any, Self
@@ -29,11 +29,11 @@ from zarr.core.buffer.core import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import FsspecStore
 
-from ooc_influence.errors import InputError, StoreDamagedError, refused
+from ooc_influence.errors import InputError, refused
 from ooc_influence.memory import parse_bytes
 from ooc_influence.store import local
 from ooc_influence.store.encoding import Encoding
-from ooc_influence.store.local import METADATA, checked, is_chunk, map_file, missing_chunk, short_chunk
+from ooc_influence.store.local import METADATA, ExpectedChunks, checked, is_chunk, map_file
 
 
 class RemoteArrayStore(FsspecStore):
@@ -45,10 +45,8 @@ class RemoteArrayStore(FsspecStore):
         The folder.
     read_only : bool
         Refuse writes.
-    chunk_bytes : mapping of str to int or None, optional
-        Given if chunks must be there: their sizes, where they are known.
-    may_lack : collection of str
-        Arrays whose chunks may be missing nevertheless.
+    expected : ExpectedChunks, optional
+        What reading checks; by default nothing.
     hold_root : bool
         Keep the root's metadata here instead of writing it, until :meth:`take_root`.
     """
@@ -58,27 +56,19 @@ class RemoteArrayStore(FsspecStore):
         root: UPath,
         *,
         read_only: bool = False,
-        chunk_bytes: Mapping[str, int | None] | None = None,
-        may_lack: Collection[str] = (),
+        expected: ExpectedChunks | None = None,
         hold_root: bool = False,
     ) -> None:
         made = FsspecStore.from_url(str(root), storage_options=dict(root.storage_options), read_only=read_only)
         super().__init__(made.fs, read_only=read_only, path=made.path)
         self.root = root
-        self.chunk_bytes = None if chunk_bytes is None else dict(chunk_bytes)
-        self.may_lack = frozenset(may_lack)
+        self.expected = expected or ExpectedChunks()
         self._hold_root = hold_root
         self._held: Buffer | None = None
 
     def with_read_only(self, read_only: bool = False) -> Self:
         """Return the same store, writable or not."""
-        return type(self)(
-            self.root,
-            read_only=read_only,
-            chunk_bytes=self.chunk_bytes,
-            may_lack=self.may_lack,
-            hold_root=self._hold_root,
-        )
+        return type(self)(self.root, read_only=read_only, expected=self.expected, hold_root=self._hold_root)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, type(self)) and str(self.root) == str(other.root)
@@ -92,13 +82,8 @@ class RemoteArrayStore(FsspecStore):
         if self._hold_root and key == METADATA:
             return self._held
         data = await self._read(key, prototype or default_buffer_prototype(), byte_range)
-        array = key.rpartition("/")[0]
-        if self.chunk_bytes is not None and array not in self.may_lack and is_chunk(key):
-            expected = self.chunk_bytes.get(array)
-            if data is None:
-                raise StoreDamagedError(missing_chunk(self.root / key))
-            if byte_range is None and expected is not None and len(data) != expected:
-                raise StoreDamagedError(short_chunk(self.root / key, expected, len(data)))
+        if is_chunk(key) and (data is None or byte_range is None):
+            self.expected.check(key, self.root / key, None if data is None else len(data))
         return checked(data, self.root, key)
 
     async def _read(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None) -> Buffer | None:
