@@ -300,7 +300,7 @@ def test_progress_crosses_the_cluster(long_pair, client, monkeypatch):
     assert len(seen) >= 5  # block by block
 
 
-ROOMS = ("influence.self_scores", "influence.tiles", "curvature.sums", "curvature.primal", "curvature.low_rank")
+ROOMS = ("influence.scores", "influence.tiles", "curvature.sums", "curvature.primal", "curvature.low_rank")
 
 
 def slow_ticks(seconds):

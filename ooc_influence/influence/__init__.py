@@ -7,8 +7,7 @@ from ooc_influence.influence.costs import (
     written_tiles,
 )
 from ooc_influence.influence.groups import GroupInfluence, group_influence
-from ooc_influence.influence.scores import influence_scores, module_influence
-from ooc_influence.influence.self_scores import self_influence
+from ooc_influence.influence.scores import influence_scores, module_influence, self_influence
 from ooc_influence.influence.topk import Ranking, TopInfluential, top_influential, top_tiles
 
 __all__ = [
