@@ -15,13 +15,7 @@ PILOT_ROWS = 4  # pilot rows per number kept, by default; more keep more of the 
 
 
 def parse_whole_numbers(settings: Any, least: Mapping[str, int]) -> None:
-    """Check attributes of a frozen dataclass against their least values, and make them plain integers.
-
-    Raises
-    ------
-    InputError
-        If one is not a whole number, or is below its least value.
-    """
+    """Check attributes of a frozen dataclass against their least values, and make them plain integers."""
     for name, bound in least.items():
         value = getattr(settings, name)
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < bound:

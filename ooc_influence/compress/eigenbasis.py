@@ -104,13 +104,7 @@ def fill(
     memory: int | str | None,
     progress: bool | None,
 ) -> RetainedEnergy:
-    """Write source rows times ``basis`` (k, r), with their metadata, to the rows of ``target`` that are missing.
-
-    Returns
-    -------
-    RetainedEnergy
-        Of the rows written.
-    """
+    """Write source rows times ``basis`` (k, r), with metadata, to missing rows of ``target``; return their energy."""
     slots, size = check_workers(workers), target.layout.group_rows
     source_size = source.problem_size(slots_per_process(slots))
     step = MemoryBudget.of(memory).plan(fill_memory(source_size, target.k, writing_bytes(target.layout, target.path)))

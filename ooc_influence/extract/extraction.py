@@ -200,8 +200,7 @@ def init_store(
         if kind not in allowed:
             raise InputError(f"expected {name} of type {', '.join(allowed)}; received {kind!r}")
     settings = Settings.of(options)
-    pilot_run = None
-    check_gradients = options["check_gradients"]
+    pilot_run, check_gradients = None, options["check_gradients"]
     if per_sample_loss is not None and options["pilot"] is not None:
         device = parse_device(model, options["device"])
         setup = ModelSetup(model, per_sample_loss, device, options["progress"], check_gradients)
@@ -218,13 +217,7 @@ def init_store(
     existing = open_existing(store, plan)
     if existing is None:
         GradientStore.create(
-            store,
-            plan.mask,
-            storage=plan.storage,
-            planned_rows=rows,
-            ids=ids,
-            columns=columns,
-            **plan.create_options,
+            store, plan.mask, storage=plan.storage, planned_rows=rows, ids=ids, columns=columns, **plan.create_options
         ).close()
         remove_pilot(store)
         return GradientStore.open(store)
@@ -242,11 +235,6 @@ def row_types(
     """Return the number of samples, if it is known, and the types of their ids and columns.
 
     If these are functions of a batch, the first batch is read.
-
-    Raises
-    ------
-    InputError
-        If there is no first batch, or values are of a type that cannot be stored.
     """
     metadata = RowMetadata.of(ids, columns)
     of_batch = {}

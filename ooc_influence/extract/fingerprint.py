@@ -28,17 +28,9 @@ _SAMPLED_ENTRIES = 64  # of each tensor, in a fingerprint of format 1
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """Return a digest of the names, shapes, dtypes and bytes of a model's tensors.
+    """Return a digest of the names, shapes, dtypes and bytes of a model's tensors, ``"2:"`` and 64 hexadecimal digits.
 
-    Parameters
-    ----------
-    model : nn.Module
-        The model, on any device; of sharded tensors the whole ones count, so that every process has to make this call.
-
-    Returns
-    -------
-    str
-        ``"2:"`` and 64 hexadecimal digits.
+    Sharded tensors count as a whole, so every process has to make this call.
     """
     digest = hashlib.sha256()
     with ThreadPoolExecutor(min(_THREADS, cores())) as pool:

@@ -93,13 +93,7 @@ def _described_as(layer: LayerShape, module: nn.Module) -> LayerShape | None:
 
 
 def find_uses(model: nn.Module, layers: Sequence[LayerShape]) -> list[Use]:
-    """Return the modules that feed the entries a mask was drawn for.
-
-    Raises
-    ------
-    MismatchError
-        Naming the first that is missing or has another shape.
-    """
+    """Return the modules that feed the entries a mask was drawn for; one that is missing or differs is refused."""
     modules = named_layers(model)
     uses = []
     for number, layer in enumerate(layers):

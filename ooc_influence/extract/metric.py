@@ -73,13 +73,7 @@ class AdamMetric:
         self._state, self._names = state, names
 
     def moments(self, model: nn.Module) -> dict[str, _Moment]:
-        """Return each parameter's second moment, by clean name.
-
-        Raises
-        ------
-        MismatchError
-            If the state is not of this model's parameters.
-        """
+        """Return each parameter's second moment, by clean name."""
         moments = {}
         for number, name, group in self._named(model):
             state = self._state["state"].get(number)

@@ -157,13 +157,7 @@ class _Taken:
 
 
 def take_evenly(batches: Batches | BudgetBatches, samples: int) -> Iterator[Any]:
-    """Yield batches that hold at least ``samples`` samples, evenly over the data or, of a stream, from its start.
-
-    Raises
-    ------
-    InputError
-        For a one-shot iterator, which the extraction could not read again.
-    """
+    """Yield batches that hold at least ``samples`` samples, evenly over the data or, of a stream, from its start."""
     if isinstance(batches, Iterator):
         raise InputError(
             "expected batches that can be read twice, once for the pilot; received an iterator: give a list, a "

@@ -77,13 +77,7 @@ class Recipe:
     query: Any = None
 
     def split(self, name: str) -> Split:
-        """Return a split by name.
-
-        Raises
-        ------
-        KeyError
-            If there is none of that name.
-        """
+        """Return a split by name."""
         split = self.splits[name]
         return split if isinstance(split, Split) else Split(split)
 

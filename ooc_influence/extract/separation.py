@@ -214,13 +214,7 @@ class Probe:
         self._changed |= layout(use.module, call) is not before
 
     def conclude(self) -> bool:
-        """Learn from the gradients; return whether another axis than the one assumed was found.
-
-        Raises
-        ------
-        UnsupportedModelError
-            If samples influence each other.
-        """
+        """Learn from the gradients; return whether an axis differs from the one assumed; refuse mixed samples."""
         separation, changed = self._separation, self._changed
         for key, viable in self._viable.items():
             number, dim = key
