@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ooc_influence.curvature import Curvature, choose_rows, fit_size
+from ooc_influence.curvature import choose_rows, fit_size
 from ooc_influence.errors import InputError, warn
 from ooc_influence.fingerprint import array_digest, json_digest
 from ooc_influence.influence.checkpoints import (
@@ -111,12 +111,10 @@ OUTSIDE_WARNING = 0.9  # share of a query's squared gradient outside the curvatu
 
 @dataclass(frozen=True)
 class PreconditionedQueries:
-    """Preconditioned queries ``start`` to ``stop``.
+    """Some queries, preconditioned.
 
     Attributes
     ----------
-    start, stop : int
-        Query numbers.
     arrays : list of (L · q, k) float32
         For each checkpoint, λ by λ; NaN where a query is dropped.
     outside : (q,) float64
@@ -125,8 +123,6 @@ class PreconditionedQueries:
         Queries that are dropped.
     """
 
-    start: int
-    stop: int
     arrays: list[Floats]
     outside: npt.NDArray[np.float64]
     dropped: Marks
@@ -141,7 +137,7 @@ class ScoreRequest:
     checkpoints : tuple of Checkpoint
         One, or several to average over.
     queries : Queries
-        The left-hand rows.
+        Rows of the query stores, or means of them.
     seen : (C, n) bool or None
         Which rows each checkpoint was trained on; None for all.
     normalize : {"cosine", "train"} or None
@@ -220,38 +216,44 @@ class ScoreRequest:
         """Return queries ``start`` to ``stop``, preconditioned."""
         arrays, shares, dropped = [], [], np.zeros(stop - start, bool)
         for number, checkpoint in enumerate(self.checkpoints):
-            assert checkpoint.query is not None
-            rows, row_dropped = self.queries.read(checkpoint.query, start, stop, self._query_factors(number))
+            rows, row_dropped, share = self._read_queries(number, start, stop)
             if checkpoint.curvature is None:
                 product = np.asarray(rows, np.float64)[None].copy()
             else:
                 product = checkpoint.curvature.precondition(rows, checkpoint.lambdas)
-            shares.append(_outside(checkpoint.curvature, rows, row_dropped))
             if self.normalize == "cosine":
                 norms = np.sqrt(np.maximum(np.einsum("qk,lqk->lq", rows, product), 0))
                 product /= np.where(norms > 0, norms, 1)[:, :, None]
             if self.seen is None:
-                product /= len(self.checkpoints)  # with marks, each train row has its own number of checkpoints
+                product /= len(self.checkpoints)  # otherwise each train row has its own number of checkpoints
             product[:, row_dropped] = np.nan
             dropped |= row_dropped
+            shares.append(share)
             arrays.append(product.reshape(-1, product.shape[-1]).astype(np.float32))
-        return PreconditionedQueries(start, stop, arrays, np.mean(shares, axis=0), dropped)
-
-    def _query_factors(self, number: int) -> Factors | None:
-        """Return what gives factors of a checkpoint's query rows, where it has any."""
-        if self.combine == "mean":
-            return None
-        stores = [checkpoint.query for checkpoint in self.checkpoints if checkpoint.query is not None]
-        return lambda start, stop: margin_factors(stores, start, stop)[number]
+        return PreconditionedQueries(arrays, np.mean(shares, axis=0), dropped)
 
     def outside(self, start: int, stop: int) -> npt.NDArray[np.float64]:
         """Return the share of queries ``start`` to ``stop`` outside the span, (q,)."""
-        shares = []
-        for number, checkpoint in enumerate(self.checkpoints):
-            assert checkpoint.query is not None
-            rows, row_dropped = self.queries.read(checkpoint.query, start, stop, self._query_factors(number))
-            shares.append(_outside(checkpoint.curvature, rows, row_dropped))
+        shares = [self._read_queries(number, start, stop)[2] for number in range(len(self.checkpoints))]
         return np.asarray(np.mean(shares, axis=0))
+
+    def _read_queries(
+        self, number: int, start: int, stop: int
+    ) -> tuple[npt.NDArray[Any], Marks, npt.NDArray[np.float64]]:
+        """Return a checkpoint's queries (q, k), which are dropped (q,), and their shares outside the span (q,)."""
+        checkpoint, factors = self.checkpoints[number], None
+        assert checkpoint.query is not None
+        if self.combine != "mean":
+            stores = [each.query for each in self.checkpoints if each.query is not None]
+
+            def factors(first: int, last: int) -> npt.NDArray[np.float64]:
+                return np.asarray(margin_factors(stores, first, last)[number])
+
+        rows, dropped = self.queries.read(checkpoint.query, start, stop, factors)
+        share = np.full(len(rows), np.nan)
+        if checkpoint.curvature is not None:
+            share = np.where(dropped, share, checkpoint.curvature.outside_share(rows))
+        return rows, dropped, share
 
     def work(self, block_rows: int, columns: Columns | None = None, *, normalized: bool | None = None) -> ScoreTask:
         """Return what tasks need to multiply train rows; ``columns`` are those of each module, for each checkpoint."""
@@ -323,10 +325,8 @@ class ScoreRequest:
         beyond = outside > OUTSIDE_WARNING
         if beyond.any():
             advice = "no row of the fit can account for that part; fit on more rows, or use a wider curvature"
-            if any(
-                checkpoint.curvature is not None and checkpoint.curvature.kind == "top"
-                for checkpoint in self.checkpoints
-            ):
+            curvatures = [checkpoint.curvature for checkpoint in self.checkpoints]
+            if any(curvature is not None and curvature.kind == "top" for curvature in curvatures):
                 advice = "that part counts by the mean of the eigenvalues that are not kept; fit with a larger rank"
             warn(
                 f"{beyond.sum()} of {self.q} queries have more than {OUTSIDE_WARNING:.0%} of their squared gradient "
@@ -336,9 +336,3 @@ class ScoreRequest:
 
 def _fit_size(train: GradientStore) -> ProblemSize:
     return fit_size(choose_rows(train))
-
-
-def _outside(curvature: Curvature | None, rows: Any, row_dropped: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
-    if curvature is None:
-        return np.full(len(rows), np.nan)
-    return np.where(row_dropped, np.nan, curvature.outside_share(rows))
