@@ -114,17 +114,7 @@ BLOCK_BYTES = 64 * 2**20  # a block's float32 rows: larger ones gain nothing
 PRODUCT_ROWS = 1024  # but blocks that are multiplied by a large matrix: reading it is shared by this many rows
 DEFAULT_SHARE = 0.5  # of the free memory, where no budget is given: the page cache and the user need the rest
 _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None  # glibc's
-_UNITS = {
-    "": 1,
-    "K": 10**3,
-    "M": 10**6,
-    "G": 10**9,
-    "T": 10**12,
-    "KI": 2**10,
-    "MI": 2**20,
-    "GI": 2**30,
-    "TI": 2**40,
-}
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
 def parse_bytes(value: int | str) -> int:

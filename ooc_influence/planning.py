@@ -31,6 +31,7 @@ from ooc_influence.store import (
     BUFFERS,
     Encoding,
     Layout,
+    Representation,
     Storage,
     map_file,
     parse_representation,
@@ -70,16 +71,7 @@ class Rates:
 
     @classmethod
     def measure(cls, folder: str | Path = ".", *, gflops: float | None = None, read: float | None = None) -> Rates:
-        """Measure what is not given.
-
-        Parameters
-        ----------
-        folder : path
-            Where the stores will be: a file is written there, read and removed.
-        gflops : float, optional
-            10⁹ FLOP of float32 products in a second.
-        read : float, optional
-            Bytes read in a second.
+        """Measure the rates that are not given, on the disk of ``folder``: a file is written there, read and removed.
 
         Raises
         ------
@@ -92,8 +84,8 @@ class Rates:
         with blas_threads(1):
             products = _products() if gflops is None else [gflops * 1e9 * part for part in (1, 1, 0.5, 0.15)]
         gemm, syrk, double, eigen = products
-        found, write, convert = _disk(Path(folder))
-        return cls(gemm, syrk, double, eigen, found if read is None else read, write, convert)
+        measured_read, write, convert = _disk(Path(folder))
+        return cls(gemm, syrk, double, eigen, measured_read if read is None else read, write, convert)
 
     def __str__(self) -> str:
         flops = ", ".join(
@@ -106,13 +98,13 @@ class Rates:
 def _repeated(work: Callable[[], object]) -> float:
     """Return the median seconds of ``work``, repeated for a while after once to warm up."""
     work()
-    taken: list[float] = []
+    seconds: list[float] = []
     end = time.perf_counter() + _SECONDS
-    while not taken or time.perf_counter() < end:
+    while not seconds or time.perf_counter() < end:
         began = time.perf_counter()
         work()
-        taken.append(time.perf_counter() - began)
-    return median(taken)
+        seconds.append(time.perf_counter() - began)
+    return median(seconds)
 
 
 def _products() -> list[float]:
@@ -133,10 +125,10 @@ def _products() -> list[float]:
 
 def _disk(folder: Path) -> tuple[float, float, float]:
     """Return the bytes read, written and converted in a second, by a file in ``folder``, or beside other files."""
-    place = folder if os.access(folder, os.W_OK) else Path(tempfile.gettempdir())
+    directory = folder if os.access(folder, os.W_OK) else Path(tempfile.gettempdir())
     data = np.random.default_rng(0).standard_normal(_STEP // 4, np.float32).astype(np.float16)
     raw = np.concatenate([data, data]).view(np.uint8)
-    with tempfile.NamedTemporaryFile(prefix=".ooc_influence-", dir=place, buffering=0) as file:
+    with tempfile.NamedTemporaryFile(prefix=".ooc_influence-", dir=directory, buffering=0) as file:
         began, size = time.perf_counter(), 0
         while size < _FILE and (size < 2 * _STEP or time.perf_counter() < began + _SECONDS):
             size += file.write(raw[:_STEP].data)
@@ -200,33 +192,15 @@ class Stage:
 
 @dataclass(frozen=True)
 class _Planner:
-    """A corpus, the machine and the budget that its stages are planned for.
+    """A corpus, the machine and the budget that its stages are planned for."""
 
-    Attributes
-    ----------
-    size : ProblemSize
-        Of the train store.
-    entries : int
-        Kept of a gradient: more than ``size.k`` where rows are reduced.
-    dtype : str
-        Representation on disk.
-    top : int
-        Rows of a top list.
-    budget : MemoryBudget
-        Of a process.
-    rates : Rates
-        Of the machine.
-    rank : int or None
-        Eigenvectors kept of the curvature; None for all.
-    """
-
-    size: ProblemSize
-    entries: int
-    dtype: str
-    top: int
+    size: ProblemSize  # of the train store
+    entries: int  # kept of a gradient: more than size.k where rows are reduced
+    dtype: Representation  # of the stored rows
+    top: int  # rows of a top list
     budget: MemoryBudget
     rates: Rates
-    rank: int | None = None
+    rank: int | None = None  # eigenvectors kept of the curvature; None for all
 
     def stages(self) -> list[Stage]:
         """Return every stage that the corpus goes through, in the order they run."""
@@ -244,8 +218,8 @@ class _Planner:
 
     def layout(self, columns: int) -> Layout:
         """Return the layout of a store with so many columns."""
-        dtype = parse_representation(self.dtype)
-        return Layout(columns, dtype, *Storage().sizes(columns, dtype), block=Encoding.of(dtype, columns).block)
+        block = Encoding.of(self.dtype, columns).block
+        return Layout(columns, self.dtype, *Storage().sizes(columns, self.dtype), block=block)
 
     def store_bytes(self, rows: int, columns: int) -> int:
         """Return the bytes of a store: whole chunk files, and the small values of each row."""
@@ -440,7 +414,7 @@ def plan(rows: int, k: int, **options: Unpack[PlanOptions]) -> Plan:
     Returns
     -------
     Plan
-        Stage by stage. Memory is what the stages themselves project; times are estimates for this machine.
+        Stage by stage. Memory is what the calls themselves project; times are estimates for this machine.
 
     Raises
     ------

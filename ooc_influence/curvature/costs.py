@@ -159,18 +159,10 @@ class LowRankPlan(NamedTuple):
 
 
 class Preferred(NamedTuple):
-    """The plans that can use what an interrupted fit has kept; none where it kept nothing.
-
-    Attributes
-    ----------
-    names : tuple of str
-        Of the plans.
-    tile : int
-        Columns of the tiles on disk; 0 where there are none.
-    """
+    """The plans that can use what an interrupted fit has kept; none where it kept nothing."""
 
     names: tuple[str, ...] = ()
-    tile: int = 0
+    tile: int = 0  # columns of the tiles on disk; 0 where there are none
 
 
 NOTHING_KEPT = Preferred()
