@@ -35,6 +35,7 @@ def cores() -> int:
     """Return the cores this process may use: those it is bound to, or fewer where a control group limits its time.
 
     A fraction of a core is not counted: threads that wait for each other would wait for the one that is out of time.
+    ``dask.system.CPU_COUNT`` rounds it up, and does not look at the groups above this process's own.
     """
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     share = cpu_share()

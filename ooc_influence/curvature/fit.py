@@ -44,7 +44,7 @@ from ooc_influence.errors import (
     StoreExistsError,
     warn,
 )
-from ooc_influence.linalg import Range, WeightedRows, check_room, mirror, parse_device, symmetric_eigen
+from ooc_influence.linalg import Range, WeightedRows, check_device_memory, mirror, parse_device, symmetric_eigen
 from ooc_influence.memory import MemoryBudget, ProblemSize, format_bytes
 from ooc_influence.options import FisherOptions, FittingOptions, RowOptions, select, takes
 from ooc_influence.parallel import check_workers, slots_per_process
@@ -202,7 +202,7 @@ def _choose_plan(
         plan = LowRankPlan("whole", model, budget.plan(model))
     if call.device is not None:
         block_bytes = plan.block_rows * (2 * size.row_bytes + 4 * size.k)
-        check_room(call.device, size.workers * (plan.model.per_worker + block_bytes), plan.model.stage)
+        check_device_memory(call.device, size.workers * (plan.model.per_worker + block_bytes), plan.model.stage)
     return plan
 
 
@@ -297,7 +297,7 @@ def fit_gram(store: GradientStore | PathLike, **options: Unpack[FittingOptions])
     chosen, workers, budget = call.chosen, call.size.workers, MemoryBudget.of(options["memory"])
     model = gram_memory(call.size)
     if call.device is not None:
-        check_room(call.device, workers * device_bytes(chosen, model.max_rows), model.stage)
+        check_device_memory(call.device, workers * device_bytes(chosen, model.max_rows), model.stage)
     block_rows = budget.plan(model)
     free = budget.limit - model.peak(block_rows, budget.reserved)
     GramFit(chosen, call.target, call.slots, block_rows, free // workers, options["progress"], call.device).run()

@@ -325,8 +325,8 @@ def parse_device(device: str | None) -> str | None:
     return str(device)
 
 
-def check_room(device: str, needed: int, stage: str) -> None:
-    """Check that a device has enough bytes free; one without memory of its own always has.
+def check_device_memory(device: str, needed: int, stage: str) -> None:
+    """Check that a device has ``needed`` bytes free; one that uses the memory of the process is not checked.
 
     Raises
     ------
