@@ -16,7 +16,7 @@ from ooc_influence.options import CheckOptions, DocumentOptions, ExtractionOptio
 
 _DOCUMENTS = [name for name in definitions(DocumentOptions) if name != "split"]  # a recipe says all of these itself
 _MASK = ("compressor", "k", "sampling", "dims", "pilot", "basis_weights", "nonzeros", "rank_out", "rank_in", "seed")
-_BASELINES = {  # the options of each, by the names of its arguments
+_ARGUMENTS = {  # the options of each, by the names of its arguments
     "gaussian": {"k": "k", "seed": "seed"},
     "rademacher": {"k": "k", "seed": "seed"},
     "sjlt": {"k": "k", "seed": "seed", "nonzeros": "nonzeros"},
@@ -71,15 +71,15 @@ def _compressor(settings: dict[str, Any]) -> Any:
 
 def _baseline(name: str, settings: dict[str, Any], asked: list[str]) -> Any:
     """Return a compressor that dropout is compared with."""
-    import ooc_influence
+    from ooc_influence.compress import BASELINES
 
-    arguments = _BASELINES[name]
+    arguments = _ARGUMENTS[name]
     foreign = [option for option in asked if option not in ("compressor", *arguments.values())]
     if foreign:
         possible = ", ".join(map(_flag, arguments.values())) or "no further options"
         raise InputError(f"expected {possible} with --compressor {name}; received {_flag(foreign[0])}: leave it out")
     named = {argument: settings[option] for argument, option in arguments.items() if settings[option] is not None}
-    return getattr(ooc_influence, "LoGra" if name == "logra" else name.capitalize())(**named)
+    return BASELINES[name](**named)
 
 
 def check_source(settings: dict[str, Any]) -> None:

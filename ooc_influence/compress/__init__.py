@@ -17,9 +17,11 @@ from ooc_influence.compress.projection import (
 from ooc_influence.compress.reduce import reduce_store
 from ooc_influence.store import PilotMoments
 
+BASELINES = {kind.name: kind for kind in (Gaussian, Rademacher, Sjlt, Grass, LoGra, Pca, Identity)}
 DEFAULT_WIDE, DEFAULT_REDUCED = 65536, 4096  # entries kept and numbers stored, for language models
 
 __all__ = [
+    "BASELINES",
     "DEFAULT_REDUCED",
     "DEFAULT_WIDE",
     "Compressor",
