@@ -65,19 +65,12 @@ class ResumableOutput:
     A part is a file of arrays ``<name>.npz``, or a Zarr group ``<name>-<number>`` of which the highest number counts.
     Tasks in other processes can be given it, to put parts.
 
-    Parameters
-    ----------
-    path : StorePath, optional
-        The folder.
-    settings : mapping
-        All that the result depends on: JSON values.
-
     Attributes
     ----------
     path : StorePath or None
         The folder.
     settings : dict
-        As they are read back: tuples are lists.
+        All that the result depends on: JSON values, as they are read back.
     """
 
     def __init__(self, path: StorePath | None = None, settings: Settings | None = None) -> None:
@@ -100,13 +93,7 @@ class ResumableOutput:
         return values if isinstance(values, dict) else None
 
     def check(self) -> None:
-        """Check that the folder is free, or holds parts of this output.
-
-        Raises
-        ------
-        StoreExistsError
-            If something else is there, such as parts of output with other settings.
-        """
+        """Check that the folder is free or holds parts of this output; raise StoreExistsError if not."""
         if self.path is None:
             return
         with self._writing():
@@ -117,13 +104,7 @@ class ResumableOutput:
                 raise not_free(self.path, "the partial results of this call", _OTHER_CALL)
 
     def begin(self) -> None:
-        """Make the folder and write the settings, unless some are there.
-
-        Raises
-        ------
-        StoreWriteError
-            If nothing can be written there.
-        """
+        """Make the folder and write the settings, unless some are there."""
         if self.path is None:
             return
         with self._writing():
@@ -141,13 +122,7 @@ class ResumableOutput:
         return [name.removesuffix(".npz") for name in files if name.endswith(".npz") and not name.startswith(".")]
 
     def put(self, name: str, arrays: Arrays) -> None:
-        """Write a part that is a file of arrays; do nothing without a folder.
-
-        Raises
-        ------
-        StoreWriteError
-            If it cannot be written.
-        """
+        """Write a part that is a file of arrays; do nothing without a folder."""
         if self.path is None:
             return
         buffer = io.BytesIO()
@@ -227,11 +202,6 @@ class ClaimedOutput(ResumableOutput):
         Where the result will be.
     settings : mapping
         All that the result depends on: JSON values.
-
-    Raises
-    ------
-    StoreWriteError
-        If nothing can be written there.
     """
 
     def __init__(self, target: StorePath, settings: Settings) -> None:
@@ -305,13 +275,7 @@ def _beside(target: StorePath) -> StorePath:
 
 
 class SavingClock:
-    """When it is time to save again.
-
-    Parameters
-    ----------
-    interval : float
-        Seconds between two savings, at least.
-    """
+    """When it is time to save again: at most every ``interval`` seconds."""
 
     def __init__(self, interval: float) -> None:
         self._interval, self._due = interval, time.monotonic() + interval
@@ -357,19 +321,7 @@ class ResumableArray:
     def find(cls, path: StorePath, kind: str, digest: str) -> Self | None:
         """Return the array that the same call began at ``path``; None where nothing is there.
 
-        Parameters
-        ----------
-        path : StorePath
-            Where to look.
-        kind : str
-            What it holds: the attribute ``ooc_influence_<kind>`` has the digest.
-        digest : str
-            Of all that its values depend on.
-
-        Raises
-        ------
-        StoreExistsError
-            If something else is there.
+        Its attribute ``ooc_influence_<kind>`` has the digest of all that its values depend on.
         """
         if is_free(path):
             return None
@@ -387,13 +339,7 @@ class ResumableArray:
     def create(
         cls, path: StorePath, kind: str, digest: str, facts: Mapping[str, Any], make: Callable[[Any], Any]
     ) -> Self:
-        """Create the array, whole or not at all, by ``make(store)``; ``facts`` are further attributes.
-
-        Raises
-        ------
-        StoreExistsError
-            If something was put there in the meantime.
-        """
+        """Create the array, whole or not at all, by ``make(store)``; ``facts`` are further attributes."""
         with NewFolder(path) as folder:
             array = make(folder.arrays)
             marks = {"version": __version__, "complete": False, f"ooc_influence_{kind}": {"digest": digest}}

@@ -137,13 +137,7 @@ def _slots_on_a_host(client: Any) -> int:
 
 
 def check_workers(workers: int | None) -> int:
-    """Return the number of worker slots: as requested, or those of the ambient Dask cluster, or one.
-
-    Raises
-    ------
-    InputError
-        If ``workers`` is below one, or a cluster without workers was given.
-    """
+    """Return the number of worker slots: as requested, or those of the ambient Dask cluster, or one."""
     if workers is not None:
         if workers < 1:
             raise InputError(f"expected workers >= 1; received {workers}")

@@ -55,13 +55,7 @@ class Progress:
             self._bar = tqdm(desc=label, total=total, unit=f" {unit}", unit_scale=True, dynamic_ncols=True)
 
     def advance(self, rows: int) -> None:
-        """Count ``rows`` more as done.
-
-        Raises
-        ------
-        InterruptedError
-            On a Dask worker, if the task was cancelled; or whatever a watcher raises.
-        """
+        """Count ``rows`` more as done; stop a cancelled task (InterruptedError)."""
         check_cancelled()
         self._report(rows)
         if self._bar is not None:
@@ -136,13 +130,7 @@ def show(key: str, rows: int) -> None:
 
 
 def check_cancelled() -> None:
-    """Stop the Dask task this runs in if its client cancelled it; do nothing elsewhere.
-
-    Raises
-    ------
-    InterruptedError
-        If it was cancelled.
-    """
+    """Stop the Dask task this runs in (InterruptedError) if its client cancelled it; do nothing elsewhere."""
     state = None
     with contextlib.suppress(ValueError, AttributeError, KeyError):  # not a task of a worker
         worker = sys.modules["distributed"].get_worker()
@@ -155,13 +143,7 @@ _EXTRAS = {"jinja2": "report", "matplotlib": "report", "PIL": "report", "pyarrow
 
 
 def optional_library(name: str, purpose: str, extra: str | None = None) -> Any:
-    """Import a library that only some calls need; ``extra`` is the package's extra that brings it.
-
-    Raises
-    ------
-    MissingExtraError
-        If it is not installed.
-    """
+    """Import a library that only some calls need; where it is missing, say how to install it, by ``extra`` if given."""
     try:
         return importlib.import_module(name)
     except ImportError as error:

@@ -197,15 +197,7 @@ def _open(store: GradientStore | PathLike) -> GradientStore:
 
 
 def _open_earlier(path: StorePath, job: _Job, dtype: str | None, storage: Storage | None) -> GradientStore | None:
-    """Open the store of an earlier run to resume it; None where nothing is there.
-
-    Raises
-    ------
-    MismatchError
-        If it is another one.
-    StoreExistsError
-        If something else is there.
-    """
+    """Open the store of an earlier run to resume it, or refuse another one; None where nothing is there."""
     try:
         target = GradientStore.open(path, "a")
     except StoreNotFoundError:

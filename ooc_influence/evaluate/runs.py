@@ -69,17 +69,6 @@ class RunFolder(ResumableOutput):
         Where; made if it is not there.
     settings : mapping
         What all runs have in common, JSON values.
-
-    Raises
-    ------
-    InputError
-        If the settings are not JSON values, or the path is not a folder.
-    MismatchError
-        If the folder holds runs with other settings.
-    StoreFormatError
-        If its settings cannot be read.
-    StoreWriteError
-        If it cannot be made.
     """
 
     def __init__(self, folder: str | Path, settings: Mapping[str, Any]) -> None:
@@ -101,13 +90,7 @@ class RunFolder(ResumableOutput):
         check_same(f"the runs in {self.path}", recorded, received, "give the same, or another folder")
 
     def read(self, run: int, digest: str) -> tuple[npt.NDArray[np.float64], float] | None:
-        """Return what a finished run measured, (q,), and its seconds; None where it is missing or cannot be read.
-
-        Raises
-        ------
-        MismatchError
-            If it was trained on other rows or with another seed than ``digest`` says.
-        """
+        """Return what a finished run measured, (q,), and its seconds; None where it is missing or cannot be read."""
         arrays = self.get(_name(run))
         if arrays is None or not {"digest", "outcome", "seconds"} <= arrays.keys():
             return None
@@ -118,23 +101,11 @@ class RunFolder(ResumableOutput):
         return arrays["outcome"], float(arrays["seconds"])
 
     def write(self, run: int, digest: str, outcome: npt.NDArray[np.float64], seconds: float) -> None:
-        """Write what a run measured, (q,): durable when this returns.
-
-        Raises
-        ------
-        StoreWriteError
-            If the disk refuses.
-        """
+        """Write what a run measured, (q,): durable when this returns."""
         self.put(_name(run), {"outcome": outcome, "digest": np.array(digest), "seconds": np.array(seconds)})
 
     def collect(self, subsets: Subsets, seeds: Sequence[int]) -> Runs:
-        """Return what is finished of the runs on ``subsets``.
-
-        Raises
-        ------
-        MismatchError
-            If finished runs are not of these subsets and seeds, or measured different numbers of outcomes.
-        """
+        """Return what is finished of the runs on ``subsets``, which must be of these subsets and seeds."""
         runs = [self.read(run, run_digest(subsets[run], seeds[run])) for run in range(len(subsets))]
         widths = {len(run[0]) for run in runs if run is not None}
         if len(widths) > 1:

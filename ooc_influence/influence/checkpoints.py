@@ -57,17 +57,7 @@ class Checkpoint:
     def open(
         cls, query: Store | None, train: Store, curvature: AnyCurvature, damping: Dampings, mode: DampingMode
     ) -> Checkpoint:
-        """Open what is a path and check that all of it belongs together.
-
-        Raises
-        ------
-        MismatchError
-            If masks or models differ.
-        InputError
-            If a store has no rows, or a damping comes without a curvature.
-        CurvatureNotFoundError, StaleCurvatureError, SingularFisherError
-            See :func:`resolve_curvature` and :meth:`Curvature.damping_value`.
-        """
+        """Open what is a path and check that all of it belongs together: masks, models, rows and the curvature."""
         rows = open_store(train)
         queries = None if query is None else open_store(query)
         if queries is not None:
@@ -101,15 +91,7 @@ def open_checkpoints(
     damping: Dampings,
     mode: DampingMode,
 ) -> tuple[Checkpoint, ...]:
-    """Open one checkpoint, or several given as lists.
-
-    Raises
-    ------
-    InputError
-        If lists differ in length, or a damping is no number.
-    MismatchError
-        If checkpoints differ in their rows, or one does not fit itself (:meth:`Checkpoint.open`).
-    """
+    """Open one checkpoint, or several from lists of one length, whose rows must be the same."""
     damping = _parse_damping(damping)
     trains = _listed(train)
     queries: list[Any] = [None] * len(trains) if query is None else _listed(query)
@@ -191,11 +173,6 @@ def parse_marks(rows: Any, several: bool, checkpoints: int, n: int) -> Marks | N
         Whether checkpoints were given as lists.
     checkpoints, n : int
         How many checkpoints and train rows there are.
-
-    Raises
-    ------
-    InputError
-        For another form, or numbers outside the store.
     """
     if rows is None:
         return None
@@ -220,13 +197,7 @@ def parse_marks(rows: Any, several: bool, checkpoints: int, n: int) -> Marks | N
 
 
 def open_store(store: Store) -> GradientStore:
-    """Return an open store with at least one row.
-
-    Raises
-    ------
-    InputError
-        If it has none.
-    """
+    """Return an open store, which must have rows."""
     opened = store if isinstance(store, GradientStore) else GradientStore.open(store)
     if not opened.n:
         raise InputError(f"expected a store with committed rows; received {opened.path} with none: extract first")
@@ -237,13 +208,7 @@ _COMBINATIONS: tuple[Combine, ...] = get_args(Combine)
 
 
 def parse_combine(combine: str, checkpoints: Sequence[Checkpoint], normalize: str | None) -> Combine:
-    """Return how checkpoints are combined, checked against their losses and the scores' unit.
-
-    Raises
-    ------
-    InputError
-        For another name, a loss that has no margin, or a unit in which errors cancel.
-    """
+    """Return how checkpoints are combined, checked against their losses and the scores' unit."""
     name = next((name for name in _COMBINATIONS if name == combine), None)
     if name is None:
         raise InputError(f"expected combine {', '.join(map(repr, _COMBINATIONS))}; received {combine!r}")

@@ -37,13 +37,7 @@ class Grouping(NamedTuple):
 
 
 def parse_groups(by: str | npt.ArrayLike, store: GradientStore) -> Grouping:
-    """Return the groups that a column of ``store``, its ids (``"id"``) or an array with a value for each row make.
-
-    Raises
-    ------
-    InputError
-        If there is no such column, or the array has another length.
-    """
+    """Return the groups that a column of ``store``, its ids (``"id"``) or an array with a value for each row make."""
     if isinstance(by, str):
         if by != "id" and by not in store.layout.columns:
             known = ", ".join(["id", *store.layout.columns])

@@ -52,13 +52,7 @@ class Queries:
 
     @classmethod
     def of(cls, store: GradientStore, average: bool | str) -> Queries:
-        """Return every row of ``store``, the mean of all (True), or a mean for each value of a column (its name).
-
-        Raises
-        ------
-        InputError
-            If there is no such column.
-        """
+        """Return every row of ``store``, the mean of all (True), or a mean for each value of a column (its name)."""
         if average is False:
             return cls(store.ids(), None)
         if average is True:
@@ -293,25 +287,9 @@ class ScoreRequest:
         block_rows: int | None = None,
         queries: int | None = None,
     ) -> tuple[list[tuple[int, int]], int]:
-        """Return the query blocks and the rows of a train block that fit the budget.
+        """Return the query blocks and the rows of a train block that fit the budget; refuse if not even one query does.
 
-        Parameters
-        ----------
-        stage : str
-            Its name, for a refusal.
-        memory : int, str or None
-            The budget.
-        workers : int
-            Row stripes at once.
-        tile : TileMemory
-            What the stage holds beside queries and rows.
-        block_rows, queries : int, optional
-            Rows or queries of a block, where an interrupted call has fixed them.
-
-        Raises
-        ------
-        MemoryBudgetError
-            If not even one query at a time fits, or not those that are fixed.
+        ``block_rows`` and ``queries`` are those of a block, where an interrupted call has fixed them.
         """
         budget = MemoryBudget.of(worker_memory(memory))
         count, model = self.memory(slots_per_process(workers)).plan_queries(

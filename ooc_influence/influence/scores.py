@@ -155,13 +155,7 @@ def write_scores(
     options: PairOptions,
     **facts: Any,
 ) -> zarr.Array[Any]:
-    """Write all tiles to a Zarr array, or those of its chunks that are missing.
-
-    Raises
-    ------
-    StoreExistsError, StoreWriteError, MemoryBudgetError
-        See :func:`influence_scores`.
-    """
+    """Write all tiles to a Zarr array, or those of its chunks that are missing."""
     slots = check_workers(options["workers"])
     modules = 1 if columns is None else len(columns[0])
     digest = scoring.digest(kind="scores", modules=modules)
@@ -200,13 +194,7 @@ def _create(
 
 
 def _check_queries(output: ResumableArray, queries: int) -> None:
-    """Check that blocks of a number of queries are whole chunks.
-
-    Raises
-    ------
-    MismatchError
-        If they are not.
-    """
+    """Check that blocks of a number of queries are whole chunks; raise MismatchError if not."""
     height = output.chunks[-2]
     if queries % height and queries < output.shape[-2]:
         raise MismatchError(
@@ -389,15 +377,7 @@ def module_influence(
 
 
 def module_columns(stores: Sequence[GradientStore]) -> tuple[list[str], Columns]:
-    """Return the names of the modules that keep entries, and each one's columns in each store.
-
-    Raises
-    ------
-    InputError
-        If rows are reduced.
-    MismatchError
-        If the stores' modules differ.
-    """
+    """Return the names of the modules that keep entries, the same in every store, and their columns in each."""
     columns: list[dict[str, slice]] = []
     for store in stores:
         if store.is_reduced:

@@ -221,13 +221,6 @@ class ScoreParts(ResumableOutput):
         Where they are kept; None: nowhere, and an interrupted call starts again.
     digest : str
         Of all that the result depends on.
-
-    Raises
-    ------
-    StoreExistsError
-        If something else than parts of this very call is there.
-    StoreWriteError
-        If nothing can be written there.
     """
 
     def __init__(self, folder: PathLike | None, digest: str) -> None:

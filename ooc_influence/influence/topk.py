@@ -355,13 +355,7 @@ def find_top(
     columns: Columns | None,
     options: ListOptions,
 ) -> Lists:
-    """Return the best lists of every query, for every λ and module.
-
-    Raises
-    ------
-    InputError, StoreExistsError, MemoryBudgetError
-        See :func:`top_influential`.
-    """
+    """Return the best lists of every query, for every λ and module."""
     if top < 1:
         raise InputError(f"expected top >= 1; received {top}")
     slots, top = check_workers(options["workers"]), min(top, scoring.n)
