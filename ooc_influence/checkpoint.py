@@ -139,7 +139,7 @@ class ResumableOutput:
                 return None
             with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
                 return dict(arrays)
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
             logger.warning("%s cannot be read (%s): it counts as missing", path, error)
             return None
 
