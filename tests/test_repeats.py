@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ooc_influence import repeats
+from ooc_influence import scratch as repeats
 from ooc_influence.errors import InputError
 from ooc_influence.extract.data import RowMetadata
 from ooc_influence.memory import PeakMemory

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ooc_influence.errors import InputError, warn
-from ooc_influence.repeats import Repeats
+from ooc_influence.scratch import Repeats
 from ooc_influence.store import column_dtype
 
 Batches = Iterable[Any] | Callable[[int], Iterable[Any]]

@@ -29,8 +29,7 @@ from ooc_influence.hf.labels import FieldKind, Labels, as_kind
 from ooc_influence.hf.padding import IGNORED
 from ooc_influence.hf.tokens import Fields, Tokeniser, Tokens
 from ooc_influence.progress import Progress
-from ooc_influence.repeats import Repeats
-from ooc_influence.scratch import ArrayFile, map_array
+from ooc_influence.scratch import ArrayFile, Repeats, map_array
 
 COLUMNS = ("document", "piece", "start", "lengths", "n_tokens", "char_start", "char_stop", "text_digest")
 _WORTH_KEEPING = 4096  # documents; the rows of fewer are made in a second or two
