@@ -14,7 +14,7 @@ import ooc_influence
 PACKAGE = Path(ooc_influence.__file__).parent
 LEVELS = [
     {"_version", "errors", "options"},
-    {"fingerprint", "memory", "process", "progress", "scratch", "document_text"}, {"parallel"},
+    {"fingerprint", "memory", "process", "progress", "scratch"}, {"parallel"},
     {"store"}, {"checkpoint"}, {"corpus"}, {"linalg"}, {"compress"}, {"extract"}, {"hf"}, {"curvature"}, {"influence"},
     {"planning"}, {"evaluate"}, {"report"}, {"cli"}, {"__main__"},
 ]  # fmt: skip

@@ -9,7 +9,7 @@ import pytest
 from tiny_hf import MARKS, SMALL, documents, make_model, make_tokenizer, samples, texts, write
 
 from ooc_influence import hf, merge_stores
-from ooc_influence.document_text import text_digest, text_of
+from ooc_influence.corpus.documents import text_digest, text_of
 from ooc_influence.errors import InputError, MismatchError
 from ooc_influence.report import Corpus, write_report
 

@@ -2,6 +2,18 @@
 
 from ooc_influence.corpus.cache import CachedFolder, cached_folder
 from ooc_influence.corpus.corpus_file import local_path
-from ooc_influence.corpus.documents import Documents, open_documents, open_records
+from ooc_influence.corpus.documents import (
+    BETWEEN,
+    USUAL,
+    Documents,
+    as_text,
+    open_documents,
+    open_records,
+    text_digest,
+    text_of,
+)
 
-__all__ = ["CachedFolder", "Documents", "cached_folder", "local_path", "open_documents", "open_records"]
+__all__ = [
+    "BETWEEN", "USUAL", "CachedFolder", "Documents", "as_text", "cached_folder", "local_path", "open_documents",
+    "open_records", "text_digest", "text_of",
+]  # fmt: skip

@@ -4,8 +4,7 @@ from ooc_influence.evaluate.agreement import Agreement, CheckResult, check
 from ooc_influence.evaluate.bounds import CompressionErrors, ExactInfluence, reduction_bounds
 from ooc_influence.evaluate.measures import LdsResult, auc, lds, recall_at
 from ooc_influence.evaluate.removal import LeaveOneOut, RemovalCurve, leave_one_out, removal_curve
-from ooc_influence.evaluate.retrain import finished_runs, random_subsets, retrain
-from ooc_influence.evaluate.runs import Runs
+from ooc_influence.evaluate.retrain import Runs, finished_runs, random_subsets, retrain
 
 __all__ = [
     "Agreement", "CheckResult", "CompressionErrors", "ExactInfluence", "LdsResult", "LeaveOneOut",

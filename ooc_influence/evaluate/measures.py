@@ -21,7 +21,7 @@ import numpy.typing as npt
 from scipy.stats import mannwhitneyu, rankdata
 
 from ooc_influence.errors import InputError
-from ooc_influence.evaluate.runs import ranges
+from ooc_influence.evaluate.retrain import ranges
 from ooc_influence.memory import MemoryBudget, MemoryModel
 from ooc_influence.parallel import blas_threads, cores, tree_sum
 from ooc_influence.progress import Progress

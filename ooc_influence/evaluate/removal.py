@@ -17,8 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ooc_influence.errors import InputError
-from ooc_influence.evaluate.retrain import Measure, Train, retrain
-from ooc_influence.evaluate.runs import Rows, Runs
+from ooc_influence.evaluate.retrain import Measure, Rows, Runs, Train, retrain
 from ooc_influence.options import RetrainOptions, takes
 
 Floats = npt.NDArray[np.float64]

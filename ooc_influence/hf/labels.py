@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from ooc_influence.document_text import as_text
+from ooc_influence.corpus import as_text
 from ooc_influence.errors import InputError
 
 _INTEGER = re.compile(r"0|-?[1-9][0-9]*")

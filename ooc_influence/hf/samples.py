@@ -22,8 +22,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from ooc_influence.corpus import CachedFolder, Documents, cached_folder
-from ooc_influence.document_text import as_text, text_digest, text_of
+from ooc_influence.corpus import CachedFolder, Documents, as_text, cached_folder, text_digest, text_of
 from ooc_influence.errors import InputError
 from ooc_influence.hf.labels import FieldKind, Labels, as_kind
 from ooc_influence.hf.padding import IGNORED
@@ -286,7 +285,7 @@ class Samples:
     piece : (n,) int64
         Which piece of its document; -1 where it is the only one.
     char_start, char_stop : (n,) int64
-        The characters of its document's text (:mod:`ooc_influence.document_text`) that it is made from; -1 for a chat,
+        The characters of its document's text (:mod:`ooc_influence.corpus`) that it is made from; -1 for a chat,
         or where the tokenizer has no offsets.
     text_digest : (n,) int64
         A digest of its document's text.

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ooc_influence.document_text import BETWEEN
+from ooc_influence.corpus import BETWEEN
 from ooc_influence.errors import InputError
 
 

@@ -1,8 +1,16 @@
 """Showing results: facts of a store, text for a terminal, pages to look at, figures (:mod:`.plot`)."""
 
-from ooc_influence.report.decisions import Decision, read_decisions
 from ooc_influence.report.examples import Corpus
-from ooc_influence.report.facts import curvature_states, describe, draw_images, layer_facts, store_facts, table
+from ooc_influence.report.facts import (
+    Decision,
+    curvature_states,
+    describe,
+    draw_images,
+    layer_facts,
+    read_decisions,
+    store_facts,
+    table,
+)
 from ooc_influence.report.write import write_report
 
 __all__ = [

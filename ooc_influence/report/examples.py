@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ooc_influence.corpus import Documents, open_documents
-from ooc_influence.document_text import USUAL, as_text, text_digest, text_of
+from ooc_influence.corpus import USUAL, Documents, as_text, open_documents, text_digest, text_of
 from ooc_influence.errors import InputError, MismatchError, warn, writing
 from ooc_influence.progress import optional_library
 from ooc_influence.store import GradientStore

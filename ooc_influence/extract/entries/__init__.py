@@ -4,8 +4,14 @@ from ooc_influence.extract.entries.base import Entries, Located, Moments, comput
 from ooc_influence.extract.entries.calls import Call, float_leaves
 from ooc_influence.extract.entries.conv import ConvEntries
 from ooc_influence.extract.entries.embedding import EmbeddingBagEntries, EmbeddingEntries
-from ooc_influence.extract.entries.experts import ExpertEntries
-from ooc_influence.extract.entries.func import AdapterEntries, FuncEntries, RecurrentEntries, own_parameters, uncalled
+from ooc_influence.extract.entries.func import (
+    AdapterEntries,
+    ExpertEntries,
+    FuncEntries,
+    RecurrentEntries,
+    own_parameters,
+    uncalled,
+)
 from ooc_influence.extract.entries.linear import LinearEntries, TransposedLinearEntries
 from ooc_influence.extract.entries.norm import (
     BatchNormEntries,
