@@ -217,7 +217,7 @@ class _Planner:
         return [*reduced, self.extraction(), self.query_extraction(), *fits, *scoring]
 
     def layout(self, columns: int) -> Layout:
-        """Return the layout of a store with so many columns."""
+        """Return the layout of a store with some number of columns."""
         block = Encoding.of(self.dtype, columns).block
         return Layout(columns, self.dtype, *Storage().sizes(columns, self.dtype), block=block)
 

@@ -1,7 +1,7 @@
 """Build the wheel and the sdist, check what they hold, and test the wheel in clean environments.
 
 ``tools/package`` calls it. Tests come out of the sdist, without the package beside them; the package out of the wheel.
-The environments, each made anew:
+The environments, each made afresh:
 
 ``installed``
     the wheel over the packages of .venv

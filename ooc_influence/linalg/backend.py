@@ -94,7 +94,7 @@ _TRIALS = 7
 _GAIN = 1.5  # times as fast as SciPy's must another engine be: equals are within a quarter, units for bfloat16 beyond 2
 _WORTH_TIMING = 512  # columns; for narrower sums any engine does
 _AGREEMENT = 1e-6  # of the largest entry
-_BAND = 256  # columns of which a thread's part has at least so many
+_BAND = 256  # the fewest columns of a thread's part
 _lock = threading.Lock()
 _chosen: dict[tuple[bool, int], Engine] = {}
 
@@ -141,7 +141,7 @@ class Engine(Protocol):
     name : str
         For the log.
     own_threads : bool
-        Whether it multiplies in threads of its own, whatever the BLAS is told.
+        Whether it multiplies in threads of its own, regardless of the setting of the BLAS.
     """
 
     name: str
@@ -217,7 +217,7 @@ class TorchEngine(_Tiled):
 
 
 def square_pieces(engine: Engine, total: Floats, block: Floats, sign: float, threads: int) -> list[Callable[[], None]]:
-    """Return calls that together do ``engine.add_square``, as much work for each of so many threads, largest first.
+    """Return calls that together do ``engine.add_square``, the work divided evenly among ``threads``, largest first.
 
     The triangle is cut into as many bands as threads: rectangles beside the diagonal, twice the work of the triangles
     on it.
@@ -236,7 +236,7 @@ def square_pieces(engine: Engine, total: Floats, block: Floats, sign: float, thr
 def product_pieces(
     engine: Engine, total: Floats, left: Floats, right: Floats, sign: float, threads: int
 ) -> list[Callable[[], None]]:
-    """Return calls that together do ``engine.add_product``, as much work for each of so many threads."""
+    """Return calls that together do ``engine.add_product``, the work divided evenly among ``threads``."""
     bands = 1 if engine.own_threads else max(1, min(threads, len(total)))
     edges = [len(total) * number // bands for number in range(bands + 1)]
     cuts = [slice(first, last) for first, last in pairwise(edges)]

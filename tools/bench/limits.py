@@ -24,7 +24,7 @@ _BLOCK_ROWS = 4096
 
 
 class Limits:
-    """The limits of a train store (n, k) and so many queries; ``folder`` is where files may be written."""
+    """The limits of a train store (n, k) and a number of queries; ``folder`` is where files may be written."""
 
     def __init__(self, train: Path, folder: Path, queries: int) -> None:
         self.train, self.folder = train, folder

@@ -11,7 +11,7 @@ Images: the 10,000 of MNIST's test set, as DIR/mnist/t10k-images-idx3-ubyte.gz a
 λ = damping · tr(F)/d with d the stored numbers a row; the best of a fixed grid is shown, and the default.
 
 Run: python tools/bench/quality.py --data DIR [--folder quality-output] [--workers 2] [--quick]. Models and scores are
-kept in the folder: a run that was stopped goes on, --status says what is missing, --rescore scores again. Prints
+kept in the folder: a stopped run resumes, --status says what is missing, --rescore scores again. Prints
 Markdown; the last line is JSON. --quick is the same with a sixteenth of the rows and stored numbers and smaller models:
 seconds, and no more than a hint.
 """

@@ -63,7 +63,7 @@ ooc.draw = (() => {
     return { low: Math.min(...values, ...reached), high: Math.max(...values, ...reached), ...own };
   }
 
-  // A mark at y (a horizontal line) or at x and y (a point), with its name beside it; what lies outside has an arrow.
+  // A mark at y (a horizontal line) or at x and y (a point), with its name beside it; what is outside has an arrow.
   function place(node, at, up, mark) {
     const group = svg("g", { class: `mark ${mark.class || ""}` });
     const label = svg("text", { class: "label" });
