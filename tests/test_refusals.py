@@ -1,4 +1,4 @@
-"""Refusals: what does not fit a budget names ways out that do, with their prices; a chunk lost during a run."""
+"""Refusals: what does not fit a budget offers alternatives that do, with their prices; a chunk lost during a run."""
 
 from __future__ import annotations
 
@@ -81,13 +81,13 @@ def refuse(call, model):
 
 
 def offered(message):
-    """The prices of the ways out, by their words."""
+    """The prices of the alternatives, by their words."""
     ways = message.partition(": use ")[2].split(", or ")
     priced = [re.fullmatch(r"(.*?) \(([\d.]+ \w+)(?:: (.*))?\)", way) for way in ways]
     return {found[1]: (parse_bytes(found[2]), found[3]) for found in priced if found}
 
 
-def test_every_way_out_of_a_fisher_fit_works(tmp_path, stores):
+def test_every_alternative_of_a_fisher_fit_works(tmp_path, stores):
     train = stores[1]
     budget, message = refuse(
         lambda memory: fit_fisher(train, memory=memory, refit=True), fisher_memory(ProblemSize(K, N))
@@ -109,7 +109,7 @@ def test_every_way_out_of_a_fisher_fit_works(tmp_path, stores):
     assert fit_fisher(reduced, memory=budget).d == r
 
 
-def test_ways_that_do_not_apply_are_not_offered(tmp_path, stores):
+def test_alternatives_that_do_not_apply_are_not_offered(tmp_path, stores):
     train = stores[1]
     reduced = reduce_store(train, tmp_path / "r.zarr", 64, dtype="float32", storage=Storage(16, 2))
     with pytest.raises(MemoryBudgetError, match=r"--memory \S+, or extract with a smaller k$"):
@@ -145,7 +145,7 @@ def test_the_gram_side_offers_a_sample_and_fisher(tmp_path):
         gram_matrix(train, tmp_path / "k.zarr", memory=100)
 
 
-def test_every_way_out_of_scoring_works(tmp_path, fitted):
+def test_every_alternative_of_scoring_works(tmp_path, fitted):
     query, train = fitted
     opened = request.ScoreRequest.open(query, train, {"damping": [0.1, 1.0]})
     model = opened.memory(1).scores("scores", 1, TileMemory(per_score=12))
@@ -155,9 +155,9 @@ def test_every_way_out_of_scoring_works(tmp_path, fitted):
     ways = offered(message)
     r = max(int(re.match(r"reduce to (\d+)", way)[1]) for way in ways if way.startswith("reduce"))
     assert set(ways) == {
-        "one --damping at a time", f"reduce to {r} columns", "a curvature by module", "the Gram side",
+        "one --damping at a time", f"reduce to {r} columns", "a curvature by module", "a curvature by the dual method",
     }  # fmt: skip
-    assert ways["the Gram side"][1] == f"ooc-influence fisher {train.path} --method dual"
+    assert ways["a curvature by the dual method"][1] == f"ooc-influence fisher {train.path} --method dual"
     assert ways["a curvature by module"][1] == f"ooc-influence fisher {train.path} --blocks module"
     options = {"memory": budget, "out": tmp_path / "s.zarr"}
     both = {**options, "damping": [0.1, 1.0]}
@@ -173,7 +173,7 @@ def test_every_way_out_of_scoring_works(tmp_path, fitted):
 
 
 @pytest.mark.parametrize("what", ["self", "top", "groups"])
-def test_other_scores_price_their_ways_too(fitted, what):
+def test_other_scores_price_their_alternatives_too(fitted, what):
     query, train = fitted
     if what == "self":
         opened = request.ScoreRequest.open(None, train, {})
@@ -187,7 +187,7 @@ def test_other_scores_price_their_ways_too(fitted, what):
         "groups": lambda memory: group_influence(query, train, np.zeros(N), normalize="cosine", memory=memory),
     }
     _, message = refuse(calls[what], model)
-    assert {"a curvature by module", "the Gram side"} <= set(offered(message))
+    assert {"a curvature by module", "a curvature by the dual method"} <= set(offered(message))
 
 
 def test_plain_dot_products_offer_no_curvature(fitted):

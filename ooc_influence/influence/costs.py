@@ -57,7 +57,7 @@ class CheckpointMemory(NamedTuple):
             text = f"a curvature by module ({{}}: ooc-influence fisher {size.path} --blocks module)"
             yield Alternative(text, model(self._replace(blocks=modules)))
         if size.rows < size.k:
-            text = f"the Gram side ({{}}: ooc-influence fisher {size.path} --method dual)"
+            text = f"a curvature by the dual method ({{}}: ooc-influence fisher {size.path} --method dual)"
             scoring = model(self._replace(blocks=(BlockShape(size.k, size.rows, keeps=False),)))
             yield Alternative(text, max(gram_memory(size), scoring, key=budget.price))
 
