@@ -7,7 +7,7 @@ continues from there if it runs again; what earlier runs saved is added at the e
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,6 @@ from ooc_influence.linalg import (
     RowPartition,
     Team,
     TriangleTiles,
-    WeightedBlock,
     WeightedRows,
     choose_engine,
     partition_rows,
@@ -98,18 +97,10 @@ class Summing:
     partial: ResumableOutput = field(default_factory=ResumableOutput)
     device: str | None = None
 
-    def read(self, chosen: WeightedRows, start: int, threads: int) -> Iterator[WeightedBlock]:
-        """Yield the blocks of some rows from index ``start`` on, where they are to be multiplied."""
-        return chosen.blocks(start, chosen.count, self.block_rows, threads=threads, device=self.device)
-
     @property
     def path(self) -> object:
         """What workers must be able to see."""
         return self.store.path
-
-    def nothing(self) -> Sums:
-        """Return the sums over no rows."""
-        return empty_sums(self.blocks, self.diagonal)
 
 
 def empty_sums(blocks: Sequence[Range], diagonal: bool) -> Sums:
@@ -126,7 +117,7 @@ def sum_rows(chosen: WeightedRows, how: Summing, slots: int, bar: Progress, rang
     if partitions:
         total: Sums = run_stripes(_sum_partition, partitions, bar, how, slots=slots, reduce=Sums.plus, own_threads=True)
     else:
-        total = how.nothing()
+        total = empty_sums(how.blocks, how.diagonal)
     for path, facts in saved.items():
         _add_saved(total, path, facts)
     return total
@@ -216,7 +207,7 @@ class _RunningSums:
         path = self._how.partial.groups(name).get(name)
         if path is None:
             return 0
-        facts, total = read_facts(path), self._how.nothing()
+        facts, total = read_facts(path), empty_sums(self._how.blocks, self._how.diagonal)
         _add_saved(total, path, facts)
         rows = int(sum(b - a for a, b in facts["ranges"]))
         for square, values in zip(self._squares, total.squares, strict=True):
@@ -273,7 +264,7 @@ def _sum_partition(partition: RowPartition, key: str, how: Summing) -> Sums:
             for _, rows in partition.parts:
                 start, skip = min(skip, rows.count), max(0, skip - rows.count)
                 tick(key, start)
-                for block in how.read(rows, start, team.threads):
+                for block in rows.blocks(start, rows.count, how.block_rows, threads=team.threads, device=how.device):
                     running.add(block.rows, block.live, block.clipped)
                     if clock.due():
                         clock.run(running.save)

@@ -53,9 +53,8 @@ from ooc_influence.linalg.spectrum import (
 __all__ = [
     "ONE_LABEL", "TILE", "TOLERANCE", "DiagonalAccumulator", "Eigenpairs", "Floats", "Matrix", "MatrixAccumulator",
     "Numbers", "Range", "RowPartition", "Solver", "Spectrum", "Team", "Tile", "TriangleTiles", "WeightedBlock",
-    "WeightedRows", "block_moments", "check_device_memory", "check_one_label", "choose_engine",
-    "choose_solver",
-    "iteration_bytes", "iteration_memory", "list_tiles", "mirror", "multiply_rows", "orthonormal_slabs",
-    "parse_device", "parse_weighting", "partition_rows", "row_errors", "row_squares", "row_weights",
-    "spectrum_solvers", "start_basis", "subspace_iteration", "symmetric_eigen", "tile_side", "top_spectrum",
+    "WeightedRows", "block_moments", "check_device_memory", "check_one_label", "choose_engine", "choose_solver",
+    "iteration_bytes", "iteration_memory", "list_tiles", "mirror", "multiply_rows", "orthonormal_slabs", "parse_device",
+    "parse_weighting", "partition_rows", "row_errors", "row_squares", "row_weights", "spectrum_solvers", "start_basis",
+    "subspace_iteration", "symmetric_eigen", "tile_side", "top_spectrum",
 ]  # fmt: skip
