@@ -344,7 +344,7 @@ def test_scores_of_a_lambda_for_each_block_are_not_gone_on_with_by_one_for_all(m
     value = found.damping_value()
     influence_scores(modules, modules, out=tmp_path / "scores.zarr")
     influence_scores(modules, modules, out=tmp_path / "scores.zarr")
-    with pytest.raises(StoreExistsError, match="another one"):
+    with pytest.raises(StoreExistsError, match="another call"):
         influence_scores(modules, modules, damping=value, damping_mode="absolute", out=tmp_path / "scores.zarr")
 
 
