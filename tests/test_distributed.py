@@ -165,7 +165,7 @@ def test_kinds_of_curvature_by_two_workers(tmp_path, modules, client):
         "module": (fit_fisher, {"blocks": "module", "weights": "trak"}),
         "sample": (fit_fisher, {"sample": 9000, "seed": 3}),
         "gram": (fit_gram, {"rows": (100, 400), "weights": "ggn"}),
-        "auto": (fit_curvature, {"rows": [5, 17, 9000], "side": "auto"}),
+        "auto": (fit_curvature, {"rows": [5, 17, 9000], "method": "auto"}),
     }
     assert len(client.run(os.getpid)) == 2
 
@@ -300,7 +300,7 @@ def test_progress_crosses_the_cluster(long_pair, client, monkeypatch):
     assert len(seen) >= 5  # block by block
 
 
-ROOMS = ("influence.scores", "influence.tiles", "curvature.sums", "curvature.primal", "curvature.low_rank")
+ROOMS = ("influence.scores", "influence.tiles", "curvature.sums", "curvature.primal", "linalg.spectrum")
 
 
 def slow_ticks(seconds):
