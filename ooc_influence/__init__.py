@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from ooc_influence.store import ChunkCache, GradientStore, Storage, compact_store, merge_stores, upgrade_store
 
 # Loaded on first use: opening a store and scoring never import torch.
-_ROOMS = {
+_EXPORTS = {
     "compress": [
         "Dropout", "Eigenbasis", "Gaussian", "Grass", "Identity", "LoGra", "Pca", "Rademacher", "Sjlt",
         "reduce_store",
@@ -63,7 +63,7 @@ _ROOMS = {
     "store": ["ChunkCache", "GradientStore", "Storage", "compact_store", "merge_stores", "upgrade_store"],
 }  # fmt: skip
 _MODULES = {"evaluate": "evaluate", "hf": "hf", "plot": "report.plot", "report": "report"}
-_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
+_MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
 
 __all__ = [
     "AdamMetric", "Batching", "BudgetBatches", "ChunkCache", "Curvature", "Dropout", "Eigenbasis", "Gaussian",
@@ -78,10 +78,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return import_module(f"{__name__}.{_MODULES[name]}")
-    room = _ROOM_OF.get(name)
-    if room is None:
+    module = _MODULE_OF.get(name)
+    if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{room}"), name)
+    return getattr(import_module(f"{__name__}.{module}"), name)
 
 
 def __dir__() -> list[str]:

@@ -28,10 +28,7 @@ from ooc_influence.errors import InputError, MemoryBudgetError, MismatchError, S
 from ooc_influence.influence.tiles import ScoreParts
 from ooc_influence.store import GaussianReduction, LayerShape, Mask, ModuleMask
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:the effective dimension"),  # of so few rows
-    pytest.mark.filterwarnings("ignore:the rows of .* are taken for the same"),  # they have no ids
-]
+pytestmark = pytest.mark.filterwarnings("ignore:the rows of .* are taken for the same")  # they have no ids
 K, N, Q = 40, 500, 7
 DAMPINGS = [0.03, 0.1, 2.0]
 

@@ -332,9 +332,9 @@ class Sink:
         self.check_same_data(batch, row, computed.losses, min(max(0, self.next_row - row), count))
         while self.next_row < end:  # more than once where a repair left several gaps
             low, high = max(0, self.next_row - row), end - row
-            room = self.store.writer().rows_left
-            if room is not None:
-                high = min(high, low + room)
+            rows_left = self.store.writer().rows_left
+            if rows_left is not None:
+                high = min(high, low + rows_left)
             self._append({name: values[low:high] for name, values in metadata.items()}, computed.part(low, high))
 
     def _append(self, metadata: Mapping[str, list[Any]], new: Computed) -> None:
