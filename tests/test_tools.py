@@ -39,7 +39,7 @@ SMALL = {
     "store": ["--mib", "32", "--chunks", "100", "--repeats", "1"],
 }
 NEEDS_INDEX = {"first_contact"}  # it installs
-NO_BENCHMARK = {"page"}  # tests/test_bench_page.py
+NO_BENCHMARK = {"page", "compare"}  # tests/test_bench_page.py; it runs the others at two revisions
 SLOW = {
     "quality",
     "representations",

@@ -78,23 +78,23 @@ def passes() -> Iterator[list[float]]:
 
 def ours(call: Callable[[], object], prepared: list[float] | None = None) -> float:
     """Return the seconds of a call's passes; those of preconditioning go to ``prepared`` instead, where it is given."""
-    left, spent = ScoreRequest.left, 0.0
+    precondition, spent = ScoreRequest.precondition, 0.0
 
-    def timed_left(self: Any, *args: Any) -> Any:
+    def timed_precondition(self: Any, *args: Any) -> Any:
         nonlocal spent
         began = time.perf_counter()
         try:
-            return left(self, *args)
+            return precondition(self, *args)
         finally:
             spent += time.perf_counter() - began
 
     if prepared is not None:
-        ScoreRequest.left = timed_left
+        ScoreRequest.precondition = timed_precondition
     try:
         with passes() as found:
             call()
     finally:
-        ScoreRequest.left = left
+        ScoreRequest.precondition = precondition
     if prepared is not None:
         prepared.append(spent)
     return sum(found) - spent
