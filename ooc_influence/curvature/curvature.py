@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,18 @@ FORMAT = 2
 READABLE = (1, 2)
 KINDS = ("whole", "module", "diagonal", "top", "gram")
 _ATTRIBUTES = "ooc_influence_curvature"
+
+
+def _open_arrays(path: StorePath) -> Any:
+    return open_group(array_store(path, read_only=True, chunk_bytes={}), "r")
+
+
+def _check_fit(path: StorePath, opened: str | None, fit: str | None = None) -> None:
+    on_disk = (complete_attributes(path) or {}).get("fit") if fit is None else fit
+    if on_disk is not None and on_disk != opened:
+        raise StaleCurvatureError(
+            f"expected the curvature {path} as it was when it was opened; received a newer fit: open it again"
+        )
 
 
 class Curvature(BlockSpectrum):
@@ -112,7 +125,9 @@ class Curvature(BlockSpectrum):
         ]  # fmt: skip
 
     def _vectors(self, name: str, columns: int, rank: int) -> EigenVectors:
-        return EigenVectors((columns, rank), self._group, name, self.check_fit)
+        # not methods: vectors that refer to their curvature would outlive it until Python looks for cycles
+        check = partial(_check_fit, self.path, self._attrs.get("fit"))
+        return EigenVectors((columns, rank), partial(_open_arrays, self.path), name, check)
 
     @classmethod
     def open(cls, path: PathLike, fit: str | None = None) -> Curvature:
@@ -144,11 +159,8 @@ class Curvature(BlockSpectrum):
             curvature.check_fit(fit)
         return curvature
 
-    def _group(self) -> Any:
-        return open_group(array_store(self.path, read_only=True, chunk_bytes={}), "r")
-
     def _read(self, name: str) -> npt.NDArray[Any]:
-        return read_array(self._group(), name)
+        return read_array(_open_arrays(self.path), name)
 
     def check_fit(self, fit: str | None = None) -> None:
         """Check that what is on disk is still the fit this object was opened on: another one may replace it.
@@ -158,11 +170,7 @@ class Curvature(BlockSpectrum):
         StaleCurvatureError
             If it is not.
         """
-        on_disk = (complete_attributes(self.path) or {}).get("fit") if fit is None else fit
-        if on_disk is not None and on_disk != self._attrs["fit"]:
-            raise StaleCurvatureError(
-                f"expected the curvature {self.path} as it was when it was opened; received a newer fit: open it again"
-            )
+        _check_fit(self.path, self._attrs.get("fit"), fit)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Curvature.open, (self.path, self._attrs["fit"])

@@ -304,22 +304,26 @@ class EigenBlock:
             return
         gradients = np.asarray(gradients, np.float64)
         rotated = self._rotate(gradients)
+        scaled = np.empty_like(rotated)
         for rows, vectors in self.vectors.slabs():
             for all_columns, value in zip(out, lambdas, strict=True):
                 part, damped = all_columns[:, rows], self.eigenvalues + value
                 if self.shape.complete:
-                    np.matmul(rotated / damped, vectors.T, out=part)
+                    np.matmul(np.divide(rotated, damped, out=scaled), vectors.T, out=part)
                     continue
-                np.matmul(rotated * ((self.eigenvalues - self.rest) / damped), vectors.T, out=part)
+                np.multiply(rotated, (self.eigenvalues - self.rest) / damped, out=scaled)
+                np.matmul(scaled, vectors.T, out=part)
                 np.subtract(gradients[:, rows], part, out=part)
                 part /= self.rest + value
 
     def _rotate(self, gradients: npt.NDArray[Any]) -> Matrix:
         """Return Vᵀg of some rows, (b, r) float64: most of a norm may be within the span, and the rest a difference."""
         assert self.vectors is not None
-        rotated = np.zeros((len(gradients), len(self.eigenvalues)))
+        rotated: Matrix | None = None
         for rows, vectors in self.vectors.slabs():
-            rotated += np.asarray(gradients[:, rows], np.float64) @ vectors
+            product = np.asarray(gradients[:, rows], np.float64) @ vectors
+            rotated = product if rotated is None else np.add(rotated, product, out=rotated)
+        assert rotated is not None  # a block has columns
         return rotated
 
     def add_norms(self, gradients: Floats, lambdas: Matrix, scale: Matrix | None, out: Floats) -> None:
@@ -364,7 +368,9 @@ class EigenBlock:
     def inside(self, gradients: Matrix) -> Matrix:
         """Return the squared norm of rows (b, w) within the span of eigenvectors above rounding, (b,)."""
         span = resolved(self.eigenvalues)
-        if self.vectors is None or (self.shape.complete and span.all()):
+        if self.shape.complete and span.all():
+            return np.asarray(np.square(gradients).sum(1))
+        if self.vectors is None:
             return np.asarray(np.square(gradients[:, span]).sum(1))
         return np.asarray(np.square(self._rotate(gradients)[:, span]).sum(1))
 
