@@ -1,8 +1,8 @@
 """Two revisions of the package side by side: the same benchmarks of each, run in turns.
 
-Each revision runs its own scripts of this folder, which know that revision's modules; every figure
-is a ratio within one such run already, ours against a limit of the machine. Here the medians of the two revisions are
-divided, so that above 1 the later revision is faster. ``slower`` lists those below 0.95.
+Each revision runs its own scripts of this folder, which know that revision's modules. Every figure is a ratio within
+one such run already, ours against a limit of the machine. Here the medians of the two revisions are divided: above 1,
+the later revision is faster. ``slower`` lists those below 0.95.
 
 Run: python tools/bench/compare.py BEFORE [--rounds 3] [--only engine,store,extraction]. BEFORE is a git revision; the
 other one is the working tree. The last line is JSON.
@@ -36,7 +36,7 @@ def figures(result: Any, path: str) -> Iterator[tuple[str, float]]:
     for name, value in result.items() if isinstance(result, dict) else ():
         if isinstance(value, dict):
             yield from figures(value, f"{path}.{name}")
-        elif isinstance(value, int | float) and not isinstance(value, bool) and "over" in f"{path}.{name}":
+        elif isinstance(value, int | float) and not isinstance(value, bool) and "_over_" in name:
             yield f"{path}.{name}", float(value)
 
 
