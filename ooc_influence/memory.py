@@ -20,7 +20,7 @@ from typing import NamedTuple, Self
 
 import psutil
 
-from ooc_influence.errors import InputError, MemoryBudgetError
+from ooc_influence.errors import InputError, MemoryBudgetError, counted
 
 _ROOT = Path("/")
 _UNLIMITED = 2**62  # version 1 reports no limit as a number of this size
@@ -339,7 +339,7 @@ class MemoryBudget:
         if model.advice:
             advice.append(model.advice)
         return (
-            f"{model.stage} needs {format_bytes(price)} with {model.workers} worker{'s' if model.workers > 1 else ''}, "
+            f"{model.stage} needs {format_bytes(price)} with {counted(model.workers, 'worker')}, "
             f"budget {format_bytes(self.limit)}: use {', or '.join(advice)}"
         )
 

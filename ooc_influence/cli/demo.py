@@ -295,7 +295,7 @@ def _explain(
             images.append(digits.train_batch(int(row), int(row) + 1)[0].view(8, 8).numpy())
             wrong = " (wrong)" if digits.flipped[row % TRAIN] else ""
             captions.append([f"{name} {row}", f"label {digits.labels[row % TRAIN]}{wrong}", f"score {score:+.3g}"])
-    say("\nThe misclassified test image of largest loss, and the training images that speak for and against its label:")
+    say("\nThe misclassified test image of largest loss, and the training images that support or oppose its label:")
     for first in range(1, len(images), _SHOWN):
         chosen = [0, *range(first, min(len(images), first + _SHOWN))]
         say("\n" + draw_images([images[index] for index in chosen], [captions[index] for index in chosen]))

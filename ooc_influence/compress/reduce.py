@@ -40,6 +40,7 @@ from ooc_influence.store import (
     Storage,
     StoredReduction,
     StorePath,
+    as_store,
     check_free,
     copy_tombstones,
     create_like,
@@ -141,8 +142,8 @@ class _Job:
     def parse(cls, wide: GradientStore | PathLike, r: int | None, options: ReduceOptions) -> _Job:
         """Open what is a path and check that all of it belongs together."""
         like, rows, weights, rotate = options["like"], options["rows"], options["weights"], options["rotate"]
-        source = _open(wide)
-        train = None if like is None else _open(like)
+        source = as_store(wide)
+        train = None if like is None else as_store(like)
         if train is not None and (r is not None or rows is not None or weights is not None or rotate):
             raise InputError("expected like= without r, rows, weights and rotate; received both: like fixes the basis")
         if rotate and rows is not None:
@@ -190,10 +191,6 @@ class _Job:
             "like": None if self.like is None else self.like.columns_digest,
             "rows": self.rows,
         }
-
-
-def _open(store: GradientStore | PathLike) -> GradientStore:
-    return store if isinstance(store, GradientStore) else GradientStore.open(store)
 
 
 def _open_earlier(path: StorePath, job: _Job, dtype: str | None, storage: Storage | None) -> GradientStore | None:

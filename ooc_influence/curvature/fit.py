@@ -48,7 +48,7 @@ from ooc_influence.linalg import Range, WeightedRows, check_device_memory, mirro
 from ooc_influence.memory import MemoryBudget, ProblemSize, format_bytes
 from ooc_influence.options import FisherOptions, FittingOptions, RowOptions, select, takes
 from ooc_influence.parallel import check_workers, slots_per_process
-from ooc_influence.store import GradientStore, PathLike, StorePath, parse_path
+from ooc_influence.store import GradientStore, PathLike, StorePath, as_store, check_has_rows, parse_path
 
 logger = logging.getLogger("ooc_influence")
 Method = Literal["auto", "primal", "dual"]
@@ -93,7 +93,7 @@ class _Call(NamedTuple):
         named = name if options["name"] is None else options["name"]
         target = parse_path(out) if out is not None else curvature_path(train, named)
         check_replaceable(target)
-        _check_rows(train)
+        check_has_rows(train)
         chosen = choose_rows(train, options)
         earlier = None if options["refit"] else _fitted(target, train)
         staleness = None if earlier is None else fit_staleness(earlier, chosen, kind)
@@ -108,15 +108,6 @@ class _Call(NamedTuple):
     def is_current(self) -> bool:
         """Whether the earlier curvature is of the same rows as they are."""
         return self.staleness is not None and self.staleness.is_fresh
-
-
-def _check_rows(train: GradientStore) -> None:
-    if not train.n:
-        raise InputError(f"expected a store with committed rows; received {train.path} with none: extract first")
-
-
-def _opened(store: GradientStore | PathLike) -> GradientStore:
-    return store if isinstance(store, GradientStore) else GradientStore.open(store)
 
 
 @takes(FisherOptions)
@@ -151,7 +142,7 @@ def fit_fisher(store: GradientStore | PathLike, **options: Unpack[FisherOptions]
     StoreDamagedError
         If a committed chunk is missing or short.
     """
-    train, blocks, rank = _opened(store), options["blocks"], options["rank"]
+    train, blocks, rank = as_store(store), options["blocks"], options["rank"]
     if options["device"] is not None and blocks == "diagonal":
         raise InputError(
             f"expected no device with blocks='diagonal'; received {options['device']!r}: reading takes all the time"
@@ -289,7 +280,7 @@ def fit_gram(store: GradientStore | PathLike, **options: Unpack[FittingOptions])
     StoreBusyError
         If another process is writing the tiles of this Gram matrix at the moment.
     """
-    train = _opened(store)
+    train = as_store(store)
     call = _Call.open(train, options, "gram", "gram")
     if call.earlier is not None and call.is_current:
         logger.info("%s is up to date", call.target)
@@ -334,8 +325,8 @@ def gram_matrix(store: GradientStore | PathLike, out: PathLike, **options: Unpac
     StoreWriteError
         If it cannot be written.
     """
-    train, slots = _opened(store), check_workers(options["workers"])
-    _check_rows(train)
+    train, slots = as_store(store), check_workers(options["workers"])
+    check_has_rows(train)
     chosen = choose_rows(train, options)
     model = kernel_memory(fit_size(chosen, slots_per_process(slots)))
     how = Multiplying(chosen, MemoryBudget.of(options["memory"]).plan(model), parse_path(out))
@@ -379,7 +370,7 @@ def fit_curvature(
     """
     if method not in get_args(Method):
         raise InputError(f"expected method 'auto', 'primal' or 'dual'; received {method!r}")
-    train = _opened(store)
+    train = as_store(store)
     primal = [option for option in _PRIMAL_ONLY if options.get(option) is not None]
     if method == "auto":
         method = "primal" if primal or not train.n else _cheaper_method(train, options)

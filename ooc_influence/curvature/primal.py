@@ -15,7 +15,7 @@ from ooc_influence.curvature.costs import Preferred
 from ooc_influence.curvature.curvature import Curvature
 from ooc_influence.curvature.rows import FittedRows, Staleness, fit_attributes
 from ooc_influence.curvature.sums import ROWS, Summing, Sums, bfloat16_holds, sum_name, sum_rows
-from ooc_influence.errors import InputError, NonFiniteError, StoreBusyError, StoreWriteError, refused
+from ooc_influence.errors import InputError, NonFiniteError, StoreBusyError, writing
 from ooc_influence.linalg import (
     Matrix,
     MatrixAccumulator,
@@ -334,14 +334,12 @@ def _sum_with(team: Team, number: int, key: str, how: TileSum) -> None:
         live, clipped = live + int(sign) * block.live, clipped + int(sign) * block.clipped
         tick(key, block.stop - block.start)
     tile = total.total() if on_diagonal else total.triangle()
-    try:
+    then = " (8 k² bytes are taken while fitting), or give another path with out= (--out)"
+    with writing(f"to write tiles of F to {how.group}", then):
         TriangleTiles.open_to_write(how.group, _F, k).write_region(rows, columns, tile)
         region = _region(rows, columns)
         facts = {"live": live, "clipped": clipped, "region": region, "side": how.side}
         how.partial.put_group("-".join(map(str, (_DONE, *region))), 0, facts, lambda group: None)
-    except OSError as error:
-        then = " (8 k² bytes are taken while fitting), or give another path with out= (--out)"
-        raise StoreWriteError(refused(f"to write tiles of F to {how.group}", error, then)) from error
 
 
 def _moments(fit: Fitting, rows: WeightedRows, side: int) -> Matrix:

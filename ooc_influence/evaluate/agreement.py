@@ -29,7 +29,7 @@ from ooc_influence.errors import InputError, MemoryBudgetError
 from ooc_influence.extract import PerSampleLoss, extract_gradients, parse_device, part_of
 from ooc_influence.memory import MemoryBudget, format_bytes
 from ooc_influence.options import CheckOptions, takes
-from ooc_influence.store import GradientStore, LayerShape, PathLike
+from ooc_influence.store import GradientStore, LayerShape, PathLike, as_store
 
 Matrix = npt.NDArray[np.float64]
 _TOP = 10
@@ -130,7 +130,7 @@ def check(
     OocInfluenceError
         See :func:`extract_gradients`.
     """
-    train = store if isinstance(store, GradientStore) else GradientStore.open(store)
+    train = as_store(store)
     rows, dampings = options["rows"], options["dampings"]
     if isinstance(rows, bool) or rows < _LEAST_ROWS:
         raise InputError(f"expected at least {_LEAST_ROWS} rows to compare on; received {rows!r}")

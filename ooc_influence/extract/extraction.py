@@ -45,6 +45,7 @@ from ooc_influence.store import (
     PathLike,
     Representation,
     Storage,
+    as_store,
     parse_path,
     parse_representation,
 )
@@ -412,7 +413,7 @@ def _plan_like(
 
 def _open_if_there(store: GradientStore | PathLike) -> GradientStore | None:
     try:
-        return store if isinstance(store, GradientStore) else GradientStore.open(store)
+        return as_store(store)
     except StoreNotFoundError:
         return None
 

@@ -19,7 +19,7 @@ from ooc_influence.errors import InputError, MismatchError, warn
 from ooc_influence.fingerprint import check_same
 from ooc_influence.linalg import check_one_label, row_errors
 from ooc_influence.options import Combine, DampingMode
-from ooc_influence.store import GradientStore, PathLike
+from ooc_influence.store import GradientStore, PathLike, as_store, check_has_rows
 
 Store = GradientStore | PathLike
 Stores = Store | Sequence[Store]
@@ -198,9 +198,8 @@ def parse_marks(rows: Any, several: bool, checkpoints: int, n: int) -> Marks | N
 
 def open_store(store: Store) -> GradientStore:
     """Return an open store, which must have rows."""
-    opened = store if isinstance(store, GradientStore) else GradientStore.open(store)
-    if not opened.n:
-        raise InputError(f"expected a store with committed rows; received {opened.path} with none: extract first")
+    opened = as_store(store)
+    check_has_rows(opened)
     return opened
 
 

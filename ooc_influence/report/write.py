@@ -26,7 +26,7 @@ from ooc_influence.progress import Progress, optional_library
 from ooc_influence.report.examples import Corpus, Examples, ImageFolder
 from ooc_influence.report.facts import curvature_states, dimension_curve, layer_facts, resolved_eigenvalues, store_facts
 from ooc_influence.report.folder import LISTED_A_FILE, PageFolder, QueryList, replaceable_files
-from ooc_influence.store import GradientStore, PathLike
+from ooc_influence.store import GradientStore, PathLike, as_store
 
 QUERIES_A_FILE = 20
 SUSPECTS_A_FILE = 500
@@ -191,12 +191,7 @@ def open_report(
     if np.ndim(damping if damping is not None else 0.0) or isinstance(store, (list, tuple)):
         raise InputError("expected one store and one damping for a report; received several: write one for each")
     optional_library("jinja2", "pages")
-    train, query = (
-        each if each is None or isinstance(each, GradientStore) else GradientStore.open(each)
-        for each in (store, queries)
-    )
-    assert train is not None
-    return Report(train, query, settings)
+    return Report(as_store(store), None if queries is None else as_store(queries), settings)
 
 
 def write_pages(

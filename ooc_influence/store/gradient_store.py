@@ -604,3 +604,14 @@ class GradientStore(StoreView):
             ("format", f"{attrs['format']}, written by version {attrs['version']}"),
         ]
         return html_table(f"GradientStore {self.path}", None, lines)
+
+
+def as_store(store: GradientStore | PathLike) -> GradientStore:
+    """Return a store as it is, or opened for reading where its path is given."""
+    return store if isinstance(store, GradientStore) else GradientStore.open(store)
+
+
+def check_has_rows(store: GradientStore) -> None:
+    """Check that a store has rows."""
+    if not store.n:
+        raise InputError(f"expected a store with committed rows; received {store.path} with none: extract first")

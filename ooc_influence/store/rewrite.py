@@ -24,7 +24,7 @@ from ooc_influence.store import commits, local, paths
 from ooc_influence.store.arrays import open_group, writable_array
 from ooc_influence.store.claim import make_claim
 from ooc_influence.store.commits import SmallValues, list_tombstone_groups, mark_dropped
-from ooc_influence.store.gradient_store import GradientStore, create_store
+from ooc_influence.store.gradient_store import GradientStore, as_store, create_store
 from ooc_influence.store.layout import FORMAT_VERSION, TOMBSTONES, Storage, write_attributes
 from ooc_influence.store.paths import PathLike, array_store, is_local, not_free, parse_path
 from ooc_influence.store.reader import repeated_ids
@@ -68,7 +68,7 @@ def merge_stores(
     StoreDamagedError
         If a chunk of a source does not match its commit record.
     """
-    stores = [source if isinstance(source, GradientStore) else GradientStore.open(source) for source in sources]
+    stores = [as_store(source) for source in sources]
     if not stores:
         raise InputError("expected stores to merge; received none")
     for store in stores:
@@ -204,7 +204,7 @@ def compact_store(store: GradientStore | PathLike, out: PathLike, *, progress: b
     StoreExistsError, StoreDamagedError
         As for :func:`merge_stores`.
     """
-    source = store if isinstance(store, GradientStore) else GradientStore.open(store)
+    source = as_store(store)
     if source.committed > source.n:
         raise InputError(f"expected a store without gaps; received {source.path}: finish or repair it first")
     compacted = _create_same(source, out, [str(source.path)], ids="int64")
