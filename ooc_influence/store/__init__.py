@@ -16,7 +16,7 @@ from ooc_influence.store.encoding import FACTORS, Encoding, Representation, pars
 from ooc_influence.store.gradient_store import GradientStore, as_store, check_has_rows, parse_numbers
 from ooc_influence.store.layout import Layout, Storage, column_dtype
 from ooc_influence.store.local import map_file, remove_partial_files
-from ooc_influence.store.mask import LayerShape, Mask, ModuleMask, PilotMoments
+from ooc_influence.store.mask import LayerShape, Mask, ModuleBasis, ModuleMask, PilotMoments
 from ooc_influence.store.paths import (
     NewFolder,
     PathLike,
@@ -57,14 +57,14 @@ from ooc_influence.store.writer import BUFFERS, RangeWriter, check_finite, missi
 
 __all__ = [
     "BUFFERS", "CHUNK_TARGET", "FACTORS", "Block", "ChunkCache", "Claim", "Damage", "Encoding", "GaussianReduction",
-    "GeneratedReduction", "GradientStore", "LayerShape", "Layout", "LograReduction", "Mask", "ModuleMask",
-    "NewFolder", "PathLike", "PilotMoments", "RademacherReduction", "RangeWriter", "RawBlock", "Reduction",
-    "Representation", "SjltReduction", "Storage", "StorePath", "StoredReduction", "array_store", "as_store",
-    "check_finite", "check_free", "check_has_rows", "check_writable", "claimed_rows", "column_dtype", "columns_digest",
-    "compact_store", "copy_tombstones", "create_array", "create_like", "exists", "expand_home", "find_array", "is_file",
-    "is_free", "is_local", "make_claim", "make_folder", "map_file", "mark_dropped", "merge_stores", "missing_spans",
-    "names", "not_free", "open_group", "parse_numbers", "parse_path", "parse_representation", "read_array",
-    "read_blocks", "read_bytes", "read_claims", "read_into", "read_part", "read_raw_blocks", "remove_empty",
-    "remove_partial_files", "remove_tree", "square_chunks", "tree_bytes", "upgrade_store", "verify_memory",
-    "wait_for", "writable_array", "write_bytes", "writing_bytes",
+    "GeneratedReduction", "GradientStore", "LayerShape", "Layout", "LograReduction", "Mask", "ModuleBasis",
+    "ModuleMask", "NewFolder", "PathLike", "PilotMoments", "RademacherReduction", "RangeWriter", "RawBlock",
+    "Reduction", "Representation", "SjltReduction", "Storage", "StorePath", "StoredReduction", "array_store",
+    "as_store", "check_finite", "check_free", "check_has_rows", "check_writable", "claimed_rows", "column_dtype",
+    "columns_digest", "compact_store", "copy_tombstones", "create_array", "create_like", "exists", "expand_home",
+    "find_array", "is_file", "is_free", "is_local", "make_claim", "make_folder", "map_file", "mark_dropped",
+    "merge_stores", "missing_spans", "names", "not_free", "open_group", "parse_numbers", "parse_path",
+    "parse_representation", "read_array", "read_blocks", "read_bytes", "read_claims", "read_into", "read_part",
+    "read_raw_blocks", "remove_empty", "remove_partial_files", "remove_tree", "square_chunks", "tree_bytes",
+    "upgrade_store", "verify_memory", "wait_for", "writable_array", "write_bytes", "writing_bytes",
 ]  # fmt: skip

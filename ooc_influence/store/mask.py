@@ -4,6 +4,10 @@ The entries of a tapped module form a matrix of ``shape``; for a linear layer (o
 the bias is the last column, as if the input ended in a one. Kept entry c of the module is
 ``weight[c] * gradient[rows[c], cols[c]]``. The columns of unreduced rows are the modules' entries one after the other,
 in the order of :attr:`Mask.modules`.
+
+In a Kronecker basis (Martens and Grosse 2015, arXiv 1503.05671; George et al. 2018, arXiv 1806.03884) entries are of
+the rotated gradient U_Sᵀ G U_A instead: its rows and columns count eigenvectors of the second moments S = E[δ δᵀ] of a
+layer's output gradients and A = E[x xᵀ] of its inputs.
 """
 
 from __future__ import annotations
@@ -51,6 +55,27 @@ class LayerShape:
 
 
 @dataclass(frozen=True, eq=False)
+class ModuleBasis:
+    """The Kronecker basis of one module, as far as its entries are kept.
+
+    Attributes
+    ----------
+    left, right : (rows, R) and (columns, C) float32, or None
+        Eigenvectors of S and of A for the distinct rows, and columns, of kept entries, in ascending order; None for a
+        side that stays in its own coordinates.
+    second_moment : (m,) float64
+        Λ, the mean square over samples of each kept entry of the rotated gradient, without its weight.
+    mean_moment : float
+        The mean of Λ over all entries of the module, kept or not: what relative damping is relative to.
+    """
+
+    left: npt.NDArray[np.float32] | None
+    right: npt.NDArray[np.float32] | None
+    second_moment: npt.NDArray[np.float64]
+    mean_moment: float
+
+
+@dataclass(frozen=True, eq=False)
 class ModuleMask:
     """The kept entries of one module.
 
@@ -59,15 +84,18 @@ class ModuleMask:
     layer : LayerShape
         The module.
     rows, cols : (m,) int32
-        Where each kept entry is.
+        Where each kept entry is; of a module with a basis, in the rotated gradient.
     weight : (m,) float32
         What it is multiplied by (√(p/k) for a uniform mask).
+    basis : ModuleBasis or None
+        The basis its entries are in; None for the parameters' own.
     """
 
     layer: LayerShape
     rows: npt.NDArray[np.int32]
     cols: npt.NDArray[np.int32]
     weight: npt.NDArray[np.float32]
+    basis: ModuleBasis | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,16 +147,30 @@ class Mask:
         """Gradient entries of the tapped modules, kept or not."""
         return sum(module.layer.entries for module in self.modules)
 
+    @property
+    def has_basis(self) -> bool:
+        """Whether entries are in a Kronecker basis."""
+        return any(module.basis is not None for module in self.modules)
+
+    @property
+    def basis_bytes(self) -> int:
+        """Bytes of the eigenvectors and second moments of a Kronecker basis."""
+        bases = [module.basis for module in self.modules if module.basis is not None]
+        arrays = [array for basis in bases for array in (basis.left, basis.right, basis.second_moment)]
+        return sum(array.nbytes for array in arrays if array is not None)
+
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over names, shapes, indices and weights: stores are compatible if and only if it is equal."""
+        """SHA-256 of names, shapes, indices, weights and bases: stores are compatible if and only if it is equal."""
         digest = hashlib.sha256()
         for module in self.modules:
             layer = module.layer
             tied = (layer.tied,) if layer.tied else ()
             digest.update(repr((layer.name, layer.kind, layer.shape, layer.bias, len(module.rows), *tied)).encode())
             for array, dtype in ((module.rows, "<i4"), (module.cols, "<i4"), (module.weight, "<f4")):
-                digest.update(np.ascontiguousarray(array, dtype).tobytes())
+                digest.update(np.ascontiguousarray(array, dtype).data)
+            if module.basis is not None:
+                _add_basis(digest, module.basis)
         return digest.hexdigest()
 
     def save(self, group: Any) -> None:
@@ -141,6 +183,9 @@ class Mask:
                 "tied": list(layer.tied),
             }  # fmt: skip
             arrays = {name: getattr(module, name) for name in ("rows", "cols", "weight")}
+            if module.basis is not None:
+                attributes["mean_moment"] = module.basis.mean_moment
+                arrays |= {name: np.ravel(array) for name, array in _basis_arrays(module.basis)}
             groups[f"mask/{number:05d}"] = attributes, arrays
         for number, moments in enumerate(self.pilot):
             arrays = {"rows": moments.rows, "cols": moments.cols}
@@ -183,7 +228,27 @@ def _load_module(source: Any) -> ModuleMask:
         str(attrs["module"]), str(attrs["kind"]), (int(attrs["shape"][0]), int(attrs["shape"][1])),
         bool(attrs["bias"]), tuple(map(str, attrs.get("tied", ()))),
     )  # fmt: skip
-    return ModuleMask(layer, *(read_array(source, name) for name in ("rows", "cols", "weight")))
+    basis = None
+    if "mean_moment" in attrs:
+        left, right = (
+            read_array(source, name).reshape(size, -1) if name in source else None
+            for name, size in zip(("left", "right"), layer.shape, strict=True)
+        )
+        basis = ModuleBasis(left, right, read_array(source, "second_moment"), float(attrs["mean_moment"]))
+    rows, cols, weight = (read_array(source, name) for name in ("rows", "cols", "weight"))
+    return ModuleMask(layer, rows, cols, weight, basis)
+
+
+def _basis_arrays(basis: ModuleBasis) -> list[tuple[str, npt.NDArray[Any]]]:
+    arrays = ("left", basis.left), ("right", basis.right), ("second_moment", basis.second_moment)
+    return [(name, array) for name, array in arrays if array is not None]
+
+
+def _add_basis(digest: Any, basis: ModuleBasis) -> None:
+    digest.update(repr(basis.mean_moment).encode())
+    for name, array in _basis_arrays(basis):
+        digest.update(repr((name, array.shape)).encode())
+        digest.update(np.ascontiguousarray(array, array.dtype.newbyteorder("<")).data)
 
 
 def _load_moments(source: Any) -> PilotMoments:
