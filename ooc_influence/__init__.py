@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         Gaussian,
         Grass,
         Identity,
+        KroneckerBasis,
         LoGra,
         Pca,
         Rademacher,
@@ -46,8 +47,8 @@ if TYPE_CHECKING:
 # Loaded on first use: opening a store and scoring never import torch.
 _EXPORTS = {
     "compress": [
-        "Dropout", "Eigenbasis", "Gaussian", "Grass", "Identity", "LoGra", "Pca", "Rademacher", "Sjlt",
-        "reduce_store",
+        "Dropout", "Eigenbasis", "Gaussian", "Grass", "Identity", "KroneckerBasis", "LoGra", "Pca",
+        "Rademacher", "Sjlt", "reduce_store",
     ],
     "curvature": ["Curvature", "fit_curvature", "fit_fisher", "fit_gram", "gram_matrix"],
     "errors": ["OocInfluenceError", "OocInfluenceWarning"],
@@ -67,9 +68,9 @@ _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in nam
 
 __all__ = [
     "AdamMetric", "Batching", "BudgetBatches", "ChunkCache", "Curvature", "Dropout", "Eigenbasis", "Gaussian",
-    "GradientStore", "Grass", "Identity", "LoGra", "OocInfluenceError", "OocInfluenceWarning", "Pca", "Rademacher",
-    "Recipe", "Sjlt", "Split", "Storage", "TopInfluential", "__version__", "compact_store", "cross_entropy",
-    "extract_gradients", "extract_shards", "fit_curvature", "fit_fisher", "fit_gram", "gram_matrix",
+    "GradientStore", "Grass", "Identity", "KroneckerBasis", "LoGra", "OocInfluenceError", "OocInfluenceWarning",
+    "Pca", "Rademacher", "Recipe", "Sjlt", "Split", "Storage", "TopInfluential", "__version__", "compact_store",
+    "cross_entropy", "extract_gradients", "extract_shards", "fit_curvature", "fit_fisher", "fit_gram", "gram_matrix",
     "group_influence", "influence_scores", "init_store", "merge_stores", "module_influence", "plan", "reduce_store",
     "self_influence", "token_cross_entropy", "top_influential", "upgrade_store",
 ]  # fmt: skip

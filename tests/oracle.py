@@ -43,6 +43,8 @@ def entry_matrix(layer, gradients):
     if layer.kind == "func":  # its matrix is one row
         flat = torch.cat([value.flatten() for value in own.values()])
         return flat[: layer.entries][None]
+    if layer.kind == "bias":
+        return own["bias"].flatten()[:, None]
     weight = own["weight"]
     if layer.kind == "transposed_linear":
         weight = weight.T

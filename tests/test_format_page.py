@@ -18,7 +18,7 @@ from zarr.codecs import Crc32cCodec
 
 from ooc_influence import Dropout, GradientStore, Storage, fit_fisher, reduce_store, self_influence
 from ooc_influence.errors import StoreDamagedError
-from ooc_influence.store import LayerShape
+from ooc_influence.store import LayerShape, Mask, ModuleBasis, ModuleMask
 from ooc_influence.store.reduction import SjltReduction
 
 ROWS = random_rows(23, 6)
@@ -63,6 +63,12 @@ def mask_digest(group: zarr.Group) -> str:
         parts.append(f"({', '.join(fields)})".encode())
         parts += [entries[name][:].astype(kind).tobytes() for name, kind in
                   (("rows", "<i4"), ("cols", "<i4"), ("weight", "<f4"))]  # fmt: skip
+        if "mean_moment" in about:
+            parts.append(repr(about["mean_moment"]).encode())
+            shapes = {"left": (height, -1), "right": (width, -1), "second_moment": (-1,)}
+            for name in [name for name in shapes if name in set(entries.array_keys())]:
+                values = entries[name][:].reshape(shapes[name])
+                parts += [f"('{name}', {values.shape})".encode(), values.tobytes()]
     return sha256(*parts)
 
 
@@ -185,3 +191,15 @@ def test_another_mask_is_not(tmp_path):
     group["mask/00000"].attrs["tied"] = ["other"]
     with pytest.raises(StoreDamagedError, match="expected mask digest"):
         _ = GradientStore.open(tmp_path / "own.zarr").mask
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_a_kronecker_basis_too(tmp_path, left):
+    layer = LAYERS[0]
+    rows, cols = np.array([0, 0, 2], np.int32), np.array([1, 4, 1], np.int32)
+    vectors = np.random.default_rng(0).random((8, 2)).astype(np.float32)
+    basis = ModuleBasis(vectors[:3] if left else None, vectors[3:], np.array([1.0, 0.1, 1e-9]), 1 / 3)
+    mask = Mask((ModuleMask(layer, rows, cols, np.ones(3, np.float32), basis),))
+    GradientStore.create(tmp_path / "basis.zarr", mask).close()
+    group = zarr.open_group(tmp_path / "basis.zarr", mode="r")
+    assert group.attrs["ooc_influence"]["mask_digest"] == mask_digest(group) == mask.digest

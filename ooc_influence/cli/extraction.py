@@ -15,7 +15,9 @@ from ooc_influence.errors import InputError
 from ooc_influence.options import CheckOptions, DocumentOptions, ExtractionOptions, PlanOptions, Sharded, definitions
 
 _DOCUMENTS = [name for name in definitions(DocumentOptions) if name != "split"]  # a recipe says all of these itself
-_MASK = ("compressor", "k", "sampling", "dims", "pilot", "basis_weights", "nonzeros", "rank_out", "rank_in", "seed")
+_MASK = (
+    "compressor", "k", "basis", "sampling", "dims", "pilot", "basis_weights", "nonzeros", "rank_out", "rank_in", "seed",
+)  # fmt: skip
 _ARGUMENTS = {  # the options of each, by the names of its arguments
     "gaussian": {"k": "k", "seed": "seed"},
     "rademacher": {"k": "k", "seed": "seed"},
@@ -58,12 +60,14 @@ def _compressor(settings: dict[str, Any]) -> Any:
     for option, owner in (("nonzeros", "sjlt or grass"), ("rank_out", "logra"), ("rank_in", "logra")):
         if settings[option] is not None:
             raise InputError(f"expected {_flag(option)} with --compressor {owner}; received it with dropout")
-    dims = settings["dims"] if settings["dims"] is not None else (DEFAULT_REDUCED if wide else 0)
+    basis = None if settings["basis"] == "parameters" else settings["basis"]
+    dims = settings["dims"] if settings["dims"] is not None else (DEFAULT_REDUCED if wide and not basis else 0)
     if not dims and (settings["pilot"] is not None or settings["basis_weights"] is not None):
         raise InputError("expected --dims with --pilot and --basis-weights; received none: they belong to a reduction")
     return Dropout(
         k=settings["k"] if settings["k"] is not None else (DEFAULT_WIDE if wide else 4096),
-        sampling=settings["sampling"] or ("importance" if wide else "uniform"),
+        sampling=settings["sampling"] or ("importance" if wide and not basis else None),
+        basis=basis,
         seed=settings["seed"],
         reduce=Eigenbasis(dims, settings["pilot"], settings["basis_weights"]) if dims else None,
     )

@@ -1,8 +1,9 @@
 """Compressors: what is kept of a gradient."""
 
-from ooc_influence.compress.compressor import Compressor, Eigenbasis
+from ooc_influence.compress.compressor import Compressor, Eigenbasis, KroneckerBasis
 from ooc_influence.compress.dropout import Dropout, variance_factors
 from ooc_influence.compress.eigenbasis import RetainedEnergy, basis_weights, fit_eigenbasis
+from ooc_influence.compress.kronecker import WhitenedEnergy
 from ooc_influence.compress.projection import (
     FullGradient,
     Gaussian,
@@ -31,6 +32,7 @@ __all__ = [
     "Gaussian",
     "Grass",
     "Identity",
+    "KroneckerBasis",
     "LoGra",
     "Pca",
     "PilotMoments",
@@ -38,6 +40,7 @@ __all__ = [
     "Rademacher",
     "RetainedEnergy",
     "Sjlt",
+    "WhitenedEnergy",
     "basis_weights",
     "fit_eigenbasis",
     "reduce_store",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import numpy as np
 
@@ -77,6 +77,63 @@ class Eigenbasis:
             raise InputError(f"expected the settings of an eigenbasis; received {values!r}") from error
 
 
+@dataclass(frozen=True)
+class KroneckerBasis:
+    """Keep entries of gradients rotated into each layer's Kronecker basis, where EK-FAC's curvature is diagonal.
+
+    Parameters
+    ----------
+    samples : int
+        Samples of the pilot, from which the second moments of inputs and output gradients are estimated.
+    damping : float
+        λ of the whitened energy Λ/(Λ + λ) that entries are drawn by, relative to each layer's mean Λ. It is also the
+        default damping of the curvature ``"kronecker"``, which takes any other.
+    moments : {"measured", "product"}
+        Λ of the kept entries: measured by another pass over the pilot (EK-FAC), or K-FAC's product of eigenvalues.
+    labels : {"dataset", "sampled"}
+        Labels of the pilot's losses: the data set's, or drawn from the model's own distribution.
+    seed : int
+        Seed of sampled labels.
+
+    Raises
+    ------
+    InputError
+        For a number of samples below 1, a damping that is not positive, or an unknown choice.
+
+    Examples
+    --------
+    >>> from ooc_influence import Dropout, KroneckerBasis
+    >>> Dropout(k=65536, basis=KroneckerBasis(samples=512)).sampling
+    'grid'
+    """
+
+    samples: int = 256
+    damping: float = 0.03
+    moments: Literal["measured", "product"] = "measured"
+    labels: Literal["dataset", "sampled"] = "dataset"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        parse_whole_numbers(self, {"samples": 1, "seed": 0})
+        if not (isinstance(self.damping, (int, float)) and 0 < self.damping < np.inf):
+            raise InputError(f"expected a damping > 0; received {self.damping!r}")
+        for name, choices in (("moments", ("measured", "product")), ("labels", ("dataset", "sampled"))):
+            if getattr(self, name) not in choices:
+                raise InputError(f"expected {name} one of {', '.join(choices)}; received {getattr(self, name)!r}")
+
+    @classmethod
+    def parse(cls, basis: Any) -> Self | None:
+        """Return the basis that an argument names: one, ``"kronecker"``, or None."""
+        if basis is None or isinstance(basis, cls):
+            return basis
+        if basis == "kronecker":
+            return cls()
+        try:
+            return cls(**basis)
+        except TypeError as error:
+            raise InputError(f"expected basis 'kronecker', a KroneckerBasis or none; received {basis!r}") from error
+
+
 class Compressor(Protocol):
     """What is stored of a per-sample gradient: entries under a mask, and a map of these to fewer numbers.
 
@@ -94,6 +151,11 @@ class Compressor(Protocol):
     @property
     def reduce(self) -> Eigenbasis | None:
         """The eigenbasis, fitted to the rows of a pilot, that rows are reduced to."""
+        return None
+
+    @property
+    def kronecker(self) -> KroneckerBasis | None:
+        """The Kronecker basis of which entries are kept; None for the parameters' own coordinates."""
         return None
 
     @property

@@ -19,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import override
 
-from ooc_influence.compress.compressor import Compressor, Eigenbasis, parse_whole_numbers
+from ooc_influence.compress.compressor import Compressor, Eigenbasis, KroneckerBasis, parse_whole_numbers
+from ooc_influence.compress.kronecker import WhitenedEnergy, draw_entries, draw_grids
 from ooc_influence.errors import InputError, NonFiniteError
 from ooc_influence.store import LayerShape, Mask, ModuleMask, PilotMoments
 
@@ -131,30 +132,38 @@ class Dropout(Compressor):
         Entries kept of each per-sample gradient, which is the numbers stored per row. Importance and grid sampling keep
         about k; the store records the exact number.
     sampling : {"uniform", "importance", "grid"}
-        How they are chosen.
+        How they are chosen; by default uniformly or, in a Kronecker basis, on a grid. A grid is of uniformly drawn rows
+        and columns of each layer or, in a Kronecker basis, of rows and columns drawn by their importance.
     seed : int
         Seed of the choice.
     pilot : int
-        Samples from which importance sampling estimates second moments.
+        Samples from which importance sampling estimates second moments; a basis has its own number.
     reduce : Eigenbasis, optional
         Reduce the k kept entries to the top of their eigenbasis before they are stored.
+    basis : KroneckerBasis or "kronecker", optional
+        Keep entries of gradients rotated into the Kronecker basis (:mod:`ooc_influence.compress.kronecker`), not of
+        gradients in the parameters' own coordinates.
 
     Raises
     ------
     InputError
-        For a k below 1 or an unknown sampling.
+        For a k below 1, an unknown sampling or an unknown basis.
     """
 
     k: int = 4096
-    sampling: Literal["uniform", "importance", "grid"] = "uniform"
+    sampling: Literal["uniform", "importance", "grid"] | None = None
     seed: int = 0
     pilot: int = PILOT_SAMPLES
     reduce: Eigenbasis | None = None
+    basis: KroneckerBasis | Literal["kronecker"] | None = None
 
     name: ClassVar[str] = "dropout"
 
     def __post_init__(self) -> None:
         parse_whole_numbers(self, {"k": 1, "seed": 0, "pilot": 1})
+        object.__setattr__(self, "basis", KroneckerBasis.parse(self.basis))
+        if self.sampling is None:
+            object.__setattr__(self, "sampling", "uniform" if self.basis is None else "grid")
         if self.reduce is not None and self.reduce.r > self.k:
             raise InputError(f"expected reduce to at most k = {self.k} numbers; received r = {self.reduce.r}")
         if self.sampling not in SAMPLINGS:
@@ -163,7 +172,20 @@ class Dropout(Compressor):
     @property
     @override
     def pilot_samples(self) -> int:
+        if self.kronecker is not None:
+            return self.kronecker.samples
         return self.pilot if self.sampling == "importance" else 0
+
+    @property
+    @override
+    def kronecker(self) -> KroneckerBasis | None:
+        assert self.basis != "kronecker"  # parsed
+        return self.basis
+
+    @property
+    @override
+    def weighs_entries(self) -> bool:
+        return self.basis is None
 
     @property
     @override
@@ -172,7 +194,8 @@ class Dropout(Compressor):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings that matter as JSON-ready values, with the compressor's name under ``"name"``."""
-        unused = {"pilot": not self.pilot_samples, "reduce": self.reduce is None}
+        own_pilot = self.sampling == "importance" and self.basis is None
+        unused = {"pilot": not own_pilot, "reduce": self.reduce is None, "basis": self.basis is None}
         return {name: value for name, value in super().to_dict().items() if not unused.get(name)}
 
     @override
@@ -185,13 +208,24 @@ class Dropout(Compressor):
             )
         generator = np.random.Generator(np.random.PCG64(self.seed))
         if self.k == p:
-            return Mask(tuple(_all_entries(layer) for layer in layers))
+            return Mask(tuple(_all_entries(layer) for layer in layers), tuple(moments))
+        if self.kronecker is not None and self.sampling != "uniform":
+            draw = draw_grids if self.sampling == "grid" else draw_entries
+            drawn = draw(WhitenedEnergy(layers, moments, self.kronecker.damping), self.k, generator)
+            return Mask(
+                tuple(
+                    _module_mask(layer, rows, cols, (1 / np.sqrt(chance)).astype(np.float32))
+                    for layer, (rows, cols, chance) in zip(layers, drawn, strict=True)
+                ),
+                tuple(moments),
+            )
         if self.sampling == "grid":
             return Mask(tuple(_grid(layer, self.k / p, generator) for layer in layers))
         if self.sampling == "uniform":
             kept = np.sort(generator.choice(p, self.k, replace=False, shuffle=False))
             weight = np.float32(np.sqrt(p / self.k))
-            return Mask(tuple(_module_mask(layer, rows, cols, weight) for layer, rows, cols in _by_layer(layers, kept)))
+            parts = _by_layer(layers, kept)
+            return Mask(tuple(_module_mask(layer, rows, cols, weight) for layer, rows, cols in parts), tuple(moments))
         if not moments:
             raise InputError("expected pilot moments for importance sampling; received none")
         distribution = EntryDistribution(layers, moments)
@@ -261,13 +295,16 @@ def variance_factors(dropout: Dropout, layers: Sequence[LayerShape], moments: Se
     Raises
     ------
     InputError
-        For sampling on a grid, whose entries are not drawn independently, a k above p, or missing moments.
+        For sampling on a grid, or by importance in a Kronecker basis, whose entries are not drawn independently, a k
+        above p, or missing moments.
     """
     p = sum(layer.entries for layer in layers)
-    if dropout.k > p or dropout.sampling == "grid" or (dropout.sampling == "importance" and not moments):
+    drawn = dropout.sampling == "importance" and moments and dropout.basis is None
+    if dropout.k > p or not (dropout.sampling == "uniform" or drawn):
         raise InputError(
-            f"expected uniform sampling of at most p = {p} entries, or importance sampling with its pilot's moments; "
-            f"received sampling={dropout.sampling!r}, k={dropout.k}, {len(moments)} moments"
+            f"expected uniform sampling of at most p = {p} entries, or importance sampling of parameters with its "
+            f"pilot's moments; received sampling={dropout.sampling!r}, k={dropout.k}, {len(moments)} moments, "
+            f"basis={dropout.basis}"
         )
     if dropout.k == p:
         return np.zeros(p)

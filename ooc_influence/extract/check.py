@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ooc_influence.errors import UnsupportedModelError, listed
-from ooc_influence.extract.entries import KINDS, is_coded
+from ooc_influence.extract.entries import KINDS, Entries, is_coded, wide
 from ooc_influence.extract.gather import MaskGatherer
 from ooc_influence.extract.layers import Use, layer_parameters
 from ooc_influence.extract.selection import Trained
@@ -93,6 +93,53 @@ class _Reference:
     gathered: Numbers | None = None  # indices of these entries among those gathered to compare
 
 
+class _RotatedPart:
+    """Some kept entries of a layer in a Kronecker basis, computed from autograd's gradient.
+
+    Attributes
+    ----------
+    columns : (m,) int64
+        Theirs in the mask.
+    values : (m,) float64
+        Summed over the layer's parameters that were read.
+    """
+
+    def __init__(self, kept: ModuleMask, some: Numbers, first: int) -> None:
+        assert kept.basis is not None
+        self.columns, self._width = first + some, kept.layer.shape[1]
+        self._left = _vectors_at(kept.basis.left, kept.rows, some)
+        self._right = _vectors_at(kept.basis.right, kept.cols, some)
+        self.start()
+
+    def start(self) -> None:
+        """Forget what was read."""
+        self.values = np.zeros(len(self.columns))
+
+    def add(self, parameter: str, gradient: Tensor, kind: type[Entries]) -> None:
+        """Add what a parameter's gradient contributes."""
+        matrix = gradient.reshape(-1, 1) if parameter == "bias" else kind.weight_matrix(gradient)
+        matrix = matrix.to(wide(matrix.dtype))
+        left, right = self._left.to(matrix.device), self._right.to(matrix.device)
+        rows = left.to(matrix.dtype) @ matrix if left.dim() == 2 else matrix[left]
+        if parameter == "bias":
+            last = right[:, -1] if right.dim() == 2 else right == self._width - 1
+            values = rows[:, 0] * last
+        elif right.dim() == 2:
+            values = (rows * right[:, : matrix.shape[1]].to(matrix.dtype)).sum(1)
+        else:
+            inside = right < matrix.shape[1]
+            values = rows.gather(1, right.clamp(max=matrix.shape[1] - 1)[:, None])[:, 0] * inside
+        self.values += values.double().cpu().numpy()
+
+
+def _vectors_at(vectors: npt.NDArray[np.float32] | None, indices: npt.NDArray[np.int32], some: Numbers) -> Tensor:
+    """Return the eigenvectors of some entries, (m, size), or their indices, (m,), where a side is not rotated."""
+    if vectors is None:
+        return torch.from_numpy(indices[some]).long()
+    columns = np.searchsorted(np.unique(indices), indices[some])
+    return torch.from_numpy(np.ascontiguousarray(vectors[:, columns].T))
+
+
 class GradientCheck:
     """Compares gathered entries, and the kept ones of ``mask``, with autograd's gradients."""
 
@@ -106,7 +153,10 @@ class GradientCheck:
             self._watch(number, shape, module)
         weights = [] if mask is None else [kept.weight for kept in mask.modules]
         self._weights = np.concatenate([np.empty(0, np.float32), *weights])
-        self._kept = {} if mask is None else self._kept_positions(mask)
+        self._kept: dict[tuple[int, str], tuple[Numbers, Numbers]] = {}
+        self._rotated: dict[int, _RotatedPart] = {}
+        if mask is not None:
+            self._choose_kept(mask)
         self._dtypes = {p.dtype for _, _, p in self._watched}
         self.errors: dict[int, float] = {}
         self._reached: set[tuple[int, str]] = set()  # parameters that autograd had a gradient of
@@ -127,18 +177,22 @@ class GradientCheck:
             self.unverifiable[number] = "quantised: autograd has no gradient of its codes"
         self._watched += [(number, name, p) for name, p in floats.items()]
 
-    def _kept_positions(self, mask: Mask) -> dict[tuple[int, str], tuple[Numbers, Numbers]]:
-        """Return for some kept entries of each parameter their columns in the mask and positions in the parameter."""
-        kept_positions, first = {}, 0
+    def _choose_kept(self, mask: Mask) -> None:
+        """Choose kept entries of each parameter, by columns in the mask and positions in the parameter, or rotated."""
+        first = 0
         for number, kept in enumerate(mask.modules):
             if number in self._layers:
                 shape, module = self._layers[number]
-                some = np.sort(self._random.permutation(len(kept.rows))[:_POOL]) if len(kept.rows) else np.empty(0, int)
+                rotated = kept.basis is not None and kept.basis.rotates
+                count = _LARGEST + _OTHERS if rotated else _POOL
+                some = np.sort(self._random.permutation(len(kept.rows))[:count]) if len(kept.rows) else np.empty(0, int)
                 some = some[kept.weight[some] != 0]
+                if rotated:
+                    self._rotated[number] = _RotatedPart(kept, some, first)
+                    some = some[:0]
                 for each in KINDS[shape.kind].locate(shape, module, kept.rows[some], kept.cols[some]):
-                    kept_positions[number, each.parameter] = (first + some[each.entries], each.positions)
+                    self._kept[number, each.parameter] = (first + some[each.entries], each.positions)
             first += len(kept.rows)
-        return kept_positions
 
     @property
     def verifiable(self) -> bool:
@@ -159,6 +213,8 @@ class GradientCheck:
         """Begin a check of some samples of a batch, with the factor of each loss; of some layers only, or of all."""
         self._samples, self._factors = list(factors), np.array(list(factors.values()))
         self._references = []
+        for part in self._rotated.values():
+            part.start()
         self._active = [number for number in sorted(self._layers) if layers is None or number in layers]
         self._followed = [each for each in self._watched if layers is None or each[0] in layers]
 
@@ -212,6 +268,8 @@ class GradientCheck:
         reached.add((number, name))
         gradient = gradient.detach()
         gradient = gradient.to_dense() if gradient.layout != torch.strided else gradient
+        if number in self._rotated:
+            self._rotated[number].add(name, gradient, KINDS[self._layers[number][0].kind])
         flat = gradient.reshape(-1)
         rows = flat.view(len(gradient), -1) if gradient.dim() > 1 else flat.view(-1, 1)
         columns, kept = self._kept.get((number, name), (np.empty(0, np.int64), np.empty(0, np.int64)))
@@ -319,6 +377,8 @@ class GradientCheck:
             some |= any(bool(mine.any()) for mine, _ in pairs)
             missing = max(missing, float(np.abs(each.values).max(initial=0.0)) / scale)
             errors += [float(np.abs(mine - theirs).max(initial=0.0)) / scale for mine, theirs in pairs]
+        if errors and rows is not None and number in self._rotated:
+            errors.append(self._rotated_error(number, rows, scales))
         if not errors:
             return None, False
         error = max(errors, key=lambda value: np.inf if np.isnan(value) else value)
@@ -326,9 +386,19 @@ class GradientCheck:
 
     def _kept_pair(self, each: _Reference, rows: Tensor) -> tuple[Any, Any]:
         kept = each.columns >= 0
-        columns = each.columns[kept]
+        return self._unweighted(rows, each.columns[kept]), each.values[kept]
+
+    def _rotated_error(self, number: int, rows: Tensor, scales: Mapping[tuple[int, str], float]) -> float:
+        """Return the largest difference of a layer's entries in a Kronecker basis, on the scale of all its entries."""
+        part = self._rotated[number]
+        scale = max(value for (layer, _), value in scales.items() if layer == number)
+        scale = max(_LAYER_FLOOR * scale, float(np.abs(part.values).max(initial=0.0)))
+        return float(np.abs(self._unweighted(rows, part.columns) - part.values).max(initial=0.0)) / scale
+
+    def _unweighted(self, rows: Tensor, columns: Numbers) -> npt.NDArray[np.float64]:
+        """Return kept entries of the samples, times their factors, without the mask's weights."""
         values = rows[self._samples][:, torch.from_numpy(columns).to(rows.device)].double().cpu().numpy()
-        return self._factors @ values / self._weights[columns], each.values[kept]
+        return np.asarray(self._factors @ values / self._weights[columns])
 
     def _scales(self) -> Mapping[tuple[int, str], float]:
         """Return what each difference is relative to: the parameter's largest gradient, unless that is rounding."""

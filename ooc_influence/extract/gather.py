@@ -13,10 +13,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from ooc_influence.errors import UnsupportedModelError
-from ooc_influence.extract.entries import KINDS, Entries
+from ooc_influence.extract.entries import KINDS, Entries, RotatedEntries
 from ooc_influence.extract.entries.linear import LograEntries
 from ooc_influence.extract.layers import Use
 from ooc_influence.store import LograReduction, Mask, ModuleMask, Reduction, SjltReduction, StoredReduction
+
+Gathers = Entries | LograEntries | RotatedEntries
 
 
 class MaskGatherer:
@@ -28,7 +30,9 @@ class MaskGatherer:
     def __init__(self, mask: Mask, device: torch.device, logra: LograReduction | None = None) -> None:
         self._mask, self._device, self._logra = mask, device, logra
         self._starts = np.cumsum([0, *(len(module.rows) for module in mask.modules)]).tolist()
-        self._entries: dict[tuple[int, str, torch.device], tuple[Entries | LograEntries, slice | Tensor]] = {}
+        self._entries: dict[
+            tuple[int, str, torch.device], tuple[Entries | LograEntries | RotatedEntries, slice | Tensor]
+        ] = {}
 
     def add(self, rows: Tensor, use: Use, x: Any, delta: Any) -> None:
         """Add the entries that one use of a layer contributes to rows (b, k)."""
@@ -47,7 +51,7 @@ class MaskGatherer:
         else:
             rows.index_add_(1, columns, gathered)
 
-    def _prepare(self, use: Use, device: torch.device) -> tuple[Entries | LograEntries, slice | Tensor]:
+    def _prepare(self, use: Use, device: torch.device) -> tuple[Gathers, slice | Tensor]:
         """Return a module's gatherer on a device, and the columns it adds to."""
         kept, first = self._mask.modules[use.layer], self._starts[use.layer]
         columns = slice(first, first + len(kept.rows))
@@ -58,6 +62,8 @@ class MaskGatherer:
                     "too: use another compressor, or --modules without it"
                 )
             return LograEntries(kept, use.layer, self._logra, device), columns
+        if kept.basis is not None and kept.basis.rotates:
+            return RotatedEntries(kept, use.kind, use.module, device), columns
         if use.own:
             return use.kind(kept, use.module, device), columns
         part, indices = _shared_part(kept, use)

@@ -1,8 +1,9 @@
 """The pilot: a look at some samples before the mask is drawn and the basis chosen.
 
-For importance sampling, one pass sums squares of every layer's inputs and output gradients. For a reduction, wide rows
-of more samples go into a temporary store beside the one to be made, so that a killed run can resume them; their
-eigenbasis becomes part of the real store, and the pilot's rows are removed.
+For importance sampling, one pass sums squares of every layer's inputs and output gradients; for a Kronecker basis,
+their second moments, and another the squares of the entries drawn. For a reduction, wide rows of more samples go into a
+temporary store beside the one to be made, so that a killed run can resume them; their eigenbasis becomes part of the
+real store, and the pilot's rows are removed.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,15 +19,34 @@ import torch
 from ooc_influence.compress import Compressor, PilotMoments, fit_eigenbasis
 from ooc_influence.errors import InputError, MismatchError, NonFiniteError, StoreNotFoundError
 from ooc_influence.extract.data import Batches, Batching, BudgetBatches, RowMetadata, batch_size, count_rows, to_device
-from ooc_influence.extract.entries import BiasEntries
-from ooc_influence.extract.layers import Use
+from ooc_influence.extract.factors import (
+    FactorSums,
+    KroneckerFactors,
+    check_samples,
+    column_moments,
+    factor_groups,
+    measured,
+    rotated_sides,
+)
+from ooc_influence.extract.gather import MaskGatherer
+from ooc_influence.extract.layers import Use, find_uses
 from ooc_influence.extract.metric import AdamMetric
 from ooc_influence.extract.passes import ModelSetup, fill
 from ooc_influence.extract.sink import Sink, StorePlan
 from ooc_influence.extract.taps import tapped
-from ooc_influence.memory import parse_bytes
+from ooc_influence.memory import MemoryBudget, parse_bytes
 from ooc_influence.progress import Progress
-from ooc_influence.store import GradientStore, LayerShape, PathLike, Storage, StorePath, exists, parse_path, remove_tree
+from ooc_influence.store import (
+    GradientStore,
+    LayerShape,
+    Mask,
+    PathLike,
+    Storage,
+    StorePath,
+    exists,
+    parse_path,
+    remove_tree,
+)
 
 logger = logging.getLogger("ooc_influence")
 
@@ -59,8 +79,7 @@ class Pilot:
         plan = replace(plan, attributes=plan.attributes | {"compressor": wide.to_dict()})
         earlier = self._earlier(path, wide, layers, metric)
         if earlier is None:
-            moments = self.moments(layers, wide.pilot_samples) if wide.pilot_samples else ()
-            plan = replace(plan, mask=wide.draw(layers, moments)).weighted_by(metric, self.setup.model)
+            plan = replace(plan, mask=self._draw(wide, layers)).weighted_by(metric, self.setup.model)
         else:
             facts = earlier.attrs.get("metric")
             plan = replace(plan, mask=earlier.mask, attributes=plan.attributes | {"metric": facts})
@@ -103,23 +122,50 @@ class Pilot:
         """Return how many samples there are, if that is known without reading them."""
         return len(self.batches) if isinstance(self.batches, BudgetBatches) else count_rows(self.batches)
 
+    def _draw(self, compressor: Compressor, layers: Sequence[LayerShape]) -> Mask:
+        """Draw the mask from what a pilot learns; in a Kronecker basis, with the eigenvectors and Λ of what is kept."""
+        samples, basis = compressor.pilot_samples, compressor.kronecker
+        if basis is None:
+            return compressor.draw(layers, self.moments(layers, samples) if samples else ())
+        factors = self.factors(layers, samples)
+        mask = factors.apply(compressor.draw(layers, factors.moments), basis.damping)
+        return self.measure(mask, samples) if basis.moments == "measured" else mask
+
     def moments(self, layers: Sequence[LayerShape], samples: int) -> list[PilotMoments]:
-        """Return second moments of every layer's rows and columns over ``samples`` samples.
+        """Return second moments of every layer's rows and columns over ``samples`` samples."""
+        sums = MomentSums(layers)
+        self._run(layers, samples, "pilot", sums)
+        return sums.result()
+
+    def factors(self, layers: Sequence[LayerShape], samples: int) -> KroneckerFactors:
+        """Return the factors of every layer's Kronecker basis, in as many passes as the budget asks for."""
+        factors, sides = KroneckerFactors(), rotated_sides(layers, find_uses(self.setup.model, layers))
+        groups = factor_groups(layers, sides, MemoryBudget.of(self.memory))
+        for number, group in enumerate(groups):
+            sums = FactorSums(layers, sides, group)
+            self._run(layers, samples, "factors" if len(groups) == 1 else f"factors {number + 1}/{len(groups)}", sums)
+            sums.solve(factors)
+        return factors
+
+    def measure(self, mask: Mask, samples: int) -> Mask:
+        """Return a mask in a Kronecker basis with Λ of its entries, measured over ``samples`` samples."""
+        sums = SquareSums(mask, self.setup.device)
+        self._run([module.layer for module in mask.modules], samples, "second moments", sums)
+        return measured(mask, sums.squares, sums.samples)
+
+    def _run(self, layers: Sequence[LayerShape], samples: int, label: str, sums: PilotSums) -> None:
+        """Run a pass over the pilot's samples.
 
         Batches with NaN or Inf do not count: the extraction that follows names the samples, or skips them.
         """
-        sums, skipped = MomentSums(layers), 0
+        skipped, check = 0, self.setup.check and not self.verification
         with (
-            tapped(self.setup.model, layers, self.setup.device, probe=True, check=self.setup.check) as taps,
-            Progress("pilot", samples, self.setup.progress) as bar,
+            tapped(self.setup.model, layers, self.setup.device, probe=True, check=check) as taps,
+            Progress(label, samples, self.setup.progress) as bar,
         ):
             for batch in take_evenly(self.batches, samples):
-                part = MomentSums(layers)
-                losses = taps.run(self.setup.per_sample_loss, to_device(batch, self.setup.device), part.receiver)
-                part.samples = len(losses)
-                if part.finite:
-                    sums.join(part)
-                else:
+                losses = taps.run(self.setup.per_sample_loss, to_device(batch, self.setup.device), sums.receiver)
+                if not sums.finish_batch(len(losses)):
                     skipped += len(losses)
                 bar.advance(len(losses))
             self.verification.update(taps.verification() or {})
@@ -129,7 +175,6 @@ class Pilot:
                     "expected finite pilot gradients; received NaN or Inf in every batch: check data and loss", []
                 )
             logger.warning("batches with NaN or Inf, of %d samples, do not count in the pilot", skipped)
-        return sums.result()
 
     def verify(self, layers: Sequence[LayerShape]) -> None:
         """Compare the entries gathered of a first batch with autograd."""
@@ -193,6 +238,26 @@ def _even(count: int, wanted: int) -> list[int]:
     return sorted({round(index) for index in np.linspace(0, count - 1, min(count, wanted)).tolist()})
 
 
+class PilotSums(Protocol):
+    """What a pass over the pilot's batches sums.
+
+    Attributes
+    ----------
+    samples : int
+        Of the batches that count.
+    """
+
+    samples: int
+
+    def receiver(self, b: int) -> Callable[[Use, Any, Any], None]:
+        """Return the receiver of a batch of ``b`` samples, without what an earlier attempt at it added."""
+        ...
+
+    def finish_batch(self, b: int) -> bool:
+        """Add the sums of a batch of ``b`` samples; return False, without adding them, if they are not finite."""
+        ...
+
+
 class MomentSums:
     """Sums of squares of layers' inputs and output gradients, in the product form of the entries."""
 
@@ -200,47 +265,61 @@ class MomentSums:
         self.samples = 0
         self._layers = layers
         self._sums: dict[tuple[int, str], list[Any]] = {}
+        self._batch: dict[tuple[int, str], list[Any]] = {}
 
     def receiver(self, b: int) -> Callable[[Use, Any, Any], None]:
         """Return the receiver of a batch of ``b`` samples, without what an earlier attempt at it added."""
-        self._sums.clear()
-        return self.add
+        self._batch = {}
+        return self._receive
 
-    def add(self, use: Use, x: Any, delta: Any) -> None:
-        """Add one module's input and output gradient of a batch."""
+    def _receive(self, use: Use, x: Any, delta: Any) -> None:
         rows, cols, tokens = use.kind.moments(use.shape, use.module, x, delta)
-        self._add((use.layer, use.shape.name), [rows.cpu().numpy(), cols.cpu().numpy(), tokens])
+        _add(self._batch, (use.layer, use.shape.name), [rows.cpu().numpy(), cols.cpu().numpy(), tokens])
 
-    def _add(self, key: tuple[int, str], moments: list[Any]) -> None:
-        sums = self._sums.get(key, [0.0, 0.0, 0])
-        self._sums[key] = [total + value for total, value in zip(sums, moments, strict=True)]
-
-    @property
-    def finite(self) -> bool:
-        """Whether the sums are without NaN and Inf."""
-        return all(np.isfinite(rows).all() and np.isfinite(cols).all() for rows, cols, _ in self._sums.values())
-
-    def join(self, other: MomentSums) -> None:
-        """Add the sums over other samples."""
-        self.samples += other.samples
-        for key, moments in other._sums.items():
-            self._add(key, moments)
+    def finish_batch(self, b: int) -> bool:
+        """Add the sums of a batch of ``b`` samples; return False, without adding them, if they are not finite."""
+        if not all(np.isfinite(rows).all() and np.isfinite(cols).all() for rows, cols, _ in self._batch.values()):
+            return False
+        self.samples += b
+        for key, moments in self._batch.items():
+            _add(self._sums, key, moments)
+        return True
 
     def result(self) -> list[PilotMoments]:
         """Return the moments of every layer that received gradients; of a tied weight, those of each of its uses."""
-        if not self.samples:
-            raise InputError("expected pilot batches with samples; received none: the data set is empty")
-        moments = []
-        for (number, _), (rows, cols, tokens) in sorted(self._sums.items(), key=lambda item: item[0]):
-            height, width = self._layers[number].shape
-            if len(rows) != height:
-                continue  # a weight shared in another form: its other uses count
-            full = np.zeros(width)  # a tied module may lack the bias column
-            full[: min(width, len(cols))] = cols[:width] / max(1, tokens)
-            if self._layers[number].kind == BiasEntries.kind:
-                full[:] = 1.0
-            moments.append(PilotMoments(number, rows / self.samples, full))
-        return moments
+        check_samples(self.samples)
+        return [
+            PilotMoments(number, rows / self.samples, column_moments(self._layers[number], cols, tokens))
+            for (number, _), (rows, cols, tokens) in sorted(self._sums.items(), key=lambda item: item[0])
+            if len(rows) == self._layers[number].shape[0]  # else a weight shared in another form: its other uses count
+        ]
+
+
+def _add(sums: dict[tuple[int, str], list[Any]], key: tuple[int, str], moments: list[Any]) -> None:
+    sums[key] = [total + value for total, value in zip(sums.get(key, [0.0, 0.0, 0]), moments, strict=True)]
+
+
+class SquareSums:
+    """Sums of the squares of a mask's entries, (k,) float64."""
+
+    def __init__(self, mask: Mask, device: torch.device) -> None:
+        self.samples, self.squares = 0, np.zeros(mask.k)
+        self._gatherer, self._device, self._k = MaskGatherer(mask, device), device, mask.k
+        self._rows = torch.empty(0)
+
+    def receiver(self, b: int) -> Callable[[Use, Any, Any], None]:
+        """Return the receiver of a batch of ``b`` samples, without what an earlier attempt at it added."""
+        self._rows = torch.zeros((b, self._k), device=self._device)
+        return lambda use, x, delta: self._gatherer.add(self._rows, use, x, delta)
+
+    def finish_batch(self, b: int) -> bool:
+        """Add the sums of a batch of ``b`` samples; return False, without adding them, if they are not finite."""
+        squares = self._rows.square().sum(0, dtype=torch.float64).cpu().numpy()
+        if not np.isfinite(squares).all():
+            return False
+        self.samples += b
+        self.squares += squares
+        return True
 
 
 def pilot_path(store: PathLike) -> StorePath:

@@ -74,6 +74,11 @@ class ModuleBasis:
     second_moment: npt.NDArray[np.float64]
     mean_moment: float
 
+    @property
+    def rotates(self) -> bool:
+        """Whether a side is rotated at all."""
+        return self.left is not None or self.right is not None
+
 
 @dataclass(frozen=True, eq=False)
 class ModuleMask:

@@ -1,6 +1,6 @@
 """The layer kinds: what is a layer's entry matrix, and how its kept entries are gathered."""
 
-from ooc_influence.extract.entries.base import Entries, Located, Moments, computes_weights, is_coded
+from ooc_influence.extract.entries.base import Entries, Located, Moments, Operands, computes_weights, is_coded, wide
 from ooc_influence.extract.entries.calls import Call, float_leaves
 from ooc_influence.extract.entries.conv import ConvEntries
 from ooc_influence.extract.entries.embedding import EmbeddingBagEntries, EmbeddingEntries
@@ -20,6 +20,7 @@ from ooc_influence.extract.entries.norm import (
     LayerNormEntries,
     RMSNormEntries,
 )
+from ooc_influence.extract.entries.rotated import RotatedEntries
 
 KINDS: dict[str, type[Entries]] = {
     kind.kind: kind
@@ -38,9 +39,12 @@ __all__ = [
     "FuncEntries",
     "Located",
     "Moments",
+    "Operands",
+    "RotatedEntries",
     "computes_weights",
     "float_leaves",
     "is_coded",
     "own_parameters",
     "uncalled",
+    "wide",
 ]  # fmt: skip

@@ -40,6 +40,21 @@ class Moments(NamedTuple):
     tokens: int
 
 
+class Operands(NamedTuple):
+    """The factors of a gradient: entry (i, j) of sample s is Σ_t rows[s, t, i] · cols[s, t, j].
+
+    Attributes
+    ----------
+    rows : (b, t, R) float, or (b, t) int
+        The factor of the entry matrix's rows; indices, where it is one-hot.
+    cols : (b, t, C) float
+        That of its columns, without a bias column, which is 1.
+    """
+
+    rows: Tensor
+    cols: Tensor
+
+
 class Located(NamedTuple):
     """The positions of some entries in one of a layer's parameters."""
 
@@ -122,6 +137,21 @@ class Entries(ABC):
     @abstractmethod
     def moments(cls, layer: LayerShape, module: nn.Module, x: Any, delta: Any) -> Moments:
         """Return the entries' second moments over a pilot batch."""
+
+    @classmethod
+    def rotates(cls, module: nn.Module) -> tuple[bool, bool]:
+        """Return whether the rows, and the columns, of the entry matrix can be rotated; then there are operands."""
+        return False, False
+
+    @classmethod
+    def operands(cls, module: nn.Module, x: Any, delta: Any) -> Operands:
+        """Return the factors of every sample's gradient."""
+        raise NotImplementedError
+
+    @classmethod
+    def weight_matrix(cls, gradient: Tensor) -> Tensor:
+        """Return the gradient of the weight of a kind that rotates as the entry matrix has it."""
+        return gradient.reshape(len(gradient), -1)
 
     @classmethod
     def channels_first(cls, module: nn.Module) -> bool:

@@ -16,7 +16,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from typing_extensions import override
 
-from ooc_influence.extract.entries.base import Entries, Moments, square_sums, wide, with_bias_column
+from ooc_influence.extract.entries.base import Entries, Moments, Operands, square_sums, wide, with_bias_column
 from ooc_influence.store import LayerShape, ModuleMask
 
 _TILE = 2**19  # values of one gathered operand
@@ -76,20 +76,29 @@ class ConvEntries(Entries):
         cols = inputs.view(-1, channels).mean(0).repeat_interleave(size)  # groups share their columns
         return Moments(rows, with_bias_column(layer, cols, tokens), tokens)
 
+    @classmethod
+    @override
+    def rotates(cls, module: nn.Module) -> tuple[bool, bool]:
+        plain = int(module.groups) == 1  # type: ignore[arg-type]  # the rows of several groups see different inputs
+        return plain, plain
+
+    @classmethod
+    @override
+    def operands(cls, module: nn.Module, x: Any, delta: Any) -> Operands:
+        """Return δ and unfolded inputs: (channel, offset) at each output position."""
+        offsets = itertools.product(*map(range, module.kernel_size))  # type: ignore[arg-type]
+        padded, sizes = _pad(module, x), delta.shape[2:]
+        views = [_at(module, padded, offset, sizes).flatten(2) for offset in offsets]
+        return Operands(delta.flatten(2).transpose(1, 2), torch.stack(views, 2).flatten(1, 2).transpose(1, 2))
+
     def gather(self, x: Any, delta: Any) -> Tensor:
         """Return the entries, (b, m), of x (b, in, ...) and δ (b, out, ...)."""
         dtype = wide(delta.dtype)
-        module: Any = self._module
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        padded = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+        padded = _pad(self._module, x)
         sizes, d = delta.shape[2:], delta.flatten(2).to(dtype)
         out = torch.zeros((len(x), self.entries), dtype=dtype, device=x.device)
         for offset, entries, rows, inputs in self._offsets:
-            window = [
-                slice(k * dilation, k * dilation + stride * (size - 1) + 1, stride)
-                for k, dilation, stride, size in zip(offset, module.dilation, module.stride, sizes, strict=True)
-            ]
-            out[:, entries] = self._at_offset(padded[(slice(None), slice(None), *window)], d, rows, inputs)
+            out[:, entries] = self._at_offset(_at(self._module, padded, offset, sizes), d, rows, inputs)
         if len(self._bias_entries):
             out[:, self._bias_entries] = d.sum(2).index_select(1, self._rows[self._bias_entries])
         return out
@@ -108,3 +117,17 @@ class ConvEntries(Entries):
             part = slice(first, first + step)
             parts.append(d.index_select(1, rows[part]).mul_(x.index_select(1, at_inputs[part])).sum(2))
         return torch.cat(parts, 1)
+
+
+def _pad(module: Any, x: Tensor) -> Tensor:
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    return F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+
+
+def _at(module: Any, padded: Tensor, offset: tuple[int, ...], sizes: torch.Size) -> Tensor:
+    """Return the padded inputs that one offset of the kernel meets at each output position: a view."""
+    window = [
+        slice(k * dilation, k * dilation + stride * (size - 1) + 1, stride)
+        for k, dilation, stride, size in zip(offset, module.dilation, module.stride, sizes, strict=True)
+    ]
+    return padded[(slice(None), slice(None), *window)]

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from typing_extensions import override
 
 from ooc_influence.errors import UnsupportedModelError
-from ooc_influence.extract.entries.base import Entries, Moments, square_sums, wide
+from ooc_influence.extract.entries.base import Entries, Moments, Operands, square_sums, wide
 from ooc_influence.extract.entries.calls import Call
 from ooc_influence.store import LayerShape, ModuleMask
 
@@ -52,6 +52,17 @@ class EmbeddingEntries(Entries):
         rows = torch.bincount(x.reshape(-1).long(), minlength=layer.shape[0]).double()
         d = delta.reshape(-1, delta.shape[-1])
         return Moments(rows, square_sums(d, 0), x.numel())
+
+    @classmethod
+    @override
+    def rotates(cls, module: nn.Module) -> tuple[bool, bool]:
+        return False, True
+
+    @classmethod
+    @override
+    def operands(cls, module: nn.Module, x: Any, delta: Any) -> Operands:
+        """Return ids and δ, without the factor that :meth:`gather` multiplies by."""
+        return Operands(x.reshape(len(x), -1).long(), delta.reshape(len(x), -1, delta.shape[-1]))
 
     def gather(self, x: Any, delta: Any) -> Tensor:
         """Return the entries, (b, m), of ids x (b, ...) and δ (b, ..., features)."""
@@ -115,6 +126,11 @@ class EmbeddingBagEntries(EmbeddingEntries):
         if module.scale_grad_by_freq or module.max_norm is not None or module.mode == "max":
             return None  # the maximum needs the fallback
         return LayerShape(name, cls.kind, (module.num_embeddings, module.embedding_dim), False)
+
+    @classmethod
+    @override
+    def rotates(cls, module: nn.Module) -> tuple[bool, bool]:
+        return False, False
 
     @classmethod
     @override

@@ -32,6 +32,7 @@ from ooc_influence.extract.entries.base import (
     Indices,
     MaskIndices,
     Moments,
+    Operands,
     is_coded,
     square_sums,
     wide,
@@ -78,10 +79,20 @@ class LinearEntries(Entries):
         rows = square_sums(delta.reshape(-1, delta.shape[-1]), 0)
         return Moments(rows, with_bias_column(layer, cols, tokens), tokens)
 
+    @classmethod
+    @override
+    def rotates(cls, module: nn.Module) -> tuple[bool, bool]:
+        return True, True
+
+    @classmethod
+    @override
+    def operands(cls, module: nn.Module, x: Any, delta: Any) -> Operands:
+        b = len(x)
+        return Operands(delta.reshape(b, -1, delta.shape[-1]), x.reshape(b, -1, x.shape[-1]))
+
     def gather(self, x: Any, delta: Any) -> Tensor:
         """Return the entries, (b, m), of x (b, ..., in) and δ (b, ..., out)."""
-        x = x.reshape(x.shape[0], -1, x.shape[-1])
-        delta = delta.reshape(delta.shape[0], -1, delta.shape[-1])
+        delta, x = self.operands(self._module, x, delta)
         if self._grid is None and self.entries and x.shape[1] > 1 and usable(x):
             return sampled_outer(x, delta, *self._kernel_entries)
         out = self._weights(x, delta)
@@ -172,6 +183,11 @@ class TransposedLinearEntries(LinearEntries):
     @override
     def weight_positions(cls, layer: LayerShape, rows: Indices, cols: MaskIndices) -> Indices:
         return cols.astype(np.int64) * layer.shape[0] + rows
+
+    @classmethod
+    @override
+    def weight_matrix(cls, gradient: Tensor) -> Tensor:
+        return gradient.t()
 
     @classmethod
     @override

@@ -1,0 +1,277 @@
+"""The factors of a Kronecker basis: second moments of layers' inputs and output gradients, and their eigenvectors.
+
+For a layer with inputs x and output gradients δ they are A = E[x xᵀ] and S = E[δ δᵀ] over tokens (Martens and Grosse
+2015, arXiv 1503.05671; convolutions through their unfolded inputs: Grosse and Martens 2016, arXiv 1602.01407). Tokens
+whose δ is zero, such as padding, do not count. A side of :data:`DIAGONAL_FROM` features or more, a vocabulary, stays in
+its own coordinates, as do layers that are no outer product: normalisations, biases, layers that are run again.
+
+Sums are float64. Layers are divided into groups whose sums fit a budget of memory, and each group is a pass over the
+pilot's samples; eigenvectors wait in files until it is known which of them are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ooc_influence.compress import WhitenedEnergy
+from ooc_influence.errors import InputError, counted
+from ooc_influence.extract.entries import BiasEntries, wide
+from ooc_influence.extract.layers import Use
+from ooc_influence.memory import MemoryBudget, MemoryModel
+from ooc_influence.scratch import ArrayFile
+from ooc_influence.store import LayerShape, Mask, ModuleBasis, ModuleMask, PilotMoments
+
+DIAGONAL_FROM = 30_000  # features; the widest side of a hidden layer in use is 29,568, the smallest vocabularies 30,522
+_SUM_BYTES = 8 + 4  # of each entry of A and S: its sum, and a batch's part until all of the batch is finite
+_SOLVER_BYTES = 3 * 8  # of the matrix whose eigenvectors are computed
+Floats = npt.NDArray[np.float64]
+Sides = tuple[bool, bool]  # whether rows, and columns, of the entry matrix are rotated
+
+
+def rotated_sides(layers: Sequence[LayerShape], uses: Sequence[Use]) -> list[Sides]:
+    """Return which sides of each layer are rotated: those that can be in every module that uses its weight."""
+    return [_sides_of(layer, [use for use in uses if use.layer == number]) for number, layer in enumerate(layers)]
+
+
+def _sides_of(layer: LayerShape, uses: Sequence[Use]) -> Sides:
+    left, right = (size < DIAGONAL_FROM for size in layer.shape)
+    for use in uses:
+        same = use.own or (use.shared.get("weight") == "weight" and _inputs(use.shape) == _inputs(layer))
+        of_rows, of_cols = use.kind.rotates(use.module) if same else (False, False)
+        left, right = left and of_rows, right and of_cols
+    one_orientation = len({use.kind.kind == "transposed_linear" for use in uses}) == 1
+    return (left, right) if one_orientation else (False, False)
+
+
+def _inputs(shape: LayerShape) -> tuple[int, int]:
+    return shape.shape[0], shape.shape[1] - shape.bias
+
+
+def factor_memory(layers: Sequence[LayerShape], sides: Sequence[Sides]) -> MemoryModel:
+    """Return the memory that layers' factors take while a pass sums them and their eigenvectors are computed."""
+    squares = [[n**2 for n, full in zip(layer.shape, rotated, strict=True) if full]
+               for layer, rotated in zip(layers, sides, strict=True)]  # fmt: skip
+    sums = _SUM_BYTES * sum(map(sum, squares)) + 16 * sum(sum(layer.shape) for layer in layers)
+    largest = max(layers, key=lambda layer: layer.entries)
+    return MemoryModel(
+        f"second moments of {counted(len(layers), 'layer')}, up to {largest.shape[0]} x {largest.shape[1]} "
+        f"({largest.name or 'the model'})",
+        sums + _SOLVER_BYTES * max(map(max, filter(None, squares)), default=0), 0, 0,
+        advice="leave the largest layers out with modules= (--modules)",
+    )  # fmt: skip
+
+
+def factor_groups(layers: Sequence[LayerShape], sides: Sequence[Sides], budget: MemoryBudget) -> list[list[int]]:
+    """Divide layers, by number, into groups whose factors fit a budget: each is a pass over the pilot's samples.
+
+    Raises
+    ------
+    MemoryBudgetError
+        If a single layer's do not fit.
+    """
+    groups: list[list[int]] = []
+    for number in range(len(layers)):
+        joined = [*groups[-1], number] if groups else [number]
+        if groups and budget.fits(factor_memory([layers[n] for n in joined], [sides[n] for n in joined])):
+            groups[-1] = joined
+            continue
+        budget.plan(factor_memory([layers[number]], [sides[number]]))
+        groups.append([number])
+    return groups
+
+
+class _Factors(NamedTuple):
+    """Sums of one use of a layer: (R, R) or (R,), (C, C) or (C,), and the tokens summed over."""
+
+    rows: Tensor
+    cols: Tensor
+    tokens: int
+
+
+class FactorSums:
+    """Sums of second moments over a pilot's batches, of the layers ``group``."""
+
+    def __init__(self, layers: Sequence[LayerShape], sides: Sequence[Sides], group: Sequence[int]) -> None:
+        self.samples = 0
+        self._layers, self._sides, self._group = layers, sides, frozenset(group)
+        self._sums: dict[tuple[int, str], _Factors] = {}
+        self._batch: dict[tuple[int, str], _Factors] = {}
+
+    def receiver(self, b: int) -> Callable[[Use, Any, Any], None]:
+        """Return the receiver of a batch of ``b`` samples, without what an earlier attempt at it added."""
+        self._batch = {}
+        return self._receive
+
+    def _receive(self, use: Use, x: Any, delta: Any) -> None:
+        if use.layer not in self._group:
+            return
+        key = use.layer, use.shape.name
+        rows, cols, tokens = self._of(use, x, delta)
+        earlier = self._batch.get(key)  # of another call in this batch
+        if earlier is not None:
+            rows, cols, tokens = earlier.rows + rows, earlier.cols + cols, earlier.tokens + tokens
+        self._batch[key] = _Factors(rows, cols, tokens)
+
+    def _of(self, use: Use, x: Any, delta: Any) -> _Factors:
+        full_rows, full_cols = self._sides[use.layer]
+        if not (full_rows or full_cols):
+            return _Factors(*use.kind.moments(use.shape, use.module, x, delta))
+        layer = self._layers[use.layer]
+        rows, cols = (operand.flatten(0, 1) for operand in use.kind.operands(use.module, x, delta))
+        moving = ((cols if rows.dim() == 1 else rows) != 0).any(1)
+        rows, cols = rows[moving], cols[moving]
+        if cols.shape[1] < layer.shape[1]:
+            cols = torch.cat([cols, cols.new_ones((len(cols), 1))], 1)
+        if rows.dim() == 1:
+            of_rows = torch.bincount(rows, minlength=layer.shape[0])
+        else:
+            of_rows = _second_moment(rows, full=full_rows)
+        return _Factors(of_rows, _second_moment(cols, full=full_cols), len(rows))
+
+    def finish_batch(self, b: int) -> bool:
+        """Add the sums of a batch of ``b`` samples; return False, without adding them, if they are not finite."""
+        if not all(bool(value.isfinite().all()) for each in self._batch.values() for value in (each.rows, each.cols)):
+            return False
+        self.samples += b
+        for key, (rows, cols, tokens) in self._batch.items():
+            total = self._sums.get(key)
+            if total is None:
+                self._sums[key] = _Factors(rows.double(), cols.double(), tokens)
+            else:
+                self._sums[key] = _Factors(total.rows.add_(rows), total.cols.add_(cols), total.tokens + tokens)
+        self._batch = {}
+        return True
+
+    def solve(self, factors: KroneckerFactors) -> None:
+        """Compute the eigenvectors of this group's layers, and the moments in their basis."""
+        check_samples(self.samples)
+        for number in sorted(self._group):
+            uses = [self._sums.pop(key) for key in sorted(self._sums) if key[0] == number]
+            if uses:
+                self._solve(number, uses, factors)
+
+    def _solve(self, number: int, uses: list[_Factors], factors: KroneckerFactors) -> None:
+        layer, sides = self._layers[number], self._sides[number]
+        bases: list[Tensor | None] = []
+        for side, (size, full) in enumerate(zip(layer.shape, sides, strict=True)):
+            vectors = _eigenvectors([(use[side], use[1 - side]) for use in uses]) if full else None  # type: ignore[misc]
+            if vectors is not None:
+                factors.keep(number, side, vectors, size)
+            bases.append(vectors)
+        for use in uses:
+            rows, cols = _moments(use.rows, bases[0]), _moments(use.cols, bases[1])
+            if any(sides) or len(rows) == layer.shape[0]:  # else a weight shared in another form: its other uses count
+                factors.moments.append(
+                    PilotMoments(number, rows / self.samples, column_moments(layer, cols, use.tokens))
+                )
+
+
+def _second_moment(values: Tensor, *, full: bool) -> Tensor:
+    """Return Σ v vᵀ over rows of values (N, size), or Σ v², in float32 or wider."""
+    values = values.to(wide(values.dtype))
+    return values.t() @ values if full else values.square().sum(0, dtype=torch.float64)
+
+
+def _eigenvectors(moments: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return eigenvectors (size, size), largest first, of second moments; of each use, given with its other side's.
+
+    The uses of a tied weight share a basis: that of the sum of their moments, each times what it adds to Λ.
+    """
+    total: Tensor = moments[0][0]
+    if len(moments) > 1:
+        masses = [float(other.diagonal().sum() if other.dim() == 2 else other.sum()) for _, other in moments]
+        total = torch.stack([mass * moment for mass, (moment, _) in zip(masses, moments, strict=True)]).sum(0)
+    vectors: Tensor = torch.linalg.eigh(total).eigenvectors
+    return vectors.flip(1)
+
+
+def _moments(value: Tensor, basis: Tensor | None) -> Floats:
+    """Return second moments along the coordinates of a basis, (size,)."""
+    if basis is not None:
+        value = torch.einsum("ij,ij->j", basis, value @ basis).clamp(min=0)
+    return value.double().cpu().numpy()
+
+
+def column_moments(layer: LayerShape, cols: Floats, tokens: int) -> Floats:
+    """Return the mean of a layer's column moments over tokens; a tied module may lack the bias column."""
+    if layer.kind == BiasEntries.kind:
+        return np.ones(layer.shape[1])
+    full = np.zeros(layer.shape[1])
+    full[: len(cols)] = cols[: layer.shape[1]] / max(1, tokens)
+    return full
+
+
+@dataclass
+class KroneckerFactors:
+    """What a pilot learns: each layer's eigenvectors, in temporary files, and the second moments in their basis.
+
+    Attributes
+    ----------
+    moments : list of PilotMoments
+        Of every use of every layer that received gradients.
+    """
+
+    moments: list[PilotMoments] = field(default_factory=list)
+    _vectors: dict[tuple[int, int], npt.NDArray[np.float32]] = field(default_factory=dict)
+
+    def keep(self, layer: int, side: int, vectors: Tensor, size: int) -> None:
+        """Write a side's eigenvectors (size, size), the largest eigenvalue's first, to a temporary file."""
+        with ArrayFile(np.float32) as file:
+            for column in vectors.t().split(max(1, 2**22 // size)):
+                file.append(column.float().cpu().numpy().ravel())
+            self._vectors[layer, side] = file.finish().reshape(size, size)  # one eigenvector a row
+
+    def basis_of(self, number: int, kept: ModuleMask, energy: WhitenedEnergy) -> ModuleMask:
+        """Return a layer's mask with its basis; Λ is K-FAC's product of eigenvalues."""
+        sides = []
+        for side, indices in enumerate((kept.rows, kept.cols)):
+            vectors = self._vectors.get((number, side))
+            sides.append(None if vectors is None else np.ascontiguousarray(vectors[np.unique(indices)].T))
+        moment = energy.moment(number, kept.rows.astype(np.int64), kept.cols.astype(np.int64))
+        return replace(kept, basis=ModuleBasis(sides[0], sides[1], moment, energy.means[number]))
+
+    def apply(self, mask: Mask, damping: float) -> Mask:
+        """Return a mask of entries in the basis, with the eigenvectors of those kept."""
+        energy = WhitenedEnergy([module.layer for module in mask.modules], self.moments, damping)
+        modules = tuple(self.basis_of(number, kept, energy) for number, kept in enumerate(mask.modules))
+        return replace(mask, modules=modules)
+
+
+def check_samples(samples: int) -> None:
+    """Check that a pass over a pilot's batches met samples."""
+    if not samples:
+        raise InputError("expected pilot batches with samples; received none: the data set is empty")
+
+
+def measured(mask: Mask, squares: Floats, samples: int) -> Mask:
+    """Return a mask with Λ as it was measured.
+
+    The mean of a layer's Λ, over kept and other entries, is estimated without bias from the kept ones: Σ Λ_e/π_e.
+
+    Parameters
+    ----------
+    mask : Mask
+        Entries in a Kronecker basis.
+    squares : (k,) float64
+        Sums of the squares of weighted entries over samples.
+    samples : int
+        How many.
+    """
+    check_samples(samples)
+    modules, first = [], 0
+    for kept in mask.modules:
+        part = squares[first : first + len(kept.rows)] / samples
+        first += len(kept.rows)
+        if kept.basis is not None and len(kept.rows):
+            moment = part / np.square(kept.weight.astype(np.float64))
+            mean = float(part.sum()) / kept.layer.entries
+            kept = replace(kept, basis=replace(kept.basis, second_moment=moment, mean_moment=mean))
+        modules.append(kept)
+    return replace(mask, modules=tuple(modules))
