@@ -35,8 +35,7 @@ from ooc_influence.errors import (
     CurvatureNotFoundError,
     InputError,
     StaleCurvatureError,
-    StoreWriteError,
-    refused,
+    writing,
 )
 from ooc_influence.fingerprint import check_same
 from ooc_influence.linalg import Matrix, Range, WeightedRows, mirror
@@ -488,17 +487,13 @@ def write_curvature(path: StorePath, attributes: Mapping[str, Any], write: Calla
     StoreWriteError
         If the folder cannot be written.
     """
-    try:
-        with NewFolder(path, replace=True) as folder:
-            group = open_group(folder.arrays, "w")
-            written = write(group)
-            marks = {"format": FORMAT, "version": __version__, "fit": uuid.uuid4().hex, "complete": True}
-            group.attrs[_ATTRIBUTES] = dict(attributes) | dict(written) | marks
-            folder.publish()
-    except OSError as error:
-        raise StoreWriteError(
-            refused(f"to write the curvature to {path}", error, ", or give another path with out= (--out)")
-        ) from error
+    how = writing(f"to write the curvature to {path}", ", or give another path with out= (--out)")
+    with how, NewFolder(path, replace=True) as folder:
+        group = open_group(folder.arrays, "w")
+        written = write(group)
+        marks = {"format": FORMAT, "version": __version__, "fit": uuid.uuid4().hex, "complete": True}
+        group.attrs[_ATTRIBUTES] = dict(attributes) | dict(written) | marks
+        folder.publish()
 
 
 def check_replaceable(path: StorePath) -> None:

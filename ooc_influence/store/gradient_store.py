@@ -5,6 +5,7 @@ Readers see committed rows only, and keep seeing the rows they opened while a wr
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import operator
@@ -21,10 +22,8 @@ from ooc_influence._version import __version__
 from ooc_influence.errors import (
     InputError,
     StoreBusyError,
-    StoreExistsError,
     StoreFormatError,
-    StoreWriteError,
-    refused,
+    writing,
 )
 from ooc_influence.options import CreateOptions, takes
 from ooc_influence.progress import html_table, optional_library
@@ -93,35 +92,27 @@ def create_store(
     column_scale: FloatRows | None,
 ) -> bool:
     """Write a store without rows; return False where something else is at ``path``."""
-    claim = None
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(writing(f"to make a store at {path}", ", or choose another path"))
         if paths.is_file(path / METADATA):
             return False
         if not is_local(path):  # built in place: two that do so at once would mix
-            claim = Claim(path, name="create")
-        with NewFolder(path) as folder:
-            group = open_group(folder.arrays, "w")
-            layout.create_arrays(group)
-            if column_scale is not None:
-                create_array(
-                    group, "column_scale", (layout.k,), (layout.k,), "float32", codec="crc32c", dims=("column",)
-                )[...] = column_scale
-            mask.save(group)
-            if isinstance(reduction, Reduction):
-                reduction.save(group)
-            group.create_group("curvature")
-            attrs = json.loads(
-                json.dumps(dict(attributes) | _fixed(layout, mask, reduction))
-            )  # as they will be read back
-            group.attrs[ATTRIBUTES] = attrs | {"digest": attributes_digest(attrs)}
-            return folder.publish()
-    except OSError as error:
-        if isinstance(error, (StoreBusyError, StoreExistsError)):
-            raise
-        raise StoreWriteError(refused(f"to make a store at {path}", error, ", or choose another path")) from error
-    finally:
-        if claim is not None:
-            claim.release()
+            stack.callback(Claim(path, name="create").release)
+        folder = stack.enter_context(NewFolder(path))
+        group = open_group(folder.arrays, "w")
+        layout.create_arrays(group)
+        if column_scale is not None:
+            scale = create_array(
+                group, "column_scale", (layout.k,), (layout.k,), "float32", codec="crc32c", dims=("column",)
+            )
+            scale[...] = column_scale
+        mask.save(group)
+        if isinstance(reduction, Reduction):
+            reduction.save(group)
+        group.create_group("curvature")
+        attrs = json.loads(json.dumps(dict(attributes) | _fixed(layout, mask, reduction)))  # as they will be read back
+        group.attrs[ATTRIBUTES] = attrs | {"digest": attributes_digest(attrs)}
+        return folder.publish()
 
 
 def _fixed(layout: Layout, mask: Mask, reduction: Reduction | Mapping[str, Any] | None) -> dict[str, Any]:
