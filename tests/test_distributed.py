@@ -435,7 +435,7 @@ def test_an_address_where_nobody_answers_is_one_line(address):
 
 @pytest.fixture(scope="module")
 def by_hand(tmp_path_factory):
-    """A scheduler and two workers started as separate processes, as docs/cluster.md says: the scheduler's file."""
+    """The file of a scheduler, started with two workers as separate processes, as docs/howto/cluster.md says."""
     folder = tmp_path_factory.mktemp("by-hand")
     file = folder / "scheduler.json"
     dask = [sys.executable, "-m", "dask"]

@@ -76,7 +76,7 @@ def _check_answers(scheduler: str) -> None:
     except Exception as error:  # whatever the protocol named makes of the address
         raise ClusterError(
             f"expected a Dask scheduler at {scheduler}, as in tcp://host:8786; received none ({error}): start one with "
-            "'dask scheduler', see docs/cluster.md"
+            "'dask scheduler', see docs/howto/cluster.md"
         ) from error
 
 
