@@ -15,8 +15,8 @@ import math
 import re
 import time
 import zipfile
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -170,18 +170,50 @@ class ResumableOutput:
         if before is not None and before.name != f"{name}-{number}":
             remove_tree(before)
 
-    def remove(self) -> None:
-        """Remove the settings and files of arrays, and the folder if nothing else is in it: the result is there."""
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Use the folder alone; where the context ends without an error, its parts and, if empty, it are removed.
+
+        Raises
+        ------
+        StoreBusyError
+            If another process uses it: the same call, which is running.
+        StoreExistsError
+            If another call was first.
+        """
         if self.path is None:
+            yield
             return
-        for name in names(self.path):
-            if _PARTS.fullmatch(name):
-                remove_tree(self.path / name)
-        remove_empty(self.path)
+        self.begin()
+        with self._writing():
+            claim = _claim_folder(self.path, "parts")
+        try:
+            self.begin()  # again: the process that had it may have finished at this moment
+            self.check()
+            yield
+            for name in names(self.path):
+                if _PARTS.fullmatch(name):
+                    remove_tree(self.path / name)
+            claim.release(remove=True)
+            remove_empty(self.path / _CLAIMS)
+            remove_empty(self.path)
+        finally:
+            claim.release()
 
 
 def _types(settings: Settings) -> dict[str, type]:
     return {name: type(value) for name, value in settings.items()}
+
+
+def _claim_folder(folder: StorePath, name: str, tries: int = 20) -> Claim:
+    try:
+        if is_local(folder):
+            (folder / _CLAIMS).mkdir(parents=True, exist_ok=True)
+        return make_claim(folder, name=name)
+    except OSError as error:
+        if not tries or not isinstance(error.__cause__ or error, FileNotFoundError):
+            raise
+    return _claim_folder(folder, name, tries - 1)  # another process finished at this moment, and removed the folder
 
 
 def read_facts(path: StorePath) -> dict[str, Any]:
@@ -205,10 +237,11 @@ class ClaimedOutput(ResumableOutput):
     """
 
     def __init__(self, target: StorePath, settings: Settings) -> None:
-        super().__init__(_beside(target), settings)
+        path = _beside(target)
+        super().__init__(path, settings)
         self._claim: Claim | None = None
         try:
-            self._claim = self._make_claim()
+            self._claim = _claim_folder(path, "fit")
             if self.kept_settings != self.settings:
                 self._clear()
                 self.begin()
@@ -222,17 +255,6 @@ class ClaimedOutput(ResumableOutput):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ResumableOutput, (self.path, self.settings), {"_interval": self._interval}
-
-    def _make_claim(self, tries: int = 20) -> Claim:
-        assert self.path is not None
-        try:
-            if is_local(self.path):
-                (self.path / _CLAIMS).mkdir(parents=True, exist_ok=True)
-            return make_claim(self.path, name="fit")
-        except OSError as error:
-            if not tries or not isinstance(error.__cause__ or error, FileNotFoundError):
-                raise
-        return self._make_claim(tries - 1)  # another process finished at this moment, and removed the folder
 
     def _clear(self) -> None:
         """Remove all but the claim; the settings first, without which nothing else counts."""

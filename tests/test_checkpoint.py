@@ -129,15 +129,16 @@ def test_parts_are_those_of_one_call(tmp_path, caplog):
     for settings, received in (({"digest": "b", "ranges": []}, "another call"), ({"seed": 1}, "something else")):
         with pytest.raises(StoreExistsError, match=received):
             checkpoint.ResumableOutput(output.path, settings).check()
-    output.remove()
+    with output.claimed():
+        assert again.part_names() == ["0-4-0-8", "0-4-8-16"]
     assert [path.name for path in output.path.iterdir()] == ["notes.txt"]
 
 
 def test_without_a_folder_nothing_is_kept():
     output = checkpoint.ResumableOutput()
     output.check()
-    output.begin()
-    output.put("0-4-0-8", {"values": np.arange(3)})
-    output.put_group("rows-0", 3, {}, lambda group: None)
-    assert (output.get("0-4-0-8"), output.groups(), output.part_names(), output.clock().due()) == (None, {}, [], False)
-    output.remove()
+    with output.claimed():
+        output.put("0-4-0-8", {"values": np.arange(3)})
+        output.put_group("rows-0", 3, {}, lambda group: None)
+        assert (output.get("0-4-0-8"), output.groups(), output.part_names()) == (None, {}, [])
+        assert not output.clock().due()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from functools import partial
 
 import numpy as np
@@ -24,7 +25,14 @@ from ooc_influence import (
     self_influence,
     top_influential,
 )
-from ooc_influence.errors import InputError, MemoryBudgetError, MismatchError, SingularFisherError, StoreExistsError
+from ooc_influence.errors import (
+    InputError,
+    MemoryBudgetError,
+    MismatchError,
+    SingularFisherError,
+    StoreBusyError,
+    StoreExistsError,
+)
 from ooc_influence.influence.tiles import ScoreParts
 from ooc_influence.store import GaussianReduction, LayerShape, Mask, ModuleMask
 
@@ -498,6 +506,30 @@ def test_finished_parts_are_not_computed_again(tmp_path, fit, monkeypatch):
         self_influence(train, resume=tmp_path / "other")
 
 
+def test_a_folder_of_parts_is_used_by_one_call_at_a_time(tmp_path, fit, monkeypatch):
+    """The same call made twice at once: the second is refused, and takes nothing from the first."""
+    folder, train = tmp_path / "parts", fit[1]
+    expected, refusals = self_influence(train), []
+
+    def call_again(key, rows):
+        with pytest.raises(StoreBusyError, match=r"no other writer of .*parts"):
+            self_influence(train, resume=folder)
+        refusals.append(rows)
+
+    module = sys.modules["ooc_influence.influence.scores"]
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "tick", call_again)
+        assert_array_equal(self_influence(train, resume=folder), expected)
+    assert refusals
+    assert not folder.exists()
+    with monkeypatch.context() as patch:  # one that failed holds nothing
+        patch.setattr(module, "tick", lambda key, rows: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            self_influence(train, resume=folder)
+    assert_array_equal(self_influence(train, resume=folder), expected)
+    assert not folder.exists()
+
+
 @pytest.mark.parametrize(
     "text", ['{"format": 1, "lr": 1}', '{"digest": 3}', "[1]", "{", "\xff", '{"digest": "a", "b": 1}']
 )
@@ -516,11 +548,10 @@ def test_what_others_put_beside_the_parts_stays(tmp_path, fit):
     self_influence(fit[1], resume=folder)
     assert not folder.exists()
     parts = ScoreParts(folder, "digest")
-    parts.begin()
-    (folder / "notes.txt").write_text("mine")
-    for name in ("values-0-64.npz", "0-7-64-128.npz"):
-        (folder / name).write_bytes(b"a part")
-    parts.remove()
+    with parts.claimed():
+        (folder / "notes.txt").write_text("mine")
+        for name in ("values-0-64.npz", "0-7-64-128.npz"):
+            (folder / name).write_bytes(b"a part")
     assert [path.name for path in folder.iterdir()] == ["notes.txt"]
 
 

@@ -142,7 +142,7 @@ def group_influence(
     ------
     InputError
         If there is no such column, or ``by`` has another length.
-    StoreExistsError
+    StoreExistsError, StoreBusyError
         As for :func:`top_influential`.
     MismatchError, CurvatureNotFoundError, StaleCurvatureError, SingularFisherError, MemoryBudgetError
         As for :func:`influence_scores`.
@@ -155,12 +155,11 @@ def group_influence(
     widest = max(checkpoint.train.k for checkpoint in scoring.checkpoints)
     tile = group_tiles(size, scoring.q, scoring.lambdas, scoring.n, widest)
     blocks, block_rows = scoring.plan("group sums", options["memory"], slots, tile, queries=parts.queries)
-    parts.begin()
     work = scoring.work(block_rows)
     sums = np.zeros((scoring.lambdas, scoring.q, size))
     counts = np.zeros(size, np.int64)
     outside = np.empty(scoring.q)
-    with Progress("group sums", len(blocks) * scoring.n, options["progress"]) as bar:
+    with parts.claimed(), Progress("group sums", len(blocks) * scoring.n, options["progress"]) as bar:
         for start, stop in blocks:
             queries = scoring.precondition(start, stop)
             outside[start:stop] = queries.outside
@@ -175,7 +174,6 @@ def group_influence(
                 slots=slots, on_result=add,
             )  # fmt: skip
             sums[:, start:stop][:, queries.dropped] = np.nan  # of groups without a row in any block, too
-    parts.remove()
     scoring.warn_outside(outside)
     return GroupInfluence(groups.names, scoring.squeeze(sums), counts, scoring.queries.names, scoring.damping, outside)
 

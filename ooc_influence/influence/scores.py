@@ -424,7 +424,7 @@ def self_influence(train: Stores, **options: Unpack[SelfInfluenceOptions]) -> np
     ------
     CurvatureNotFoundError, StaleCurvatureError, SingularFisherError, MemoryBudgetError
         As for :func:`influence_scores`.
-    StoreExistsError
+    StoreExistsError, StoreBusyError
         As for :func:`top_influential`.
     """
     scoring = ScoreRequest.open(None, train, options)
@@ -433,15 +433,13 @@ def self_influence(train: Stores, **options: Unpack[SelfInfluenceOptions]) -> np
     block_rows = MemoryBudget.of(worker_memory(options["memory"])).plan(model)
     work = scoring.work(block_rows, normalized=True)
     parts = ScoreParts(options["resume"], scoring.digest(kind="self-influence"))
-    parts.begin()
     values = np.empty((scoring.lambdas, scoring.n), np.float32)
 
     def put(stripe: Stripe, part: Part) -> None:
         values[:, stripe.start : stripe.stop] = part["values"]
 
-    with Progress("self-influence", scoring.n, options["progress"]) as bar:
+    with parts.claimed(), Progress("self-influence", scoring.n, options["progress"]) as bar:
         parts.run("values", _self_stripe, work, bar, scoring.seen, slots=slots, on_result=put)
-    parts.remove()
     result: npt.NDArray[np.float32] = scoring.squeeze(values)
     return result
 

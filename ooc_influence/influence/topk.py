@@ -301,6 +301,8 @@ def top_influential(
         For top < 1.
     StoreExistsError
         If ``resume`` holds something else than this call's parts.
+    StoreBusyError
+        If the same call is running with this ``resume``.
     MismatchError, CurvatureNotFoundError, StaleCurvatureError, SingularFisherError, MemoryBudgetError
         As for :func:`influence_scores`.
     """
@@ -363,11 +365,10 @@ def find_top(
     parts = ScoreParts(options["resume"], scoring.digest(kind="top", top=top, modules=modules))
     tile = top_tiles(top, scoring.lambdas * scoring.q, scoring.n, modules)
     blocks, block_rows = scoring.plan("top", options["memory"], slots, tile, queries=parts.queries)
-    parts.begin()
     work = scoring.work(block_rows, columns)
     shape = (len(_SIDES), scoring.lambdas, modules, scoring.q, top)
     best = Lists(np.empty(shape, np.float32), np.empty(shape, np.int64), np.empty(scoring.q))
-    with Progress("top", len(blocks) * scoring.n, options["progress"]) as bar:
+    with parts.claimed(), Progress("top", len(blocks) * scoring.n, options["progress"]) as bar:
         for start, stop in blocks:
             queries = scoring.precondition(start, stop)
             best.outside[start:stop] = queries.outside
@@ -384,7 +385,6 @@ def find_top(
             for side, name in enumerate(_SIDES):
                 scores, numbers = (part.reshape(*shape[1:3], stop - start, top) for part in lists[name])
                 best.scores[side, :, :, start:stop], best.rows[side, :, :, start:stop] = scores, numbers
-    parts.remove()
     scoring.warn_outside(best.outside)
     return best
 
