@@ -49,6 +49,7 @@ from ooc_influence.errors import (
 )
 from ooc_influence.influence import tiles
 from ooc_influence.store import paths
+from ooc_influence.store.layout import Layout
 
 ROWS = random_rows(90, 8)
 ROOT = os.environ.get("OOC_INFLUENCE_TEST_ROOT", "memory://test")
@@ -321,6 +322,26 @@ def test_of_several_that_create_one_wins(root):
     GradientStore.create(f"{root}/s", whole_mask(8))
     with pytest.raises(StoreExistsError):
         GradientStore.create(f"{root}/s", whole_mask(8))
+
+
+def test_a_store_is_not_built_over_one_being_built(root, monkeypatch):
+    """An interrupted one, whose root is missing, is removed first; not so the claim on building a new one."""
+    write(f"{root}/s")
+    paths.remove_file(paths.parse_path(f"{root}/s/zarr.json"))
+    original = Layout.create_arrays
+
+    def create_again(layout, group):
+        with monkeypatch.context() as patch:
+            patch.setattr(Layout, "create_arrays", original)
+            with pytest.raises(StoreBusyError, match="no other writer"):
+                GradientStore.create(f"{root}/s", whole_mask(5))
+        original(layout, group)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Layout, "create_arrays", create_again)
+        with GradientStore.create(f"{root}/s", whole_mask(8), dtype="float32") as store:
+            store.append(ROWS, loss=np.zeros(90))
+    assert_array_equal(GradientStore.open(f"{root}/s").rows(), ROWS)
 
 
 def test_places_that_are_not_there(root):

@@ -97,7 +97,7 @@ def create_store(
         if paths.is_file(path / METADATA):
             return False
         if not is_local(path):  # built in place: two that do so at once would mix
-            stack.callback(Claim(path, name="create").release)
+            stack.callback(Claim(path, name="create").release, remove=True)
         folder = stack.enter_context(NewFolder(path))
         group = open_group(folder.arrays, "w")
         layout.create_arrays(group)

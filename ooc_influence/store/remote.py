@@ -102,6 +102,14 @@ class RemoteArrayStore(FsspecStore):
         else:
             await super().set(key, value)
 
+    async def delete_dir(self, prefix: str) -> None:
+        """Remove what is below a folder; while the root is held back, the claims on it stay."""
+        if not self._hold_root:
+            await super().delete_dir(prefix)
+            return
+        keys = [key async for key in self.list_prefix(prefix) if "/.claim-" not in f"/{key}"]
+        await asyncio.gather(*(self.delete(key) for key in keys))
+
     def put_all(self, documents: Mapping[str, bytes]) -> None:
         """Write many small values at once."""
 
