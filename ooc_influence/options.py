@@ -541,6 +541,10 @@ class PlanOptions(Budgeted, total=False):
     reduce: Annotated[int | None, Option(
         None, "int, optional", "Numbers that kept entries are reduced to.",
         "Numbers that kept entries are reduced to. Default: none.", kind=int, metavar="R")]
+    model: Annotated["torch.nn.Module | None", Option(
+        None, "torch.nn.Module, optional", "With a Kronecker basis: the model, which may be on the meta device.",
+        "With a Kronecker basis: a Hugging Face model, of which only the configuration is read.", kind="path",
+        metavar="DIR|ID")]
     top: Annotated[int, Option(100, "int", "Rows of a top list.", "Rows of a top list.", kind=int)]
     dampings: Annotated[int, Option(1, "int", "Damping values at once.", "Damping values at once.", kind=int)]
     workers: Annotated[int, Option(

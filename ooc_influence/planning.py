@@ -15,7 +15,7 @@ from typing import Any, Unpack
 import numpy as np
 
 from ooc_influence.curvature import USUAL_PASSES, BlockShape, fisher_memory, gram_memory, largest_rank, plan_low_rank
-from ooc_influence.errors import InputError, MemoryBudgetError
+from ooc_influence.errors import InputError, MemoryBudgetError, counted
 from ooc_influence.influence import (
     CheckpointMemory,
     ScoringMemory,
@@ -201,10 +201,12 @@ class _Planner:
     budget: MemoryBudget
     rates: Rates
     rank: int | None = None  # eigenvectors kept of the curvature; None for all
+    model: Any = None  # whose Kronecker basis the entries are of
 
     def stages(self) -> list[Stage]:
         """Return every stage that the corpus goes through, in the order they run."""
-        reduced = [self.eigenbasis()] if self.size.k < self.entries else []
+        first = [self.kronecker_basis()] if self.model is not None else []
+        first += [self.eigenbasis()] if self.size.k < self.entries else []
         fisher, planner = self.fisher(), self
         fits = [fisher]
         rank = largest_rank(self.size, self.budget) if fisher.refusal else 0
@@ -214,7 +216,7 @@ class _Planner:
         if self.size.rows < self.size.k:
             fits.append(self.gram())
         scoring = [planner.scores(), planner.top_lists(), planner.self_influence(), self.verify()]
-        return [*reduced, self.extraction(), self.query_extraction(), *fits, *scoring]
+        return [*first, self.extraction(), self.query_extraction(), *fits, *scoring]
 
     def layout(self, columns: int) -> Layout:
         """Return the layout of a store with some number of columns."""
@@ -261,6 +263,19 @@ class _Planner:
         basis = 4 * self.entries * self.size.k if self.size.k < self.entries else 0
         copied = basis if basis < 256 * 2**20 else 0
         return Stage("extract queries", self.store_bytes(self.size.queries, self.size.k) + copied, None, 0, None, None)
+
+    def kronecker_basis(self) -> Stage:
+        """Return the pilot that makes the Kronecker basis; its time depends on the user's model."""
+        from ooc_influence.extract import BasisPlan  # imports torch
+
+        basis = BasisPlan.of(self.model, self.entries, self.budget)
+        passes = "" if basis.passes is None else f"{counted(basis.passes, 'pass', 'passes')} to sum factors; "
+        note = (
+            f"{passes}{format_bytes(basis.scratch)} of temporary files; rotation takes {basis.rotation:.1%} of the "
+            "multiplications of a forward pass"
+        )
+        stage = self.stage("Kronecker basis", basis.memory, disk=basis.kept, read=0, flops=0.0, seconds=0.0, note=note)
+        return replace(stage, flops=None, seconds=None)
 
     def eigenbasis(self) -> Stage:
         """Return the reduction: the pilot's wide rows and their largest eigenvalues."""
@@ -435,4 +450,5 @@ def plan(rows: int, k: int, **options: Unpack[PlanOptions]) -> Plan:
         dims, rows, options["workers"], queries=options["queries"], dampings=options["dampings"],
         modules=((0, k),) if dims == k else (), row_bytes=Encoding.of(dtype, dims).row_bytes,
     )  # fmt: skip
-    return Plan(_Planner(size, k, dtype, options["top"], budget, rates).stages(), budget.limit, rates)
+    planner = _Planner(size, k, dtype, options["top"], budget, rates, model=options["model"])
+    return Plan(planner.stages(), budget.limit, rates)

@@ -170,7 +170,7 @@ MOMENTS = [
 @pytest.mark.parametrize("draw", [draw_entries, draw_grids])
 def test_inclusion_probabilities_are_exact(draw):
     """Entries are kept as often as their weights say; so estimates are unbiased over draws."""
-    energy, runs = WhitenedEnergy(LAYERS, MOMENTS, 0.03), 4000
+    energy, runs = WhitenedEnergy(LAYERS, MOMENTS, 0.03), 2000
     counts, estimates = [np.zeros(layer.shape) for layer in LAYERS], []
     stated = [np.full(layer.shape, np.nan) for layer in LAYERS]
     values = [np.random.default_rng(1).random(layer.shape) for layer in LAYERS]
@@ -245,3 +245,56 @@ def test_settings_are_recorded():
     assert compressor.sampling == "grid"
     assert Dropout.from_dict(compressor.to_dict()) == compressor
     assert "basis" not in Dropout(k=64).to_dict()
+
+
+def wide_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 5))
+
+
+def test_a_plan_of_the_basis_is_what_extraction_takes(tmp_path):
+    """Bytes kept and multiplications, from shapes on the meta device, against a store and a count of FLOP."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from ooc_influence.extract import BasisPlan
+    from ooc_influence.extract.gather import MaskGatherer
+    from ooc_influence.extract.taps import tapped
+    from ooc_influence.memory import MemoryBudget
+
+    torch.manual_seed(1)
+    data = [(torch.randn(16, 7, 64), torch.randint(0, 5, (16,))) for _ in range(2)]
+    model, k = wide_model(), 500
+
+    def mean_loss(model, batch):
+        return nn.functional.cross_entropy(model(batch[0]).mean(1), batch[1], reduction="none")
+
+    compressor = Dropout(k=k, basis=KroneckerBasis(samples=32))
+    store = extract_gradients(model, mean_loss, data, tmp_path / "s.zarr", compressor=compressor)
+    plan = BasisPlan.of(wide_model().to("meta"), k, MemoryBudget.of("1GiB"))
+    assert plan.passes == 1
+    assert plan.scratch == 4 * (128**2 + 65**2 + 5**2 + 129**2)
+    kept = store.mask.basis_bytes + 12 * store.k
+    assert kept / 1.5 < plan.kept < kept * 1.5
+    layers = [module.layer for module in store.mask.modules]
+    rows, gatherer = torch.zeros(16, store.k), MaskGatherer(store.mask, torch.device("cpu"))
+    with tapped(model, layers, torch.device("cpu")) as taps:
+        calls = []
+        taps.run(mean_loss, data[0], lambda b: lambda *call: calls.append(call))
+    with FlopCounterMode(display=False) as gathering, torch.no_grad():
+        for call in calls:
+            gatherer.add(rows, *call)
+    with FlopCounterMode(display=False) as forward:
+        model(data[0][0])
+    ratio = gathering.get_total_flops() / forward.get_total_flops()
+    assert ratio / 1.5 < plan.rotation < ratio * 1.5
+
+
+def test_a_basis_that_does_not_fit_is_priced(capsys):
+    import ooc_influence as ooc
+
+    rates = {"gflops": 100.0, "read_rate": 1e9}
+    planned = ooc.plan(100, 500, model=wide_model(), memory="8GiB", **rates)["Kronecker basis"]
+    assert planned.refusal is None
+    assert "1 pass to sum factors" in planned.note
+    refused = ooc.plan(100, 500, model=nn.Linear(20_000, 5), memory="8GiB", **rates)["Kronecker basis"]
+    assert "second moments of 1 layer, up to 5 x 20001" in refused.refusal

@@ -249,6 +249,10 @@ def plan(as_json: bool, read_rate: str | None, **settings: Any) -> int:
     from ooc_influence.memory import parse_bytes
     from ooc_influence.planning import plan as make_plan
 
+    if settings["model"] is not None:
+        from ooc_influence import hf
+
+        settings["model"] = hf.load_shapes(settings["model"])
     stages = make_plan(read_rate=None if read_rate is None else parse_bytes(read_rate), **settings)
     options.print_result(as_json, stages.to_dict(), lambda: _plan_text(stages))
     return 0 if stages.fits else 1

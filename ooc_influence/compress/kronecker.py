@@ -129,13 +129,15 @@ def _chance(energy: WhitenedEnergy, k: int) -> Callable[[Floats], Floats]:
     return lambda values: np.minimum(1.0, factor * (slope * values + base))
 
 
-def _fill(values: Floats, counts: Floats | int, total: float) -> float:
-    """Return c such that Σ counts · min(1, c · values) = total, values being positive."""
-    low, high = 0.0, 1.0 / float(values.min())
-    for _ in range(200):
-        middle = (low + high) / 2
-        low, high = (middle, high) if float((counts * np.minimum(1, middle * values)).sum()) < total else (low, middle)
-    return high
+def _fill(values: Floats, counts: Floats, total: float) -> float:
+    """Return c such that Σ counts · min(1, c · values) = total, at most Σ counts; the values are positive."""
+    order = np.argsort(-values)
+    values, counts = values[order], counts[order]
+    full = np.concatenate([[0.0], np.cumsum(counts)[:-1]])  # if the larger values are at their limit of 1
+    rest = np.cumsum((counts * values)[::-1])[::-1]
+    factors = (total - full) / rest
+    enough = np.flatnonzero(factors * values <= 1)
+    return float(factors[enough[0]] if len(enough) else 1 / values[-1])
 
 
 def _systematic(chance: Floats, offset: float) -> tuple[Indices, float]:
@@ -185,6 +187,6 @@ def _draw_side(values: Floats, count: float, generator: np.random.Generator) -> 
     total = float(values.sum())
     share = UNIFORM_SHARE if total > 0 else 1.0
     mixed = (1 - share) * values / (total or 1.0) + share / len(values)
-    chance = np.minimum(1, _fill(mixed, 1, count) * mixed)
+    chance = np.minimum(1, _fill(mixed, np.ones(len(mixed)), count) * mixed)
     kept, _ = _systematic(chance, float(generator.random()))
     return kept, chance[kept]

@@ -2,6 +2,7 @@
 
 from ooc_influence.extract.data import Batches, Batching, BudgetBatches, to_device
 from ooc_influence.extract.extraction import extract_gradients, init_store, parse_device, row_types
+from ooc_influence.extract.factors import BasisPlan
 from ooc_influence.extract.fingerprint import fingerprint_as
 from ooc_influence.extract.losses import cross_entropy, token_cross_entropy
 from ooc_influence.extract.metric import AdamMetric
@@ -21,8 +22,8 @@ from ooc_influence.extract.selection import ModuleSelection
 from ooc_influence.extract.taps import PerSampleLoss
 
 __all__ = [
-    "AdamMetric", "Batches", "Batching", "BudgetBatches", "ModuleSelection", "PerSampleLoss", "Recipe", "Split",
-    "by_path", "choose_split", "cross_entropy", "extract_gradients", "extract_shards", "fingerprint_as",
+    "AdamMetric", "BasisPlan", "Batches", "Batching", "BudgetBatches", "ModuleSelection", "PerSampleLoss", "Recipe",
+    "Split", "by_path", "choose_split", "cross_entropy", "extract_gradients", "extract_shards", "fingerprint_as",
     "init_store", "load_recipe", "loaded", "parse_device", "part_of", "row_types", "run_shards", "running",
     "to_device", "token_cross_entropy",
 ]  # fmt: skip

@@ -18,12 +18,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ooc_influence.compress import WhitenedEnergy
-from ooc_influence.errors import InputError, counted
+from ooc_influence.errors import InputError, MemoryBudgetError, counted
 from ooc_influence.extract.entries import BiasEntries, wide
-from ooc_influence.extract.layers import Use
+from ooc_influence.extract.layers import Use, find_uses
+from ooc_influence.extract.selection import ModuleSelection, select_layers
 from ooc_influence.memory import MemoryBudget, MemoryModel
 from ooc_influence.scratch import ArrayFile
 from ooc_influence.store import LayerShape, Mask, ModuleBasis, ModuleMask, PilotMoments
@@ -85,6 +86,67 @@ def factor_groups(layers: Sequence[LayerShape], sides: Sequence[Sides], budget: 
         budget.plan(factor_memory([layers[number]], [sides[number]]))
         groups.append([number])
     return groups
+
+
+@dataclass(frozen=True)
+class BasisPlan:
+    """What the Kronecker basis of a model takes, from the shapes of its layers alone.
+
+    Attributes
+    ----------
+    passes : int or None
+        Over the pilot's samples, to sum the factors; None where a layer's do not fit the budget.
+    memory : MemoryModel
+        Of the factors of the largest group of layers or, where it does not fit, of the largest layer.
+    scratch : int
+        Bytes of temporary files with all eigenvectors.
+    kept : int
+        Bytes of the eigenvectors that a store keeps with about k entries on grids, its weights and second moments.
+    rotation : float
+        Multiplications of rotating activations and forming the kept entries, relative to those of the forward pass
+        through the same layers.
+    """
+
+    passes: int | None
+    memory: MemoryModel
+    scratch: int
+    kept: int
+    rotation: float
+
+    @classmethod
+    def of(cls, model: nn.Module, k: int, budget: MemoryBudget, modules: ModuleSelection = None) -> BasisPlan:
+        """Plan for a model, which may be on the meta device, and about ``k`` kept entries.
+
+        Raises
+        ------
+        InputError
+            If no module is selected, or k is larger than their entries.
+        """
+        layers, _, _ = select_layers(model, modules)
+        p = sum(layer.entries for layer in layers)
+        if not 1 <= k <= p:
+            raise InputError(f"expected k from 1 to p = {p}, the gradient entries of the model; received {k}")
+        sides = rotated_sides(layers, find_uses(model, layers))
+        try:
+            groups = factor_groups(layers, sides, budget)
+        except MemoryBudgetError:
+            groups = []
+        of_groups = [factor_memory([layers[n] for n in group], [sides[n] for n in group]) for group in groups]
+        alone = [factor_memory([layer], [rotated]) for layer, rotated in zip(layers, sides, strict=True)]
+        scratch = kept = forward = rotation = 0.0
+        for layer, rotated in zip(layers, sides, strict=True):
+            numbers = np.sqrt(layer.entries * k / p) * np.sqrt(np.array(layer.shape) / np.array(layer.shape[::-1]))
+            numbers = np.minimum(layer.shape, np.maximum(1, numbers))
+            vectors = [size * count for size, count, full in zip(layer.shape, numbers, rotated, strict=True) if full]
+            scratch += 4 * sum(size**2 for size, full in zip(layer.shape, rotated, strict=True) if full)
+            kept += 4 * sum(vectors) + 20 * float(numbers.prod())
+            if any(rotated):
+                forward += layer.entries if rotated[0] or layer.shape[0] < DIAGONAL_FROM else 0
+                rotation += sum(vectors) + float(numbers.prod())
+        return cls(
+            len(groups) or None, max(of_groups or alone, key=budget.price), int(scratch), int(kept),
+            rotation / forward if forward else 0.0,
+        )  # fmt: skip
 
 
 class _Factors(NamedTuple):

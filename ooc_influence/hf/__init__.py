@@ -3,7 +3,7 @@
 from ooc_influence.hf.extraction import Job, default_compressor, extract, extract_shards, prepare
 from ooc_influence.hf.labels import Labels
 from ooc_influence.hf.losses import CausalLoss, ClassificationLoss, SignedLoss
-from ooc_influence.hf.models import Loaded, load, open_documents
+from ooc_influence.hf.models import Loaded, load, load_shapes, open_documents
 from ooc_influence.hf.padding import ClassifierCollator, Collator, context_length
 from ooc_influence.hf.samples import Samples
 from ooc_influence.hf.tokens import Fields
@@ -11,5 +11,5 @@ from ooc_influence.hf.tokens import Fields
 __all__ = [
     "CausalLoss", "ClassificationLoss", "ClassifierCollator", "Collator", "Fields", "Job", "Labels", "Loaded",
     "Samples", "SignedLoss", "context_length", "default_compressor", "extract", "extract_shards", "load",
-    "open_documents", "prepare",
+    "load_shapes", "open_documents", "prepare",
 ]  # fmt: skip

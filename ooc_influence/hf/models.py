@@ -186,6 +186,26 @@ def load(
     return Loaded(model.eval(), words, task)
 
 
+def load_shapes(name: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """Return a causal language model on the meta device, made from its configuration alone: shapes without weights.
+
+    Raises
+    ------
+    InputError
+        If there is no configuration.
+    MissingExtraError
+        Without the libraries.
+    """
+    import torch
+
+    transformers = _library("transformers")
+    with _explained(str(name), None, allow_pickle=False):
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            kind = getattr(transformers, _CLASSES[_task_of(config)])
+            return kind.from_config(config, trust_remote_code=trust_remote_code)
+
+
 def _load_model(
     base: str, adapter: Adapter | None, task: Task | None, dtype: str, device: str | None, allow_pickle: bool,
     common: dict[str, Any],
