@@ -67,6 +67,7 @@ def check_same_rows(
     advice: str,
     *,
     rtol: float = 0.0,
+    agreeing: float = 1.0,
 ) -> None:
     """Check that rows are still of the same data, by values that are stored of each.
 
@@ -82,6 +83,8 @@ def check_same_rows(
         What to do if they differ.
     rtol : float
         Relative tolerance of numbers; 0 for equality.
+    agreeing : float
+        The least share of rows that must agree.
 
     Raises
     ------
@@ -90,8 +93,9 @@ def check_same_rows(
     """
     for name, stored in expected.items():
         values = received[name]
-        close = np.allclose(stored, values, rtol=rtol, atol=1e-6) if rtol else np.array_equal(stored, values)
-        if not close:
+        same_shape = stored.shape == values.shape
+        close = np.isclose(stored, values, rtol=rtol, atol=1e-6) if same_shape and rtol else stored == values
+        if not same_shape or np.count_nonzero(close) < agreeing * len(stored):
             raise MismatchError(
                 f"expected rows {first}-{first + len(stored)} to have the {name} stored in {source}; received others: "
                 f"{advice}"

@@ -33,6 +33,7 @@ Combine = Literal["mean", "query-margins", "margins"]
 Weighting = Literal["ggn", "trak"]
 Blocks = Literal["module", "diagonal"]
 OnNonFinite = Literal["raise", "skip"]
+LabelKind = Literal["dataset", "sampled"]
 Task = Literal["causal-lm", "classification"]
 DTYPES = ("float16", "bfloat16", "float32", "int8", "int4")
 
@@ -343,6 +344,23 @@ class ExtractionOptions(Budgeted, Reporting, total=False):
         None, "torch.device or str, optional", "Where to run; default where the model is.",
         "Where to run, such as cuda. Default: where the model is.")]
     storage: Annotated["Storage | None", Option(None, "Storage, optional", "Chunking and codec.")]
+    labels: Annotated[LabelKind, Option(
+        "dataset", '{"dataset", "sampled"}',
+        '``"sampled"``: losses of this package (:func:`cross_entropy`, :func:`token_cross_entropy`, those of Hugging '
+        "Face models) replace the labels by draws from the model's predictions, so that F of the rows is the true "
+        "Fisher matrix. A draw depends on seed, row and token alone. If the loss draws none, a warning says so, and "
+        "rows have the data set's labels.",
+        "sampled: draw labels from the model's predictions, for rows whose F is the true Fisher matrix.",
+        choices=get_args(LabelKind))]
+    label_seed: Annotated[int, Option(0, "int", "Seed of sampled labels.", "Seed of sampled labels.", kind=int)]
+    draws: Annotated[int, Option(
+        1, "int",
+        "Rows of each sample, with labels drawn for each: of m samples, row d · m + j is draw d of sample j, with its "
+        "columns and, followed by ``/draw1`` and so on, its id.",
+        "Rows of each sample, with labels drawn for each.", kind=int, metavar="D", least=1)]
+    sample: Annotated[int | None, Option(
+        None, "int, optional", "Use this many samples, spread evenly over the data; default all.",
+        "Use N samples, spread evenly over the data. Default: all.", kind=int, metavar="N", least=1)]
     metric: Annotated["AdamMetric | None", Option(
         None, "AdamMetric, optional", "Weight entries as the optimiser that trained the model did.")]
     check_model: Annotated[bool, Option(

@@ -208,7 +208,7 @@ def init(rows: int | None, as_json: bool, **settings: Any) -> None:
     Fixes its rows, mask, basis and settings once. Run again with more --rows to make room for further data.
     """
     from ooc_influence import init_store
-    from ooc_influence.extract import choose_split, load_recipe, row_types, running
+    from ooc_influence.extract import RowChoice, choose_split, load_recipe, row_types, running
     from ooc_influence.report import describe, store_facts
 
     keep_freed_memory()
@@ -225,7 +225,8 @@ def init(rows: int | None, as_json: bool, **settings: Any) -> None:
         else:
             recipe = load_recipe(settings["recipe_name"])
             data = choose_split(recipe, settings["split"])
-            counted_rows, ids, columns = row_types(data.batches, data.ids, data.columns)
+            choice = RowChoice(settings["sample"], settings["draws"])
+            counted_rows, ids, columns = row_types(data.batches, data.ids, data.columns, choice)
             planned = counted_rows if rows is None else rows
             if planned is None:
                 raise InputError("expected --rows, since the split does not tell its length; received none")

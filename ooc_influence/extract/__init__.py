@@ -1,10 +1,16 @@
 """Extraction: the torch models' side. Taps on layers, sampled per-sample gradients, the loop that fills a store."""
 
-from ooc_influence.extract.data import Batches, Batching, BudgetBatches, to_device
+from ooc_influence.extract.data import Batches, Batching, BudgetBatches, RowChoice, even_numbers, to_device
 from ooc_influence.extract.extraction import extract_gradients, init_store, parse_device, row_types
 from ooc_influence.extract.factors import BasisPlan
 from ooc_influence.extract.fingerprint import fingerprint_as
-from ooc_influence.extract.losses import cross_entropy, token_cross_entropy
+from ooc_influence.extract.losses import (
+    LabelDraws,
+    binary_cross_entropy,
+    cross_entropy,
+    sampled_labels,
+    token_cross_entropy,
+)
 from ooc_influence.extract.metric import AdamMetric
 from ooc_influence.extract.pilot import part_of
 from ooc_influence.extract.recipe import (
@@ -22,8 +28,9 @@ from ooc_influence.extract.selection import ModuleSelection
 from ooc_influence.extract.taps import PerSampleLoss
 
 __all__ = [
-    "AdamMetric", "BasisPlan", "Batches", "Batching", "BudgetBatches", "ModuleSelection", "PerSampleLoss", "Recipe",
-    "Split", "by_path", "choose_split", "cross_entropy", "extract_gradients", "extract_shards", "fingerprint_as",
-    "init_store", "load_recipe", "loaded", "parse_device", "part_of", "row_types", "run_shards", "running",
+    "AdamMetric", "BasisPlan", "Batches", "Batching", "BudgetBatches", "LabelDraws", "ModuleSelection",
+    "PerSampleLoss", "Recipe", "RowChoice", "Split", "binary_cross_entropy", "by_path", "choose_split",
+    "cross_entropy", "even_numbers", "extract_gradients", "extract_shards", "fingerprint_as", "init_store",
+    "load_recipe", "loaded", "parse_device", "part_of", "row_types", "run_shards", "running", "sampled_labels",
     "to_device", "token_cross_entropy",
 ]  # fmt: skip

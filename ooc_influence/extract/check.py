@@ -26,9 +26,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ooc_influence.errors import UnsupportedModelError, listed
+from ooc_influence.extract.data import samples_of
 from ooc_influence.extract.entries import KINDS, Entries, is_coded, wide
 from ooc_influence.extract.gather import MaskGatherer
 from ooc_influence.extract.layers import Use, layer_parameters
+from ooc_influence.extract.losses import repeating_samples
 from ooc_influence.extract.selection import Trained
 from ooc_influence.store import LayerShape, Mask, ModuleMask
 
@@ -458,7 +460,8 @@ def differentiate_samples(
         checked = _alone(plain, batch, chosen, losses) if alone and len(chosen) < len(losses) else None
         if checked is None:
             set_random_state(state)
-            whole = plain(batch)
+            with repeating_samples(range(len(losses))):
+                whole = plain(batch)
             if not _close(whole, losses):
                 return False
             checked = whole[chosen]
@@ -483,11 +486,12 @@ def _factors(losses: Tensor) -> dict[int, float]:
 
 def _alone(plain: Callable[[Any], Tensor], batch: Any, chosen: list[int], losses: Tensor) -> Tensor | None:
     """Return the losses of some samples, run without the others; None if that is impossible or changes them."""
-    part, cut = _cut(batch, chosen, len(losses))
+    part, cut = samples_of(batch, chosen, len(losses))
     if not cut:
         return None
     try:
-        alone = plain(part)
+        with repeating_samples(chosen):
+            alone = plain(part)
     except Exception:  # of the user's model, which may need its whole batch
         return None
     return alone if _close(alone, losses[chosen]) else None
@@ -500,25 +504,6 @@ def _close(one: Tensor, other: Tensor) -> bool:
     share = _CLOSE_COARSE if coarse else _CLOSE
     one, other = one.detach().double(), other.detach().double()
     return bool(torch.allclose(one, other, rtol=share, atol=share * 1e-3, equal_nan=True))
-
-
-def _cut(value: Any, chosen: list[int], b: int) -> tuple[Any, bool]:
-    """Return a batch with the chosen samples of every tensor, array or list of ``b`` entries, and whether any is."""
-    if isinstance(value, (Tensor, np.ndarray)):
-        cut = value.ndim > 0 and len(value) == b
-        return (value[chosen] if cut else value), cut
-    if isinstance(value, Mapping):
-        parts = {key: _cut(each, chosen, b) for key, each in value.items()}
-        kept: Any = {key: each for key, (each, _) in parts.items()}
-        return (kept if type(value) is dict else type(value)(kept)), any(cut for _, cut in parts.values())  # type: ignore[call-arg]
-    if isinstance(value, (tuple, list)):
-        items = [_cut(item, chosen, b) for item in value]
-        if any(cut for _, cut in items):
-            make = type(value)._make if hasattr(value, "_make") else type(value)
-            return make([item for item, _ in items]), True
-        if len(value) == b and not hasattr(value, "_make"):
-            return type(value)(value[sample] for sample in chosen), True
-    return value, False
 
 
 def random_state(device: torch.device) -> Any:

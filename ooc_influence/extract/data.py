@@ -16,6 +16,7 @@ from ooc_influence.scratch import Repeats
 from ooc_influence.store import column_dtype
 
 Batches = Iterable[Any] | Callable[[int], Iterable[Any]]
+Numbers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -129,10 +130,44 @@ def count_rows(batches: Batches) -> int | None:
         return None
 
 
+def even_numbers(count: int, wanted: int) -> Numbers:
+    """Return at most ``wanted`` of the numbers below ``count``, spread evenly, ascending."""
+    return np.unique(np.linspace(0, count - 1, min(count, wanted)).round().astype(np.int64))
+
+
+def load_samples(batches: Any, numbers: Numbers) -> Iterator[Any] | None:
+    """Return batches of some samples of a DataLoader, loaded by their numbers; None where that is impossible."""
+    if not isinstance(batches, torch.utils.data.DataLoader) or not batches.batch_size:
+        return None
+    size, collate, dataset = batches.batch_size, batches.collate_fn, batches.dataset
+    if not hasattr(dataset, "__getitem__"):
+        return None
+    parts = (numbers[low : low + size].tolist() for low in range(0, len(numbers), size))
+    return (collate([dataset[number] for number in part]) for part in parts)
+
+
+def samples_of(value: Any, chosen: Sequence[int], b: int) -> tuple[Any, bool]:
+    """Return a batch with the chosen samples of every tensor, array or list of ``b`` entries, and whether any is."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        cut = value.ndim > 0 and len(value) == b
+        return (value[list(chosen)] if cut else value), cut
+    if isinstance(value, Mapping):
+        parts = {key: samples_of(each, chosen, b) for key, each in value.items()}
+        kept: Any = {key: each for key, (each, _) in parts.items()}
+        return (kept if type(value) is dict else type(value)(kept)), any(cut for _, cut in parts.values())  # type: ignore[call-arg]
+    if isinstance(value, (tuple, list)):
+        items = [samples_of(item, chosen, b) for item in value]
+        if any(cut for _, cut in items):
+            make = type(value)._make if hasattr(value, "_make") else type(value)
+            return make([item for item, _ in items]), True
+        if len(value) == b and not hasattr(value, "_make"):
+            return type(value)(value[sample] for sample in chosen), True
+    return value, False
+
+
 BLOCK_BYTES = 128 * 2**20  # of a block's float32 rows: the host memory that keeping the caller's order costs
 LARGEST_BLOCK = 2**30  # bytes up to which a block has at least 64 rows, to be sorted by length
 _BLOCK_ROWS = 4096
-Numbers = npt.NDArray[np.int64]
 
 
 class _Subset:
@@ -311,9 +346,10 @@ class RowMetadata:
         """Return the stored dtype of each array, from all its values if they are known, otherwise from the batch's."""
         dtypes = {}
         for name, source in self.sources.items():
-            complete = isinstance(source, (list, tuple, np.ndarray, Tensor))
+            values = source.complete if isinstance(source, _ChosenValues) else source
+            complete = isinstance(values, (list, tuple, np.ndarray, Tensor))
             try:
-                dtypes[name] = _dtype(_plain(source) if complete else of_batch[name])
+                dtypes[name] = _dtype(_plain(values) if complete else of_batch[name])
             except InputError as error:
                 raise InputError(f"{error} (in {name})") from error
         if dtypes.get("example_id", "str") not in ("str", "int64"):
@@ -353,3 +389,150 @@ def _take(source: RowSource, name: str, batch: Any, first: int, count: int) -> l
     if len(values) != count:
         raise InputError(f"expected {count} values of {name} for rows {first}-{first + count}; received {len(values)}")
     return values
+
+
+@dataclass(frozen=True)
+class RowChoice:
+    """Which samples of the data become rows, and how often.
+
+    With m samples chosen, row d · m + j is draw d of the j-th of them. Its id is the sample's; of later draws than the
+    first with ``/draw1``, ``/draw2`` and so on behind it.
+
+    Attributes
+    ----------
+    sample : int, optional
+        How many samples, spread evenly; by default all.
+    draws : int
+        Rows of each.
+    """
+
+    sample: int | None = None
+    draws: int = 1
+
+    def __post_init__(self) -> None:
+        for name, value in (("sample", self.sample), ("draws", self.draws)):
+            if value is not None and (type(value) is not int or value < 1):
+                raise InputError(f"expected {name} >= 1; received {value!r}")
+
+    def count(self, samples: int | None) -> int | None:
+        """Return the number of rows made of some samples; None where their number is not known."""
+        return None if samples is None else self.draws * min(samples, self.sample or samples)
+
+    def batches(self, batches: Batches | BudgetBatches, samples: int | None) -> Batches | BudgetBatches:
+        """Return the batches of the chosen samples.
+
+        Raises
+        ------
+        InputError
+            If they cannot be had: of batches that can be read once only, whose number of samples is not known, or that
+            cannot be cut.
+        """
+        if self == RowChoice():
+            return batches
+        if isinstance(batches, BudgetBatches):
+            return batches.part(self._numbers(len(batches)))
+        if isinstance(batches, Iterator):
+            raise InputError(
+                "expected batches that can be read again, for sample= or draws=; received an iterator: give a list, a "
+                "DataLoader or BudgetBatches"
+            )
+        if self.sample is None:
+            return _ChosenBatches(batches, None, self.draws)
+        if samples is None:
+            raise InputError(
+                "expected data whose number of samples is known, for sample=; received a stream: give a list, a "
+                "DataLoader or BudgetBatches"
+            )
+        return _ChosenBatches(batches, even_numbers(samples, self.sample), self.draws)
+
+    def metadata(self, metadata: RowMetadata, samples: int | None) -> RowMetadata:
+        """Return the ids and columns of the chosen samples.
+
+        Raises
+        ------
+        InputError
+            For several draws with a function that returns ids, which are then the same for all of them.
+        """
+        if self == RowChoice():
+            return metadata
+        if self.draws > 1 and callable(metadata.sources.get("example_id")):
+            raise InputError(
+                f"expected ids as a sequence with draws={self.draws}, since those of further draws differ; received a "
+                "function of the batch"
+            )
+        chosen: dict[str, RowSource] = {}
+        for name, source in metadata.sources.items():
+            draws = self.draws if name == "example_id" else 1
+            numbers = None if callable(source) else self._numbers(samples or len(source))
+            chosen[name] = source if numbers is None else _ChosenValues(source, numbers, draws)
+        return RowMetadata(chosen)
+
+    def id_type(self, kind: str | None) -> str | None:
+        """Return the type of the rows' ids, by that of the samples'."""
+        return "str" if kind is not None and self.draws > 1 else kind
+
+    def _numbers(self, samples: int) -> Numbers:
+        chosen = np.arange(samples) if self.sample is None else even_numbers(samples, self.sample)
+        return np.tile(chosen, self.draws)
+
+
+class _ChosenBatches:
+    """Batches of some samples, all of them where ``numbers`` is None, to be read several times over."""
+
+    def __init__(self, batches: Batches, numbers: Numbers | None, draws: int) -> None:
+        self._batches, self._numbers, self._draws = batches, numbers, draws
+
+    def __iter__(self) -> Iterator[Any]:
+        for _ in range(self._draws):
+            source: Iterable[Any] = self._batches(0) if callable(self._batches) else self._batches
+            if self._numbers is None:
+                yield from source
+            else:
+                yield from load_samples(source, self._numbers) or self._cut(source, self._numbers)
+
+    @staticmethod
+    def _cut(source: Iterable[Any], numbers: Numbers) -> Iterator[Any]:
+        first = 0
+        for batch in source:
+            size = batch_size(batch)
+            if size is None:
+                raise InputError("expected batches of tensors, which tell their size, for sample=; received others")
+            low, high = np.searchsorted(numbers, (first, first + size))
+            chosen = (numbers[low:high] - first).tolist()
+            first += size
+            if len(chosen) == size:
+                yield batch
+            elif chosen:
+                part, cut = samples_of(batch, chosen, size)
+                if not cut:
+                    raise InputError(
+                        f"expected batches that can be cut, for sample=; received {type(batch).__name__}: give "
+                        "tensors, or tuples or mappings of them, or BudgetBatches"
+                    )
+                yield part
+
+
+class _ChosenValues(Sequence[Any]):
+    """The values of some samples; of ``draws`` draws, with the number of a further draw behind each, as text."""
+
+    def __init__(self, values: Any, numbers: Numbers, draws: int = 1) -> None:
+        self.values, self._numbers, self._draws = values, numbers, draws
+
+    @property
+    def complete(self) -> Any:
+        """What their type can be told from, where all of it is in memory."""
+        return self[: len(self) // self._draws] if self._draws > 1 else self.values
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, key: Any) -> Any:
+        if not isinstance(key, slice):
+            return self[key : key + 1][0]
+        numbers = self._numbers[key]
+        runs = np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1) if len(numbers) else []
+        values = [value for run in runs for value in _listed(self.values[int(run[0]) : int(run[-1]) + 1])]
+        if self._draws == 1:
+            return values
+        draws = (np.arange(len(self))[key] // (len(self) // self._draws)).tolist()
+        return [f"{value}/draw{draw}" if draw else str(value) for value, draw in zip(values, draws, strict=True)]

@@ -22,6 +22,7 @@ from ooc_influence.extract.data import (
     Batches,
     Batching,
     BudgetBatches,
+    RowChoice,
     RowMetadata,
     RowSource,
     Shard,
@@ -117,17 +118,22 @@ def extract_gradients(
     """
     batching = batching or Batching()
     device = parse_device(model, options["device"])
-    setup = ModelSetup(model, per_sample_loss, device, options["progress"], options["check_gradients"])
     settings = Settings.of(options)
+    setup = ModelSetup(
+        model, per_sample_loss, device, options["progress"], options["check_gradients"], settings.seed_of_labels
+    )
     writer = Shard.parse(options["shard"])
     warn_if_training(model)
     total = len(batches) if isinstance(batches, BudgetBatches) else count_rows(batches)
     metadata = RowMetadata.of(ids, columns)
     metadata.check_length(total)
     metadata.check_ids()
+    source = batches if options["pilot"] is None else options["pilot"]
+    choice = RowChoice(settings.sample, settings.draws)
+    batches, metadata = choice.batches(batches, total), choice.metadata(metadata, total)
+    total = choice.count(total)
 
     def attempt(settings: Settings) -> None:
-        source = batches if options["pilot"] is None else options["pilot"]
         plan = plan_store(model, settings, store, None if writer else Pilot(setup, source, options["memory"]))
         sink = Sink(store, plan, metadata, batching, writer, total, options["on_nonfinite"])
         try:
@@ -204,7 +210,8 @@ def init_store(
     pilot_run, check_gradients = None, options["check_gradients"]
     if per_sample_loss is not None and options["pilot"] is not None:
         device = parse_device(model, options["device"])
-        setup = ModelSetup(model, per_sample_loss, device, options["progress"], check_gradients)
+        seed = settings.seed_of_labels
+        setup = ModelSetup(model, per_sample_loss, device, options["progress"], check_gradients, seed)
         pilot_run = Pilot(setup, options["pilot"], options["memory"])
 
     def attempt(settings: Settings) -> StorePlan:
@@ -231,9 +238,9 @@ def init_store(
 
 
 def row_types(
-    batches: Batches, ids: RowSource | None, columns: Mapping[str, RowSource] | None
+    batches: Batches, ids: RowSource | None, columns: Mapping[str, RowSource] | None, choice: RowChoice
 ) -> tuple[int | None, str | None, dict[str, str]]:
-    """Return the number of samples, if it is known, and the types of their ids and columns.
+    """Return the number of rows made of a choice of samples, if it is known, and the types of their ids and columns.
 
     If these are functions of a batch, the first batch is read.
     """
@@ -246,7 +253,7 @@ def row_types(
             raise InputError("expected a first batch that tells its size; received none: give ids and columns as lists")
         of_batch = metadata.take(batch, 0, size)
     types = {name.removeprefix("columns/"): kind for name, kind in metadata.dtypes(of_batch).items()}
-    return count_rows(batches), types.pop("example_id", None), types
+    return choice.count(count_rows(batches)), choice.id_type(types.pop("example_id", None)), types
 
 
 T = TypeVar("T")
@@ -305,6 +312,10 @@ class Settings:
     check_model: bool = True
     metric: AdamMetric | None = None
     origin: Mapping[str, Any] | None = None
+    labels: str = "dataset"
+    label_seed: int = 0
+    draws: int = 1
+    sample: int | None = None
     adjusted: Adjustments = field(default_factory=Adjustments)
 
     @classmethod
@@ -312,6 +323,29 @@ class Settings:
         """Return the settings among a call's options."""
         asked: Mapping[str, Any] = options
         return cls(**{each.name: asked[each.name] for each in fields(cls) if each.name in asked})
+
+    def __post_init__(self) -> None:
+        if self.labels not in ("dataset", "sampled"):
+            raise InputError(f"expected labels 'dataset' or 'sampled'; received {self.labels!r}")
+        if self.labels == "dataset" and self.draws != 1:
+            raise InputError(
+                f"expected draws=1 with the data set's labels; received {self.draws!r}: use labels='sampled' "
+                "(--labels sampled)"
+            )
+        if isinstance(self.label_seed, bool) or not isinstance(self.label_seed, int):
+            raise InputError(f"expected label_seed as a whole number; received {self.label_seed!r}")
+
+    @property
+    def seed_of_labels(self) -> int | None:
+        """The seed of sampled labels; None for the data set's."""
+        return self.label_seed if self.labels == "sampled" else None
+
+    @property
+    def labels_record(self) -> dict[str, Any]:
+        """What a store records of its labels."""
+        if self.labels == "dataset":
+            return {"kind": "dataset"}
+        return {"kind": "sampled", "seed": self.label_seed, "draws": self.draws}
 
 
 def plan_store(model: torch.nn.Module, settings: Settings, path: PathLike, pilot: Pilot | None) -> StorePlan:
@@ -329,6 +363,8 @@ def plan_store(model: torch.nn.Module, settings: Settings, path: PathLike, pilot
         "model": {"fingerprint": fingerprint, "class": type(model).__name__},
         "loss_kind": kind,
         "origin": _parse_origin(settings.origin),
+        "labels": settings.labels_record,
+        "sample": settings.sample,
     }
     if settings.like is not None:
         return _plan_like(model, settings, representation, path, attributes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from ooc_influence.extract.data import (
     to_device,
 )
 from ooc_influence.extract.gather import MaskGatherer, make_reducer
+from ooc_influence.extract.losses import active_draws, rows_of_batch, sampled_labels
 from ooc_influence.extract.sink import Computed, Sink, StorePlan
 from ooc_influence.extract.taps import PerSampleLoss, Taps, out_of_memory, tapped
 from ooc_influence.memory import BLOCK_BYTES, available, format_bytes
@@ -41,6 +43,7 @@ class ModelSetup:
     device: torch.device
     progress: bool | None = None
     check: bool = True  # whether gathered entries are compared with autograd
+    label_seed: int | None = None  # of labels sampled from the model; None for the data set's
 
 
 class RowGatherer:
@@ -108,13 +111,17 @@ class DataPass:
     def __init__(self, sink: Sink, taps: Taps, gatherer: RowGatherer, setup: ModelSetup, bar: Progress) -> None:
         self._sink, self._taps, self._gatherer, self._bar = sink, taps, gatherer, bar
         self._loss, self._device = setup.per_sample_loss, setup.device
-        self._tokens, self._began = 0, time.perf_counter()
+        self._tokens, self._began, self._labels_seen = 0, time.perf_counter(), False
 
     def _compute(self, batch: Any) -> tuple[int, PendingTransfer]:
         """Run the model on a batch on the device; return its number of samples and the pending results."""
         losses, rows, norms = self._gatherer(self._taps, self._loss, batch)
         if self._taps.silent:
             self._warn_silent()
+        draws = active_draws()
+        if draws is not None and not self._labels_seen:
+            self._sink.labels_drawn(draws.used)
+            self._labels_seen = True
         facts = self._taps.verification()
         if facts is not None:
             self._sink.verified(facts)
@@ -165,7 +172,8 @@ class BatchPass(DataPass):
             if sink.stop is not None and row >= sink.stop:
                 break
             try:
-                count = self._one(batch, row)
+                with rows_of_batch(row):
+                    count = self._one(batch, row)
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
@@ -238,7 +246,8 @@ class BudgetPass(DataPass):
         if sink.store is None or not len(finished):
             return
         batch = to_device(source.load(finished), self._device)
-        losses = self._taps.losses(self._loss, batch).float().cpu().numpy()
+        with rows_of_batch(first_row + finished):
+            losses = self._taps.losses(self._loss, batch).float().cpu().numpy()
         sink.check_same_data(None, first_row + int(finished[0]), losses)
 
     def _block(self, source: BudgetBatches, k: int, first: int, last: int, first_row: int) -> None:
@@ -255,7 +264,8 @@ class BudgetPass(DataPass):
             if source.halved and source.padded(part)[1] > (source.tokens or np.inf) and len(part) > 1:
                 todo = source.cut(part) + todo
                 continue
-            computed = self._compute_or_none(source.load(part))
+            with rows_of_batch(first_row + part):
+                computed = self._compute_or_none(source.load(part))
             if computed is None:
                 if self._device.type == "cuda":
                     torch.cuda.empty_cache()
@@ -304,6 +314,7 @@ def fill(
 ) -> None:  # fmt: skip
     """Run the model over the batches whose rows are missing; ``total``: their samples, if that is known."""
     with (
+        nullcontext() if setup.label_seed is None else sampled_labels(setup.label_seed),
         tapped(
             setup.model,
             [module.layer for module in plan.mask.modules],

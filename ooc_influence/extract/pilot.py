@@ -18,7 +18,17 @@ import torch
 
 from ooc_influence.compress import Compressor, PilotMoments, fit_eigenbasis
 from ooc_influence.errors import InputError, MismatchError, NonFiniteError, StoreNotFoundError
-from ooc_influence.extract.data import Batches, Batching, BudgetBatches, RowMetadata, batch_size, count_rows, to_device
+from ooc_influence.extract.data import (
+    Batches,
+    Batching,
+    BudgetBatches,
+    RowMetadata,
+    batch_size,
+    count_rows,
+    even_numbers,
+    load_samples,
+    to_device,
+)
 from ooc_influence.extract.factors import (
     FactorSums,
     KroneckerFactors,
@@ -189,7 +199,7 @@ class Pilot:
 def part_of(batches: Batches | BudgetBatches, samples: int) -> Batches | BudgetBatches:
     """Return the batches of :func:`take_evenly`, to be read as often as needed and never held all at once."""
     if isinstance(batches, BudgetBatches):
-        return batches.part(np.array(_even(len(batches), samples), np.int64))
+        return batches.part(even_numbers(len(batches), samples))
     return _Taken(batches, samples)
 
 
@@ -220,22 +230,17 @@ def _spread(batches: Batches | BudgetBatches, samples: int) -> Iterable[Any]:
     if isinstance(batches, (list, tuple)) and batches:
         sizes = [batch_size(batch) or 1 for batch in batches]
         count = max(1, -(-samples // max(sizes)))
-        while count < len(batches) and sum(sizes[index] for index in _even(len(batches), count)) < samples:
+        while count < len(batches) and sum(sizes[index] for index in even_numbers(len(batches), count)) < samples:
             count += 1  # the last batch, which is always among them, may be short
-        return [batches[index] for index in _even(len(batches), count)]
+        return [batches[index] for index in even_numbers(len(batches), count)]
     if isinstance(batches, BudgetBatches):
-        numbers = np.array(_even(len(batches), samples), np.int64)
+        numbers = even_numbers(len(batches), samples)
         return (batches.load(part) for part in (batches.cut(numbers) if len(numbers) else []))
-    data = torch.utils.data
-    if isinstance(batches, data.DataLoader) and batches.batch_size and hasattr(batches.dataset, "__getitem__"):
-        size, collate, dataset = batches.batch_size, batches.collate_fn, batches.dataset
-        chosen = _even(len(dataset), samples)  # type: ignore[arg-type]
-        return (collate([dataset[index] for index in chosen[low : low + size]]) for low in range(0, len(chosen), size))
+    if isinstance(batches, torch.utils.data.DataLoader) and hasattr(batches.dataset, "__len__"):
+        loaded = load_samples(batches, even_numbers(len(batches.dataset), samples))
+        if loaded is not None:
+            return loaded
     return batches(0) if callable(batches) else batches
-
-
-def _even(count: int, wanted: int) -> list[int]:
-    return sorted({round(index) for index in np.linspace(0, count - 1, min(count, wanted)).tolist()})
 
 
 class PilotSums(Protocol):

@@ -27,7 +27,7 @@ from typing import Any
 from torch import nn
 
 from ooc_influence.errors import ClusterError, InputError, OocInfluenceError, StoreBusyError, StoreNotFoundError
-from ooc_influence.extract.data import Batches, RowSource
+from ooc_influence.extract.data import Batches, RowChoice, RowSource
 from ooc_influence.extract.extraction import extract_gradients, init_store, row_types
 from ooc_influence.extract.metric import AdamMetric
 from ooc_influence.parallel import ambient_client, check_workers
@@ -192,7 +192,7 @@ _PATIENCE = 180.0  # seconds to wait for a dead writer's claim to expire
 _POLL = 2.0  # seconds between queries of the shards' progress
 _INIT_OPTIONS = (
     "compressor", "like", "modules", "fallback", "dtype", "storage", "check_model", "check_gradients", "metric",
-    "device", "memory", "origin",
+    "device", "memory", "origin", "labels", "label_seed", "draws", "sample",
 )  # fmt: skip
 _busy = threading.Lock()
 
@@ -227,8 +227,8 @@ def extract_shards(
         Show a progress line; silent by default.
     **options
         ``compressor``, ``like``, ``modules``, ``fallback``, ``dtype``, ``device``, ``storage``, ``metric`` (a path),
-        ``memory``, ``on_nonfinite``, ``batching``, ``origin``, ``check_model`` and ``check_gradients`` of
-        :func:`extract_gradients`.
+        ``memory``, ``on_nonfinite``, ``batching``, ``origin``, ``labels``, ``label_seed``, ``draws``, ``sample``,
+        ``check_model`` and ``check_gradients`` of :func:`extract_gradients`.
 
     Returns
     -------
@@ -270,7 +270,8 @@ def loaded(options: Mapping[str, Any]) -> dict[str, Any]:
 def _init_recipe(name: str, split: str | None, store: StorePath, rows: int | None, options: dict[str, Any]) -> None:
     recipe = load_recipe(name)
     data = choose_split(recipe, split)
-    count, ids, columns = row_types(data.batches, data.ids, data.columns)
+    choice = RowChoice(options.get("sample"), options.get("draws", 1))
+    count, ids, columns = row_types(data.batches, data.ids, data.columns, choice)
     rows = count if rows is None else rows
     if rows is None:
         raise InputError(

@@ -24,6 +24,7 @@ from ooc_influence.extract.data import batch_size
 from ooc_influence.extract.entries import Call, float_leaves
 from ooc_influence.extract.entries.embedding import EmbeddingEntries
 from ooc_influence.extract.layers import Use, find_uses
+from ooc_influence.extract.losses import run_loss
 from ooc_influence.extract.selection import Trained
 from ooc_influence.extract.separation import Probe, RawReceiver, Separation, UnseparatedError
 from ooc_influence.process import FUSED_ATTENTION
@@ -161,7 +162,7 @@ class Taps:
     def losses(self, per_sample_loss: PerSampleLoss, batch: Any) -> Tensor:
         """Return the losses (b,) of a batch on the device, without gradients."""
         with torch.inference_mode(False), torch.no_grad():
-            return _check_losses(per_sample_loss(self._model, batch))
+            return _checked_losses(per_sample_loss, self._model, batch)
 
     def run(
         self, per_sample_loss: PerSampleLoss, batch: Any, receiver: Callable[[int], Receiver],
@@ -209,12 +210,12 @@ class Taps:
         for _ in range(2):
             self._separation.begin()
             try:
-                losses = _check_losses(per_sample_loss(self._model, batch))
+                losses = _checked_losses(per_sample_loss, self._model, batch)
             except Exception as error:  # of the user's code, which may expect a single copy of positions
                 if out_of_memory(error) or not self._separation.give_up_spreading():
                     raise
                 self._separation.begin()
-                losses = _check_losses(per_sample_loss(self._model, batch))
+                losses = _checked_losses(per_sample_loss, self._model, batch)
             wrong = self._embeds and len(losses) != self._size
             self._size = len(losses)
             if not wrong:
@@ -245,7 +246,7 @@ class Taps:
             return True
         with self._pausing(), _without_caches(self._model):
             same = differentiate_samples(
-                self.check, lambda part: _check_losses(per_sample_loss(self._model, part)), batch, losses, state,
+                self.check, lambda part: _checked_losses(per_sample_loss, self._model, part), batch, losses, state,
                 alone=alone, layers=self._to_check(b, folds),
             )  # fmt: skip
         if not same and self._separation.give_up_spreading():
@@ -358,7 +359,8 @@ def _without_caches(model: nn.Module) -> Iterator[None]:
         drop_caches()
 
 
-def _check_losses(losses: Any) -> Tensor:
+def _checked_losses(per_sample_loss: PerSampleLoss, model: nn.Module, batch: Any) -> Tensor:
+    losses = run_loss(per_sample_loss, model, batch)
     if not isinstance(losses, Tensor) or losses.dim() != 1 or not losses.is_floating_point():
         received = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
         raise InputError(

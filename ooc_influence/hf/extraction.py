@@ -16,7 +16,9 @@ from ooc_influence.corpus import local_path
 from ooc_influence.errors import InputError, StoreNotFoundError, counted
 from ooc_influence.extract import (
     BudgetBatches,
+    RowChoice,
     by_path,
+    even_numbers,
     extract_gradients,
     init_store,
     loaded,
@@ -112,7 +114,7 @@ def _make_job(loaded: Loaded, data: Any, fields: Fields, options: JobOptions) ->
     source = open_documents(data, options["split"])
     numbers = None
     if documents is not None and documents < len(source):
-        numbers = np.unique(np.linspace(0, len(source) - 1, documents).round().astype(np.int64))
+        numbers = even_numbers(len(source), documents)
     limit = longest_row(loaded.model, alone=batch_size == 1)
     if max_length is not None and limit is not None and max_length > limit:
         alone = longest_row(loaded.model, alone=True) or limit
@@ -211,6 +213,11 @@ def extract(
     """
     if options["output"] == "curvature" and options["like"] is None:
         raise InputError("expected like=, a train store, for output='curvature'; received none: it fixes the mask")
+    if options["output"] == "curvature" and options["labels"] == "sampled":
+        raise InputError(
+            "expected either output='curvature' or labels='sampled' (--output curvature, --labels sampled); received "
+            "both: random signs already stand for the labels' distribution"
+        )
     job = prepare(model, data, **select(JobOptions, options))
     settings = select(ExtractionOptions, options)
     if settings["compressor"] is None and settings["like"] is None:
@@ -221,8 +228,9 @@ def extract(
     ids, columns = job.samples.ids(), _columns(job.samples, store)
     if rows_only:
         kinds = {name: column_dtype(values[:64]) for name, values in columns.items()}
+        rows = RowChoice(options["sample"], options["draws"]).count(len(job.samples))
         return init_store(
-            job.model, store, len(job.samples), ids="str", columns=kinds, per_sample_loss=job.per_sample_loss,
+            job.model, store, rows or 0, ids="str", columns=kinds, per_sample_loss=job.per_sample_loss,
             pilot=job.batches, **settings, **record,
         )  # fmt: skip
     parse_device(job.model, settings["device"])

@@ -8,10 +8,9 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - the community's name
 from torch import Tensor
 
-from ooc_influence.extract import cross_entropy
+from ooc_influence.extract import binary_cross_entropy, cross_entropy
 from ooc_influence.hf.labels import LabelLoss
 from ooc_influence.hf.padding import IGNORED, PAD, padding_token
 
@@ -21,7 +20,7 @@ def _token_losses(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
     targets = batch["labels"][:, 1:]
     sample, position = torch.nonzero(targets != IGNORED, as_tuple=True)
-    return cross_entropy(logits[sample, position], targets[sample, position]), sample
+    return cross_entropy(logits[sample, position], targets[sample, position], sample=sample), sample
 
 
 class CausalLoss:
@@ -101,5 +100,5 @@ class ClassificationLoss:
             return cross_entropy(logits, labels)
         wanted = labels.to(logits.dtype).reshape(logits.shape)
         if self._kind == "binary_cross_entropy":
-            return F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean(1)
+            return binary_cross_entropy(logits, wanted)
         return (logits - wanted).square().mean(1)

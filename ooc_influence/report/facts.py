@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from ooc_influence.corpus import open_records
 from ooc_influence.curvature import Curvature, resolved
-from ooc_influence.errors import InputError, MismatchError, OocInfluenceError
+from ooc_influence.errors import InputError, MismatchError, OocInfluenceError, counted
 from ooc_influence.memory import format_bytes
 from ooc_influence.store import GradientStore, claimed_rows, missing_spans, names, read_claims, tree_bytes
 
@@ -29,6 +29,10 @@ def describe(store: GradientStore) -> str:
     if "measured" in store.attrs:
         measured = store.attrs["measured"]
         lines.append(f"and {measured['left_out']:.2%} of that of the {measured['rows']} rows written")
+    labels = store.attrs.get("labels") or {}
+    if labels.get("kind") == "sampled":
+        draws = counted(labels["draws"], "draw of each sample", "draws of each sample")
+        lines.append(f"labels sampled from the model, {draws}, seed {labels['seed']}")
     verification = verification_facts(store)
     if verification is None:
         return "\n".join(lines)
@@ -88,6 +92,8 @@ def store_facts(store: GradientStore) -> dict[str, Any]:
         "rows_digest": store.rows_digest(),
         "model": attrs.get("model"),
         "loss_kind": attrs.get("loss_kind"),
+        "labels": attrs.get("labels"),
+        "sample": attrs.get("sample"),
         "ids": layout.ids,
         "columns": layout.columns,
         "made_from": attrs.get("made_from"),

@@ -101,6 +101,7 @@ def _check_alike(first: GradientStore, other: GradientStore) -> None:
         layout, scale = store.layout, store.column_scale
         return store.fingerprints | {
             "loss_kind": store.attrs.get("loss_kind"),
+            "labels": (store.attrs.get("labels") or {}).get("kind", "dataset"),
             "dtype": layout.dtype,
             "block": layout.block,
             "column_scale": None if scale is None else array_digest(scale),
