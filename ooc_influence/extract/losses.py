@@ -8,7 +8,7 @@ Inside :func:`sampled_labels` these losses replace the labels they are given by 
 estimate the true Fisher matrix instead of the empirical one (Martens 2020, arXiv 1412.1193, section 5). A draw inverts
 the cumulative probabilities at one uniform number, a hash of the seed, the store's row and the number of the target
 within the sample. It is therefore the same in any batch, order, shard or resumed run, except where that number is
-within the logits' rounding of the boundary between two classes: about one token in a million in float32.
+within the logits' rounding of the boundary between two classes: hardly ever in float32, for some tokens in bfloat16.
 """
 
 from __future__ import annotations
