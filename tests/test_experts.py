@@ -119,7 +119,7 @@ def test_importance_sampling_looks_at_experts(tmp_path):
     sums = MomentSums(layers)
     with tapped(model, layers, torch.device("cpu"), probe=True) as taps:
         taps.run(loss, {"ids": ids}, sums.receiver)
-    sums.samples = len(ids)
+    assert sums.finish_batch(len(ids))
     whole = extract(tmp_path / "whole.zarr", model, ids, sizes=(24,), modules="*.mlp.*",
                     compressor=Dropout(k=sum(layer.entries for layer in layers)))  # fmt: skip
     measured, first = np.square(whole.rows()).mean(0), 0

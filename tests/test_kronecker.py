@@ -160,6 +160,24 @@ def test_a_killed_run_resumes_in_its_basis(tmp_path):
     np.testing.assert_array_equal(resumed.rows(), whole.rows())
 
 
+def test_factors_of_sampled_labels(tmp_path):
+    """Labels drawn by the model make another basis, the same one each time; a loss that draws none is refused."""
+    basis = KroneckerBasis(samples=16, labels="sampled", seed=3)
+    one, two = (extracted(Mlp, tmp_path / f"{n}.zarr", Dropout(k=60, basis=basis)) for n in range(2))
+    assert one.mask_digest == two.mask_digest
+    for n, other in enumerate((KroneckerBasis(samples=16, labels="sampled"), KroneckerBasis(samples=16))):
+        assert extracted(Mlp, tmp_path / f"o{n}.zarr", Dropout(k=60, basis=other)).mask_digest != one.mask_digest
+    x, y = data(Mlp, 24)
+
+    def plain(model, batch):
+        return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    with pytest.raises(InputError, match="a loss that draws labels"):
+        extract_gradients(
+            make(Mlp), plain, batches(x, y, 8), tmp_path / "p.zarr", compressor=Dropout(k=60, basis=basis)
+        )
+
+
 LAYERS = [LayerShape("a", "linear", (9, 7), True), LayerShape("b", "linear", (5, 12), False)]
 MOMENTS = [
     PilotMoments(number, 2.0 ** -np.arange(shape[0]), 3.0 ** -np.arange(shape[1]))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -40,6 +41,7 @@ from ooc_influence.extract.factors import (
 )
 from ooc_influence.extract.gather import MaskGatherer
 from ooc_influence.extract.layers import Use, find_uses
+from ooc_influence.extract.losses import rows_of_batch, sampled_labels
 from ooc_influence.extract.metric import AdamMetric
 from ooc_influence.extract.passes import ModelSetup, fill
 from ooc_influence.extract.sink import Sink, StorePlan
@@ -89,7 +91,7 @@ class Pilot:
         plan = replace(plan, attributes=plan.attributes | {"compressor": wide.to_dict()})
         earlier = self._earlier(path, wide, layers, metric)
         if earlier is None:
-            plan = replace(plan, mask=self._draw(wide, layers)).weighted_by(metric, self.setup.model)
+            plan = replace(plan, mask=self.draw(wide, layers)).weighted_by(metric, self.setup.model)
         else:
             facts = earlier.attrs.get("metric")
             plan = replace(plan, mask=earlier.mask, attributes=plan.attributes | {"metric": facts})
@@ -132,14 +134,22 @@ class Pilot:
         """Return how many samples there are, if that is known without reading them."""
         return len(self.batches) if isinstance(self.batches, BudgetBatches) else count_rows(self.batches)
 
-    def _draw(self, compressor: Compressor, layers: Sequence[LayerShape]) -> Mask:
+    def draw(self, compressor: Compressor, layers: Sequence[LayerShape]) -> Mask:
         """Draw the mask from what a pilot learns; in a Kronecker basis, with the eigenvectors and Λ of what is kept."""
         samples, basis = compressor.pilot_samples, compressor.kronecker
         if basis is None:
             return compressor.draw(layers, self.moments(layers, samples) if samples else ())
-        factors = self.factors(layers, samples)
-        mask = factors.apply(compressor.draw(layers, factors.moments), basis.damping)
-        return self.measure(mask, samples) if basis.moments == "measured" else mask
+        with nullcontext() if basis.labels == "dataset" else sampled_labels(basis.seed) as draws:
+            factors = self.factors(layers, samples)
+            mask = factors.apply(compressor.draw(layers, factors.moments), basis.damping)
+            mask = self.measure(mask, samples) if basis.moments == "measured" else mask
+        if draws is not None and not draws.used:
+            raise InputError(
+                "expected a loss that draws labels, for a basis with labels='sampled'; received one that has the data "
+                "set's only: compute it by ooc_influence.cross_entropy, token_cross_entropy or a loss of "
+                "ooc_influence.hf, or use labels='dataset'"
+            )
+        return mask
 
     def moments(self, layers: Sequence[LayerShape], samples: int) -> list[PilotMoments]:
         """Return second moments of every layer's rows and columns over ``samples`` samples."""
@@ -173,8 +183,11 @@ class Pilot:
             tapped(self.setup.model, layers, self.setup.device, probe=True, check=check) as taps,
             Progress(label, samples, self.setup.progress) as bar,
         ):
+            seen = 0
             for batch in take_evenly(self.batches, samples):
-                losses = taps.run(self.setup.per_sample_loss, to_device(batch, self.setup.device), sums.receiver)
+                with rows_of_batch(seen):
+                    losses = taps.run(self.setup.per_sample_loss, to_device(batch, self.setup.device), sums.receiver)
+                seen += len(losses)
                 if not sums.finish_batch(len(losses)):
                     skipped += len(losses)
                 bar.advance(len(losses))

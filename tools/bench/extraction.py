@@ -33,8 +33,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 import ooc_influence as ooc
-from ooc_influence.extract.passes import RowGatherer
-from ooc_influence.extract.pilot import MomentSums
+from ooc_influence.extract.passes import ModelSetup, RowGatherer
+from ooc_influence.extract.pilot import Pilot
 from ooc_influence.extract.selection import select_layers
 from ooc_influence.extract.taps import tapped
 
@@ -146,18 +146,24 @@ def clock(function: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
+def compressor(sampling: str, k: int) -> ooc.Dropout:
+    """Return dropout by a sampling's name, where ``kronecker`` is a grid in the Kronecker basis."""
+    basis, _, shape = sampling.partition("-")
+    if basis == "kronecker":
+        return ooc.Dropout(k=k, sampling=shape or "grid", basis="kronecker")
+    return ooc.Dropout(k=k, sampling=sampling)
+
+
 def measure(name: str, sizes: list[int], samplings: list[str], rounds: int) -> dict[str, Any]:
     """Return ratios for one model, by sampling and k."""
     model, loss, batch = make(name)
     model.eval()
     device = batch[0].device
     layers, share, _ = select_layers(model, None)
-    sums = MomentSums(layers)
-    with tapped(model, layers, device) as taps:
-        sums.samples = len(taps.run(loss, batch, lambda b: sums.add))
+    pilot = Pilot(ModelSetup(model, loss, device, check=False), [batch])
     p = sum(layer.entries for layer in layers)
     masks = {
-        f"{sampling}_{k}": ooc.Dropout(k=k, sampling=sampling).draw(layers, sums.result())
+        f"{sampling}_{k}": pilot.draw(compressor(sampling, k), layers)
         for sampling in samplings for k in sizes if k < p
     }  # fmt: skip
     gathers = {key: RowGatherer(mask, device) for key, mask in masks.items()}
@@ -222,7 +228,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--k", default="16384,65536")
-    parser.add_argument("--samplings", default="uniform,importance,grid")
+    parser.add_argument("--samplings", default="uniform,importance,grid,kronecker")
     gpu = ",pythia-1.4b,pythia-6.9b" if torch.cuda.is_available() else ""
     parser.add_argument("--models", default=f"decoder,cnn,encoder{gpu}")
     parser.add_argument("--headlines", metavar="FILE")
