@@ -25,6 +25,7 @@ from ooc_influence.errors import InputError, MemoryBudgetError, counted
 from ooc_influence.extract.entries import BiasEntries, wide
 from ooc_influence.extract.layers import Use, find_uses
 from ooc_influence.extract.selection import ModuleSelection, select_layers
+from ooc_influence.linalg import symmetric_eigen
 from ooc_influence.memory import MemoryBudget, MemoryModel
 from ooc_influence.scratch import ArrayFile
 from ooc_influence.store import LayerShape, Mask, ModuleBasis, ModuleMask, PilotMoments
@@ -221,18 +222,20 @@ class FactorSums:
 
     def _solve(self, number: int, uses: list[_Factors], factors: KroneckerFactors) -> None:
         layer, sides = self._layers[number], self._sides[number]
-        bases: list[Tensor | None] = []
+        moments: list[list[Floats]] = []  # of rows and of columns, use by use
         for side, (size, full) in enumerate(zip(layer.shape, sides, strict=True)):
-            vectors = _eigenvectors([(use[side], use[1 - side]) for use in uses]) if full else None  # type: ignore[misc]
-            if vectors is not None:
+            of_uses = [(use.rows, use.cols)[side] for use in uses]
+            if full:
+                others = [(use.cols, use.rows)[side] for use in uses]
+                values, vectors = _eigenbasis(of_uses, others)
                 factors.keep(number, side, vectors, size)
-            bases.append(vectors)
-        for use in uses:
-            rows, cols = _moments(use.rows, bases[0]), _moments(use.cols, bases[1])
+            else:
+                values = [value.double().cpu().numpy() for value in of_uses]
+            moments.append(values)
+        for rows, cols, use in zip(*moments, uses, strict=True):
             if any(sides) or len(rows) == layer.shape[0]:  # else a weight shared in another form: its other uses count
-                factors.moments.append(
-                    PilotMoments(number, rows / self.samples, column_moments(layer, cols, use.tokens))
-                )
+                cols = column_moments(layer, cols, use.tokens)
+                factors.moments.append(PilotMoments(number, rows / self.samples, cols))
 
 
 def _second_moment(values: Tensor, *, full: bool) -> Tensor:
@@ -241,24 +244,28 @@ def _second_moment(values: Tensor, *, full: bool) -> Tensor:
     return values.t() @ values if full else values.square().sum(0, dtype=torch.float64)
 
 
-def _eigenvectors(moments: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Return eigenvectors (size, size), largest first, of second moments; of each use, given with its other side's.
+def _eigenbasis(moments: list[Tensor], others: list[Tensor]) -> tuple[list[Floats], Tensor]:
+    """Return the second moments of each use along eigenvectors, (size,), and these (size, size), largest first.
 
-    The uses of a tied weight share a basis: that of the sum of their moments, each times what it adds to Λ.
+    The uses of a tied weight share a basis: that of the sum of their moments, each times the trace of its other side,
+    which is what it adds to Λ.
     """
-    total: Tensor = moments[0][0]
-    if len(moments) > 1:
-        masses = [float(other.diagonal().sum() if other.dim() == 2 else other.sum()) for _, other in moments]
-        total = torch.stack([mass * moment for mass, (moment, _) in zip(masses, moments, strict=True)]).sum(0)
-    vectors: Tensor = torch.linalg.eigh(total).eigenvectors
-    return vectors.flip(1)
+    if len(moments) == 1:
+        values, vectors = _eigen(moments[0])
+        return [values], vectors
+    masses = [float(other.diagonal().sum() if other.dim() == 2 else other.sum()) for other in others]
+    vectors = _eigen(torch.stack([mass * moment for mass, moment in zip(masses, moments, strict=True)]).sum(0))[1]
+    along = [torch.einsum("ij,ij->j", vectors, moment @ vectors).clamp(min=0) for moment in moments]
+    return [value.cpu().numpy() for value in along], vectors
 
 
-def _moments(value: Tensor, basis: Tensor | None) -> Floats:
-    """Return second moments along the coordinates of a basis, (size,)."""
-    if basis is not None:
-        value = torch.einsum("ij,ij->j", basis, value @ basis).clamp(min=0)
-    return value.double().cpu().numpy()
+def _eigen(matrix: Tensor) -> tuple[Floats, Tensor]:
+    """Return eigenvalues and eigenvectors, largest first; on the host ``matrix`` is overwritten."""
+    if matrix.device.type == "cpu":
+        values, vectors = symmetric_eigen(matrix.numpy())
+        return values, torch.from_numpy(np.ascontiguousarray(vectors))
+    ascending = torch.linalg.eigh(matrix)
+    return ascending.eigenvalues.flip(0).clamp(min=0).cpu().numpy(), ascending.eigenvectors.flip(1)
 
 
 def column_moments(layer: LayerShape, cols: Floats, tokens: int) -> Floats:
