@@ -10,9 +10,17 @@ from numpy.testing import assert_allclose
 from oracle import per_sample_gradients
 from torch import nn
 
-from ooc_influence import Dropout, GradientStore, KroneckerBasis, extract_gradients
+from ooc_influence import (
+    Dropout,
+    GradientStore,
+    KroneckerBasis,
+    Storage,
+    extract_gradients,
+    influence_scores,
+    init_store,
+)
 from ooc_influence.compress.kronecker import WhitenedEnergy, draw_entries, draw_grids
-from ooc_influence.errors import InputError, MemoryBudgetError
+from ooc_influence.errors import InputError, MemoryBudgetError, MismatchError
 from ooc_influence.store import LayerShape, PilotMoments
 
 
@@ -158,6 +166,30 @@ def test_a_killed_run_resumes_in_its_basis(tmp_path):
     resumed = extract_gradients(make(Mlp), loss, part, tmp_path / "two.zarr", compressor=compressor, dtype="float32")
     assert resumed.mask_digest == whole.mask_digest
     np.testing.assert_array_equal(resumed.rows(), whole.rows())
+
+
+def test_shards_fill_a_store_in_the_basis(tmp_path):
+    compressor = Dropout(k=120, basis=KroneckerBasis(samples=16))
+    whole = extracted(Mlp, tmp_path / "whole.zarr", compressor)
+    x, y = data(Mlp, 24)
+    split, options = batches(x, y, 8), {"compressor": compressor, "dtype": "float32"}
+    init_store(make(Mlp), tmp_path / "two.zarr", 24, per_sample_loss=loss, pilot=split, **options,
+               storage=Storage(chunk_rows=4, group_chunks=1))  # fmt: skip
+    for shard in (1, 0):
+        extract_gradients(make(Mlp), loss, split, tmp_path / "two.zarr", shard=(shard, 2), **options,
+                          storage=Storage(chunk_rows=4, group_chunks=1))  # fmt: skip
+    two = GradientStore.open(tmp_path / "two.zarr")
+    assert two.mask_digest == whole.mask_digest
+    assert_allclose(two.rows(), whole.rows(), atol=1e-6 * np.abs(whole.rows()).max())
+
+
+def test_a_store_of_another_basis_is_refused(tmp_path):
+    one, two = (
+        extracted(Mlp, tmp_path / f"{n}.zarr", Dropout(k=120, basis=KroneckerBasis(samples=n))) for n in (8, 24)
+    )
+    with pytest.raises(MismatchError):
+        influence_scores(one, two, curvature=False)
+    assert np.isfinite(influence_scores(one, one, curvature=False)).all()
 
 
 def test_factors_of_sampled_labels(tmp_path):

@@ -7,6 +7,7 @@ tokens). Measured together for each mask:
     train     forward + backward with weight gradients
     floor     forward + backward with activation gradients only (no parameter requires a gradient)
     ours      what extract_gradients does a batch: forward, backward, gather; rows as float32
+    run       ours, and a batch's share of the pilot of a run of 10,000 rows: 256 samples, factors, drawing
 
 Run: python tools/bench/extraction.py [--rounds 9] [--models decoder,cnn,encoder]. The last line is JSON with the
 medians' ratios of ours to train and to floor, by model, sampling and k. With --headlines FILE (a text a line, up to the
@@ -37,6 +38,8 @@ from ooc_influence.extract.passes import ModelSetup, RowGatherer
 from ooc_influence.extract.pilot import Pilot
 from ooc_influence.extract.selection import select_layers
 from ooc_influence.extract.taps import tapped
+
+PILOT_SAMPLES, ROWS = 256, 10_000  # of a pilot; of the run that its cost is divided among
 
 
 class Block(nn.Module):
@@ -160,12 +163,15 @@ def measure(name: str, sizes: list[int], samplings: list[str], rounds: int) -> d
     model.eval()
     device = batch[0].device
     layers, share, _ = select_layers(model, None)
-    pilot = Pilot(ModelSetup(model, loss, device, check=False), [batch])
+    b = len(batch[0])
+    pilot = Pilot(ModelSetup(model, loss, device, check=False), [batch] * -(-PILOT_SAMPLES // b))
     p = sum(layer.entries for layer in layers)
-    masks = {
-        f"{sampling}_{k}": pilot.draw(compressor(sampling, k), layers)
-        for sampling in samplings for k in sizes if k < p
-    }  # fmt: skip
+    masks, drawing = {}, {}
+    for sampling in samplings:
+        for k in [k for k in sizes if k < p]:
+            began = time.perf_counter()
+            masks[f"{sampling}_{k}"] = pilot.draw(compressor(sampling, k), layers)
+            drawing[f"{sampling}_{k}"] = time.perf_counter() - began
     gathers = {key: RowGatherer(mask, device) for key, mask in masks.items()}
     times: dict[str, list[float]] = {key: [] for key in ("train", "floor", *masks)}
 
@@ -192,6 +198,8 @@ def measure(name: str, sizes: list[int], samplings: list[str], rounds: int) -> d
     }  # fmt: skip
     for key in masks:
         found |= {f"{key}_over_{base}": round(medians[key] / medians[base], 3) for base in ("train", "floor")}
+        run = medians[key] + drawing[key] * b / ROWS
+        found[f"{key}_run_over_epoch"] = round(run / medians["train"], 3)
     if device.type == "cuda":
         found["peak_over_model"] = peak_over_model(model, loss, batch, next(iter(gathers.values())), layers)
     return found
