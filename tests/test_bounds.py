@@ -6,6 +6,7 @@ import numpy as np
 import oracle
 import pytest
 from numpy.testing import assert_allclose
+from scipy.linalg import block_diag
 
 from ooc_influence import Dropout
 from ooc_influence.compress import variance_factors
@@ -82,6 +83,52 @@ def test_mean_squared_errors_stay_within_the_bounds(name):
         assert (np.abs(np.array(sums).mean(0) - eta) < 4 * np.array(sums).std(0) / np.sqrt(SEEDS)).all()
     assert (np.sqrt(np.mean(scores, 0)) <= limit.scores).all()
     assert (np.sqrt(np.mean(products, 0)) <= limit.ihvp).all()
+
+
+def rotated_gradients(n):
+    """Gradients of two layers, sums of outer products, in the eigenvectors of their factors; and the pilot's moments.
+
+    Returns U, (P, P), the rotated rows, (n, P), and the moments.
+    """
+    generator, bases, rows, moments = np.random.default_rng(3), [], [], []
+    for number, (height, width) in enumerate(layer.shape for layer in LAYERS):
+        mixing = [generator.normal(size=(size, size)) * 1.8 ** -np.arange(size) for size in (height, width)]
+        delta, x = (generator.normal(size=(n, 3, len(each))) @ each.T for each in mixing)
+        values, vectors = zip(
+            *(np.linalg.eigh(np.einsum("nti,ntj->ij", a, a) / (3 * n)) for a in (delta, x)), strict=True
+        )
+        moments.append(PilotMoments(number, 3 * values[0], values[1]))
+        bases.append(np.kron(vectors[0], vectors[1]))
+        rows.append(np.einsum("nti,ntj->nij", delta, x).reshape(n, -1) @ bases[-1])
+    return block_diag(*bases), np.concatenate(rows, 1), moments
+
+
+@pytest.mark.parametrize("sampling", ["importance", "grid"])
+def test_entries_in_a_rotated_basis(sampling):
+    """The identities are those of any compression; EK-FAC's scores are unbiased, and off by η."""
+    U, rotated, moments = rotated_gradients(N + 3)
+    X, queries = rotated[:N], rotated[N:]
+    exact, plain = ExactInfluence(X, queries), ExactInfluence(X @ U.T, queries @ U.T)
+    assert_allclose(exact.scores(VALUE), plain.scores(VALUE), rtol=1e-9)
+    assert_allclose(exact.products(VALUE) @ U.T, plain.products(VALUE), rtol=1e-7, atol=1e-12)
+    second_moment = np.square(X).mean(0) + VALUE
+    of_prior, v = (queries / second_moment) @ X.T, exact.products(VALUE)
+    chance, sums, squares = np.full(P, np.nan), [], []
+    for seed in range(2 * SEEDS):
+        S = oracle.keep(np.eye(P), Dropout(k=K, sampling=sampling, seed=seed, basis="kronecker").draw(LAYERS, moments))
+        scale = np.square(S).sum(1)
+        chance[scale > 0] = 1 / scale[scale > 0]
+        eta = (v * (scale - 1)) @ X.T
+        found = exact.measure(lambda rows, S=S: rows @ S, VALUE)
+        assert (found.scores * np.linalg.norm(exact.scores(VALUE), axis=1) <= np.linalg.norm(eta, axis=1) + 1e-9).all()
+        stored = (queries / second_moment) @ S @ (X @ S).T
+        assert_allclose(stored - of_prior, ((queries / second_moment) * (scale - 1)) @ X.T, atol=1e-9)
+        sums.append(stored)
+        squares.append(np.square(eta).sum(1))
+    error = np.std(sums, 0) / np.sqrt(len(sums))
+    assert (np.abs(np.mean(sums, 0) - of_prior) < 5 * error + 1e-9).all()
+    independent = np.square(v) @ (np.nan_to_num(1 / chance - 1) * exact.energies)
+    assert ((np.mean(squares, 0) > 0.6 * independent) & (np.mean(squares, 0) < 1.3 * independent)).all()
 
 
 def test_a_reduction_adds_what_it_leaves_out():
