@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 AnyCurvature: TypeAlias = "Curvature | PathLike | Literal[False] | None"
 
 DampingMode = Literal["relative", "absolute"]
-Normalize = Literal["cosine", "train"]
+Normalize = Literal["none", "cosine", "train"]
 Combine = Literal["mean", "query-margins", "margins"]
 Weighting = Literal["ggn", "trak"]
 Blocks = Literal["module", "diagonal"]
@@ -152,11 +152,13 @@ class Normalized(TypedDict, total=False):
     """The unit of scores."""
 
     normalize: Annotated[Normalize | None, Option(
-        None, '{"cosine", "train"}, optional',
+        None, '{"none", "cosine", "train"}, optional',
         'The unit. With |g| = √(gᵀ (F + λI)⁻¹ g), the root of self-influence: ``"cosine"`` divides by |g_q| and |g_i|, '
         'so scores are in [-1, 1]; ``"train"`` by |g_i| only, which lowers rows that influence every query (RelatIF, '
-        "arXiv 2003.11630). A row without gradient scores 0.",
-        "cosine: scores in [-1, 1]; train: divide by the train row's norm (RelatIF).", choices=get_args(Normalize))]
+        "arXiv 2003.11630). A row without gradient scores 0. Default: ``\"train\"`` in lists of a language model's "
+        "rows (``loss_kind`` begins with ``token_cross_entropy``), ``\"none\"`` elsewhere, in arrays and sums too.",
+        "cosine: scores in [-1, 1]; train: divide by the train row's norm (RelatIF). Default: none; in lists of a "
+        "language model's rows train.", choices=get_args(Normalize))]
 
 
 class PairOptions(ScoringOptions, Normalized, total=False):

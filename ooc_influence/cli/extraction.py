@@ -42,7 +42,7 @@ def _flag(name: str) -> str:
 def _compressor(settings: dict[str, Any]) -> Any:
     """Return the compressor that options ask for; None for the default, or where a train store fixes it."""
     from ooc_influence import Dropout, Eigenbasis
-    from ooc_influence.compress import DEFAULT_REDUCED, DEFAULT_WIDE
+    from ooc_influence.compress import WIDE, DefaultDropout
 
     asked = _asked(_MASK)
     if settings["like"] is not None:
@@ -61,14 +61,16 @@ def _compressor(settings: dict[str, Any]) -> Any:
         if settings[option] is not None:
             raise InputError(f"expected {_flag(option)} with --compressor {owner}; received it with dropout")
     basis = None if settings["basis"] == "parameters" else settings["basis"]
-    dims = settings["dims"] if settings["dims"] is not None else (DEFAULT_REDUCED if wide and not basis else 0)
+    dims, k, seed = settings["dims"] or 0, settings["k"], settings["seed"]
     if not dims and (settings["pilot"] is not None or settings["basis_weights"] is not None):
         raise InputError("expected --dims with --pilot and --basis-weights; received none: they belong to a reduction")
+    if wide and not basis and settings["dims"] is None:
+        return DefaultDropout(k, settings["sampling"] or "importance", seed)
     return Dropout(
-        k=settings["k"] if settings["k"] is not None else (DEFAULT_WIDE if wide else 4096),
+        k=k if k is not None else (WIDE if wide else 4096),
         sampling=settings["sampling"] or ("importance" if wide and not basis else None),
         basis=basis,
-        seed=settings["seed"],
+        seed=seed,
         reduce=Eigenbasis(dims, settings["pilot"], settings["basis_weights"]) if dims else None,
     )
 

@@ -134,7 +134,7 @@ building = several(
     click.option("--sampling", type=click.Choice(["uniform", "importance", "grid"]),
                  help="How entries are chosen. Default: uniform; with --model importance; in a Kronecker basis grid."),
     click.option("--dims", type=int, metavar="R", help="Reduce kept entries to R numbers, the largest directions of "
-                 "their eigenbasis; 0: do not. Default: 0; with --model 4096."),
+                 "their eigenbasis; 0: do not. Default: 0; with --model 4096 if the store would exceed 64 GiB."),
     click.option("--pilot", type=int, metavar="N", help="Rows that eigenbasis is made from. Default: 4 R."),
     click.option("--basis-weights", type=click.Choice(get_args(Weighting)),
                  help="Row weights of that eigenbasis."),

@@ -88,7 +88,11 @@ def _print_scores(scores: Any, out: str, as_json: bool) -> None:
     more = "".join(f"{sizes[name]} {label} x " for name, label in (("damping", "dampings"), ("module", "modules"))
                    if name in sizes)  # fmt: skip
     size = f"{counted(sizes['query'], 'query', 'queries')} x {counted(sizes['train'], 'row')}"
-    options.print_result(as_json, facts, lambda: f"{out}: {more}{size}")
+    from ooc_influence.report import describe_scoring
+
+    settings = {name: scores.attrs[name] for name in ("curvature", "damping")}
+    settings |= {"damping_mode": "absolute", "normalize": scores.attrs["normalize"] or "none"}
+    options.print_result(as_json, facts, lambda: f"{out}: {more}{size}\n{describe_scoring(settings)}")
 
 
 @click.command()
@@ -99,9 +103,13 @@ def _print_scores(scores: Any, out: str, as_json: bool) -> None:
 def top(query: str, train: str, count: int, as_json: bool, **settings: Any) -> None:
     """Show each query's strongest proponents and opponents among the rows of TRAIN."""
     from ooc_influence import top_influential
+    from ooc_influence.report import describe_scoring
 
     lists = top_influential(**_paired(query, train, settings), top=count)
-    options.print_result(as_json, lists.to_dict(), lambda: _by_damping(lists, partial(_list_text, count)))
+    options.print_result(
+        as_json, lists.to_dict(),
+        lambda: f"{_by_damping(lists, partial(_list_text, count))}\n\n{describe_scoring(lists.settings)}",
+    )  # fmt: skip
 
 
 def _by_damping(lists: Any, text: Any) -> str:
@@ -187,7 +195,7 @@ def groups(query: str, train: str, by: str, count: int, as_json: bool, **setting
     import numpy as np
 
     from ooc_influence import group_influence
-    from ooc_influence.report import table
+    from ooc_influence.report import describe_scoring, table
 
     influence = group_influence(**_paired(query, train, settings), by=by)
 
@@ -202,7 +210,7 @@ def groups(query: str, train: str, by: str, count: int, as_json: bool, **setting
                 columns = (influence.names[order], influence.counts[order], sums[number][order], means[number][order])
                 lines = list(zip(*columns, strict=True))
                 parts.append(f"{title}query {name}\n{table((by, 'rows', 'sum', 'mean'), lines)}")
-        return "\n\n".join(parts)
+        return "\n\n".join([*parts, describe_scoring(influence.settings)])
 
     options.print_result(as_json, influence.to_dict(), text)
 
@@ -217,6 +225,7 @@ def groups(query: str, train: str, by: str, count: int, as_json: bool, **setting
 def modules(query: str, train: str, count: int | None, out: str | None, as_json: bool, **settings: Any) -> None:
     """Show or write the part of each score that each module contributes; the parts add up to the score."""
     from ooc_influence import module_influence
+    from ooc_influence.report import describe_scoring
 
     influence: Any = module_influence(**_paired(query, train, settings), top=count, out=out)
     if out is not None:
@@ -224,11 +233,12 @@ def modules(query: str, train: str, count: int | None, out: str | None, as_json:
         return
     assert count is not None  # the call refuses neither
     text = partial(_list_text, count)
-    options.print_result(
-        as_json,
-        {name: lists.to_dict() for name, lists in influence.items()},
-        lambda: "\n\n".join(f"module {name}\n\n{_by_damping(lists, text)}" for name, lists in influence.items()),
-    )
+
+    def lines() -> str:
+        parts = [f"module {name}\n\n{_by_damping(lists, text)}" for name, lists in influence.items()]
+        return "\n\n".join([*parts, *{describe_scoring(lists.settings) for lists in influence.values()}])
+
+    options.print_result(as_json, {name: lists.to_dict() for name, lists in influence.items()}, lines)
 
 
 def _paired(query: str, train: str, settings: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Compressors: what is kept of a gradient."""
 
 from ooc_influence.compress.compressor import Compressor, Eigenbasis, KroneckerBasis
+from ooc_influence.compress.defaults import LARGEST_STORE, WIDE, DefaultDropout
 from ooc_influence.compress.dropout import Dropout, variance_factors
 from ooc_influence.compress.eigenbasis import RetainedEnergy, basis_weights, fit_eigenbasis
 from ooc_influence.compress.kronecker import WhitenedEnergy
@@ -19,13 +20,13 @@ from ooc_influence.compress.reduce import reduce_store
 from ooc_influence.store import PilotMoments
 
 BASELINES = {kind.name: kind for kind in (Gaussian, Rademacher, Sjlt, Grass, LoGra, Pca, Identity)}
-DEFAULT_WIDE, DEFAULT_REDUCED = 65536, 4096  # entries kept and numbers stored, for language models
 
 __all__ = [
     "BASELINES",
-    "DEFAULT_REDUCED",
-    "DEFAULT_WIDE",
+    "LARGEST_STORE",
+    "WIDE",
     "Compressor",
+    "DefaultDropout",
     "Dropout",
     "Eigenbasis",
     "FullGradient",

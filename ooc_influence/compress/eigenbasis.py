@@ -34,6 +34,7 @@ from ooc_influence.store import (
 )
 
 logger = logging.getLogger("ooc_influence")
+_MOST_LEFT_OUT = 0.1  # share of the rows' energy that a reduction leaves out without a warning
 
 
 class RetainedEnergy(NamedTuple):
@@ -62,6 +63,15 @@ class RetainedEnergy(NamedTuple):
     def left_out(self) -> float:
         """The share of the trace that was left out."""
         return max(0.0, 1 - self.kept / self.whole) if self.whole > 0 else 0.0
+
+    def warn(self, path: StorePath) -> None:
+        """Log a warning where more than a tenth of the energy was left out, and what can be done."""
+        if self.left_out > _MOST_LEFT_OUT:
+            logger.warning(
+                "%s: the reduction leaves out %.0f %% of the energy of %d rows, and scores with it: extract train rows "
+                "and queries without one (--dims 0), or with a larger --dims or --pilot", path, 100 * self.left_out,
+                self.rows,
+            )  # fmt: skip
 
     def record(self, store: GradientStore) -> RetainedEnergy:
         """Add this to a store's attribute ``measured``, of the rows written before; return the sum."""

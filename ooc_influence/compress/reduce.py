@@ -335,5 +335,6 @@ def _finish(path: StorePath, job: _Job, retained: RetainedEnergy) -> None:
     share = retained.record(target)
     if retained.rows:
         logger.info("%s: %.2g of the trace of %d rows is left out", path, share.left_out, share.rows)
+        share.warn(path)
     if job.source.layout.planned_rows is None:
         target.plan_rows(None)

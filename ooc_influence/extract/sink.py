@@ -439,5 +439,7 @@ class Sink:
         if self.store is not None:
             self.store.close()
             self._drop_skipped()
+            energy = self._energy
             if self._shard is None:  # several writers would overwrite each other's sums
-                self._energy.record(self.store)
+                energy = energy.record(self.store)
+            energy.warn(self.store.path)

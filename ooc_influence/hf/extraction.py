@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 
-from ooc_influence.compress import DEFAULT_REDUCED, DEFAULT_WIDE, Dropout, Eigenbasis
+from ooc_influence.compress import DefaultDropout
 from ooc_influence.corpus import local_path
 from ooc_influence.errors import InputError, StoreNotFoundError, counted
 from ooc_influence.extract import (
@@ -180,8 +180,8 @@ def extract(
 ) -> GradientStore:
     """Extract gradients of a Hugging Face model over a file of documents.
 
-    Without a ``compressor``: importance dropout of 65536 entries, reduced to 4096 numbers (fewer for small models or
-    data).
+    Without a ``compressor``: importance dropout of 65536 entries (fewer for small models), reduced to 4096 numbers only
+    where the store would be larger than 64 GiB.
 
     Parameters
     ----------
@@ -220,17 +220,20 @@ def extract(
         )
     job = prepare(model, data, **select(JobOptions, options))
     settings = select(ExtractionOptions, options)
-    if settings["compressor"] is None and settings["like"] is None:
-        settings["compressor"] = partial(default_compressor, rows=len(job.samples))
+    rows = RowChoice(options["sample"], options["draws"]).count(len(job.samples)) or 0
+    compressor: Any = settings["compressor"]
+    if compressor is None and settings["like"] is None:
+        compressor = DefaultDropout()
+    if isinstance(compressor, DefaultDropout):
+        settings["compressor"] = compressor.sized(rows, settings["dtype"])
     if settings["device"] == "auto":
         settings["device"] = None
     record: Any = {"loss_kind": job.loss_kind, "origin": _origin(model, data, job, options)}
     ids, columns = job.samples.ids(), _columns(job.samples, store)
     if rows_only:
         kinds = {name: column_dtype(values[:64]) for name, values in columns.items()}
-        rows = RowChoice(options["sample"], options["draws"]).count(len(job.samples))
         return init_store(
-            job.model, store, rows or 0, ids="str", columns=kinds, per_sample_loss=job.per_sample_loss,
+            job.model, store, rows, ids="str", columns=kinds, per_sample_loss=job.per_sample_loss,
             pilot=job.batches, **settings, **record,
         )  # fmt: skip
     parse_device(job.model, settings["device"])
@@ -287,13 +290,6 @@ def extract_shards(
 
 def _extract(model: str, data: str, store: StorePath, options: dict[str, Any], **more: Any) -> None:
     extract(model, data, store, **loaded(options), **more)
-
-
-def default_compressor(p: int, rows: int) -> Dropout:
-    """Return importance dropout reduced to an eigenbasis, of sizes that a model's p entries and its data can fill."""
-    k = min(DEFAULT_WIDE, p)
-    r = min(DEFAULT_REDUCED, k, max(1, rows // 2))
-    return Dropout(k=k, sampling="importance", reduce=Eigenbasis(r=r))
 
 
 def _origin(model: Any, data: Any, job: Job, options: HuggingFaceOptions) -> dict[str, Any]:

@@ -47,7 +47,7 @@ class GroupInfluence:
         Sum of the scores of each group's rows; NaN for a query that is dropped.
     counts : (G,) int64
         Rows with a score in each group.
-    query_ids, damping, outside_share
+    query_ids, damping, outside_share, settings
         As in :class:`TopInfluential`.
     """
 
@@ -57,6 +57,7 @@ class GroupInfluence:
     query_ids: npt.NDArray[Any]
     damping: Any
     outside_share: npt.NDArray[np.float64]
+    settings: Mapping[str, Any]
 
     @property
     def means(self) -> npt.NDArray[np.float64]:
@@ -67,6 +68,7 @@ class GroupInfluence:
         """Return the result as JSON-ready values."""
         return {
             "damping": self.damping,
+            "settings": self.settings,
             "groups": self.names.tolist(),
             "counts": self.counts.tolist(),
             "queries": self.query_ids.tolist(),
@@ -175,7 +177,9 @@ def group_influence(
             )  # fmt: skip
             sums[:, start:stop][:, queries.dropped] = np.nan  # of groups without a row in any block, too
     scoring.warn_outside(outside)
-    return GroupInfluence(groups.names, scoring.squeeze(sums), counts, scoring.queries.names, scoring.damping, outside)
+    return GroupInfluence(
+        groups.names, scoring.squeeze(sums), counts, scoring.queries.names, scoring.damping, outside, scoring.settings
+    )
 
 
 def group_tiles(groups: int, queries: int, dampings: int, n: int, k: int) -> TileMemory:

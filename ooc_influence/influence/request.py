@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +33,7 @@ from ooc_influence.store import GradientStore, read_blocks
 
 Factors = Callable[[int, int], npt.NDArray[np.float64]]
 _BLOCK_ROWS = 1024  # rows read at a time where they are averaged
+_TOKENS = "token_cross_entropy"  # how the loss_kind of language models begins
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +101,19 @@ class Queries:
         return sums / np.maximum(counts, 1)[:, None], counts == 0
 
 
+def _settings(checkpoints: Sequence[Checkpoint], asked: PairOptions) -> dict[str, Any]:
+    """Return curvature and damping, of one checkpoint or a list with those of each, as JSON values."""
+    curvatures = [None if each.curvature is None else str(each.curvature.path) for each in checkpoints]
+    defaults = [None if each.curvature is None else each.curvature.damping for each in checkpoints]
+    one = len(checkpoints) == 1
+    default = defaults[0] if one else defaults
+    return {
+        "curvature": curvatures[0] if one else curvatures,
+        "damping": default if asked["damping"] is None else np.asarray(asked["damping"], np.float64).tolist(),
+        "damping_mode": asked["damping_mode"],
+    }
+
+
 OUTSIDE_WARNING = 0.9  # share of a query's squared gradient outside the curvature's span, above which we say so
 
 
@@ -142,6 +156,8 @@ class ScoreRequest:
         Whether dampings came as a list: results have an axis of λ.
     combine : {"mean", "query-margins", "margins"}
         How checkpoints are combined.
+    settings : mapping
+        What was asked for or taken by default: curvature, damping and its mode, and the unit.
     """
 
     checkpoints: tuple[Checkpoint, ...]
@@ -150,23 +166,32 @@ class ScoreRequest:
     normalize: Normalize | None
     device: str | None
     several: bool
-    combine: Combine = "mean"
+    combine: Combine
+    settings: Mapping[str, Any]
 
     @classmethod
-    def open(cls, query: Stores | None, train: Stores, options: ScoringOptions) -> ScoreRequest:
-        """Open and check everything; see :func:`influence_scores`. Without queries, rows are scored on themselves."""
+    def open(cls, query: Stores | None, train: Stores, options: ScoringOptions, *, lists: bool = False) -> ScoreRequest:
+        """Open and check everything; see :func:`influence_scores`. Without queries, rows are scored on themselves.
+
+        ``lists`` says that rows will be ranked for each query, which decides the default unit.
+        """
         asked = complete(PairOptions, options)
-        normalize = asked["normalize"]
-        if normalize not in (None, "cosine", "train"):
-            raise InputError(f"expected normalize 'cosine', 'train' or none; received {normalize!r}")
+        unit = asked["normalize"]
+        if unit not in (None, *get_args(Normalize)):
+            raise InputError(f"expected normalize {', '.join(map(repr, get_args(Normalize)))}; received {unit!r}")
         damping = asked["damping"]
         checkpoints = open_checkpoints(query, train, asked["curvature"], damping, asked["damping_mode"])
         first = checkpoints[0]
         queries = Queries.none() if first.query is None else Queries.of(first.query, asked["average_queries"])
         seen = parse_marks(asked["rows"], isinstance(train, (list, tuple)), len(checkpoints), first.train.n)
         several = damping is not None and np.ndim(damping) == 1
-        combine = parse_combine(asked["combine"], checkpoints, normalize)
-        return cls(checkpoints, queries, seen, normalize, parse_device(asked["device"]), several, combine)
+        combine = parse_combine(asked["combine"], checkpoints, None if unit == "none" else unit)
+        if unit is None:
+            tokens = str(first.train.attrs.get("loss_kind")).startswith(_TOKENS)
+            unit = "train" if lists and tokens and combine == "mean" else "none"
+        settings = _settings(checkpoints, asked) | {"normalize": unit}
+        normalize = None if unit == "none" else unit
+        return cls(checkpoints, queries, seen, normalize, parse_device(asked["device"]), several, combine, settings)
 
     @property
     def q(self) -> int:

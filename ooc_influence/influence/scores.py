@@ -367,7 +367,7 @@ def module_influence(
     """
     if (top is None) == (out is None):
         raise InputError("expected either top= or out= (--top or --out); received both or neither")
-    scoring = ScoreRequest.open(query, train, options)
+    scoring = ScoreRequest.open(query, train, options, lists=top is not None)
     names, columns = module_columns([checkpoint.train for checkpoint in scoring.checkpoints])
     if out is not None:
         return write_scores(scoring, parse_path(out), columns, options, modules=names)

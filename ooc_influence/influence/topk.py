@@ -171,6 +171,8 @@ class TopInfluential:
     outside_share : (q,) float64
         Share of each query's squared gradient outside the span of the training spectrum, mean over checkpoints: no
         train row can account for that part. NaN for dropped queries and without a curvature.
+    settings : mapping
+        What was asked for or taken by default: the curvature's path, damping and its mode, and ``normalize``.
     """
 
     proponents: Ranking
@@ -178,6 +180,7 @@ class TopInfluential:
     query_ids: npt.NDArray[Any]
     damping: Any
     outside_share: npt.NDArray[np.float64]
+    settings: Mapping[str, Any]
 
     @property
     def dampings(self) -> int | None:
@@ -194,7 +197,8 @@ class TopInfluential:
         """
         damping = [values[number] for values in self.damping] if np.ndim(self.damping) == 2 else self.damping[number]
         proponents, opponents = self.proponents.at(number), self.opponents.at(number)
-        return TopInfluential(proponents, opponents, self.query_ids, damping, self.outside_share)
+        settings = {**self.settings, "damping": self.settings["damping"][number]}
+        return TopInfluential(proponents, opponents, self.query_ids, damping, self.outside_share, settings)
 
     def _lists(self, number: int) -> dict[str, list[tuple[int, Any, float]]]:
         """Return all of a query's proponents and opponents."""
@@ -215,7 +219,8 @@ class TopInfluential:
     def to_dict(self) -> Mapping[str, Any]:
         """Return the result as JSON-ready values: an entry a query, or ``by_damping`` with one of these for each λ."""
         if self.dampings is not None:
-            return {"by_damping": [self.at(number).to_dict() for number in range(self.dampings)]}
+            levels = [self.at(number).to_dict() for number in range(self.dampings)]
+            return {"by_damping": levels, "settings": self.settings}
         queries = []
         for number, name in enumerate(self.query_ids.tolist()):
             lists = {
@@ -226,7 +231,7 @@ class TopInfluential:
             queries.append(
                 {"query": number, "id": name, "outside_share": None if np.isnan(outside) else outside, **lists}
             )
-        return {"damping": self.damping, "queries": queries}
+        return {"damping": self.damping, "queries": queries, "settings": self.settings}
 
     def to_pandas(self) -> Any:
         """Return a DataFrame with a line an entry of a list: query, query_id, side, rank, row, id, score, and damping.
@@ -306,7 +311,7 @@ def top_influential(
     MismatchError, CurvatureNotFoundError, StaleCurvatureError, SingularFisherError, MemoryBudgetError
         As for :func:`influence_scores`.
     """
-    scoring = ScoreRequest.open(query, train, options)
+    scoring = ScoreRequest.open(query, train, options, lists=True)
     lists = find_top(scoring, top, None, options)
     return lists.ranked(scoring, 0)
 
@@ -340,7 +345,8 @@ class Lists(NamedTuple):
             Ranking(rows[..., side, :, :], sign * scores[..., side, :, :], ids[..., side, :, :])
             for side, sign in enumerate((np.float32(1), np.float32(-1)))
         )
-        return TopInfluential(proponents, opponents, scoring.queries.names, scoring.damping, self.outside)
+        names = scoring.queries.names
+        return TopInfluential(proponents, opponents, names, scoring.damping, self.outside, scoring.settings)
 
 
 def top_tiles(top: int, query_rows: int, n: int, modules: int = 1) -> TileMemory:

@@ -5,6 +5,7 @@ from ooc_influence.report.facts import (
     Decision,
     curvature_states,
     describe,
+    describe_scoring,
     draw_images,
     layer_facts,
     read_decisions,
@@ -14,6 +15,6 @@ from ooc_influence.report.facts import (
 from ooc_influence.report.write import write_report
 
 __all__ = [
-    "Corpus", "Decision", "curvature_states", "describe", "draw_images", "layer_facts", "read_decisions",
-    "store_facts", "table", "write_report",
+    "Corpus", "Decision", "curvature_states", "describe", "describe_scoring", "draw_images", "layer_facts",
+    "read_decisions", "store_facts", "table", "write_report",
 ]  # fmt: skip

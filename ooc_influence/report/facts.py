@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,8 @@ _LISTED = 20  # of what is missing: more would scroll away
 def describe(store: GradientStore) -> str:
     """Return a store in a line, what its reduction leaves out, and how its rows were verified."""
     reduction, lines = store.attrs.get("reduction") or {}, [repr(store)]
+    if store.attrs.get("compressor"):
+        lines.append(_describe_compressor(store.attrs["compressor"]))
     if "left_out" in reduction:
         left_out = (
             f"{reduction['left_out']:.2%} of the trace of the {reduction['pilot_rows']} rows the basis is made from"
@@ -45,6 +47,34 @@ def describe(store: GradientStore) -> str:
     for what, kind in (("not covered", "left_out"), ("not verifiable", "unverified")):
         lines += [f"{what}: {', '.join(verification[kind])}"] if verification[kind] else []
     return "\n".join(lines)
+
+
+def _describe_compressor(compressor: Mapping[str, Any]) -> str:
+    settings = ", ".join(_setting(name, value) for name, value in compressor.items() if name != "name")
+    return f"compressor {compressor['name']}: {settings}{'' if 'reduce' in compressor else ', not reduced'}"
+
+
+def _setting(name: str, value: Any) -> str:
+    if not isinstance(value, Mapping):
+        return f"{name}={value}"
+    return f"{name}=({', '.join(_setting(*pair) for pair in value.items())})"
+
+
+_UNITS = {
+    "none": "not normalised", "train": "divided by the train row's norm", "cosine": "divided by both norms",
+}  # fmt: skip
+
+
+def describe_scoring(settings: Mapping[str, Any]) -> str:
+    """Return in a line what scores were computed with, defaults included: :attr:`TopInfluential.settings`."""
+    unit, curvature = _UNITS[settings["normalize"]], settings["curvature"]
+    curvatures = curvature if isinstance(curvature, list) else [curvature]
+    if all(each is None for each in curvatures):
+        return f"scores: no curvature (dot products), {unit}"
+    values = np.ravel([value for value in np.atleast_1d(settings["damping"]) if value is not None])
+    dampings = ", ".join(f"{value:.4g}" for value in dict.fromkeys(values.tolist()))
+    used = ", ".join("none" if each is None else each for each in curvatures)
+    return f"scores: curvature {used}, {settings['damping_mode']} damping {dampings}, {unit}"
 
 
 def verification_facts(store: GradientStore) -> dict[str, Any] | None:

@@ -282,7 +282,7 @@ def _index(
         "settings": {
             "lambda": None if spectrum is None else spectrum["lambda"],
             "damping": settings.damping,
-            "normalize": settings.normalize,
+            "normalize": settings.normalize if top is None else top.settings["normalize"],
             "curvature": None if report.curvature is None else str(report.curvature.path),
             "top": settings.top,
         },
