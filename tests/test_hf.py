@@ -162,13 +162,15 @@ def test_rows_of_a_language_model(tmp_path, reduction):
         assert_allclose(store.grad_norm[row], norm, rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:.* has an effective dimension")
 def test_defaults_queries_and_scores(tmp_path):
-    """From two paths: importance dropout reduced to an eigenbasis; a query finds itself."""
+    """From two paths: importance dropout, of a small model all entries, not reduced; a query finds itself."""
     folder = make_model(tmp_path / "model")
     data = write(tmp_path / "d.jsonl", documents(40))
     train = hf.extract(folder, data, tmp_path / "t.zarr")
     assert train.attrs["compressor"]["sampling"] == "importance"
-    assert train.attrs["compressor"]["reduce"]["r"] == train.k
+    assert "reduce" not in train.attrs["compressor"]
+    assert train.k == train.attrs["p"]
     query = hf.extract(folder, write(tmp_path / "q.jsonl", documents(40)[:3]), tmp_path / "q.zarr", like=train)
     fit_fisher(train)
     assert_allclose(query.rows(), train.rows(0, len(query)), atol=2e-3 * np.abs(query.rows()).max())

@@ -419,7 +419,7 @@ def test_cuda(tmp_path, dtype):
 
 def test_bad_options(fit):
     query, train = fit
-    with pytest.raises(InputError, match="normalize 'cosine'"):
+    with pytest.raises(InputError, match="normalize 'none', 'cosine'"):
         influence_scores(query, train, normalize="length")
     with pytest.raises(InputError, match="expected a device such as"):
         top_influential(query, train, device="nonsense")
