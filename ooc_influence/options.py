@@ -126,12 +126,12 @@ class DampedOptions(Striped, total=False):
         kind="path", metavar="NAME|PATH", multiple=True)]
     damping: Annotated[float | Sequence[float] | None, Option(
         None, "float or sequence of float, optional",
-        "Relative (λ = damping · tr(F)/d) or absolute; default the curvature's own, 0.1 relative. A sequence gives "
+        "Relative (λ = damping · tr(F)/min(d, m), m the rows of the fit) or absolute; default the curvature's own, 0.1 relative. A sequence gives "
         "results an axis of λ in front; the rows are read once for all.",
         "Damping factor; may be repeated. Default: the curvature's (0.1, relative).", kind=float, multiple=True)]
     damping_mode: Annotated[DampingMode, Option(
         "relative", '{"relative", "absolute"}', "What ``damping`` means.",
-        "relative: λ = damping · tr(F)/d; absolute: λ = damping.", choices=get_args(DampingMode))]
+        "relative: λ = damping · tr(F)/min(d, m); absolute: λ = damping.", choices=get_args(DampingMode))]
     device: Annotated[str | None, Option(
         None, "str, optional", 'Multiply there with torch, such as ``"cuda"``; default NumPy\'s BLAS.',
         "Multiply there, such as cuda. Default: NumPy's BLAS.")]

@@ -71,8 +71,9 @@ def fisher(gradients):
     return gradients.T @ gradients / len(gradients)
 
 
-def damping(matrix, factor=0.1):
-    return factor * np.trace(matrix) / len(matrix)
+def damping(matrix, factor=0.1, rows=None):
+    """λ, relative to what ``rows`` rows (by default as many as there are columns, or more) can span."""
+    return factor * np.trace(matrix) / min(len(matrix), len(matrix) if rows is None else rows)
 
 
 def scores(queries, gradients, value, matrix=None):

@@ -172,9 +172,30 @@ def test_refusals(train, options, text):
 
 
 def test_a_dimension_near_the_rows_is_told(tmp_path):
-    store = write_store(tmp_path / "t.zarr", random_rows(3, 200))
-    with pytest.warns(OocInfluenceWarning, match="close to the 3 rows"):
-        fit_fisher(store)
+    with pytest.warns(OocInfluenceWarning, match="what the 3 rows"):
+        fit_fisher(write_store(tmp_path / "t.zarr", np.eye(3, 200, dtype=np.float32)))
+    with pytest.warns(OocInfluenceWarning, match="what the 3 stored columns"):
+        fit_fisher(write_store(tmp_path / "u.zarr", np.tile(np.eye(3, dtype=np.float32), (2, 1))))
+
+
+def test_lambda_is_relative_to_what_the_rows_can_span(tmp_path, modules):
+    """min(columns, rows) in every curvature whose rank the rows bound; of a diagonal, its columns."""
+    rows = random_rows(18, 30)
+    train = write_store(tmp_path / "t.zarr", rows)
+    with GradientStore.open(train.path, "a") as store:
+        store.drop([3, 4])
+    train = GradientStore.open(train.path)
+    trace = np.trace(oracle(np.delete(rows, [3, 4], axis=0)))
+    fits = [fit_fisher(train), fit_fisher(train, rank=5, name="top"), fit_gram(train)]
+    for found in fits:
+        assert_allclose(found.lambdas([0.1, 2.0]), [[0.1 * trace / 16], [2 * trace / 16]], rtol=1e-6)
+        assert_allclose(Curvature.open(found.path).facts()["default_damping"], 0.1 * trace / 16, rtol=1e-6)
+    assert_allclose(fit_fisher(train, blocks="diagonal", name="d").lambdas(), [[0.1 * trace / 30]], rtol=1e-6)
+    six = modules.rows()[:6].astype(np.float64)
+    found = fit_fisher(modules, blocks="module", rows=(0, 6))
+    each = np.square(six).sum(0) / 6
+    assert_allclose(found.lambdas(), [[0.1 * each[:4].sum() / 4, 0.1 * each[4:].sum() / 6]], rtol=1e-6)
+    assert_allclose(found.damping_value(), (found.lambdas()[0] * [4, 8]).sum() / 12)
 
 
 KILLED = """

@@ -26,7 +26,6 @@ from ooc_influence.curvature.eigen import (
     BlockSpectrum,
     EigenBlock,
     EigenVectors,
-    damping_value,
     vectors_name,
 )
 from ooc_influence.curvature.rows import FittedRows, Staleness
@@ -108,17 +107,20 @@ class Curvature(BlockSpectrum):
     def _blocks(self, eigenvalues: Matrix) -> list[EigenBlock]:
         """Return the blocks that a spectrum on disk is made of."""
         d, r = int(self._attrs.get("d", len(eigenvalues))), len(eigenvalues)
+        all_columns, rank = slice(0, d), min(d, self.rows)
         if self.kind == "diagonal":
-            return [EigenBlock(slice(0, d), eigenvalues, None)]
+            return [EigenBlock(all_columns, eigenvalues, None, trace=self.trace)]
         if self.kind == "top":
-            unknown, rest = min(d, self.rows) - r, float(self._attrs["rest"])
-            return [EigenBlock(slice(0, d), eigenvalues, self._vectors("eigenvectors", d, r), rest, unknown)]
+            vectors, rest = self._vectors("eigenvectors", d, r), float(self._attrs["rest"])
+            return [EigenBlock(all_columns, eigenvalues, vectors, rest, rank - r, trace=self.trace, dimension=rank)]
         if self.kind == "gram":
-            return [EigenBlock(slice(0, d), eigenvalues, self._vectors("eigenvectors", d, r), keeps=False)]
+            vectors = self._vectors("eigenvectors", d, r)
+            return [EigenBlock(all_columns, eigenvalues, vectors, trace=self.trace, dimension=rank, keeps=False)]
         return [
             EigenBlock(
                 slice(first, last), eigenvalues[first:last],
                 self._vectors(vectors_name(self.kind, number), last - first, last - first),
+                dimension=min(last - first, self.rows),
             )
             for number, (first, last) in enumerate(self._attrs.get("ranges") or [(0, d)])
         ]  # fmt: skip
@@ -253,42 +255,34 @@ class Curvature(BlockSpectrum):
         return array
 
     def damping_value(self, damping: float | None = None, mode: DampingMode = "relative") -> float:
-        """Return λ for a damping, that of F whole; None takes the recorded default (and is relative).
+        """Return λ for a damping; where blocks have a λ each, the mean over columns.
+
+        None takes the recorded default (and is relative).
 
         Raises
         ------
         InputError, SingularFisherError
-            See :func:`ooc_influence.curvature.eigen.damping_value`.
+            As for :meth:`lambdas`.
         """
-        return damping_value(self.eigenvalues, self.d, self.trace, self._factor(damping, mode), mode)
+        return self.mean_lambda(self.lambdas(damping, mode)[0])
 
     def lambdas(
         self, damping: float | Sequence[float | None] | npt.NDArray[Any] | None = None, mode: DampingMode = "relative"
     ) -> Matrix:
         """Return λ of each block for each damping, (L, B): what products are damped by.
 
-        A relative one is damping · tr(F_b)/d_b in block b.
+        A relative one is damping · tr(F_b)/d_b in block b, d_b the smaller of its columns and the rows of the fit (of a
+        diagonal, its columns): the mean of the eigenvalues that can be positive.
 
         Raises
         ------
-        InputError, SingularFisherError
-            As for :meth:`damping_value`.
+        InputError
+            For a negative or non-finite damping, an unknown mode, or none where the mode is absolute.
+        SingularFisherError
+            If F is zero, or λ is zero and F has no inverse.
         """
         dampings = damping if isinstance(damping, (Sequence, np.ndarray)) else [damping]
-        return np.array([self._block_lambdas(each, mode) for each in dampings])
-
-    def _block_lambdas(self, damping: float | None, mode: DampingMode) -> list[float]:
-        value = self.damping_value(damping, mode)
-        if len(self.blocks) == 1 or mode == "absolute" or value == 0:
-            return [value] * len(self.blocks)
-        factor, values = self._factor(damping, mode), []
-        for block in self.blocks:
-            trace = float(block.eigenvalues.sum())
-            # no row has anything in a block of zeros: any λ serves
-            values.append(
-                damping_value(block.eigenvalues, block.shape.columns, trace, factor, mode) if trace > 0 else value
-            )
-        return values
+        return np.array([self.block_lambdas(self._factor(each, mode), mode) for each in dampings])
 
     def _factor(self, damping: float | None, mode: DampingMode) -> float:
         if damping is None and mode == "absolute":
@@ -352,7 +346,7 @@ class Curvature(BlockSpectrum):
             "trace": self.trace,
             "largest_eigenvalue": float(self.eigenvalues.max(initial=0.0)),
             "smallest_eigenvalue": float(self.eigenvalues.min(initial=np.inf)) if len(self.eigenvalues) else 0.0,
-            "default_damping": self.damping * self.trace / self.d,
+            "default_damping": 0.0 if lambdas is None else self.mean_lambda(lambdas),
             "effective_dimension": 0.0 if lambdas is None else self.effective_dimension(lambdas),
         }
         optional = ("weights", "clipped", "selection", "sampling_error", "seconds")

@@ -8,8 +8,10 @@ t_b stands for every eigenvalue that is not kept. On scaled columns g' = D⁻¹g
 for any λ at no further cost. Whole: one block, V square; by module: a block each; diagonal: V = I, without any matrix
 product; low rank: t is the mean of the eigenvalues that are not kept; Gram matrix: t = 0.
 
-λ = damping · tr(F_b)/d_b (relative) or λ = damping (absolute) is an argument of every product and never stored: what is
-stored is the undamped spectrum.
+λ_b = damping · tr(F_b)/d_b (relative) or λ = damping (absolute) is an argument of every product and never stored: what
+is stored is the undamped spectrum. Each block says what its λ is relative to: its trace, and its dimension d_b. That is
+the number of directions its rows can span, min(columns, rows), where the rank of F is bounded by the rows that it was
+fitted on; the number of columns where it is not (a diagonal has full rank however few the rows).
 """
 
 from __future__ import annotations
@@ -36,49 +38,18 @@ _PART = 2**20  # numbers in a chunk of a long array
 _CACHED_BYTES = 2**20  # of squared rows at a time where V = I: they stay in cache
 
 
-def damping_value(eigenvalues: Matrix, d: int, trace: float, damping: float, mode: DampingMode = "relative") -> float:
-    """Return λ.
-
-    Parameters
-    ----------
-    eigenvalues : (r,)
-        The undamped spectrum, as far as it is known.
-    d : int
-        Side of F, zero eigenvalues counted.
-    trace : float
-        tr(F).
-    damping : float
-        The factor (relative) or λ itself (absolute).
-    mode : {"relative", "absolute"}
-        Which.
+def check_damping(damping: float, mode: DampingMode) -> None:
+    """Check a damping.
 
     Raises
     ------
     InputError
-        For a negative or non-finite damping or an unknown mode.
-    SingularFisherError
-        If λ is zero and F has no inverse.
+        For a negative or non-finite one, or an unknown mode.
     """
     if mode not in ("relative", "absolute"):
         raise InputError(f"expected damping_mode 'relative' or 'absolute'; received {mode!r}")
     if not math.isfinite(damping) or damping < 0:
         raise InputError(f"expected damping >= 0; received {damping}")
-    value = damping * trace / d if mode == "relative" else damping
-    if trace == 0:
-        raise SingularFisherError(
-            "expected a Fisher matrix that is not zero; received one of rows without any gradient: check the loss and "
-            "the tapped layers"
-        )
-    if value == 0:
-        # far above rounding, which an inverse magnifies
-        safe = float(eigenvalues.max(initial=0.0) * d * np.finfo(np.float32).eps)
-        rank = int((eigenvalues > safe).sum())
-        if rank < d:
-            raise SingularFisherError(
-                f"expected damping > 0 for a Fisher matrix of numerical rank {rank} < {d}; received 0: "
-                f"use the default, {DEFAULT_DAMPING}"
-            )
-    return float(value)
 
 
 def spectrum_floor(eigenvalues: Matrix) -> float:
@@ -264,6 +235,10 @@ class EigenBlock:
         t, what stands for each eigenvalue that is not kept.
     unknown : int
         Eigenvalues that are not kept and may be positive.
+    trace : float
+        Of the block; by default the sum of its eigenvalues, those that are not kept included.
+    dimension : int
+        d_b, by which the trace is divided for a relative λ; by default the columns.
     shape : BlockShape
         The sizes.
     """
@@ -276,12 +251,35 @@ class EigenBlock:
         rest: float = 0.0,
         unknown: int = 0,
         *,
+        trace: float | None = None,
+        dimension: int | None = None,
         keeps: bool = True,
     ) -> None:
         self.columns, self.eigenvalues, self.vectors = columns, eigenvalues, vectors
         self.rest, self.unknown = rest, unknown
         rank = None if vectors is None else len(eigenvalues)
         self.shape = BlockShape(columns.stop - columns.start, rank, keeps)
+        width = self.shape.columns
+        self.trace = float(eigenvalues.sum() + rest * (width - len(eigenvalues))) if trace is None else trace
+        self.dimension = width if dimension is None else dimension
+
+    def check_invertible(self) -> None:
+        """Check that the block has an inverse without damping.
+
+        Raises
+        ------
+        SingularFisherError
+            If not.
+        """
+        width = self.shape.columns
+        # far above rounding, which an inverse magnifies
+        safe = float(self.eigenvalues.max(initial=0.0) * width * np.finfo(np.float32).eps)
+        rank = int((self.eigenvalues > safe).sum())
+        if rank < width:
+            raise SingularFisherError(
+                f"expected damping > 0 for a Fisher matrix of numerical rank {rank} < {width}; received 0: "
+                f"use the default, {DEFAULT_DAMPING}"
+            )
 
     def dimensions(self, value: float) -> tuple[float, float]:
         """Return a lower and an upper bound of Σ e/(e + λ).
@@ -448,6 +446,36 @@ class BlockSpectrum:
             block.precondition(part / scale, block_lambdas, out)
             out /= scale
         return result
+
+    def block_lambdas(self, damping: float, mode: DampingMode = "relative") -> Matrix:
+        """Return λ of each block, (B,): damping · tr(F_b)/d_b, or ``damping`` itself where the mode is absolute.
+
+        Raises
+        ------
+        InputError
+            For a negative or non-finite damping or an unknown mode.
+        SingularFisherError
+            If F is zero, or λ is zero and F has no inverse.
+        """
+        check_damping(damping, mode)
+        traces = np.array([block.trace for block in self.blocks])
+        if not traces.any():
+            raise SingularFisherError(
+                "expected a Fisher matrix that is not zero; received one of rows without any gradient: check the loss "
+                "and the tapped layers"
+            )
+        values = np.full(len(self.blocks), float(damping))
+        if mode == "relative":
+            means = traces / [block.dimension for block in self.blocks]
+            values *= np.where(means > 0, means, means.mean())  # no row has anything in a block of zeros: any λ serves
+        for block in self.blocks if damping == 0 else ():
+            block.check_invertible()
+        return values
+
+    def mean_lambda(self, lambdas: Matrix) -> float:
+        """Return the mean over columns of λ, given for each block (B,): one number that stands for all."""
+        widths = np.array([block.shape.columns for block in self.blocks])
+        return float(lambdas[0]) if np.ptp(lambdas) == 0 else float(lambdas @ widths / widths.sum())
 
     def working_bytes(self, queries: int, values: int) -> int:
         """Return what :meth:`precondition` holds for a number of rows and of λ, its result included, in bytes."""

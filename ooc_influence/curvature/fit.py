@@ -54,7 +54,7 @@ logger = logging.getLogger("ooc_influence")
 Method = Literal["auto", "primal", "dual"]
 _PRIMAL_ONLY = ("blocks", "rank")
 _EVERY_ROW = {"kind": "range", "start": 0, "stop": None}
-_NEAR_ROWS, _NEAR_COLUMNS = 0.95, 0.9  # of m or k: a d(λ) beyond that is worth a warning
+_NEAR = 0.9  # of what rows and columns can span: a d(λ) beyond that is worth a warning
 
 
 class _Call(NamedTuple):
@@ -449,13 +449,12 @@ def _warn_of_dimension(curvature: Curvature) -> None:
     if curvature.trace <= 0 or curvature.kind == "diagonal":  # which has full rank however few the rows
         return
     dimension = curvature.least_dimension(curvature.lambdas()[0])
-    if dimension > _NEAR_ROWS * curvature.rows:
-        near, more = f"the {curvature.rows} rows it was fitted on", "rows"
-    elif dimension > _NEAR_COLUMNS * curvature.d:
-        near, more = f"the {curvature.d} stored columns", "columns"
-    else:
+    if dimension <= _NEAR * sum(block.dimension for block in curvature.blocks):
         return
+    near, more = f"the {curvature.d} stored columns", "columns"
+    if curvature.rows < curvature.d:
+        near, more = f"the {curvature.rows} rows it was fitted on", "rows"
     warn(
-        f"{curvature.path} has an effective dimension of {dimension:.1f} at the default damping, close to {near}: use "
-        f"more {more} or more damping"
+        f"{curvature.path} has an effective dimension of {dimension:.1f} at the default damping, close to what {near} "
+        f"can span: use more {more} or more damping"
     )

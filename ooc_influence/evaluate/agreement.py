@@ -6,8 +6,9 @@ make F, the others are queries. Both kinds of scores come from K alone, with m t
 
     G_q (F + λI)⁻¹ G_tᵀ = m K_qt (K_tt + mλI)⁻¹ ,    self-influence = m diag(K_tt (K_tt + mλI)⁻¹) ,
 
-at the same λ = damping · tr(F)/k of the stored rows, since stored products estimate full ones. F of so few rows is not
-that of the corpus: what is compared is the compression, everything else being equal.
+at the same λ = damping · tr(F)/min(k, n) of the stored rows, since stored products estimate full ones, with n the rows
+of the store: the λ of its own curvature. F of so few rows is not that of the corpus: what is compared is the
+compression, everything else being equal.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Agreement:
     Attributes
     ----------
     damping : float
-        Relative: λ = damping · tr(F)/k.
+        Relative: λ = damping · tr(F)/min(k, n).
     scores : float
         Spearman's rank correlation of stored and whole scores over train rows, mean over queries.
     top : float
@@ -156,18 +157,21 @@ def check(
                     dtype="float32", modules=group, check_gradients=False, **how,
                 )
             )  # fmt: skip
-    agreement = compare(stored, whole, train.k, sorted({*dampings, DEFAULT_DAMPING}))
+    agreement = compare(stored, whole, min(train.k, max(n, train.n)), sorted({*dampings, DEFAULT_DAMPING}))
     queries, p = len(range(0, n, 8)), sum(layer.entries for layer in layers)
     return CheckResult(n - queries, queries, p, train.k, agreement, tuple(_advice(train, agreement)))
 
 
-def compare(stored: Matrix, whole: Matrix, k: int, dampings: Sequence[float]) -> tuple[Agreement, ...]:
-    """Return how products of stored rows (n, n) agree with those of whole ones; every eighth row is a query."""
+def compare(stored: Matrix, whole: Matrix, dimension: int, dampings: Sequence[float]) -> tuple[Agreement, ...]:
+    """Return how products of stored rows (n, n) agree with those of whole ones; every eighth row is a query.
+
+    λ is a damping times the trace of F of the stored rows over ``dimension``.
+    """
     numbers = np.arange(len(stored))
     queries, rows = numbers[::8], np.delete(numbers, numbers[::8])
     m, agreement = len(rows), []
     for damping in dampings:
-        value = damping * float(np.trace(stored[np.ix_(rows, rows)])) / m / k
+        value = damping * float(np.trace(stored[np.ix_(rows, rows)])) / m / dimension
         scores, selves = zip(*(_scores(K, queries, rows, value) for K in (stored, whole)), strict=True)
         correlations = [_spearman(left, right) for left, right in zip(*scores, strict=True)]
         best = [np.argsort(-each, axis=1, kind="stable")[:, :_TOP] for each in scores]
