@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         Sjlt,
         reduce_store,
     )
-    from ooc_influence.curvature import Curvature, fit_curvature, fit_fisher, fit_gram, gram_matrix
+    from ooc_influence.curvature import Curvature, fit_curvature, fit_fisher, fit_gram, fit_kronecker, gram_matrix
     from ooc_influence.errors import OocInfluenceError, OocInfluenceWarning
     from ooc_influence.extract import (
         AdamMetric,
@@ -50,7 +50,7 @@ _EXPORTS = {
         "Dropout", "Eigenbasis", "Gaussian", "Grass", "Identity", "KroneckerBasis", "LoGra", "Pca",
         "Rademacher", "Sjlt", "reduce_store",
     ],
-    "curvature": ["Curvature", "fit_curvature", "fit_fisher", "fit_gram", "gram_matrix"],
+    "curvature": ["Curvature", "fit_curvature", "fit_fisher", "fit_gram", "fit_kronecker", "gram_matrix"],
     "errors": ["OocInfluenceError", "OocInfluenceWarning"],
     "extract": [
         "AdamMetric", "Batching", "BudgetBatches", "Recipe", "Split", "cross_entropy", "extract_gradients",
@@ -70,9 +70,9 @@ __all__ = [
     "AdamMetric", "Batching", "BudgetBatches", "ChunkCache", "Curvature", "Dropout", "Eigenbasis", "Gaussian",
     "GradientStore", "Grass", "Identity", "KroneckerBasis", "LoGra", "OocInfluenceError", "OocInfluenceWarning",
     "Pca", "Rademacher", "Recipe", "Sjlt", "Split", "Storage", "TopInfluential", "__version__", "compact_store",
-    "cross_entropy", "extract_gradients", "extract_shards", "fit_curvature", "fit_fisher", "fit_gram", "gram_matrix",
-    "group_influence", "influence_scores", "init_store", "merge_stores", "module_influence", "plan", "reduce_store",
-    "self_influence", "token_cross_entropy", "top_influential", "upgrade_store",
+    "cross_entropy", "extract_gradients", "extract_shards", "fit_curvature", "fit_fisher", "fit_gram", "fit_kronecker",
+    "gram_matrix", "group_influence", "influence_scores", "init_store", "merge_stores", "module_influence", "plan",
+    "reduce_store", "self_influence", "token_cross_entropy", "top_influential", "upgrade_store",
 ]  # fmt: skip
 
 

@@ -126,8 +126,9 @@ class DampedOptions(Striped, total=False):
         kind="path", metavar="NAME|PATH", multiple=True)]
     damping: Annotated[float | Sequence[float] | None, Option(
         None, "float or sequence of float, optional",
-        "Relative (λ = damping · tr(F)/min(d, m), m the rows of the fit) or absolute; default the curvature's own, 0.1 relative. A sequence gives "
-        "results an axis of λ in front; the rows are read once for all.",
+        "Relative (λ = damping · tr(F)/min(d, m), m the rows of the fit) or absolute; default the curvature's own, "
+        "0.1 relative (of a Kronecker basis 0.03 of each layer's mean). A sequence gives results an axis of λ in "
+        "front; the rows are read once for all.",
         "Damping factor; may be repeated. Default: the curvature's (0.1, relative).", kind=float, multiple=True)]
     damping_mode: Annotated[DampingMode, Option(
         "relative", '{"relative", "absolute"}', "What ``damping`` means.",
@@ -226,8 +227,8 @@ class RowOptions(Striped, total=False):
         "Weight rows whatever the loss is.")]
 
 
-class FittingOptions(RowOptions, total=False):
-    """What every fit takes."""
+class KeptOptions(RowOptions, total=False):
+    """What every fit takes: the rows, and where its result is kept."""
 
     name: Annotated[str | None, Option(
         None, "str, optional",
@@ -240,6 +241,28 @@ class FittingOptions(RowOptions, total=False):
     refit: Annotated[bool, Option(
         False, "bool", "Fit again although there is an up-to-date curvature; by default that one is returned.",
         "Fit again although there is an up-to-date curvature.")]
+
+
+class FittingOptions(KeptOptions, total=False):
+    """What a fit of products of rows takes."""
+
+    prior: Annotated["Curvature | PathLike | None", Option(
+        None, "Curvature, str or path, optional",
+        'Fit above this prior: ``"kronecker"``, which the mask of a store in a Kronecker basis brings along, or a '
+        "curvature from :func:`fit_kronecker`. F is then that of the rows divided by D = √(Λ + λ), and the curvature "
+        "is D (F + λ'I) D: the prior alone where λ' is large, the rows alone where it is small. For rows of labels "
+        "sampled from the model.",
+        "Fit above this prior: 'kronecker', that of the basis, or the path of a curvature of that kind.", kind="path",
+        metavar="NAME|PATH")]
+    prior_damping: Annotated[float | None, Option(
+        None, "float, optional",
+        "λ of the prior, relative to each layer's mean; default that of the basis, 0.03.",
+        "Relative damping of the prior. Default: that of the basis, 0.03.", kind=float, metavar="X")]
+    shrinkage: Annotated[float | None, Option(
+        None, "float, optional",
+        "λ' relative to the mean square of the whitened rows' entries, recorded as the curvature's damping, which a "
+        "``damping`` of a call replaces; default 20.",
+        "Weight of the prior against the rows, the damping of scores. Default: 20.", kind=float, metavar="X")]
     device: Annotated[str | None, Option(
         None, "str, optional",
         'Multiply rows there, such as ``"cuda"`` (for the Gram matrix in float64); default the BLAS of NumPy or SciPy.',

@@ -49,18 +49,26 @@ def _parse_rows(_: click.Context, __: click.Parameter, value: str | None) -> sli
 
 @click.command()
 @click.argument("train", type=options.PATH)
-@click.option("--method", type=click.Choice(["primal", "dual", "auto"]), default="primal", show_default=True,
-              help="primal: the Fisher matrix; dual: the rows' Gram matrix, for fewer rows than columns; auto: the "
-              "cheaper one that fits.")  # fmt: skip
+@click.option("--method", type=click.Choice(["auto", "primal", "dual", "kronecker"]), default="auto",
+              show_default=True,
+              help="primal: the Fisher matrix; dual: the rows' Gram matrix, for fewer rows than columns; kronecker: "
+              "second moments in a Kronecker basis; auto: what suits TRAIN and costs least.")  # fmt: skip
 @options.flags(FisherOptions, rows={"callback": _parse_rows})
 @options.where
 def fisher(train: str, cache: str | None, cache_size: str, as_json: bool, **settings: Any) -> None:
-    """Compute and factorise the Fisher matrix of TRAIN, and save it there."""
+    """Fit the curvature of TRAIN, by its Fisher matrix or what replaces it, and save it there."""
     from ooc_influence import fit_curvature
 
     store = options.open_train(train, cache, cache_size)
     curvature = fit_curvature(store, progress=options.show_progress(), **settings)
-    options.print_result(as_json, curvature.facts(), lambda: repr(curvature))
+    options.print_result(as_json, curvature.facts(), lambda: _told(curvature))
+
+
+def _told(curvature: Any) -> str:
+    """Return a curvature in words: what it is, and where none was needed."""
+    if curvature.kind != "kronecker":
+        return repr(curvature)
+    return f"{curvature!r}\nThe basis has such a curvature without any fit: --curvature kronecker."
 
 
 @click.command()

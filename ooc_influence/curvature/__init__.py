@@ -2,6 +2,7 @@
 
 from ooc_influence.curvature.costs import (
     USUAL_PASSES,
+    choose_method,
     fisher_memory,
     fit_size,
     gram_memory,
@@ -9,7 +10,7 @@ from ooc_influence.curvature.costs import (
     plan_low_rank,
     reduced_alternatives,
 )
-from ooc_influence.curvature.curvature import Curvature, resolve_curvature
+from ooc_influence.curvature.curvature import Curvature
 from ooc_influence.curvature.eigen import (
     DEFAULT_DAMPING,
     BlockShape,
@@ -17,12 +18,14 @@ from ooc_influence.curvature.eigen import (
     resolved,
     self_influence_bytes,
 )
-from ooc_influence.curvature.fit import choose_method, fit_curvature, fit_fisher, fit_gram, gram_matrix
+from ooc_influence.curvature.fit import fit_curvature, fit_fisher, fit_gram, fit_kronecker, gram_matrix
+from ooc_influence.curvature.kronecker import DEFAULT_KRONECKER_DAMPING, PRIOR
+from ooc_influence.curvature.resolve import resolve_curvature
 from ooc_influence.curvature.rows import choose_rows
 
 __all__ = [
-    "DEFAULT_DAMPING", "USUAL_PASSES", "BlockShape", "Curvature", "choose_method", "choose_rows", "fisher_memory",
-    "fit_curvature", "fit_fisher", "fit_gram", "fit_size", "gram_matrix", "gram_memory", "largest_rank",
-    "plan_low_rank", "precondition_bytes", "reduced_alternatives", "resolve_curvature", "resolved",
-    "self_influence_bytes",
+    "DEFAULT_DAMPING", "DEFAULT_KRONECKER_DAMPING", "PRIOR", "USUAL_PASSES", "BlockShape", "Curvature", "choose_method",
+    "choose_rows", "fisher_memory", "fit_curvature", "fit_fisher", "fit_gram", "fit_kronecker", "fit_size",
+    "gram_matrix", "gram_memory", "largest_rank", "plan_low_rank", "precondition_bytes", "reduced_alternatives",
+    "resolve_curvature", "resolved", "self_influence_bytes",
 ]  # fmt: skip

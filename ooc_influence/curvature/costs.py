@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -127,6 +127,16 @@ def gram_memory(size: ProblemSize) -> MemoryModel:
     alone = max(24 * rows**2 + 8 * _TILE_COPIES * tile_side(rows) ** 2, lifting)
     fixed = max(kernel.fixed, size.index_bytes + alone - size.workers * kernel.per_worker)
     return replace(kernel, fixed=fixed, alternatives=partial(_dual_alternatives, size.alone))
+
+
+def choose_method(rows: int, k: int) -> Literal["primal", "dual"]:
+    """Return the quicker method: ``"dual"`` where there are fewer rows than columns or hardly more, else ``"primal"``.
+
+    The products with rows are in float32 for F, and in float64 for K and for F's eigenvectors made of its own.
+    """
+    primal = rows * k**2 / _OPERATIONS + 9 * k**3 / _DOUBLE
+    dual = 3 * rows**2 * k / _DOUBLE + 9 * rows**3 / _DOUBLE
+    return "dual" if dual < primal else "primal"
 
 
 class LowRankPlan(NamedTuple):

@@ -58,7 +58,8 @@ from ooc_influence.store import (
 logger = logging.getLogger("ooc_influence")
 FORMAT = 2
 READABLE = (1, 2)
-KINDS = ("whole", "module", "diagonal", "top", "gram")
+KINDS = ("whole", "module", "diagonal", "kronecker", "top", "gram")
+DIAGONAL = ("diagonal", "kronecker")  # kinds of which only squares are summed
 _ATTRIBUTES = "ooc_influence_curvature"
 
 
@@ -101,29 +102,42 @@ class Curvature(BlockSpectrum):
         self.trace = float(attributes["trace"])
         self.rows = int(attributes["rows"])
         self.damping = float(attributes["damping"])
-        super().__init__(self._blocks(self._read("eigenvalues")))
+        scale = self._read("column_scale") if self.has_prior else None
+        super().__init__(self._blocks(self._read("eigenvalues")), scale)
+        if self.kind == "kronecker":  # what is recorded is the trace of the sums, whose columns have weights
+            self.trace = float(self.eigenvalues.sum())
         self.check_fit()
 
     def _blocks(self, eigenvalues: Matrix) -> list[EigenBlock]:
         """Return the blocks that a spectrum on disk is made of."""
         d, r = int(self._attrs.get("d", len(eigenvalues))), len(eigenvalues)
-        all_columns, rank = slice(0, d), min(d, self.rows)
+        ranges, all_columns = self._attrs.get("ranges") or [(0, d)], slice(0, d)
+        if self.kind == "kronecker":
+            means = zip(ranges, self._attrs["means"], strict=True)
+            return [
+                EigenBlock(slice(a, b), eigenvalues[a:b], None, trace=mean * (b - a)) for (a, b), mean in means
+            ]  # fmt: skip
         if self.kind == "diagonal":
             return [EigenBlock(all_columns, eigenvalues, None, trace=self.trace)]
         if self.kind == "top":
             vectors, rest = self._vectors("eigenvectors", d, r), float(self._attrs["rest"])
-            return [EigenBlock(all_columns, eigenvalues, vectors, rest, rank - r, trace=self.trace, dimension=rank)]
+            span, unknown = self._span(d), min(d, self.rows) - r
+            return [EigenBlock(all_columns, eigenvalues, vectors, rest, unknown, trace=self.trace, dimension=span)]
         if self.kind == "gram":
-            vectors = self._vectors("eigenvectors", d, r)
-            return [EigenBlock(all_columns, eigenvalues, vectors, trace=self.trace, dimension=rank, keeps=False)]
+            vectors, span = self._vectors("eigenvectors", d, r), self._span(d)
+            return [EigenBlock(all_columns, eigenvalues, vectors, trace=self.trace, dimension=span, keeps=False)]
         return [
             EigenBlock(
                 slice(first, last), eigenvalues[first:last],
                 self._vectors(vectors_name(self.kind, number), last - first, last - first),
-                dimension=min(last - first, self.rows),
+                dimension=self._span(last - first),
             )
-            for number, (first, last) in enumerate(self._attrs.get("ranges") or [(0, d)])
+            for number, (first, last) in enumerate(ranges)
         ]  # fmt: skip
+
+    def _span(self, columns: int) -> int:
+        """Return what the trace of so many columns is divided by: all of them where a prior is in every direction."""
+        return columns if self.has_prior else min(columns, self.rows)
 
     def _vectors(self, name: str, columns: int, rank: int) -> EigenVectors:
         # not methods: vectors that refer to their curvature would outlive it until Python looks for cycles
@@ -181,8 +195,13 @@ class Curvature(BlockSpectrum):
 
     @property
     def kind(self) -> str:
-        """``whole``, ``module``, ``diagonal``, ``top`` (a low rank) or ``gram``."""
+        """``whole``, ``module``, ``diagonal``, ``kronecker``, ``top`` (a low rank) or ``gram``."""
         return str(self._attrs.get("kind", "whole"))
+
+    @property
+    def has_prior(self) -> bool:
+        """Whether it is of whitened rows above a prior: D (F̃ + λI) D, where F̃ is that of rows times D⁻¹."""
+        return "prior" in self._attrs
 
     @property
     def attrs(self) -> Mapping[str, Any]:
@@ -196,7 +215,7 @@ class Curvature(BlockSpectrum):
 
     def sums(self) -> Sums:
         """Return the undamped sums that F is made of, read from disk."""
-        total = empty_sums(self.ranges, self.kind == "diagonal")
+        total = empty_sums(self.ranges, self.kind in DIAGONAL)
         self.add_sums_to(total)
         return total
 
@@ -214,7 +233,7 @@ class Curvature(BlockSpectrum):
         return tuple((block.columns.start, block.columns.stop) for block in self.blocks)
 
     def fisher(self) -> Matrix:
-        """Return F, (d, d), as it was summed; of a diagonal or a Gram matrix, made of the spectrum.
+        """Return F, (d, d), as it was summed, without its prior; of a diagonal or a Gram matrix, made of the spectrum.
 
         Raises
         ------
@@ -225,6 +244,14 @@ class Curvature(BlockSpectrum):
             matrix: Matrix = self._read("fisher")
             self.check_fit()
             return matrix
+        matrix = self._summed_fisher()
+        if self.column_scale is not None:
+            matrix *= self.column_scale[:, None] * self.column_scale
+        return matrix
+
+    def _summed_fisher(self) -> Matrix:
+        if self.kind == "kronecker":
+            return np.diag(self.eigenvalues)
         if self.kind in ("diagonal", "gram"):
             return self.blocks[0].matrix()
         if not self.keeps_sums:
@@ -242,6 +269,8 @@ class Curvature(BlockSpectrum):
     @property
     def gram(self) -> zarr.Array[Any]:
         """K = A Aᵀ, (m, m) float64 on disk, undamped: row i is the i-th of the rows chosen, zero where dropped.
+
+        Of a curvature with a prior, that of the whitened rows.
 
         Raises
         ------
@@ -289,6 +318,13 @@ class Curvature(BlockSpectrum):
             raise InputError("expected a damping with damping_mode='absolute'; received none: the default is relative")
         return self.damping if damping is None else damping
 
+    def outside_share(self, gradients: npt.NDArray[Any]) -> Matrix:
+        """Return the share of each row's squared norm outside the span of F's eigenvectors, (q,).
+
+        0 for a zero row; and with a prior, which is in every direction.
+        """
+        return np.zeros(len(gradients)) if self.has_prior else super().outside_share(gradients)
+
     def check(self, train: GradientStore) -> None:
         """Check that this curvature may be used for ``train``.
 
@@ -308,7 +344,7 @@ class Curvature(BlockSpectrum):
             raise StaleCurvatureError(
                 f"expected a curvature of the {train.n} rows of {train.path}; received {self.path}, fitted when it "
                 f"held {self._attrs['store_rows']} (or before rows were dropped): run fit_curvature again, or "
-                f"'{_command(train, self.path)}'"
+                f"'{fit_command(train, self.path)}'"
             )
 
     def staleness(self, train: GradientStore, chosen: WeightedRows | None = None) -> Staleness:
@@ -341,15 +377,17 @@ class Curvature(BlockSpectrum):
         facts = {
             "curvature": str(self.path),
             "kind": self.kind,
+            "method": {"gram": "dual", "kronecker": "kronecker"}.get(self.kind, "primal"),
             "k": self.d,
             "rows": self.rows,
             "trace": self.trace,
+            "damping": self.damping,
             "largest_eigenvalue": float(self.eigenvalues.max(initial=0.0)),
             "smallest_eigenvalue": float(self.eigenvalues.min(initial=np.inf)) if len(self.eigenvalues) else 0.0,
             "default_damping": 0.0 if lambdas is None else self.mean_lambda(lambdas),
             "effective_dimension": 0.0 if lambdas is None else self.effective_dimension(lambdas),
         }
-        optional = ("weights", "clipped", "selection", "sampling_error", "seconds")
+        optional = ("weights", "prior", "clipped", "selection", "sampling_error", "seconds")
         facts |= {name: self._attrs[name] for name in optional if self._attrs.get(name)}
         if self.kind == "top":
             low_rank = ("rank", "left_out", "rest", "passes", "residual", "converged", "way")
@@ -361,11 +399,12 @@ class Curvature(BlockSpectrum):
         facts = self.facts()
         kind = "" if self.kind == "whole" else f" {self.kind}"
         extra = f" sampling error={facts['sampling_error']:.3g}" if "sampling_error" in facts else ""
+        extra += " above the Kronecker prior" if self.has_prior else ""
         extra += f" rank={facts['rank']} left out={facts['left_out']:.2%}" if "rank" in facts else ""
         weights = f" weights={facts['weights']['name']}" if "weights" in facts else ""
         return (
             f"<Curvature{kind} {str(self.path)!r} d={self.d} rows={self.rows}{weights} trace={self.trace:.4g} "
-            f"d(λ={facts['default_damping']:.3g})={facts['effective_dimension']:.1f}{extra}>"
+            f"damping={self.damping:g} d(λ={facts['default_damping']:.3g})={facts['effective_dimension']:.1f}{extra}>"
         )
 
     def _repr_html_(self) -> str:
@@ -385,73 +424,7 @@ class Curvature(BlockSpectrum):
         return pandas.DataFrame({"eigenvalue": self.eigenvalues, "cumulative_share": shares})
 
 
-def resolve_curvature(train: GradientStore, curvature: Curvature | PathLike | None) -> Curvature:
-    """Return the curvature a call means, checked against the train store.
-
-    Parameters
-    ----------
-    train : GradientStore
-        The store it is for.
-    curvature : Curvature, str, path or None
-        An object; a name in the store; a path of a curvature group; None for ``"default"`` or ``"gram"``, as
-        :func:`fit_curvature` names them: the one that is of the rows as they are. Where both are, and of the same rows
-        and weights, the one that takes less memory to score with; else ``"default"``.
-
-    Raises
-    ------
-    CurvatureNotFoundError
-        If there is none.
-    MismatchError, StaleCurvatureError
-        See :meth:`Curvature.check`.
-    """
-    if curvature is None:
-        return _usual_curvature(train)
-    if not isinstance(curvature, Curvature):
-        text = str(curvature)
-        paths = ([] if "/" in text else [curvature_path(train, text)]) + [parse_path(curvature)]
-        path = next((path for path in paths if complete_attributes(path) is not None), None)
-        if path is None:
-            raise _not_found(train, text)
-        curvature = Curvature.open(path)
-    curvature.check(train)
-    return curvature
-
-
-def _usual_curvature(train: GradientStore) -> Curvature:
-    """Return the curvature that scores take where none is named."""
-    current, stale = [], None
-    for name in ("default", "gram"):
-        path = curvature_path(train, name)
-        if complete_attributes(path) is None:
-            continue
-        curvature = Curvature.open(path)
-        try:
-            curvature.check(train)
-        except StaleCurvatureError as error:
-            stale = stale or error
-        else:
-            current.append(curvature)
-    if not current:
-        raise stale or _not_found(train, "default")
-    if stale is not None:
-        logger.info("scoring with %s, since another curvature is stale: %s", current[0].path, stale)
-    if len(current) > 1 and current[1].equals(current[0]):
-        return min(current, key=lambda curvature: curvature.working_bytes(1, 1))
-    return current[0]
-
-
-def _not_found(train: GradientStore, name: str) -> CurvatureNotFoundError:
-    path = parse_path(name) if "/" in name else curvature_path(train, name)
-    call = {"default": "", "gram": ", method='dual'"}.get(
-        name, f", out={name!r}" if "/" in name else f", name={name!r}"
-    )
-    return CurvatureNotFoundError(
-        f"expected a fitted curvature {name!r} in {train.path}; received none: run "
-        f"fit_curvature({str(train.path)!r}{call}) or '{_command(train, path)}'"
-    )
-
-
-def _command(train: GradientStore, path: StorePath) -> str:
+def fit_command(train: GradientStore, path: StorePath) -> str:
     """Return the command that fits a curvature of a store at ``path``."""
     options = f" --out {path}"
     if path.parent == train.path / "curvature":

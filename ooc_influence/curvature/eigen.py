@@ -365,10 +365,10 @@ class EigenBlock:
 
     def inside(self, gradients: Matrix) -> Matrix:
         """Return the squared norm of rows (b, w) within the span of eigenvectors above rounding, (b,)."""
-        span = resolved(self.eigenvalues)
+        span = self.eigenvalues > 0 if self.vectors is None else resolved(self.eigenvalues)
         if self.shape.complete and span.all():
             return np.asarray(np.square(gradients).sum(1))
-        if self.vectors is None:
+        if self.vectors is None:  # sums of squares: however small, no rounding of others
             return np.asarray(np.square(gradients[:, span]).sum(1))
         return np.asarray(np.square(self._rotate(gradients)[:, span]).sum(1))
 
@@ -406,6 +406,11 @@ class BlockSpectrum:
         self.blocks, self.column_scale = tuple(blocks), column_scale
         self.eigenvalues: Matrix = np.concatenate([block.eigenvalues for block in self.blocks])
         self.d = self.blocks[-1].columns.stop
+
+    @property
+    def is_diagonal(self) -> bool:
+        """Whether F is: V = I in every block."""
+        return all(block.vectors is None for block in self.blocks)
 
     @property
     def eigenvectors(self) -> Matrix:

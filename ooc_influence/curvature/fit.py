@@ -3,7 +3,8 @@
 The primal method sums F, (k, k), striped over rows (:mod:`.sums`), then factorises it in float64. The undamped sum is
 kept: rows appended since are added to it, rows dropped since are subtracted, without reading the others. Memory: 12 k²
 bytes a worker and a block of rows; 24 k² for the factorisation; nothing that grows with n. Where that is too much, the
-r largest eigenpairs (:mod:`.low_rank`). The dual method factorises the Gram matrix, (m, m) (:mod:`.dual`).
+r largest eigenpairs (:mod:`.low_rank`). The dual method factorises the Gram matrix, (m, m) (:mod:`.dual`). In a
+Kronecker basis (:mod:`.kronecker`) squares are enough.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import contextlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Unpack, get_args
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple, Unpack, cast, get_args
 
 import numpy as np
 import zarr
@@ -21,19 +23,35 @@ from ooc_influence.checkpoint import ClaimedOutput, kept_groups
 from ooc_influence.curvature.costs import (
     LowRankPlan,
     check_rank,
+    choose_method,
     diagonal_memory,
     fisher_memory,
     fit_size,
     gram_memory,
     kernel_memory,
+    largest_rank,
     module_ranges,
     plan_low_rank,
 )
-from ooc_influence.curvature.curvature import Curvature, check_replaceable, curvature_path, write_curvature
+from ooc_influence.curvature.curvature import (
+    DIAGONAL,
+    Curvature,
+    check_replaceable,
+    curvature_path,
+    write_curvature,
+)
 from ooc_influence.curvature.dual import GramFit, Multiplying, device_bytes, multiply_on_disk
 from ooc_influence.curvature.eigen import row_slabs, vectors_name, write_long, write_vectors
+from ooc_influence.curvature.kronecker import (
+    PRIOR,
+    column_weights,
+    has_sampled_labels,
+    kronecker_damping,
+    measured_means,
+)
 from ooc_influence.curvature.low_rank import fit_low_rank
 from ooc_influence.curvature.primal import Fitting, squared_norm, usable_plans
+from ooc_influence.curvature.prior import parse_prior
 from ooc_influence.curvature.rows import Staleness, choose_rows
 from ooc_influence.curvature.sums import Summing, Sums, write_sum
 from ooc_influence.errors import (
@@ -44,14 +62,23 @@ from ooc_influence.errors import (
     StoreExistsError,
     warn,
 )
-from ooc_influence.linalg import Range, WeightedRows, check_device_memory, mirror, parse_device, symmetric_eigen
+from ooc_influence.linalg import (
+    LayerMoments,
+    Matrix,
+    Range,
+    WeightedRows,
+    check_device_memory,
+    mirror,
+    parse_device,
+    symmetric_eigen,
+)
 from ooc_influence.memory import MemoryBudget, ProblemSize, format_bytes
-from ooc_influence.options import FisherOptions, FittingOptions, RowOptions, select, takes
+from ooc_influence.options import FisherOptions, FittingOptions, KeptOptions, RowOptions, select, takes
 from ooc_influence.parallel import check_workers, slots_per_process
 from ooc_influence.store import GradientStore, PathLike, StorePath, as_store, check_has_rows, parse_path
 
 logger = logging.getLogger("ooc_influence")
-Method = Literal["auto", "primal", "dual"]
+Method = Literal["auto", "primal", "dual", "kronecker"]
 _PRIMAL_ONLY = ("blocks", "rank")
 _EVERY_ROW = {"kind": "range", "start": 0, "stop": None}
 _NEAR = 0.9  # of what rows and columns can span: a d(λ) beyond that is worth a warning
@@ -84,17 +111,20 @@ class _Call(NamedTuple):
     staleness: Staleness | None
 
     @classmethod
-    def open(cls, train: GradientStore, options: FittingOptions, name: str, kind: str) -> _Call:
+    def open(cls, train: GradientStore, options: KeptOptions | FittingOptions, name: str, kind: str) -> _Call:
         """Check a call's arguments; ``name`` is the curvature's where they give none."""
         planned = train.layout.planned_rows or train.committed
         if train.n < planned:
             warn(f"{train.path} holds {train.n} of {planned} rows without a gap: the fit covers those")
-        slots, device, out = check_workers(options["workers"]), parse_device(options["device"]), options["out"]
+        slots, out = check_workers(options["workers"]), options["out"]
+        device = parse_device(cast("str | None", options.get("device")))
         named = name if options["name"] is None else options["name"]
+        if out is None and named == PRIOR and train.mask.has_basis:
+            raise InputError(f"expected another name than {PRIOR!r}, which is that of the basis itself; received it")
         target = parse_path(out) if out is not None else curvature_path(train, named)
         check_replaceable(target)
         check_has_rows(train)
-        chosen = choose_rows(train, options)
+        chosen = replace(choose_rows(train, options), whitening=parse_prior(train, cast(FittingOptions, options)))
         earlier = None if options["refit"] else _fitted(target, train)
         staleness = None if earlier is None else fit_staleness(earlier, chosen, kind)
         return cls(target, chosen, slots, device, earlier, staleness)
@@ -142,13 +172,29 @@ def fit_fisher(store: GradientStore | PathLike, **options: Unpack[FisherOptions]
     StoreDamagedError
         If a committed chunk is missing or short.
     """
-    train, blocks, rank = as_store(store), options["blocks"], options["rank"]
+    train = as_store(store)
+    if options["prior"] is None or options["blocks"] is not None or options["rank"] is not None:
+        return _fit_primal(train, options)
+    method, options = _by_price(train, options)
+    return _fit_dual(train, options, "default") if method == "dual" else _fit_primal(train, options)
+
+
+def _fit_primal(train: GradientStore, options: FisherOptions) -> Curvature:
+    """Fit by the sums over rows."""
+    blocks, rank = options["blocks"], options["rank"]
     if options["device"] is not None and blocks == "diagonal":
         raise InputError(
             f"expected no device with blocks='diagonal'; received {options['device']!r}: reading takes all the time"
         )
     ranges = _parse_blocks(train, blocks, rank)
     kind = "top" if rank is not None else "whole" if blocks == "module" and len(ranges) == 1 else blocks or "whole"
+    return _fit_sums(train, options, kind, ranges, rank, options["seed"])
+
+
+def _fit_sums(
+    train: GradientStore, options: KeptOptions, kind: str, ranges: tuple[Range, ...], rank: int | None, seed: int
+) -> Curvature:
+    """Fit what is made of sums over rows, from those of an earlier fit where there is one."""
     call = _Call.open(train, options, "default", kind)
     target, memory = call.target, options["memory"]
     since = None if call.staleness is None or call.earlier is None else call.earlier.attrs["fit"]
@@ -160,13 +206,45 @@ def fit_fisher(store: GradientStore | PathLike, **options: Unpack[FisherOptions]
     earlier = None if call.staleness is None else call.earlier
     with ClaimedOutput(target, settings) as partial:
         sampled = options["sample"] is not None
-        how = Summing(train, ranges, plan.block_rows, kind == "diagonal", sampled, partial, call.device)
+        how = Summing(train, ranges, plan.block_rows, kind in DIAGONAL, sampled, partial, call.device)
         fit = Fitting(target, call.chosen, how, call.slots, options["progress"], partial, earlier, call.staleness)
         if rank is None:
             _fit_square(fit, kind)
         else:
-            fit_low_rank(fit, plan, rank, options["seed"])
+            fit_low_rank(fit, plan, rank, seed)
     return _reopened(target)
+
+
+@takes(KeptOptions)
+def fit_kronecker(store: GradientStore | PathLike, **options: Unpack[KeptOptions]) -> Curvature:
+    """Measure Λ of a store in a Kronecker basis from all its rows, and save it there as ``curvature/<name>``.
+
+    Such a store has a curvature of Λ from its pilot, ``curvature="kronecker"``, which needs no fit; this one is of as
+    many rows as the store has: Λ_e = (1/m) Σ w z_e² π_e, in one pass at the speed of reading, with k numbers in memory.
+    It can be made of a store of sampled labels and used for another one with the same mask. Interrupted, and with rows
+    appended or dropped since, it continues as :func:`fit_fisher` does. λ is relative to each layer's mean Λ.
+
+    Parameters
+    ----------
+    store : GradientStore or path
+        (n, k), whose entries are in a Kronecker basis, not reduced.
+    **options : KeptOptions
+        See :mod:`ooc_influence.options`.
+
+    Returns
+    -------
+    Curvature
+        Of kind ``kronecker``; eigenvalues Λ (k,) in columns' order.
+
+    Raises
+    ------
+    InputError
+        For a store of another basis, without live rows, or rows or weights that do not fit it.
+    MemoryBudgetError, StoreExistsError, StoreDamagedError
+        As for :func:`fit_fisher`.
+    """
+    train = as_store(store)
+    return _fit_sums(train, options, "kronecker", LayerMoments.of(train).ranges, None, options["seed"])
 
 
 def _choose_plan(
@@ -175,7 +253,7 @@ def _choose_plan(
 ) -> LowRankPlan:  # fmt: skip
     """Return how to fit within the budget, preferably by a plan that can use the ``results`` of earlier runs."""
     staleness, budget, size = call.staleness, MemoryBudget.of(memory), call.size
-    if kind == "diagonal":
+    if kind in DIAGONAL:
         model = diagonal_memory(size)
         return LowRankPlan(kind, model, budget.plan(model))
     if rank is not None:
@@ -206,31 +284,38 @@ def _fit_square(fit: Fitting, kind: str) -> None:
     if fit.how.fourth:
         norm = sum(squared_norm(square) for square in total.squares)
         attributes["sampling_error"] = fit.chosen.sampling_error(total.live, total.fourth, norm)
+    if kind == "kronecker":
+        attributes["damping"] = kronecker_damping(fit.chosen.store)
 
     def write(group: Any) -> Mapping[str, Any]:
         fit.record.write(group)
-        _write_spectra(group, kind, total)
-        return {"seconds": time.monotonic() - began}
+        spectra = _write_spectra(group, kind, total)
+        facts = {"seconds": time.monotonic() - began}
+        if kind == "kronecker":
+            spectra = spectra / np.square(column_weights(fit.chosen.store))
+            facts["means"] = measured_means(fit.chosen.store, spectra).tolist()
+        write_long(group, "eigenvalues", spectra)
+        return facts
 
     write_curvature(fit.target, attributes, write)
 
 
-def _write_spectra(group: Any, kind: str, total: Sums) -> None:
-    """Write sums and their spectra into a group; the sums, upper triangles, are used up."""
+def _write_spectra(group: Any, kind: str, total: Sums) -> Matrix:
+    """Write sums and their eigenvectors into a group, return their spectra; the sums, upper triangles, are used up."""
     spectra = []
     for number in range(len(total.squares)):
         square = total.squares[number]
         total.squares[number] = np.empty((0, 0))
         write_sum(group, number, square)
         square /= total.live
-        if kind == "diagonal":
+        if kind in DIAGONAL:
             spectra.append(square)
             continue
         mirror(square)
         values, vectors = symmetric_eigen(square)
         spectra.append(values)
         write_vectors(group, vectors_name(kind, number), vectors.shape, row_slabs(vectors))
-    write_long(group, "eigenvalues", np.concatenate(spectra))
+    return np.concatenate(spectra)
 
 
 def _parse_blocks(train: GradientStore, blocks: str | None, rank: int | None) -> tuple[Range, ...]:
@@ -280,8 +365,12 @@ def fit_gram(store: GradientStore | PathLike, **options: Unpack[FittingOptions])
     StoreBusyError
         If another process is writing the tiles of this Gram matrix at the moment.
     """
-    train = as_store(store)
-    call = _Call.open(train, options, "gram", "gram")
+    return _fit_dual(as_store(store), options, "gram")
+
+
+def _fit_dual(train: GradientStore, options: FittingOptions, name: str) -> Curvature:
+    """Fit by the Gram matrix of the rows."""
+    call = _Call.open(train, options, name, "gram")
     if call.earlier is not None and call.is_current:
         logger.info("%s is up to date", call.target)
         return call.earlier
@@ -334,25 +423,22 @@ def gram_matrix(store: GradientStore | PathLike, out: PathLike, **options: Unpac
     return multiply_on_disk(how, slots, options["progress"], chosen.digest(), facts)
 
 
-def choose_method(rows: int, k: int) -> Literal["primal", "dual"]:
-    """Return the cheaper method: ``"dual"`` for fewer rows than columns, else ``"primal"``."""
-    return "dual" if rows < k else "primal"
-
-
 @takes(FisherOptions)
 def fit_curvature(
     store: GradientStore | PathLike, *, method: Method = "auto", **options: Unpack[FisherOptions]
 ) -> Curvature:
-    """Fit the curvature of a store by the cheaper method, and save it there.
+    """Fit the curvature of a store by the method that suits it and costs least, and save it there.
 
     Parameters
     ----------
     store : GradientStore or path
-        The train store, (n, k).
-    method : {"auto", "primal", "dual"}
-        The Fisher matrix (:func:`fit_fisher`), or the rows' Gram matrix (:func:`fit_gram`). By default the smaller one:
-        dual where fewer rows are chosen than there are columns; the other where only that fits the budget; and primal
-        where ``blocks`` or ``rank`` is given.
+        The train store, (n, k), or one of rows with sampled labels.
+    method : {"auto", "primal", "dual", "kronecker"}
+        The Fisher matrix (:func:`fit_fisher`), the rows' Gram matrix (:func:`fit_gram`), or Λ in a Kronecker basis
+        (:func:`fit_kronecker`). By default, of a store in a Kronecker basis, the last; where its rows are of sampled
+        labels, the rows above that prior. Otherwise, and where ``blocks``, ``rank`` or ``prior`` is given, by memory
+        and time: of primal and dual the quicker one that fits the budget; where neither does, as many of the largest
+        eigenvalues as fit.
     **options : FisherOptions
         See :mod:`ooc_influence.options`.
 
@@ -369,34 +455,58 @@ def fit_curvature(
         As for these.
     """
     if method not in get_args(Method):
-        raise InputError(f"expected method 'auto', 'primal' or 'dual'; received {method!r}")
+        raise InputError(f"expected method 'auto', 'primal', 'dual' or 'kronecker'; received {method!r}")
     train = as_store(store)
-    primal = [option for option in _PRIMAL_ONLY if options.get(option) is not None]
+    chosen: str = method
     if method == "auto":
-        method = "primal" if primal or not train.n else _cheaper_method(train, options)
-    if method == "primal":
-        return fit_fisher(train, **options)
-    if primal:
+        chosen, options = _choose_method(train, options)
+    if chosen == "primal":
+        return _fit_primal(train, options)
+    beyond = _PRIMAL_ONLY if chosen == "dual" else (*_PRIMAL_ONLY, "prior", "prior_damping", "shrinkage", "device")
+    refused = [option for option in beyond if options.get(option) is not None]
+    if refused:
         raise InputError(
-            f"expected method='primal' for {' and '.join(primal)}; received method='dual': leave one of them out"
+            f"expected method='primal' for {' and '.join(refused)}; received method={chosen!r}: leave one of them out"
         )
-    return fit_gram(train, **select(FittingOptions, options))
+    if chosen == "kronecker":
+        return fit_kronecker(train, **select(KeptOptions, options))
+    return _fit_dual(train, options, "gram" if options["prior"] is None else "default")
 
 
-def _cheaper_method(train: GradientStore, options: FisherOptions) -> Literal["primal", "dual"]:
-    """Return the method of the smaller matrix, or the other one where only that fits the budget."""
+def _choose_method(train: GradientStore, options: FisherOptions) -> tuple[str, FisherOptions]:
+    """Return the method that suits a store and costs least, and the options with what that implies."""
+    asked = any(options.get(option) is not None for option in (*_PRIMAL_ONLY, "prior"))
+    if not asked and train.mask.has_basis and not train.is_reduced:
+        if not has_sampled_labels(train):
+            logger.info(
+                "%s is in a Kronecker basis, whose curvature %r needs no fit: measuring it again of all rows",
+                train.path, PRIOR,
+            )  # fmt: skip
+            return "kronecker", options
+        logger.info("fitting the sampled-label rows of %s above the prior of their Kronecker basis", train.path)
+        options = {**options, "prior": PRIOR}
+    return _by_price(train, options)
+
+
+def _by_price(train: GradientStore, options: FisherOptions) -> tuple[Literal["primal", "dual"], FisherOptions]:
+    """Return the quicker method that fits the budget; where none does, low rank with as many eigenvalues as do."""
+    if not train.n or any(options.get(option) is not None for option in _PRIMAL_ONLY):
+        return "primal", options
     chosen = choose_rows(train, {**select(RowOptions, options), "weights": None})
-    cheaper = choose_method(chosen.count, train.k)
     budget, size = MemoryBudget.of(options["memory"]), fit_size(chosen)
     models = {"dual": gram_memory(size), "primal": fisher_memory(size)}
-    other: Literal["primal", "dual"] = "primal" if cheaper == "dual" else "dual"
-    if budget.fits(models[cheaper]) or not budget.fits(models[other]):
-        return cheaper
-    logger.info(
-        "the %s method needs %s, which exceeds the budget: fitting by the %s method",
-        cheaper, format_bytes(budget.price(models[cheaper])), other,
-    )  # fmt: skip
-    return other
+    cheaper = choose_method(chosen.count, train.k)
+    fitting = [method for method in (cheaper, *models) if budget.fits(models[method])]
+    rank = 0 if fitting else largest_rank(size, budget)
+    if not fitting and not rank:
+        return cheaper, options
+    method: Literal["primal", "dual"] = "dual" if fitting[:1] == ["dual"] else "primal"
+    if method != cheaper or rank:
+        logger.info(
+            "the %s method needs %s, which exceeds the budget: fitting by the %s method%s",
+            cheaper, format_bytes(budget.price(models[cheaper])), method, f" with rank {rank}" if rank else "",
+        )  # fmt: skip
+    return method, {**options, "rank": rank} if rank else options
 
 
 def _fitted(target: StorePath, train: GradientStore) -> Curvature | None:
@@ -422,9 +532,10 @@ def fit_staleness(earlier: Curvature, chosen: WeightedRows, kind: str) -> Stalen
         earlier.kind == kind
         and earlier.attrs.get("selection", _EVERY_ROW) == chosen.selection
         and (earlier.attrs.get("weights") or {}) == chosen.part(0, count).record()
+        and earlier.attrs.get("prior") == (None if chosen.whitening is None else chosen.whitening.facts)
     )
     if not same:
-        logger.info("%s was fitted with other rows, weights, blocks or a rank: fitting again", earlier.path)
+        logger.info("%s was fitted with other rows, weights, blocks, rank or prior: fitting again", earlier.path)
         return None
     staleness = earlier.staleness(chosen.store, chosen)
     if staleness.refit:
@@ -446,7 +557,7 @@ def _reopened(path: StorePath) -> Curvature:
 
 def _warn_of_dimension(curvature: Curvature) -> None:
     """Warn where the default damping leaves nearly as many directions as there are rows or columns."""
-    if curvature.trace <= 0 or curvature.kind == "diagonal":  # which has full rank however few the rows
+    if curvature.trace <= 0 or curvature.kind in DIAGONAL or curvature.has_prior:  # of full rank however few the rows
         return
     dimension = curvature.least_dimension(curvature.lambdas()[0])
     if dimension <= _NEAR * sum(block.dimension for block in curvature.blocks):

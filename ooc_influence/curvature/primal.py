@@ -94,7 +94,7 @@ class Fitting:
         """Return the trace subtracted from the earlier sum so far, ``trace`` included; None where that is too much."""
         assert self.base is not None
         total = float(self.base.attrs.get("taken", 0.0)) + trace
-        if not trace or total <= _MOST_DROPPED * self.base.trace * self.base.rows:
+        if not trace or total <= _MOST_DROPPED * float(self.base.attrs["trace"]) * self.base.rows:
             return total
         logger.warning("rows with more than half of the trace of %s are dropped: fitting again", self.base.path)
         return None

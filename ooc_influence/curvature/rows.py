@@ -136,6 +136,8 @@ class FittedRows:
         The store's commit records at the fit.
     dropped : (count,) bool
         Which of them were dropped.
+    column_scale : (k,) float64 or None
+        What their columns were divided by.
     """
 
     first: int
@@ -144,12 +146,14 @@ class FittedRows:
     selection: Mapping[str, Any]
     records: npt.NDArray[np.uint64]
     dropped: npt.NDArray[np.bool_]
+    column_scale: Matrix | None = None
 
     @classmethod
     def of(cls, chosen: WeightedRows) -> FittedRows:
         """Return what is to be recorded of rows as they are now."""
         records = chosen.store.records[: -(-chosen.store.n // chosen.store.layout.chunk_rows)].copy()
-        return cls(chosen.first, chosen.count, chosen.numbers, chosen.selection, records, chosen.dropped())
+        scale = None if chosen.whitening is None else chosen.whitening.scale
+        return cls(chosen.first, chosen.count, chosen.numbers, chosen.selection, records, chosen.dropped(), scale)
 
     @classmethod
     def load(cls, facts: Mapping[str, Any], arrays: Mapping[str, npt.NDArray[Any]]) -> FittedRows:
@@ -164,8 +168,9 @@ class FittedRows:
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         """Return what goes into a curvature's arrays."""
-        numbers = {} if self.numbers is None else {"numbers": self.numbers}
-        return {"records": self.records, "dropped": np.packbits(self.dropped), **numbers}
+        arrays = {"numbers": self.numbers, "column_scale": self.column_scale}
+        more = {name: values for name, values in arrays.items() if values is not None}
+        return {"records": self.records, "dropped": np.packbits(self.dropped), **more}
 
     def write(self, group: Any) -> None:
         """Write :meth:`arrays` into a curvature's group."""
@@ -203,16 +208,22 @@ class FittedRows:
 
 def fit_attributes(chosen: WeightedRows, record: FittedRows, rows: int, trace: float) -> dict[str, Any]:
     """Return what a curvature's attributes say of the rows that it was fitted on, ``rows`` of them live."""
-    store = chosen.store
-    return {
-        "mask_digest": store.columns_digest,
-        "model": store.model_fingerprint,
-        "store_id": store.identity,
-        "store_rows": store.n,
-        "rows_digest": chosen.rows_digest,
-        "rows": rows,
-        "d": store.k,
-        "trace": trace,
-        "damping": DEFAULT_DAMPING,
-        "weights": chosen.record(),
-    } | record.facts()
+    store, prior = chosen.store, {}
+    if chosen.whitening is not None:
+        prior = {"prior": dict(chosen.whitening.facts), "damping": chosen.whitening.facts["shrinkage"]}
+    return (
+        {
+            "mask_digest": store.columns_digest,
+            "model": store.model_fingerprint,
+            "store_id": store.identity,
+            "store_rows": store.n,
+            "rows_digest": chosen.rows_digest,
+            "rows": rows,
+            "d": store.k,
+            "trace": trace,
+            "damping": DEFAULT_DAMPING,
+            "weights": chosen.record(),
+        }
+        | record.facts()
+        | prior
+    )

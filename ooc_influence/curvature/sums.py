@@ -167,7 +167,7 @@ def add_written_sum(path: StorePath, number: int, square: Matrix) -> None:
 
 def bfloat16_holds(rows: WeightedRows) -> bool:
     """Return whether bfloat16 holds every number of some rows, weights included."""
-    plain = rows.store.layout.dtype == "bfloat16" and rows.store.column_scale is None
+    plain = rows.store.layout.dtype == "bfloat16" and rows.store.column_scale is None and rows.whitening is None
     return plain and rows.weights is None and rows.weighting is None
 
 

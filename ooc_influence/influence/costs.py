@@ -31,12 +31,19 @@ class CheckpointMemory(NamedTuple):
         Returns the size of a fit on all train rows, to price alternatives.
     query_reading : int
         Bytes held to read its queries.
+    scaled : bool
+        Whether its curvature divides columns by a scale.
     """
 
     size: ProblemSize
     blocks: tuple[BlockShape, ...]
     fit_size: Callable[[], ProblemSize]
     query_reading: int = 0
+    scaled: bool = False
+
+    def preconditioning(self, queries: int, dampings: int) -> int:
+        """Return the bytes that preconditioning some queries takes."""
+        return precondition_bytes(self.blocks, queries, dampings, scaled=self.scaled) if self.blocks else 0
 
     def resized(self, **changes: Any) -> Self:
         """Return it with some shapes of :attr:`size` changed."""
@@ -155,7 +162,7 @@ class ScoringMemory:
     def _scores(self, stage: str, queries: int, tile: TileMemory) -> MemoryModel:
         dampings, sizes = self.size.dampings, [checkpoint.size for checkpoint in self.checkpoints]
         preparing = max(
-            (precondition_bytes(checkpoint.blocks, queries, dampings) if checkpoint.blocks else 0)
+            checkpoint.preconditioning(queries, dampings)
             + 8 * queries * checkpoint.size.k * (2 + dampings)
             + checkpoint.query_reading
             for checkpoint in self.checkpoints
@@ -191,9 +198,12 @@ class ScoringMemory:
     def _norms(self) -> int:
         """Return the bytes that a process holds to find the norms of train rows."""
         total = 0
-        for size, blocks, *_ in self.checkpoints:
-            if blocks and self.on_device:
-                total += precondition_bytes(blocks, size.k, 1) + (32 + 4 * size.dampings) * size.k**2
+        for checkpoint in self.checkpoints:
+            size, blocks = checkpoint.size, checkpoint.blocks
+            if self.on_device and any(shape.rank is not None for shape in blocks):
+                total += checkpoint.preconditioning(size.k, 1) + (32 + 4 * size.dampings) * size.k**2
+            elif self.on_device:
+                total += 12 * size.dampings * size.k
             else:
                 total += self_influence_bytes(blocks, size.dampings)
         return total

@@ -71,10 +71,15 @@ class DeviceEngine(Engine):
 
     @override
     def quadratic(self, curvature: Curvature | None, lambdas: Matrix, rows: Tensor) -> Floats:
-        """Of (F + λI)⁻¹ = C Cᵀ, factorised once on the host, it is ‖Cᵀg‖²."""
+        """Of (F + λI)⁻¹ = C Cᵀ, factorised once on the host, it is ‖Cᵀg‖²; of a diagonal, a sum of weighted squares."""
         if curvature is None:
             return self.host((rows * rows).sum(1))[None]
         key = (str(curvature.path), lambdas.tobytes())
+        if curvature.is_diagonal:
+            if key not in self._factors:
+                inverse = curvature.precondition(np.ones((1, curvature.d)), lambdas)[:, 0]
+                self._factors[key] = [self.array(inverse.T.astype(np.float32))]
+            return self.host((rows.square() @ self._factors[key][0]).T)
         if key not in self._factors:
             self._factors[key] = [self._factor(curvature, each) for each in lambdas]
         return np.stack([self.host((rows @ factor).square_().sum(1)) for factor in self._factors[key]])

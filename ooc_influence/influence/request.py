@@ -295,6 +295,7 @@ class ScoreRequest:
                 () if checkpoint.curvature is None else tuple(block.shape for block in checkpoint.curvature.blocks),
                 partial(_fit_size, checkpoint.train),
                 0 if checkpoint.query is None else self.queries.reading_bytes(checkpoint.query),
+                checkpoint.curvature is not None and checkpoint.curvature.column_scale is not None,
             )
             for checkpoint in self.checkpoints
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -53,14 +54,23 @@ class DeviceRows:
         The device.
     block_rows : int
         Rows of a block, at most.
+    factors : (k,) float32, optional
+        What columns are multiplied by.
     """
 
-    def __init__(self, store: GradientStore, device: torch.device, block_rows: int) -> None:
+    def __init__(
+        self,
+        store: GradientStore,
+        device: torch.device,
+        block_rows: int,
+        factors: npt.NDArray[np.float32] | None = None,
+    ) -> None:
         self._form, self._device = store.layout.encoding, device
         self._slots = [_Slot(store, block_rows, device) for _ in range(2)]
         self._rows = torch.empty((block_rows, store.k), device=device)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._column_scale = None if store.column_scale is None else send_array(store.column_scale, device)
+        scales = [send_array(scale, device) for scale in (store.column_scale, factors) if scale is not None]
+        self._column_scale = math.prod(scales[1:], start=scales[0]) if scales else None
 
     def read(self, raw: Iterator[RawBlock]) -> Iterator[tuple[RawBlock, Tensor]]:
         """Yield blocks and their rows (b, k) float32, which the next one overwrites."""

@@ -11,6 +11,9 @@ Weighted rows have an *index* from 0: of all rows, or of a range of them, it is 
 picked by number or drawn at random, it is an index into the ascending list of them. Blocks lie on a grid of indices, so
 results do not depend on how the work was divided. Which rows are dropped is looked up once, when they are chosen: a row
 dropped later counts until the next fit, in whatever order rows are read.
+
+Rows can be *whitened*: divided by a scale of the columns while they are read. A fit of whitened rows is one of
+D⁻¹ F D⁻¹, and needs nothing else to be so.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ import numpy.typing as npt
 
 from ooc_influence.errors import InputError
 from ooc_influence.fingerprint import array_digest
+from ooc_influence.linalg.whitening import Whitening
 from ooc_influence.options import Weighting
 from ooc_influence.parallel import Stripe
 from ooc_influence.store import Block, GradientStore, RawBlock, read_blocks, read_raw_blocks
@@ -119,6 +123,8 @@ class WeightedRows:
         Which of them were dropped when they were chosen; None where none was.
     rows_digest : str
         The store's digest of its rows, taken before the tombstones.
+    whitening : Whitening or None
+        What columns are divided by; None for rows as they are stored.
     """
 
     store: GradientStore
@@ -131,6 +137,7 @@ class WeightedRows:
     dropped_too: bool = False
     tombstones: npt.NDArray[np.bool_] | None = None
     rows_digest: str = ""
+    whitening: Whitening | None = None
 
     @classmethod
     def of(cls, store: GradientStore, ranges: Sequence[Range], weighting: Weighting | None = None) -> Self:
@@ -160,7 +167,9 @@ class WeightedRows:
     @property
     def small_bytes(self) -> int:
         """Return the bytes of what is kept for each row."""
-        return sum(array.nbytes for array in (self.numbers, self.weights, self.tombstones) if array is not None)
+        scale = None if self.whitening is None else self.whitening.scale
+        arrays = (self.numbers, self.weights, self.tombstones, scale)
+        return sum(array.nbytes for array in arrays if array is not None)
 
     def part(self, start: int, stop: int) -> Self:
         """Return rows ``start`` to ``stop`` of these, with indices from 0."""
@@ -224,6 +233,8 @@ class WeightedRows:
     def digest(self) -> str:
         """Return a digest of all that sums over them depend on: which rows, their commits, tombstones and weights."""
         facts = [self.store.identity, self.first, self.count, dict(self.selection), self.record()]
+        if self.whitening is not None:
+            facts.append(array_digest(self.whitening.scale))
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
         digest.update(self.store.records[self.chunks()].tobytes())
         digest.update(np.packbits(self.dropped()).tobytes())
@@ -239,7 +250,7 @@ class WeightedRows:
         columns: Sequence[Range] | None = None,
         device: str | None = None,
     ) -> Iterator[WeightedBlock]:
-        """Yield rows ``start`` to ``stop`` block by block, times √w, zero where dropped.
+        """Yield rows ``start`` to ``stop`` block by block, times √w, whitened, zero where dropped.
 
         ``columns`` are ranges of columns, one after the other, by default all; on a ``device`` they are all read.
         """
@@ -250,13 +261,23 @@ class WeightedRows:
             yield from self._device_blocks(base, device, max(1, min(block_rows, stop - start)),
                                            read_raw_blocks(*part, numbers=numbers, loss=loss))  # fmt: skip
             return
+        inverse = self._inverse(columns)
         for block in read_blocks(*part, numbers=numbers, loss=loss, columns=columns, threads=threads):
             weighted, factors, dropped = self._weighted(block, block.gradients, base)
+            if inverse is not None:
+                np.multiply(block.gradients, inverse, out=block.gradients)
             if factors is not None:
                 np.multiply(block.gradients, factors[:, None], out=block.gradients)
             if dropped is not None:
                 block.gradients[dropped] = 0
             yield weighted
+
+    def _inverse(self, columns: Sequence[Range] | None) -> npt.NDArray[np.float32] | None:
+        """Return 1/D of some ranges of columns, one after the other; None where rows are as they are stored."""
+        if self.whitening is None:
+            return None
+        ranges = [(0, self.store.k)] if columns is None else columns
+        return np.concatenate([1 / self.whitening.scale[first:last] for first, last in ranges]).astype(np.float32)
 
     def _device_blocks(
         self, base: int, device: str, block_rows: int, raw: Iterator[RawBlock]
@@ -265,7 +286,7 @@ class WeightedRows:
 
         from ooc_influence.linalg.device import DeviceRows
 
-        sender = DeviceRows(self.store, torch.device(device), block_rows)
+        sender = DeviceRows(self.store, torch.device(device), block_rows, self._inverse(None))
         for block, rows in sender.read(raw):
             weighted, factors, dropped = self._weighted(block, rows, base)
             if factors is not None:

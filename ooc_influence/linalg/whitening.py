@@ -1,0 +1,92 @@
+"""Whitening by a Kronecker basis: what stored columns are divided by, from second moments of the kept entries.
+
+In the eigenbasis of A = E[x xᵀ] and S = E[δ δᵀ] a layer's Fisher matrix is nearly diagonal (K-FAC, Martens and Grosse
+2015, arXiv 1503.05671); with its diagonal Λ_e = E[G̃_e²] measured in that basis it is EK-FAC's (George et al. 2018,
+arXiv 1806.03884). Stored columns are z_e = G̃_e/√π_e, and the products of EK-FAC are estimated without bias over the
+entries drawn by Σ_e z_qe z_ie/(Λ_e + λ_l). So rows whose columns are divided by D_e = √(Λ_e + λ_l), with λ_l = damping
+· mean of Λ over all entries of layer l, are compared by plain dot products.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+
+from ooc_influence.errors import InputError
+from ooc_influence.linalg.backend import Matrix
+from ooc_influence.store import GradientStore
+
+
+class LayerMoments(NamedTuple):
+    """Second moments in a Kronecker basis, layer by layer; layers of which nothing is kept are left out.
+
+    Attributes
+    ----------
+    ranges : tuple of (first, last)
+        The stored columns of each layer.
+    second_moment : (k,) float64
+        Λ of each stored column, without its weight.
+    means : (L,) float64
+        The mean of Λ over all entries of each layer, kept or not.
+    """
+
+    ranges: tuple[tuple[int, int], ...]
+    second_moment: Matrix
+    means: Matrix
+
+    @classmethod
+    def of(cls, store: GradientStore) -> Self:
+        """Return what the mask of a store has.
+
+        Raises
+        ------
+        InputError
+            If its entries are not in a Kronecker basis, or its columns are not entries.
+        """
+        modules = [module for module in store.mask.modules if len(module.rows)]
+        bases = [module.basis for module in modules if module.basis is not None]
+        if store.is_reduced or not bases or len(bases) < len(modules):
+            raise InputError(
+                f"expected a store of entries in a Kronecker basis; received {store.path}, "
+                f"{'whose columns are reduced' if store.is_reduced else 'which has none'}: extract it with "
+                "basis='kronecker' (--basis kronecker)"
+            )
+        ends = np.cumsum([len(basis.second_moment) for basis in bases]).tolist()
+        moments = np.concatenate([basis.second_moment for basis in bases])
+        means = np.array([basis.mean_moment for basis in bases])
+        return cls(tuple(zip([0, *ends[:-1]], ends, strict=True)), moments, means)
+
+    def scale(self, damping: float) -> Matrix:
+        """Return D = √(Λ + λ), (k,).
+
+        Raises
+        ------
+        InputError
+            If the damping is not a positive number, or every moment is zero.
+        """
+        if isinstance(damping, bool) or not math.isfinite(damping) or damping <= 0:
+            raise InputError(f"expected the damping of a whitening > 0; received {damping!r}")
+        if not self.means.any():
+            raise InputError("expected second moments that are not all zero; received those of rows without gradient")
+        means = np.where(self.means > 0, self.means, self.means.mean())  # nothing is in a layer of zeros: any λ serves
+        return np.sqrt(self.second_moment + damping * np.repeat(means, [last - first for first, last in self.ranges]))
+
+
+@dataclass(frozen=True, eq=False)
+class Whitening:
+    """What columns of rows are divided by while they are read.
+
+    Attributes
+    ----------
+    scale : (k,) float64
+        D.
+    facts : mapping
+        Where it comes from: JSON values.
+    """
+
+    scale: Matrix
+    facts: Mapping[str, Any]
