@@ -232,8 +232,8 @@ class KeptOptions(RowOptions, total=False):
 
     name: Annotated[str | None, Option(
         None, "str, optional",
-        'Name of the curvature in the store; default ``"default"``, or ``"gram"`` of the dual method. Scores find '
-        'either.',
+        'Name of the curvature in the store; default ``"default"``, or ``"gram"`` where the dual method was asked for. '
+        'Scores find either.',
         "Name of the curvature in the store. Default: 'default', with --method dual 'gram'.")]
     out: Annotated["PathLike | None", Option(
         None, "path, optional", "Save it there instead (for a store that cannot be written).",

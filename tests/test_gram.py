@@ -340,7 +340,7 @@ def test_which_method(tmp_path):
     for train, options, kind in kinds:
         found = fit_curvature(train, **options)
         assert found.kind == kind, options
-        assert found.path.name == options.get("name", "gram" if kind == "gram" else "default")
+        assert found.path.name == options.get("name", "default")
         assert (found.attrs["weights"] or {}).get("name") == options.get("weights")
     assert found.rows == 80
     with pytest.raises(InputError, match="method='primal' for blocks"):

@@ -19,6 +19,7 @@ from ooc_influence import (
     group_influence,
     influence_scores,
     module_influence,
+    reduce_store,
     self_influence,
     top_influential,
 )
@@ -35,7 +36,7 @@ from ooc_influence.store import LayerShape, Mask, ModuleBasis, ModuleMask
 
 SHAPES = {"a": (4, 5), "b": (3, 4), "c": (1, 6)}
 KEPT = {"a": 12, "b": 12, "c": 0}
-K, SAMPLED = 24, {"labels": "sampled"}
+K, SAMPLED = 24, {"labels": {"kind": "sampled"}}
 
 
 def make_mask(seed=0):
@@ -382,3 +383,65 @@ def test_the_command(stores, sampled, capsys):
     assert out
     out = run("self-influence", stores[1].path, "--curvature", "kronecker", "--damping", "0.01", "--damping", "1")
     assert out
+
+
+@pytest.fixture
+def reduced(stores, tmp_path):
+    """Query and train store in the top 10 directions of whitened columns."""
+    query, train = stores
+    few = reduce_store(train, tmp_path / "few.zarr", 10, dtype="float32", memory=roomy())
+    return reduce_store(query, tmp_path / "few-query.zarr", like=few, dtype="float32", memory=roomy()), few
+
+
+def test_a_reduction_is_of_whitened_columns(stores, reduced):
+    """Plain products of stored numbers are the prior's scores in the span of the directions kept."""
+    z, q = (np.float64(part.rows()) / prior_scale() for part in reversed(stores))
+    e, V = np.linalg.eigh(z.T @ z / len(z))
+    V, e = V[:, ::-1][:, :10], e[::-1]
+    query, train = reduced
+    facts = train.attrs["reduction"]
+    assert facts["whitened"] == 0.03
+    assert facts["left_out"] == pytest.approx(1 - e[:10].sum() / e.sum(), rel=1e-4)
+    assert train.attrs["measured"]["left_out"] == pytest.approx(facts["left_out"], rel=1e-4)
+    assert_allclose(train.grad_norm, np.linalg.norm(z, axis=1), rtol=1e-5)
+    expected = q @ V @ V.T @ z.T
+    close(influence_scores(query, train, curvature="kronecker", memory=roomy()).compute(), expected)
+    close(influence_scores(query, train, memory=roomy()).compute(), expected)
+    close(influence_scores(query, train, curvature=False).compute(), expected)
+    assert_allclose(self_influence(train), np.square(z @ V).sum(1), rtol=1e-5)
+    with pytest.raises(InputError, match="no damping with rows that were whitened"):
+        self_influence(train, curvature="kronecker", damping=0.1)
+    assert fit_curvature(train).kind == "kronecker"  # which is there without a fit
+    assert not (train.path / "curvature" / "default").exists()
+    with pytest.raises(InputError, match="columns are reduced"):
+        fit_kronecker(train)
+
+
+def test_rows_above_the_prior_in_reduced_columns(reduced, sampled, tmp_path):
+    query, train = reduced
+    few = reduce_store(sampled, tmp_path / "few-sampled.zarr", like=train, dtype="float32", memory=roomy())
+    q, z, r = (np.float64(part.rows()) for part in (query, train, few))
+    F = r.T @ r / len(r)
+    expected = q @ np.linalg.solve(F + 20 * np.trace(F) / 10 * np.eye(10), z.T)
+    with GradientStore.open(few.path, "a") as store:
+        store.record(**SAMPLED)
+    found = fit_curvature(GradientStore.open(few.path))
+    assert found.has_prior
+    close(influence_scores(query, train, curvature=found).compute(), expected)
+    with pytest.raises(InputError, match="no prior_damping"):
+        fit_fisher(GradientStore.open(few.path), prior="kronecker", prior_damping=0.1)
+
+
+def test_a_reduction_of_whitened_columns_is_rotated(stores, tmp_path):
+    options = {"dtype": "float32", "memory": roomy()}
+    train = reduce_store(stores[1], tmp_path / "few.zarr", 10, rows=30, **options)
+    query = reduce_store(stores[0], tmp_path / "few-query.zarr", like=train, **options)
+    turned = reduce_store(train, tmp_path / "turned.zarr", rotate=True, **options)
+    asked = reduce_store(query, tmp_path / "asked.zarr", like=turned, **options)
+    spectrum = np.square(np.float64(turned.rows())).sum(0)
+    assert (np.diff(spectrum) < 0).all()
+    assert turned.attrs["reduction"]["whitened"] == 0.03
+    expected = influence_scores(query, train, curvature="kronecker").compute()
+    close(influence_scores(asked, turned, curvature="kronecker").compute(), expected)
+    wide = reduce_store(stores[0], tmp_path / "wide.zarr", like=turned, **options)
+    close(influence_scores(wide, turned, curvature="kronecker").compute(), expected)

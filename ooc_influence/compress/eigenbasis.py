@@ -3,6 +3,10 @@
 That share, 1 − Σ w (‖g‖² − ‖g M‖²) / Σ w ‖g‖², is measured of the rows that a reduction is applied to. The share
 recorded with the basis is of the rows it was fitted to, which it was chosen to keep: other rows lose more, several
 times as much if the pilot was small.
+
+Of rows in a Kronecker basis the eigenbasis is that of whitened rows, g' = D⁻¹g with D = √(Λ + λ)
+(:mod:`ooc_influence.linalg.whitening`): M = D⁻¹V, energies and norms are those of g', and plain dot products of reduced
+rows are scores with the basis's curvature at that λ.
 """
 
 from __future__ import annotations
@@ -17,7 +21,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ooc_influence.linalg import ONE_LABEL, Floats, WeightedRows, parse_weighting, row_weights, top_spectrum
+from ooc_influence.linalg import (
+    ONE_LABEL,
+    Floats,
+    LayerMoments,
+    Matrix,
+    WeightedRows,
+    Whitening,
+    parse_weighting,
+    row_weights,
+    top_spectrum,
+)
 from ooc_influence.memory import PRODUCT_ROWS, MemoryBudget, MemoryModel, ProblemSize, block_limit
 from ooc_influence.options import Weighting
 from ooc_influence.parallel import Stripe, check_workers, cut_stripes, in_worker, run_stripes, slots_per_process
@@ -49,7 +63,7 @@ class RetainedEnergy(NamedTuple):
         cls, reduced: npt.NDArray[Any], norms: npt.NDArray[Any], losses: npt.NDArray[Any],
         live: npt.NDArray[np.bool_], weights: Weighting | None,
     ) -> RetainedEnergy:  # fmt: skip
-        """Return the energy of reduced rows (b, r) whose masked rows had ``norms`` (b,)."""
+        """Return the energy of reduced rows (b, r) whose masked, or whitened, rows had ``norms`` (b,)."""
         weight = np.where(live, row_weights(losses, weights), 0)
         kept = np.einsum("ij,ij->i", reduced, reduced).astype(np.float64)
         whole = np.where(live, norms, 0).astype(np.float64)
@@ -115,6 +129,8 @@ def fill(
     progress: bool | None,
 ) -> RetainedEnergy:
     """Write source rows times ``basis`` (k, r), with metadata, to missing rows of ``target``; return their energy."""
+    damping = None if source.is_reduced else target.attrs["reduction"].get("whitened")
+    scale = None if damping is None else LayerMoments.of(source.mask).scale(damping)
     slots, size = check_workers(workers), target.layout.group_rows
     source_size = source.problem_size(slots_per_process(slots))
     step = MemoryBudget.of(memory).plan(fill_memory(source_size, target.k, writing_bytes(target.layout, target.path)))
@@ -127,13 +143,14 @@ def fill(
     ]
     with Progress("reduce", source.n, progress) as bar:
         bar.advance(source.n - sum(stop - start for start, stop in spans))
-        parts = run_stripes(_fill_stripe, stripes, bar, source, target.path, basis, step, weights, slots=slots)
+        parts = run_stripes(_fill_stripe, stripes, bar, source, target.path, basis, step, weights, scale, slots=slots)
     return reduce(RetainedEnergy.plus, parts, RetainedEnergy())
 
 
 def _fill_stripe(
-    stripe: Stripe, key: str, source: GradientStore, out: StorePath, basis: Floats, step: int, weights: Weighting | None
-) -> RetainedEnergy:
+    stripe: Stripe, key: str, source: GradientStore, out: StorePath, basis: Floats, step: int,
+    weights: Weighting | None, scale: Matrix | None,
+) -> RetainedEnergy:  # fmt: skip
     """Write what is missing of a stripe's groups."""
     energy, product = RetainedEnergy(), np.empty((step, basis.shape[1]), np.float32)
     with GradientStore.open(out, "a") as target:
@@ -141,14 +158,22 @@ def _fill_stripe(
         while writer.rows_left:  # a gap at a time
             first = writer.next_row
             for low, high, start in _grid(first, first + writer.rows_left, target.layout.group_rows, step):
-                metadata = {name: source.small(name, low, high) for name in _carried(source)}
+                metadata = {name: np.array(source.small(name, low, high)) for name in _carried(source)}
                 for block in read_blocks(source, start, high, step):
                     rows = np.matmul(block.gradients, basis, out=product[: block.stop - block.start])
                     begin = max(low, block.start)
+                    if scale is not None:
+                        norms = _whitened_norms(block.gradients[begin - block.start :], scale)
+                        metadata["grad_norm"][begin - low : block.stop - low] = norms
                     part = {name: values[begin - low : block.stop - low] for name, values in metadata.items()}
                     energy = energy.plus(_append(target, rows[begin - block.start :], part, weights))
                     tick(key, block.stop - begin)
     return energy
+
+
+def _whitened_norms(rows: Floats, scale: Matrix) -> Matrix:
+    """Return the norms of rows (b, k) divided by D, without a copy of them."""
+    return np.asarray(np.sqrt(np.einsum("ij,ij,j->i", rows, rows, 1 / np.square(scale))))
 
 
 def _carried(source: GradientStore) -> list[str]:
@@ -216,7 +241,7 @@ def fit_eigenbasis(
     memory: int | str | None = None,
     progress: bool | None = None,
 ) -> StoredReduction:
-    """Return the top-r eigenbasis of a store's live rows.
+    """Return the top-r eigenbasis of a store's live rows: of whitened ones, where they are in a Kronecker basis.
 
     Parameters
     ----------
@@ -237,7 +262,8 @@ def fit_eigenbasis(
         See :func:`ooc_influence.linalg.spectrum.top_spectrum`.
     """
     weighting = parse_weighting(weights, store.attrs)
-    chosen = WeightedRows.of(store, even_ranges(store.n, rows), weighting)
+    whitening = Whitening.of(store)
+    chosen = replace(WeightedRows.of(store, even_ranges(store.n, rows), weighting), whitening=whitening)
     means: Any = {"workers": workers, "memory": memory, "progress": progress}
     spectrum = top_spectrum(chosen, r, **means)
     mean_square = spectrum.eigenvalues
@@ -251,7 +277,11 @@ def fit_eigenbasis(
     logger.info(
         "eigenbasis of %d rows: %d of %d directions leave out %.2g of the trace", spectrum.rows, r, store.k, left_out
     )
-    return StoredReduction(spectrum.vectors, spectrum.eigenvalues, mean_square, facts)
+    vectors = spectrum.vectors
+    if whitening is not None:
+        vectors = (vectors / whitening.scale[:, None]).astype(np.float32)
+        facts["whitened"] = whitening.facts["damping"]
+    return StoredReduction(vectors, spectrum.eigenvalues, mean_square, facts)
 
 
 def even_ranges(n: int, rows: int | None) -> list[tuple[int, int]]:

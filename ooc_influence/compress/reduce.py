@@ -1,9 +1,10 @@
 """Reduction as a second pass: the rows of a wide store times M, in a new store.
 
-M (k', r) is the eigenbasis of the wide rows' Fisher matrix, as :class:`Eigenbasis` makes it at extraction; or, for a
-query store, that of its train store. An already reduced store can be *rotated* into the eigenbasis R of the F of all
-its own rows: its basis V becomes V R, its rows z become z R, and what is outside the span of V stays outside. How
-much that is follows from tr(F) of the masked rows, the mean of their squared norms, which every store has.
+M (k', r) is the eigenbasis of the wide rows' Fisher matrix (of whitened rows, in a Kronecker basis), as
+:class:`Eigenbasis` makes it at extraction; or, for a query store, that of its train store. An already reduced store can
+be *rotated* into the eigenbasis R of the F of all its own rows: its basis V becomes V R, its rows z become z R, and
+what is outside the span of V stays outside. How much that is follows from tr(F) of the masked rows, the mean of their
+squared norms, which every store has.
 
 The new store is made, with its basis, before its rows: a pass that was killed resumes with the same basis.
 """
@@ -29,7 +30,7 @@ from ooc_influence.compress.eigenbasis import (
 )
 from ooc_influence.errors import InputError, MismatchError, StoreNotFoundError
 from ooc_influence.fingerprint import check_same, check_same_rows
-from ooc_influence.linalg import Floats, WeightedRows, parse_weighting, row_weights
+from ooc_influence.linalg import Floats, LayerMoments, WeightedRows, parse_weighting, row_weights
 from ooc_influence.memory import PRODUCT_ROWS, MemoryBudget, MemoryModel
 from ooc_influence.options import ReduceOptions, Striped, Weighting, select, takes
 from ooc_influence.parallel import check_workers, slots_per_process
@@ -296,6 +297,14 @@ def _vectors(store: GradientStore) -> Floats:
     return reduction.vectors
 
 
+def _orthonormal(store: GradientStore) -> Floats:
+    """Return a store's basis before whitening, V of M = D⁻¹V."""
+    damping, vectors = store.attrs["reduction"].get("whitened"), _vectors(store)
+    if damping is None:
+        return vectors
+    return np.asarray(vectors * LayerMoments.of(store.mask).scale(damping)[:, None], np.float32)
+
+
 def _compose(source: GradientStore, turn: StoredReduction) -> StoredReduction:
     """Return the basis V R of masked rows, V the source's, with facts of all rows."""
     old = source.attrs["reduction"]
@@ -306,6 +315,8 @@ def _compose(source: GradientStore, turn: StoredReduction) -> StoredReduction:
         "span_rows": old.get("span_rows", old.get("pilot_rows")),
         "rotated_from": [*old.get("rotated_from", []), old["digest"]],
     }
+    if "whitened" in old:
+        facts["whitened"] = old["whitened"]
     kept = {name: value for name, value in facts.items() if name not in ("name", "rows", "columns", "digest")}
     return StoredReduction(_vectors(source) @ turn.vectors, turn.eigenvalues, turn.mean_square, kept)
 
@@ -324,8 +335,7 @@ def _trace(store: GradientStore, weights: Weighting | None) -> float:
 
 def _turn(source: GradientStore, target: GradientStore) -> Floats:
     """Return what source rows are multiplied by: the new basis, or its coordinates in the source's basis."""
-    new = _vectors(target)
-    return new if not source.is_reduced else _vectors(source).T @ new
+    return _orthonormal(source).T @ _orthonormal(target) if source.is_reduced else _vectors(target)
 
 
 def _finish(path: StorePath, job: _Job, retained: RetainedEnergy) -> None:

@@ -44,9 +44,11 @@ from ooc_influence.curvature.dual import GramFit, Multiplying, device_bytes, mul
 from ooc_influence.curvature.eigen import row_slabs, vectors_name, write_long, write_vectors
 from ooc_influence.curvature.kronecker import (
     PRIOR,
+    KroneckerPrior,
     column_weights,
+    has_prior,
     has_sampled_labels,
-    kronecker_damping,
+    layer_moments,
     measured_means,
 )
 from ooc_influence.curvature.low_rank import fit_low_rank
@@ -63,11 +65,11 @@ from ooc_influence.errors import (
     warn,
 )
 from ooc_influence.linalg import (
-    LayerMoments,
     Matrix,
     Range,
     WeightedRows,
     check_device_memory,
+    kronecker_damping,
     mirror,
     parse_device,
     symmetric_eigen,
@@ -119,7 +121,7 @@ class _Call(NamedTuple):
         slots, out = check_workers(options["workers"]), options["out"]
         device = parse_device(cast("str | None", options.get("device")))
         named = name if options["name"] is None else options["name"]
-        if out is None and named == PRIOR and train.mask.has_basis:
+        if out is None and named == PRIOR and has_prior(train):
             raise InputError(f"expected another name than {PRIOR!r}, which is that of the basis itself; received it")
         target = parse_path(out) if out is not None else curvature_path(train, named)
         check_replaceable(target)
@@ -244,7 +246,7 @@ def fit_kronecker(store: GradientStore | PathLike, **options: Unpack[KeptOptions
         As for :func:`fit_fisher`.
     """
     train = as_store(store)
-    return _fit_sums(train, options, "kronecker", LayerMoments.of(train).ranges, None, options["seed"])
+    return _fit_sums(train, options, "kronecker", layer_moments(train).ranges, None, options["seed"])
 
 
 def _choose_plan(
@@ -435,8 +437,9 @@ def fit_curvature(
         The train store, (n, k), or one of rows with sampled labels.
     method : {"auto", "primal", "dual", "kronecker"}
         The Fisher matrix (:func:`fit_fisher`), the rows' Gram matrix (:func:`fit_gram`), or Λ in a Kronecker basis
-        (:func:`fit_kronecker`). By default, of a store in a Kronecker basis, the last; where its rows are of sampled
-        labels, the rows above that prior. Otherwise, and where ``blocks``, ``rank`` or ``prior`` is given, by memory
+        (:func:`fit_kronecker`). By default, of a store in a Kronecker basis, the last (where its columns are reduced
+        in whitened ones, the identity, which needs no fit); where its rows are of sampled labels, the rows above that
+        prior. Otherwise, and where ``blocks``, ``rank`` or ``prior`` is given, by memory
         and time: of primal and dual the quicker one that fits the budget; where neither does, as many of the largest
         eigenvalues as fit.
     **options : FisherOptions
@@ -460,6 +463,8 @@ def fit_curvature(
     chosen: str = method
     if method == "auto":
         chosen, options = _choose_method(train, options)
+        if chosen == "kronecker" and train.is_reduced:
+            return KroneckerPrior(train)
     if chosen == "primal":
         return _fit_primal(train, options)
     beyond = _PRIMAL_ONLY if chosen == "dual" else (*_PRIMAL_ONLY, "prior", "prior_damping", "shrinkage", "device")
@@ -470,18 +475,16 @@ def fit_curvature(
         )
     if chosen == "kronecker":
         return fit_kronecker(train, **select(KeptOptions, options))
-    return _fit_dual(train, options, "gram" if options["prior"] is None else "default")
+    return _fit_dual(train, options, "gram" if method == "dual" and options["prior"] is None else "default")
 
 
 def _choose_method(train: GradientStore, options: FisherOptions) -> tuple[str, FisherOptions]:
     """Return the method that suits a store and costs least, and the options with what that implies."""
     asked = any(options.get(option) is not None for option in (*_PRIMAL_ONLY, "prior"))
-    if not asked and train.mask.has_basis and not train.is_reduced:
+    if not asked and has_prior(train):
         if not has_sampled_labels(train):
-            logger.info(
-                "%s is in a Kronecker basis, whose curvature %r needs no fit: measuring it again of all rows",
-                train.path, PRIOR,
-            )  # fmt: skip
+            what = "it is the identity of whitened columns" if train.is_reduced else "measuring it again of all rows"
+            logger.info("%s is in a Kronecker basis, whose curvature %r needs no fit: %s", train.path, PRIOR, what)
             return "kronecker", options
         logger.info("fitting the sampled-label rows of %s above the prior of their Kronecker basis", train.path)
         options = {**options, "prior": PRIOR}

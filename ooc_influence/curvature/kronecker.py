@@ -10,7 +10,8 @@ are kept entries times their weights, z_e = G̃_e/√π_e, on the queries' and o
 estimates EK-FAC's score without bias over the entries drawn. Λ is that of the entries, without their weights.
 
 A mask in such a basis has the Λ of its pilot: a curvature of no further cost, the *prior*. :func:`fit_kronecker`
-measures Λ again, of all rows of a store.
+measures Λ again, of all rows of a store. A store that was reduced in whitened columns (:mod:`ooc_influence.compress`)
+holds rows in which the prior is the identity, at the damping that it was reduced at: their plain dot products.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ import numpy.typing as npt
 from typing_extensions import override
 
 from ooc_influence.curvature.curvature import Curvature
-from ooc_influence.linalg import LayerMoments, Matrix
+from ooc_influence.errors import InputError
+from ooc_influence.linalg import LayerMoments, Matrix, basis_settings, kronecker_damping
+from ooc_influence.options import DampingMode
 from ooc_influence.store import GradientStore, StorePath
 
 PRIOR = "kronecker"  # the name it goes by in every store
-DEFAULT_KRONECKER_DAMPING = 0.03  # of each layer's mean; within 3 % of the best on two language models
 
 
 class KroneckerPrior(Curvature):
@@ -36,7 +38,7 @@ class KroneckerPrior(Curvature):
     Parameters
     ----------
     store : GradientStore
-        A store of entries in a Kronecker basis.
+        A store of entries in a Kronecker basis, or reduced in whitened columns.
 
     Raises
     ------
@@ -45,10 +47,12 @@ class KroneckerPrior(Curvature):
     """
 
     def __init__(self, store: GradientStore) -> None:
-        moments = LayerMoments.of(store)
-        self._store, self._moments = store.path, moments.second_moment
+        self._store, self.whitened = store.path, whitened_at(store)
+        moments = layer_moments(store) if self.whitened is None else LayerMoments(
+            ((0, store.k),), np.ones(store.k), np.ones(1)
+        )  # fmt: skip
+        self._moments = moments.second_moment
         digest = hashlib.sha256(moments.second_moment.tobytes() + moments.means.tobytes()).hexdigest()
-        settings = basis_settings(store)
         attributes = {
             "format": 2,
             "kind": "kronecker",
@@ -57,14 +61,24 @@ class KroneckerPrior(Curvature):
             "ranges": [list(part) for part in moments.ranges],
             "means": moments.means.tolist(),
             "trace": float(moments.second_moment.sum()),
-            "rows": int(settings.get("samples") or 0),
-            "damping": kronecker_damping(store),
+            "rows": int(basis_settings(store).get("samples") or 0),
+            "damping": kronecker_damping(store) if self.whitened is None else 0.0,
+            "whitened": self.whitened,
             "summed": False,
             "mask_digest": store.columns_digest,
             "model": store.model_fingerprint,
             "store_id": None,
         }
         super().__init__(store.path / "mask", attributes)
+
+    @override
+    def _factor(self, damping: float | None, mode: DampingMode) -> float:
+        if damping is not None and self.whitened is not None:
+            raise InputError(
+                f"expected no damping with rows that were whitened before they were reduced; received {damping}: they "
+                f"were at {self.whitened:g}"
+            )
+        return super()._factor(damping, mode)
 
     @override
     def _read(self, name: str) -> npt.NDArray[Any]:
@@ -78,20 +92,37 @@ def _open_prior(path: StorePath) -> KroneckerPrior:
     return KroneckerPrior(GradientStore.open(path))
 
 
-def basis_settings(store: GradientStore) -> dict[str, Any]:
-    """Return what a store records of how its Kronecker basis was made; empty where it does not say."""
-    settings = (store.attrs.get("compressor") or {}).get("basis")
-    return dict(settings) if isinstance(settings, dict) else {}
+def layer_moments(store: GradientStore) -> LayerMoments:
+    """Return the moments in the basis of a store.
+
+    Raises
+    ------
+    InputError
+        If its columns are not entries in a Kronecker basis.
+    """
+    if store.is_reduced or not store.mask.has_basis:
+        raise InputError(
+            f"expected a store of entries in a Kronecker basis; received {store.path}, "
+            f"{'whose columns are reduced' if store.is_reduced else 'which has none'}: extract it with "
+            "basis='kronecker' (--basis kronecker)"
+        )
+    return LayerMoments.of(store.mask)
 
 
-def kronecker_damping(store: GradientStore) -> float:
-    """Return the relative damping of a Kronecker curvature where a call gives none: that of the store's basis."""
-    return float(basis_settings(store).get("damping", DEFAULT_KRONECKER_DAMPING))
+def whitened_at(store: GradientStore) -> float | None:
+    """Return the damping at which a reduced store's rows were whitened; None where they were not."""
+    damping = (store.attrs.get("reduction") or {}).get("whitened")
+    return None if damping is None else float(damping)
+
+
+def has_prior(store: GradientStore) -> bool:
+    """Return whether the columns of a store bring a curvature along."""
+    return store.mask.has_basis and (not store.is_reduced or whitened_at(store) is not None)
 
 
 def has_sampled_labels(store: GradientStore) -> bool:
     """Return whether a store's rows are of labels drawn from the model, not of the dataset's."""
-    return store.attrs.get("labels") == "sampled"
+    return (store.attrs.get("labels") or {}).get("kind") == "sampled"
 
 
 def column_weights(store: GradientStore) -> Matrix:
@@ -105,7 +136,7 @@ def measured_means(store: GradientStore, second_moment: Matrix) -> Matrix:
     The prior's mean times the factor by which the energy of the stored columns is larger than by the prior's Λ: a ratio
     estimate, since of the entries that are not kept nothing was measured.
     """
-    prior, squares = LayerMoments.of(store), np.square(column_weights(store))
+    prior, squares = layer_moments(store), np.square(column_weights(store))
     means = []
     modules = [module for module in store.mask.modules if len(module.rows)]
     for module, (first, last), mean in zip(modules, prior.ranges, prior.means, strict=True):

@@ -53,11 +53,16 @@ def parse_prior(train: GradientStore, options: FittingOptions) -> Whitening | No
             f"the rows of {train.path} are of the dataset's labels, which made a Kronecker prior worse where it was "
             "measured: extract rows with labels='sampled', or score with curvature='kronecker' alone"
         )
+    facts = {"curvature": str(curvature.path), "fit": str(curvature.attrs["fit"]), "shrinkage": float(shrinkage)}
+    whitened = curvature.attrs.get("whitened")
+    if whitened is not None:
+        if damping is not None:
+            raise InputError(
+                f"expected no prior_damping with rows that were whitened at {whitened:g} before they were reduced; "
+                f"received {damping}"
+            )
+        return Whitening(np.ones(train.k), facts | {"damping": whitened})
     damping = curvature.damping if damping is None else damping
     means = np.array([block.trace / block.dimension for block in curvature.blocks])
     moments = LayerMoments(curvature.ranges, curvature.eigenvalues, means)
-    facts = {
-        "curvature": str(curvature.path), "fit": str(curvature.attrs["fit"]), "damping": float(damping),
-        "shrinkage": float(shrinkage),
-    }  # fmt: skip
-    return Whitening(moments.scale(damping), facts)
+    return Whitening(moments.scale(damping), facts | {"damping": float(damping)})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from ooc_influence.curvature.curvature import Curvature, complete_attributes, curvature_path, fit_command
-from ooc_influence.curvature.kronecker import PRIOR, KroneckerPrior
+from ooc_influence.curvature.kronecker import PRIOR, KroneckerPrior, has_prior
 from ooc_influence.errors import CurvatureNotFoundError, StaleCurvatureError
 from ooc_influence.store import GradientStore, PathLike, parse_path
 
@@ -36,7 +36,7 @@ def resolve_curvature(train: GradientStore, curvature: Curvature | PathLike | No
         return _usual_curvature(train)
     if not isinstance(curvature, Curvature):
         text = str(curvature)
-        if text == PRIOR and train.mask.has_basis:
+        if text == PRIOR and has_prior(train):
             return KroneckerPrior(train)
         paths = ([] if "/" in text else [curvature_path(train, text)]) + [parse_path(curvature)]
         path = next((path for path in paths if complete_attributes(path) is not None), None)
@@ -61,7 +61,7 @@ def _usual_curvature(train: GradientStore) -> Curvature:
             stale = stale or error
         else:
             current.append(curvature)
-    if not current and stale is None and train.mask.has_basis and not train.is_reduced:
+    if not current and stale is None and has_prior(train):
         return KroneckerPrior(train)
     if not current:
         raise stale or _not_found(train, "default")

@@ -26,6 +26,8 @@ from ooc_influence.extract.gather import MaskGatherer, make_reducer
 from ooc_influence.extract.losses import active_draws, rows_of_batch, sampled_labels
 from ooc_influence.extract.sink import Computed, Sink, StorePlan
 from ooc_influence.extract.taps import PerSampleLoss, Taps, out_of_memory, tapped
+from ooc_influence.linalg import LayerMoments
+from ooc_influence.linalg.device import send_array
 from ooc_influence.memory import BLOCK_BYTES, available, format_bytes
 from ooc_influence.progress import Progress
 from ooc_influence.store import LograReduction, Mask, Reduction
@@ -55,9 +57,16 @@ class RowGatherer:
         self._gather = MaskGatherer(mask, device, logra)
         self._masked = logra is None
         self._reduce = None if reduction is None or logra else make_reducer(reduction, device)
+        damping = None if reduction is None else reduction.facts.get("whitened")
+        self._whitening = None
+        if damping is not None:
+            self._whitening = send_array((1 / LayerMoments.of(mask).scale(damping)).astype(np.float32), device)
 
     def __call__(self, taps: Taps, per_sample_loss: PerSampleLoss, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Return losses (b,), compressed gradients (b, k) float32 and masked norms (b,) of a batch, on the device."""
+        """Return losses (b,), compressed gradients (b, k) float32 and masked norms (b,) of a batch, on the device.
+
+        Norms are of whitened rows where the reduction is of these.
+        """
         rows = torch.empty(0)
 
         def receiver(b: int) -> Any:
@@ -67,7 +76,8 @@ class RowGatherer:
             return lambda use, x, delta: self._gather.add(rows, use, x, delta)
 
         losses = taps.run(per_sample_loss, batch, receiver, (lambda: rows) if self._masked else None)
-        norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+        whole = rows if self._whitening is None else rows * self._whitening
+        norms = torch.linalg.vector_norm(whole, dim=1, dtype=torch.float64)
         return losses, rows if self._reduce is None else self._reduce(rows), norms
 
 

@@ -150,7 +150,7 @@ class Computed(NamedTuple):
     rows : (b, k) float32
         The numbers stored of their gradients.
     norms : (b,) float32
-        Norms of the masked gradients, before any reduction.
+        Norms of the masked gradients, before any reduction; of the whitened ones, where that is of these.
     """
 
     losses: Floats

@@ -18,7 +18,7 @@ import numpy as np
 
 from ooc_influence.errors import InputError
 from ooc_influence.linalg.backend import Matrix
-from ooc_influence.store import GradientStore
+from ooc_influence.store import GradientStore, Mask
 
 
 class LayerMoments(NamedTuple):
@@ -39,20 +39,19 @@ class LayerMoments(NamedTuple):
     means: Matrix
 
     @classmethod
-    def of(cls, store: GradientStore) -> Self:
-        """Return what the mask of a store has.
+    def of(cls, mask: Mask) -> Self:
+        """Return those of a mask.
 
         Raises
         ------
         InputError
-            If its entries are not in a Kronecker basis, or its columns are not entries.
+            If its entries are not in a Kronecker basis.
         """
-        modules = [module for module in store.mask.modules if len(module.rows)]
+        modules = [module for module in mask.modules if len(module.rows)]
         bases = [module.basis for module in modules if module.basis is not None]
-        if store.is_reduced or not bases or len(bases) < len(modules):
+        if not bases or len(bases) < len(modules):
             raise InputError(
-                f"expected a store of entries in a Kronecker basis; received {store.path}, "
-                f"{'whose columns are reduced' if store.is_reduced else 'which has none'}: extract it with "
+                "expected entries in a Kronecker basis; received those of a mask that has none: extract with "
                 "basis='kronecker' (--basis kronecker)"
             )
         ends = np.cumsum([len(basis.second_moment) for basis in bases]).tolist()
@@ -76,6 +75,20 @@ class LayerMoments(NamedTuple):
         return np.sqrt(self.second_moment + damping * np.repeat(means, [last - first for first, last in self.ranges]))
 
 
+DEFAULT_KRONECKER_DAMPING = 0.03  # of each layer's mean; within 3 % of the best on two language models
+
+
+def basis_settings(store: GradientStore) -> dict[str, Any]:
+    """Return what a store records of how its Kronecker basis was made; empty where it does not say."""
+    settings = (store.attrs.get("compressor") or {}).get("basis")
+    return dict(settings) if isinstance(settings, dict) else {}
+
+
+def kronecker_damping(store: GradientStore) -> float:
+    """Return the relative damping of a store in a Kronecker basis where a call gives none: that of its basis."""
+    return float(basis_settings(store).get("damping", DEFAULT_KRONECKER_DAMPING))
+
+
 @dataclass(frozen=True, eq=False)
 class Whitening:
     """What columns of rows are divided by while they are read.
@@ -90,3 +103,11 @@ class Whitening:
 
     scale: Matrix
     facts: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, store: GradientStore) -> Self | None:
+        """Return that by a store's own basis at its damping; None where its columns are not in one, or reduced."""
+        if store.is_reduced or not store.mask.has_basis:
+            return None
+        damping = kronecker_damping(store)
+        return cls(LayerMoments.of(store.mask).scale(damping), {"damping": damping})
