@@ -8,11 +8,17 @@ import pickle
 import numpy as np
 import pytest
 from conftest import roomy
+from models import Mlp, batches, data, loss, make
 from numpy.testing import assert_allclose, assert_array_equal
+from test_report import data_of
 
 from ooc_influence import (
+    Dropout,
+    Eigenbasis,
     GradientStore,
+    KroneckerBasis,
     Storage,
+    extract_gradients,
     fit_curvature,
     fit_fisher,
     fit_gram,
@@ -32,6 +38,7 @@ from ooc_influence.errors import (
     OocInfluenceWarning,
     SingularFisherError,
 )
+from ooc_influence.report import write_report
 from ooc_influence.store import LayerShape, Mask, ModuleBasis, ModuleMask
 
 SHAPES = {"a": (4, 5), "b": (3, 4), "c": (1, 6)}
@@ -445,3 +452,36 @@ def test_a_reduction_of_whitened_columns_is_rotated(stores, tmp_path):
     close(influence_scores(asked, turned, curvature="kronecker").compute(), expected)
     wide = reduce_store(stores[0], tmp_path / "wide.zarr", like=turned, **options)
     close(influence_scores(wide, turned, curvature="kronecker").compute(), expected)
+
+
+def test_extraction_reduces_whitened_rows(tmp_path):
+    """Rows of a model: the reduced ones are the wide ones times the basis, norms and energies whitened ones."""
+    model, samples = make(Mlp), batches(*data(Mlp, 60), 16)
+    basis = KroneckerBasis(samples=40, damping=0.1)
+    wide = extract_gradients(
+        model, loss, samples, tmp_path / "wide.zarr", compressor=Dropout(k=70, basis=basis), dtype="float32"
+    )
+    compressor = Dropout(k=70, basis=basis, reduce=Eigenbasis(9, pilot=50))
+    few = extract_gradients(model, loss, samples, tmp_path / "few.zarr", compressor=compressor, dtype="float32")
+    assert few.mask_digest == wide.mask_digest
+    assert few.attrs["reduction"]["whitened"] == 0.1
+    close(few.rows(), wide.rows() @ few.reduction.vectors)
+    prior = resolve_curvature(wide, None)
+    whitened = np.float64(wide.rows()) / np.sqrt(1 / np.diag(prior.precondition(np.eye(wide.k), prior.lambdas())[0]))
+    assert_allclose(few.grad_norm, np.linalg.norm(whitened, axis=1), rtol=1e-5)
+    kept = np.square(np.float64(few.rows())).sum() / np.square(whitened).sum()
+    assert few.attrs["measured"]["left_out"] == pytest.approx(1 - kept, rel=1e-4)
+    assert kept > 0.5
+    close(influence_scores(few, few).compute(), np.float64(few.rows()) @ np.float64(few.rows()).T)
+
+
+def test_reports_and_info(stores, reduced, tmp_path, capsys):
+    for number, (query, train) in enumerate((stores, reduced)):
+        write_report(train, tmp_path / f"r{number}", queries=query, suspects=5)
+        spectrum = data_of(tmp_path / f"r{number}", "index")["spectrum"]
+        assert spectrum["facts"]["kind"] == "kronecker"
+        assert len(spectrum["curve"]) > 10
+        with pytest.raises(SystemExit):
+            main(["info", str(train.path), "--json"])
+        facts = json.loads(capsys.readouterr().out)
+        assert facts["curvature"] == {"kronecker": "of the basis itself, without a fit"}

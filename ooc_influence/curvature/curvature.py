@@ -204,6 +204,11 @@ class Curvature(BlockSpectrum):
         return "prior" in self._attrs
 
     @property
+    def takes_damping(self) -> bool:
+        """Whether a call may choose a damping: not for rows whitened at one before they were reduced."""
+        return True
+
+    @property
     def attrs(self) -> Mapping[str, Any]:
         """What was recorded: rows used, their digest, the store's identity, the mask's digest, weights."""
         return self._attrs

@@ -71,6 +71,11 @@ class KroneckerPrior(Curvature):
         }
         super().__init__(store.path / "mask", attributes)
 
+    @property
+    @override
+    def takes_damping(self) -> bool:
+        return self.whitened is None
+
     @override
     def _factor(self, damping: float | None, mode: DampingMode) -> float:
         if damping is not None and self.whitened is not None:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ooc_influence.corpus import open_records
-from ooc_influence.curvature import Curvature, resolved
+from ooc_influence.curvature import PRIOR, Curvature, has_prior, resolved
 from ooc_influence.errors import InputError, MismatchError, OocInfluenceError, counted
 from ooc_influence.memory import format_bytes
 from ooc_influence.store import GradientStore, claimed_rows, missing_spans, names, read_claims, tree_bytes
@@ -173,14 +173,16 @@ def resolved_eigenvalues(curvature: Curvature) -> npt.NDArray[np.float64]:
 
 
 def dimension_curve(curvature: Curvature) -> list[list[float]]:
-    """Return relative damping, λ and d(λ) at many dampings."""
+    """Return relative damping, λ and d(λ) at many dampings; where a call cannot choose one, as if it could."""
+    if not curvature.takes_damping:
+        return [[level, level, curvature.effective_dimension(level)] for level in _LEVELS.tolist()]
     return [[level, curvature.damping_value(level), curvature.effective_dimension(curvature.lambdas(level)[0])]
             for level in _LEVELS.tolist()]  # fmt: skip
 
 
 def curvature_states(store: GradientStore) -> dict[str, str]:
     """Return the curvatures fitted on a store, and whether each is up to date, or what is wrong with it."""
-    states = {}
+    states = {PRIOR: "of the basis itself, without a fit"} if has_prior(store) else {}
     for name in names(store.path / "curvature"):
         if name.startswith(".") or name == "zarr.json":
             continue

@@ -330,7 +330,7 @@ def _spectrum(curvature: Curvature, damping: float | None, mode: DampingMode) ->
         "positive": len(values),
         "d": curvature.d,
         "trace": curvature.trace,
-        "mean": curvature.damping_value(1.0) if curvature.trace > 0 else 0.0,
+        "mean": sum(block.trace for block in curvature.blocks) / sum(block.dimension for block in curvature.blocks),
         "curve": dimension_curve(curvature) if curvature.trace > 0 else [],
         "lambda": chosen,
         "damping": (curvature.damping if damping is None else damping) if mode == "relative" else None,
