@@ -216,7 +216,7 @@ def test_on_object_storage(tmp_path, on_disk):
     assert_near(gram_matrix(train, "memory://gram/k.zarr")[...], g @ g.T, 1e-9)
     found = fit_curvature(train, workers=2)
     assert_near(found.gram[...], g @ g.T, 1e-9)
-    assert_near(Curvature.open("memory://gram/t.zarr/curvature/gram").fisher(), g.T @ g / 70, 1e-9)
+    assert_near(Curvature.open("memory://gram/t.zarr/curvature/default").fisher(), g.T @ g / 70, 1e-9)
 
 
 def test_one_process_at_a_time_writes_tiles(tmp_path, on_disk, monkeypatch):
