@@ -24,9 +24,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from baselines import bm25, state_cosine, tfidf
 from common import Result, Runs, arguments, report
 from retraining import compressor
-from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 from tasks import Encoder, batches, news
 from torch import Tensor, nn
 
@@ -132,34 +132,17 @@ def influence(way: str, seed: int, folder: Path, data: Path | None, n: int, q: i
         return {name: shares(scores.compute(), texts) for name, scores in found.items()}
 
 
-def bm25(texts: Corpus, k1: float = 1.2, b: float = 0.75) -> np.ndarray:
-    """Return the Okapi scores (Robertson and Zaragoza 2009), (q, n)."""
-    words = CountVectorizer(token_pattern=r"\w+")
-    counts = words.fit_transform(texts.train).toarray().astype(np.float64)
-    length = counts.sum(1, keepdims=True)
-    rare = np.log1p((len(counts) - (counts > 0).sum(0) + 0.5) / ((counts > 0).sum(0) + 0.5))
-    weight = rare * counts * (k1 + 1) / (counts + k1 * (1 - b + b * length / length.mean()))
-    return np.asarray((words.transform(texts.query) > 0) @ weight.T)
-
-
 def baseline(way: str, seed: int, folder: Path, data: Path | None, n: int, q: int, epochs: int) -> Result:
     texts = corpus(data, n, q)
 
     def hidden() -> np.ndarray:
         model = trained(folder, data, n, q, epochs)
         with torch.no_grad():
-            means = [model.states(tokens(part)[0]).mean(1) for part in (texts.query, texts.train)]
-        units = [nn.functional.normalize(part - means[1].mean(0)) for part in means]
-        return (units[0] @ units[1].T).numpy()
-
-    def tfidf() -> np.ndarray:
-        words = TfidfVectorizer(sublinear_tf=True)
-        rows = words.fit_transform(texts.train)
-        return (words.transform(texts.query) @ rows.T).toarray()
+            return state_cosine(*(model.states(tokens(part)[0]).mean(1) for part in (texts.query, texts.train)))
 
     ways: dict[str, Callable[[], np.ndarray]] = {
-        "BM25": lambda: bm25(texts),
-        "TF-IDF": tfidf,
+        "BM25": lambda: bm25(texts.query, texts.train),
+        "TF-IDF": lambda: tfidf(texts.query, texts.train),
         "hidden states": hidden,
         "random": lambda: np.random.default_rng(seed).random((len(texts.query), len(texts.train))),
     }

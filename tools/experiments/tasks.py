@@ -155,9 +155,12 @@ class Task:
                 schedule.step()
         return model.eval()
 
+    def logits(self, model: nn.Module, inputs: Tensor) -> Tensor:
+        return model(inputs)
+
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Return a loss a sample; for token sequences the mean over tokens, or Σ factor · loss where there are any."""
-        logits = model(batch[0])
+        logits = self.logits(model, batch[0])
         if not self.tokens:
             return ooc.cross_entropy(logits, batch[1])
         each = ooc.cross_entropy(logits.flatten(0, 1), batch[1].flatten()).view(batch[1].shape)
@@ -224,7 +227,7 @@ def sampled(task: Task, model: nn.Module, rows: Rows, seed: int = 0) -> Rows:
     """Return the rows with targets drawn from the model: their gradients make the true Fisher matrix."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        found = [torch.softmax(model(part[0]), -1) for part in batches(rows)]
+        found = [torch.softmax(task.logits(model, part[0]), -1) for part in batches(rows)]
     chances = torch.cat(found)
     drawn = torch.multinomial(chances.flatten(0, -2), 1, generator=generator).view(rows[1].shape)
     return rows[0], drawn

@@ -1,0 +1,396 @@
+"""Which rows made a fine-tuned language model say what it says: methods side by side, LDS over bytes a row.
+
+The truth is that of finetuning.py: models fine-tuned on random halves of 1024 passages, with the same seed and order.
+Every method scores the model of all rows; LDS at each of a list of dampings, of scores as they are, divided by the
+train row's norm, and as cosines. Curvatures of whole gradients are those of dense.py; other packages' scores come from
+rivals.py, run in an environment of its own on what ``--hand-over`` writes, and are read from the folder ``rivals``.
+``--qld`` trains again without the 1 % and 5 % of the rows that each of the main methods ranks highest for a few queries
+(the query-loss difference: the loss gained over removing random rows).
+
+Run: python tools/experiments/finetuned.py --data DIR [--folder finetuned-output] [--only TEXT] [--qld] [--quick].
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from baselines import bm25, state_cosine, tfidf
+from common import Result, Runs, arguments, report, table
+from dense import DAMPINGS, Scored, dense_scores, layers
+from finetuning import LAYERS, FineTuning, make_finetuning
+from tasks import sampled
+
+import ooc_influence as ooc
+from ooc_influence.evaluate import lds, removal_curve
+
+NORMALIZATIONS = ("none", "train", "cosine")
+SEEDS = 3
+COLUMNS = ("method", "stored", "bytes a row", "LDS", "at damping", "default LDS", "by train norm", "cosine", "models")
+QLD_QUERIES, QLD_SHARES = 4, (0.01, 0.05)
+
+
+class Sheet(NamedTuple):
+    """Scores of one method: by damping and normalisation, (L, q, n) each, and what a stored row takes."""
+
+    method: str
+    stored: str
+    row_bytes: int
+    dampings: list[float]
+    default: int | None  # index of the default damping
+    scores: dict[str, np.ndarray]
+
+    def save(self, path: Path) -> None:
+        facts = {name: getattr(self, name) for name in self._fields if name != "scores"}
+        held = {name: values.astype(np.float32) for name, values in self.scores.items()}
+        np.savez(path.with_suffix(".partial.npz"), facts=np.array(json.dumps(facts)), **held)
+        path.with_suffix(".partial.npz").replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Sheet:
+        with np.load(path) as held:
+            facts = json.loads(str(held["facts"]))
+            return cls(**facts, scores={name: held[name] for name in NORMALIZATIONS if name in held})
+
+    @classmethod
+    def dense(cls, method: str, stored: str, row_bytes: int, default: float | None, found: dict[Any, Scored]) -> Sheet:
+        """Return the sheet of a method of dense.py, by damping."""
+        dampings = [value or 0.0 for value in found]
+        scores = {how: np.stack([one.normalized(how) for one in found.values()]) for how in NORMALIZATIONS}
+        return cls(method, stored, row_bytes, dampings, dampings.index(default or 0.0), scores)
+
+
+class Study(NamedTuple):
+    """A task, its explained model, and where scores are kept."""
+
+    task: FineTuning
+    model: Any
+
+    @classmethod
+    def of(cls, task: FineTuning) -> Study:
+        torch.set_num_threads(1)
+        return cls(task, task.explained_model())
+
+    def extract(self, part: Any, store: Any, **how: Any) -> Any:
+        batches = self.task.split(part)
+        return ooc.extract_gradients(self.model, self.task.loss, batches, store, **{"modules": LAYERS, **how})
+
+    def sheet(self, method: str, train: Any, query: Any, curvature: Any, dampings: Sequence[float]) -> Sheet:
+        """Return the scores of stores at dampings relative to tr(F)/min(rows, columns), and at the default."""
+        scores: dict[str, Any] = {}
+        asked = [damping * curvature.trace / min(curvature.rows, curvature.d) for damping in dampings]
+        for how in NORMALIZATIONS:
+            means: dict[str, Any] = {"curvature": curvature, "normalize": None if how == "none" else how}
+            own = ooc.influence_scores(query, train, damping=asked, damping_mode="absolute", **means).compute()
+            scores[how] = np.concatenate([own, ooc.influence_scores(query, train, **means).compute()[None]])
+        encoding = train.layout.encoding
+        size = encoding.row_bytes
+        return Sheet(method, encoding.name, size, [*dampings, -1.0], len(dampings), scores)
+
+
+def keep(study: Study, folder: Path, sheets: Iterator[Sheet]) -> Result:
+    """Write sheets to a folder; return their files' names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = []
+    for number, sheet in enumerate(sheets):
+        sheet.save(folder / f"{number}.npz")
+        names.append(sheet.method)
+    return {"methods": names}
+
+
+def run(task: FineTuning, make: Callable[[Study], Iterator[Sheet]], folder: Path) -> Result:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ooc.OocInfluenceWarning)
+        study = Study.of(task)
+        return keep(study, folder, make(study))
+
+
+def whole_gradients(study: Study, factors: str, counts: Sequence[int]) -> Iterator[Sheet]:
+    """Yield the methods of dense.py, a transformer block at a time."""
+    task, model = study.task, study.model
+    draws = -(-max(counts, default=1) // task.train_rows)
+    drawn = [batch for seed in range(draws) for batch in task.split(sampled(task, model, task.train, seed))]
+    drawn = drawn if counts else drawn[:1]
+    batches = {"queries": task.split(task.test), "rows": task.split(task.train), "sampled": drawn}
+    names = [name for name, each in model.named_modules() if type(each) is torch.nn.Linear and "layers" in name]
+    blocks = [[name for name in names if f"layers.{number}." in name] for number in range(4)]
+    entries = 4 * sum(dict(model.named_modules())[name].weight.numel() for name in names)
+    own = factors == "rows"
+    found = dense_scores(
+        layers(model, task.loss, batches, blocks, factors), adam=task.explained()["moments"] if own else None,
+        priors=(0.03, 0.1) if own else (), counts=counts, own_coordinates=own,
+    )  # fmt: skip
+    defaults = {"dot": None, "diagonal": 0.1, "adam": 0.1, "empirical": 0.1, "true": 0.1, "kfac": 0.03, "ekfac": 0.03}
+    groups: dict[str, dict[float | None, Scored]] = {}
+    for (method, damping), scored in found.items():
+        groups.setdefault(method, {})[damping] = scored
+    for method, scored_by in groups.items():
+        default = 20.0 if method.startswith("shrunk") else defaults[method.split()[0]]
+        name = f"whole gradients, {method}" + ("" if own else f", factors from {factors} labels")
+        yield Sheet.dense(name, "float32", entries, default, scored_by)
+
+
+def low_rank_grid() -> list[float]:
+    return [*DAMPINGS, 3.0, 10.0]
+
+
+def entries_kept(study: Study, k: int, dtype: str, seed: int, sampling: str = "importance") -> Iterator[Sheet]:
+    """Yield dropout in the parameters' own coordinates with the exact empirical Fisher matrix of the rows."""
+    with tempfile.TemporaryDirectory() as place:
+        mask = ooc.Dropout(k=k, sampling=sampling, seed=seed)
+        train = study.extract(study.task.train, f"{place}/train", compressor=mask, dtype=dtype)
+        query = study.extract(study.task.test, f"{place}/query", like=train)
+        curvature = ooc.fit_curvature(train)
+        yield study.sheet(f"{sampling} entries, {k}", train, query, curvature, low_rank_grid())
+
+
+def entries_reduced(study: Study, seed: int) -> Iterator[Sheet]:
+    """Yield what the library did by default before the Kronecker basis: 65,536 entries in F's eigenbasis."""
+    with tempfile.TemporaryDirectory() as place:
+        k = min(65536, sum(each.numel() for each in study.model.parameters()) // 2)
+        mask = ooc.Dropout(k=k, sampling="importance", seed=seed)
+        wide = study.extract(study.task.train, f"{place}/wide", compressor=mask)
+        queries = study.extract(study.task.test, f"{place}/wide-query", like=wide)
+        for r in (256, 512, 1023):
+            if r >= study.task.train_rows:
+                continue
+            for dtype in ("float16", "int8"):
+                train = ooc.reduce_store(wide, f"{place}/{r}{dtype}", r, dtype=dtype)
+                query = ooc.reduce_store(queries, f"{place}/{r}{dtype}-query", like=train)
+                curvature = ooc.fit_fisher(train)
+                yield study.sheet(f"importance entries, 65536 reduced to {r}", train, query, curvature, low_rank_grid())
+
+
+def projected(study: Study, way: str, seed: int) -> Iterator[Sheet]:
+    """Yield LoGra with the whole curvature; TRAK's recipe with one model; TrackStar's recipe."""
+    compressors = {
+        "LoGra 14 x 14": ooc.LoGra(14, 14, seed), "LoGra 40 x 40": ooc.LoGra(40, 40, seed),
+        "TRAK's recipe, one model, 512": ooc.Sjlt(512, seed, 4), "TrackStar's recipe, 16 x 16": ooc.LoGra(16, 16, seed),
+    }  # fmt: skip
+    how: dict[str, Any] = {"dtype": "float32"} if way.startswith("TRAK") else {}
+    with tempfile.TemporaryDirectory() as place:
+        train = study.extract(study.task.train, f"{place}/train", compressor=compressors[way], **how)
+        query = study.extract(study.task.test, f"{place}/query", like=train)
+        grid = [1e-4, *low_rank_grid()] if way.startswith("TRAK") else low_rank_grid()
+        sheet = study.sheet(way, train, query, ooc.fit_curvature(train), grid)
+        if way.startswith("TRAK"):
+            sheet = sheet._replace(default=0)  # TRAK does not damp
+        yield sheet
+
+
+def texts(study: Study) -> Iterator[Sheet]:
+    """Yield baselines without gradients."""
+    task, whole = study.task, study.task.texts
+    rows, queries = whole[: task.train_rows], whole[task.train_rows :]
+
+    def states(part: Any) -> torch.Tensor:
+        with torch.no_grad():
+            held = [study.model.model(input_ids=batch[0]).last_hidden_state.mean(1) for batch in task.split(part)]
+        return torch.cat(held)
+
+    found = {
+        "BM25": (bm25(queries, rows), "text", 0),
+        "TF-IDF": (tfidf(queries, rows), "text", 0),
+        "hidden states, cosine": (state_cosine(states(task.test), states(task.train)), "float32", 512),
+    }
+    for name, (scores, stored, size) in found.items():
+        yield Sheet(name, stored, size, [0.0], 0, {"none": scores[None]})
+
+
+Runner = Callable[[Study], Iterator[Sheet]]
+
+
+def methods(quick: bool) -> dict[str, Runner]:
+    """Return what is to be run, by name."""
+    counts = (16,) if quick else (1024, 4096)
+    found: dict[str, Runner] = {
+        "texts": texts,
+        "whole gradients": partial(whole_gradients, factors="rows", counts=counts),
+        "whole gradients, sampled factors": partial(whole_gradients, factors="sampled", counts=()),
+    }
+    sizes = (64,) if quick else (4096, 16384, 65536)
+    for seed in range(1 if quick else SEEDS):
+        for k in sizes:
+            for dtype in ("float16", "int8") if k == 65536 else ("float16",):
+                found[f"importance {k} {dtype} / {seed}"] = partial(entries_kept, k=k, dtype=dtype, seed=seed)
+        found[f"uniform {sizes[-1]} / {seed}"] = partial(
+            entries_kept, k=sizes[-1], dtype="float16", seed=seed, sampling="uniform"
+        )
+        if not quick:
+            found[f"reduced / {seed}"] = partial(entries_reduced, seed=seed)
+        for way in ("LoGra 14 x 14", "LoGra 40 x 40", "TRAK's recipe, one model, 512"):
+            found[f"{way} / {seed}"] = partial(projected, way=way, seed=seed)
+    return found
+
+
+def evaluated(sheet: Sheet, subsets: np.ndarray, outcomes: np.ndarray) -> dict[str, Any]:
+    """Return the LDS of every normalisation and damping."""
+    values = {how: [lds(one, subsets, outcomes).mean for one in many] for how, many in sheet.scores.items()}
+    return {"method": sheet.method, "stored": sheet.stored, "bytes": sheet.row_bytes, "dampings": sheet.dampings,
+            "default": sheet.default, "lds": values}  # fmt: skip
+
+
+def lines(evaluations: Sequence[dict[str, Any]], models: int) -> Iterator[Result]:
+    """Yield a table line a method: medians over seeds of masks of the values at each damping."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for each in evaluations:
+        groups.setdefault((each["method"], each["stored"]), []).append(each)
+    for (method, stored), own in groups.items():
+        swept = {how: np.median([each["lds"][how] for each in own], axis=0) for how in own[0]["lds"]}
+        dampings, default = own[0]["dampings"], own[0]["default"]
+        best = {how: int(values.argmax()) for how, values in swept.items()}
+        cells: dict[str, Any] = {
+            "method": method, "stored": stored, "bytes a row": int(np.median([each["bytes"] for each in own])),
+            "LDS": float(swept["none"][best["none"]]),
+            "at damping": "" if len(dampings) == 1 else _damping(dampings[best["none"]]),
+            "default LDS": float(swept["none"][default]),
+        }  # fmt: skip
+        if "train" in swept:
+            cells |= {
+                "by train norm": float(swept["train"][best["train"]]),
+                "cosine": float(swept["cosine"][best["cosine"]]),
+            }
+        sweep = {how: dict(zip(map(str, dampings), values.tolist(), strict=True)) for how, values in swept.items()}
+        yield cells | {"models": models, "sweep": sweep, "seeds": len(own)}
+
+
+def _damping(value: float) -> str:
+    return "default" if value < 0 else f"{value:g}"
+
+
+def hand_over(task: FineTuning, folder: Path) -> None:
+    """Write the model, rows and queries for rivals.py."""
+    folder.mkdir(parents=True, exist_ok=True)
+    task.explained_model().save_pretrained(folder / "model")
+    tokens = [torch.cat([part[0], part[1][:, -1:]], 1).numpy() for part in (task.train, task.test)]
+    np.savez(folder / "rows.npz", train=tokens[0], query=tokens[1])
+
+
+def query_loss_difference(
+    task: FineTuning, sheets: dict[str, Sheet], best: dict[str, int], folder: Path, queries: int
+) -> list[Result]:
+    """Return by how much each method's highest rows raise a query's loss when they are removed, over random ones.
+
+    ``best`` is the index of each method's best damping.
+    """
+    targets = np.linspace(0, task.test_rows - 1, queries).round().astype(np.int64)
+    counts = [max(1, round(share * task.train_rows)) for share in QLD_SHARES]
+    generator = np.random.default_rng(0)
+    rankings = {"random": np.stack([generator.permutation(task.train_rows) for _ in targets])}
+    for name, sheet in sheets.items():
+        scores = sheet.scores["none"][best[name]]
+        rankings[name] = np.argsort(-scores[targets], axis=1, kind="stable")
+    found: dict[str, np.ndarray] = {}
+    for name, ranking in rankings.items():
+        where = folder / "".join(letter if letter.isalnum() else "-" for letter in name)
+        print(f"removing the rows that rank highest by {name}", file=sys.stderr)
+        curve = removal_curve(task.fit, task.measure, task.train_rows, ranking[:, : counts[-1]], counts, where,
+                              targets=targets, settings=task.settings)  # fmt: skip
+        found[name] = curve.effects
+    return [
+        {"method": name, **{f"{share:.0%}": float((gain - found["random"])[:, number].mean())
+                            for number, share in enumerate(QLD_SHARES)}, "queries": len(targets)}
+        for name, gain in found.items()
+    ]  # fmt: skip
+
+
+QLD_METHODS = (
+    "BM25", "whole gradients, dot", "whole gradients, empirical", "whole gradients, ekfac",
+    "importance entries, 65536 reduced to 512", "LoGra 40 x 40",
+)  # fmt: skip
+
+
+def main() -> None:
+    parser = arguments(__doc__, "finetuned-output")
+    parser.add_argument("--data", type=Path, required=True, help="a folder with agnews/ and shakespeare/")
+    parser.add_argument("--models", type=int, default=100)
+    parser.add_argument("--only", default="", help="methods whose names contain this")
+    parser.add_argument("--hand-over", action="store_true", help="write what rivals.py needs, and stop")
+    parser.add_argument("--qld", action="store_true", help="also remove each main method's rows and train again")
+    parser.add_argument("--table", action="store_true", help="compute nothing more: the table of what is there")
+    options = parser.parse_args()
+    task = make_finetuning(options.data, options.folder, options.quick)
+    if options.hand_over:
+        hand_over(task, options.folder / "handed-over")
+        return
+    chosen = {name: make for name, make in methods(options.quick).items() if options.only in name}
+    runs, folders = Runs(options.folder / "runs"), []
+    for name, make in chosen.items():
+        folders.append(options.folder / "scores" / "".join(each if each.isalnum() else "-" for each in name))
+        runs.add(name, task.settings, partial(run, task, make, folders[-1]))
+    models = 4 if options.quick else options.models
+    truth = task.truth(models, train=False)
+    missing = [*runs.missing(), *(f"model {number}" for number in truth.missing)]
+    if options.status:
+        print("\n".join(missing) or "nothing is missing")
+        return
+    print(f"{len(missing)} runs to do", file=sys.stderr)
+    if not options.table:
+        runs.finish()
+        truth = task.truth(models)
+    finished = np.setdiff1d(np.arange(models), truth.missing)
+    subsets, outcomes = np.asarray(truth.subsets)[finished], truth.outcomes[finished]
+    files = [path for folder in [*folders, options.folder / "rivals"] for path in sorted(folder.glob("*.npz"))]
+    evaluations = [evaluated_once(path, subsets, outcomes) for path in files]
+    found = list(lines(evaluations, len(finished)))
+    if options.qld:
+        found += differences(task, files, found, options)
+    if missing and options.table:
+        found.append({"method": f"missing: {', '.join(missing)}"})
+
+    report("finetuned", options.folder, found, COLUMNS, partial(plot, found))
+
+
+def evaluated_once(path: Path, subsets: np.ndarray, outcomes: np.ndarray) -> dict[str, Any]:
+    """Return an evaluation, kept beside the scores for as long as it is of the same models."""
+    kept = path.with_suffix(".json")
+    if kept.exists() and kept.stat().st_mtime >= path.stat().st_mtime:
+        held: dict[str, Any] = json.loads(kept.read_text())
+        if held["models"] == len(subsets):
+            return held
+    held = evaluated(Sheet.load(path), subsets, outcomes) | {"models": len(subsets)}
+    kept.write_text(json.dumps(held))
+    return held
+
+
+def differences(task: FineTuning, files: Sequence[Path], found: Sequence[Result], options: Any) -> list[Result]:
+    """Return the lines of the query-loss difference, of the first mask of each main method."""
+    sheets: dict[str, Sheet] = {}
+    for path in files:
+        sheet = Sheet.load(path)
+        if sheet.method in QLD_METHODS:
+            sheets.setdefault(sheet.method, sheet)
+    best = {}
+    for name in sheets:
+        sweep = next(line["sweep"]["none"] for line in found if line["method"] == name)
+        best[name] = int(np.argmax(list(sweep.values())))
+    results = query_loss_difference(task, sheets, best, options.folder / "qld", 1 if options.quick else QLD_QUERIES)
+    (options.folder / "qld.json").write_text(json.dumps(results, indent=1))
+    print(table(results, ("method", *(f"{share:.0%}" for share in QLD_SHARES), "queries")))
+    return []
+
+
+def plot(found: Sequence[Result], axes: Any) -> None:
+    """Draw LDS over bytes a row; families of one kind of row are joined."""
+    families: dict[str, list[tuple[int, float]]] = {}
+    for line in found:
+        if line.get("bytes a row"):
+            name = line["method"].split(",")[0] if "entries" in line["method"] else line["method"]
+            families.setdefault(f"{name}, {line['stored']}", []).append((line["bytes a row"], line["LDS"]))
+    for number, (name, points) in enumerate(families.items()):
+        points.sort()
+        axes.semilogx(*zip(*points, strict=True), marker="osd^v<>"[number // 10 % 7], markersize=4, label=name)
+    axes.set(xlabel="bytes a row", ylabel="LDS, best damping")
+    axes.legend(fontsize=4)
+
+
+if __name__ == "__main__":
+    main()
