@@ -156,6 +156,16 @@ def layers(
                         moments, tokens)  # fmt: skip
 
 
+def _square(rows: Tensor, step: int = 1024) -> Tensor:
+    """Return rows @ rows.T from its lower triangle."""
+    found = rows.new_empty(len(rows), len(rows))
+    for low in range(0, len(rows), step):
+        part = rows[low : low + step] @ rows[: low + step].T
+        found[low : low + step, : low + step] = part
+        found[: low + step, low : low + step] = part.T
+    return found
+
+
 class Grams:
     """Products of rows with rows, for curvatures of rows: C = RᵀR/m + λ, solved with m x m matrices."""
 
@@ -163,7 +173,7 @@ class Grams:
         self.parts: dict[str, Floats] = {}
 
     def add(self, sampled: Tensor, queries: Tensor, rows: Tensor) -> None:
-        products = {"rr": sampled @ sampled.T, "rq": sampled @ queries.T, "ri": sampled @ rows.T}
+        products = {"rr": _square(sampled), "rq": sampled @ queries.T, "ri": sampled @ rows.T}
         for name, product in products.items():
             self.parts[name] = self.parts.get(name, 0.0) + product.double().numpy()
 
@@ -221,8 +231,8 @@ def dense_scores(
                 for damping in DAMPINGS:
                     put(name, damping, Scored.of(layer.queries, layer.rows, 1 / (values + damping * values.mean())))
             empirical.add(layer.rows, layer.queries, layer.rows)
-            if counts:
-                true.add(layer.sampled, layer.queries, layer.rows)
+            if counts:  # the first of them: the others only follow the prior
+                true.add(layer.sampled[: counts[0]], layer.queries, layer.rows)
         turned, product = layer.rotated()
         exact = turned.rows.square().mean(0)
         for name, values in (("kfac", product), ("ekfac", exact)):
@@ -237,8 +247,8 @@ def dense_scores(
         print(f"{layer.name}: done", file=sys.stderr, flush=True)
     for damping in (*DAMPINGS, 3.0, 10.0) if own_coordinates else ():
         found["empirical", damping] = empirical.scored(found["dot", None], None, damping)
-        for count in counts:
-            found[f"true {count}", damping] = true.scored(found["dot", None], None, damping, count)
+        for count in counts[:1]:
+            found[f"true {count}", damping] = true.scored(found["dot", None], None, damping)
     for prior, grams in shrunk.items() if counts else ():
         for count in counts:
             for shrinkage in SHRINKAGES:

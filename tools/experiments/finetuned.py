@@ -1,6 +1,7 @@
 """Which rows made a fine-tuned language model say what it says: methods side by side, LDS over bytes a row.
 
-The truth is that of finetuning.py: models fine-tuned on random halves of 1024 passages, with the same seed and order.
+The truth is that of finetuning.py, which trains it: models fine-tuned on random halves of 1024 passages, with the same
+seed and order. The table is of the models that are finished, and names what is missing.
 Every method scores the model of all rows; LDS at each of a list of dampings, of scores as they are, divided by the
 train row's norm, and as cosines. Curvatures of whole gradients are those of dense.py; other packages' scores come from
 rivals.py, run in an environment of its own on what ``--hand-over`` writes, and are read from the folder ``rivals``.
@@ -33,7 +34,6 @@ import ooc_influence as ooc
 from ooc_influence.evaluate import lds, removal_curve
 
 NORMALIZATIONS = ("none", "train", "cosine")
-SEEDS = 3
 COLUMNS = ("method", "stored", "bytes a row", "LDS", "at damping", "default LDS", "by train norm", "cosine", "models")
 QLD_QUERIES, QLD_SHARES = 4, (0.01, 0.05)
 
@@ -81,7 +81,8 @@ class Study(NamedTuple):
 
     def extract(self, part: Any, store: Any, **how: Any) -> Any:
         batches = self.task.split(part)
-        return ooc.extract_gradients(self.model, self.task.loss, batches, store, **{"modules": LAYERS, **how})
+        chosen = {} if "like" in how else {"modules": LAYERS}
+        return ooc.extract_gradients(self.model, self.task.loss, batches, store, **chosen, **how)
 
     def sheet(self, method: str, train: Any, query: Any, curvature: Any, dampings: Sequence[float]) -> Sheet:
         """Return the scores of stores at dampings relative to tr(F)/min(rows, columns), and at the default."""
@@ -114,19 +115,19 @@ def run(task: FineTuning, make: Callable[[Study], Iterator[Sheet]], folder: Path
 
 
 def whole_gradients(study: Study, factors: str, counts: Sequence[int]) -> Iterator[Sheet]:
-    """Yield the methods of dense.py, a transformer block at a time."""
+    """Yield the methods of dense.py, half of the layers at a time."""
     task, model = study.task, study.model
     draws = -(-max(counts, default=1) // task.train_rows)
     drawn = [batch for seed in range(draws) for batch in task.split(sampled(task, model, task.train, seed))]
     drawn = drawn if counts else drawn[:1]
     batches = {"queries": task.split(task.test), "rows": task.split(task.train), "sampled": drawn}
     names = [name for name, each in model.named_modules() if type(each) is torch.nn.Linear and "layers" in name]
-    blocks = [[name for name in names if f"layers.{number}." in name] for number in range(4)]
+    blocks = [names[: len(names) // 2], names[len(names) // 2 :]]
     entries = 4 * sum(dict(model.named_modules())[name].weight.numel() for name in names)
     own = factors == "rows"
     found = dense_scores(
         layers(model, task.loss, batches, blocks, factors), adam=task.explained()["moments"] if own else None,
-        priors=(0.03, 0.1) if own else (), counts=counts, own_coordinates=own,
+        priors=(0.03,) if own else (), counts=counts, own_coordinates=own,
     )  # fmt: skip
     defaults = {"dot": None, "diagonal": 0.1, "adam": 0.1, "empirical": 0.1, "true": 0.1, "kfac": 0.03, "ekfac": 0.03}
     groups: dict[str, dict[float | None, Scored]] = {}
@@ -208,7 +209,7 @@ def texts(study: Study) -> Iterator[Sheet]:
 Runner = Callable[[Study], Iterator[Sheet]]
 
 
-def methods(quick: bool) -> dict[str, Runner]:
+def methods(quick: bool, seeds: int) -> dict[str, Runner]:
     """Return what is to be run, by name."""
     counts = (16,) if quick else (1024, 4096)
     found: dict[str, Runner] = {
@@ -217,7 +218,7 @@ def methods(quick: bool) -> dict[str, Runner]:
         "whole gradients, sampled factors": partial(whole_gradients, factors="sampled", counts=()),
     }
     sizes = (64,) if quick else (4096, 16384, 65536)
-    for seed in range(1 if quick else SEEDS):
+    for seed in range(seeds):
         for k in sizes:
             for dtype in ("float16", "int8") if k == 65536 else ("float16",):
                 found[f"importance {k} {dtype} / {seed}"] = partial(entries_kept, k=k, dtype=dtype, seed=seed)
@@ -312,6 +313,7 @@ def main() -> None:
     parser = arguments(__doc__, "finetuned-output")
     parser.add_argument("--data", type=Path, required=True, help="a folder with agnews/ and shakespeare/")
     parser.add_argument("--models", type=int, default=100)
+    parser.add_argument("--seeds", type=int, default=3, help="of masks")
     parser.add_argument("--only", default="", help="methods whose names contain this")
     parser.add_argument("--hand-over", action="store_true", help="write what rivals.py needs, and stop")
     parser.add_argument("--qld", action="store_true", help="also remove each main method's rows and train again")
@@ -321,7 +323,7 @@ def main() -> None:
     if options.hand_over:
         hand_over(task, options.folder / "handed-over")
         return
-    chosen = {name: make for name, make in methods(options.quick).items() if options.only in name}
+    chosen = {name: make for name, make in methods(options.quick, options.seeds).items() if options.only in name}
     runs, folders = Runs(options.folder / "runs"), []
     for name, make in chosen.items():
         folders.append(options.folder / "scores" / "".join(each if each.isalnum() else "-" for each in name))
@@ -332,9 +334,10 @@ def main() -> None:
     if options.status:
         print("\n".join(missing) or "nothing is missing")
         return
-    print(f"{len(missing)} runs to do", file=sys.stderr)
+    print(f"{len(runs.missing())} runs to do", file=sys.stderr)
     if not options.table:
         runs.finish()
+    if options.quick:
         truth = task.truth(models)
     finished = np.setdiff1d(np.arange(models), truth.missing)
     subsets, outcomes = np.asarray(truth.subsets)[finished], truth.outcomes[finished]
@@ -343,7 +346,8 @@ def main() -> None:
     found = list(lines(evaluations, len(finished)))
     if options.qld:
         found += differences(task, files, found, options)
-    if missing and options.table:
+    missing = [*runs.missing(), *(f"model {number}" for number in truth.missing)]
+    if missing:
         found.append({"method": f"missing: {', '.join(missing)}"})
 
     report("finetuned", options.folder, found, COLUMNS, partial(plot, found))
