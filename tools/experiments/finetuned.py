@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from baselines import bm25, state_cosine, tfidf
 from common import Result, Runs, arguments, report, table
-from dense import DAMPINGS, Scored, dense_scores, layers
+from dense import DAMPINGS, SHRINKAGES, Scored, dense_scores, layers
 from finetuning import LAYERS, FineTuning, make_finetuning
 from tasks import sampled
 
@@ -84,14 +84,20 @@ class Study(NamedTuple):
         chosen = {} if "like" in how else {"modules": LAYERS}
         return ooc.extract_gradients(self.model, self.task.loss, batches, store, **chosen, **how)
 
+    def scores(self, query: Any, train: Any, dampings: Sequence[float], **means: Any) -> dict[str, np.ndarray]:
+        """Return scores of every normalisation, (L, q, n), the last ones at the default damping."""
+        found = {}
+        for how in NORMALIZATIONS:
+            asked: dict[str, Any] = {**means, "normalize": None if how == "none" else how}
+            swept = [ooc.influence_scores(query, train, damping=dampings, **asked).compute()] if dampings else []
+            default = {name: value for name, value in asked.items() if name != "damping_mode"}
+            found[how] = np.concatenate([*swept, ooc.influence_scores(query, train, **default).compute()[None]])
+        return found
+
     def sheet(self, method: str, train: Any, query: Any, curvature: Any, dampings: Sequence[float]) -> Sheet:
         """Return the scores of stores at dampings relative to tr(F)/min(rows, columns), and at the default."""
-        scores: dict[str, Any] = {}
         asked = [damping * curvature.trace / min(curvature.rows, curvature.d) for damping in dampings]
-        for how in NORMALIZATIONS:
-            means: dict[str, Any] = {"curvature": curvature, "normalize": None if how == "none" else how}
-            own = ooc.influence_scores(query, train, damping=asked, damping_mode="absolute", **means).compute()
-            scores[how] = np.concatenate([own, ooc.influence_scores(query, train, **means).compute()[None]])
+        scores = self.scores(query, train, asked, curvature=curvature, damping_mode="absolute")
         encoding = train.layout.encoding
         size = encoding.row_bytes
         return Sheet(method, encoding.name, size, [*dampings, -1.0], len(dampings), scores)
@@ -170,11 +176,42 @@ def entries_reduced(study: Study, seed: int) -> Iterator[Sheet]:
                 yield study.sheet(f"importance entries, 65536 reduced to {r}", train, query, curvature, low_rank_grid())
 
 
+def kronecker(
+    study: Study, k: int | None, dtype: str, seed: int, sampling: str = "grid", rows: Sequence[int] = (),
+    ranks: Sequence[int] = (),
+) -> Iterator[Sheet]:  # fmt: skip
+    """Yield dropout in the Kronecker basis: the prior alone, with rows of sampled labels, and reduced."""
+    task = study.task
+    if k is None:
+        k = sum(each.numel() for name, each in study.model.named_parameters() if "_proj" in name)
+    mask = ooc.Dropout(k=k, sampling=sampling, seed=seed, basis="kronecker")
+    name = f"Kronecker {'grid' if sampling == 'grid' else 'entries'}, {k}"
+    with tempfile.TemporaryDirectory(dir=task.folder) as place:
+        train = study.extract(task.train, f"{place}/train", compressor=mask, dtype=dtype)
+        query = study.extract(task.test, f"{place}/query", like=train, dtype="float32")
+        encoding, kept = train.layout.encoding, [*DAMPINGS]
+        scores = study.scores(query, train, kept, curvature="kronecker")
+        yield Sheet(name, encoding.name, encoding.row_bytes, [*kept, -1.0], len(kept), scores)
+        for count in rows:
+            how: dict[str, Any] = {"labels": "sampled", "draws": -(-count // task.train_rows)}
+            sampled_rows = study.extract(task.train, f"{place}/sampled{count}", like=train, dtype="float16", **how)
+            fit = ooc.fit_curvature(sampled_rows, prior="kronecker")
+            scores = study.scores(query, train, SHRINKAGES, curvature=fit)
+            label = f"{name}, with {count} sampled rows"
+            yield Sheet(label, encoding.name, encoding.row_bytes, [*SHRINKAGES, -1.0], len(SHRINKAGES), scores)
+        for r in ranks:
+            reduced = ooc.reduce_store(train, f"{place}/{r}", r, dtype="int8")
+            answers = ooc.reduce_store(query, f"{place}/{r}-query", like=reduced)
+            scores = study.scores(answers, reduced, (), curvature="kronecker")
+            encoding = reduced.layout.encoding
+            yield Sheet(f"{name} reduced to {r}", encoding.name, encoding.row_bytes, [-1.0], 0, scores)
+
+
 def projected(study: Study, way: str, seed: int) -> Iterator[Sheet]:
-    """Yield LoGra with the whole curvature; TRAK's recipe with one model; TrackStar's recipe."""
+    """Yield LoGra with the whole curvature; TRAK's recipe with one model."""
     compressors = {
         "LoGra 14 x 14": ooc.LoGra(14, 14, seed), "LoGra 40 x 40": ooc.LoGra(40, 40, seed),
-        "TRAK's recipe, one model, 512": ooc.Sjlt(512, seed, 4), "TrackStar's recipe, 16 x 16": ooc.LoGra(16, 16, seed),
+        "TRAK's recipe, one model, 512": ooc.Sjlt(512, seed, 4),
     }  # fmt: skip
     how: dict[str, Any] = {"dtype": "float32"} if way.startswith("TRAK") else {}
     with tempfile.TemporaryDirectory() as place:
@@ -217,18 +254,28 @@ def methods(quick: bool, seeds: int) -> dict[str, Runner]:
         "whole gradients": partial(whole_gradients, factors="rows", counts=counts),
         "whole gradients, sampled factors": partial(whole_gradients, factors="sampled", counts=()),
     }
-    sizes = (64,) if quick else (4096, 16384, 65536)
+    wide, middle, small = (128, 64, 32) if quick else (65536, 16384, 4096)
     for seed in range(seeds):
-        for k in sizes:
-            for dtype in ("float16", "int8") if k == 65536 else ("float16",):
-                found[f"importance {k} {dtype} / {seed}"] = partial(entries_kept, k=k, dtype=dtype, seed=seed)
-        found[f"uniform {sizes[-1]} / {seed}"] = partial(
-            entries_kept, k=sizes[-1], dtype="float16", seed=seed, sampling="uniform"
+        found[f"Kronecker {wide} int8 / {seed}"] = partial(
+            kronecker, k=wide, dtype="int8", seed=seed, rows=counts, ranks=(16,) if quick else (512,)
         )
-        if not quick:
-            found[f"reduced / {seed}"] = partial(entries_reduced, seed=seed)
+        found[f"Kronecker {wide} float16 / {seed}"] = partial(kronecker, k=wide, dtype="float16", seed=seed)
+        for k in (middle, small):
+            found[f"Kronecker {k} int8 / {seed}"] = partial(kronecker, k=k, dtype="int8", seed=seed)
+        for k in (wide, middle, small):
+            found[f"Kronecker entries {k} int8 / {seed}"] = partial(
+                kronecker, k=k, dtype="int8", seed=seed, sampling="importance"
+            )
+        for k in (small, middle, wide):
+            for dtype in ("float16", "int8") if k == wide else ("float16",):
+                found[f"importance {k} {dtype} / {seed}"] = partial(entries_kept, k=k, dtype=dtype, seed=seed)
+        found[f"uniform {wide} / {seed}"] = partial(
+            entries_kept, k=wide, dtype="float16", seed=seed, sampling="uniform"
+        )
+        found[f"reduced / {seed}"] = partial(entries_reduced, seed=seed)
         for way in ("LoGra 14 x 14", "LoGra 40 x 40", "TRAK's recipe, one model, 512"):
             found[f"{way} / {seed}"] = partial(projected, way=way, seed=seed)
+    found["Kronecker all"] = partial(kronecker, k=None, dtype="float16", seed=0, rows=counts)
     return found
 
 
@@ -305,7 +352,8 @@ def query_loss_difference(
 
 QLD_METHODS = (
     "BM25", "whole gradients, dot", "whole gradients, empirical", "whole gradients, ekfac",
-    "importance entries, 65536 reduced to 512", "LoGra 40 x 40",
+    "importance entries, 65536 reduced to 512", "LoGra 40 x 40", "Kronecker grid, 65536",
+    "Kronecker grid, 65536, with 4096 sampled rows",
 )  # fmt: skip
 
 

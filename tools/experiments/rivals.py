@@ -3,7 +3,7 @@
 They want other versions than the project, so this script imports nothing of it: it reads the model and the rows that
 ``finetuned.py --hand-over`` wrote, and writes scores that ``finetuned.py`` puts in its table::
 
-    python -m venv rivals && rivals/bin/pip install torch==2.13.0 transformers kronfluence bergson dattri-llm
+    python -m venv rivals && rivals/bin/pip install torch==2.13.0 transformers kronfluence bergson
     python tools/experiments/finetuned.py --data DIR --hand-over
     rivals/bin/python tools/experiments/rivals.py [--folder finetuned-output] [--only kronfluence]
 
@@ -11,7 +11,6 @@ Nothing that is there is computed again. Dampings are relative to each layer's m
 
     kronfluence  EK-FAC with factors from labels sampled from the model (its default) and from the dataset's
     bergson      EK-FAC; TrackStar with 16 x 16 and 32 x 32 numbers a layer (cosines, preconditioned)
-    dattri-LLM   EK-FAC, as a check: whole rows are stored
 """
 
 from __future__ import annotations
@@ -101,8 +100,8 @@ def kronfluence(handed: Handed, path: Path, empirical: bool) -> None:
     train, query = (torch.utils.data.TensorDataset(torch.from_numpy(part)) for part in (handed.train, handed.query))
     factors = FactorArguments(strategy="ekfac", use_empirical_fisher=empirical)
     analyzer.fit_all_factors("factors", train, per_device_batch_size=64, factor_args=factors)
-    scores = []
-    for damping in DAMPINGS:
+    dampings, scores = DAMPINGS if empirical else DAMPINGS[-2:], []
+    for damping in dampings:
         constants.HEURISTIC_DAMPING_SCALE = damping
         analyzer.compute_pairwise_scores(
             f"scores-{damping}", "factors", query, train, per_device_query_batch_size=64,
@@ -110,11 +109,79 @@ def kronfluence(handed: Handed, path: Path, empirical: bool) -> None:
         )  # fmt: skip
         scores.append(analyzer.load_pairwise_scores(f"scores-{damping}")["all_modules"].numpy())
     method = f"kronfluence EK-FAC, factors from {kind} labels"
-    save(path, method, "nothing", 0, DAMPINGS, DAMPINGS.index(0.1), scores)
+    save(path, method, "nothing", 0, dampings, dampings.index(0.1), scores)
+
+
+def bergson_settings(handed: Handed, path: Path, part: str, **more: Any) -> dict[str, Any]:
+    """Return what bergson's pipelines are given, and write their data sets."""
+    from bergson.config.config import DataConfig
+    from datasets import Dataset
+
+    work = path.with_suffix("")
+    work.mkdir(parents=True, exist_ok=True)
+    for name in ("train", "query"):
+        if not (work / name).exists():
+            Dataset.from_dict({"input_ids": getattr(handed, name).tolist()}).save_to_disk(str(work / name))
+    return {
+        "run_path": str(work / part), "model": str(handed.folder / "handed-over/model"), "precision": "fp32",
+        "data": DataConfig(dataset=str(work / "train")), "loss_reduction": "mean", "modules": handed.names(),
+        "overwrite": True, **more,
+    }  # fmt: skip
+
+
+def bergson_scores(folder: Path) -> Floats:
+    from bergson.data import load_scores
+
+    return np.asarray(load_scores(folder)[:], np.float64).T
+
+
+def trackstar(handed: Handed, path: Path, side: int) -> None:
+    from bergson.cli.trackstar import trackstar as pipeline
+    from bergson.config.config import (
+        InversionConfig,
+        PreprocessConfig,
+        QuerySetConfig,
+        TrackstarConfig,
+        TrackstarIndexConfig,
+    )
+
+    dampings, scores = (0.01, 0.1), []
+    for damping in dampings:
+        settings = bergson_settings(handed, path, f"run-{damping}", projection_dim=side, projection_seed=0)
+        prepared = PreprocessConfig(unit_normalize=True, inversion_cfg=InversionConfig(damping_factor=damping))
+        query = QuerySetConfig(dataset=str(path.with_suffix("") / "query"))
+        pipeline(TrackstarIndexConfig(**settings), TrackstarConfig(query=query, preprocess_cfg=prepared))
+        scores.append(bergson_scores(path.with_suffix("") / f"run-{damping}/scores"))
+    size = 4 * side * side * len(handed.names())
+    save(path, f"bergson TrackStar {side} x {side}", "float32", size, dampings, 1, scores, "cosine")
+
+
+def bergson_ekfac(handed: Handed, path: Path) -> None:
+    from bergson.config.config import (
+        HessianConfig,
+        HessianPipelineConfig,
+        IndexConfig,
+        InversionConfig,
+        PreprocessConfig,
+        QuerySetConfig,
+        ScoreConfig,
+    )
+    from bergson.hessians.pipeline import hessian_pipeline
+
+    settings = bergson_settings(handed, path, "run-0.1")
+    hessian = HessianConfig(method="kfac", ev_correction=True, use_dataset_labels=True)
+    query = QuerySetConfig(dataset=str(path.with_suffix("") / "query"))
+    pipeline = HessianPipelineConfig(query=query, inversion_cfg=InversionConfig(damping_factor=0.1))
+    hessian_pipeline(IndexConfig(**settings), hessian, ScoreConfig(), PreprocessConfig(), pipeline)
+    scores = [bergson_scores(path.with_suffix("") / "run-0.1/scores")]
+    save(path, "bergson EK-FAC, factors from dataset labels", "nothing", 0, (0.1,), 0, scores)
 
 
 METHODS: dict[str, Callable[[Handed, Path], None]] = {
     "kronfluence-dataset": lambda handed, path: kronfluence(handed, path, True),
+    "bergson-trackstar-16": lambda handed, path: trackstar(handed, path, 16),
+    "bergson-trackstar-32": lambda handed, path: trackstar(handed, path, 32),
+    "bergson-ekfac": bergson_ekfac,
     "kronfluence-sampled": lambda handed, path: kronfluence(handed, path, False),
 }
 
