@@ -430,18 +430,40 @@ def differences(task: FineTuning, files: Sequence[Path], found: Sequence[Result]
     return []
 
 
+FAMILIES = {
+    "Kronecker basis, grid, int8": ("Kronecker grid", "int8"),
+    "Kronecker basis, entries, int8": ("Kronecker entries", "int8"),
+    "Kronecker basis, grid, float16": ("Kronecker grid", "float16"),
+    "parameters' basis, float16": ("importance entries", "float16"),
+    "parameters' basis, int8": ("importance entries", "int8"),
+    "LoGra": ("LoGra", ""),
+    "TRAK's recipe, one model": ("TRAK", ""),
+    "TrackStar (bergson)": ("bergson TrackStar", ""),
+    "whole gradients, dot product": ("whole gradients, dot", ""),
+    "whole gradients, empirical Fisher": ("whole gradients, empirical", ""),
+    "whole gradients, EK-FAC": ("whole gradients, ekfac", ""),
+    "whole gradients, EK-FAC + sampled rows": ("whole gradients, shrunk", ""),
+}  # of the plot: how methods begin, and how their rows are stored
+
+
 def plot(found: Sequence[Result], axes: Any) -> None:
-    """Draw LDS over bytes a row; families of one kind of row are joined."""
-    families: dict[str, list[tuple[int, float]]] = {}
+    """Draw LDS over bytes a row; what only adds sampled rows to a curvature is drawn dashed."""
+    for number, (label, (start, stored)) in enumerate(FAMILIES.items()):
+        own = [line for line in found if line["method"].startswith(start) and line.get("stored", "").startswith(stored)]
+        own = [line for line in own if "factors from" not in line["method"]]
+        for style, chosen in (("-", [line for line in own if "sampled rows" not in line["method"]]),
+                              ("--", [line for line in own if "sampled rows" in line["method"]])):  # fmt: skip
+            points = sorted((line["bytes a row"], line["LDS"]) for line in chosen)
+            if points:
+                name = label if style == "-" else f"{label}, + sampled rows"
+                axes.semilogx(*zip(*points, strict=True), style, marker="osd^v"[number % 5], markersize=4,
+                              color=f"C{number % 10}", label=name)  # fmt: skip
     for line in found:
-        if line.get("bytes a row"):
-            name = line["method"].split(",")[0] if "entries" in line["method"] else line["method"]
-            families.setdefault(f"{name}, {line['stored']}", []).append((line["bytes a row"], line["LDS"]))
-    for number, (name, points) in enumerate(families.items()):
-        points.sort()
-        axes.semilogx(*zip(*points, strict=True), marker="osd^v<>"[number // 10 % 7], markersize=4, label=name)
+        if line.get("bytes a row") == 0:
+            axes.axhline(line["LDS"], color="grey", linewidth=0.5)
+            axes.annotate(f"{line['method']} (no rows)", (1e3, line["LDS"]), fontsize=5, color="grey")
     axes.set(xlabel="bytes a row", ylabel="LDS, best damping")
-    axes.legend(fontsize=4)
+    axes.legend(fontsize=5)
 
 
 if __name__ == "__main__":
