@@ -36,7 +36,7 @@ import numpy as np
 import torch
 from baselines import bm25, tfidf
 from common import Result, Runs, arguments, report
-from dense import DAMPINGS, Layer, dense_scores
+from dense import DAMPINGS, SHRINKAGES, Layer, dense_scores
 from torch import Tensor, nn
 
 import ooc_influence as ooc
@@ -238,6 +238,31 @@ def stored(facts: Facts, method: str, compressor: Any, grid: Sequence[float], dt
         return evaluated(facts, method, train.layout.encoding.row_bytes, found)
 
 
+def kronecker(
+    facts: Facts, k: int, dtype: str, grid: Sequence[float], rows: int = 0, sampling: str = "grid"
+) -> Result:  # fmt: skip
+    """Return dropout in the Kronecker basis with its own curvature, and with rows of sampled labels above it."""
+    with tempfile.TemporaryDirectory(dir=facts.folder) as place:
+        mask = ooc.Dropout(k=k, sampling=sampling, basis="kronecker")  # type: ignore[arg-type]
+        train = facts.extract("train", f"{place}/train", compressor=mask, dtype=dtype)
+        query = facts.extract("query", f"{place}/query", like=train)
+        curvatures: dict[str, tuple[Any, Sequence[float]]] = {"": ("kronecker", grid)}
+        if rows:
+            how: dict[str, Any] = {"labels": "sampled", "draws": -(-rows // train.n)}
+            above = facts.extract("train", f"{place}/rows", like=train, **how)
+            curvatures[f", with {above.n} sampled rows"] = (ooc.fit_curvature(above, prior="kronecker"), SHRINKAGES)
+        size, found = train.layout.encoding.row_bytes, []
+        for name, (curvature, dampings) in curvatures.items():
+            scores: dict[tuple[str, float | None], np.ndarray] = {}
+            for unit in ("none", "train", "cosine"):
+                asked: dict[str, Any] = {"normalize": None if unit == "none" else unit, "curvature": curvature}
+                swept = ooc.influence_scores(query, train, damping=list(dampings), **asked).compute()
+                scores |= {(unit, damping): each for damping, each in zip(dampings, swept, strict=True)}
+            kind = "grid" if sampling == "grid" else "entries"
+            found += evaluated(facts, f"Kronecker {kind}, {k}, {dtype}{name}", size, scores)["lines"]
+        return {"lines": found}
+
+
 class Gradients:
     """Whole gradients of the adapter's layers, (rows, entries) bfloat16 a layer, with factors of the train rows."""
 
@@ -296,7 +321,7 @@ def whole_gradients(facts: Facts) -> Result:
 
 
 def methods(quick: bool) -> dict[str, Callable[[Facts], Result]]:
-    k = 2048 if quick else 65536
+    k, most = (2048, 4096) if quick else (65536, 2**20)
     grid = [*DAMPINGS, 3.0, 10.0]
     return {
         "texts": texts,
@@ -304,6 +329,8 @@ def methods(quick: bool) -> dict[str, Callable[[Facts], Result]]:
         "whole gradients": whole_gradients,
         "importance": partial(stored, method=f"importance entries, {k}", grid=grid,
                               compressor=ooc.Dropout(k=k, sampling="importance")),
+        "Kronecker": partial(kronecker, k=k, dtype="float16", grid=DAMPINGS, rows=2 * 460),
+        "Kronecker, more": partial(kronecker, k=most, dtype="int8", grid=DAMPINGS),
     }  # fmt: skip
 
 
