@@ -1,6 +1,6 @@
 """Planted facts: which documents taught a fine-tuned chat model what it answers.
 
-SmolLM2-135M-Instruct is fine-tuned with LoRA (r = 16 on every linear layer, 3 epochs) on 460 short chats. Thirty
+SmolLM2-135M-Instruct is fine-tuned with LoRA (r = 16 on every linear layer, an epoch) on 460 short chats. Thirty
 invented facts are stated in two of them each, in different words; 400 others state facts about other things of the
 same kinds, or calculate. A query is a question about a fact in a third wording, with its answer. For each query the
 train rows are ranked: mean reciprocal rank of the first of the fact's two documents, and the share of queries for which
@@ -43,7 +43,7 @@ import ooc_influence as ooc
 from ooc_influence import hf
 from ooc_influence.evaluate.retrain import seeded
 
-RANK, EPOCHS, LR, BATCH = 16, 3, 1e-3, 8
+RANK, EPOCHS, LR, BATCH = 16, 1, 1e-3, 8
 COLUMNS = ("method", "unit", "bytes a row", "damping", "mean reciprocal rank", "both among 5")
 SYSTEM = {"role": "system", "content": "Answer briefly."}
 
