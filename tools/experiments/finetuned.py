@@ -29,6 +29,7 @@ from common import Result, Runs, arguments, report, table
 from dense import DAMPINGS, SHRINKAGES, Scored, dense_scores, layers
 from finetuning import LAYERS, FineTuning, make_finetuning
 from tasks import sampled
+from transformers import PreTrainedTokenizerFast
 
 import ooc_influence as ooc
 from ooc_influence.evaluate import lds, removal_curve
@@ -317,7 +318,12 @@ def _damping(value: float) -> str:
 def hand_over(task: FineTuning, folder: Path) -> None:
     """Write the model, rows and queries for rivals.py."""
     folder.mkdir(parents=True, exist_ok=True)
-    task.explained_model().save_pretrained(folder / "model")
+    model = task.explained_model()
+    model.config.max_position_embeddings = (
+        4096  # bergson's batches are no longer than this; rotary embeddings ignore it
+    )
+    model.save_pretrained(folder / "model")
+    PreTrainedTokenizerFast(tokenizer_object=task.tokenizer._tokenizer, pad_token="!").save_pretrained(folder / "model")
     tokens = [torch.cat([part[0], part[1][:, -1:]], 1).numpy() for part in (task.train, task.test)]
     np.savez(folder / "rows.npz", train=tokens[0], query=tokens[1])
 
