@@ -18,9 +18,9 @@ QUICK = {
     "retraining": [],
     "sources": [],
 }
-NEEDS_DATA = {"fidelity"}
+NEEDS_DATA = {"facts", "fidelity", "finetuned", "finetuning"}  # or a model
 SLOW = {"compression_cost", "errors", "mislabel", "retraining", "sources", "weightings"}
-SHARED = {"common", "tasks"}
+SHARED = {"baselines", "common", "dense", "rivals", "tasks"}
 
 
 def start(name, *arguments):
