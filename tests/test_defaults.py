@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -79,12 +80,23 @@ def test_what_scores_were_computed_with_is_shown(tmp_path):
 
 def test_small_corpora_are_not_reduced():
     rows = LARGEST_STORE // Encoding.of("float16", 65536).row_bytes
-    assert DefaultDropout().sized(rows, "float16")(10**9) == Dropout(65536, "importance")
-    larger = Dropout(65536, "importance", reduce=Eigenbasis(r=4096))
-    assert DefaultDropout().sized(rows + 1, "float16")(10**9) == larger
-    assert DefaultDropout().sized(rows + 1, "int8")(10**9) == Dropout(65536, "importance")
-    assert DefaultDropout().sized(10, "float16")(500) == Dropout(500, "importance")
-    assert DefaultDropout(k=70, seed=3).sized(10, "float16")(500) == Dropout(70, "importance", seed=3)
+    wide, tokens = Dropout(65536, basis="kronecker"), "token_cross_entropy_mean"
+    assert DefaultDropout().sized(rows, "float16", tokens)(10**9) == wide
+    assert DefaultDropout().sized(rows + 1, "float16", tokens)(10**9) == replace(wide, reduce=Eigenbasis(r=4096))
+    assert DefaultDropout(reduce=False).sized(rows + 1, "float16", tokens)(10**9) == wide
+    asked = Eigenbasis(7)
+    assert DefaultDropout(reduce=asked).sized(5, "float16", tokens)(10**9) == replace(wide, reduce=asked)
+    assert DefaultDropout().sized(rows + 1, "int8", tokens)(10**9) == wide
+    assert DefaultDropout().sized(10, "float16", tokens)(500) == replace(wide, k=500)
+    assert DefaultDropout(k=70, seed=3).sized(10, "float16", tokens)(500) == replace(wide, k=70, seed=3)
+
+
+def test_language_models_are_kept_in_the_kronecker_basis():
+    sizes = 10, "float16"
+    assert DefaultDropout().sized(*sizes, "cross_entropy")(500) == Dropout(500, "importance")
+    assert DefaultDropout(basis="parameters").sized(*sizes, "token_cross_entropy")(500) == Dropout(500, "importance")
+    kept = DefaultDropout(basis="kronecker", sampling="importance").sized(*sizes, "cross_entropy")(500)
+    assert kept == Dropout(500, "importance", basis="kronecker")
 
 
 def test_queries_that_lose_much_are_told_of(tmp_path, caplog):

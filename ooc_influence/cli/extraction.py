@@ -42,7 +42,7 @@ def _flag(name: str) -> str:
 def _compressor(settings: dict[str, Any]) -> Any:
     """Return the compressor that options ask for; None for the default, or where a train store fixes it."""
     from ooc_influence import Dropout, Eigenbasis
-    from ooc_influence.compress import WIDE, DefaultDropout
+    from ooc_influence.compress import DefaultDropout
 
     asked = _asked(_MASK)
     if settings["like"] is not None:
@@ -60,19 +60,14 @@ def _compressor(settings: dict[str, Any]) -> Any:
     for option, owner in (("nonzeros", "sjlt or grass"), ("rank_out", "logra"), ("rank_in", "logra")):
         if settings[option] is not None:
             raise InputError(f"expected {_flag(option)} with --compressor {owner}; received it with dropout")
-    basis = None if settings["basis"] == "parameters" else settings["basis"]
-    dims, k, seed = settings["dims"] or 0, settings["k"], settings["seed"]
+    dims, k, basis, seed = settings["dims"] or 0, settings["k"], settings["basis"], settings["seed"]
     if not dims and (settings["pilot"] is not None or settings["basis_weights"] is not None):
         raise InputError("expected --dims with --pilot and --basis-weights; received none: they belong to a reduction")
-    if wide and not basis and settings["dims"] is None:
-        return DefaultDropout(k, settings["sampling"] or "importance", seed)
-    return Dropout(
-        k=k if k is not None else (WIDE if wide else 4096),
-        sampling=settings["sampling"] or ("importance" if wide and not basis else None),
-        basis=basis,
-        seed=seed,
-        reduce=Eigenbasis(dims, settings["pilot"], settings["basis_weights"]) if dims else None,
-    )
+    reduction = Eigenbasis(dims, settings["pilot"], settings["basis_weights"]) if dims else None
+    if wide:
+        return DefaultDropout(k, settings["sampling"], basis, seed, False if settings["dims"] == 0 else reduction)
+    basis = None if basis == "parameters" else basis
+    return Dropout(4096 if k is None else k, settings["sampling"], seed, reduce=reduction, basis=basis)
 
 
 def _baseline(name: str, settings: dict[str, Any], asked: list[str]) -> Any:

@@ -129,8 +129,9 @@ building = several(
                  help="How gradients are compressed (docs/compressors.md)."),
     click.option("--k", type=int, help="Gradient entries kept of each sample, or numbers that a projection of all "
                  "makes. Default: 4096; with --model 65536."),
-    click.option("--basis", type=click.Choice(["parameters", "kronecker"]), default="parameters", show_default=True,
-                 help="Which coordinates entries are of: the parameters' own, or the Kronecker basis of each layer."),
+    click.option("--basis", type=click.Choice(["parameters", "kronecker"]),
+                 help="Coordinates of the gradients whose entries are kept: the parameters' own, or those of each "
+                 "layer's Kronecker basis. Default: parameters; with --model, of language models, kronecker."),
     click.option("--sampling", type=click.Choice(["uniform", "importance", "grid"]),
                  help="How entries are chosen. Default: uniform; with --model importance; in a Kronecker basis grid."),
     click.option("--dims", type=int, metavar="R", help="Reduce kept entries to R numbers, the largest directions of "

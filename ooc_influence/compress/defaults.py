@@ -1,4 +1,4 @@
-"""What is kept of the gradients of language models where the caller does not say."""
+"""What is kept of the gradients of Hugging Face models where the caller does not say."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Literal
 
 from ooc_influence.compress.compressor import Eigenbasis
 from ooc_influence.compress.dropout import Dropout
+from ooc_influence.linalg import is_token_loss
 from ooc_influence.store import Encoding, Representation, parse_representation
 
 WIDE, REDUCED = 65536, 4096  # entries kept, and numbers they are reduced to
@@ -17,7 +18,7 @@ LARGEST_STORE = 64 * 2**30  # bytes; rows of larger stores are reduced
 
 @dataclass(frozen=True)
 class DefaultDropout:
-    """Importance dropout, reduced only if the store would be larger than 64 GiB.
+    """Dropout in the Kronecker basis for language models, by importance for others; reduced in stores beyond 64 GiB.
 
     A reduction to r directions keeps what the rows it is made from have in common; of few rows that says little about
     queries.
@@ -26,22 +27,32 @@ class DefaultDropout:
     ----------
     k : int, optional
         Entries kept; default 65536, or all where there are fewer.
-    sampling : {"uniform", "importance", "grid"}
-        As for :class:`Dropout`.
+    sampling : {"uniform", "importance", "grid"}, optional
+        As for :class:`Dropout`; default a grid in a Kronecker basis, else by importance.
+    basis : {"parameters", "kronecker"}, optional
+        Whose entries are kept; default the Kronecker basis for language models, else the parameters' own coordinates.
     seed : int
         Of the choice.
+    reduce : Eigenbasis or False, optional
+        The reduction, or False for none; default one of 4096 numbers in a store that would exceed 64 GiB.
     """
 
     k: int | None = None
-    sampling: Literal["uniform", "importance", "grid"] = "importance"
+    sampling: Literal["uniform", "importance", "grid"] | None = None
+    basis: Literal["parameters", "kronecker"] | None = None
     seed: int = 0
+    reduce: Eigenbasis | Literal[False] | None = None
 
-    def sized(self, rows: int, dtype: str) -> Callable[[int], Dropout]:
-        """Return what makes the compressor of a model's p entries, for a store of so many rows."""
-        return partial(self._make, rows=rows, dtype=parse_representation(dtype))
+    def sized(self, rows: int, dtype: str, loss_kind: str | None) -> Callable[[int], Dropout]:
+        """Return what makes the compressor of a model's p entries, for a store of so many rows of a loss."""
+        basis = self.basis or ("kronecker" if is_token_loss(loss_kind) else "parameters")
+        return partial(self._make, rows=rows, dtype=parse_representation(dtype), basis=basis)
 
-    def _make(self, p: int, rows: int, dtype: Representation) -> Dropout:
+    def _make(self, p: int, rows: int, dtype: Representation, basis: str) -> Dropout:
         k = min(WIDE, p) if self.k is None else self.k
-        whole = rows * Encoding.of(dtype, k).row_bytes
-        reduction = Eigenbasis(r=min(REDUCED, k, max(1, rows // 2))) if whole > LARGEST_STORE else None
-        return Dropout(k=k, sampling=self.sampling, seed=self.seed, reduce=reduction)
+        reduction = self.reduce or None
+        if self.reduce is None and rows * Encoding.of(dtype, k).row_bytes > LARGEST_STORE:
+            reduction = Eigenbasis(r=min(REDUCED, k, max(1, rows // 2)))
+        if basis == "kronecker":
+            return Dropout(k=k, sampling=self.sampling, seed=self.seed, reduce=reduction, basis="kronecker")
+        return Dropout(k=k, sampling=self.sampling or "importance", seed=self.seed, reduce=reduction)

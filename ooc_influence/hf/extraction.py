@@ -180,8 +180,8 @@ def extract(
 ) -> GradientStore:
     """Extract gradients of a Hugging Face model over a file of documents.
 
-    Without a ``compressor``: importance dropout of 65536 entries (fewer for small models), reduced to 4096 numbers only
-    where the store would be larger than 64 GiB.
+    Without a ``compressor``: 65536 entries (fewer for small models), of language models in the Kronecker basis, else of
+    parameters by importance; reduced to 4096 numbers only where the store would be larger than 64 GiB.
 
     Parameters
     ----------
@@ -225,7 +225,7 @@ def extract(
     if compressor is None and settings["like"] is None:
         compressor = DefaultDropout()
     if isinstance(compressor, DefaultDropout):
-        settings["compressor"] = compressor.sized(rows, settings["dtype"])
+        settings["compressor"] = compressor.sized(rows, settings["dtype"], job.loss_kind)
     if settings["device"] == "auto":
         settings["device"] = None
     record: Any = {"loss_kind": job.loss_kind, "origin": _origin(model, data, job, options)}

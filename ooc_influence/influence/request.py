@@ -25,7 +25,7 @@ from ooc_influence.influence.checkpoints import (
 from ooc_influence.influence.costs import CheckpointMemory, ScoringMemory, TileMemory
 from ooc_influence.influence.engine import Floats, Grouping, parse_groups, weighted_sums
 from ooc_influence.influence.tiles import Columns, ScoreTask, whole_rows
-from ooc_influence.linalg import parse_device
+from ooc_influence.linalg import is_token_loss, parse_device
 from ooc_influence.memory import MemoryBudget, ProblemSize, block_limit
 from ooc_influence.options import Combine, Normalize, PairOptions, ScoringOptions, complete
 from ooc_influence.parallel import slots_per_process, worker_memory
@@ -33,7 +33,6 @@ from ooc_influence.store import GradientStore, read_blocks
 
 Factors = Callable[[int, int], npt.NDArray[np.float64]]
 _BLOCK_ROWS = 1024  # rows read at a time where they are averaged
-_TOKENS = "token_cross_entropy"  # how the loss_kind of language models begins
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,7 +186,7 @@ class ScoreRequest:
         several = damping is not None and np.ndim(damping) == 1
         combine = parse_combine(asked["combine"], checkpoints, None if unit == "none" else unit)
         if unit is None:
-            tokens = str(first.train.attrs.get("loss_kind")).startswith(_TOKENS)
+            tokens = is_token_loss(first.train.attrs.get("loss_kind"))
             unit = "train" if lists and tokens and combine == "mean" else "none"
         settings = _settings(checkpoints, asked) | {"normalize": unit}
         normalize = None if unit == "none" else unit

@@ -27,6 +27,7 @@ from ooc_influence.linalg.rows import (
     WeightedBlock,
     WeightedRows,
     check_one_label,
+    is_token_loss,
     parse_weighting,
     partition_rows,
     row_errors,
@@ -57,10 +58,10 @@ from ooc_influence.linalg.whitening import (
 )
 
 __all__ = [
-    "ONE_LABEL", "TILE", "TOLERANCE", "DiagonalAccumulator", "Eigenpairs", "Floats",
-    "LayerMoments", "Matrix", "MatrixAccumulator", "Numbers", "Range", "RowPartition", "Solver", "Spectrum", "Team",
-    "Tile", "TriangleTiles", "WeightedBlock", "WeightedRows", "Whitening", "basis_settings", "block_moments",
-    "check_device_memory", "check_one_label", "choose_engine", "choose_solver", "iteration_bytes", "iteration_memory",
+    "ONE_LABEL", "TILE", "TOLERANCE", "DiagonalAccumulator", "Eigenpairs", "Floats", "LayerMoments", "Matrix",
+    "MatrixAccumulator", "Numbers", "Range", "RowPartition", "Solver", "Spectrum", "Team", "Tile", "TriangleTiles",
+    "WeightedBlock", "WeightedRows", "Whitening", "basis_settings", "block_moments", "check_device_memory",
+    "check_one_label", "choose_engine", "choose_solver", "is_token_loss", "iteration_bytes", "iteration_memory",
     "kronecker_damping", "list_tiles", "mirror", "multiply_rows", "orthonormal_slabs", "parse_device",
     "parse_weighting", "partition_rows", "row_errors", "row_squares", "row_weights", "spectrum_solvers",
     "start_basis", "subspace_iteration", "symmetric_eigen", "tile_side", "top_spectrum",

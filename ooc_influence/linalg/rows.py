@@ -38,6 +38,7 @@ Numbers = npt.NDArray[np.int64]
 Range = tuple[int, int]  # of rows or columns: the first, and the one after the last
 LOSS_FLOOR = 1e-6  # smaller losses count as this one: their weights would rest on a loss's last bits
 ONE_LABEL = "cross_entropy"  # the loss_kind the formulas hold for
+_TOKENS = "token_cross_entropy"  # how the loss_kind of language models begins
 
 
 def parse_weighting(weights: str | None, attributes: Mapping[str, Any]) -> Weighting | None:
@@ -70,6 +71,11 @@ def check_one_label(attributes: Mapping[str, Any], asked: str, where: str = "") 
             f"expected rows of loss_kind {ONE_LABEL!r} for {asked}; received {kind!r}{where}: give loss_kind when "
             "extracting, if the loss is one-label cross-entropy"
         )
+
+
+def is_token_loss(loss_kind: Any) -> bool:
+    """Return whether rows are of a language model's loss, over the tokens of a sequence."""
+    return isinstance(loss_kind, str) and loss_kind.startswith(_TOKENS)
 
 
 def row_weights(losses: npt.NDArray[Any], weights: Weighting | None) -> npt.NDArray[np.float64]:
