@@ -164,15 +164,14 @@ def test_rows_of_a_language_model(tmp_path, reduction):
 
 @pytest.mark.filterwarnings("ignore:.* has an effective dimension")
 def test_defaults_queries_and_scores(tmp_path):
-    """From two paths: importance dropout, of a small model all entries, not reduced; a query finds itself."""
+    """From two paths: the Kronecker basis, of a small model all entries, not reduced; scored without a fit."""
     folder = make_model(tmp_path / "model")
     data = write(tmp_path / "d.jsonl", documents(40))
     train = hf.extract(folder, data, tmp_path / "t.zarr")
-    assert train.attrs["compressor"]["sampling"] == "importance"
+    assert train.attrs["compressor"]["basis"]["samples"] == 256
     assert "reduce" not in train.attrs["compressor"]
     assert train.k == train.attrs["p"]
     query = hf.extract(folder, write(tmp_path / "q.jsonl", documents(40)[:3]), tmp_path / "q.zarr", like=train)
-    fit_fisher(train)
     assert_allclose(query.rows(), train.rows(0, len(query)), atol=2e-3 * np.abs(query.rows()).max())
     scores = influence_scores(query, train).compute()
     assert (np.diag(scores[:, : len(query)]) > 0).all()
