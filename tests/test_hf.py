@@ -22,7 +22,7 @@ from tiny_hf import (
     write,
 )  # fmt: skip
 
-from ooc_influence import Dropout, Eigenbasis, GradientStore, Storage, fit_fisher, hf, influence_scores
+from ooc_influence import Dropout, Eigenbasis, GradientStore, Storage, hf, influence_scores
 from ooc_influence.errors import InputError, MissingExtraError
 from ooc_influence.hf.padding import IGNORED
 
