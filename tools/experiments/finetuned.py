@@ -5,10 +5,10 @@ seed and order. The table is of the models that are finished, and names what is 
 Every method scores the model of all rows; LDS at each of a list of dampings, of scores as they are, divided by the
 train row's norm, and as cosines. Curvatures of whole gradients are those of dense.py; other packages' scores come from
 rivals.py, run in an environment of its own on what ``--hand-over`` writes, and are read from the folder ``rivals``.
-``--qld`` trains again without the 1 % and 5 % of the rows that each of the main methods ranks highest for a few queries
+``--qld N`` trains again without the 1 % and 5 % of the rows that each of the main methods ranks highest for N queries
 (the query-loss difference: the loss gained over removing random rows).
 
-Run: python tools/experiments/finetuned.py --data DIR [--folder finetuned-output] [--only TEXT] [--qld] [--quick].
+Run: python tools/experiments/finetuned.py --data DIR [--folder finetuned-output] [--only TEXT] [--qld N] [--quick].
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from ooc_influence.evaluate import lds, removal_curve
 
 NORMALIZATIONS = ("none", "train", "cosine")
 COLUMNS = ("method", "stored", "bytes a row", "LDS", "at damping", "default LDS", "by train norm", "cosine", "models")
-QLD_QUERIES, QLD_SHARES = 4, (0.01, 0.05)
+QLD_SHARES = (0.01, 0.05)
 
 
 class Sheet(NamedTuple):
@@ -370,7 +370,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="of masks")
     parser.add_argument("--only", default="", help="methods whose names contain this")
     parser.add_argument("--hand-over", action="store_true", help="write what rivals.py needs, and stop")
-    parser.add_argument("--qld", action="store_true", help="also remove each main method's rows and train again")
+    parser.add_argument(
+        "--qld", type=int, default=0, metavar="N", help="also train without each main method's rows, those of N queries"
+    )
     parser.add_argument("--table", action="store_true", help="compute nothing more: the table of what is there")
     options = parser.parse_args()
     task = make_finetuning(options.data, options.folder, options.quick)
@@ -399,7 +401,7 @@ def main() -> None:
     evaluations = [evaluated_once(path, subsets, outcomes) for path in files]
     found = list(lines(evaluations, len(finished)))
     if options.qld:
-        found += differences(task, files, found, options)
+        differences(task, files, found, options)
     missing = [*runs.missing(), *(f"model {number}" for number in truth.missing)]
     if missing:
         found.append({"method": f"missing: {', '.join(missing)}"})
@@ -419,8 +421,8 @@ def evaluated_once(path: Path, subsets: np.ndarray, outcomes: np.ndarray) -> dic
     return held
 
 
-def differences(task: FineTuning, files: Sequence[Path], found: Sequence[Result], options: Any) -> list[Result]:
-    """Return the lines of the query-loss difference, of the first mask of each main method."""
+def differences(task: FineTuning, files: Sequence[Path], found: Sequence[Result], options: Any) -> None:
+    """Write and print the query-loss difference of the first mask of each main method."""
     sheets: dict[str, Sheet] = {}
     for path in files:
         sheet = Sheet.load(path)
@@ -430,10 +432,9 @@ def differences(task: FineTuning, files: Sequence[Path], found: Sequence[Result]
     for name in sheets:
         sweep = next(line["sweep"]["none"] for line in found if line["method"] == name)
         best[name] = int(np.argmax(list(sweep.values())))
-    results = query_loss_difference(task, sheets, best, options.folder / "qld", 1 if options.quick else QLD_QUERIES)
+    results = query_loss_difference(task, sheets, best, options.folder / "qld", options.qld)
     (options.folder / "qld.json").write_text(json.dumps(results, indent=1))
     print(table(results, ("method", *(f"{share:.0%}" for share in QLD_SHARES), "queries")))
-    return []
 
 
 FAMILIES = {
