@@ -258,7 +258,7 @@ def methods(quick: bool, seeds: int) -> dict[str, Runner]:
     wide, middle, small = (128, 64, 32) if quick else (65536, 16384, 4096)
     for seed in range(seeds):
         found[f"Kronecker {wide} int8 / {seed}"] = partial(
-            kronecker, k=wide, dtype="int8", seed=seed, rows=counts, ranks=(16,) if quick else (512,)
+            kronecker, k=wide, dtype="int8", seed=seed, rows=counts, ranks=(16,) if quick else (512, 256)
         )
         found[f"Kronecker {wide} float16 / {seed}"] = partial(kronecker, k=wide, dtype="float16", seed=seed)
         for k in (middle, small):
@@ -443,6 +443,8 @@ FAMILIES = {
     "Kronecker basis, grid, float16": ("Kronecker grid", "float16"),
     "parameters' basis, float16": ("importance entries", "float16"),
     "parameters' basis, int8": ("importance entries", "int8"),
+    "Kronecker basis, reduced, int8": ("Kronecker grid", "int8"),
+    "parameters' basis, reduced, int8": ("importance entries", "int8"),
     "LoGra": ("LoGra", ""),
     "TRAK's recipe, one model": ("TRAK", ""),
     "TrackStar (bergson)": ("bergson TrackStar", ""),
@@ -458,6 +460,7 @@ def plot(found: Sequence[Result], axes: Any) -> None:
     for number, (label, (start, stored)) in enumerate(FAMILIES.items()):
         own = [line for line in found if line["method"].startswith(start) and line.get("stored", "").startswith(stored)]
         own = [line for line in own if "factors from" not in line["method"]]
+        own = [line for line in own if ("reduced" in line["method"]) == ("reduced" in label)]
         for style, chosen in (("-", [line for line in own if "sampled rows" not in line["method"]]),
                               ("--", [line for line in own if "sampled rows" in line["method"]])):  # fmt: skip
             points = sorted((line["bytes a row"], line["LDS"]) for line in chosen)
@@ -468,9 +471,9 @@ def plot(found: Sequence[Result], axes: Any) -> None:
     for line in found:
         if line.get("bytes a row") == 0:
             axes.axhline(line["LDS"], color="grey", linewidth=0.5)
-            axes.annotate(f"{line['method']} (no rows)", (1e3, line["LDS"]), fontsize=5, color="grey")
+            axes.annotate(f"{line['method']} (no rows)", (2e2, line["LDS"] + 0.003), fontsize=5, color="grey")
     axes.set(xlabel="bytes a row", ylabel="LDS, best damping")
-    axes.legend(fontsize=5)
+    axes.legend(fontsize=5, loc="lower right", bbox_to_anchor=(0.95, 0))
 
 
 if __name__ == "__main__":
