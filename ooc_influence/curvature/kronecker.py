@@ -69,7 +69,7 @@ class KroneckerPrior(Curvature):
             "model": store.model_fingerprint,
             "store_id": None,
         }
-        super().__init__(store.path / "mask", attributes)
+        super().__init__(store.path / "curvature" / PRIOR, attributes)
 
     @property
     @override
