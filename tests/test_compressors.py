@@ -97,7 +97,7 @@ def test_rows_are_full_gradients_times_a_matrix(tmp_path, full, compressor):
     fit_fisher(store)
     rows = store.rows().astype(np.float64)
     fisher = rows.T @ rows / N
-    damped = fisher + 0.1 * np.trace(fisher) / len(fisher) * np.eye(len(fisher))
+    damped = fisher + 0.1 * np.trace(fisher) / min(N, len(fisher)) * np.eye(len(fisher))
     scores = query.rows() @ np.linalg.solve(damped, rows.T)
     found = top_influential(query, store, top=3)
     best = np.sort(scores, axis=1)[:, ::-1][:, :3]

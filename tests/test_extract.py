@@ -129,7 +129,7 @@ def test_end_to_end_scores_against_the_oracle(tmp_path):
     """k = p, float32: 1e-4 of the largest; float16 storage ranks the same."""
     g = full_gradients(Mlp)
     matrix = oracle.fisher(g)
-    expected = oracle.scores(g[:20], g, oracle.damping(matrix), matrix)
+    expected = oracle.scores(g[:20], g, oracle.damping(matrix, rows=len(g)), matrix)
     for dtype in ("float32", "float16"):
         train = extract(tmp_path / f"train-{dtype}.zarr", dtype=dtype)
         query = extract(tmp_path / f"query-{dtype}.zarr", n=20, like=train, dtype=dtype)
