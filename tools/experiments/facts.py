@@ -203,7 +203,7 @@ def defaults(facts: Facts) -> Result:
     with tempfile.TemporaryDirectory(dir=facts.folder) as place:
         train = facts.extract("train", f"{place}/train")
         query = facts.extract("query", f"{place}/query", like=train)
-        if train.attrs.get("basis") is None and not _has_curvature(train):
+        if not train.mask.has_basis:
             ooc.fit_curvature(train)
         lists = ooc.top_influential(query, train, train.n)
         scores = np.full((query.n, train.n), -np.inf)
@@ -211,10 +211,6 @@ def defaults(facts: Facts) -> Result:
             scores[number, rows[rows >= 0]] = -np.arange((rows >= 0).sum())
         size = train.layout.encoding.row_bytes
     return evaluated(facts, "the library, nothing asked", size, {("default", None): scores})
-
-
-def _has_curvature(store: Any) -> bool:
-    return bool(getattr(store, "curvatures", ()))
 
 
 def stored(facts: Facts, method: str, compressor: Any, grid: Sequence[float], dtype: str = "float16") -> Result:
