@@ -410,9 +410,9 @@ def test_samples_that_the_self_check_runs_again_have_the_labels_they_had_in_thei
         with draws.repeating([7, 2]):
             again = loss(model, x[[7, 2]])
         with draws.rows(np.array([7, 2])):
-            anew = loss(model, x[[7, 2]])
+            repeated = loss(model, x[[7, 2]])
     assert_allclose(again.detach(), store.loss[[7, 2]], rtol=1e-3)
-    assert_allclose(anew.detach(), -(1 - edge[[7, 2]]).log(), rtol=1e-3)  # class 1
+    assert_allclose(repeated.detach(), -(1 - edge[[7, 2]]).log(), rtol=1e-3)  # class 1
 
 
 # several draws, some samples

@@ -44,7 +44,7 @@ class DefaultDropout:
     reduce: Eigenbasis | Literal[False] | None = None
 
     def sized(self, rows: int, dtype: str, loss_kind: str | None) -> Callable[[int], Dropout]:
-        """Return what makes the compressor of a model's p entries, for a store of so many rows of a loss."""
+        """Return what makes the compressor of a model's p entries, for a store of ``rows`` rows and their loss."""
         basis = self.basis or ("kronecker" if is_token_loss(loss_kind) else "parameters")
         return partial(self._make, rows=rows, dtype=parse_representation(dtype), basis=basis)
 

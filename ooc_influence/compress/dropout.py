@@ -20,7 +20,7 @@ import numpy.typing as npt
 from typing_extensions import override
 
 from ooc_influence.compress.compressor import Compressor, Eigenbasis, KroneckerBasis, parse_whole_numbers
-from ooc_influence.compress.kronecker import WhitenedEnergy, draw_entries, draw_grids
+from ooc_influence.compress.kronecker import UNIFORM_SHARE, WhitenedEnergy, draw_entries, draw_grids
 from ooc_influence.errors import InputError, NonFiniteError
 from ooc_influence.store import LayerShape, Mask, ModuleMask, PilotMoments
 
@@ -28,7 +28,6 @@ Floats = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
 SAMPLINGS = ("uniform", "importance", "grid")
 PILOT_SAMPLES = 256  # for importance sampling; more samples change the probabilities by a few per cent
-UNIFORM_SHARE = 0.05
 _MOST_DRAWS = 16  # per entry asked for: beyond that the distribution has too few entries that matter
 
 

@@ -136,7 +136,7 @@ class Curvature(BlockSpectrum):
         ]  # fmt: skip
 
     def _span(self, columns: int) -> int:
-        """Return what the trace of so many columns is divided by: all of them where a prior is in every direction."""
+        """Return how many of ``columns`` F can span: all above a prior, else at most as many as there are rows."""
         return columns if self.has_prior else min(columns, self.rows)
 
     def _vectors(self, name: str, columns: int, rank: int) -> EigenVectors:

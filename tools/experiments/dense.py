@@ -96,7 +96,7 @@ def linear_layers(model: nn.Module, part: str = "") -> dict[str, nn.Linear]:
 
 
 def tap(model: nn.Module, loss: Loss, batches: Sequence[Any], names: Sequence[str]) -> dict[str, Tapped]:
-    """Return what layers receive and give back over batches, for the sum of the samples' losses."""
+    """Return the inputs and output gradients of layers over batches, for the sum of the samples' losses."""
     held = {name: Tapped() for name in names}
     modules = dict(model.named_modules())
 
