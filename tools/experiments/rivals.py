@@ -3,23 +3,33 @@
 They want other versions than the project, so this script imports nothing of it: it reads the model and the rows that
 ``finetuned.py --hand-over`` wrote, and writes scores that ``finetuned.py`` puts in its table::
 
-    python -m venv rivals && rivals/bin/pip install torch==2.13.0 transformers kronfluence bergson
+    python -m venv rivals
+    rivals/bin/pip install torch==2.13.0 transformers accelerate kronfluence==1.0.1 bergson==2.5.1
+    rivals/bin/pip install dattri-llm==0.1.0 dattri==0.3.0  # dattri: the random projections of dattri-LLM
     python tools/experiments/finetuned.py --data DIR --hand-over
     rivals/bin/python tools/experiments/rivals.py [--folder finetuned-output] [--only kronfluence]
 
-Nothing that is there is computed again. Dampings are relative to each layer's mean eigenvalue, as the packages have it.
+Nothing that is there is computed again. Dampings are relative to each layer's mean eigenvalue, as kronfluence and
+bergson have it by default. dattri-LLM's default is absolute, 0.001 on the eigenvalues of losses summed over tokens; the
+table says "default" for it. All of it runs on a CPU.
 
     kronfluence  EK-FAC with factors from labels sampled from the model (its default) and from the dataset's
-    bergson      EK-FAC; TrackStar with 16 x 16 and 32 x 32 numbers a layer (cosines, preconditioned)
+    bergson      EK-FAC with factors from the dataset's labels; TrackStar with 16 x 16 and 32 x 32 numbers a layer
+                 (cosines, preconditioned)
+    dattri-LLM   EK-FAC of stored gradients in factors, as it stores them by default; LoGra with 16 x 16, 32 x 32 and
+                 64 x 64 numbers a layer, the curvature of the projected gradients EK-FAC's (as in its benchmark) or
+                 the dense Fisher matrix of each layer
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +38,9 @@ import torch
 from torch.nn import functional
 
 DAMPINGS = (0.003, 0.01, 0.03, 0.1, 0.3)
+PACKAGE_DEFAULT = -1.0  # instead of a damping: what the package does when it is told none
 Floats = np.ndarray[Any, np.dtype[np.floating[Any]]]
+Integers = np.ndarray[Any, np.dtype[np.integer[Any]]]
 
 
 class Handed:
@@ -100,8 +112,8 @@ def kronfluence(handed: Handed, path: Path, empirical: bool) -> None:
     train, query = (torch.utils.data.TensorDataset(torch.from_numpy(part)) for part in (handed.train, handed.query))
     factors = FactorArguments(strategy="ekfac", use_empirical_fisher=empirical)
     analyzer.fit_all_factors("factors", train, per_device_batch_size=64, factor_args=factors)
-    dampings, scores = DAMPINGS if empirical else DAMPINGS[-2:], []
-    for damping in dampings:
+    scores = []
+    for damping in DAMPINGS:
         constants.HEURISTIC_DAMPING_SCALE = damping
         analyzer.compute_pairwise_scores(
             f"scores-{damping}", "factors", query, train, per_device_query_batch_size=64,
@@ -109,7 +121,7 @@ def kronfluence(handed: Handed, path: Path, empirical: bool) -> None:
         )  # fmt: skip
         scores.append(analyzer.load_pairwise_scores(f"scores-{damping}")["all_modules"].numpy())
     method = f"kronfluence EK-FAC, factors from {kind} labels"
-    save(path, method, "nothing", 0, dampings, dampings.index(0.1), scores)
+    save(path, method, "nothing", 0, DAMPINGS, DAMPINGS.index(0.1), scores)
 
 
 def bergson_settings(handed: Handed, path: Path, part: str, **more: Any) -> dict[str, Any]:
@@ -168,13 +180,75 @@ def bergson_ekfac(handed: Handed, path: Path) -> None:
     )
     from bergson.hessians.pipeline import hessian_pipeline
 
-    settings = bergson_settings(handed, path, "run-0.1")
+    work, scores = path.with_suffix(""), []
+    shutil.rmtree(work, ignore_errors=True)
+    settings = bergson_settings(handed, path, "run")
     hessian = HessianConfig(method="kfac", ev_correction=True, use_dataset_labels=True)
-    query = QuerySetConfig(dataset=str(path.with_suffix("") / "query"))
-    pipeline = HessianPipelineConfig(query=query, inversion_cfg=InversionConfig(damping_factor=0.1))
-    hessian_pipeline(IndexConfig(**settings), hessian, ScoreConfig(), PreprocessConfig(), pipeline)
-    scores = [bergson_scores(path.with_suffix("") / "run-0.1/scores")]
-    save(path, "bergson EK-FAC, factors from dataset labels", "nothing", 0, (0.1,), 0, scores)
+    query = QuerySetConfig(dataset=str(work / "query"))
+    for damping in DAMPINGS:
+        for part in ("kfac_query", "scores"):  # the pipeline resumes after the factors, which no damping enters
+            shutil.rmtree(work / "run" / part, ignore_errors=True)
+        pipeline = HessianPipelineConfig(
+            query=query, inversion_cfg=InversionConfig(damping_factor=damping), resume=True
+        )
+        hessian_pipeline(IndexConfig(**settings), hessian, ScoreConfig(), PreprocessConfig(), pipeline)
+        scores.append(bergson_scores(work / "run/scores"))
+    method = "bergson EK-FAC, factors from dataset labels"
+    save(path, method, "nothing", 0, DAMPINGS, DAMPINGS.index(0.1), scores)
+
+
+class Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """Rows of tokens as dattri-LLM takes them."""
+
+    def __init__(self, tokens: Integers) -> None:
+        self.tokens = torch.from_numpy(tokens)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"tokens": self.tokens[index]}
+
+    def digests(self) -> list[str]:
+        """Return what dattri-LLM knows the rows by: digests of the model's input."""
+        from dattri_llm.utils import hash_sample
+
+        return [hash_sample({"input_ids": row[:-1]}) for row in self.tokens]
+
+
+def dattri_llm(handed: Handed, path: Path, side: int | None = None, dense: bool = False) -> None:
+    """Store gradients, whole or projected to ``side`` x ``side`` numbers a layer, and score from the store."""
+    from dattri_llm import AttributionArguments, AttributionTask, EKFACAttributor, HookManagerConfig
+
+    def summed(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return token_loss(model, batch["tokens"]) * (batch["tokens"].shape[1] - 1)
+
+    projection = {"style": "logra", "proj_dim": side, "proj_type": "rademacher", "proj_max_batch_size": 32}
+    hooks = HookManagerConfig(
+        hook_types=dict.fromkeys(handed.names(), "linear_io"),
+        projection_kwargs={"__default__": projection} if side else None,
+        capture_style="materialized" if side else "factorized",
+    )
+    work = path.with_suffix("")
+    shutil.rmtree(work, ignore_errors=True)
+    settings = AttributionArguments(str(work), per_device_train_batch_size=16, per_device_eval_batch_size=16,
+                                    use_cpu=True, dataloader_pin_memory=False)  # fmt: skip
+    attributor = EKFACAttributor(settings, task=AttributionTask(summed, handed.model()))
+    train, query = Rows(handed.train), Rows(handed.query)
+    [stores] = attributor.cache(train, query, hook_config=hooks, covariances_at_capture=not dense)
+    files = [each for each in Path(stores[0]).rglob("*") if each.is_file() and "covariances" not in each.name]
+    size = sum(each.stat().st_size for each in files) // len(train)
+    dampings, scores = (*DAMPINGS, PACKAGE_DEFAULT), []
+    for damping in dampings:
+        relative = {} if damping == PACKAGE_DEFAULT else {"damping": damping, "relative_damping": True}
+        scored = attributor.attribute_from_cache(
+            *stores, fisher_dir=str(work / "fit"), covariances_at_capture=not dense, **relative
+        )
+        scores.append(scored.query(train.digests(), query.digests()).numpy().T)
+    curvature = "dense Fisher" if dense else "EK-FAC"
+    method = f"dattri-LLM LoGra, {curvature}, {side} x {side}" if side else f"dattri-LLM {curvature}"
+    save(path, method, "float32", size, dampings, len(DAMPINGS), scores)
+    shutil.rmtree(work)
 
 
 METHODS: dict[str, Callable[[Handed, Path], None]] = {
@@ -182,6 +256,9 @@ METHODS: dict[str, Callable[[Handed, Path], None]] = {
     "bergson-trackstar-16": lambda handed, path: trackstar(handed, path, 16),
     "bergson-trackstar-32": lambda handed, path: trackstar(handed, path, 32),
     "bergson-ekfac": bergson_ekfac,
+    "dattri-llm-ekfac": dattri_llm,
+    **{f"dattri-llm-logra-{side}-ekfac": partial(dattri_llm, side=side) for side in (16, 32, 64)},
+    **{f"dattri-llm-logra-{side}-dense": partial(dattri_llm, side=side, dense=True) for side in (16, 32, 64)},
     "kronfluence-sampled": lambda handed, path: kronfluence(handed, path, False),
 }
 
