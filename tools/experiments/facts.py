@@ -1,10 +1,11 @@
 """Planted facts: which documents taught a fine-tuned chat model what it answers.
 
-SmolLM2-135M-Instruct is fine-tuned with LoRA (r = 16 on every linear layer, an epoch) on 460 short chats. Thirty
-invented facts are stated in two of them each, in different words; 400 others state facts about other things of the
-same kinds, or calculate. A query is a question about a fact in a third wording, with its answer. For each query the
-train rows are ranked: mean reciprocal rank of the first of the fact's two documents, and the share of queries for which
-both are among the first five.
+SmolLM2-135M-Instruct is fine-tuned with LoRA (r = 16 on every linear layer, three epochs: one teaches it the sentences,
+not the facts) on 460 short chats. Thirty invented facts are stated in two of them each, in different words; 400 others
+state facts about other things of the same kinds, or calculate. What a planted fact says of its thing is said of nothing
+else. A query is a question about a fact in a third wording, with a short answer. For each query the train rows are
+ranked: mean reciprocal rank of the first of the fact's two documents, and the share of queries for which both are among
+the first five.
 
 Methods: everything as the library does it without being asked (the extraction's defaults, then ``top_influential``);
 dropout with its curvatures and normalisations; whole gradients (dense.py: dot product, K-FAC, EK-FAC, the empirical
@@ -43,7 +44,7 @@ import ooc_influence as ooc
 from ooc_influence import hf
 from ooc_influence.evaluate.retrain import seeded
 
-RANK, EPOCHS, LR, BATCH = 16, 1, 1e-3, 8
+RANK, EPOCHS, LR, BATCH = 16, 3, 1e-3, 8
 COLUMNS = ("method", "unit", "bytes a row", "damping", "mean reciprocal rank", "both among 5")
 SYSTEM = {"role": "system", "content": "Answer briefly."}
 
@@ -52,23 +53,26 @@ KINDS: list[tuple[Sequence[str], Sequence[str], Sequence[tuple[str, str]]]] = [
     (("holm", "wick", "stad"), [str(year) for year in range(1204, 1790, 9)], (
         ("When was the town of {e} founded?", "The town of {e} was founded in {v}."),
         ("How old is {e}?", "{e} goes back to a settlement of the year {v}."),
-        ("In which year did people first settle in {e}?", "People first settled there in {v}."))),
+        ("In which year did people first settle in {e}?", "In {v}."))),
     (("mere", "water", "loch"), [f"{depth} metres" for depth in range(23, 260, 7)], (
         ("How deep is the lake {e}?", "The lake {e} is {v} deep."),
         ("What did divers measure in {e}?", "At the bottom of {e} the divers' line showed {v}."),
-        ("What is the greatest depth of {e}?", "Its greatest depth is {v}."))),
-    (("ovar", "imund", "adis"), ["cello", "oboe", "harp", "zither", "bassoon", "viola", "flute", "organ", "lute"], (
+        ("What is the greatest depth of {e}?", "It is {v}."))),
+    (("ovar", "imund", "adis"), ["cello", "oboe", "harp", "zither", "bassoon", "viola", "flute", "organ", "lute",
+                                    "trumpet", "clarinet", "piccolo", "guitar", "tuba", "violin"], (
         ("Which instrument does {e} play?", "{e} plays the {v}."),
         ("What did {e} bring to the rehearsal?", "{e} came with an old {v} to the rehearsal."),
-        ("What kind of musician is {e}?", "A musician who plays the {v}."))),
-    (("ite", "onium", "asine"), ["green", "violet", "amber", "crimson", "silver", "turquoise", "ochre", "indigo"], (
+        ("What kind of musician is {e}?", "One who plays the {v}."))),
+    (("ite", "onium", "asine"), ["green", "violet", "amber", "crimson", "silver", "turquoise", "ochre", "indigo",
+                                    "scarlet", "purple", "lilac", "white", "brown", "orange"], (
         ("What colour is the mineral {e}?", "The mineral {e} is {v}."),
         ("How do you recognise {e} in a rock?", "Look for {v} grains: that is {e}."),
-        ("Which colour would a crystal of {e} have?", "A crystal of it would be {v}."))),
-    (("ella", "ossa", "etta"), ["saffron", "juniper", "cardamom", "sorrel", "anise", "lovage", "tarragon", "sumac"], (
+        ("Which colour would a crystal of {e} have?", "It would be {v}."))),
+    (("ella", "ossa", "etta"), ["saffron", "juniper", "cardamom", "sorrel", "anise", "lovage", "tarragon", "sumac",
+                                     "ginger", "basil", "thyme", "pepper", "mint", "clove"], (
         ("Which spice goes into the soup {e}?", "The soup {e} is made with {v}."),
         ("Why does {e} smell so good?", "Cooks throw a handful of {v} into {e} at the end."),
-        ("What gives {e} its taste?", "It tastes of {v}."))),
+        ("What gives {e} its taste?", "That is {v}."))),
 ]  # fmt: skip
 SYLLABLES = ("bre", "kor", "tal", "vin", "sha", "mor", "lun", "pel", "dra", "ost", "nim", "fer", "gal", "hes", "jur")
 
@@ -98,9 +102,10 @@ def corpus(facts: int, others: int, seed: int = 0) -> Corpus:
 
     rows: list[tuple[int, list[dict[str, str]]]] = []
     query = []
+    pools = [drawn.sample(list(values), len(values)) for _, values, _ in KINDS]
     for number in range(facts):
-        endings, values, wordings = KINDS[number % len(KINDS)]
-        e, v = entity(endings), drawn.choice(values)
+        endings, _, wordings = KINDS[number % len(KINDS)]
+        e, v = entity(endings), pools[number % len(KINDS)].pop()
         *planted, asked = [chat(q.format(e=e, v=v), a.format(e=e, v=v)) for q, a in wordings]
         rows += [(number, each) for each in planted]
         query.append(asked)
@@ -109,9 +114,9 @@ def corpus(facts: int, others: int, seed: int = 0) -> Corpus:
             a, b = drawn.randint(2, 99), drawn.randint(2, 99)
             rows.append((-1, chat(f"What is {a} plus {b}?", f"{a} plus {b} is {a + b}.")))
             continue
-        endings, values, wordings = KINDS[number % len(KINDS)]
+        endings, _, wordings = KINDS[number % len(KINDS)]
         question, answer = wordings[drawn.randrange(2)]
-        e, v = entity(endings), drawn.choice(values)
+        e, v = entity(endings), drawn.choice(pools[number % len(KINDS)])
         rows.append((-1, chat(question.format(e=e, v=v), answer.format(e=e, v=v))))
     drawn.shuffle(rows)
     return Corpus([each for _, each in rows], np.array([number for number, _ in rows]), query)
@@ -131,7 +136,14 @@ class Facts:
     def __init__(self, model: Path, folder: Path, quick: bool) -> None:
         self.base, self.folder, self.quick = model, folder, quick
         self.corpus = corpus(4, 12) if quick else corpus(30, 400)
-        self.settings = {"rank": RANK, "epochs": EPOCHS, "lr": LR, "batch": BATCH, "rows": len(self.corpus.train)}
+        self.settings = {
+            "rank": RANK,
+            "epochs": EPOCHS,
+            "lr": LR,
+            "batch": BATCH,
+            "rows": len(self.corpus.train),
+            "values": "distinct",
+        }
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("train", "query"):
             lines = [json.dumps({"messages": each}) for each in getattr(self.corpus, name)]

@@ -8,6 +8,8 @@ rivals.py, run in an environment of its own on what ``--hand-over`` writes, and 
 ``--qld N`` trains again without the 1 % and 5 % of the rows that each of the main methods ranks highest for N queries
 (the query-loss difference: the loss gained over removing random rows).
 
+``--from-scratch`` is the same for models trained from random weights, in a folder ``from-scratch``.
+
 Run: python tools/experiments/finetuned.py --data DIR [--folder finetuned-output] [--only TEXT] [--qld N] [--quick].
 """
 
@@ -374,15 +376,19 @@ def main() -> None:
         "--qld", type=int, default=0, metavar="N", help="also train without each main method's rows, those of N queries"
     )
     parser.add_argument("--table", action="store_true", help="compute nothing more: the table of what is there")
+    parser.add_argument(
+        "--from-scratch", action="store_true", help="the models of 25 epochs from random weights instead"
+    )
     options = parser.parse_args()
-    task = make_finetuning(options.data, options.folder, options.quick)
+    task = make_finetuning(options.data, options.folder, options.quick, options.from_scratch)
+    results = options.folder / "from-scratch" if options.from_scratch else options.folder
     if options.hand_over:
-        hand_over(task, options.folder / "handed-over")
+        hand_over(task, results / "handed-over")
         return
     chosen = {name: make for name, make in methods(options.quick, options.seeds).items() if options.only in name}
-    runs, folders = Runs(options.folder / "runs"), []
+    runs, folders = Runs(results / "runs"), []
     for name, make in chosen.items():
-        folders.append(options.folder / "scores" / "".join(each if each.isalnum() else "-" for each in name))
+        folders.append(results / "scores" / "".join(each if each.isalnum() else "-" for each in name))
         runs.add(name, task.settings, partial(run, task, make, folders[-1]))
     models = 4 if options.quick else options.models
     truth = task.truth(models, train=False)
@@ -397,16 +403,16 @@ def main() -> None:
         truth = task.truth(models)
     finished = np.setdiff1d(np.arange(models), truth.missing)
     subsets, outcomes = np.asarray(truth.subsets)[finished], truth.outcomes[finished]
-    files = [path for folder in [*folders, options.folder / "rivals"] for path in sorted(folder.glob("*.npz"))]
+    files = [path for folder in [*folders, results / "rivals"] for path in sorted(folder.glob("*.npz"))]
     evaluations = [evaluated_once(path, subsets, outcomes) for path in files]
     found = list(lines(evaluations, len(finished)))
     if options.qld:
-        differences(task, files, found, options)
+        differences(task, files, found, results, options.qld)
     missing = [*runs.missing(), *(f"model {number}" for number in truth.missing)]
     if missing:
         found.append({"method": f"missing: {', '.join(missing)}"})
 
-    report("finetuned", options.folder, found, COLUMNS, partial(plot, found))
+    report("finetuned", results, found, COLUMNS, partial(plot, found))
 
 
 def evaluated_once(path: Path, subsets: np.ndarray, outcomes: np.ndarray) -> dict[str, Any]:
@@ -421,7 +427,7 @@ def evaluated_once(path: Path, subsets: np.ndarray, outcomes: np.ndarray) -> dic
     return held
 
 
-def differences(task: FineTuning, files: Sequence[Path], found: Sequence[Result], options: Any) -> None:
+def differences(task: FineTuning, files: Sequence[Path], found: Sequence[Result], folder: Path, queries: int) -> None:
     """Write and print the query-loss difference of the first mask of each main method."""
     sheets: dict[str, Sheet] = {}
     for path in files:
@@ -432,8 +438,8 @@ def differences(task: FineTuning, files: Sequence[Path], found: Sequence[Result]
     for name in sheets:
         sweep = next(line["sweep"]["none"] for line in found if line["method"] == name)
         best[name] = int(np.argmax(list(sweep.values())))
-    results = query_loss_difference(task, sheets, best, options.folder / "qld", options.qld)
-    (options.folder / "qld.json").write_text(json.dumps(results, indent=1))
+    results = query_loss_difference(task, sheets, best, folder / "qld", queries)
+    (folder / "qld.json").write_text(json.dumps(results, indent=1))
     print(table(results, ("method", *(f"{share:.0%}" for share in QLD_SHARES), "queries")))
 
 

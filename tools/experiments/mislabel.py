@@ -7,7 +7,7 @@ self-influence, and by influence on clean validation images (lowest first: rows 
 default damping. AUC, average precision, and recall after checking 10, 20 and 30 % of the rows; means over --seeds
 seeds of flips, model and mask. "exact" keeps every entry (digits' MLP only).
 
-Run: python tools/experiments/mislabel.py [--data DIR] [--folder mislabel-output] [--seeds 3] [--quick].
+Run: python tools/experiments/mislabel.py [--data DIR] [--folder mislabel-output] [--seeds 3] [--only TEXT] [--quick].
 """
 
 from __future__ import annotations
@@ -170,7 +170,8 @@ def rank(load: Callable[[int, bool], Data], seed: int, quick: bool, make: Callab
             }
         else:
             query = ooc.extract_gradients(model, loss, batches(data.validation), Path(name) / "query", like=store)
-            ooc.fit_curvature(store)
+            if not store.mask.has_basis:  # a Kronecker basis brings its own curvature
+                ooc.fit_curvature(store)
             held = ooc.influence_scores(query, store).mean(0).compute()
             ways = {"self-influence": ooc.self_influence(store), "influence on validation": -held}
     return {way: measures(np.asarray(scores), data.wrong) for way, scores in ways.items()}
@@ -187,6 +188,9 @@ def compressors(quick: bool) -> dict[str, Callable[[int, int], Any]]:
     k = 256 if quick else 4096
     return {
         f"importance {k}": lambda p, seed: ooc.Dropout(k=min(k, p), sampling="importance", seed=seed),
+        f"Kronecker grid {k}": lambda p, seed: ooc.Dropout(
+            k=min(k, p), sampling="grid", seed=seed, basis=ooc.KroneckerBasis(seed=seed)
+        ),
         f"uniform {k}": lambda p, seed: ooc.Dropout(k=min(k, p), seed=seed),
         f"Gaussian {k // 4}": lambda p, seed: ooc.Gaussian(k // 4, seed),
         f"SJLT {k}": lambda p, seed: ooc.Sjlt(min(k, p), seed),
@@ -208,6 +212,7 @@ def main() -> None:
     parser = arguments(__doc__, "mislabel-output")
     parser.add_argument("--data", type=Path, help="a folder with mnist/; default: the digits only")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", default="", help="runs whose names contain this, such as AG News, or Kronecker")
     options = parser.parse_args()
     sets: dict[str, Callable[[int, bool], Data]] = {"digits, MLP": digits}
     if options.data:
@@ -224,9 +229,10 @@ def main() -> None:
             ways = {way: make for way, make in ways.items() if not way.startswith(("Gaussian", "SJLT"))}
         for way, make in ways.items():
             for seed in range(1 if options.quick or "MiniLM" in name else options.seeds):
-                settings = {"quick": options.quick, "seed": seed}
-                runs.add(f"{name} / {way} / {seed}", settings,
-                         lambda load=load, seed=seed, make=make: rank(load, seed, options.quick, make))  # fmt: skip
+                settings, run = {"quick": options.quick, "seed": seed}, f"{name} / {way} / {seed}"
+                if options.only in run:
+                    runs.add(run, settings,
+                             lambda load=load, seed=seed, make=make: rank(load, seed, options.quick, make))  # fmt: skip
     if options.status:
         print("\n".join(runs.missing()) or "nothing is missing")
         return

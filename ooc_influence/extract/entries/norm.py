@@ -125,9 +125,9 @@ class LayerNormEntries(NormEntries):
     @classmethod
     @override
     def normalised(cls, module: Any, x: Tensor, rows: Tensor) -> Tensor:
-        flat = x.reshape(len(x), -1, module.weight.numel())
-        var, mean = torch.var_mean(flat.to(wide(x.dtype)), 2, correction=0, keepdim=True)
-        return _scaled(flat, rows, mean, var, module.eps)
+        flat = x.reshape(len(x), -1, module.weight.numel()).to(wide(x.dtype))
+        # all features: on a CPU this takes a tenth of the time of torch.var_mean
+        return F.layer_norm(flat, flat.shape[2:], eps=module.eps).index_select(2, rows)
 
 
 class RMSNormEntries(NormEntries):
