@@ -74,11 +74,13 @@ def save(
     partial.replace(path)
 
 
-def token_loss(model: Any, tokens: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
-    """Return the sum over samples of the mean loss of their tokens."""
+def token_loss(model: Any, tokens: torch.Tensor, sample: bool = False) -> torch.Tensor:
+    """Return the sum over samples of the mean loss of their tokens, or of labels drawn from the model."""
     logits = model(input_ids=tokens[:, :-1]).logits
-    if targets is None:
-        targets = tokens[:, 1:]
+    targets = tokens[:, 1:]
+    if sample:
+        chances = torch.softmax(logits.detach(), -1)
+        targets = torch.multinomial(chances.flatten(0, 1), 1).view(targets.shape)
     each = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     return each.view(targets.shape).mean(1).sum()
 
@@ -91,12 +93,7 @@ def kronfluence(handed: Handed, path: Path, empirical: bool) -> None:
 
     class Loss(Task):
         def compute_train_loss(self, batch: Any, model: Any, sample: bool = False) -> torch.Tensor:
-            if not sample:
-                return token_loss(model, batch[0])
-            with torch.no_grad():
-                chances = torch.softmax(model(input_ids=batch[0][:, :-1]).logits, -1)
-                drawn = torch.multinomial(chances.flatten(0, 1), 1).view(len(batch[0]), -1)
-            return token_loss(model, batch[0], drawn)
+            return token_loss(model, batch[0], sample)
 
         def compute_measurement(self, batch: Any, model: Any) -> torch.Tensor:
             return token_loss(model, batch[0])
