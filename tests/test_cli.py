@@ -138,7 +138,7 @@ def test_the_whole_way(run, stores):
     for line, words in (
         ("info train.zarr", ["rows", "50", "curvature.default", "up to date"]),
         ("top test.zarr train.zarr --top 1", ["query 9", "proponent", "opponent", "doc-"]),
-        ("self-influence train.zarr", ["doc-", "self-influence"]),
+        ("self-influence train.zarr", ["doc-", "self-influence", "relative damping 0.1, not normalised"]),
         ("fisher train.zarr --refit", ["<Curvature", "rows=50"]),
         ("score test.zarr train.zarr --out again.zarr --damping 1 --damping-mode absolute", ["10 queries x 50 rows"]),
     ):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -20,7 +22,7 @@ from ooc_influence import (
     init_store,
 )
 from ooc_influence.compress.kronecker import WhitenedEnergy, draw_entries, draw_grids
-from ooc_influence.errors import InputError, MemoryBudgetError, MismatchError
+from ooc_influence.errors import InputError, MemoryBudgetError, MismatchError, StoreWriteError
 from ooc_influence.store import LayerShape, PilotMoments
 
 
@@ -265,6 +267,15 @@ def test_factors_that_do_not_fit_take_more_passes_or_are_refused(tmp_path):
     assert factor_groups(layers, sides, MemoryBudget(price, 0)) == [[0, 1], [2, 3], [4, 5]]
     with pytest.raises(MemoryBudgetError, match="second moments of 1 layer, up to 2048 x 2048"):
         factor_groups(layers, sides, MemoryBudget(price // 4, 0))
+
+
+def test_eigenvectors_that_do_not_fit_the_disk_are_refused(tmp_path, monkeypatch):
+    """Before a pass over the pilot, with the room they need."""
+    usage = shutil.disk_usage(tmp_path)._replace(free=100)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: usage)
+    with pytest.raises(StoreWriteError, match=r"KiB free in .* for the eigenvectors .* received 100 B: set TMPDIR"):
+        extracted(Mlp, tmp_path / "store.zarr", Dropout(k=120, basis="kronecker"))
+    assert not (tmp_path / "store.zarr").exists()
 
 
 def test_passes_do_not_change_the_basis(tmp_path, monkeypatch):

@@ -134,6 +134,27 @@ def test_a_basis_is_a_curvature(stores, tmp_path, curvature):
     close(influence_scores(query, train, damping=0.5, damping_mode="absolute", **options).compute(), absolute)
 
 
+@pytest.mark.filterwarnings("ignore:the rows of")  # they have no ids
+def test_margins_of_checkpoints(tmp_path):
+    """Each checkpoint's own basis curvature; margins and errors are averaged each by itself."""
+    losses = {"loss_kind": "cross_entropy"}
+    trains = [make_store(tmp_path / f"train{seed}", 90, seed, **losses) for seed in (0, 2)]
+    queries = [make_store(tmp_path / f"query{seed}", 5, seed, **losses) for seed in (1, 3)]
+    found = influence_scores(queries, trains, curvature="kronecker", combine="margins", memory=roomy()).compute()
+    plain = [ekfac(query.rows(), train.rows(), 0.03) for query, train in zip(queries, trains, strict=True)]
+    close(found, np.mean(plain, axis=0))  # of equal errors, the margins' mean is that of the scores
+    assert np.abs(plain[0] - plain[1]).max() > 0.1 * np.abs(found).max()
+    with GradientStore.open(trains[1].path, "a") as store:
+        store.append(make_rows(1, 5), loss=[0.5])
+    with GradientStore.open(trains[0].path, "a") as store:
+        store.append(make_rows(1, 6), loss=[0.01])
+    options = {"curvature": "kronecker", "combine": "margins", "memory": roomy()}
+    found = influence_scores(queries, [train.path for train in trains], **options).compute()[:, -1]
+    errors = 1 - np.exp(-np.array([0.01, 0.5]))
+    last = [ekfac(query.rows(), make_rows(1, seed), 0.03)[:, 0] for query, seed in zip(queries, (6, 5), strict=True)]
+    close(found, np.mean([each / error for each, error in zip(last, errors, strict=True)], 0) * errors.mean())
+
+
 def test_the_prior_itself(stores, tmp_path):
     train = stores[1]
     prior = resolve_curvature(train, "kronecker")

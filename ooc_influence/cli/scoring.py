@@ -165,7 +165,9 @@ def self_influence_command(
     import numpy as np
 
     from ooc_influence import self_influence
-    from ooc_influence.report import table
+    from ooc_influence.influence import ScoreRequest
+    from ooc_influence.options import ScoringOptions, select
+    from ooc_influence.report import describe_scoring, table
     from ooc_influence.store import check_writable
 
     if out is not None:
@@ -175,6 +177,7 @@ def self_influence_command(
     if out is not None:
         with writing(f"to write {out}"), Path(out).open("wb") as file:
             np.save(file, values)
+    used = ScoreRequest.open(None, arguments["train"], select(ScoringOptions, arguments)).settings
     store = arguments["train"][0] if also else arguments["train"]
     levels = []
     for level in np.atleast_2d(values):
@@ -184,11 +187,11 @@ def self_influence_command(
         lines = zip(*columns, strict=True)
         levels.append([{"row": row, "id": name, "self_influence": value} for row, name, value in lines])
     tables = [table(("row", "id", "self-influence"), [tuple(row.values()) for row in rows]) for rows in levels]
-    facts: dict[str, Any] = {"n": store.n, "rows": levels[0]}
+    facts: dict[str, Any] = {"n": store.n, "rows": levels[0], "settings": used}
     if values.ndim == 2:
-        facts = {"n": store.n, "damping": arguments["damping"], "by_damping": levels}
+        facts = {"n": store.n, "damping": arguments["damping"], "by_damping": levels, "settings": used}
         tables = [f"damping {value}\n\n{text}" for value, text in zip(arguments["damping"], tables, strict=True)]
-    options.print_result(as_json, facts, lambda: "\n\n".join(tables))
+    options.print_result(as_json, facts, lambda: "\n\n".join([*tables, describe_scoring(used)]))
 
 
 @click.command()

@@ -11,6 +11,8 @@ pilot's samples; eigenvectors wait in files until it is known which of them are 
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -21,12 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from ooc_influence.compress import WhitenedEnergy
-from ooc_influence.errors import InputError, MemoryBudgetError, counted
+from ooc_influence.errors import InputError, MemoryBudgetError, StoreWriteError, counted, writing
 from ooc_influence.extract.entries import BiasEntries, wide
 from ooc_influence.extract.layers import Use, find_uses
 from ooc_influence.extract.selection import ModuleSelection, select_layers
 from ooc_influence.linalg import symmetric_eigen
-from ooc_influence.memory import MemoryBudget, MemoryModel
+from ooc_influence.memory import MemoryBudget, MemoryModel, format_bytes
 from ooc_influence.scratch import ArrayFile
 from ooc_influence.store import LayerShape, Mask, ModuleBasis, ModuleMask, PilotMoments
 
@@ -54,6 +56,30 @@ def _sides_of(layer: LayerShape, uses: Sequence[Use]) -> Sides:
 
 def _inputs(shape: LayerShape) -> tuple[int, int]:
     return shape.shape[0], shape.shape[1] - shape.bias
+
+
+def scratch_bytes(layers: Sequence[LayerShape], sides: Sequence[Sides]) -> int:
+    """Return the size of the temporary files with all eigenvectors."""
+    pairs = zip(layers, sides, strict=True)
+    return 4 * sum(size**2 for layer, rotated in pairs for size, full in zip(layer.shape, rotated, strict=True) if full)
+
+
+def check_scratch(layers: Sequence[LayerShape], sides: Sequence[Sides]) -> None:
+    """Check that all eigenvectors fit the disk of temporary files.
+
+    Raises
+    ------
+    StoreWriteError
+        If they do not.
+    """
+    folder, needed = tempfile.gettempdir(), scratch_bytes(layers, sides)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise StoreWriteError(
+            f"expected {format_bytes(needed)} free in {folder} for the eigenvectors of the Kronecker basis; received "
+            f"{format_bytes(free)}: set TMPDIR to a folder of a larger disk, or leave the largest layers out with "
+            "modules= (--modules)"
+        )
 
 
 def factor_memory(layers: Sequence[LayerShape], sides: Sequence[Sides]) -> MemoryModel:
@@ -134,18 +160,17 @@ class BasisPlan:
             groups = []
         of_groups = [factor_memory([layers[n] for n in group], [sides[n] for n in group]) for group in groups]
         alone = [factor_memory([layer], [rotated]) for layer, rotated in zip(layers, sides, strict=True)]
-        scratch = kept = forward = rotation = 0.0
+        kept = forward = rotation = 0.0
         for layer, rotated in zip(layers, sides, strict=True):
             numbers = np.sqrt(layer.entries * k / p) * np.sqrt(np.array(layer.shape) / np.array(layer.shape[::-1]))
             numbers = np.minimum(layer.shape, np.maximum(1, numbers))
             vectors = [size * count for size, count, full in zip(layer.shape, numbers, rotated, strict=True) if full]
-            scratch += 4 * sum(size**2 for size, full in zip(layer.shape, rotated, strict=True) if full)
             kept += 4 * sum(vectors) + 20 * float(numbers.prod())
             if any(rotated):
                 forward += layer.entries if rotated[0] or layer.shape[0] < DIAGONAL_FROM else 0
                 rotation += sum(vectors) + float(numbers.prod())
         return cls(
-            len(groups) or None, max(of_groups or alone, key=budget.price), int(scratch), int(kept),
+            len(groups) or None, max(of_groups or alone, key=budget.price), scratch_bytes(layers, sides), int(kept),
             rotation / forward if forward else 0.0,
         )  # fmt: skip
 
@@ -292,7 +317,7 @@ class KroneckerFactors:
 
     def keep(self, layer: int, side: int, vectors: Tensor, size: int) -> None:
         """Write a side's eigenvectors (size, size), the largest eigenvalue's first, to a temporary file."""
-        with ArrayFile(np.float32) as file:
+        with writing("to write eigenvectors to a temporary file"), ArrayFile(np.float32) as file:
             for column in vectors.t().split(max(1, 2**22 // size)):
                 file.append(column.float().cpu().numpy().ravel())
             self._vectors[layer, side] = file.finish().reshape(size, size)  # one eigenvector a row

@@ -34,6 +34,7 @@ from ooc_influence.extract.factors import (
     FactorSums,
     KroneckerFactors,
     check_samples,
+    check_scratch,
     column_moments,
     factor_groups,
     measured,
@@ -161,6 +162,7 @@ class Pilot:
         """Return the factors of every layer's Kronecker basis, in as many passes as the budget asks for."""
         factors, sides = KroneckerFactors(), rotated_sides(layers, find_uses(self.setup.model, layers))
         groups = factor_groups(layers, sides, MemoryBudget.of(self.memory))
+        check_scratch(layers, sides)
         for number, group in enumerate(groups):
             sums = FactorSums(layers, sides, group)
             self._run(layers, samples, "factors" if len(groups) == 1 else f"factors {number + 1}/{len(groups)}", sums)
