@@ -44,6 +44,11 @@ class Runs:
     def missing(self) -> list[str]:
         return [name for name, settings, _ in self._jobs if not self._path(name, settings).exists()]
 
+    def finished(self) -> list[Result]:
+        """Return the results that are there."""
+        paths = [self._path(name, settings) for name, settings, _ in self._jobs]
+        return [json.loads(path.read_text()) for path in paths if path.exists()]
+
     def finish(self, workers: int = 1) -> list[Result]:
         """Do what is missing, in processes with a core each if there are several; return all results, with their names.
 
@@ -60,7 +65,7 @@ class Runs:
             with ProcessPoolExecutor(workers, context, _take_a_core, (turns,)) as pool:
                 for done in as_completed([pool.submit(_run, *job) for job in todo]):
                     print(f"{done.result()}: done", file=sys.stderr)
-        return [json.loads(self._path(name, settings).read_text()) for name, settings, _ in self._jobs]
+        return self.finished()
 
 
 def _run(name: str, path: Path, call: Callable[[], Result]) -> str:

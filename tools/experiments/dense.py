@@ -10,6 +10,7 @@ curvature gives, for each of a list of dampings d, three arrays that normalised 
     empirical   C = F + d · tr(F)/m, F of the rows     true        the same, of rows with labels sampled from the model
     kfac, ekfac C = U (Λ + d · mean Λ of the layer) Uᵀ, U = U_S ⊗ U_A, eigenvectors of S = E[δδᵀ] and A = E[xxᵀ] over
                 tokens; Λ of K-FAC = tokens · eigenvalues of S and A, of EK-FAC = mean square in the basis
+    ekfac, one λ    the same with λ = d · tr(Λ)/m in every layer, m the rows and tr(Λ) = E‖g‖² of all layers
     shrunk      in EK-FAC's whitened coordinates, C = R̃ᵀR̃/m + d · τ, R̃ whitened rows with sampled labels, τ their mean
                 square; d is the shrinkage, 20 by default
 
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 Loss = Callable[[nn.Module, Any], Tensor]
 Floats = np.ndarray[Any, np.dtype[np.floating[Any]]]
 DAMPINGS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+ONE_LAMBDA = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 SHRINKAGES = (2.0, 5.0, 10.0, 20.0, 40.0, 100.0)  # of τ
 
 
@@ -196,7 +198,7 @@ Method = tuple[str, float | None]  # its name, and a damping
 
 def dense_scores(
     parts: Iterator[Layer], *, adam: Mapping[str, Tensor] | None = None, priors: Sequence[float] = (0.03,),
-    counts: Sequence[int] = (), own_coordinates: bool = True,
+    counts: Sequence[int] = (), own_coordinates: bool = True, energy_of_rows: float | None = None,
 ) -> dict[Method, Scored]:  # fmt: skip
     """Return the scores of every method of this file.
 
@@ -210,6 +212,8 @@ def dense_scores(
         Dampings of the prior, and numbers of sampled rows (ascending), of ``shrunk`` and ``true``.
     own_coordinates
         Also the methods that need no basis.
+    energy_of_rows
+        E‖g‖² over rows, of all layers together; None leaves out ``ekfac, one λ``.
     """
     found: dict[Method, Scored] = {}
     empirical, true, shrunk = Grams(), Grams(), {prior: Grams() for prior in priors}
@@ -238,6 +242,9 @@ def dense_scores(
         for name, values in (("kfac", product), ("ekfac", exact)):
             for damping in DAMPINGS:
                 put(name, damping, Scored.of(turned.queries, turned.rows, 1 / (values + damping * values.mean())))
+        for damping in ONE_LAMBDA if energy_of_rows is not None else ():
+            lam = damping * energy_of_rows / len(turned.rows)
+            put("ekfac, one λ", damping, Scored.of(turned.queries, turned.rows, 1 / (exact + lam)))
         entries += len(exact)
         for prior in priors if counts else ():
             whitening = (exact + prior * exact.mean()).rsqrt()

@@ -37,7 +37,7 @@ import numpy as np
 import torch
 from baselines import bm25, tfidf
 from common import Result, Runs, arguments, report
-from dense import DAMPINGS, SHRINKAGES, Layer, dense_scores
+from dense import DAMPINGS, ONE_LAMBDA, SHRINKAGES, Layer, dense_scores
 from torch import Tensor, nn
 
 import ooc_influence as ooc
@@ -260,11 +260,15 @@ def kronecker(
             above = facts.extract("train", f"{place}/rows", like=train, **how)
             curvatures[f", with {above.n} sampled rows"] = (ooc.fit_curvature(above, prior="kronecker"), SHRINKAGES)
         size, found = train.layout.encoding.row_bytes, []
-        for name, (curvature, dampings) in curvatures.items():
+        share = float(np.square(np.float64(train.grad_norm)).mean()) / train.n  # tr(Λ) over the rows
+        sweeps = {name: (curvature, dampings, 1.0, "relative") for name, (curvature, dampings) in curvatures.items()}
+        sweeps[", one λ"] = ("kronecker", ONE_LAMBDA, share, "absolute")
+        for name, (curvature, dampings, scale, mode) in sweeps.items():
             scores: dict[tuple[str, float | None], np.ndarray] = {}
             for unit in ("none", "train", "cosine"):
                 asked: dict[str, Any] = {"normalize": None if unit == "none" else unit, "curvature": curvature}
-                swept = ooc.influence_scores(query, train, damping=list(dampings), **asked).compute()
+                values = [damping * scale for damping in dampings]
+                swept = ooc.influence_scores(query, train, damping=values, damping_mode=mode, **asked).compute()
                 scores |= {(unit, damping): each for damping, each in zip(dampings, swept, strict=True)}
             kind = "grid" if sampling == "grid" else "entries"
             found += evaluated(facts, f"Kronecker {kind}, {k}, {dtype}{name}", size, scores)["lines"]
@@ -308,6 +312,11 @@ class Gradients:
                 total[number] = total[number] + values.T @ values
             total[2] += int(tokens.sum())
 
+    def energy(self) -> float:
+        """Return the mean squared norm of a train row's gradient."""
+        squares = (part.float().square().sum() for parts in self.held["train"].values() for part in parts)
+        return float(sum(map(float, squares))) / sum(len(part) for part in next(iter(self.held["train"].values())))
+
     def layers(self) -> Iterator[Layer]:
         for name, shape in self.shapes.items():
             queries, rows = (torch.cat(self.held[part].pop(name)).float() for part in ("query", "train"))
@@ -318,7 +327,7 @@ class Gradients:
 
 def whole_gradients(facts: Facts) -> Result:
     held = Gradients(facts)
-    found = dense_scores(held.layers(), counts=())
+    found = dense_scores(held.layers(), counts=(), energy_of_rows=held.energy())
     entries = 4 * sum(a * b for a, b in held.shapes.values())
     groups: dict[str, dict[tuple[str, float | None], np.ndarray]] = {}
     for (method, damping), scored in found.items():
@@ -383,6 +392,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="SmolLM2's folder (--convert makes it)")
     parser.add_argument("--convert", type=Path, metavar="FOLDER", help="make that folder, and stop")
     parser.add_argument("--only", default="", help="methods whose names contain this")
+    parser.add_argument("--table", action="store_true", help="compute nothing more: the table of what is there")
     options = parser.parse_args()
     if options.convert:
         convert(options.convert)
@@ -398,7 +408,8 @@ def main() -> None:
         print("\n".join(runs.missing()) or "nothing is missing")
         return
     print(f"{len(runs.missing())} runs to do", file=sys.stderr)
-    found = list(best([line for result in runs.finish() for line in result["lines"]]))
+    results = runs.finished() if options.table else runs.finish()
+    found = list(best([line for result in results for line in result["lines"]]))
 
     def plot(axes: Any) -> None:
         names = [f"{line['method']}, {line['unit']}" for line in found]
@@ -406,7 +417,8 @@ def main() -> None:
         axes.set(xlabel="mean reciprocal rank of the fact's documents")
         axes.tick_params(axis="y", labelsize=5)
 
-    report("facts", options.folder, found, COLUMNS, plot)
+    missing = [{"method": f"missing: {', '.join(runs.missing())}"}] if runs.missing() else []
+    report("facts", options.folder, [*found, *missing], COLUMNS, plot)
 
 
 if __name__ == "__main__":

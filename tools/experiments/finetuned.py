@@ -37,7 +37,30 @@ import ooc_influence as ooc
 from ooc_influence.evaluate import lds, removal_curve
 
 NORMALIZATIONS = ("none", "train", "cosine")
-COLUMNS = ("method", "stored", "bytes a row", "LDS", "at damping", "default LDS", "by train norm", "cosine", "models")
+COLUMNS = (
+    "method",
+    "stored",
+    "bytes a row",
+    "LDS",
+    "at damping",
+    "default LDS",
+    "of EK-FAC's",
+    "by train norm",
+    "masks",
+)
+EXACT = "whole gradients, ekfac"
+LABELS = {
+    "whole gradients, dot": "whole gradients, dot product",
+    "whole gradients, kfac": "whole gradients, K-FAC",
+    "whole gradients, diagonal": "whole gradients, diagonal Fisher",
+    EXACT: "whole gradients, EK-FAC",
+    "whole gradients, adam": "whole gradients, AdamW's metric",
+    ", prior 0.03": " sampled rows",
+    "whole gradients, empirical": "whole gradients, empirical Fisher",
+    "whole gradients, shrunk": "EK-FAC with",
+    "whole gradients, true 1024": "whole gradients, Fisher of 1024 sampled rows",
+}  # of dense.py's methods, in the table
+MASKED = ("Kronecker", "importance", "uniform", "LoGra", "TRAK")  # methods that draw something
 QLD_SHARES = (0.01, 0.05)
 
 
@@ -211,7 +234,7 @@ def kronecker(
 
 
 def projected(study: Study, way: str, seed: int) -> Iterator[Sheet]:
-    """Yield LoGra with the whole curvature; TRAK's recipe with one model."""
+    """Yield LoGra with the whole curvature and with one of each layer; TRAK's recipe with one model."""
     compressors = {
         "LoGra 14 x 14": ooc.LoGra(14, 14, seed), "LoGra 40 x 40": ooc.LoGra(40, 40, seed),
         "TRAK's recipe, one model, 512": ooc.Sjlt(512, seed, 4),
@@ -225,6 +248,10 @@ def projected(study: Study, way: str, seed: int) -> Iterator[Sheet]:
         if way.startswith("TRAK"):
             sheet = sheet._replace(default=0)  # TRAK does not damp
         yield sheet
+        if way.startswith("LoGra"):
+            layerwise = ooc.fit_fisher(train, blocks="module", name="layers")
+            scores = study.scores(query, train, grid, curvature=layerwise)
+            yield sheet._replace(method=f"{way}, a Fisher matrix a layer", scores=scores)
 
 
 def texts(study: Study) -> Iterator[Sheet]:
@@ -305,12 +332,23 @@ def lines(evaluations: Sequence[dict[str, Any]], models: int) -> Iterator[Result
             "default LDS": float(swept["none"][default]),
         }  # fmt: skip
         if "train" in swept:
-            cells |= {
-                "by train norm": float(swept["train"][best["train"]]),
-                "cosine": float(swept["cosine"][best["cosine"]]),
-            }
+            cells["by train norm"] = float(swept["train"][best["train"]])
         sweep = {how: dict(zip(map(str, dampings), values.tolist(), strict=True)) for how, values in swept.items()}
-        yield cells | {"models": models, "sweep": sweep, "seeds": len(own)}
+        yield cells | {"models": models, "sweep": sweep, "masks": len(own) if method.startswith(MASKED) else ""}
+
+
+def ordered(found: Sequence[Result]) -> list[Result]:
+    """Return the lines, the highest LDS first, with the share of exact EK-FAC's."""
+    exact = next((line["LDS"] for line in found if line["method"] == EXACT), None)
+    shares = [line if exact is None else line | {"of EK-FAC's": line["LDS"] / exact} for line in found]
+    return sorted(shares, key=lambda line: -line["LDS"])
+
+
+def label(method: str) -> str:
+    """Return a method's name as the table has it."""
+    for name, shown in LABELS.items():
+        method = method.replace(name, shown)
+    return method
 
 
 def _damping(value: float) -> str:
@@ -405,14 +443,15 @@ def main() -> None:
     subsets, outcomes = np.asarray(truth.subsets)[finished], truth.outcomes[finished]
     files = [path for folder in [*folders, results / "rivals"] for path in sorted(folder.glob("*.npz"))]
     evaluations = [evaluated_once(path, subsets, outcomes) for path in files]
-    found = list(lines(evaluations, len(finished)))
+    found = ordered(list(lines(evaluations, len(finished))))
     if options.qld:
         differences(task, files, found, results, options.qld)
     missing = [*runs.missing(), *(f"model {number}" for number in truth.missing)]
     if missing:
         found.append({"method": f"missing: {', '.join(missing)}"})
 
-    report("finetuned", results, found, COLUMNS, partial(plot, found))
+    shown = [line | {"method": label(line["method"])} for line in found]
+    report("finetuned", results, shown, COLUMNS, partial(plot, found))
 
 
 def evaluated_once(path: Path, subsets: np.ndarray, outcomes: np.ndarray) -> dict[str, Any]:
