@@ -514,14 +514,18 @@ def plot(found: Sequence[Result], axes: Any) -> None:
             points = sorted((line["bytes a row"], line["LDS"]) for line in chosen)
             if points:
                 name = label if style == "-" else f"{label}, + sampled rows"
-                axes.semilogx(*zip(*points, strict=True), style, marker="osd^v"[number % 5], markersize=4,
+                axes.semilogx(*zip(*points, strict=True), style, marker="osd^vPX*<"[number % 9], markersize=4,
                               color=f"C{number % 10}", label=name)  # fmt: skip
+    levels: dict[float, list[Result]] = {}
     for line in found:
         if line.get("bytes a row") == 0:
-            axes.axhline(line["LDS"], color="grey", linewidth=0.5)
-            axes.annotate(f"{line['method']} (no rows)", (2e2, line["LDS"] + 0.003), fontsize=5, color="grey")
+            levels.setdefault(round(line["LDS"], 2), []).append(line)
+    for alike in levels.values():
+        names = ", ".join(line["method"].removesuffix(", factors from dataset labels") for line in alike)
+        axes.axhline(alike[0]["LDS"], color="grey", linewidth=0.5)
+        axes.annotate(f"{names} (no rows)", (2e2, alike[0]["LDS"] + 0.003), fontsize=5, color="grey")
     axes.set(xlabel="bytes a row", ylabel="LDS, best damping")
-    axes.legend(fontsize=5, loc="lower right", bbox_to_anchor=(0.95, 0))
+    axes.legend(fontsize=5, loc="center left", bbox_to_anchor=(1.01, 0.5))
 
 
 if __name__ == "__main__":
