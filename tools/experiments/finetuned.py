@@ -234,7 +234,7 @@ def kronecker(
 
 
 def projected(study: Study, way: str, seed: int) -> Iterator[Sheet]:
-    """Yield LoGra with the whole curvature and with one of each layer; TRAK's recipe with one model."""
+    """Yield LoGra with the whole curvature; TRAK's recipe with one model."""
     compressors = {
         "LoGra 14 x 14": ooc.LoGra(14, 14, seed), "LoGra 40 x 40": ooc.LoGra(40, 40, seed),
         "TRAK's recipe, one model, 512": ooc.Sjlt(512, seed, 4),
@@ -248,10 +248,6 @@ def projected(study: Study, way: str, seed: int) -> Iterator[Sheet]:
         if way.startswith("TRAK"):
             sheet = sheet._replace(default=0)  # TRAK does not damp
         yield sheet
-        if way.startswith("LoGra"):
-            layerwise = ooc.fit_fisher(train, blocks="module", name="layers")
-            scores = study.scores(query, train, grid, curvature=layerwise)
-            yield sheet._replace(method=f"{way}, a Fisher matrix a layer", scores=scores)
 
 
 def texts(study: Study) -> Iterator[Sheet]:
