@@ -58,10 +58,15 @@ def _inputs(shape: LayerShape) -> tuple[int, int]:
     return shape.shape[0], shape.shape[1] - shape.bias
 
 
+def _squares(layers: Sequence[LayerShape], sides: Sequence[Sides]) -> list[list[int]]:
+    """Return the entries of each layer's matrices of moments, or of eigenvectors, one for each rotated side."""
+    return [[n**2 for n, full in zip(layer.shape, rotated, strict=True) if full]
+            for layer, rotated in zip(layers, sides, strict=True)]  # fmt: skip
+
+
 def scratch_bytes(layers: Sequence[LayerShape], sides: Sequence[Sides]) -> int:
     """Return the size of the temporary files with all eigenvectors."""
-    pairs = zip(layers, sides, strict=True)
-    return 4 * sum(size**2 for layer, rotated in pairs for size, full in zip(layer.shape, rotated, strict=True) if full)
+    return 4 * sum(map(sum, _squares(layers, sides)))
 
 
 def check_scratch(layers: Sequence[LayerShape], sides: Sequence[Sides]) -> None:
@@ -84,8 +89,7 @@ def check_scratch(layers: Sequence[LayerShape], sides: Sequence[Sides]) -> None:
 
 def factor_memory(layers: Sequence[LayerShape], sides: Sequence[Sides]) -> MemoryModel:
     """Return the memory that layers' factors take while a pass sums them and their eigenvectors are computed."""
-    squares = [[n**2 for n, full in zip(layer.shape, rotated, strict=True) if full]
-               for layer, rotated in zip(layers, sides, strict=True)]  # fmt: skip
+    squares = _squares(layers, sides)
     sums = _SUM_BYTES * sum(map(sum, squares)) + 16 * sum(sum(layer.shape) for layer in layers)
     largest = max(layers, key=lambda layer: layer.entries)
     return MemoryModel(

@@ -315,7 +315,7 @@ class Gradients:
     def energy(self) -> float:
         """Return the mean squared norm of a train row's gradient."""
         squares = (part.float().square().sum() for parts in self.held["train"].values() for part in parts)
-        return float(sum(map(float, squares))) / sum(len(part) for part in next(iter(self.held["train"].values())))
+        return sum(map(float, squares)) / sum(len(part) for part in next(iter(self.held["train"].values())))
 
     def layers(self) -> Iterator[Layer]:
         for name, shape in self.shapes.items():

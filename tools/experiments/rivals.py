@@ -38,7 +38,7 @@ import torch
 from torch.nn import functional
 
 DAMPINGS = (0.003, 0.01, 0.03, 0.1, 0.3)
-PACKAGE_DEFAULT = -1.0  # instead of a damping: what the package does when it is told none
+PACKAGE_DEFAULT = -1.0  # in place of a damping: the package's own default
 Floats = np.ndarray[Any, np.dtype[np.floating[Any]]]
 Integers = np.ndarray[Any, np.dtype[np.integer[Any]]]
 
