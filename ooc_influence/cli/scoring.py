@@ -164,20 +164,20 @@ def self_influence_command(
     """Show the rows of TRAIN with the largest self-influence: candidates for wrong labels."""
     import numpy as np
 
-    from ooc_influence import self_influence
-    from ooc_influence.influence import ScoreRequest
-    from ooc_influence.options import ScoringOptions, select
+    from ooc_influence.influence import ScoreRequest, self_scores
+    from ooc_influence.options import complete, select
     from ooc_influence.report import describe_scoring, table
     from ooc_influence.store import check_writable
 
     if out is not None:
         check_writable(Path(out), missing_folders=False)
     arguments = _arguments((train, *also), settings)
-    values = self_influence(**arguments)
+    asked = complete(SelfInfluenceOptions, select(SelfInfluenceOptions, arguments))
+    scoring = ScoreRequest.open(None, arguments["train"], asked)
+    values = self_scores(scoring, asked)
     if out is not None:
         with writing(f"to write {out}"), Path(out).open("wb") as file:
             np.save(file, values)
-    used = ScoreRequest.open(None, arguments["train"], select(ScoringOptions, arguments)).settings
     store = arguments["train"][0] if also else arguments["train"]
     levels = []
     for level in np.atleast_2d(values):
@@ -187,11 +187,11 @@ def self_influence_command(
         lines = zip(*columns, strict=True)
         levels.append([{"row": row, "id": name, "self_influence": value} for row, name, value in lines])
     tables = [table(("row", "id", "self-influence"), [tuple(row.values()) for row in rows]) for rows in levels]
-    facts: dict[str, Any] = {"n": store.n, "rows": levels[0], "settings": used}
+    facts: dict[str, Any] = {"n": store.n, "rows": levels[0], "settings": scoring.settings}
     if values.ndim == 2:
-        facts = {"n": store.n, "damping": arguments["damping"], "by_damping": levels, "settings": used}
+        facts = {"n": store.n, "damping": arguments["damping"], "by_damping": levels, "settings": scoring.settings}
         tables = [f"damping {value}\n\n{text}" for value, text in zip(arguments["damping"], tables, strict=True)]
-    options.print_result(as_json, facts, lambda: "\n\n".join([*tables, describe_scoring(used)]))
+    options.print_result(as_json, facts, lambda: "\n\n".join([*tables, describe_scoring(scoring.settings)]))
 
 
 @click.command()

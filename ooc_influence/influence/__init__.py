@@ -8,11 +8,11 @@ from ooc_influence.influence.costs import (
 )
 from ooc_influence.influence.groups import GroupInfluence, group_influence
 from ooc_influence.influence.request import ScoreRequest
-from ooc_influence.influence.scores import influence_scores, module_influence, self_influence
+from ooc_influence.influence.scores import influence_scores, module_influence, self_influence, self_scores
 from ooc_influence.influence.topk import Ranking, TopInfluential, top_influential, top_tiles
 
 __all__ = [
     "CheckpointMemory", "GroupInfluence", "Ranking", "ScoreRequest", "ScoringMemory", "TileMemory",
-    "TopInfluential", "group_influence", "influence_scores", "module_influence", "self_influence", "top_influential",
-    "top_tiles", "written_tiles",
+    "TopInfluential", "group_influence", "influence_scores", "module_influence", "self_influence", "self_scores",
+    "top_influential", "top_tiles", "written_tiles",
 ]  # fmt: skip

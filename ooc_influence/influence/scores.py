@@ -427,7 +427,11 @@ def self_influence(train: Stores, **options: Unpack[SelfInfluenceOptions]) -> np
     StoreExistsError, StoreBusyError
         As for :func:`top_influential`.
     """
-    scoring = ScoreRequest.open(None, train, options)
+    return self_scores(ScoreRequest.open(None, train, options), options)
+
+
+def self_scores(scoring: ScoreRequest, options: SelfInfluenceOptions) -> npt.NDArray[np.float32]:
+    """Return what :func:`self_influence` does, of a request without queries; ``options`` are complete."""
     slots = check_workers(options["workers"])
     model = scoring.memory(slots_per_process(slots)).self_influence()
     block_rows = MemoryBudget.of(worker_memory(options["memory"])).plan(model)
