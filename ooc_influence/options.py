@@ -34,6 +34,7 @@ Weighting = Literal["ggn", "trak"]
 Blocks = Literal["module", "diagonal"]
 OnNonFinite = Literal["raise", "skip"]
 LabelKind = Literal["dataset", "sampled"]
+DampingScope = Literal["layer", "model"]
 Task = Literal["causal-lm", "classification"]
 DTYPES = ("float16", "bfloat16", "float32", "int8", "int4")
 
@@ -127,8 +128,8 @@ class DampedOptions(Striped, total=False):
     damping: Annotated[float | Sequence[float] | None, Option(
         None, "float or sequence of float, optional",
         "Relative (λ = damping · tr(F)/min(d, m), m the rows of the fit) or absolute; default the curvature's own, "
-        "0.1 relative (of a Kronecker basis 0.03 of each layer's mean). A sequence gives results an axis of λ in "
-        "front; the rows are read once for all.",
+        "0.1 relative (of a Kronecker basis 0.03 of each layer's mean; of an adapter's 0.3 of the whole model's, in "
+        "lists of rows 300). A sequence gives results an axis of λ in front; the rows are read once for all.",
         "Damping factor; may be repeated. Default: the curvature's (0.1, relative).", kind=float, multiple=True)]
     damping_mode: Annotated[DampingMode, Option(
         "relative", '{"relative", "absolute"}', "What ``damping`` means.",

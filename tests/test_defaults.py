@@ -11,7 +11,15 @@ from click.testing import CliRunner
 from conftest import random_rows, roomy, write_store
 from numpy.testing import assert_allclose, assert_array_equal
 
-from ooc_influence import fit_fisher, group_influence, influence_scores, module_influence, reduce_store, top_influential
+from ooc_influence import (
+    KroneckerBasis,
+    fit_fisher,
+    group_influence,
+    influence_scores,
+    module_influence,
+    reduce_store,
+    top_influential,
+)
 from ooc_influence.cli.main import cli
 from ooc_influence.compress import LARGEST_STORE, DefaultDropout, Dropout, Eigenbasis
 from ooc_influence.report import describe_scoring, write_report
@@ -89,6 +97,15 @@ def test_small_corpora_are_not_reduced():
     assert DefaultDropout().sized(rows + 1, "int8", tokens)(10**9) == wide
     assert DefaultDropout().sized(10, "float16", tokens)(500) == replace(wide, k=500)
     assert DefaultDropout(k=70, seed=3).sized(10, "float16", tokens)(500) == replace(wide, k=70, seed=3)
+
+
+def test_adapters_have_one_lambda_for_all_layers():
+    sizes = 10, "float16", "token_cross_entropy"
+    kept = DefaultDropout().sized(*sizes, adapter=True)(500)
+    assert kept == Dropout(500, "grid", basis=KroneckerBasis(damping=0.3, damping_scope="model", list_damping=300.0))
+    kept = DefaultDropout(damping=0.1).sized(*sizes, adapter=True)(500)
+    assert kept == Dropout(500, "grid", basis=KroneckerBasis(damping=0.1))
+    assert DefaultDropout(basis="parameters").sized(*sizes, adapter=True)(500) == Dropout(500, "importance")
 
 
 def test_language_models_are_kept_in_the_kronecker_basis():

@@ -108,17 +108,20 @@ def test_rows_are_rotated_gradients(tmp_path, kind, sampling):
     assert_allclose(store.rows(), expected, atol=2e-5 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("scope", ["layer", "model"])
 @pytest.mark.parametrize("kind", MODELS)
-def test_all_entries_are_ek_fac(tmp_path, kind):
+def test_all_entries_are_ek_fac(tmp_path, kind, scope):
     """With k = p: eigenvectors of the dense second moments, orthonormal, and Λ the mean square of what is stored."""
     p = sum(m.layer.entries for m in extracted(kind, tmp_path / "p.zarr", Dropout(k=1)).mask.modules)
-    store = extracted(kind, tmp_path / "s.zarr", Dropout(k=p, basis=KroneckerBasis(samples=24)))
+    store = extracted(kind, tmp_path / "s.zarr", Dropout(k=p, basis=KroneckerBasis(24, damping_scope=scope)))
     assert store.k == p
     gradients, first = full(kind, store), 0
+    of_model = np.square(np.concatenate([part.reshape(24, -1) for part in gradients], 1)).mean()
     for module, of_layer in zip(store.mask.modules, gradients, strict=True):
         rows = rotated(module, of_layer)
         assert_allclose(module.basis.second_moment, np.square(rows).mean(0), atol=1e-5 * np.square(rows).mean(0).max())
-        assert_allclose(module.basis.mean_moment, np.square(of_layer).mean(0).mean(), rtol=1e-5)
+        of_scope = np.square(of_layer).mean() if scope == "layer" else of_model
+        assert_allclose(module.basis.mean_moment, of_scope, rtol=1e-5)
         for vectors in (module.basis.left, module.basis.right):
             if vectors is not None:
                 assert_allclose(vectors.T @ vectors, np.eye(len(vectors)), atol=1e-5)
@@ -222,7 +225,7 @@ MOMENTS = [
 @pytest.mark.parametrize("draw", [draw_entries, draw_grids])
 def test_inclusion_probabilities_are_exact(draw):
     """Entries are kept as often as their weights say; so estimates are unbiased over draws."""
-    energy, runs = WhitenedEnergy(LAYERS, MOMENTS, 0.03), 2000
+    energy, runs = WhitenedEnergy(LAYERS, MOMENTS, KroneckerBasis(damping=0.03)), 2000
     counts, estimates = [np.zeros(layer.shape) for layer in LAYERS], []
     stated = [np.full(layer.shape, np.nan) for layer in LAYERS]
     values = [np.random.default_rng(1).random(layer.shape) for layer in LAYERS]
@@ -247,14 +250,16 @@ def test_inclusion_probabilities_are_exact(draw):
         assert set(sizes) <= {29, 30, 31}
 
 
-def test_energy_is_whitened():
-    energy = WhitenedEnergy(LAYERS, MOMENTS, 0.1)
-    moment = np.outer(MOMENTS[1].rows, MOMENTS[1].cols)
+@pytest.mark.parametrize("scope", ["layer", "model"])
+def test_energy_is_whitened(scope):
+    energy = WhitenedEnergy(LAYERS, MOMENTS, KroneckerBasis(damping=0.1, damping_scope=scope))
+    first, moment = (np.outer(each.rows, each.cols) for each in MOMENTS)
+    mean = moment.mean() if scope == "layer" else np.concatenate([first.ravel(), moment.ravel()]).mean()
     (_, block), *rest = energy.blocks(1)
     assert not rest
-    assert_allclose(block, moment / (moment + 0.1 * moment.mean()))
+    assert_allclose(block, moment / (moment + 0.1 * mean))
     assert_allclose(energy.sums(1)[0], block.sum(1))
-    assert_allclose(energy.means[1], moment.mean())
+    assert_allclose(energy.means[1], mean)
 
 
 def test_factors_that_do_not_fit_take_more_passes_or_are_refused(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -230,6 +231,41 @@ def test_moments_measured_again(stores, tmp_path, workers):
                     rtol=1e-6)  # fmt: skip
     self_influence(now, curvature=other)
     self_influence(now, curvature=str(other.path))
+
+
+def test_one_damping_for_the_whole_model(tmp_path):
+    """With the scope "model" a fit keeps one λ for all layers, of the energy of all of them."""
+    modules = [replace(each, basis=replace(each.basis, mean_moment=5.0)) for each in MASK.modules]
+    basis = {"name": "dropout", "k": K, "basis": {"samples": 9, "damping": 0.3, "damping_scope": "model"}}
+    train = make_store(tmp_path / "train.zarr", 40, mask=replace(MASK, modules=tuple(modules)), compressor=basis)
+    rows = np.float64(train.rows())
+    close(influence_scores(train, train, memory=roomy()).compute(), (rows / (LAMBDA + 0.3 * 5)) @ rows.T)
+    moments = np.square(rows).mean(0) / WEIGHT**2
+    mean = 5 * (WEIGHT**2 @ moments) / (WEIGHT**2 @ LAMBDA)
+    assert_allclose(fit_kronecker(train).lambdas(1.0), [[mean, mean]], rtol=1e-6)
+
+
+def test_lists_have_a_default_damping_of_their_own(tmp_path):
+    """Where the basis has one: in lists, in settings and in reports; scores and dampings that are given keep theirs."""
+    basis = {"name": "dropout", "k": K, "basis": {"samples": 9, "damping": 0.3, "list_damping": 40.0}}
+    train = make_store(tmp_path / "train.zarr", 30, compressor=basis)
+    fit_kronecker(train)
+    for curvature in ("kronecker", "default"):
+        found = resolve_curvature(train, curvature)
+        assert (found.damping, found.list_damping) == (0.3, 40.0)
+        options = {"curvature": curvature, "memory": roomy()}
+        lists = top_influential(train, train, top=3, **options)
+        assert lists.settings["damping"] == 40.0
+        asked = top_influential(train, train, top=3, damping=40.0, **options)
+        assert_array_equal(lists.proponents.scores, asked.proponents.scores)
+        assert top_influential(train, train, top=3, damping=0.3, **options).settings["damping"] == 0.3
+        own, given = (influence_scores(train, train, **how, **options).compute() for how in ({}, {"damping": 0.3}))
+        assert_array_equal(own, given)
+    page = write_report(train, tmp_path / "report", train, memory=roomy())
+    index = data_of(page, "index")
+    assert index["settings"]["damping"] == 40.0
+    marked = resolve_curvature(train, None).damping_value(40.0)
+    assert_allclose([index["settings"]["lambda"], index["spectrum"]["lambda"]], marked, rtol=1e-4)
 
 
 def test_all_entries_kept_and_measured_on_all_rows_are_ekfac(tmp_path):

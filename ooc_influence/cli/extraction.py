@@ -16,7 +16,8 @@ from ooc_influence.options import CheckOptions, DocumentOptions, ExtractionOptio
 
 _DOCUMENTS = [name for name in definitions(DocumentOptions) if name != "split"]  # a recipe says all of these itself
 _MASK = (
-    "compressor", "k", "basis", "sampling", "dims", "pilot", "basis_weights", "nonzeros", "rank_out", "rank_in", "seed",
+    "compressor", "k", "basis", "basis_damping", "damping_scope", "sampling", "dims", "pilot", "basis_weights",
+    "nonzeros", "rank_out", "rank_in", "seed",
 )  # fmt: skip
 _ARGUMENTS = {  # the options of each, by the names of its arguments
     "gaussian": {"k": "k", "seed": "seed"},
@@ -42,7 +43,7 @@ def _flag(name: str) -> str:
 def _compressor(settings: dict[str, Any]) -> Any:
     """Return the compressor that options ask for; None for the default, or where a train store fixes it."""
     from ooc_influence import Dropout, Eigenbasis
-    from ooc_influence.compress import DefaultDropout
+    from ooc_influence.compress import DefaultDropout, kronecker_basis
 
     asked = _asked(_MASK)
     if settings["like"] is not None:
@@ -63,11 +64,15 @@ def _compressor(settings: dict[str, Any]) -> Any:
     dims, k, basis, seed = settings["dims"] or 0, settings["k"], settings["basis"], settings["seed"]
     if not dims and (settings["pilot"] is not None or settings["basis_weights"] is not None):
         raise InputError("expected --dims with --pilot and --basis-weights; received none: they belong to a reduction")
-    reduction = Eigenbasis(dims, settings["pilot"], settings["basis_weights"]) if dims else None
+    reduction: Any = Eigenbasis(dims, settings["pilot"], settings["basis_weights"]) if dims else None
+    damping, scope = settings["basis_damping"], settings["damping_scope"]
+    if basis != "kronecker" and not (wide and basis is None) and (damping is not None or scope is not None):
+        raise InputError("expected --basis kronecker with --basis-damping and --damping-scope; received another basis")
     if wide:
-        return DefaultDropout(k, settings["sampling"], basis, seed, False if settings["dims"] == 0 else reduction)
-    basis = None if basis == "parameters" else basis
-    return Dropout(4096 if k is None else k, settings["sampling"], seed, reduce=reduction, basis=basis)
+        reduction = False if settings["dims"] == 0 else reduction
+        return DefaultDropout(k, settings["sampling"], basis, damping, scope, seed, reduction)
+    kronecker = kronecker_basis(damping, scope) if basis == "kronecker" else None
+    return Dropout(4096 if k is None else k, settings["sampling"], seed, reduce=reduction, basis=kronecker)
 
 
 def _baseline(name: str, settings: dict[str, Any], asked: list[str]) -> Any:

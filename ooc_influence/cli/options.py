@@ -13,7 +13,7 @@ from typing import Any, TypeVar, get_args
 import click
 from click.shell_completion import CompletionItem
 
-from ooc_influence.options import DocumentOptions, ExtractionOptions, Option, Weighting, definitions
+from ooc_influence.options import DampingScope, DocumentOptions, ExtractionOptions, Option, Weighting, definitions
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -132,6 +132,11 @@ building = several(
     click.option("--basis", type=click.Choice(["parameters", "kronecker"]),
                  help="Coordinates of the gradients whose entries are kept: the parameters' own, or those of each "
                  "layer's Kronecker basis. Default: parameters; with --model, of language models, kronecker."),
+    click.option("--basis-damping", type=float, metavar="X", help="Relative damping at which entries are drawn in a "
+                 "Kronecker basis, and the default of its curvature. Default: 0.03; of an adapter 0.3."),
+    click.option("--damping-scope", type=click.Choice(get_args(DampingScope)),
+                 help="Whose mean that damping is relative to: each layer's, or the whole model's. Default: layer; of "
+                 "an adapter model."),
     click.option("--sampling", type=click.Choice(["uniform", "importance", "grid"]),
                  help="How entries are chosen. Default: uniform; with --model importance; in a Kronecker basis grid."),
     click.option("--dims", type=int, metavar="R", help="Reduce kept entries to R numbers, the largest directions of "

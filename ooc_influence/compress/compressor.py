@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal, Protocol, Self
+from typing import Any, ClassVar, Literal, Protocol, Self, get_args
 
 import numpy as np
 
 from ooc_influence.errors import InputError
+from ooc_influence.options import DampingScope
 from ooc_influence.store import GeneratedReduction, LayerShape, Mask, PilotMoments
 
 PILOT_ROWS = 4  # pilot rows per number kept, by default; more keep more of the other rows
@@ -86,8 +87,15 @@ class KroneckerBasis:
     samples : int
         Samples of the pilot, from which the second moments of inputs and output gradients are estimated.
     damping : float
-        λ of the whitened energy Λ/(Λ + λ) that entries are drawn by, relative to each layer's mean Λ. It is also the
-        default damping of the curvature ``"kronecker"``, which takes any other.
+        λ of the whitened energy Λ/(Λ + λ) that entries are drawn by, relative to the mean Λ of ``damping_scope``. It is
+        also the default damping of the curvature ``"kronecker"``, which takes any other.
+    damping_scope : {"layer", "model"}
+        Whose mean Λ dampings are relative to: each layer's own, or that of all tapped layers together, which gives them
+        one λ. Recorded with the basis: it holds for every later use of its curvature.
+    list_damping : float, optional
+        Default damping of lists of rows for queries (:func:`top_influential`) under that curvature; default
+        ``damping``. Which documents state a fact is best seen at one that would be far too large to predict the effect
+        of their removal.
     moments : {"measured", "product"}
         Λ of the kept entries: measured by another pass over the pilot (EK-FAC), or K-FAC's product of eigenvalues.
     labels : {"dataset", "sampled"}
@@ -112,12 +120,22 @@ class KroneckerBasis:
     moments: Literal["measured", "product"] = "measured"
     labels: Literal["dataset", "sampled"] = "dataset"
     seed: int = 0
+    damping_scope: DampingScope = "layer"
+    list_damping: float | None = None
 
     def __post_init__(self) -> None:
         parse_whole_numbers(self, {"samples": 1, "seed": 0})
-        if not (isinstance(self.damping, (int, float)) and 0 < self.damping < np.inf):
-            raise InputError(f"expected a damping > 0; received {self.damping!r}")
-        for name, choices in (("moments", ("measured", "product")), ("labels", ("dataset", "sampled"))):
+        for name in ("damping", "list_damping"):
+            value = getattr(self, name)
+            given = isinstance(value, (int, float)) and 0 < value < np.inf
+            if not given and (name, value) != ("list_damping", None):
+                raise InputError(f"expected {name} > 0; received {value!r}")
+        known = {
+            "moments": ("measured", "product"),
+            "labels": ("dataset", "sampled"),
+            "damping_scope": get_args(DampingScope),
+        }
+        for name, choices in known.items():
             if getattr(self, name) not in choices:
                 raise InputError(f"expected {name} one of {', '.join(choices)}; received {getattr(self, name)!r}")
 

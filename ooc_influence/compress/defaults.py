@@ -5,15 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
-from ooc_influence.compress.compressor import Eigenbasis
+from ooc_influence.compress.compressor import Eigenbasis, KroneckerBasis
 from ooc_influence.compress.dropout import Dropout
 from ooc_influence.linalg import is_token_loss
+from ooc_influence.options import DampingScope
 from ooc_influence.store import Encoding, Representation, parse_representation
 
 WIDE, REDUCED = 65536, 4096  # entries kept, and numbers they are reduced to
 LARGEST_STORE = 64 * 2**30  # bytes; rows of larger stores are reduced
+
+
+# Gradients of an adapter's layers differ in size by orders of magnitude, and so do the dampings that suit its two uses:
+# see docs/evaluation.md.
+ADAPTER_BASIS = KroneckerBasis(damping=0.3, damping_scope="model", list_damping=300.0)
+
+
+def kronecker_basis(damping: float | None, scope: DampingScope | None, *, adapter: bool = False) -> KroneckerBasis:
+    """Return a basis with its defaults, or those for an adapter, for what is None."""
+    if adapter and damping is None and scope is None:
+        return ADAPTER_BASIS
+    asked: dict[str, Any] = {"damping": damping, "damping_scope": scope}
+    return KroneckerBasis(**{name: value for name, value in asked.items() if value is not None})
 
 
 @dataclass(frozen=True)
@@ -31,6 +45,10 @@ class DefaultDropout:
         As for :class:`Dropout`; default a grid in a Kronecker basis, else by importance.
     basis : {"parameters", "kronecker"}, optional
         Whose entries are kept; default the Kronecker basis for language models, else the parameters' own coordinates.
+    damping : float, optional
+        Of a Kronecker basis; default 0.03, or 0.3 for an adapter (with ``damping_scope``).
+    damping_scope : {"layer", "model"}, optional
+        Of a Kronecker basis; default each layer, or the model for an adapter (with ``damping``).
     seed : int
         Of the choice.
     reduce : Eigenbasis or False, optional
@@ -40,19 +58,28 @@ class DefaultDropout:
     k: int | None = None
     sampling: Literal["uniform", "importance", "grid"] | None = None
     basis: Literal["parameters", "kronecker"] | None = None
+    damping: float | None = None
+    damping_scope: DampingScope | None = None
     seed: int = 0
     reduce: Eigenbasis | Literal[False] | None = None
 
-    def sized(self, rows: int, dtype: str, loss_kind: str | None) -> Callable[[int], Dropout]:
-        """Return what makes the compressor of a model's p entries, for a store of ``rows`` rows and their loss."""
-        basis = self.basis or ("kronecker" if is_token_loss(loss_kind) else "parameters")
-        return partial(self._make, rows=rows, dtype=parse_representation(dtype), basis=basis)
+    def sized(
+        self, rows: int, dtype: str, loss_kind: str | None, *, adapter: bool = False
+    ) -> Callable[[int], Dropout]:  # fmt: skip
+        """Return what makes the compressor of a model's p entries, for a store of ``rows`` rows and their loss.
 
-    def _make(self, p: int, rows: int, dtype: Representation, basis: str) -> Dropout:
+        ``adapter`` says that these are entries of an adapter to a model that is frozen.
+        """
+        basis = self.basis or ("kronecker" if is_token_loss(loss_kind) else "parameters")
+        kronecker = None
+        if basis == "kronecker":
+            kronecker = kronecker_basis(self.damping, self.damping_scope, adapter=adapter)
+        return partial(self._make, rows=rows, dtype=parse_representation(dtype), basis=kronecker)
+
+    def _make(self, p: int, rows: int, dtype: Representation, basis: KroneckerBasis | None) -> Dropout:
         k = min(WIDE, p) if self.k is None else self.k
         reduction = self.reduce or None
         if self.reduce is None and rows * Encoding.of(dtype, k).row_bytes > LARGEST_STORE:
             reduction = Eigenbasis(r=min(REDUCED, k, max(1, rows // 2)))
-        if basis == "kronecker":
-            return Dropout(k=k, sampling=self.sampling, seed=self.seed, reduce=reduction, basis="kronecker")
-        return Dropout(k=k, sampling=self.sampling or "importance", seed=self.seed, reduce=reduction)
+        sampling = self.sampling or ("grid" if basis else "importance")
+        return Dropout(k=k, sampling=sampling, seed=self.seed, reduce=reduction, basis=basis)

@@ -210,7 +210,7 @@ class Dropout(Compressor):
             return Mask(tuple(_all_entries(layer) for layer in layers), tuple(moments))
         if self.kronecker is not None and self.sampling != "uniform":
             draw = draw_grids if self.sampling == "grid" else draw_entries
-            drawn = draw(WhitenedEnergy(layers, moments, self.kronecker.damping), self.k, generator)
+            drawn = draw(WhitenedEnergy(layers, moments, self.kronecker), self.k, generator)
             return Mask(
                 tuple(
                     _module_mask(layer, rows, cols, (1 / np.sqrt(chance)).astype(np.float32))

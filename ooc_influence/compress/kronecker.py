@@ -18,7 +18,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ooc_influence.compress.compressor import KroneckerBasis
 from ooc_influence.errors import InputError, NonFiniteError
+from ooc_influence.linalg import mean_moments
 from ooc_influence.store import LayerShape, PilotMoments
 
 Floats = npt.NDArray[np.float64]
@@ -45,11 +47,11 @@ class WhitenedEnergy:
         All tapped layers.
     moments : sequence of PilotMoments
         In the basis: eigenvalues of S and of A, or second moments of a side in its own coordinates.
-    damping : float
-        λ relative to each layer's mean Λ.
+    basis : KroneckerBasis
+        Its damping and the damping's scope.
     """
 
-    def __init__(self, layers: Sequence[LayerShape], moments: Sequence[PilotMoments], damping: float) -> None:
+    def __init__(self, layers: Sequence[LayerShape], moments: Sequence[PilotMoments], basis: KroneckerBasis) -> None:
         self.layers = layers
         self._factors: list[list[tuple[Floats, Floats]]] = [[] for _ in layers]
         for each in moments:
@@ -59,11 +61,9 @@ class WhitenedEnergy:
             if not (np.isfinite(each.rows).all() and np.isfinite(each.cols).all()):
                 raise NonFiniteError("expected finite pilot gradients; received NaN or Inf: check the pilot data", [])
             self._factors[each.layer].append((np.maximum(each.rows, 0), np.maximum(each.cols, 0)))
-        self.means = [
-            sum(float(rows.sum() * cols.sum()) for rows, cols in factors) / layer.entries
-            for layer, factors in zip(layers, self._factors, strict=True)
-        ]
-        self._lambdas = [damping * mean for mean in self.means]
+        sums = [sum(float(rows.sum() * cols.sum()) for rows, cols in factors) for factors in self._factors]
+        self.means = mean_moments(sums, [layer.entries for layer in layers], basis.damping_scope)
+        self._lambdas = [basis.damping * mean for mean in self.means]
         self.p = sum(layer.entries for layer in layers)
 
     def moment(self, layer: int, rows: Indices, cols: Indices) -> Floats:

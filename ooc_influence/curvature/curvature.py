@@ -92,6 +92,8 @@ class Curvature(BlockSpectrum):
         Live rows used, m in F = (1/m) Σ w g gᵀ.
     damping : float
         The relative damping used where a call gives none.
+    list_damping : float
+        The same for lists of rows for queries, which may differ.
     d : int
         Side of F: the stored numbers a row.
     """
@@ -102,6 +104,7 @@ class Curvature(BlockSpectrum):
         self.trace = float(attributes["trace"])
         self.rows = int(attributes["rows"])
         self.damping = float(attributes["damping"])
+        self.list_damping = float(attributes.get("list_damping") or self.damping)
         scale = self._read("column_scale") if self.has_prior else None
         super().__init__(self._blocks(self._read("eigenvalues")), scale)
         if self.kind == "kronecker":  # what is recorded is the trace of the sums, whose columns have weights

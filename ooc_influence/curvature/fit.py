@@ -69,7 +69,7 @@ from ooc_influence.linalg import (
     Range,
     WeightedRows,
     check_device_memory,
-    kronecker_damping,
+    kronecker_dampings,
     mirror,
     parse_device,
     symmetric_eigen,
@@ -224,7 +224,8 @@ def fit_kronecker(store: GradientStore | PathLike, **options: Unpack[KeptOptions
     Such a store has a curvature of Λ from its pilot, ``curvature="kronecker"``, which needs no fit; this one is of as
     many rows as the store has: Λ_e = (1/m) Σ w z_e² π_e, in one pass at the speed of reading, with k numbers in memory.
     It can be made of a store of sampled labels and used for another one with the same mask. Interrupted, and with rows
-    appended or dropped since, it continues as :func:`fit_fisher` does. λ is relative to each layer's mean Λ.
+    appended or dropped since, it continues as :func:`fit_fisher` does. λ is relative to the mean Λ of each layer, or of
+    the model, as the basis says.
 
     Parameters
     ----------
@@ -287,7 +288,7 @@ def _fit_square(fit: Fitting, kind: str) -> None:
         norm = sum(squared_norm(square) for square in total.squares)
         attributes["sampling_error"] = fit.chosen.sampling_error(total.live, total.fourth, norm)
     if kind == "kronecker":
-        attributes["damping"] = kronecker_damping(fit.chosen.store)
+        attributes |= kronecker_dampings(fit.chosen.store)
 
     def write(group: Any) -> Mapping[str, Any]:
         fit.record.write(group)

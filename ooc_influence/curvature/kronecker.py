@@ -7,7 +7,8 @@ are kept entries times their weights, z_e = G̃_e/√π_e, on the queries' and o
 
     score(q, i) = Σ_e z_qe z_ie/(Λ_e + λ_l),      λ_l = damping · mean of Λ over all entries of layer l,
 
-estimates EK-FAC's score without bias over the entries drawn. Λ is that of the entries, without their weights.
+estimates EK-FAC's score without bias over the entries drawn. Λ is that of the entries, without their weights. Where the
+basis was made with ``damping_scope="model"``, the mean is that over all layers, and all have the same λ.
 
 A mask in such a basis has the Λ of its pilot: a curvature of no further cost, the *prior*. :func:`fit_kronecker`
 measures Λ again, of all rows of a store. A store that was reduced in whitened columns (:mod:`ooc_influence.compress`)
@@ -25,7 +26,7 @@ from typing_extensions import override
 
 from ooc_influence.curvature.curvature import Curvature
 from ooc_influence.errors import InputError
-from ooc_influence.linalg import LayerMoments, Matrix, basis_settings, kronecker_damping
+from ooc_influence.linalg import LayerMoments, Matrix, basis_settings, damping_scope, kronecker_dampings
 from ooc_influence.options import DampingMode
 from ooc_influence.store import GradientStore, StorePath
 
@@ -62,7 +63,7 @@ class KroneckerPrior(Curvature):
             "means": moments.means.tolist(),
             "trace": float(moments.second_moment.sum()),
             "rows": int(basis_settings(store).get("samples") or 0),
-            "damping": kronecker_damping(store) if self.whitened is None else 0.0,
+            **(kronecker_dampings(store) if self.whitened is None else {"damping": 0.0}),
             "whitened": self.whitened,
             "summed": False,
             "mask_digest": store.columns_digest,
@@ -136,16 +137,16 @@ def column_weights(store: GradientStore) -> Matrix:
 
 
 def measured_means(store: GradientStore, second_moment: Matrix) -> Matrix:
-    """Return the mean over all entries of each layer, (L,), that goes with Λ measured at the kept ones.
+    """Return what damping is relative to in each layer, (L,), that goes with Λ measured at the kept entries.
 
-    The prior's mean times the factor by which the energy of the stored columns is larger than by the prior's Λ: a ratio
-    estimate, since of the entries that are not kept nothing was measured.
+    The prior's mean, of the layer or the model, times the factor by which the energy of the stored columns is larger
+    than by the prior's Λ: a ratio estimate, since of the entries that are not kept nothing was measured.
     """
     prior, squares = layer_moments(store), np.square(column_weights(store))
-    means = []
     modules = [module for module in store.mask.modules if len(module.rows)]
-    for module, (first, last), mean in zip(modules, prior.ranges, prior.means, strict=True):
-        part = slice(first, last)
-        before, now = squares[part] @ prior.second_moment[part], squares[part] @ second_moment[part]
-        means.append(mean * now / before if before > 0 else now / module.layer.entries)
-    return np.array(means)
+    starts, sizes = [first for first, _ in prior.ranges], np.array([module.layer.entries for module in modules])
+    before = np.add.reduceat(squares * prior.second_moment, starts)
+    now = np.add.reduceat(squares * second_moment, starts)
+    if damping_scope(store) == "model":
+        before, now, sizes = (np.full(len(modules), part.sum()) for part in (before, now, sizes))
+    return np.where(before > 0, prior.means * now / np.where(before > 0, before, 1), now / sizes)

@@ -22,12 +22,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from ooc_influence.compress import WhitenedEnergy
+from ooc_influence.compress import KroneckerBasis, WhitenedEnergy
 from ooc_influence.errors import InputError, MemoryBudgetError, StoreWriteError, counted, writing
 from ooc_influence.extract.entries import BiasEntries, wide
 from ooc_influence.extract.layers import Use, find_uses
 from ooc_influence.extract.selection import ModuleSelection, select_layers
-from ooc_influence.linalg import symmetric_eigen
+from ooc_influence.linalg import mean_moments, symmetric_eigen
 from ooc_influence.memory import MemoryBudget, MemoryModel, format_bytes
 from ooc_influence.scratch import ArrayFile
 from ooc_influence.store import LayerShape, Mask, ModuleBasis, ModuleMask, PilotMoments
@@ -335,9 +335,9 @@ class KroneckerFactors:
         moment = energy.moment(number, kept.rows.astype(np.int64), kept.cols.astype(np.int64))
         return replace(kept, basis=ModuleBasis(sides[0], sides[1], moment, energy.means[number]))
 
-    def apply(self, mask: Mask, damping: float) -> Mask:
+    def apply(self, mask: Mask, basis: KroneckerBasis) -> Mask:
         """Return a mask of entries in the basis, with the eigenvectors of those kept."""
-        energy = WhitenedEnergy([module.layer for module in mask.modules], self.moments, damping)
+        energy = WhitenedEnergy([module.layer for module in mask.modules], self.moments, basis)
         modules = tuple(self.basis_of(number, kept, energy) for number, kept in enumerate(mask.modules))
         return replace(mask, modules=modules)
 
@@ -348,10 +348,10 @@ def check_samples(samples: int) -> None:
         raise InputError("expected pilot batches with samples; received none: the data set is empty")
 
 
-def measured(mask: Mask, squares: Floats, samples: int) -> Mask:
+def measured(mask: Mask, squares: Floats, samples: int, scope: str) -> Mask:
     """Return a mask with Λ as it was measured.
 
-    The mean of a layer's Λ, over kept and other entries, is estimated without bias from the kept ones: Σ Λ_e/π_e.
+    The sum of a layer's Λ, over kept and other entries, is estimated without bias from the kept ones: Σ Λ_e/π_e.
 
     Parameters
     ----------
@@ -361,15 +361,18 @@ def measured(mask: Mask, squares: Floats, samples: int) -> Mask:
         Sums of the squares of weighted entries over samples.
     samples : int
         How many.
+    scope : {"layer", "model"}
+        Whose mean damping is relative to.
     """
     check_samples(samples)
-    modules, first = [], 0
-    for kept in mask.modules:
-        part = squares[first : first + len(kept.rows)] / samples
-        first += len(kept.rows)
+    edges = np.cumsum([len(kept.rows) for kept in mask.modules])[:-1]
+    parts = [part / samples for part in np.split(squares, edges)]
+    entries = [kept.layer.entries for kept in mask.modules]
+    means = mean_moments([float(part.sum()) for part in parts], entries, scope)
+    modules = []
+    for kept, part, mean in zip(mask.modules, parts, means, strict=True):
         if kept.basis is not None and len(kept.rows):
             moment = part / np.square(kept.weight.astype(np.float64))
-            mean = float(part.sum()) / kept.layer.entries
             kept = replace(kept, basis=replace(kept.basis, second_moment=moment, mean_moment=mean))
         modules.append(kept)
     return replace(mask, modules=tuple(modules))

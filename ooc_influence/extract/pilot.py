@@ -142,8 +142,8 @@ class Pilot:
             return compressor.draw(layers, self.moments(layers, samples) if samples else ())
         with nullcontext() if basis.labels == "dataset" else sampled_labels(basis.seed) as draws:
             factors = self.factors(layers, samples)
-            mask = factors.apply(compressor.draw(layers, factors.moments), basis.damping)
-            mask = self.measure(mask, samples) if basis.moments == "measured" else mask
+            mask = factors.apply(compressor.draw(layers, factors.moments), basis)
+            mask = self.measure(mask, samples, basis.damping_scope) if basis.moments == "measured" else mask
         if draws is not None and not draws.used:
             raise InputError(
                 "expected a loss that draws labels, for a basis with labels='sampled'; received one that has the data "
@@ -169,11 +169,11 @@ class Pilot:
             sums.solve(factors)
         return factors
 
-    def measure(self, mask: Mask, samples: int) -> Mask:
+    def measure(self, mask: Mask, samples: int, scope: str) -> Mask:
         """Return a mask in a Kronecker basis with Λ of its entries, measured over ``samples`` samples."""
         sums = SquareSums(mask, self.setup.device)
         self._run([module.layer for module in mask.modules], samples, "second moments", sums)
-        return measured(mask, sums.squares, sums.samples)
+        return measured(mask, sums.squares, sums.samples, scope)
 
     def _run(self, layers: Sequence[LayerShape], samples: int, label: str, sums: PilotSums) -> None:
         """Run a pass over the pilot's samples.

@@ -225,7 +225,9 @@ def extract(
     if compressor is None and settings["like"] is None:
         compressor = DefaultDropout()
     if isinstance(compressor, DefaultDropout):
-        settings["compressor"] = compressor.sized(rows, settings["dtype"], job.loss_kind)
+        settings["compressor"] = compressor.sized(
+            rows, settings["dtype"], job.loss_kind, adapter=hasattr(job.model, "peft_config")
+        )
     if settings["device"] == "auto":
         settings["device"] = None
     record: Any = {"loss_kind": job.loss_kind, "origin": _origin(model, data, job, options)}

@@ -55,9 +55,18 @@ class Checkpoint:
 
     @classmethod
     def open(
-        cls, query: Store | None, train: Store, curvature: AnyCurvature, damping: Dampings, mode: DampingMode
+        cls,
+        query: Store | None,
+        train: Store,
+        curvature: AnyCurvature,
+        damping: Dampings,
+        mode: DampingMode,
+        lists: bool,
     ) -> Checkpoint:
-        """Open what is a path and check that all of it belongs together: masks, models, rows and the curvature."""
+        """Open what is a path and check that all of it belongs together: masks, models, rows and the curvature.
+
+        ``lists`` says which default damping is meant: that of lists, or of scores.
+        """
         rows = open_store(train)
         queries = None if query is None else open_store(query)
         if queries is not None:
@@ -70,6 +79,8 @@ class Checkpoint:
                 raise InputError(f"expected no damping without a curvature; received {damping}: leave it out")
             return cls(queries, rows, None, (0.0,), np.zeros((1, 1)))
         fitted = resolve_curvature(rows, curvature)
+        if damping is None and lists and mode == "relative" and fitted.takes_damping:
+            damping = fitted.list_damping
         each = damping if isinstance(damping, Sequence) else [damping]
         values = tuple(fitted.damping_value(value, mode) for value in each)
         return cls(queries, rows, fitted, values, fitted.lambdas(each, mode))
@@ -90,6 +101,7 @@ def open_checkpoints(
     curvature: AnyCurvature | Sequence[AnyCurvature],
     damping: Dampings,
     mode: DampingMode,
+    lists: bool,
 ) -> tuple[Checkpoint, ...]:
     """Open one checkpoint, or several from lists of one length, whose rows must be the same."""
     damping = _parse_damping(damping)
@@ -103,7 +115,9 @@ def open_checkpoints(
             "expected a query store, a train store and a curvature for each checkpoint; received "
             f"{len(queries)}, {len(trains)} and {len(curvatures)}"
         )
-    checkpoints = [Checkpoint.open(*each, damping, mode) for each in zip(queries, trains, curvatures, strict=True)]
+    checkpoints = [
+        Checkpoint.open(*each, damping, mode, lists) for each in zip(queries, trains, curvatures, strict=True)
+    ]
     first = checkpoints[0]
     for other in checkpoints[1:]:
         _check_same_rows(first.train, other.train)

@@ -100,10 +100,11 @@ class Queries:
         return sums / np.maximum(counts, 1)[:, None], counts == 0
 
 
-def _settings(checkpoints: Sequence[Checkpoint], asked: PairOptions) -> dict[str, Any]:
+def _settings(checkpoints: Sequence[Checkpoint], asked: PairOptions, lists: bool) -> dict[str, Any]:
     """Return curvature and damping, of one checkpoint or a list with those of each, as JSON values."""
-    curvatures = [None if each.curvature is None else str(each.curvature.path) for each in checkpoints]
-    defaults = [None if each.curvature is None else each.curvature.damping for each in checkpoints]
+    curves = [each.curvature for each in checkpoints]
+    curvatures = [None if each is None else str(each.path) for each in curves]
+    defaults = [None if each is None else each.list_damping if lists else each.damping for each in curves]
     one = len(checkpoints) == 1
     default = defaults[0] if one else defaults
     return {
@@ -172,14 +173,14 @@ class ScoreRequest:
     def open(cls, query: Stores | None, train: Stores, options: ScoringOptions, *, lists: bool = False) -> ScoreRequest:
         """Open and check everything; see :func:`influence_scores`. Without queries, rows are scored on themselves.
 
-        ``lists`` says that rows will be ranked for each query, which decides the default unit.
+        ``lists`` says that rows will be ranked for each query, which decides the default damping and unit.
         """
         asked = complete(PairOptions, options)
         unit = asked["normalize"]
         if unit not in (None, *get_args(Normalize)):
             raise InputError(f"expected normalize {', '.join(map(repr, get_args(Normalize)))}; received {unit!r}")
         damping = asked["damping"]
-        checkpoints = open_checkpoints(query, train, asked["curvature"], damping, asked["damping_mode"])
+        checkpoints = open_checkpoints(query, train, asked["curvature"], damping, asked["damping_mode"], lists)
         first = checkpoints[0]
         queries = Queries.none() if first.query is None else Queries.of(first.query, asked["average_queries"])
         seen = parse_marks(asked["rows"], isinstance(train, (list, tuple)), len(checkpoints), first.train.n)
@@ -188,7 +189,7 @@ class ScoreRequest:
         if unit is None:
             tokens = is_token_loss(first.train.attrs.get("loss_kind"))
             unit = "train" if lists and tokens and combine == "mean" else "none"
-        settings = _settings(checkpoints, asked) | {"normalize": unit}
+        settings = _settings(checkpoints, asked, lists) | {"normalize": unit}
         normalize = None if unit == "none" else unit
         return cls(checkpoints, queries, seen, normalize, parse_device(asked["device"]), several, combine, settings)
 

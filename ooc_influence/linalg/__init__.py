@@ -54,15 +54,18 @@ from ooc_influence.linalg.whitening import (
     LayerMoments,
     Whitening,
     basis_settings,
-    kronecker_damping,
+    damping_scope,
+    kronecker_dampings,
+    mean_moments,
 )
 
 __all__ = [
     "ONE_LABEL", "TILE", "TOLERANCE", "DiagonalAccumulator", "Eigenpairs", "Floats", "LayerMoments", "Matrix",
     "MatrixAccumulator", "Numbers", "Range", "RowPartition", "Solver", "Spectrum", "Team", "Tile", "TriangleTiles",
     "WeightedBlock", "WeightedRows", "Whitening", "basis_settings", "block_moments", "check_device_memory",
-    "check_one_label", "choose_engine", "choose_solver", "is_token_loss", "iteration_bytes", "iteration_memory",
-    "kronecker_damping", "list_tiles", "mirror", "multiply_rows", "orthonormal_slabs", "parse_device",
-    "parse_weighting", "partition_rows", "row_errors", "row_squares", "row_weights", "spectrum_solvers",
-    "start_basis", "subspace_iteration", "symmetric_eigen", "tile_side", "top_spectrum",
+    "check_one_label", "choose_engine", "choose_solver", "damping_scope", "is_token_loss", "iteration_bytes",
+    "iteration_memory", "kronecker_dampings", "list_tiles", "mean_moments", "mirror", "multiply_rows",
+    "orthonormal_slabs", "parse_device", "parse_weighting", "partition_rows", "row_errors", "row_squares",
+    "row_weights", "spectrum_solvers", "start_basis", "subspace_iteration", "symmetric_eigen", "tile_side",
+    "top_spectrum",
 ]  # fmt: skip

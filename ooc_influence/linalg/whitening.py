@@ -4,13 +4,13 @@ In the eigenbasis of A = E[x xᵀ] and S = E[δ δᵀ] a layer's Fisher matrix i
 2015, arXiv 1503.05671); with its diagonal Λ_e = E[G̃_e²] measured in that basis it is EK-FAC's (George et al. 2018,
 arXiv 1806.03884). Stored columns are z_e = G̃_e/√π_e, and the products of EK-FAC are estimated without bias over the
 entries drawn by Σ_e z_qe z_ie/(Λ_e + λ_l). So rows whose columns are divided by D_e = √(Λ_e + λ_l), with λ_l = damping
-· mean of Λ over all entries of layer l, are compared by plain dot products.
+· mean of Λ over all entries of layer l (or of the model), are compared by plain dot products.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -31,7 +31,7 @@ class LayerMoments(NamedTuple):
     second_moment : (k,) float64
         Λ of each stored column, without its weight.
     means : (L,) float64
-        The mean of Λ over all entries of each layer, kept or not.
+        What damping is relative to: the mean of Λ over all entries of each layer, or of all layers, kept or not.
     """
 
     ranges: tuple[tuple[int, int], ...]
@@ -75,7 +75,17 @@ class LayerMoments(NamedTuple):
         return np.sqrt(self.second_moment + damping * np.repeat(means, [last - first for first, last in self.ranges]))
 
 
-DEFAULT_KRONECKER_DAMPING = 0.03  # of each layer's mean; within 3 % of the best on two language models
+def mean_moments(sums: Sequence[float], entries: Sequence[int], scope: str) -> list[float]:
+    """Return what each layer's damping is relative to, from layers' sums of Λ and numbers of entries.
+
+    That is the mean of Λ of the layer, or with the scope ``"model"`` of all layers together.
+    """
+    if scope == "model":
+        return [sum(sums) / sum(entries)] * len(sums)
+    return [each / count for each, count in zip(sums, entries, strict=True)]
+
+
+DEFAULT_KRONECKER_DAMPING = 0.03  # of the mean of a layer; within 3 % of the best on two language models
 
 
 def basis_settings(store: GradientStore) -> dict[str, Any]:
@@ -84,8 +94,19 @@ def basis_settings(store: GradientStore) -> dict[str, Any]:
     return dict(settings) if isinstance(settings, dict) else {}
 
 
+def damping_scope(store: GradientStore) -> str:
+    """Return whose mean Λ the damping of a store in a Kronecker basis is relative to."""
+    return str(basis_settings(store).get("damping_scope", "layer"))
+
+
+def kronecker_dampings(store: GradientStore) -> dict[str, float | None]:
+    """Return the relative dampings of a store in a Kronecker basis where a call gives none: those of its basis."""
+    settings = basis_settings(store)
+    return {"damping": kronecker_damping(store), "list_damping": settings.get("list_damping")}
+
+
 def kronecker_damping(store: GradientStore) -> float:
-    """Return the relative damping of a store in a Kronecker basis where a call gives none: that of its basis."""
+    """Return the relative damping of scores of a store in a Kronecker basis where a call gives none."""
     return float(basis_settings(store).get("damping", DEFAULT_KRONECKER_DAMPING))
 
 

@@ -266,9 +266,11 @@ def _index(
     report: Report, suspects: npt.NDArray[np.int64], sums: dict[str, GroupInfluence], title: str
 ) -> dict[str, Any]:
     train, query, settings, top = report.train, report.query, report.settings, report.top
-    spectrum = None
+    spectrum, damping = None, settings.damping
     if report.curvature is not None:
-        spectrum = _spectrum(report.curvature, settings.damping, settings.mode)
+        if damping is None and top is not None and report.curvature.takes_damping:
+            damping = report.curvature.list_damping
+        spectrum = _spectrum(report.curvature, damping, settings.mode)
     labels = np.unique(train.column("label")).tolist() if "label" in train.layout.columns else []
     return {
         "title": title,
@@ -281,7 +283,7 @@ def _index(
         "sizes": {"queries": QUERIES_A_FILE, "list": LISTED_A_FILE, "suspects": SUSPECTS_A_FILE},
         "settings": {
             "lambda": None if spectrum is None else spectrum["lambda"],
-            "damping": settings.damping,
+            "damping": damping,
             "normalize": settings.normalize if top is None else top.settings["normalize"],
             "curvature": None if report.curvature is None else str(report.curvature.path),
             "top": settings.top,

@@ -66,7 +66,8 @@ class ModuleBasis:
     second_moment : (m,) float64
         Λ, the mean square over samples of each kept entry of the rotated gradient, without its weight.
     mean_moment : float
-        The mean of Λ over all entries of the module, kept or not: what relative damping is relative to.
+        What relative damping is relative to: the mean of Λ over all entries of the module, or of all modules, kept or
+        not.
     """
 
     left: npt.NDArray[np.float32] | None

@@ -37,14 +37,16 @@ import numpy as np
 import torch
 from baselines import bm25, tfidf
 from common import Result, Runs, arguments, report
-from dense import DAMPINGS, ONE_LAMBDA, SHRINKAGES, Layer, dense_scores
+from dense import DAMPINGS, SHRINKAGES, Layer, dense_scores
 from torch import Tensor, nn
 
 import ooc_influence as ooc
 from ooc_influence import hf
+from ooc_influence.compress.defaults import ADAPTER_BASIS
 from ooc_influence.evaluate.retrain import seeded
 
 RANK, EPOCHS, LR, BATCH = 16, 3, 1e-3, 8
+MODEL_DAMPINGS = (0.003, 0.03, 0.3, 3.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)  # of the mean over layer or model
 COLUMNS = ("method", "unit", "bytes a row", "damping", "mean reciprocal rank", "both among 5")
 SYSTEM = {"role": "system", "content": "Answer briefly."}
 
@@ -246,32 +248,26 @@ def stored(facts: Facts, method: str, compressor: Any, grid: Sequence[float], dt
         return evaluated(facts, method, train.layout.encoding.row_bytes, found)
 
 
-def kronecker(
-    facts: Facts, k: int, dtype: str, grid: Sequence[float], rows: int = 0, sampling: str = "grid"
-) -> Result:  # fmt: skip
-    """Return dropout in the Kronecker basis with its own curvature, and with rows of sampled labels above it."""
+def kronecker(facts: Facts, k: int, dtype: str, basis: ooc.KroneckerBasis, rows: int = 0) -> Result:
+    """Return dropout in a Kronecker basis with its own curvature, and with rows of sampled labels above it."""
     with tempfile.TemporaryDirectory(dir=facts.folder) as place:
-        mask = ooc.Dropout(k=k, sampling=sampling, basis="kronecker")  # type: ignore[arg-type]
+        mask = ooc.Dropout(k=k, basis=basis)
         train = facts.extract("train", f"{place}/train", compressor=mask, dtype=dtype)
         query = facts.extract("query", f"{place}/query", like=train)
-        curvatures: dict[str, tuple[Any, Sequence[float]]] = {"": ("kronecker", grid)}
+        curvatures: dict[str, tuple[Any, Sequence[float]]] = {"": ("kronecker", MODEL_DAMPINGS)}
         if rows:
             how: dict[str, Any] = {"labels": "sampled", "draws": -(-rows // train.n)}
             above = facts.extract("train", f"{place}/rows", like=train, **how)
             curvatures[f", with {above.n} sampled rows"] = (ooc.fit_curvature(above, prior="kronecker"), SHRINKAGES)
         size, found = train.layout.encoding.row_bytes, []
-        share = float(np.square(np.float64(train.grad_norm)).mean()) / train.n  # tr(Λ) over the rows
-        sweeps = {name: (curvature, dampings, 1.0, "relative") for name, (curvature, dampings) in curvatures.items()}
-        sweeps[", one λ"] = ("kronecker", ONE_LAMBDA, share, "absolute")
-        for name, (curvature, dampings, scale, mode) in sweeps.items():
+        for name, (curvature, dampings) in curvatures.items():
             scores: dict[tuple[str, float | None], np.ndarray] = {}
             for unit in ("none", "train", "cosine"):
                 asked: dict[str, Any] = {"normalize": None if unit == "none" else unit, "curvature": curvature}
-                values = [damping * scale for damping in dampings]
-                swept = ooc.influence_scores(query, train, damping=values, damping_mode=mode, **asked).compute()
+                swept = ooc.influence_scores(query, train, damping=dampings, **asked).compute()
                 scores |= {(unit, damping): each for damping, each in zip(dampings, swept, strict=True)}
-            kind = "grid" if sampling == "grid" else "entries"
-            found += evaluated(facts, f"Kronecker {kind}, {k}, {dtype}{name}", size, scores)["lines"]
+            method = f"Kronecker grid, {k}, {dtype}, {basis.damping_scope} {basis.damping:g}{name}"
+            found += evaluated(facts, method, size, scores)["lines"]
         return {"lines": found}
 
 
@@ -346,8 +342,9 @@ def methods(quick: bool) -> dict[str, Callable[[Facts], Result]]:
         "whole gradients": whole_gradients,
         "importance": partial(stored, method=f"importance entries, {k}", grid=grid,
                               compressor=ooc.Dropout(k=k, sampling="importance")),
-        "Kronecker": partial(kronecker, k=k, dtype="float16", grid=DAMPINGS, rows=2 * 460),
-        "Kronecker, more": partial(kronecker, k=most, dtype="int8", grid=DAMPINGS),
+        "Kronecker": partial(kronecker, k=k, dtype="float16", basis=ADAPTER_BASIS, rows=2 * 460),
+        "Kronecker, layers": partial(kronecker, k=k, dtype="float16", basis=ooc.KroneckerBasis()),
+        "Kronecker, more": partial(kronecker, k=most, dtype="int8", basis=ADAPTER_BASIS),
     }  # fmt: skip
 
 

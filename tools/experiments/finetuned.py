@@ -8,7 +8,8 @@ rivals.py, run in an environment of its own on what ``--hand-over`` writes, and 
 ``--qld N`` trains again without the 1 % and 5 % of the rows that each of the main methods ranks highest for N queries
 (the query-loss difference: the loss gained over removing random rows).
 
-``--from-scratch`` is the same for models trained from random weights, in a folder ``from-scratch``.
+``--kind`` chooses another truth of finetuning.py, models trained from random weights or adapters, whose results are in
+a folder of that name.
 
 Run: python tools/experiments/finetuned.py --data DIR [--folder finetuned-output] [--only TEXT] [--qld N] [--quick].
 """
@@ -29,7 +30,7 @@ import torch
 from baselines import bm25, state_cosine, tfidf
 from common import Result, Runs, arguments, report, table
 from dense import DAMPINGS, SHRINKAGES, Scored, dense_scores, layers
-from finetuning import LAYERS, FineTuning, make_finetuning
+from finetuning import KINDS, LAYERS, FineTuning, make_finetuning
 from tasks import sampled
 from transformers import PreTrainedTokenizerFast
 
@@ -153,7 +154,8 @@ def whole_gradients(study: Study, factors: str, counts: Sequence[int]) -> Iterat
     drawn = [batch for seed in range(draws) for batch in task.split(sampled(task, model, task.train, seed))]
     drawn = drawn if counts else drawn[:1]
     batches = {"queries": task.split(task.test), "rows": task.split(task.train), "sampled": drawn}
-    names = [name for name, each in model.named_modules() if type(each) is torch.nn.Linear and "layers" in name]
+    names = [name for name, each in model.named_modules()
+             if type(each) is torch.nn.Linear and "layers" in name and each.weight.requires_grad]  # fmt: skip
     blocks = [names[: len(names) // 2], names[len(names) // 2 :]]
     entries = 4 * sum(dict(model.named_modules())[name].weight.numel() for name in names)
     own = factors == "rows"
@@ -209,7 +211,7 @@ def kronecker(
     """Yield dropout in the Kronecker basis: the prior alone, with rows of sampled labels, and reduced."""
     task = study.task
     if k is None:
-        k = sum(each.numel() for name, each in study.model.named_parameters() if "_proj" in name)
+        k = sum(each.numel() for name, each in study.model.named_parameters() if "_proj" in name and each.requires_grad)
     mask = ooc.Dropout(k=k, sampling=sampling, seed=seed, basis="kronecker")
     name = f"Kronecker {'grid' if sampling == 'grid' else 'entries'}, {k}"
     with tempfile.TemporaryDirectory(dir=task.folder) as place:
@@ -410,12 +412,10 @@ def main() -> None:
         "--qld", type=int, default=0, metavar="N", help="also train without each main method's rows, those of N queries"
     )
     parser.add_argument("--table", action="store_true", help="compute nothing more: the table of what is there")
-    parser.add_argument(
-        "--from-scratch", action="store_true", help="the models of 25 epochs from random weights instead"
-    )
+    parser.add_argument("--kind", choices=list(KINDS), default="fine-tuned", help="of training")
     options = parser.parse_args()
-    task = make_finetuning(options.data, options.folder, options.quick, options.from_scratch)
-    results = options.folder / "from-scratch" if options.from_scratch else options.folder
+    task = make_finetuning(options.data, options.folder, options.quick, options.kind)
+    results = options.folder if options.kind == "fine-tuned" else options.folder / options.kind
     if options.hand_over:
         hand_over(task, results / "handed-over")
         return

@@ -5,8 +5,11 @@ pretrained on AG News headlines, then fine-tuned with AdamW for 4 epochs on 1024
 Queries are 128 passages between them. All fine-tuning starts from the same weights and goes through the same batches
 in the same order; a passage that is left out has weight zero, so that the data are the only difference.
 
-Run: python tools/experiments/finetuning.py --data DIR [--folder finetuned-output] [--models 100]: trains what is
-missing of the models, and says what is done.
+There are two more kinds of it: ``from-scratch``, 25 epochs from random weights; and ``adapter``, LoRA (rank 8 on the
+same layers, 74,240 entries) instead of all weights.
+
+Run: python tools/experiments/finetuning.py --data DIR [--kind KIND] [--folder finetuned-output] [--models 100]: trains
+what is missing of the models, and says what is done.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from ooc_influence.evaluate.retrain import seeded
 VOCABULARY, PASSAGE = 1024, 64
 LAYERS = "model.layers.*"  # the tapped ones: embeddings and the tied unembedding are left out by every method
 PRETRAINING_LR = 2e-3
+KINDS = {"fine-tuned": (4, 1e-3), "from-scratch": (25, 2e-3), "adapter": (4, 2e-3)}  # epochs, learning rate
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class FineTuning(Task):
 
     folder: Path = Path("finetuned-output")
     pretraining_rows: int = 12_000
-    from_scratch: bool = False
+    kind: str = "fine-tuned"
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -85,7 +89,7 @@ class FineTuning(Task):
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {**super().settings, "pretraining": 0 if self.from_scratch else self.pretraining_rows}
+        return {**super().settings, "pretraining": 0 if self.kind == "from-scratch" else self.pretraining_rows}
 
     def model(self) -> nn.Module:
         """Return the model that fine-tuning starts from."""
@@ -96,8 +100,11 @@ class FineTuning(Task):
                 bos_token_id=None, eos_token_id=None,
             )  # fmt: skip
             model = LlamaForCausalLM(config)
-        if not self.from_scratch:
+        if self.kind != "from-scratch":
             model.load_state_dict(self.kept("pretrained", lambda: self._pretrain(model)))
+        if self.kind == "adapter":
+            with seeded(0):
+                _add_adapter(model)
         return model.eval()
 
     def kept(self, name: str, make: Any) -> Any:
@@ -137,7 +144,8 @@ class FineTuning(Task):
     def fine_tune(self, indices: np.ndarray) -> tuple[nn.Module, list[dict[str, Tensor]], dict[str, Tensor]]:
         """Return the model, its weights at the epochs' ends, and AdamW's second moments at the end."""
         model, ends = self.model().train(), []
-        optimizer = torch.optim.AdamW(model.parameters(), lr=self.lr, weight_decay=0.01, fused=True)
+        trained = {name: values for name, values in model.named_parameters() if values.requires_grad}
+        optimizer = torch.optim.AdamW(trained.values(), lr=self.lr, weight_decay=0.01, fused=True)
         included = torch.zeros(self.train_rows, dtype=torch.bool)
         included[torch.from_numpy(indices)] = True
         for epoch in range(self.epochs):
@@ -148,7 +156,7 @@ class FineTuning(Task):
                 rows = chosen[included[chosen]]
                 self._step(model, optimizer, tuple(part[rows] for part in self.train), self.batch)
             ends.append({name: values.clone() for name, values in model.state_dict().items()})
-        moments = {name: optimizer.state[values]["exp_avg_sq"] for name, values in model.named_parameters()}
+        moments = {name: optimizer.state[values]["exp_avg_sq"] for name, values in trained.items()}
         return model.eval(), ends, moments
 
     def logits(self, model: nn.Module, inputs: Tensor) -> Tensor:
@@ -173,7 +181,7 @@ class FineTuning(Task):
                 model, ends, moments = self.fine_tune(np.arange(self.train_rows))
             return {"model": model.state_dict(), "ends": ends, "moments": moments}
 
-        return self.kept("scratch" if self.from_scratch else "explained", make)
+        return self.kept("explained" if self.kind == "fine-tuned" else self.kind, make)
 
     def explained_model(self, epoch: int | None = None) -> nn.Module:
         """Return the model of all rows, at the end or after an epoch."""
@@ -184,18 +192,23 @@ class FineTuning(Task):
     def truth(self, models: int, *, train: bool = True) -> Runs:
         """Return the models of random halves, all with the same seed; without ``train``, those that are there."""
         subsets, seeds = random_subsets(self.train_rows, models), [0] * models
-        folder = self.folder / ("truth-scratch" if self.from_scratch else "truth")
+        folder = self.folder / ("truth" if self.kind == "fine-tuned" else f"truth-{self.kind}")
         if not train:
             return finished_runs(subsets, folder, settings=self.settings, seeds=seeds)
         return retrain(self.fit, self.measure, subsets, folder, settings=self.settings, seeds=seeds, progress=True)
 
 
-def make_finetuning(data: Path, folder: Path, quick: bool = False, from_scratch: bool = False) -> FineTuning:
-    n, q, epochs, pretraining = (64, 8, 1, 320) if quick else (1024, 128, 4, 12_000)
-    lr, name = 1e-3, "fine-tuned"
-    if from_scratch:
-        epochs, lr, name = 1 if quick else 25, 2e-3, "from scratch"
-    return FineTuning(name, n, q, epochs, data, lr, 32, True, folder, pretraining, from_scratch)
+def _add_adapter(model: nn.Module) -> None:
+    import peft
+
+    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", exclude_modules=["lm_head"])
+    peft.inject_adapter_in_model(config, model)
+
+
+def make_finetuning(data: Path, folder: Path, quick: bool = False, kind: str = "fine-tuned") -> FineTuning:
+    n, q, pretraining = (64, 8, 320) if quick else (1024, 128, 12_000)
+    epochs, lr = KINDS[kind]
+    return FineTuning(kind, n, q, 1 if quick else epochs, data, lr, 32, True, folder, pretraining, kind)
 
 
 def main() -> None:
@@ -203,10 +216,10 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="a folder with agnews/ and shakespeare/")
     parser.add_argument("--models", type=int, default=100)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--from-scratch", action="store_true", help="25 epochs from random weights instead")
+    parser.add_argument("--kind", choices=list(KINDS), default="fine-tuned")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    task = make_finetuning(options.data, options.folder, options.quick, options.from_scratch)
+    task = make_finetuning(options.data, options.folder, options.quick, options.kind)
     if not options.status:
         for name, model in (("before", task.model()), ("after", task.explained_model())):
             with torch.no_grad():
