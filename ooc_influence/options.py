@@ -129,7 +129,7 @@ class DampedOptions(Striped, total=False):
         None, "float or sequence of float, optional",
         "Relative (λ = damping · tr(F)/min(d, m), m the rows of the fit) or absolute; default the curvature's own, "
         "0.1 relative (of a Kronecker basis 0.03 of each layer's mean; of an adapter's 0.3 of the whole model's, in "
-        "lists of rows 300). A sequence gives results an axis of λ in front; the rows are read once for all.",
+        "lists of rows 3000). A sequence gives results an axis of λ in front; the rows are read once for all.",
         "Damping factor; may be repeated. Default: the curvature's (0.1, relative).", kind=float, multiple=True)]
     damping_mode: Annotated[DampingMode, Option(
         "relative", '{"relative", "absolute"}', "What ``damping`` means.",

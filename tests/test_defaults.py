@@ -102,7 +102,7 @@ def test_small_corpora_are_not_reduced():
 def test_adapters_have_one_lambda_for_all_layers():
     sizes = 10, "float16", "token_cross_entropy"
     kept = DefaultDropout().sized(*sizes, adapter=True)(500)
-    assert kept == Dropout(500, "grid", basis=KroneckerBasis(damping=0.3, damping_scope="model", list_damping=300.0))
+    assert kept == Dropout(500, "grid", basis=KroneckerBasis(damping=0.3, damping_scope="model", list_damping=3000.0))
     kept = DefaultDropout(damping=0.1).sized(*sizes, adapter=True)(500)
     assert kept == Dropout(500, "grid", basis=KroneckerBasis(damping=0.1))
     assert DefaultDropout(basis="parameters").sized(*sizes, adapter=True)(500) == Dropout(500, "importance")

@@ -19,7 +19,7 @@ LARGEST_STORE = 64 * 2**30  # bytes; rows of larger stores are reduced
 
 # Gradients of an adapter's layers differ in size by orders of magnitude, and so do the dampings that suit its two uses:
 # see docs/evaluation.md.
-ADAPTER_BASIS = KroneckerBasis(damping=0.3, damping_scope="model", list_damping=300.0)
+ADAPTER_BASIS = KroneckerBasis(damping=0.3, damping_scope="model", list_damping=3000.0)
 
 
 def kronecker_basis(damping: float | None, scope: DampingScope | None, *, adapter: bool = False) -> KroneckerBasis:
