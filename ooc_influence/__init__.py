@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         Rademacher,
         Sjlt,
         reduce_store,
+        rewrite_store,
     )
     from ooc_influence.curvature import Curvature, fit_curvature, fit_fisher, fit_gram, fit_kronecker, gram_matrix
     from ooc_influence.errors import OocInfluenceError, OocInfluenceWarning
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 _EXPORTS = {
     "compress": [
         "Dropout", "Eigenbasis", "Gaussian", "Grass", "Identity", "KroneckerBasis", "LoGra", "Pca",
-        "Rademacher", "Sjlt", "reduce_store",
+        "Rademacher", "Sjlt", "reduce_store", "rewrite_store",
     ],
     "curvature": ["Curvature", "fit_curvature", "fit_fisher", "fit_gram", "fit_kronecker", "gram_matrix"],
     "errors": ["OocInfluenceError", "OocInfluenceWarning"],
@@ -72,7 +73,7 @@ __all__ = [
     "Pca", "Rademacher", "Recipe", "Sjlt", "Split", "Storage", "TopInfluential", "__version__", "compact_store",
     "cross_entropy", "extract_gradients", "extract_shards", "fit_curvature", "fit_fisher", "fit_gram", "fit_kronecker",
     "gram_matrix", "group_influence", "influence_scores", "init_store", "merge_stores", "module_influence", "plan",
-    "reduce_store", "self_influence", "token_cross_entropy", "top_influential", "upgrade_store",
+    "reduce_store", "rewrite_store", "self_influence", "token_cross_entropy", "top_influential", "upgrade_store",
 ]  # fmt: skip
 
 

@@ -36,7 +36,7 @@ OnNonFinite = Literal["raise", "skip"]
 LabelKind = Literal["dataset", "sampled"]
 DampingScope = Literal["layer", "model"]
 Task = Literal["causal-lm", "classification"]
-DTYPES = ("float16", "bfloat16", "float32", "int8", "int4")
+DTYPES = ("float16", "bfloat16", "float32", "int8", "int4", "sign")
 
 
 @dataclass(frozen=True)
@@ -287,6 +287,16 @@ class FisherOptions(FittingOptions, total=False):
         metavar="R")]
 
 
+class RewriteOptions(Reporting, total=False):
+    """What writing rows in another representation takes."""
+
+    dtype: Annotated[str, Option(
+        "sign", '{"float16", "bfloat16", "float32", "int8", "int4", "sign"}', "Representation of the new rows.",
+        "Representation of the new rows.", choices=DTYPES)]
+    storage: Annotated["Storage | None", Option(
+        None, "Storage, optional", "Chunking and codec; default that of a new store, with the codec of this one.")]
+
+
 class ReduceOptions(Striped, total=False):
     """What a reduction of a wide store takes."""
 
@@ -308,7 +318,7 @@ class ReduceOptions(Striped, total=False):
         False, "bool", "``wide`` is reduced already: write its rows in the eigenbasis of the F of all of them.",
         "WIDE is reduced already: rotate it to the eigenbasis of the F of all its rows.")]
     dtype: Annotated[str | None, Option(
-        None, '{"float16", "bfloat16", "float32", "int8", "int4"}, optional',
+        None, '{"float16", "bfloat16", "float32", "int8", "int4", "sign"}, optional',
         "Representation on disk; default float16, or that of an already reduced store.",
         "Representation on disk. Default: float16; with --rotate as WIDE.", choices=DTYPES)]
     storage: Annotated["Storage | None", Option(None, "Storage, optional", "Chunking and codec.")]
@@ -318,7 +328,7 @@ class CreateOptions(TypedDict, total=False):
     """What a new store is created with."""
 
     dtype: Annotated[str, Option(
-        "float16", '{"float16", "bfloat16", "float32", "int8", "int4"}',
+        "float16", '{"float16", "bfloat16", "float32", "int8", "int4", "sign"}',
         "Representation of the rows; float16 has a scale a row, int8 and int4 one for every 16 columns.")]
     storage: Annotated["Storage | None", Option(None, "Storage, optional", "Chunking and codec.")]
     planned_rows: Annotated[int | None, Option(
@@ -363,7 +373,7 @@ class ExtractionOptions(Budgeted, Reporting, total=False):
         "Tap selected layers of unknown kinds too, through ``torch.func``, at the cost of their full gradients.",
         "Tap layers of unknown kinds too, at the cost of their full gradients.")]
     dtype: Annotated[str, Option(
-        "float16", '{"float16", "bfloat16", "float32", "int8", "int4"}',
+        "float16", '{"float16", "bfloat16", "float32", "int8", "int4", "sign"}',
         "Representation on disk; float16, int8 and int4 have a float32 scale a row.",
         "Representation on disk; float16, int8 and int4 have a scale a row.", choices=DTYPES)]
     device: Annotated["torch.device | str | None", Option(
@@ -580,7 +590,7 @@ class PlanOptions(Budgeted, total=False):
 
     queries: Annotated[int, Option(100, "int", "Query rows.", "Query rows.", kind=int, metavar="Q")]
     dtype: Annotated[str, Option(
-        "float16", '{"float16", "bfloat16", "float32", "int8", "int4"}', "Representation on disk.",
+        "float16", '{"float16", "bfloat16", "float32", "int8", "int4", "sign"}', "Representation on disk.",
         "Representation on disk.", choices=DTYPES)]
     reduce: Annotated[int | None, Option(
         None, "int, optional", "Numbers that kept entries are reduced to.",

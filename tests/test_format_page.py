@@ -118,6 +118,37 @@ def test_digests_are_what_the_page_says(path):
     assert group["curvature/default"].attrs["ooc_influence_curvature"]["rows_digest"] == rows_digest(group) != before
 
 
+def test_sign_rows_are_what_the_page_says(tmp_path):
+    k = 100
+    with GradientStore.create(tmp_path / "s.zarr", Dropout(k=k).draw([LayerShape("fc", "linear", (10, 10), False)]),
+                              dtype="sign") as store:  # fmt: skip
+        store.append(random_rows(9, k), loss=np.ones(9))
+    rows = GradientStore.open(tmp_path / "s.zarr").rows()
+    group = zarr.open_group(tmp_path / "s.zarr", mode="r")
+    a = max(2**m for m in range(11) if 2**m <= max(1, k / 8))
+    c = -(-k // a)
+    state, flips = 0, []
+    for _ in range(k):
+        state = (state + 0x9E3779B97F4A7C15) % 2**64
+        value = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        value = (value ^ value >> 27) * 0x94D049BB133111EB % 2**64
+        flips.append(-1 if (value ^ value >> 31) >> 63 else 1)
+    sylvester = np.ones((1, 1))
+    while len(sylvester) < a:
+        sylvester = np.block([[sylvester, sylvester], [sylvester, -sylvester]])
+    R = np.zeros((a * c, k))
+    for i in range(k):
+        R[i % c :: c, i] = sylvester[:, i // c] * flips[i] / np.sqrt(a)
+    bits = np.unpackbits(group["gradients"][:], axis=1)
+    assert bits.shape[1] == -(-a * c // 8) * 8
+    assert not bits[:, a * c :].any()
+    represented = group["row_scale"][:][:, None] * ((2.0 * bits[:, : a * c] - 1) @ R)
+    np.testing.assert_allclose(rows, represented, atol=1e-6)
+    rotated = random_rows(9, k) @ R.T
+    np.testing.assert_allclose(group["row_scale"][:], (rotated**2).sum(1) / np.abs(rotated).sum(1), rtol=1e-5)
+    assert_array_equal(bits[:, : a * c], rotated >= 0)
+
+
 def test_a_reduction_too(path, tmp_path):
     reduce_store(path, tmp_path / "basis.zarr", 3)
     group = zarr.open_group(tmp_path / "basis.zarr", mode="r")

@@ -382,7 +382,7 @@ def test_what_lies_outside_the_span_is_told(tmp_path):
     assert_allclose(top.to_dict()["queries"][4]["outside_share"], 1, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8", "int4", "sign"])
 @pytest.mark.parametrize("scale", [None, "column"])
 def test_a_device_decodes_every_representation(tmp_path, dtype, scale, monkeypatch):
     monkeypatch.setattr("ooc_influence.memory.BLOCK_BYTES", 2**13)
@@ -395,8 +395,9 @@ def test_a_device_decodes_every_representation(tmp_path, dtype, scale, monkeypat
     here, there = (influence_scores(query, train, curvature=False, device=d).compute() for d in (None, "cpu"))
     assert_allclose(there, here, rtol=0, atol=1e-6 * np.nanmax(np.abs(here)))
     assert_array_equal(np.flatnonzero(np.isnan(there[0])), [7, 250])
-    assert_allclose(self_influence(train, curvature=False, device="cpu"), np.square(
-        np.where(train.dropped[:, None], np.nan, train.rows())).sum(1), rtol=1e-5)  # fmt: skip
+    squares = np.square(np.where(train.dropped[:, None], np.nan, train.rows())).sum(1)
+    energy = train.layout.encoding.energy
+    assert_allclose(self_influence(train, curvature=False, device="cpu"), energy * squares, rtol=1e-5)
 
 
 @pytest.mark.gpu

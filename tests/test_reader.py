@@ -14,7 +14,8 @@ from ooc_influence.store import read_blocks
 
 
 @pytest.fixture(
-    scope="module", params=["float32", "float16", "bfloat16", "int8", "int4", "float16-zstd", "float16-scaled"]
+    scope="module",
+    params=["float32", "float16", "bfloat16", "int8", "int4", "sign", "float16-zstd", "float16-scaled", "sign-scaled"],
 )
 def store(tmp_path_factory, request):
     folder = tmp_path_factory.mktemp("reader")

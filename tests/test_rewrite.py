@@ -157,7 +157,7 @@ def test_find(tmp_path):
 @given(
     rows=arrays(np.float32, st.tuples(st.integers(1, 5), st.sampled_from([1, 2, 3, 8, 9, 13])),
                 elements=st.floats(-(2.0**99), 2.0**99, width=32)),
-    name=st.sampled_from(REPRESENTATIONS),
+    name=st.sampled_from([name for name in REPRESENTATIONS if name != "sign"]),
     scaled=st.booleans(),
     block=st.sampled_from([None, 1, 4, BLOCK]),
 )  # fmt: skip
@@ -215,7 +215,7 @@ def test_quantised_rows_as_the_format_says(k, name):
 @pytest.mark.parametrize(
     ("name", "codec"),
     [(name, None) for name in REPRESENTATIONS]
-    + list(zip(REPRESENTATIONS, ["zstd", "blosc", "lz4", "gzip", "zstd"], strict=True)),
+    + list(zip(REPRESENTATIONS, ["zstd", "blosc", "lz4", "gzip", "zstd", "blosc"], strict=True)),
 )
 def test_every_representation_and_codec(tmp_path, name, codec):
     k = 7
@@ -229,12 +229,13 @@ def test_every_representation_and_codec(tmp_path, name, codec):
         store.append(rows[13:], loss=np.zeros(37))
     store = GradientStore.open(path)
     assert (store.verify(), store.layout.codec, store.shape) == ([], codec, (50, k))
-    worst = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 0.01, "int8": 0.01, "int4": 0.15}[name]
+    worst = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 0.01, "int8": 0.01, "int4": 0.15, "sign": 1}[name]
     assert np.abs((store.rows() - rows) / columns).max() < worst * np.abs(rows / columns).max()
     assert_array_equal(store.rows(5, 30), store.rows()[5:30])
     assert_array_equal(store.to_dask().compute(), store.rows())
-    fit_fisher(store)
-    assert np.isfinite(self_influence(store)).all()
+    if name != "sign":
+        fit_fisher(store)
+    assert np.isfinite(self_influence(store, curvature=False if name == "sign" else None)).all()
     assert store.reading_bytes == (0 if codec is None else 4 * store.layout.chunk_bytes)
 
 
@@ -257,7 +258,7 @@ def test_torch_takes_the_rows_without_a_copy(tmp_path, name):
 
     store = write_store(tmp_path / "s", ROWS, dtype=name)
     tensor = store.tensor(0, 40)
-    kinds = {"bfloat16": torch.bfloat16, "int4": torch.uint8}
+    kinds = {"bfloat16": torch.bfloat16, "int4": torch.uint8, "sign": torch.uint8}
     assert tensor.dtype == kinds.get(name, getattr(torch, name, None))
     if name == "bfloat16":
         assert_allclose(tensor.float().numpy(), store.rows(0, 40))

@@ -9,7 +9,7 @@ import click
 
 from ooc_influence.cli import options
 from ooc_influence.errors import InputError, counted
-from ooc_influence.options import ReduceOptions
+from ooc_influence.options import ReduceOptions, RewriteOptions
 
 
 @click.command()
@@ -221,6 +221,26 @@ def reduce(wide: str, codec: str | None, cache: str | None, cache_size: str, as_
 
     opened = options.open_train(wide, cache, cache_size)
     result = reduce_store(opened, storage=Storage(codec=codec), progress=options.show_progress(), **settings)
+    options.print_result(as_json, store_facts(result), lambda: describe(result))
+
+
+@click.command()
+@click.argument("store", type=options.PATH)
+@click.argument("out", type=options.PATH)
+@options.flags(RewriteOptions)
+@options.codec
+@options.where
+def rewrite(store: str, codec: str | None, cache: str | None, cache_size: str, as_json: bool, **settings: Any) -> None:
+    """Write the rows of STORE in another representation to OUT: as signs, by default.
+
+    After an interruption, the same command continues where it was.
+    """
+    from ooc_influence import Storage, rewrite_store
+    from ooc_influence.report import describe, store_facts
+
+    opened = options.open_train(store, cache, cache_size)
+    storage = None if codec is None else Storage(codec=codec)
+    result = rewrite_store(opened, storage=storage, progress=options.show_progress(), **settings)
     options.print_result(as_json, store_facts(result), lambda: describe(result))
 
 

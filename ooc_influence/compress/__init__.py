@@ -17,6 +17,7 @@ from ooc_influence.compress.projection import (
     Sjlt,
 )
 from ooc_influence.compress.reduce import reduce_store
+from ooc_influence.compress.representation import rewrite_store
 from ooc_influence.store import PilotMoments
 
 BASELINES = {kind.name: kind for kind in (Gaussian, Rademacher, Sjlt, Grass, LoGra, Pca, Identity)}
@@ -46,5 +47,6 @@ __all__ = [
     "fit_eigenbasis",
     "kronecker_basis",
     "reduce_store",
+    "rewrite_store",
     "variance_factors",
 ]

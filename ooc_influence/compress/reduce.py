@@ -30,7 +30,7 @@ from ooc_influence.compress.eigenbasis import (
 )
 from ooc_influence.errors import InputError, MismatchError, StoreNotFoundError
 from ooc_influence.fingerprint import check_same, check_same_rows
-from ooc_influence.linalg import Floats, LayerMoments, WeightedRows, parse_weighting, row_weights
+from ooc_influence.linalg import Floats, LayerMoments, WeightedRows, parse_weighting, row_weights, storage_scale
 from ooc_influence.memory import PRODUCT_ROWS, MemoryBudget, MemoryModel
 from ooc_influence.options import ReduceOptions, Striped, Weighting, select, takes
 from ooc_influence.parallel import check_workers, slots_per_process
@@ -43,6 +43,7 @@ from ooc_influence.store import (
     StorePath,
     as_store,
     check_free,
+    check_second_moments,
     copy_tombstones,
     create_like,
     parse_path,
@@ -152,6 +153,7 @@ class _Job:
         Eigenbasis(1 if r is None else r, rows, weights)  # the same checks
         if not source.n or source.committed > source.n or (source.layout.planned_rows or 0) > source.n:
             raise InputError(f"expected a finished store with rows; received {source.path}: finish or repair it first")
+        check_second_moments(source)
         job = cls(source, train, r, rows, parse_weighting(weights, source.attrs), rotate)
         if train is not None:
             job._check_like(train)
@@ -241,7 +243,6 @@ def _create(
     else:
         reduction, attributes = _make_basis(job, means)
     assert isinstance(reduction, StoredReduction)
-    scale = reduction.column_scale() if representation in ("int8", "int4") else None
     return create_like(
         source,
         path,
@@ -250,7 +251,7 @@ def _create(
         storage=_chunking(storage or Storage(), reduction.columns, representation, source.n),
         planned_rows=source.n,
         reduction=reduction if basis_path is None else {**reduction.facts, "path": basis_path},
-        column_scale=scale,
+        column_scale=storage_scale(representation, source.mask, reduction, attributes),
         attributes=attributes | {"reduced": job.record},
     )
 

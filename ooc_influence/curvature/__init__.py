@@ -19,13 +19,13 @@ from ooc_influence.curvature.eigen import (
     self_influence_bytes,
 )
 from ooc_influence.curvature.fit import fit_curvature, fit_fisher, fit_gram, fit_kronecker, gram_matrix
-from ooc_influence.curvature.kronecker import PRIOR, has_prior
+from ooc_influence.curvature.kronecker import PRIOR, KroneckerPrior, has_prior
 from ooc_influence.curvature.resolve import resolve_curvature
 from ooc_influence.curvature.rows import choose_rows
 
 __all__ = [
-    "DEFAULT_DAMPING", "PRIOR", "USUAL_PASSES", "BlockShape", "Curvature", "choose_method", "choose_rows",
-    "fisher_memory", "fit_curvature", "fit_fisher", "fit_gram", "fit_kronecker", "fit_size", "gram_matrix",
-    "gram_memory", "has_prior", "largest_rank", "plan_low_rank", "precondition_bytes", "reduced_alternatives",
-    "resolve_curvature", "resolved", "self_influence_bytes",
+    "DEFAULT_DAMPING", "PRIOR", "USUAL_PASSES", "BlockShape", "Curvature", "KroneckerPrior", "choose_method",
+    "choose_rows", "fisher_memory", "fit_curvature", "fit_fisher", "fit_gram", "fit_kronecker", "fit_size",
+    "gram_matrix", "gram_memory", "has_prior", "largest_rank", "plan_low_rank", "precondition_bytes",
+    "reduced_alternatives", "resolve_curvature", "resolved", "self_influence_bytes",
 ]  # fmt: skip

@@ -77,7 +77,15 @@ from ooc_influence.linalg import (
 from ooc_influence.memory import MemoryBudget, ProblemSize, format_bytes
 from ooc_influence.options import FisherOptions, FittingOptions, KeptOptions, RowOptions, select, takes
 from ooc_influence.parallel import check_workers, slots_per_process
-from ooc_influence.store import GradientStore, PathLike, StorePath, as_store, check_has_rows, parse_path
+from ooc_influence.store import (
+    GradientStore,
+    PathLike,
+    StorePath,
+    as_store,
+    check_has_rows,
+    check_second_moments,
+    parse_path,
+)
 
 logger = logging.getLogger("ooc_influence")
 Method = Literal["auto", "primal", "dual", "kronecker"]
@@ -126,6 +134,7 @@ class _Call(NamedTuple):
         target = parse_path(out) if out is not None else curvature_path(train, named)
         check_replaceable(target)
         check_has_rows(train)
+        check_second_moments(train)
         chosen = replace(choose_rows(train, options), whitening=parse_prior(train, cast(FittingOptions, options)))
         earlier = None if options["refit"] else _fitted(target, train)
         staleness = None if earlier is None else fit_staleness(earlier, chosen, kind)
@@ -419,6 +428,7 @@ def gram_matrix(store: GradientStore | PathLike, out: PathLike, **options: Unpac
     """
     train, slots = as_store(store), check_workers(options["workers"])
     check_has_rows(train)
+    check_second_moments(train)
     chosen = choose_rows(train, options)
     model = kernel_memory(fit_size(chosen, slots_per_process(slots)))
     how = Multiplying(chosen, MemoryBudget.of(options["memory"]).plan(model), parse_path(out))

@@ -62,7 +62,7 @@ class KroneckerPrior(Curvature):
             "ranges": [list(part) for part in moments.ranges],
             "means": moments.means.tolist(),
             "trace": float(moments.second_moment.sum()),
-            "rows": int(basis_settings(store).get("samples") or 0),
+            "rows": int(basis_settings(store.attrs).get("samples") or 0),
             **(kronecker_dampings(store) if self.whitened is None else {"damping": 0.0}),
             "whitened": self.whitened,
             "summed": False,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from ooc_influence.errors import InputError, StoreNotFoundError, warn
 from ooc_influence.extract.data import Batching, RowMetadata, Shard
 from ooc_influence.extract.metric import AdamMetric
 from ooc_influence.fingerprint import check_same, check_same_rows
+from ooc_influence.linalg import KeptNorms, storage_scale
 from ooc_influence.options import OnNonFinite
 from ooc_influence.store import (
     GradientStore,
@@ -65,12 +67,16 @@ class StorePlan:
     def create_options(self) -> dict[str, Any]:
         """Arguments of :meth:`GradientStore.create`."""
         reduction: Any = self.reduction
-        scale = None
-        if isinstance(reduction, StoredReduction) and self.dtype in ("int8", "int4"):
-            scale = reduction.column_scale()  # columns of an eigenbasis differ by orders of magnitude
+        scale = storage_scale(self.dtype, self.mask, self.reduction, self.attributes)
         if self.kept_at is not None:
             reduction = {**reduction.facts, "path": self.kept_at}
         return {"dtype": self.dtype, "reduction": reduction, "column_scale": scale, "attributes": self.attributes}
+
+    @cached_property
+    def kept_norms(self) -> KeptNorms:
+        """The columns of norms that are kept beside rows of signs."""
+        signs = self.dtype == "sign" and self.reduction is None
+        return KeptNorms.of(self.mask, self.attributes) if signs else KeptNorms({})
 
     @property
     def model(self) -> dict[str, Any]:
@@ -377,8 +383,11 @@ class Sink:
         assert self.store is not None
         columns = {name.removeprefix("columns/"): values for name, values in metadata.items()}
         ids = columns.pop("example_id", None)
+        kept = self._plan.kept_norms.columns(new.rows)
         skipped, first = new.norms == _SKIPPED, self.next_row
-        self.store.append(new.rows, loss=new.losses, grad_norm=new.norms, ids=ids, columns=columns, dropped=skipped)
+        self.store.append(
+            new.rows, loss=new.losses, grad_norm=new.norms, ids=ids, columns=columns | kept, dropped=skipped
+        )
         if skipped.any():
             logger.warning("rows %s are not finite: dropped", (first + np.flatnonzero(skipped)).tolist())
         if isinstance(self._plan.reduction, StoredReduction):
@@ -400,13 +409,18 @@ class Sink:
 
     def _create(self, metadata: Mapping[str, list[Any]]) -> None:
         dtypes = {name.removeprefix("columns/"): dtype for name, dtype in self._metadata.dtypes(metadata).items()}
+        kept = dict.fromkeys(self._plan.kept_norms.weights, "float64")
+        if dtypes.keys() & kept:
+            raise InputError(
+                f"expected columns that are not called {', '.join(kept)}, which are kept of signs; rename one"
+            )
         GradientStore.create(
             self._path,
             self._plan.mask,
             storage=self._storage(self._total),
             planned_rows=self._total if self._shard is not None else None,
             ids=dtypes.pop("example_id", None),
-            columns=dtypes,
+            columns=dtypes | kept,
             exist_ok=True,  # another writer may have been first: open_existing checks that it is the same store
             **self._plan.create_options,
         )

@@ -14,10 +14,10 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from ooc_influence.curvature import Curvature, resolve_curvature
+from ooc_influence.curvature import Curvature, KroneckerPrior, has_prior, resolve_curvature
 from ooc_influence.errors import InputError, MismatchError, warn
 from ooc_influence.fingerprint import check_same
-from ooc_influence.linalg import check_one_label, row_errors
+from ooc_influence.linalg import check_one_label, kept_dampings, row_errors
 from ooc_influence.options import Combine, DampingMode
 from ooc_influence.store import GradientStore, PathLike, as_store, check_has_rows
 
@@ -84,6 +84,22 @@ class Checkpoint:
         each = damping if isinstance(damping, Sequence) else [damping]
         values = tuple(fitted.damping_value(value, mode) for value in each)
         return cls(queries, rows, fitted, values, fitted.lambdas(each, mode))
+
+    @property
+    def kept_norms(self) -> tuple[str, ...] | None:
+        """The columns in which the train store keeps its rows' self-influence at each λ; None where it does not."""
+        kept = kept_dampings(self.train.layout.columns)
+        if self.train.layout.dtype != "sign" or not kept or self.curvature is None or not has_prior(self.train):
+            return None
+        prior = KroneckerPrior(self.train)
+        if self.curvature.attrs["fit"] != prior.attrs["fit"]:
+            return None
+        levels = {name: prior.lambdas(damping)[0] for damping, name in kept.items()}
+        found = [
+            next((name for name, level in levels.items() if np.allclose(level, own, rtol=1e-6, atol=0)), None)
+            for own in self.lambdas
+        ]
+        return None if None in found else tuple(found)  # type: ignore[arg-type]
 
     @property
     def identity(self) -> list[Any]:

@@ -41,10 +41,12 @@ class DeviceEngine(Engine):
         self._mode.__exit__(None, None, None)
 
     @override
-    def blocks(self, store: GradientStore, start: int, stop: int, block_rows: int) -> Iterator[Block]:
+    def blocks(
+        self, store: GradientStore, start: int, stop: int, block_rows: int, *, rotated: bool
+    ) -> Iterator[Block]:  # fmt: skip
         if start >= stop:
             return
-        sender = DeviceRows(store, self._device, min(block_rows, stop - start))
+        sender = DeviceRows(store, self._device, min(block_rows, stop - start), rotated=rotated)
         rows: Any
         for block, rows in sender.read(read_raw_blocks(store, start, stop, block_rows)):
             yield Block(block.start, block.stop, block.dropped, None, rows)

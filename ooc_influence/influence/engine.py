@@ -15,7 +15,7 @@ from ooc_influence.curvature import Curvature
 from ooc_influence.errors import InputError
 from ooc_influence.linalg import Matrix
 from ooc_influence.parallel import cores, task_threads
-from ooc_influence.store import Block, GradientStore, read_blocks
+from ooc_influence.store import Block, GradientStore, read_blocks, read_rotated_blocks
 
 Floats = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.int64]
@@ -90,8 +90,13 @@ class Engine(ABC):
     """The arrays that score tiles are computed with, and their arithmetic. A context."""
 
     @abstractmethod
-    def blocks(self, store: GradientStore, start: int, stop: int, block_rows: int) -> Iterator[Block]:
-        """Yield the blocks of rows ``start`` to ``stop``, arrays of this engine; see :func:`read_blocks`."""
+    def blocks(
+        self, store: GradientStore, start: int, stop: int, block_rows: int, *, rotated: bool
+    ) -> Iterator[Block]:  # fmt: skip
+        """Yield the blocks of rows ``start`` to ``stop``, arrays of this engine; see :func:`read_blocks`.
+
+        ``rotated`` asks for rows of signs that are not rotated back, as :func:`read_rotated_blocks` reads them.
+        """
 
     @abstractmethod
     def array(self, values: npt.NDArray[Any]) -> Any:
@@ -154,7 +159,11 @@ class HostEngine(Engine):
         return max(1, -(-count // self._threads))
 
     @override
-    def blocks(self, store: GradientStore, start: int, stop: int, block_rows: int) -> Iterator[Block]:
+    def blocks(
+        self, store: GradientStore, start: int, stop: int, block_rows: int, *, rotated: bool
+    ) -> Iterator[Block]:  # fmt: skip
+        if rotated:
+            return read_rotated_blocks(store, start, stop, block_rows, threads=self._threads)
         return read_blocks(store, start, stop, block_rows, threads=self._threads)
 
     @override

@@ -241,7 +241,9 @@ class ScoreRequest:
             else:
                 product = checkpoint.curvature.precondition(rows, checkpoint.lambdas)
             if self.normalize == "cosine":
-                norms = np.sqrt(np.maximum(np.einsum("qk,lqk->lq", rows, product), 0))
+                assert checkpoint.query is not None
+                squares = np.einsum("qk,lqk->lq", rows, product) * checkpoint.query.layout.encoding.energy
+                norms = np.sqrt(np.maximum(squares, 0))
                 product /= np.where(norms > 0, norms, 1)[:, :, None]
             if self.seen is None:
                 product /= len(self.checkpoints)  # otherwise each train row has its own number of checkpoints
@@ -285,6 +287,7 @@ class ScoreRequest:
             block_rows,
             self.device,
             self.combine == "margins",
+            tuple(checkpoint.kept_norms for checkpoint in self.checkpoints) if normalized else (),
         )
 
     def memory(self, workers: int) -> ScoringMemory:

@@ -32,6 +32,7 @@ from ooc_influence.influence.tiles import (
     row_blocks,
     row_shares,
     score_tiles,
+    squared_norms,
 )
 from ooc_influence.influence.topk import TopInfluential, find_top
 from ooc_influence.memory import MemoryBudget
@@ -119,9 +120,9 @@ def _lazy_scores(scoring: ScoreRequest, memory: int | str | None) -> da.Array:
     blocks, block_rows = scoring.plan("scores", memory, cores(), tile)  # Dask computes with all cores
     work = scoring.work(block_rows)
     numbers = da.arange(scoring.q, chunks=blocks[0][1])
-    depth = sum(store.k for store in work.stores)
+    depth = sum(work.widths)
     queries = da.map_blocks(
-        _query_task, numbers, scoring, new_axis=[0, 2], dtype=np.float32, meta=np.empty((0, 0, 0), np.float32),
+        _query_task, numbers, scoring, work, new_axis=[0, 2], dtype=np.float32, meta=np.empty((0, 0, 0), np.float32),
         chunks=((scoring.lambdas,), numbers.chunks[0], (depth,)),
     )  # fmt: skip
     rows = da.arange(scoring.n, chunks=block_rows)
@@ -133,15 +134,15 @@ def _lazy_scores(scoring: ScoreRequest, memory: int | str | None) -> da.Array:
     return squeezed
 
 
-def _query_task(numbers: npt.NDArray[np.int64], scoring: ScoreRequest) -> Floats:
-    """Return preconditioned queries (L, q, k), those of several checkpoints side by side."""
+def _query_task(numbers: npt.NDArray[np.int64], scoring: ScoreRequest, work: ScoreTask) -> Floats:
+    """Return preconditioned queries (L, q, columns), those of several checkpoints side by side."""
     with sharing_blas():
-        arrays = scoring.precondition(int(numbers[0]), int(numbers[-1]) + 1).arrays
+        arrays = work.read_as_rows(scoring.precondition(int(numbers[0]), int(numbers[-1]) + 1).arrays)
     return np.concatenate([array.reshape(scoring.lambdas, len(numbers), -1) for array in arrays], axis=2)
 
 
 def _score_task(queries: Floats, rows: npt.NDArray[np.int64], work: ScoreTask, seen: Marks | None) -> Floats:
-    edges = np.cumsum([store.k for store in work.stores])[:-1]
+    edges = np.cumsum(work.widths)[:-1]
     parts = [np.ascontiguousarray(part).reshape(-1, part.shape[2]) for part in np.split(queries, edges, axis=2)]
     with sharing_blas(), make_engine(work.device) as engine:
         (tile,) = score_tiles(engine, Stripe(int(rows[0]), int(rows[-1]) + 1), "", work, seen, parts)
@@ -260,8 +261,8 @@ def _fill(
             outside[start:stop] = queries.outside
             stripes = cut_ranges(missing, work.block_rows, slots)
             run_stripes(
-                _write_stripe, stripes, bar, work, output, (start, stop), scoring.seen, *queries.arrays, slots=slots,
-                own_threads=True,
+                _write_stripe, stripes, bar, work, output, (start, stop), scoring.seen,
+                *work.read_as_rows(queries.arrays), slots=slots, own_threads=True,
             )  # fmt: skip
     return outside
 
@@ -449,7 +450,6 @@ def self_scores(scoring: ScoreRequest, options: SelfInfluenceOptions) -> npt.NDA
 
 
 def _self_stripe(stripe: Stripe, key: str, work: ScoreTask, seen: Marks | None) -> Part:
-    assert work.curvatures is not None
     out = np.empty((work.lambdas, stripe.stop - stripe.start), np.float32)
     with make_engine(work.device) as engine:
         for blocks in row_blocks(engine, stripe, work):
@@ -458,7 +458,7 @@ def _self_stripe(stripe: Stripe, key: str, work: ScoreTask, seen: Marks | None) 
             part[:] = 0
             shares = row_shares(work, seen, start, stop)
             for number, block in enumerate(blocks):
-                squares = engine.quadratic(work.curvatures[number], work.values[number], block.gradients)
+                squares = squared_norms(engine, work, number, block)
                 part += squares / len(blocks) if shares is None else squares * shares[number]
             absent = absent_rows(blocks, seen)
             if absent is not None:

@@ -61,6 +61,8 @@ class ScoreTask:
         Where they are multiplied; None for NumPy.
     margins : bool
         Whether rows are weighted to margins (:func:`margin_factors`).
+    kept : tuple of tuple of str or None
+        For each checkpoint, the columns in which the store keeps the rows' squared norms, for every λ; None: computed.
     """
 
     stores: tuple[GradientStore, ...]
@@ -70,6 +72,28 @@ class ScoreTask:
     block_rows: int
     device: str | None
     margins: bool = False
+    kept: tuple[tuple[str, ...] | None, ...] = ()
+
+    def rotated(self, number: int) -> bool:
+        """Whether a checkpoint's rows of signs can be multiplied as they are, by queries that are rotated instead."""
+        computes_norms = self.curvatures is not None and not (self.kept and self.kept[number] is not None)
+        signs = self.stores[number].layout.dtype == "sign"
+        return signs and len(self.columns[number]) == 1 and not computes_norms
+
+    @property
+    def widths(self) -> list[int]:
+        """Columns of each checkpoint's rows, as they are read."""
+        return [
+            store.layout.encoding.rotated_columns if self.rotated(number) else store.k
+            for number, store in enumerate(self.stores)
+        ]
+
+    def read_as_rows(self, queries: list[Floats]) -> list[Floats]:
+        """Return each checkpoint's queries in the coordinates that its rows are read in, taking the place of them."""
+        for number, store in enumerate(self.stores):
+            if self.rotated(number):
+                queries[number] = store.layout.encoding.rotate_queries(queries[number], store.column_scale)
+        return queries
 
     @property
     def paths(self) -> list[StorePath]:
@@ -114,7 +138,10 @@ def score_tiles(
     queries: Sequence[Floats],
     copies: int = 1,
 ) -> Iterator[Tile]:
-    """Yield the tiles of a stripe; ``copies`` of them are valid at a time."""
+    """Yield the tiles of a stripe; ``copies`` of them are valid at a time.
+
+    ``queries`` are in the coordinates of the rows as they are read (:meth:`ScoreTask.read_as_rows`).
+    """
     factors = [engine.array(array) for array in queries]
     q = len(queries[0]) // work.lambdas
     size = min(work.block_rows, stripe.stop - stripe.start)
@@ -122,7 +149,7 @@ def score_tiles(
     scores = work.lambdas * work.modules * q
     buffers = [engine.empty(scores * size) for _ in range(copies)]
     further: Any = engine.empty(scores * size) if len(queries) > 1 else None
-    for turn, blocks in enumerate(row_blocks(engine, stripe, work)):
+    for turn, blocks in enumerate(row_blocks(engine, stripe, work, rotated=True)):
         start, stop = blocks[0].start, blocks[0].stop
         total = buffers[turn % copies][: scores * (stop - start)].reshape(*shape, stop - start)
         shares = row_shares(work, seen, start, stop)
@@ -143,9 +170,17 @@ def score_tiles(
         tick(key, stop - start)
 
 
-def row_blocks(engine: Engine, stripe: Stripe, work: ScoreTask) -> Iterator[tuple[Block, ...]]:
-    """Yield the same rows of every checkpoint's train store, block by block."""
-    streams = [engine.blocks(store, stripe.start, stripe.stop, work.block_rows) for store in work.stores]
+def row_blocks(
+    engine: Engine, stripe: Stripe, work: ScoreTask, *, rotated: bool = False
+) -> Iterator[tuple[Block, ...]]:  # fmt: skip
+    """Yield the same rows of every checkpoint's train store, block by block.
+
+    ``rotated`` allows rows of signs that are not rotated back, where a checkpoint's can be (:meth:`ScoreTask.rotated`).
+    """
+    streams = [
+        engine.blocks(store, stripe.start, stripe.stop, work.block_rows, rotated=rotated and work.rotated(number))
+        for number, store in enumerate(work.stores)
+    ]
     yield from zip(*streams, strict=True)
 
 
@@ -168,13 +203,24 @@ def row_weights(engine: Engine, work: ScoreTask, shares: Floats | None, number: 
     """
     weights = None
     if work.curvatures is not None:
-        squares = engine.quadratic(work.curvatures[number], work.values[number], block.gradients)
+        squares = squared_norms(engine, work, number, block)
         positive = squares > 0
         weights = np.where(positive, 1 / np.sqrt(np.where(positive, squares, 1)), 0).astype(np.float32)
     if shares is None:
         return weights
     weighted: Floats = shares[number][None] if weights is None else weights * shares[number]
     return weighted
+
+
+def squared_norms(engine: Engine, work: ScoreTask, number: int, block: Block) -> Floats:
+    """Return gᵀ (F + λI)⁻¹ g of a checkpoint's rows for each λ, (L, b); ‖g‖², (1, b), without a curvature."""
+    assert work.curvatures is not None
+    columns = work.kept[number] if work.kept else None
+    if columns is not None:
+        values = [work.stores[number].small(f"columns/{name}", block.start, block.stop) for name in columns]
+        return np.asarray(values, np.float32)
+    squares = engine.quadratic(work.curvatures[number], work.values[number], block.gradients)
+    return squares * np.float32(work.stores[number].layout.encoding.energy)
 
 
 def row_shares(work: ScoreTask, seen: Marks | None, start: int, stop: int) -> Floats | None:

@@ -385,7 +385,8 @@ def find_top(
                     lists[name] = merge(lists.get(name), (part[f"{name}_scores"], part[f"{name}_rows"]))
 
             parts.run(
-                f"{start}-{stop}", best_of_stripe, work, bar, top, scoring.seen, *queries.arrays, slots=slots,
+                f"{start}-{stop}", best_of_stripe, work, bar, top, scoring.seen,
+                *work.read_as_rows(queries.arrays), slots=slots,
                 on_result=add,
             )  # fmt: skip
             for side, name in enumerate(_SIDES):

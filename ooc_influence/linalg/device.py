@@ -17,7 +17,7 @@ from typing_extensions import override
 from ooc_influence.linalg.accumulate import Accumulator
 from ooc_influence.linalg.backend import Matrix
 from ooc_influence.process import MATMUL_PRECISION
-from ooc_influence.store import FACTORS, Encoding, GradientStore, RawBlock
+from ooc_influence.store import FACTORS, Encoding, GradientStore, RawBlock, sign_flips, sign_sides
 
 _TILE = 2048  # columns of a tile of a triangle
 
@@ -56,6 +56,8 @@ class DeviceRows:
         Rows of a block, at most.
     factors : (k,) float32, optional
         What columns are multiplied by.
+    rotated : bool
+        Give rows of signs as :meth:`Encoding.read_rotated_into` does.
     """
 
     def __init__(
@@ -64,10 +66,13 @@ class DeviceRows:
         device: torch.device,
         block_rows: int,
         factors: npt.NDArray[np.float32] | None = None,
+        *,
+        rotated: bool = False,
     ) -> None:
-        self._form, self._device = store.layout.encoding, device
+        self._form, self._device, self._rotated = store.layout.encoding, device, rotated
         self._slots = [_Slot(store, block_rows, device) for _ in range(2)]
-        self._rows = torch.empty((block_rows, store.k), device=device)
+        width = self._form.rotated_columns if rotated else store.k
+        self._rows = torch.empty((block_rows, width), device=device)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         scales = [send_array(scale, device) for scale in (store.column_scale, factors) if scale is not None]
         self._column_scale = math.prod(scales[1:], start=scales[0]) if scales else None
@@ -123,11 +128,14 @@ class DeviceRows:
         raw, scale = slot.device_raw[: len(out)], slot.device_scale[: len(out), None]
         if form.quantised:
             self._restore(form, raw, scale, out)
+        elif form.name == "sign":
+            rows = self._unpack(form.rotated_columns, raw).mul_(scale)
+            out.copy_(rows if self._rotated else self._turn_back(form.k, rows))
         else:
             out.copy_(raw.view(torch.bfloat16) if form.name == "bfloat16" else raw)
             if form.name == "float16":
                 out.mul_(scale)
-        if self._column_scale is not None:
+        if self._column_scale is not None and not self._rotated:
             out.mul_(self._column_scale)
         if slot.decoded is not None:
             slot.decoded.record()
@@ -147,6 +155,20 @@ class DeviceRows:
             return
         steps = (scale * send_array(FACTORS, self._device)[codes.long()]).clamp_(min=torch.finfo(torch.float32).tiny)
         out.mul_(steps.repeat_interleave(form.block, 1)[:, : out.shape[1]])
+
+    def _unpack(self, bits: int, packed: Tensor) -> Tensor:
+        """Return signs (b, bits), as ±1."""
+        places = torch.arange(7, -1, -1, device=self._device, dtype=torch.uint8)
+        return (packed[:, :, None] >> places & 1).flatten(1)[:, :bits].float().mul_(2).sub_(1)
+
+    def _turn_back(self, k: int, rotated: Tensor) -> Tensor:
+        """Return the rows (b, k) that scaled signs stand for; see :mod:`ooc_influence.store.signs`."""
+        (size, count), rows, half = sign_sides(k), rotated, 1
+        while half < size:
+            pairs = rows.view(len(rows), size // (2 * half), 2, half * count)
+            rows = torch.stack([pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]], 2)
+            half *= 2
+        return rows.view(len(rotated), size * count)[:, :k] * send_array(sign_flips(k), self._device)
 
 
 class DeviceAccumulator(Accumulator):

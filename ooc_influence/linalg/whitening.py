@@ -15,10 +15,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
 import numpy as np
+import numpy.typing as npt
 
 from ooc_influence.errors import InputError
 from ooc_influence.linalg.backend import Matrix
-from ooc_influence.store import GradientStore, Mask
+from ooc_influence.store import GradientStore, Mask, Reduction, StoredReduction
+
+FloatRows = npt.NDArray[np.float32]
 
 
 class LayerMoments(NamedTuple):
@@ -88,26 +91,42 @@ def mean_moments(sums: Sequence[float], entries: Sequence[int], scope: str) -> l
 DEFAULT_KRONECKER_DAMPING = 0.03  # of the mean of a layer; within 3 % of the best on two language models
 
 
-def basis_settings(store: GradientStore) -> dict[str, Any]:
-    """Return what a store records of how its Kronecker basis was made; empty where it does not say."""
-    settings = (store.attrs.get("compressor") or {}).get("basis")
+def basis_settings(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a store's attributes say of how its Kronecker basis was made; empty where they do not."""
+    settings = (attributes.get("compressor") or {}).get("basis")
     return dict(settings) if isinstance(settings, dict) else {}
 
 
 def damping_scope(store: GradientStore) -> str:
     """Return whose mean Λ the damping of a store in a Kronecker basis is relative to."""
-    return str(basis_settings(store).get("damping_scope", "layer"))
+    return str(basis_settings(store.attrs).get("damping_scope", "layer"))
 
 
 def kronecker_dampings(store: GradientStore) -> dict[str, float | None]:
     """Return the relative dampings of a store in a Kronecker basis where a call gives none: those of its basis."""
-    settings = basis_settings(store)
-    return {"damping": kronecker_damping(store), "list_damping": settings.get("list_damping")}
+    settings = basis_settings(store.attrs)
+    return {"damping": kronecker_damping(store.attrs), "list_damping": settings.get("list_damping")}
 
 
-def kronecker_damping(store: GradientStore) -> float:
+def kronecker_damping(attributes: Mapping[str, Any]) -> float:
     """Return the relative damping of scores of a store in a Kronecker basis where a call gives none."""
-    return float(basis_settings(store).get("damping", DEFAULT_KRONECKER_DAMPING))
+    return float(basis_settings(attributes).get("damping", DEFAULT_KRONECKER_DAMPING))
+
+
+def storage_scale(
+    dtype: str, mask: Mask, reduction: Reduction | None, attributes: Mapping[str, Any]
+) -> FloatRows | None:  # fmt: skip
+    """Return what columns are divided by before they are stored in a representation, (k,); None where by nothing.
+
+    In an eigenbasis columns differ by orders of magnitude, which whole numbers and signs do not bear. Of signs in a
+    Kronecker basis it is √(Λ + λ), at its own damping: entries then matter alike. Other masks with drawn entries have
+    weights that do the same.
+    """
+    if isinstance(reduction, StoredReduction) and dtype in ("int8", "int4", "sign"):
+        return reduction.column_scale()
+    if reduction is not None or dtype != "sign" or not mask.has_basis:
+        return None
+    return np.asarray(LayerMoments.of(mask).scale(kronecker_damping(attributes)), np.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,5 +149,5 @@ class Whitening:
         """Return that by a store's own basis at its damping; None where its columns are not in one, or reduced."""
         if store.is_reduced or not store.mask.has_basis:
             return None
-        damping = kronecker_damping(store)
+        damping = kronecker_damping(store.attrs)
         return cls(LayerMoments.of(store.mask).scale(damping), {"damping": damping})

@@ -13,7 +13,13 @@ from ooc_influence.store.arrays import (
 from ooc_influence.store.claim import Claim, claimed_rows, make_claim, read_claims, wait_for
 from ooc_influence.store.commits import mark_dropped
 from ooc_influence.store.encoding import FACTORS, Encoding, Representation, parse_representation
-from ooc_influence.store.gradient_store import GradientStore, as_store, check_has_rows, parse_numbers
+from ooc_influence.store.gradient_store import (
+    GradientStore,
+    as_store,
+    check_has_rows,
+    check_second_moments,
+    parse_numbers,
+)
 from ooc_influence.store.layout import Layout, Storage, column_dtype
 from ooc_influence.store.local import map_file, remove_partial_files
 from ooc_influence.store.mask import LayerShape, Mask, ModuleBasis, ModuleMask, PilotMoments
@@ -39,7 +45,7 @@ from ooc_influence.store.paths import (
     tree_bytes,
     write_bytes,
 )
-from ooc_influence.store.reader import Block, RawBlock, read_blocks, read_into, read_raw_blocks
+from ooc_influence.store.reader import Block, RawBlock, read_blocks, read_into, read_raw_blocks, read_rotated_blocks
 from ooc_influence.store.reduction import (
     GaussianReduction,
     GeneratedReduction,
@@ -52,6 +58,7 @@ from ooc_influence.store.reduction import (
 )
 from ooc_influence.store.remote import ChunkCache
 from ooc_influence.store.rewrite import compact_store, copy_tombstones, create_like, merge_stores, upgrade_store
+from ooc_influence.store.signs import sign_flips, sign_sides
 from ooc_influence.store.verify import Damage, verify_memory
 from ooc_influence.store.writer import BUFFERS, RangeWriter, check_finite, missing_spans, writing_bytes
 
@@ -60,11 +67,12 @@ __all__ = [
     "GeneratedReduction", "GradientStore", "LayerShape", "Layout", "LograReduction", "Mask", "ModuleBasis",
     "ModuleMask", "NewFolder", "PathLike", "PilotMoments", "RademacherReduction", "RangeWriter", "RawBlock",
     "Reduction", "Representation", "SjltReduction", "Storage", "StorePath", "StoredReduction", "array_store",
-    "as_store", "check_finite", "check_free", "check_has_rows", "check_writable", "claimed_rows", "column_dtype",
-    "columns_digest", "compact_store", "copy_tombstones", "create_array", "create_like", "exists", "expand_home",
-    "find_array", "is_file", "is_free", "is_local", "make_claim", "make_folder", "map_file", "mark_dropped",
-    "merge_stores", "missing_spans", "names", "not_free", "open_group", "parse_numbers", "parse_path",
+    "as_store", "check_finite", "check_free", "check_has_rows", "check_second_moments", "check_writable",
+    "claimed_rows", "column_dtype", "columns_digest", "compact_store", "copy_tombstones", "create_array", "create_like",
+    "exists", "expand_home", "find_array", "is_file", "is_free", "is_local", "make_claim", "make_folder", "map_file",
+    "mark_dropped", "merge_stores", "missing_spans", "names", "not_free", "open_group", "parse_numbers", "parse_path",
     "parse_representation", "read_array", "read_blocks", "read_bytes", "read_claims", "read_into", "read_part",
-    "read_raw_blocks", "remove_empty", "remove_partial_files", "remove_tree", "square_chunks", "tree_bytes",
-    "upgrade_store", "verify_memory", "wait_for", "writable_array", "write_bytes", "writing_bytes",
+    "read_raw_blocks", "read_rotated_blocks", "remove_empty", "remove_partial_files", "remove_tree", "sign_flips",
+    "sign_sides", "square_chunks", "tree_bytes", "upgrade_store", "verify_memory", "wait_for", "writable_array",
+    "write_bytes", "writing_bytes",
 ]  # fmt: skip

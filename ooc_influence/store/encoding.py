@@ -9,6 +9,8 @@ block of 16 columns has a code e, which brings its largest entry to within 9 % o
 in each row, a byte each. (On masked gradients of the digits, blocks of 32 made a quarter more of the ranking's error.)
 
 Formats 1 and 2 had neither: number = q · |q| · row scale.
+
+Rows of signs, one bit a number, are those of :mod:`ooc_influence.store.signs`.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ooc_influence.errors import InputError
+from ooc_influence.store import signs
 
 Floats = npt.NDArray[np.float32]
 BLOCK = 16
@@ -128,7 +131,7 @@ def unpack(packed: npt.NDArray[np.uint8], tile: Floats) -> None:
     np.copyto(tile[:, half:], (signed >> 4)[:, : tile.shape[1] - half])
 
 
-Representation = Literal["float32", "float16", "bfloat16", "int8", "int4"]
+Representation = Literal["float32", "float16", "bfloat16", "int8", "int4", "sign"]
 FloatRows = npt.NDArray[np.float32]
 RawRows = npt.NDArray[Any]
 
@@ -150,6 +153,7 @@ _FORMS: dict[str, _Form] = {
     "bfloat16": _Form("uint16", 0x7FC0),
     "int8": _Form("int8", -128, 127),
     "int4": _Form("uint8", 0x88, 7),
+    "sign": _Form("uint8", 0),  # any bits can be a row's; those never written have no scale
 }
 REPRESENTATIONS = tuple(_FORMS)
 
@@ -197,8 +201,18 @@ class Encoding:
 
     @property
     def quantised(self) -> bool:
-        """Whether rows are whole numbers."""
+        """Whether rows are whole numbers with a scale for every block."""
         return self.top > 0
+
+    @property
+    def separable(self) -> bool:
+        """Whether a part of the columns can be decoded by itself."""
+        return not self.quantised and self.name != "sign"
+
+    @property
+    def energy(self) -> float:
+        """The squared norm of a row over that of its stored form: 1, up to rounding, but for signs."""
+        return signs.ENERGY if self.name == "sign" else 1.0
 
     @property
     def top(self) -> int:
@@ -213,7 +227,8 @@ class Encoding:
     @property
     def number_columns(self) -> int:
         """Columns of the Zarr array that hold numbers; the codes of their blocks follow."""
-        return -(-self.k // 2) if self.name == "int4" else self.k
+        bits = {"int4": 4 * self.k, "sign": signs.bit_count(self.k)}
+        return -(-bits[self.name] // 8) if self.name in bits else self.k
 
     @property
     def row_bytes(self) -> int:
@@ -244,7 +259,7 @@ class Encoding:
     ) -> None:
         """Write the float32 values of ``raw`` (m, columns) with its ``scale`` (m,) into ``out`` (m, k)."""
         step = self._tile_rows(len(raw))
-        buffer = np.empty((step if self.quantised else 0, self.k), np.float32)
+        buffer = self._buffer(step) if self.name == "sign" else np.empty((step if self.quantised else 0, self.k), "f4")
         for start in range(0, len(raw), step):
             part = slice(start, start + step)
             tile = out[part]
@@ -252,8 +267,30 @@ class Encoding:
             if column_scale is not None:
                 np.multiply(tile, column_scale, out=tile)
 
+    @property
+    def rotated_columns(self) -> int:
+        """Numbers of a row of signs before it is rotated back."""
+        return signs.bit_count(self.k)
+
+    def read_rotated_into(self, raw: RawRows, scale: FloatRows, out: FloatRows) -> None:
+        """Write rows of signs (m, columns), times their ``scale``, into ``out`` (m, rotated columns).
+
+        Their products with :meth:`rotate_queries` are those of what :meth:`decode_into` gives with the queries.
+        """
+        step = self._tile_rows(len(raw))
+        for start in range(0, len(raw), step):
+            part = slice(start, start + step)
+            signs.signs(raw[part], out[part])
+            np.multiply(out[part], scale[part, None], out=out[part])
+
+    def rotate_queries(self, queries: FloatRows, column_scale: FloatRows | None) -> FloatRows:
+        """Return queries (q, k) as :meth:`read_rotated_into` needs them, (q, rotated columns)."""
+        return signs.rotate_queries(queries if column_scale is None else queries * column_scale)
+
     def nonfinite_rows(self, raw: RawRows) -> npt.NDArray[np.bool_]:
         """Return which rows of ``raw`` (m, columns) hold a value no row may have: NaN, Inf, or the fill value, (m,)."""
+        if self.name == "sign":
+            return np.zeros(len(raw), np.bool_)
         if self.quantised:
             raw = raw[:, : self.number_columns]
             lowest = raw == -128 if self.name == "int8" else ((raw & 15) == 8) | ((raw >> 4) == 8)
@@ -275,7 +312,9 @@ class Encoding:
         return max(1, min(rows, _TILE_BYTES // max(1, 4 * self.k)))
 
     def _buffer(self, rows: int) -> FloatRows:
-        """Return a buffer for a tile, rounded up to whole blocks."""
+        """Return a buffer for a tile, rounded up to whole blocks; for signs, two of whole transforms."""
+        if self.name == "sign":
+            return np.empty((rows, 2, signs.bit_count(self.k)), np.float32)
         return np.empty((rows, self.k if self.block is None else block_count(self.k, self.block) * self.block), "f4")
 
     def _encode_tile(self, tile: FloatRows, raw: RawRows, buffer: FloatRows) -> FloatRows | float:
@@ -293,6 +332,8 @@ class Encoding:
             scale = np.where(largest > 0, np.ldexp(np.float32(1), exponent), np.float32(1)).astype(np.float32)
             _to_half(np.multiply(tile, (1 / scale)[:, None], out=buffer), raw)
             return scale
+        if self.name == "sign":
+            return signs.encode(tile, raw, buffer[:, 0], buffer[:, 1])
         packed = self.name == "int4"
         whole = np.empty(tile.shape, np.int8) if packed else raw[:, : self.k]
         scale, codes = quantise(tile, whole, self.top, self.block, buffer)
@@ -309,6 +350,8 @@ class Encoding:
             else:
                 np.copyto(tile, numbers)
             restore(tile, scale, codes, self.top, self.block, buffer)
+        elif self.name == "sign":
+            signs.decode(raw, scale, tile, buffer[:, 0], buffer[:, 1])
         elif self.name == "bfloat16":
             bits = tile.view(np.uint32)
             np.copyto(bits, raw)

@@ -602,6 +602,22 @@ def as_store(store: GradientStore | PathLike) -> GradientStore:
     return store if isinstance(store, GradientStore) else GradientStore.open(store)
 
 
+def check_second_moments(store: GradientStore) -> None:
+    """Check that second moments of a store's rows are worth computing: one bit a number does not carry them.
+
+    Raises
+    ------
+    InputError
+        For rows of signs.
+    """
+    if store.layout.dtype == "sign":
+        basis = ", or score with curvature='kronecker', which needs no fit" if store.mask.has_basis else ""
+        raise InputError(
+            f"expected rows of numbers to compute second moments from; received {store.path}, whose rows are signs: "
+            f"extract some documents as numbers (like= this store, dtype='float16', sample=), and fit those{basis}"
+        )
+
+
 def check_has_rows(store: GradientStore) -> None:
     """Check that a store has rows."""
     if not store.n:

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any, Self
 
@@ -109,7 +110,7 @@ class ChunkStream:
         columns: Columns | None = None,
     ) -> None:
         self._store, self._start, self._stop, self._numbers = store, start, stop, numbers
-        whole = columns is None or store.layout.encoding.quantised  # whose columns share scales, and bytes
+        whole = columns is None or not store.layout.encoding.separable
         self._columns = [(0, store.layout.encoding.columns)] if columns is None or whole else columns
         self._mapped = is_local(store.path) and store.layout.codec is None
         self._ahead = self._mapped and numbers is None and 2 * sum(b - a for a, b in self._columns) >= store.k
@@ -244,12 +245,33 @@ def read_blocks(
         Threads to decode with.
     """
     width = store.k if columns is None else sum(last - first for first, last in columns)
-    buffer: npt.NDArray[Any] = np.empty((min(block_rows, max(0, stop - start)), width), np.float32)
+    pieces = _block_pieces(store, start, stop, block_rows, numbers, loss, columns)
+    size = min(block_rows, max(0, stop - start))
+    yield from _decoded(pieces, (size, width), partial(_decode, store, columns), loss, threads)
+
+
+def read_rotated_blocks(
+    store: StoreView, start: int, stop: int, block_rows: int, *, threads: int = 1
+) -> Iterator[Block]:  # fmt: skip
+    """Yield the blocks of rows of signs, as :meth:`Encoding.read_rotated_into` gives them; see :func:`read_blocks`."""
+    form, size = store.layout.encoding, min(block_rows, max(0, stop - start))
+    pieces = _block_pieces(store, start, stop, block_rows, None, False, None)
+    yield from _decoded(pieces, (size, form.rotated_columns), form.read_rotated_into, False, threads)
+
+
+Decode = Callable[[RawRows, FloatRows, FloatRows], None]
+
+
+def _decoded(
+    pieces: Iterator[tuple[int, int, Piece]], shape: tuple[int, int], decode: Decode, loss: bool, threads: int
+) -> Iterator[Block]:
+    """Yield blocks of pieces, decoded into one buffer of a shape."""
+    buffer: npt.NDArray[Any] = np.empty(shape, np.float32)
     tombstones, losses = np.zeros(len(buffer), np.bool_), np.empty(len(buffer), np.float32)
     with ThreadPoolExecutor(max(1, threads - 1), "ooc_influence-decoder") as pool:
-        for first, last, piece in _block_pieces(store, start, stop, block_rows, numbers, loss, columns):
+        for first, last, piece in pieces:
             rows = slice(piece.start - first, piece.stop - first)
-            _decode_together(store, piece, buffer[rows], columns, pool, threads)
+            _decode_together(decode, piece, buffer[rows], pool, threads)
             tombstones[rows] = False if piece.dropped is None else piece.dropped
             if piece.loss is not None:
                 losses[rows] = piece.loss
@@ -307,25 +329,23 @@ def _block_pieces(
                     first = last
 
 
-def _decode_together(
-    store: StoreView, piece: Piece, out: FloatRows, columns: Columns | None, pool: ThreadPoolExecutor, threads: int
-) -> None:
+def _decode_together(decode: Decode, piece: Piece, out: FloatRows, pool: ThreadPoolExecutor, threads: int) -> None:
     """Decode rows in several threads: NumPy releases the lock while it converts."""
     share = max(1, -(-len(out) // threads))
     cuts = [slice(low, min(len(out), low + share)) for low in range(0, len(out), share)]
-    tasks = [pool.submit(_decode, store, piece.raw[cut], piece.scale[cut], out[cut], columns) for cut in cuts[1:]]
+    tasks = [pool.submit(decode, piece.raw[cut], piece.scale[cut], out[cut]) for cut in cuts[1:]]
     for cut in cuts[:1]:
-        _decode(store, piece.raw[cut], piece.scale[cut], out[cut], columns)
+        decode(piece.raw[cut], piece.scale[cut], out[cut])
     for task in tasks:
         task.result()
 
 
-def _decode(store: StoreView, raw: RawRows, scale: FloatRows, out: FloatRows, columns: Columns | None) -> None:
+def _decode(store: StoreView, columns: Columns | None, raw: RawRows, scale: FloatRows, out: FloatRows) -> None:
     form, by_column = store.layout.encoding, store.column_scale
     if columns is None:
         form.decode_into(raw, scale, out, by_column)
         return
-    if form.quantised:  # columns share scales, and bytes
+    if not form.separable:
         step = 64
         whole = np.empty((min(step, len(raw)), store.k), np.float32)
         for start in range(0, len(raw), step):

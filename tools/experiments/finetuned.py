@@ -287,6 +287,8 @@ def methods(quick: bool, seeds: int) -> dict[str, Runner]:
         found[f"Kronecker {wide} int8 / {seed}"] = partial(
             kronecker, k=wide, dtype="int8", seed=seed, rows=counts, ranks=(16,) if quick else (512, 256)
         )
+        for k in (wide, 4 * wide):
+            found[f"Kronecker {k} sign / {seed}"] = partial(kronecker, k=k, dtype="sign", seed=seed, rows=counts[-1:])
         found[f"Kronecker {wide} float16 / {seed}"] = partial(kronecker, k=wide, dtype="float16", seed=seed)
         for k in (middle, small):
             found[f"Kronecker {k} int8 / {seed}"] = partial(kronecker, k=k, dtype="int8", seed=seed)
@@ -479,6 +481,7 @@ def differences(task: FineTuning, files: Sequence[Path], found: Sequence[Result]
 
 
 FAMILIES = {
+    "Kronecker basis, grid, signs": ("Kronecker grid", "sign"),
     "Kronecker basis, grid, int8": ("Kronecker grid", "int8"),
     "Kronecker basis, entries, int8": ("Kronecker entries", "int8"),
     "Kronecker basis, grid, float16": ("Kronecker grid", "float16"),

@@ -1,0 +1,239 @@
+"""Rows of signs: rotated, packed and scaled as their oracle says; unbiased; the same bits however they are written."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from conftest import random_rows, roomy, whole_mask, write_store
+from models import Mlp, batches, data, loss, make
+from numpy.testing import assert_allclose, assert_array_equal
+from scipy.linalg import hadamard
+from scipy.stats import spearmanr
+
+from ooc_influence import (
+    Dropout,
+    GradientStore,
+    KroneckerBasis,
+    Storage,
+    compact_store,
+    extract_gradients,
+    fit_fisher,
+    fit_gram,
+    influence_scores,
+    merge_stores,
+    reduce_store,
+    rewrite_store,
+    self_influence,
+    top_influential,
+)
+from ooc_influence.cli.main import cli
+from ooc_influence.errors import InputError, MismatchError
+from ooc_influence.linalg import LayerMoments
+from ooc_influence.store import Encoding, sign_flips, sign_sides
+
+
+def rotation(k):
+    """R, dense: flips, zeros up to whole transforms, then a transform of every ``count``-th number."""
+    size, count = sign_sides(k)
+    padded = np.zeros((size * count, k))
+    padded[:k] = np.diag(np.float64(sign_flips(k)))
+    return (np.kron(hadamard(size), np.eye(count))) @ padded
+
+
+def coded(rows, k):
+    form = Encoding.of("sign", k)
+    raw, scale = np.zeros((len(rows), form.columns), np.uint8), np.zeros(len(rows), np.float32)
+    form.encode_into(rows, raw, scale)
+    out = np.full_like(rows, np.nan)
+    form.decode_into(raw, scale, out)
+    return raw, scale, out
+
+
+@pytest.mark.parametrize("k", [1, 7, 50, 64, 100, 1000, 5003])
+def test_rows_are_what_the_oracle_says(k):
+    rows = random_rows(9, k) if k < 2000 else np.random.default_rng(0).normal(size=(9, k)).astype(np.float32)
+    rows[3], rows[4, : k // 2] = 0, 0
+    raw, scale, found = coded(rows, k)
+    R = rotation(k)
+    assert_allclose(R.T @ R, np.eye(k), atol=1e-6)
+    rotated = np.float64(rows) @ R.T
+    live = np.abs(rotated).sum(1) > 0
+    norms = np.square(np.float64(rows)).sum(1)
+    assert_allclose(scale[live], norms[live] / np.abs(rotated[live]).sum(1), rtol=1e-5)
+    assert_array_equal(found[3], 0)
+    size, count = sign_sides(k)
+    bits = np.unpackbits(raw, axis=1)
+    certain = np.abs(rotated) > 1e-5 * np.abs(rotated).max()  # others may round to either side
+    assert_array_equal((bits[:, : size * count] > 0)[certain], (rotated >= 0)[certain])
+    assert not bits[:, size * count :].any()
+    signs = 2.0 * bits[:, : size * count] - 1
+    assert_allclose(found, scale[:, None] * (signs @ R), atol=1e-5 * np.abs(found).max())
+    assert_allclose((found * np.float64(rows)).sum(1), norms, rtol=1e-4)
+    assert raw.shape[1] == -(-size * count // 8) <= -(-k // 8) * 1.13 + 1
+
+
+def test_bits_do_not_depend_on_the_rows_beside_them():
+    rows = np.random.default_rng(1).normal(size=(40, 3000)).astype(np.float32)
+    whole = coded(rows, 3000)
+    for part in (slice(0, 1), slice(7, 19), slice(39, 40)):
+        for all_rows, own in zip(whole, coded(rows[part], 3000), strict=True):
+            assert_array_equal(all_rows[part], own)
+
+
+def test_products_are_unbiased_over_rotations():
+    """Rows that are permuted at random are rotated at random. Of one entry, the transform spreads over its own part."""
+    k, generator = 512, np.random.default_rng(2)
+    for row in (generator.standard_t(2, k), np.eye(k)[5], np.r_[np.ones(8), np.zeros(k - 8)]):
+        query = generator.normal(size=k)
+        errors = []
+        for _ in range(400):
+            order, flips = generator.permutation(k), generator.choice([-1.0, 1.0], k)
+            _, _, found = coded((row * flips)[order].astype(np.float32)[None], k)
+            errors.append((query * flips)[order] @ found[0] - query @ row)
+        bound = np.linalg.norm(query) * np.linalg.norm(row) / np.sqrt(k)
+        assert abs(np.mean(errors)) < 5 * np.std(errors) / np.sqrt(400)
+        spread = np.sqrt(sign_sides(k)[1]) if np.count_nonzero(row) == 1 else 1
+        assert np.std(errors) < 1.2 * spread * bound
+
+
+@pytest.fixture
+def stores(tmp_path):
+    """The same rows as numbers and as signs, divided by column scales."""
+    rows = random_rows(200, 600) * np.geomspace(1, 1e3, 600, dtype=np.float32)
+    scale = np.geomspace(1, 1e3, 600)
+    written = [write_store(tmp_path / dtype, rows, dtype=dtype, chunk_rows=32, column_scale=scale)
+               for dtype in ("float32", "sign")]  # fmt: skip
+    query = write_store(tmp_path / "query", random_rows(12, 600, seed=1) / np.geomspace(1, 1e3, 600, dtype=np.float32))
+    return query, *written
+
+
+def test_scores_of_signs(stores):
+    query, numbers, signs = stores
+    assert signs.layout.encoding.row_bytes == 80 < numbers.layout.encoding.row_bytes / 29
+    exact, found = (influence_scores(query, train, curvature=False).compute() for train in (numbers, signs))
+    assert_allclose(found, query.rows() @ signs.rows().T, rtol=1e-4, atol=1e-5 * np.abs(found).max())
+    assert np.mean([spearmanr(a, b).statistic for a, b in zip(exact, found, strict=True)]) > 0.7
+    squares = [self_influence(train, curvature=False, memory=roomy()) for train in (numbers, signs)]
+    whitened = [np.square(np.float64(train.rows()) / signs.column_scale).sum(1) for train in (numbers, signs)]
+    assert_allclose(whitened[1] * signs.layout.encoding.energy, whitened[0], rtol=0.2)
+    assert np.abs(np.log(squares[1] / squares[0])).mean() < 0.3
+    lists = top_influential(query, signs, top=5, curvature=False, memory=roomy())
+    assert_array_equal(lists.proponents.rows, np.argsort(-found, axis=1, kind="stable")[:, :5])
+
+
+@pytest.mark.filterwarnings("ignore:the rows of")  # they have no ids
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_signs_are_multiplied_by_rotated_queries(stores, device, monkeypatch):
+    """The same scores as of rows that are rotated back, of several checkpoints, with and without dropped rows."""
+    query, numbers, signs = stores
+    with GradientStore.open(signs.path, "a") as store:
+        store.drop([5])
+    signs = GradientStore.open(signs.path)
+    options = {"curvature": False, "memory": roomy(), "device": device}
+    expected = query.rows() @ np.where(signs.dropped[:, None], np.nan, signs.rows()).T
+    both = (expected + query.rows() @ numbers.rows().T) / 2
+    monkeypatch.setattr("ooc_influence.store.signs.rotate_back", None)
+    monkeypatch.setattr("ooc_influence.linalg.device.DeviceRows._turn_back", None)
+    found = influence_scores(query, signs, **options).compute()
+    assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * np.nanmax(np.abs(expected)))
+    monkeypatch.undo()
+    found = influence_scores([query, query], [signs, numbers], **options).compute()
+    assert_allclose(found, both, rtol=1e-4, atol=1e-5 * np.nanmax(np.abs(both)))
+
+
+def test_second_moments_are_refused(stores, tmp_path):
+    _, _, signs = stores
+    for call in (fit_fisher, fit_gram, lambda store: reduce_store(store, tmp_path / "r", 8)):
+        with pytest.raises(InputError, match="whose rows are signs: extract some"):
+            call(signs)
+
+
+def test_stores_are_copied_bit_by_bit(stores, tmp_path):
+    _, _, signs = stores
+    with GradientStore.open(signs.path, "a") as store:
+        store.drop([3, 77])
+        store.append(random_rows(5, 600, seed=3), loss=np.ones(5))
+    signs = GradientStore.open(signs.path)
+    assert not signs.verify()
+    merged, compacted = merge_stores([signs], tmp_path / "m"), compact_store(signs, tmp_path / "c")
+    assert_array_equal(merged.raw_rows(0, 205), signs.raw_rows(0, 205))
+    assert_array_equal(compacted.rows(), np.delete(signs.rows(), [3, 77], axis=0))
+    assert_array_equal(signs.rows(3, 90)[:, 5:9], np.asarray(signs.to_dask()[3:90, 5:9]))
+
+
+def test_extraction_divides_by_the_whitening(tmp_path):
+    x, y = data(Mlp, 24)
+    how = {"compressor": Dropout(k=80, basis=KroneckerBasis(24, damping=0.1))}
+    numbers = extract_gradients(make(Mlp), loss, batches(x, y, 8), tmp_path / "f", dtype="float32", **how)
+    signs = extract_gradients(make(Mlp), loss, batches(x, y, 8), tmp_path / "s", dtype="sign", **how)
+    assert signs.mask_digest == numbers.mask_digest
+    scale = LayerMoments.of(signs.mask).scale(0.1)
+    assert_allclose(signs.column_scale, scale, rtol=1e-6)
+    _, _, expected = coded((numbers.rows() / signs.column_scale).astype(np.float32), signs.k)
+    assert_allclose(signs.rows(), expected * signs.column_scale, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
+    query = extract_gradients(make(Mlp), loss, batches(x[:5], y[:5], 5), tmp_path / "q", like=signs)
+    assert query.layout.dtype == "float16"
+    exact, found = (influence_scores(query, train).compute() for train in (numbers, signs))
+    assert np.mean([spearmanr(a, b).statistic for a, b in zip(exact, found, strict=True)]) > 0.6
+    assert_array_equal(extract_gradients(make(Mlp), loss, batches(x, y, 3), tmp_path / "b", dtype="sign", **how).shape,
+                       signs.shape)  # fmt: skip
+    for damping in (None, 0.01, 0.1, 1.0):  # kept of the numbers; at others, estimated
+        asked = [self_influence(train, damping=damping, memory=roomy()) for train in (numbers, signs)]
+        assert_allclose(asked[1], asked[0], rtol=1e-4)
+    several = [self_influence(train, damping=[0.1, 0.3], memory=roomy()) for train in (numbers, signs)]
+    assert np.abs(np.log(several[1] / several[0])).mean() < 0.5
+    assert_allclose(influence_scores(query, signs, damping=0.1, normalize="train").compute(),
+                    found / np.sqrt(self_influence(numbers, damping=0.1)), rtol=1e-4, atol=1e-6)  # fmt: skip
+    with pytest.raises(InputError, match="expected columns that are not called self_influence"):
+        extract_gradients(make(Mlp), loss, batches(x, y, 8), tmp_path / "o", dtype="sign",
+                          columns={"self_influence_0.1": np.zeros(24)}, **how)  # fmt: skip
+    with pytest.raises(InputError, match="curvature='kronecker'"):
+        fit_fisher(signs)
+
+
+def test_rewritten_rows_are_those_that_extraction_writes(tmp_path, monkeypatch):
+    """Whatever their representation was, and in two runs."""
+    x, y = data(Mlp, 40)
+    how = {"compressor": Dropout(k=80, basis=KroneckerBasis(24)), "storage": Storage(chunk_rows=8, group_chunks=1),
+           "columns": {"label": y}, "ids": [f"r{number}" for number in range(40)]}  # fmt: skip
+    numbers = extract_gradients(make(Mlp), loss, batches(x, y, 8), tmp_path / "f", dtype="float32", **how)
+    signs = extract_gradients(make(Mlp), loss, batches(x, y, 8), tmp_path / "s", dtype="sign", **how)
+    with GradientStore.open(numbers.path, "a") as store:
+        store.drop([7, 30])
+    numbers = GradientStore.open(numbers.path)
+    append, calls = GradientStore.append, []
+
+    def interrupted(self, *args, **values):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        append(self, *args, **values)
+
+    monkeypatch.setattr("ooc_influence.compress.representation._BLOCK_BYTES", 8 * 4 * numbers.k)
+    monkeypatch.setattr(GradientStore, "append", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        rewrite_store(numbers, tmp_path / "r", storage=how["storage"])
+    monkeypatch.setattr(GradientStore, "append", append)
+    written = rewrite_store(numbers, tmp_path / "r", storage=how["storage"])
+    assert_array_equal(written.raw_rows(0, 40), signs.raw_rows(0, 40))
+    for name in signs.layout.row_arrays:
+        assert_array_equal(written.small(name), signs.small(name))
+    assert_array_equal(np.flatnonzero(written.dropped), [7, 30])
+    assert_array_equal(written.column_scale, signs.column_scale)
+    assert not written.verify()
+    small = rewrite_store(numbers, tmp_path / "i", dtype="int8")
+    assert_allclose(small.rows(), numbers.rows(), atol=0.05 * np.abs(numbers.rows()).max())
+    with pytest.raises(MismatchError, match="rewrite to another path"):
+        rewrite_store(small, tmp_path / "r")
+    with pytest.raises(InputError, match="whose rows are signs"):
+        rewrite_store(signs, tmp_path / "n", dtype="float32")
+    result = CliRunner().invoke(cli, ["rewrite", str(numbers.path), str(tmp_path / "c"), "--json"])
+    assert result.exit_code == 0, result.output
+    assert_array_equal(GradientStore.open(tmp_path / "c").raw_rows(0, 40), signs.raw_rows(0, 40))
+
+
+def test_masks_without_a_basis_have_no_scale(tmp_path):
+    with GradientStore.create(tmp_path / "s", whole_mask(30), dtype="sign") as store:
+        store.append(random_rows(4, 30), loss=np.ones(4))
+    assert GradientStore.open(tmp_path / "s").column_scale is None
