@@ -1,0 +1,128 @@
+"""Rows of signs: appending them against writing plain files, scoring them against int8 rows, and their error.
+
+Ratios are of the same work within one run, interleaved, medians of several rounds; above 1 is faster than the limit or
+the rival. Appending: rows of random numbers to a store of signs, against as many bytes written to one plain file and
+synced. Scoring: 32 queries against 2000 rows that are in the page cache, signs of k entries against int8 rows of k and
+of k/8 entries, which take as many bytes. Errors of <q, x̂>, for random queries q, over |q||x|/√k, root mean squares: of
+rows of normal numbers, of Student's t with two degrees of freedom, and with one entry alone.
+
+Run: python tools/bench/signs.py [--rows 2000] [--repeats 5]. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+os.environ.pop("OPENBLAS_CORETYPE", None)
+
+import numpy as np
+
+import ooc_influence as ooc
+from ooc_influence.store import Encoding, LayerShape, Mask
+
+SIZES = (65_536, 262_144)
+
+
+def mask(k: int) -> Mask:
+    return ooc.Dropout(k=k).draw([LayerShape("fc", "linear", (1, k), False)])
+
+
+def append(path: Path, k: int, dtype: str, rows: np.ndarray, count: int) -> float:
+    """Write ``count`` rows, some of them again and again; return the seconds until all is synced."""
+    held = mask(k)
+    start = time.perf_counter()
+    with ooc.GradientStore.create(path, held, dtype=dtype) as store:
+        for first in range(0, count, len(rows)):
+            part = rows[: min(len(rows), count - first)]
+            store.append(part, loss=np.zeros(len(part)))
+    return time.perf_counter() - start
+
+
+def plain(path: Path, size: int) -> float:
+    """Write and sync ``size`` bytes; return the seconds."""
+    data = np.random.default_rng(0).bytes(2**20)
+    start = time.perf_counter()
+    with path.open("wb") as file:
+        for first in range(0, size, len(data)):
+            file.write(data[: min(len(data), size - first)])
+        file.flush()
+        os.fsync(file.fileno())
+    return time.perf_counter() - start
+
+
+def score(train: Path, queries: Path) -> float:
+    start = time.perf_counter()
+    ooc.influence_scores(str(queries), str(train), curvature=False).compute()
+    return time.perf_counter() - start
+
+
+def rates(folder: Path, k: int, count: int, repeats: int) -> dict[str, float]:
+    rows = np.random.default_rng(1).standard_normal((64, k), np.float32)
+    size = count * Encoding.of("sign", k).row_bytes
+    appending, scoring = [], []
+    for name, dtype, width in (("signs", "sign", k), ("int8", "int8", k), ("narrow", "int8", k // 8)):
+        append(folder / name, width, dtype, rows[:, :width], count)
+        append(folder / f"{name}-q", width, "float32", rows[:32, :width], 32)
+    for _ in range(repeats):
+        limit = plain(folder / "plain", size)
+        appending.append(limit / append(folder / "again", k, "sign", rows, count))
+        shutil.rmtree(folder / "again")
+        times = {name: score(folder / name, folder / f"{name}-q") for name in ("signs", "int8", "narrow")}
+        scoring.append((times["int8"] / times["signs"], times["narrow"] / times["signs"]))
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    same_entries, same_bytes = (median(values) for values in zip(*scoring, strict=True))
+    return {
+        "append_over_plain_file": median(appending),
+        "score_over_int8_of_same_entries": same_entries,
+        "score_over_int8_of_same_bytes": same_bytes,
+        "row_bytes": size // count,
+    }
+
+
+def errors(k: int) -> dict[str, float]:
+    generator = np.random.default_rng(2)
+    alone = np.zeros((200, k), np.float32)
+    alone[np.arange(200), generator.integers(0, k, 200)] = 1
+    kinds = {
+        "normal": generator.standard_normal((200, k), np.float32),
+        "t2": generator.standard_t(2, (200, k)).astype(np.float32),
+        "one_entry": alone,
+    }
+    queries, form, found = generator.standard_normal((50, k), np.float32), Encoding.of("sign", k), {}
+    for name, rows in kinds.items():
+        raw, scale, read = np.empty((200, form.columns), np.uint8), np.empty(200, np.float32), np.empty_like(rows)
+        form.encode_into(rows, raw, scale)
+        form.decode_into(raw, scale, read)
+        unit = np.linalg.norm(queries, axis=1)[:, None] * np.linalg.norm(rows, axis=1) / np.sqrt(k)
+        found[name] = float(np.sqrt(np.mean(np.square(queries @ (read - rows).T / unit))))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rows", type=int, default=2000)
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    result: dict[str, object] = {"bench": "signs", "rows": options.rows}
+    with tempfile.TemporaryDirectory() as name:
+        for k in SIZES:
+            found = rates(Path(name), k, options.rows, options.repeats)
+            for what, value in found.items():
+                print(f"k = {k}: {what.replace('_', ' ')}: {value:.3g}")
+                result[f"{what}_{k}"] = round(value, 3)
+    for kind, error in errors(SIZES[0]).items():
+        print(f"error over |q||x|/sqrt(k), {kind}: {error:.3f}")
+        result[f"error_{kind}"] = round(error, 3)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
