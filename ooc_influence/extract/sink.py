@@ -412,7 +412,7 @@ class Sink:
         kept = dict.fromkeys(self._plan.kept_norms.weights, "float64")
         if dtypes.keys() & kept:
             raise InputError(
-                f"expected columns that are not called {', '.join(kept)}, which are kept of signs; rename one"
+                f"expected no column called {', '.join(kept)}; received one: they are kept beside signs; rename it"
             )
         GradientStore.create(
             self._path,

@@ -6,7 +6,7 @@ synced. Scoring: 32 queries against 2000 rows that are in the page cache, signs 
 of k/8 entries, which take as many bytes. Errors of <q, x̂>, for random queries q, over |q||x|/√k, root mean squares: of
 rows of normal numbers, of Student's t with two degrees of freedom, and with one entry alone.
 
-Run: python tools/bench/signs.py [--rows 2000] [--repeats 5]. The last line is JSON.
+Run: python tools/bench/signs.py [--rows 2000] [--repeats 5] [--k 65536 262144]. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -26,8 +26,6 @@ import numpy as np
 
 import ooc_influence as ooc
 from ooc_influence.store import Encoding, LayerShape, Mask
-
-SIZES = (65_536, 262_144)
 
 
 def mask(k: int) -> Mask:
@@ -110,15 +108,16 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rows", type=int, default=2000)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--k", type=int, nargs="+", default=[65_536, 262_144], help="entries a row")
     options = parser.parse_args()
     result: dict[str, object] = {"bench": "signs", "rows": options.rows}
     with tempfile.TemporaryDirectory() as name:
-        for k in SIZES:
+        for k in options.k:
             found = rates(Path(name), k, options.rows, options.repeats)
             for what, value in found.items():
                 print(f"k = {k}: {what.replace('_', ' ')}: {value:.3g}")
                 result[f"{what}_{k}"] = round(value, 3)
-    for kind, error in errors(SIZES[0]).items():
+    for kind, error in errors(options.k[0]).items():
         print(f"error over |q||x|/sqrt(k), {kind}: {error:.3f}")
         result[f"error_{kind}"] = round(error, 3)
     print(json.dumps(result))
