@@ -30,19 +30,18 @@ from ooc_influence import (
 from ooc_influence.cli.main import cli
 from ooc_influence.errors import InputError, MismatchError
 from ooc_influence.linalg import LayerMoments
-from ooc_influence.store import Encoding, sign_flips, sign_sides
+from ooc_influence.store import Encoding, sign_flips
 
 
-def rotation(k):
+def rotation(form):
     """R, dense: flips, zeros up to whole transforms, then a transform of every ``count``-th number."""
-    size, count = sign_sides(k)
-    padded = np.zeros((size * count, k))
-    padded[:k] = np.diag(np.float64(sign_flips(k)))
+    size, count = form.block, form.rotated_columns // form.block
+    padded = np.zeros((size * count, form.k))
+    padded[: form.k] = np.diag(np.float64(sign_flips(form.k, size)))
     return (np.kron(hadamard(size), np.eye(count))) @ padded
 
 
-def coded(rows, k):
-    form = Encoding.of("sign", k)
+def coded(rows, form):
     raw, scale = np.zeros((len(rows), form.columns), np.uint8), np.zeros(len(rows), np.float32)
     form.encode_into(rows, raw, scale)
     out = np.full_like(rows, np.nan)
@@ -50,72 +49,76 @@ def coded(rows, k):
     return raw, scale, out
 
 
+@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("k", [1, 7, 50, 64, 100, 1000, 5003])
-def test_rows_are_what_the_oracle_says(k):
+def test_rows_are_what_the_oracle_says(k, scaled):
+    form = Encoding.of("sign", k, scaled=scaled)
     rows = random_rows(9, k) if k < 2000 else np.random.default_rng(0).normal(size=(9, k)).astype(np.float32)
     rows[3], rows[4, : k // 2] = 0, 0
-    raw, scale, found = coded(rows, k)
-    R = rotation(k)
+    raw, scale, found = coded(rows, form)
+    R = rotation(form)
     assert_allclose(R.T @ R, np.eye(k), atol=1e-6)
     rotated = np.float64(rows) @ R.T
     live = np.abs(rotated).sum(1) > 0
     norms = np.square(np.float64(rows)).sum(1)
     assert_allclose(scale[live], norms[live] / np.abs(rotated[live]).sum(1), rtol=1e-5)
     assert_array_equal(found[3], 0)
-    size, count = sign_sides(k)
+    width = form.rotated_columns
     bits = np.unpackbits(raw, axis=1)
     certain = np.abs(rotated) > 1e-5 * np.abs(rotated).max()  # others may round to either side
-    assert_array_equal((bits[:, : size * count] > 0)[certain], (rotated >= 0)[certain])
-    assert not bits[:, size * count :].any()
-    signs = 2.0 * bits[:, : size * count] - 1
+    assert_array_equal((bits[:, :width] > 0)[certain], (rotated >= 0)[certain])
+    assert not bits[:, width:].any()
+    signs = 2.0 * bits[:, :width] - 1
     assert_allclose(found, scale[:, None] * (signs @ R), atol=1e-5 * np.abs(found).max())
     assert_allclose((found * np.float64(rows)).sum(1), norms, rtol=1e-4)
-    assert raw.shape[1] == -(-size * count // 8) <= -(-k // 8) * 1.13 + 1
+    assert raw.shape[1] == -(-width // 8) <= -(-k // 8) * 1.13 + 1
 
 
 def test_bits_do_not_depend_on_the_rows_beside_them():
     rows = np.random.default_rng(1).normal(size=(40, 3000)).astype(np.float32)
-    whole = coded(rows, 3000)
+    form = Encoding.of("sign", 3000)
+    whole = coded(rows, form)
     for part in (slice(0, 1), slice(7, 19), slice(39, 40)):
-        for all_rows, own in zip(whole, coded(rows[part], 3000), strict=True):
+        for all_rows, own in zip(whole, coded(rows[part], form), strict=True):
             assert_array_equal(all_rows[part], own)
 
 
 def test_products_are_unbiased_over_rotations():
     """Rows that are permuted at random are rotated at random. Of one entry, the transform spreads over its own part."""
-    k, generator = 512, np.random.default_rng(2)
+    k, generator, form = 512, np.random.default_rng(2), Encoding.of("sign", 512)
     for row in (generator.standard_t(2, k), np.eye(k)[5], np.r_[np.ones(8), np.zeros(k - 8)]):
         query = generator.normal(size=k)
         errors = []
         for _ in range(400):
             order, flips = generator.permutation(k), generator.choice([-1.0, 1.0], k)
-            _, _, found = coded((row * flips)[order].astype(np.float32)[None], k)
+            _, _, found = coded((row * flips)[order].astype(np.float32)[None], form)
             errors.append((query * flips)[order] @ found[0] - query @ row)
         bound = np.linalg.norm(query) * np.linalg.norm(row) / np.sqrt(k)
         assert abs(np.mean(errors)) < 5 * np.std(errors) / np.sqrt(400)
-        spread = np.sqrt(sign_sides(k)[1]) if np.count_nonzero(row) == 1 else 1
+        spread = np.sqrt(k / form.block) if np.count_nonzero(row) == 1 else 1
         assert np.std(errors) < 1.2 * spread * bound
 
 
-@pytest.fixture
-def stores(tmp_path):
-    """The same rows as numbers and as signs, divided by column scales."""
-    rows = random_rows(200, 600) * np.geomspace(1, 1e3, 600, dtype=np.float32)
-    scale = np.geomspace(1, 1e3, 600)
+@pytest.fixture(params=["scaled", "rotated"])
+def stores(tmp_path, request):
+    """The same rows as numbers and as signs: divided by column scales, or rotated."""
+    factors = np.geomspace(1, 1e3, 600, dtype=np.float32) if request.param == "scaled" else np.ones(600, np.float32)
+    rows, scale = random_rows(200, 600) * factors, factors if request.param == "scaled" else None
     written = [write_store(tmp_path / dtype, rows, dtype=dtype, chunk_rows=32, column_scale=scale)
                for dtype in ("float32", "sign")]  # fmt: skip
-    query = write_store(tmp_path / "query", random_rows(12, 600, seed=1) / np.geomspace(1, 1e3, 600, dtype=np.float32))
+    query = write_store(tmp_path / "query", random_rows(12, 600, seed=1) / factors)
     return query, *written
 
 
 def test_scores_of_signs(stores):
     query, numbers, signs = stores
-    assert signs.layout.encoding.row_bytes == 80 < numbers.layout.encoding.row_bytes / 29
+    assert signs.layout.encoding.row_bytes == (75 if signs.layout.column_scale else 80)
     exact, found = (influence_scores(query, train, curvature=False).compute() for train in (numbers, signs))
     assert_allclose(found, query.rows() @ signs.rows().T, rtol=1e-4, atol=1e-5 * np.abs(found).max())
-    assert np.mean([spearmanr(a, b).statistic for a, b in zip(exact, found, strict=True)]) > 0.7
+    assert np.mean([spearmanr(a, b).statistic for a, b in zip(exact, found, strict=True)]) > 0.6
     squares = [self_influence(train, curvature=False, memory=roomy()) for train in (numbers, signs)]
-    whitened = [np.square(np.float64(train.rows()) / signs.column_scale).sum(1) for train in (numbers, signs)]
+    scale = signs.column_scale if signs.layout.column_scale else 1
+    whitened = [np.square(np.float64(train.rows()) / scale).sum(1) for train in (numbers, signs)]
     assert_allclose(whitened[1] * signs.layout.encoding.energy, whitened[0], rtol=0.2)
     assert np.abs(np.log(squares[1] / squares[0])).mean() < 0.3
     lists = top_influential(query, signs, top=5, curvature=False, memory=roomy())
@@ -170,12 +173,12 @@ def test_extraction_divides_by_the_whitening(tmp_path):
     assert signs.mask_digest == numbers.mask_digest
     scale = LayerMoments.of(signs.mask).scale(0.1)
     assert_allclose(signs.column_scale, scale, rtol=1e-6)
-    _, _, expected = coded((numbers.rows() / signs.column_scale).astype(np.float32), signs.k)
+    _, _, expected = coded((numbers.rows() / signs.column_scale).astype(np.float32), signs.layout.encoding)
     assert_allclose(signs.rows(), expected * signs.column_scale, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
     query = extract_gradients(make(Mlp), loss, batches(x[:5], y[:5], 5), tmp_path / "q", like=signs)
     assert query.layout.dtype == "float16"
     exact, found = (influence_scores(query, train).compute() for train in (numbers, signs))
-    assert np.mean([spearmanr(a, b).statistic for a, b in zip(exact, found, strict=True)]) > 0.6
+    assert np.mean([spearmanr(a, b).statistic for a, b in zip(exact, found, strict=True)]) > 0.5
     assert_array_equal(extract_gradients(make(Mlp), loss, batches(x, y, 3), tmp_path / "b", dtype="sign", **how).shape,
                        signs.shape)  # fmt: skip
     for damping in (None, 0.01, 0.1, 1.0):  # kept of the numbers; at others, estimated
@@ -231,6 +234,15 @@ def test_rewritten_rows_are_those_that_extraction_writes(tmp_path, monkeypatch):
     result = CliRunner().invoke(cli, ["rewrite", str(numbers.path), str(tmp_path / "c"), "--json"])
     assert result.exit_code == 0, result.output
     assert_array_equal(GradientStore.open(tmp_path / "c").raw_rows(0, 40), signs.raw_rows(0, 40))
+
+
+def test_extreme_rows_have_exact_scales():
+    """Squares that float32 cannot hold."""
+    form = Encoding.of("sign", 40)
+    rows = np.random.default_rng(3).normal(size=(3, 40)).astype(np.float32) * np.float32([[1e25], [1e-25], [0]])
+    _, _, found = coded(rows, form)
+    exact = np.square(np.float64(rows)).sum(1)
+    assert_allclose((np.float64(found) * rows).sum(1), exact, rtol=1e-5)
 
 
 def test_masks_without_a_basis_have_no_scale(tmp_path):

@@ -36,7 +36,7 @@ SMALL = {
     "representations": ["--mib", "1", "--k", "100", "--repeats", "1"],
     "rows_memory": ["--rows", "1000,3000"],
     "selfcheck": ["--small", "--rounds", "1", "--models", "decoder", "--tokens", "8"],
-    "signs": ["--rows", "100", "--repeats", "1", "--k", "1000"],
+    "signs": ["--rows", "100", "--mib", "1", "--repeats", "1", "--k", "1000"],
     "store": ["--mib", "32", "--chunks", "100", "--repeats", "1"],
 }
 NEEDS_INDEX = {"first_contact"}  # it installs

@@ -19,6 +19,7 @@ from ooc_influence.checkpoint import ResumableOutput
 from ooc_influence.curvature import Curvature
 from ooc_influence.influence.checkpoints import Marks, margin_factors
 from ooc_influence.influence.engine import Engine, Floats, HostEngine
+from ooc_influence.linalg import sign_energy
 from ooc_influence.parallel import Stripe, cut_ranges, run_stripes, subtract_ranges
 from ooc_influence.progress import Progress, tick
 from ooc_influence.store import Block, GradientStore, PathLike, StorePath, parse_path
@@ -219,8 +220,11 @@ def squared_norms(engine: Engine, work: ScoreTask, number: int, block: Block) ->
     if columns is not None:
         values = [work.stores[number].small(f"columns/{name}", block.start, block.stop) for name in columns]
         return np.asarray(values, np.float32)
-    squares = engine.quadratic(work.curvatures[number], work.values[number], block.gradients)
-    return squares * np.float32(work.stores[number].layout.encoding.energy)
+    squares, store = (
+        engine.quadratic(work.curvatures[number], work.values[number], block.gradients),
+        work.stores[number],
+    )
+    return squares * sign_energy(store, block.start, block.stop) if store.layout.dtype == "sign" else squares
 
 
 def row_shares(work: ScoreTask, seen: Marks | None, start: int, stop: int) -> Floats | None:

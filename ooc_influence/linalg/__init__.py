@@ -19,7 +19,7 @@ from ooc_influence.linalg.backend import (
     parse_device,
     row_squares,
 )
-from ooc_influence.linalg.kept import KeptNorms, kept_dampings
+from ooc_influence.linalg.kept import KeptNorms, kept_dampings, sign_energy
 from ooc_influence.linalg.rows import (
     ONE_LABEL,
     Numbers,
@@ -68,6 +68,6 @@ __all__ = [
     "check_device_memory", "check_one_label", "choose_engine", "choose_solver", "damping_scope", "is_token_loss",
     "iteration_bytes", "iteration_memory", "kept_dampings", "kronecker_dampings", "list_tiles", "mean_moments",
     "mirror", "multiply_rows", "orthonormal_slabs", "parse_device", "parse_weighting", "partition_rows", "row_errors",
-    "row_squares", "row_weights", "spectrum_solvers", "start_basis", "storage_scale", "subspace_iteration",
-    "symmetric_eigen", "tile_side", "top_spectrum",
+    "row_squares", "row_weights", "sign_energy", "spectrum_solvers", "start_basis", "storage_scale",
+    "subspace_iteration", "symmetric_eigen", "tile_side", "top_spectrum",
 ]  # fmt: skip

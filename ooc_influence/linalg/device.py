@@ -17,7 +17,7 @@ from typing_extensions import override
 from ooc_influence.linalg.accumulate import Accumulator
 from ooc_influence.linalg.backend import Matrix
 from ooc_influence.process import MATMUL_PRECISION
-from ooc_influence.store import FACTORS, Encoding, GradientStore, RawBlock, sign_flips, sign_sides
+from ooc_influence.store import FACTORS, Encoding, GradientStore, RawBlock, sign_flips
 
 _TILE = 2048  # columns of a tile of a triangle
 
@@ -130,7 +130,7 @@ class DeviceRows:
             self._restore(form, raw, scale, out)
         elif form.name == "sign":
             rows = self._unpack(form.rotated_columns, raw).mul_(scale)
-            out.copy_(rows if self._rotated else self._turn_back(form.k, rows))
+            out.copy_(rows if self._rotated else self._turn_back(form.k, form.block or 1, rows))
         else:
             out.copy_(raw.view(torch.bfloat16) if form.name == "bfloat16" else raw)
             if form.name == "float16":
@@ -161,14 +161,14 @@ class DeviceRows:
         places = torch.arange(7, -1, -1, device=self._device, dtype=torch.uint8)
         return (packed[:, :, None] >> places & 1).flatten(1)[:, :bits].float().mul_(2).sub_(1)
 
-    def _turn_back(self, k: int, rotated: Tensor) -> Tensor:
+    def _turn_back(self, k: int, size: int, rotated: Tensor) -> Tensor:
         """Return the rows (b, k) that scaled signs stand for; see :mod:`ooc_influence.store.signs`."""
-        (size, count), rows, half = sign_sides(k), rotated, 1
+        count, rows, half = rotated.shape[1] // size, rotated, 1
         while half < size:
             pairs = rows.view(len(rows), size // (2 * half), 2, half * count)
             rows = torch.stack([pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]], 2)
             half *= 2
-        return rows.view(len(rotated), size * count)[:, :k] * send_array(sign_flips(k), self._device)
+        return rows.view(len(rotated), size * count)[:, :k] * send_array(sign_flips(k, size), self._device)
 
 
 class DeviceAccumulator(Accumulator):

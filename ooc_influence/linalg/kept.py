@@ -2,8 +2,8 @@
 
 Signs say little about a row's norm under a curvature. So a store of sign rows in a Kronecker basis has zᵀ (Λ + λ)⁻¹ z
 of every row as columns, ``self_influence_<damping>``, at a few relative dampings: the basis's own, a tenth and ten
-times of it, and that of lists. Scores at one of them are divided by exact norms; at others, norms are estimated from
-the signs.
+times of it, and that of lists. Scores at one of them are divided by exact norms; at others, norms are those of the
+signs, times what makes them exact at the basis's own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from ooc_influence.linalg.backend import Matrix
 from ooc_influence.linalg.whitening import LayerMoments, basis_settings, kronecker_damping
-from ooc_influence.store import Mask
+from ooc_influence.store import GradientStore, Mask
 
 _NAME = re.compile(r"self_influence_([0-9.e+-]+)")
 
@@ -27,6 +27,20 @@ def kept_dampings(columns: Iterable[str]) -> dict[float, str]:
     """Return which of a store's columns keep self-influence, by damping."""
     found = (_NAME.fullmatch(name) for name in columns)
     return {float(match[1]): match[0] for match in found if match is not None}
+
+
+def sign_energy(store: GradientStore, start: int, stop: int) -> npt.NDArray[np.float32] | np.float32:
+    """Return the squared norms of rows over those of what their signs stand for, (b,), or one for all.
+
+    Exact for whitened rows, from the norms that are kept at the damping of the basis; without them, that of normal
+    numbers.
+    """
+    name = kept_dampings(store.layout.columns).get(float(f"{kronecker_damping(store.attrs):g}"))
+    if name is None:
+        return np.float32(store.layout.encoding.energy)
+    norms = store.small(f"columns/{name}", start, stop)
+    decoded = store.layout.encoding.rotated_columns * np.square(np.float64(store.small("row_scale", start, stop)))
+    return np.asarray(np.divide(norms, decoded, out=np.zeros_like(norms), where=decoded > 0), np.float32)
 
 
 @dataclass(frozen=True, eq=False)

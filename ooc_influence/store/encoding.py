@@ -182,7 +182,8 @@ class Encoding:
     k : int
         Numbers a row.
     block : int or None
-        Columns that share a scale; None where a row has only its own, as every float form has.
+        Columns that share a scale; None where a row has only its own, as every float form has. Of signs, the entries
+        that a rotation mixes; 1 where rows are not rotated.
     """
 
     name: Representation
@@ -190,8 +191,14 @@ class Encoding:
     block: int | None = None
 
     @classmethod
-    def of(cls, name: Representation, k: int) -> Self:
-        """Return the form in which new stores hold rows of ``k`` numbers."""
+    def of(cls, name: Representation, k: int, *, scaled: bool = False) -> Self:
+        """Return the form in which new stores hold rows of ``k`` numbers.
+
+        ``scaled`` says that their columns are divided by a scale, after which entries matter alike: then signs are not
+        rotated.
+        """
+        if name == "sign":
+            return cls(name, k, 1 if scaled else signs.transform_size(k))
         return cls(name, k, BLOCK if _FORMS[name].top else None)
 
     @property
@@ -222,13 +229,14 @@ class Encoding:
     @property
     def columns(self) -> int:
         """Columns of the Zarr array."""
-        return self.number_columns + block_count(self.k, self.block)
+        return self.number_columns + (block_count(self.k, self.block) if self.quantised else 0)
 
     @property
     def number_columns(self) -> int:
         """Columns of the Zarr array that hold numbers; the codes of their blocks follow."""
-        bits = {"int4": 4 * self.k, "sign": signs.bit_count(self.k)}
-        return -(-bits[self.name] // 8) if self.name in bits else self.k
+        if self.name == "sign":
+            return -(-self.rotated_columns // 8)
+        return -(-self.k // 2) if self.name == "int4" else self.k
 
     @property
     def row_bytes(self) -> int:
@@ -270,7 +278,7 @@ class Encoding:
     @property
     def rotated_columns(self) -> int:
         """Numbers of a row of signs before it is rotated back."""
-        return signs.bit_count(self.k)
+        return signs.bit_count(self.k, self.block or 1)
 
     def read_rotated_into(self, raw: RawRows, scale: FloatRows, out: FloatRows) -> None:
         """Write rows of signs (m, columns), times their ``scale``, into ``out`` (m, rotated columns).
@@ -285,7 +293,7 @@ class Encoding:
 
     def rotate_queries(self, queries: FloatRows, column_scale: FloatRows | None) -> FloatRows:
         """Return queries (q, k) as :meth:`read_rotated_into` needs them, (q, rotated columns)."""
-        return signs.rotate_queries(queries if column_scale is None else queries * column_scale)
+        return signs.rotate_queries(queries if column_scale is None else queries * column_scale, self.block or 1)
 
     def nonfinite_rows(self, raw: RawRows) -> npt.NDArray[np.bool_]:
         """Return which rows of ``raw`` (m, columns) hold a value no row may have: NaN, Inf, or the fill value, (m,)."""
@@ -314,7 +322,7 @@ class Encoding:
     def _buffer(self, rows: int) -> FloatRows:
         """Return a buffer for a tile, rounded up to whole blocks; for signs, two of whole transforms."""
         if self.name == "sign":
-            return np.empty((rows, 2, signs.bit_count(self.k)), np.float32)
+            return np.empty((rows, 2, self.rotated_columns), np.float32)
         return np.empty((rows, self.k if self.block is None else block_count(self.k, self.block) * self.block), "f4")
 
     def _encode_tile(self, tile: FloatRows, raw: RawRows, buffer: FloatRows) -> FloatRows | float:
@@ -333,7 +341,7 @@ class Encoding:
             _to_half(np.multiply(tile, (1 / scale)[:, None], out=buffer), raw)
             return scale
         if self.name == "sign":
-            return signs.encode(tile, raw, buffer[:, 0], buffer[:, 1])
+            return signs.encode(tile, self.block or 1, raw, buffer[:, 0], buffer[:, 1])
         packed = self.name == "int4"
         whole = np.empty(tile.shape, np.int8) if packed else raw[:, : self.k]
         scale, codes = quantise(tile, whole, self.top, self.block, buffer)
@@ -351,7 +359,7 @@ class Encoding:
                 np.copyto(tile, numbers)
             restore(tile, scale, codes, self.top, self.block, buffer)
         elif self.name == "sign":
-            signs.decode(raw, scale, tile, buffer[:, 0], buffer[:, 1])
+            signs.decode(raw, scale, self.block or 1, tile, buffer[:, 0], buffer[:, 1])
         elif self.name == "bfloat16":
             bits = tile.view(np.uint32)
             np.copyto(bits, raw)

@@ -156,7 +156,8 @@ class Layout:
     column_scale : bool
         Whether there is a ``column_scale``.
     block : int or None
-        Columns of int8 or int4 rows that share a scale; None for other rows, and for those of formats 1 and 2.
+        Columns of int8 or int4 rows that share a scale, or entries of sign rows that a rotation mixes; None for other
+        rows, and for those of formats 1 and 2.
     """
 
     k: int
@@ -263,7 +264,9 @@ class Layout:
             sizes = [layout.k, layout.chunk_rows, layout.group_chunks, *optional]
             possible = all(type(size) is int and 0 < size < 2**62 for size in sizes)
             possible = possible and layout.chunk_rows < 2**32 and type(layout.column_scale) is bool
-            possible = possible and (layout.block is None or layout.encoding.quantised)
+            possible = possible and (layout.block is None or not layout.encoding.separable)
+            if layout.dtype == "sign":
+                possible = possible and layout.block is not None and layout.block.bit_count() == 1
             dtypes = set(layout.columns.values()) | ({layout.ids} if layout.ids else set())
             if not possible or not dtypes <= set(_COLUMN_DTYPES):
                 raise ValueError(f"sizes {sizes}, column dtypes {sorted(dtypes)}")

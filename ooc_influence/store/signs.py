@@ -1,11 +1,12 @@
-"""Rows of signs: one bit for each entry of a rotated row, and a scale a row.
+"""Rows of signs: one bit for each entry of a row, which may be rotated, and a scale a row.
 
     x̂ = Rᵀ (s · sign(R x)),        s = |x|² / |R x|₁,        so that <x̂, x> = |x|²
 
-R is a random rotation, fixed for rows of k numbers: random signs, then Hadamard transforms of :func:`sign_sides`
-entries that are as far apart as they can be, so that every transform mixes entries of all layers. After it, a row's
-numbers are nearly normal, and their signs tell its direction: for any query, <q, x̂> estimates <q, x> without bias over
-rotations, with an error of about √(π/2 − 1) |q| |x| / √k (RaBitQ: Gao and Long 2024, arXiv 2405.12497).
+R is a random rotation, fixed for rows of k numbers: random signs, then Hadamard transforms of ``size`` entries that are
+as far apart as they can be, so that every transform mixes entries of all layers. After it, a row's numbers are nearly
+normal, and their signs tell its direction: for any query, <q, x̂> estimates <q, x> without bias over rotations, with an
+error of about √(π/2 − 1) |q| |x| / √k (RaBitQ: Gao and Long 2024, arXiv 2405.12497). ``size`` 1 is no rotation: as good
+for rows whose entries matter alike already, such as whitened ones, and many times as fast.
 
 Sums and differences of the transform are made in a fixed order, number by number, so the bits of a row do not depend on
 the rows beside it.
@@ -22,51 +23,57 @@ Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 _LARGEST = 1024  # entries of a transform; more cost time, and gain nothing that was measured
 _LEAST_APART = 8
+_SMALLEST = 1e-30  # smaller sums of squares have lost bits in float32
 ENERGY = 2 / np.pi  # |x|² over |x̂|², for normal numbers
 
 
-def sign_sides(k: int) -> tuple[int, int]:
-    """Return the entries of a transform, a power of two, and how many transforms a row of ``k`` numbers takes."""
+def transform_size(k: int) -> int:
+    """Return the entries of a transform, a power of two, of rows of ``k`` numbers."""
     size = 1
     while 2 * size <= min(_LARGEST, k // _LEAST_APART):
         size *= 2
-    return size, -(-k // size)
+    return size
 
 
-def bit_count(k: int) -> int:
+def bit_count(k: int, size: int) -> int:
     """Return the number of bits of a row of ``k`` numbers: k, rounded up to whole transforms."""
-    size, count = sign_sides(k)
-    return size * count
+    return -(-k // size) * size
 
 
 @functools.lru_cache(maxsize=4)
-def sign_flips(k: int) -> Floats:
-    """Return the signs that numbers are multiplied by before the transform, over √size, (k,).
+def sign_flips(k: int, size: int) -> Floats:
+    """Return the signs that numbers are multiplied by before the transform, over √size, (k,); ones where there is none.
 
     The highest bit of SplitMix64's output for the number's index.
     """
+    if size == 1:
+        return np.ones(k, np.float32)
     with np.errstate(over="ignore"):
         value = (np.arange(1, k + 1, dtype=np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
         value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     value ^= value >> np.uint64(31)
-    flips = np.where(value >> np.uint64(63), np.float32(-1), np.float32(1)) / np.sqrt(np.float32(sign_sides(k)[0]))
+    flips = np.where(value >> np.uint64(63), np.float32(-1), np.float32(1)) / np.sqrt(np.float32(size))
     flips.setflags(write=False)
     return np.asarray(flips, np.float32)
 
 
-def rotate(rows: Floats, out: Floats, buffer: Floats) -> Floats:
-    """Return R of rows (b, k), (b, bits) float32 in ``out`` or ``buffer``, which are of that shape."""
+def rotate(rows: Floats, size: int, out: Floats, buffer: Floats) -> Floats:
+    """Return R of rows (b, k), (b, bits) float32: in ``out`` or ``buffer``, of that shape, or as they are."""
+    if size == 1:
+        return rows
     k = rows.shape[1]
-    np.multiply(rows, sign_flips(k), out=out[:, :k])
+    np.multiply(rows, sign_flips(k, size), out=out[:, :k])
     out[:, k:] = 0
-    return _transform(out, buffer, sign_sides(k)[0])
+    return _transform(out, buffer, size)
 
 
-def rotate_back(rotated: Floats, buffer: Floats, k: int) -> Floats:
+def rotate_back(rotated: Floats, size: int, buffer: Floats, k: int) -> Floats:
     """Return Rᵀ of (b, bits), (b, k); both arrays are used up."""
-    numbers = _transform(rotated, buffer, sign_sides(k)[0])[:, :k]
-    return np.multiply(numbers, sign_flips(k), out=numbers)
+    if size == 1:
+        return rotated
+    numbers = _transform(rotated, buffer, size)[:, :k]
+    return np.multiply(numbers, sign_flips(k, size), out=numbers)
 
 
 def _transform(rows: Floats, buffer: Floats, size: int) -> Floats:
@@ -81,15 +88,17 @@ def _transform(rows: Floats, buffer: Floats, size: int) -> Floats:
     return here
 
 
-def encode(tile: Floats, packed: Bytes, out: Floats, buffer: Floats) -> Floats:
+def encode(tile: Floats, size: int, packed: Bytes, out: Floats, buffer: Floats) -> Floats:
     """Write the signs of rows (b, k) to ``packed`` (b, ⌈bits/8⌉); return their scales (b,).
 
     ``out`` and ``buffer`` are (b, bits) float32, room to work in. A row of zeros has the scale zero.
     """
-    rotated = rotate(tile, out, buffer)
+    rotated = rotate(tile, size, out, buffer)
     packed[:] = np.packbits(rotated >= 0, axis=1)
-    squares = np.einsum("ij,ij->i", rotated, rotated, dtype=np.float64)
-    sums = np.abs(rotated, out=rotated).sum(axis=1, dtype=np.float64)
+    squares = np.einsum("ij,ij->i", tile, tile).astype(np.float64)
+    sums = np.abs(rotated, out=buffer if size == 1 else rotated).sum(axis=1, dtype=np.float64)
+    for row in np.flatnonzero((sums > 0) & ~((squares > _SMALLEST) & (squares < np.inf))):
+        squares[row] = np.square(tile[row], dtype=np.float64).sum()
     return np.asarray(np.divide(squares, sums, out=np.zeros_like(sums), where=sums > 0), np.float32)
 
 
@@ -101,18 +110,20 @@ def signs(packed: Bytes, out: Floats) -> None:
     np.subtract(out, np.float32(1), out=out)
 
 
-def rotate_queries(queries: Floats) -> Floats:
+def rotate_queries(queries: Floats, size: int) -> Floats:
     """Return R of a few queries (q, k), (q, bits), to be multiplied by signs that are not rotated back."""
-    bits, step = bit_count(queries.shape[1]), 16
+    if size == 1:
+        return queries
+    bits, step = bit_count(queries.shape[1], size), 16
     rotated, room = np.empty((len(queries), bits), np.float32), np.empty((2, step, bits), np.float32)
     for start in range(0, len(queries), step):
         part = queries[start : start + step]
-        rotated[start : start + step] = rotate(part, room[0, : len(part)], room[1, : len(part)])
+        rotated[start : start + step] = rotate(part, size, room[0, : len(part)], room[1, : len(part)])
     return rotated
 
 
-def decode(packed: Bytes, scale: Floats, tile: Floats, out: Floats, buffer: Floats) -> None:
+def decode(packed: Bytes, scale: Floats, size: int, tile: Floats, out: Floats, buffer: Floats) -> None:
     """Write x̂ of rows into ``tile`` (b, k); ``out`` and ``buffer`` are (b, bits), room to work in."""
     signs(packed, out)
     np.multiply(out, scale[:, None], out=out)
-    np.copyto(tile, rotate_back(out, buffer, tile.shape[1]))
+    np.copyto(tile, rotate_back(out, size, buffer, tile.shape[1]))

@@ -1,12 +1,13 @@
 """Rows of signs: appending them against writing plain files, scoring them against int8 rows, and their error.
 
 Ratios are of the same work within one run, interleaved, medians of several rounds; above 1 is faster than the limit or
-the rival. Appending: rows of random numbers to a store of signs, against as many bytes written to one plain file and
-synced. Scoring: 32 queries against 2000 rows that are in the page cache, signs of k entries against int8 rows of k and
-of k/8 entries, which take as many bytes. Errors of <q, x̂>, for random queries q, over |q||x|/√k, root mean squares: of
-rows of normal numbers, of Student's t with two degrees of freedom, and with one entry alone.
+the rival. Appending: rows of random numbers to a store of signs, with a column scale or rotated, against as many bytes
+written to one plain file and synced. Scoring: 32 queries against rows that are in the page cache, signs of k entries
+against int8 rows of k and of k/8 entries, which take as many bytes. Errors of <q, x̂>, for random queries q, over
+|q||x|/√k, root mean squares: of rows of normal numbers, of Student's t with two degrees of freedom, and with one entry
+alone, as they are and rotated.
 
-Run: python tools/bench/signs.py [--rows 2000] [--repeats 5] [--k 65536 262144]. The last line is JSON.
+Run: python tools/bench/signs.py [--rows 1000] [--mib 128] [--repeats 5] [--k 65536 262144]. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ def mask(k: int) -> Mask:
     return ooc.Dropout(k=k).draw([LayerShape("fc", "linear", (1, k), False)])
 
 
-def append(path: Path, k: int, dtype: str, rows: np.ndarray, count: int) -> float:
+def append(path: Path, k: int, dtype: str, rows: np.ndarray, count: int, *, scaled: bool = True) -> float:
     """Write ``count`` rows, some of them again and again; return the seconds until all is synced."""
-    held = mask(k)
+    held, scale = mask(k), np.ones(k, np.float32) if scaled and dtype == "sign" else None
     start = time.perf_counter()
-    with ooc.GradientStore.create(path, held, dtype=dtype) as store:
+    with ooc.GradientStore.create(path, held, dtype=dtype, column_scale=scale) as store:
         for first in range(0, count, len(rows)):
             part = rows[: min(len(rows), count - first)]
             store.append(part, loss=np.zeros(len(part)))
@@ -61,17 +62,19 @@ def score(train: Path, queries: Path) -> float:
     return time.perf_counter() - start
 
 
-def rates(folder: Path, k: int, count: int, repeats: int) -> dict[str, float]:
+def rates(folder: Path, k: int, count: int, mib: int, repeats: int) -> dict[str, float]:
     rows = np.random.default_rng(1).standard_normal((64, k), np.float32)
-    size = count * Encoding.of("sign", k).row_bytes
-    appending, scoring = [], []
+    row_bytes = Encoding.of("sign", k, scaled=True).row_bytes
+    written = max(1, mib * 2**20 // row_bytes)
+    appending, rotating, scoring = [], [], []
     for name, dtype, width in (("signs", "sign", k), ("int8", "int8", k), ("narrow", "int8", k // 8)):
         append(folder / name, width, dtype, rows[:, :width], count)
         append(folder / f"{name}-q", width, "float32", rows[:32, :width], 32)
     for _ in range(repeats):
-        limit = plain(folder / "plain", size)
-        appending.append(limit / append(folder / "again", k, "sign", rows, count))
-        shutil.rmtree(folder / "again")
+        limit = plain(folder / "plain", written * row_bytes)
+        for scaled, found in ((True, appending), (False, rotating)):
+            found.append(limit / append(folder / "again", k, "sign", rows, written, scaled=scaled))
+            shutil.rmtree(folder / "again")
         times = {name: score(folder / name, folder / f"{name}-q") for name in ("signs", "int8", "narrow")}
         scoring.append((times["int8"] / times["signs"], times["narrow"] / times["signs"]))
     for path in folder.iterdir():
@@ -79,13 +82,14 @@ def rates(folder: Path, k: int, count: int, repeats: int) -> dict[str, float]:
     same_entries, same_bytes = (median(values) for values in zip(*scoring, strict=True))
     return {
         "append_over_plain_file": median(appending),
+        "append_rotated_over_plain_file": median(rotating),
         "score_over_int8_of_same_entries": same_entries,
         "score_over_int8_of_same_bytes": same_bytes,
-        "row_bytes": size // count,
+        "row_bytes": row_bytes,
     }
 
 
-def errors(k: int) -> dict[str, float]:
+def errors(k: int, scaled: bool) -> dict[str, float]:
     generator = np.random.default_rng(2)
     alone = np.zeros((200, k), np.float32)
     alone[np.arange(200), generator.integers(0, k, 200)] = 1
@@ -94,7 +98,7 @@ def errors(k: int) -> dict[str, float]:
         "t2": generator.standard_t(2, (200, k)).astype(np.float32),
         "one_entry": alone,
     }
-    queries, form, found = generator.standard_normal((50, k), np.float32), Encoding.of("sign", k), {}
+    queries, form, found = generator.standard_normal((50, k), np.float32), Encoding.of("sign", k, scaled=scaled), {}
     for name, rows in kinds.items():
         raw, scale, read = np.empty((200, form.columns), np.uint8), np.empty(200, np.float32), np.empty_like(rows)
         form.encode_into(rows, raw, scale)
@@ -106,20 +110,22 @@ def errors(k: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rows", type=int, default=2000)
+    parser.add_argument("--rows", type=int, default=1000, help="to be scored")
+    parser.add_argument("--mib", type=int, default=128, help="to be appended")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--k", type=int, nargs="+", default=[65_536, 262_144], help="entries a row")
     options = parser.parse_args()
     result: dict[str, object] = {"bench": "signs", "rows": options.rows}
     with tempfile.TemporaryDirectory() as name:
         for k in options.k:
-            found = rates(Path(name), k, options.rows, options.repeats)
+            found = rates(Path(name), k, options.rows, options.mib, options.repeats)
             for what, value in found.items():
                 print(f"k = {k}: {what.replace('_', ' ')}: {value:.3g}")
                 result[f"{what}_{k}"] = round(value, 3)
-    for kind, error in errors(options.k[0]).items():
-        print(f"error over |q||x|/sqrt(k), {kind}: {error:.3f}")
-        result[f"error_{kind}"] = round(error, 3)
+    for way in ("plain", "rotated"):
+        for kind, error in errors(options.k[0], way == "plain").items():
+            print(f"error over |q||x|/sqrt(k), {kind}, {way}: {error:.3f}")
+            result[f"error_{kind}_{way}"] = round(error, 3)
     print(json.dumps(result))
 
 
