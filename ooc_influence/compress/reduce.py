@@ -42,6 +42,7 @@ from ooc_influence.store import (
     StoredReduction,
     StorePath,
     as_store,
+    check_finished,
     check_free,
     check_second_moments,
     copy_tombstones,
@@ -151,8 +152,7 @@ class _Job:
         if rotate and rows is not None:
             raise InputError("expected rotate without rows; received both: it is the basis of the F of all rows")
         Eigenbasis(1 if r is None else r, rows, weights)  # the same checks
-        if not source.n or source.committed > source.n or (source.layout.planned_rows or 0) > source.n:
-            raise InputError(f"expected a finished store with rows; received {source.path}: finish or repair it first")
+        check_finished(source)
         check_second_moments(source)
         job = cls(source, train, r, rows, parse_weighting(weights, source.attrs), rotate)
         if train is not None:

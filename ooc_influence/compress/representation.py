@@ -6,7 +6,7 @@ from typing import Any, Unpack
 
 import numpy as np
 
-from ooc_influence.errors import InputError, StoreNotFoundError
+from ooc_influence.errors import StoreNotFoundError
 from ooc_influence.fingerprint import check_same
 from ooc_influence.linalg import KeptNorms, storage_scale
 from ooc_influence.options import RewriteOptions, takes
@@ -17,6 +17,7 @@ from ooc_influence.store import (
     Storage,
     StorePath,
     as_store,
+    check_finished,
     check_free,
     check_second_moments,
     copy_tombstones,
@@ -60,11 +61,9 @@ def rewrite_store(store: GradientStore | PathLike, out: PathLike, **options: Unp
     """
     source, path = as_store(store), parse_path(out)
     check_second_moments(source)
-    if not source.n or source.committed > source.n or (source.layout.planned_rows or 0) > source.n:
-        raise InputError(f"expected a finished store with rows; received {source.path}: finish or repair it first")
+    check_finished(source)
     dtype = parse_representation(options["dtype"])
-    signs = dtype == "sign" and not source.is_reduced
-    kept = KeptNorms.of(source.mask, source.attrs) if signs else KeptNorms({})
+    kept = KeptNorms.of(dtype, source.mask, source.attrs, reduced=source.is_reduced)
     target = _open(source, path, dtype, options["storage"], kept)
     copy_tombstones(source, target)
     step = max(1, _BLOCK_BYTES // (4 * source.k))

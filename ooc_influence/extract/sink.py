@@ -75,8 +75,7 @@ class StorePlan:
     @cached_property
     def kept_norms(self) -> KeptNorms:
         """The columns of norms that are kept beside rows of signs."""
-        signs = self.dtype == "sign" and self.reduction is None
-        return KeptNorms.of(self.mask, self.attributes) if signs else KeptNorms({})
+        return KeptNorms.of(self.dtype, self.mask, self.attributes, reduced=self.reduction is not None)
 
     @property
     def model(self) -> dict[str, Any]:

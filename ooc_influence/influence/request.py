@@ -287,7 +287,7 @@ class ScoreRequest:
             block_rows,
             self.device,
             self.combine == "margins",
-            tuple(checkpoint.kept_norms for checkpoint in self.checkpoints) if normalized else (),
+            tuple(checkpoint.kept_norms if normalized else None for checkpoint in self.checkpoints),
         )
 
     def memory(self, workers: int) -> ScoringMemory:

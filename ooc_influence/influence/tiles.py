@@ -72,12 +72,12 @@ class ScoreTask:
     columns: Columns
     block_rows: int
     device: str | None
-    margins: bool = False
-    kept: tuple[tuple[str, ...] | None, ...] = ()
+    margins: bool
+    kept: tuple[tuple[str, ...] | None, ...]
 
     def rotated(self, number: int) -> bool:
         """Whether a checkpoint's rows of signs can be multiplied as they are, by queries that are rotated instead."""
-        computes_norms = self.curvatures is not None and not (self.kept and self.kept[number] is not None)
+        computes_norms = self.curvatures is not None and self.kept[number] is None
         signs = self.stores[number].layout.dtype == "sign"
         return signs and len(self.columns[number]) == 1 and not computes_norms
 
@@ -216,14 +216,11 @@ def row_weights(engine: Engine, work: ScoreTask, shares: Floats | None, number: 
 def squared_norms(engine: Engine, work: ScoreTask, number: int, block: Block) -> Floats:
     """Return gᵀ (F + λI)⁻¹ g of a checkpoint's rows for each λ, (L, b); ‖g‖², (1, b), without a curvature."""
     assert work.curvatures is not None
-    columns = work.kept[number] if work.kept else None
+    store, columns = work.stores[number], work.kept[number]
     if columns is not None:
-        values = [work.stores[number].small(f"columns/{name}", block.start, block.stop) for name in columns]
+        values = [store.small(f"columns/{name}", block.start, block.stop) for name in columns]
         return np.asarray(values, np.float32)
-    squares, store = (
-        engine.quadratic(work.curvatures[number], work.values[number], block.gradients),
-        work.stores[number],
-    )
+    squares = engine.quadratic(work.curvatures[number], work.values[number], block.gradients)
     return squares * sign_energy(store, block.start, block.stop) if store.layout.dtype == "sign" else squares
 
 

@@ -56,9 +56,9 @@ class KeptNorms:
     weights: Mapping[str, npt.NDArray[np.float32]]
 
     @classmethod
-    def of(cls, mask: Mask, attributes: Mapping[str, Any]) -> Self:
-        """Return what is kept of rows of a mask, given their store's attributes; nothing without a basis."""
-        if not mask.has_basis:
+    def of(cls, dtype: str, mask: Mask, attributes: Mapping[str, Any], *, reduced: bool) -> Self:
+        """Return what is kept beside rows, given their store's attributes: of unreduced signs in a basis only."""
+        if dtype != "sign" or reduced or not mask.has_basis:
             return cls({})
         own, moments = kronecker_damping(attributes), LayerMoments.of(mask)
         of_lists = basis_settings(attributes).get("list_damping") or own

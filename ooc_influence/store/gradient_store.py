@@ -618,6 +618,12 @@ def check_second_moments(store: GradientStore) -> None:
         )
 
 
+def check_finished(store: GradientStore) -> None:
+    """Check that a store has rows, and none of them is missing."""
+    if not store.n or store.committed > store.n or (store.layout.planned_rows or 0) > store.n:
+        raise InputError(f"expected a finished store with rows; received {store.path}: finish or repair it first")
+
+
 def check_has_rows(store: GradientStore) -> None:
     """Check that a store has rows."""
     if not store.n:
