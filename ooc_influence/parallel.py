@@ -20,6 +20,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from dask import config
 from dask.base import compute
 from dask.delayed import delayed
 
@@ -120,11 +121,18 @@ def in_worker() -> bool:
         return False
 
 
-def _scatter(client: Any, arg: Any) -> Any:
-    """Send a large array to a cluster's workers once, not with every task."""
+def _sent_once(arg: Any) -> Any:
+    """Make a large array a task's result, which is sent to a cluster's workers once, not with every task.
+
+    Unlike data that a client scatters, Dask computes it again where the workers that have it die.
+    """
     if not isinstance(arg, np.ndarray) or arg.nbytes < SENT_ONCE:
         return arg
-    return client.scatter(arg, broadcast=True)
+    return delayed(_same, pure=False, traverse=False)(arg)
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 def _slots_on_a_host(client: Any) -> int:
@@ -264,7 +272,7 @@ def run_stripes(
     if client is None:
         function, sharing = function if on_result is None else _calling(function, on_result), slots
     else:
-        args, sharing = tuple(_scatter(client, arg) for arg in args), _slots_on_a_host(client)
+        args, sharing = tuple(_sent_once(arg) for arg in args), _slots_on_a_host(client)
     task = delayed(_sharing, pure=False, traverse=False)
     parts = [task(function, sharing, own_threads, stripe, progress.key, *args) for stripe in stripes]
     tasks = [tree_sum(parts, reduce)] if reduce is not None else parts
@@ -272,7 +280,7 @@ def run_stripes(
         with limit_blas(1 if own_threads else max(1, cores() // slots)):  # once, not for each of many tasks
             results = _compute(tasks, progress, slots)
     else:
-        results = _compute_on_cluster(client, tasks, progress, on_result and (on_result, stripes))
+        results = _compute_on_cluster(client, tasks, on_result and (on_result, stripes))
     return results[0] if reduce is not None else list(results)
 
 
@@ -320,12 +328,13 @@ def _unwatch(client: Any) -> None:
             client.unsubscribe_topic(TOPIC)
 
 
-def _compute_on_cluster(client: Any, tasks: list[Any], progress: Progress, on_result: Any) -> list[Any]:
+def _compute_on_cluster(client: Any, tasks: list[Any], on_result: Any) -> list[Any]:
     from distributed import CancelledError, as_completed
     from distributed.scheduler import KilledWorker
 
     _watch(client)
-    futures = client.compute(tasks, optimize_graph=False)
+    with config.set({"distributed.admin.large-graph-warning-threshold": "1 PB"}):  # large arrays are there once
+        futures = client.compute(tasks, optimize_graph=False)
     try:
         if on_result is None:
             return [future.result() for future in futures]

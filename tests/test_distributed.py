@@ -140,6 +140,28 @@ def test_a_top_of_the_spectrum_survives_a_worker(tmp_path, long_pair, client, mo
     client.run(normal_ticks)
 
 
+@pytest.mark.parametrize("collected", [False, True])
+def test_what_is_sent_to_all_workers_survives_them(client, monkeypatch, collected):
+    """Every worker is killed, and with them every copy: the tasks that are left are done with another one."""
+    monkeypatch.setattr("ooc_influence.parallel.SENT_ONCE", 1000)
+    everything, pids = np.arange(500.0), client.run(os.getpid).values()
+    killers = [threading.Timer(1, os.kill, (pid, signal.SIGKILL)) for pid in pids]
+    stripes, found = [Stripe(low, low + 100) for low in range(0, 500, 100)], {}
+    how = {"on_result": found.__setitem__} if collected else {"reduce": np.add}
+    for killer in killers:
+        killer.start()
+    with client.as_current(), Progress("sum", 500, None) as bar:
+        total = run_stripes(slow_sum, stripes, bar, everything, slots=2, **how)
+    assert not set(client.run(os.getpid).values()) & set(pids)
+    assert (sum(found.values()) if collected else total) == everything.sum()
+    client.wait_for_workers(2, timeout=60)
+
+
+def slow_sum(stripe, progress_key, values):
+    time.sleep(0.6)
+    return values[stripe.start : stripe.stop].sum()
+
+
 @pytest.fixture(scope="module")
 def modules(tmp_path_factory):
     """A store of two modules, of losses that weights can be made of, and rows to append to it."""

@@ -189,13 +189,16 @@ class FineTuning(Task):
         model.load_state_dict(held["model"] if epoch is None else held["ends"][epoch])
         return model.eval()
 
-    def truth(self, models: int, *, train: bool = True) -> Runs:
+    def truth(self, models: int, *, train: bool = True, workers: int = 1) -> Runs:
         """Return the models of random halves, all with the same seed; without ``train``, those that are there."""
         subsets, seeds = random_subsets(self.train_rows, models), [0] * models
         folder = self.folder / ("truth" if self.kind == "fine-tuned" else f"truth-{self.kind}")
         if not train:
             return finished_runs(subsets, folder, settings=self.settings, seeds=seeds)
-        return retrain(self.fit, self.measure, subsets, folder, settings=self.settings, seeds=seeds, progress=True)
+        return retrain(
+            self.fit, self.measure, subsets, folder,
+            settings=self.settings, seeds=seeds, workers=workers, progress=True,
+        )  # fmt: skip
 
 
 def _add_adapter(model: nn.Module) -> None:
@@ -216,6 +219,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="a folder with agnews/ and shakespeare/")
     parser.add_argument("--models", type=int, default=100)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=1, help="models trained at once, each with its share of cores")
     parser.add_argument("--kind", choices=list(KINDS), default="fine-tuned")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -225,7 +229,8 @@ def main() -> None:
             with torch.no_grad():
                 trained = torch.cat([task.loss(model, rows) for rows in task.split(task.train)]).mean()
             print(f"{name} fine-tuning: loss {trained:.3f} on train rows, {-task.measure(model).mean():.3f} on queries")
-    held = task.truth(4 if options.quick else options.models, train=not options.status)
+    models = 4 if options.quick else options.models
+    held = task.truth(models, train=not options.status, workers=options.workers)
     print(held)
 
 
