@@ -102,6 +102,12 @@ def check_same_rows(
             )
 
 
+def checkpoint_names(attributes: Mapping[str, Any]) -> str:
+    """Return the checkpoints that a store recorded, the beginnings of their fingerprints."""
+    recorded = attributes.get("checkpoints") or ()
+    return ", ".join(each["fingerprint"].partition(":")[2][:12] for each in recorded) or "none"
+
+
 def _in_words(expected: Any, received: Any) -> tuple[str, str]:
     """Return two values for a message, a digest by its beginning; of mappings, the entries that differ."""
     if not isinstance(expected, Mapping) or not isinstance(received, Mapping):

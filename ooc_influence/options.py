@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from ooc_influence.compress import Compressor
     from ooc_influence.curvature import Curvature
-    from ooc_influence.extract import AdamMetric, Batches, BudgetBatches, ModuleSelection
+    from ooc_influence.extract import AdamMetric, Batches, BudgetBatches, CheckpointSource, ModuleSelection
     from ooc_influence.store import GradientStore, PathLike, Reduction, Storage
 
 AnyCurvature: TypeAlias = "Curvature | PathLike | Literal[False] | None"
@@ -397,6 +397,15 @@ class ExtractionOptions(Budgeted, Reporting, total=False):
     sample: Annotated[int | None, Option(
         None, "int, optional", "Use this many samples, spread evenly over the data; default all.",
         "Use N samples, spread evenly over the data. Default: all.", kind=int, metavar="N", least=1)]
+    checkpoints: Annotated["Sequence[CheckpointSource] | CheckpointSource | None", Option(
+        None, "sequence of path, state dict or module, optional",
+        "Earlier checkpoints of the same training, as files of tensors, folders of a model or adapter, or a folder of "
+        "several, as a Trainer leaves it. Rows are the mean of the gradients at these and at the model, which is the "
+        "last one and alone decides the mask, the basis and sampled labels. With ``like``, by default those of the "
+        "train store, found at the paths it recorded; ``()`` for the model alone.",
+        "Average rows over the model, which is the last one, and these checkpoints: files, folders, or a folder of "
+        "several, as a Trainer leaves it. May be repeated. Default with --like: those of TRAIN; 'none' for the model "
+        "alone.", kind="path", metavar="PATH|none", multiple=True)]
     metric: Annotated["AdamMetric | None", Option(
         None, "AdamMetric, optional", "Weight entries as the optimiser that trained the model did.")]
     check_model: Annotated[bool, Option(

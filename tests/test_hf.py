@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from numpy.testing import assert_allclose, assert_array_equal
+from test_cli import run  # noqa: F401 - a fixture
 from tiny_hf import (
     MARKS,
     SMALL,
@@ -267,6 +268,42 @@ def test_an_adapter_folder(tmp_path):
     assert np.abs(stores[0].rows()).max() > 0
 
 
+@pytest.mark.parametrize("adapter", [False, True])
+def test_checkpoints_of_a_trainer(tmp_path, run, adapter):  # noqa: F811 - the fixture
+    """Folders as a Trainer leaves them, of a model or of an adapter: the mean of each one's rows; queries likewise."""
+    peft = pytest.importorskip("peft")
+    folder = make_model(tmp_path / "model")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    if adapter:
+        config = peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, modules_to_save=["ln_f"])
+        model = peft.get_peft_model(model, config)
+    for step in (20, 100, 30):
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.3)
+        model.save_pretrained(tmp_path / "run" / f"checkpoint-{step}")
+        make_tokenizer().save_pretrained(tmp_path / "run" / f"checkpoint-{step}")
+    data = write(tmp_path / "d.jsonl", documents())
+    each = [
+        hf.extract(tmp_path / "run" / f"checkpoint-{step}", data, tmp_path / f"{step}.zarr", compressor=Dropout(k=40))
+        for step in (20, 30, 100)
+    ]
+    line = f"extract --model {tmp_path}/run/checkpoint-100 --data {data} --checkpoints {tmp_path}/run"
+    code, out, err = run(f"{line} --k 40 --sampling uniform --dims 0 --basis parameters --store {tmp_path}/mean.zarr")
+    assert code == 0, err
+    assert "rows averaged over 3 checkpoints" in out
+    mean = GradientStore.open(tmp_path / "mean.zarr")
+    assert_allclose(mean.rows(), np.mean([one.rows() for one in each], 0), atol=2e-3 * np.abs(mean.rows()).max())
+    for extra, same in (("", True), ("--checkpoints none", False)):
+        code, out, err = run(
+            f"extract --model {tmp_path}/run/checkpoint-100 --data {data} --store {tmp_path}/q{same}.zarr "
+            f"--like {tmp_path}/mean.zarr {extra}"
+        )
+        assert code == 0, err
+        found = GradientStore.open(tmp_path / f"q{same}.zarr").rows()
+        assert_array_equal(found, mean.rows() if same else each[2].rows())
+
+
 def test_pickled_weights_are_refused(tmp_path):
     folder = make_model(tmp_path / "model")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
@@ -347,20 +384,11 @@ def test_a_missing_library_is_named(monkeypatch):
         hf.open_documents("x.jsonl")
 
 
-def test_the_command_line(tmp_path, capsys, monkeypatch):
+def test_the_command_line(tmp_path, run):  # noqa: F811 - the fixture
     """--model and --data; two writers; a query store; mistakes in one line."""
-    from ooc_influence.cli.main import main
-
-    monkeypatch.chdir(tmp_path)
     make_model(tmp_path / "model")
     write(tmp_path / "d.jsonl", documents(40))
     write(tmp_path / "q.jsonl", documents(2))
-
-    def run(line):
-        with pytest.raises(SystemExit) as stop:
-            main(line.split())
-        out, err = capsys.readouterr()
-        return stop.value.code, out, err
 
     both = "--model model --data d.jsonl --id name --keep source --max-length 8"
     code, out, err = run(f"init {both} --store s.zarr --k 200 --dims 30")

@@ -120,6 +120,7 @@ def _library_options(settings: dict[str, Any], *, divided: bool = False) -> dict
     return _named(ExtractionOptions, settings) | {
         "compressor": _compressor(settings),
         "modules": list(settings["modules"]) or None,
+        "checkpoints": () if settings["checkpoints"] == ("none",) else list(settings["checkpoints"]) or None,
         "progress": options.show_progress(),
         "storage": Storage(codec=settings["codec"]),
         "metric": adam if adam is None or divided else AdamMetric(adam),

@@ -27,7 +27,7 @@ from scipy.stats import rankdata
 from ooc_influence.compress import Identity
 from ooc_influence.curvature import DEFAULT_DAMPING
 from ooc_influence.errors import InputError, MemoryBudgetError
-from ooc_influence.extract import PerSampleLoss, extract_gradients, parse_device, part_of
+from ooc_influence.extract import PerSampleLoss, extract_gradients, parse_device, part_of, recorded_checkpoints
 from ooc_influence.memory import MemoryBudget, format_bytes
 from ooc_influence.options import CheckOptions, takes
 from ooc_influence.store import GradientStore, LayerShape, PathLike, as_store
@@ -138,6 +138,7 @@ def check(
     if any(not damping > 0 for damping in dampings):
         raise InputError(f"expected dampings > 0; received {list(dampings)}")
     layers = [module.layer for module in train.mask.modules]
+    checkpoints = recorded_checkpoints(train)
     budget = MemoryBudget.of(options["memory"])
     groups = list(_groups(layers, rows, budget.limit - budget.reserved))
     sample = part_of(batches, rows)
@@ -154,7 +155,7 @@ def check(
             whole += _products(
                 extract_gradients(
                     model, per_sample_loss, sample, Path(name) / f"whole-{number}", compressor=Identity(),
-                    dtype="float32", modules=group, check_gradients=False, **how,
+                    dtype="float32", modules=group, check_gradients=False, checkpoints=checkpoints, **how,
                 )
             )  # fmt: skip
     agreement = compare(stored, whole, min(train.k, max(n, train.n)), sorted({*dampings, DEFAULT_DAMPING}))

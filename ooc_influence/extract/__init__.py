@@ -1,5 +1,6 @@
 """Extraction: the torch models' side. Taps on layers, sampled per-sample gradients, the loop that fills a store."""
 
+from ooc_influence.extract.checkpoints import CheckpointSource, recorded_checkpoints
 from ooc_influence.extract.data import Batches, Batching, BudgetBatches, RowChoice, even_numbers, to_device
 from ooc_influence.extract.extraction import extract_gradients, init_store, parse_device, row_types
 from ooc_influence.extract.factors import BasisPlan
@@ -28,9 +29,9 @@ from ooc_influence.extract.selection import ModuleSelection
 from ooc_influence.extract.taps import PerSampleLoss
 
 __all__ = [
-    "AdamMetric", "BasisPlan", "Batches", "Batching", "BudgetBatches", "LabelDraws", "ModuleSelection",
-    "PerSampleLoss", "Recipe", "RowChoice", "Split", "binary_cross_entropy", "by_path", "choose_split",
-    "cross_entropy", "even_numbers", "extract_gradients", "extract_shards", "fingerprint_as", "init_store",
-    "load_recipe", "loaded", "parse_device", "part_of", "row_types", "run_shards", "running", "sampled_labels",
-    "to_device", "token_cross_entropy",
+    "AdamMetric", "BasisPlan", "Batches", "Batching", "BudgetBatches", "CheckpointSource", "LabelDraws",
+    "ModuleSelection", "PerSampleLoss", "Recipe", "RowChoice", "Split", "binary_cross_entropy", "by_path",
+    "choose_split", "cross_entropy", "even_numbers", "extract_gradients", "extract_shards", "fingerprint_as",
+    "init_store", "load_recipe", "loaded", "parse_device", "part_of", "recorded_checkpoints", "row_types", "run_shards",
+    "running", "sampled_labels", "to_device", "token_cross_entropy",
 ]  # fmt: skip

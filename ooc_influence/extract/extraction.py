@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar, Unpack
 
@@ -18,6 +18,7 @@ import torch
 from ooc_influence.compress import Compressor, Dropout
 from ooc_influence.errors import InputError, StoreNotFoundError
 from ooc_influence.extract.check import LayersDisagreeError
+from ooc_influence.extract.checkpoints import Checkpoint, CheckpointSource, open_checkpoints, recorded_checkpoints
 from ooc_influence.extract.data import (
     Batches,
     Batching,
@@ -37,7 +38,7 @@ from ooc_influence.extract.pilot import Pilot, remove_pilot
 from ooc_influence.extract.selection import Adjustments, ModuleSelection, select_layers
 from ooc_influence.extract.sink import Sink, StorePlan, open_existing, same_model
 from ooc_influence.extract.taps import PerSampleLoss, parameter_sequence
-from ooc_influence.fingerprint import check_same
+from ooc_influence.fingerprint import check_same, checkpoint_names
 from ooc_influence.options import ExtractOptions, InitOptions, takes
 from ooc_influence.store import (
     GradientStore,
@@ -118,7 +119,7 @@ def extract_gradients(
     """
     batching = batching or Batching()
     device = parse_device(model, options["device"])
-    settings = Settings.of(options)
+    settings = Settings.of(options).with_checkpoints(model)
     setup = ModelSetup(
         model, per_sample_loss, device, options["progress"], options["check_gradients"], settings.seed_of_labels
     )
@@ -138,7 +139,7 @@ def extract_gradients(
         sink = Sink(store, plan, metadata, batching, writer, total, options["on_nonfinite"])
         try:
             if not sink.finished:
-                fill(sink, plan, setup, batches, batching, total=total)
+                fill(sink, plan, setup, batches, batching, total=total, checkpoints=settings.opened)
         except LayersDisagreeError as error:
             error.final = sink.store is not None
             raise
@@ -206,7 +207,7 @@ def init_store(
     ]:
         if kind not in allowed:
             raise InputError(f"expected {name} of type {', '.join(allowed)}; received {kind!r}")
-    settings = Settings.of(options)
+    settings = Settings.of(options).with_checkpoints(model)
     pilot_run, check_gradients = None, options["check_gradients"]
     if per_sample_loss is not None and options["pilot"] is not None:
         device = parse_device(model, options["device"])
@@ -316,6 +317,8 @@ class Settings:
     label_seed: int = 0
     draws: int = 1
     sample: int | None = None
+    checkpoints: Sequence[CheckpointSource] | CheckpointSource | None = None
+    opened: tuple[Checkpoint, ...] = ()
     adjusted: Adjustments = field(default_factory=Adjustments)
 
     @classmethod
@@ -334,6 +337,25 @@ class Settings:
             )
         if isinstance(self.label_seed, bool) or not isinstance(self.label_seed, int):
             raise InputError(f"expected label_seed as a whole number; received {self.label_seed!r}")
+
+    def with_checkpoints(self, model: torch.nn.Module) -> Settings:
+        """Return the settings with the checkpoints opened: as given, or those of the train store."""
+        sources, train = self.checkpoints, None if self.like is None else as_store(self.like)
+        if sources is None and train is not None and self.labels == "dataset":
+            sources = recorded_checkpoints(train)
+        if sources and self.labels == "sampled":
+            raise InputError(
+                "expected no checkpoints with sampled labels, which are those of the model itself; received both: "
+                "leave checkpoints out, the rows are of the same basis"
+            )
+        opened = open_checkpoints(model, sources)
+        if opened and train is not None:
+            received = checkpoint_names({"checkpoints": [each.to_dict() for each in opened]})
+            check_same(
+                train.path, {"checkpoints": checkpoint_names(train.attrs)}, {"checkpoints": received},
+                "give the same, or checkpoints=() for the model's own gradients",
+            )  # fmt: skip
+        return replace(self, opened=opened)
 
     @property
     def seed_of_labels(self) -> int | None:
@@ -366,6 +388,8 @@ def plan_store(model: torch.nn.Module, settings: Settings, path: PathLike, pilot
         "labels": settings.labels_record,
         "sample": settings.sample,
     }
+    if settings.opened:
+        attributes["checkpoints"] = [each.to_dict() for each in settings.opened]
     if settings.like is not None:
         return _plan_like(model, settings, representation, path, attributes)
     adjusted = settings.adjusted

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ooc_influence.errors import InputError, MemoryBudgetError, listed, warn
+from ooc_influence.extract.checkpoints import Checkpoint
 from ooc_influence.extract.data import (
     Batches,
     Batching,
@@ -49,10 +50,17 @@ class ModelSetup:
 
 
 class RowGatherer:
-    """Computes a batch's rows: kept entries or projected numbers, times the reduction."""
+    """Computes a batch's rows: kept entries or projected numbers, times the reduction.
 
-    def __init__(self, mask: Mask, device: torch.device, reduction: Reduction | None = None) -> None:
-        self._k, self._device = mask.k, device
+    With ``checkpoints`` of the model, the mean of the rows at all of them and at the model as it is, whose losses are
+    returned.
+    """
+
+    def __init__(
+        self, mask: Mask, device: torch.device, reduction: Reduction | None = None,
+        checkpoints: Sequence[Checkpoint] = (),
+    ) -> None:  # fmt: skip
+        self._k, self._device, self._checkpoints = mask.k, device, checkpoints
         logra = reduction if isinstance(reduction, LograReduction) else None
         self._gather = MaskGatherer(mask, device, logra)
         self._masked = logra is None
@@ -67,6 +75,18 @@ class RowGatherer:
 
         Norms are of whitened rows where the reduction is of these.
         """
+        losses, rows = self._masked_rows(taps, per_sample_loss, batch)
+        for checkpoint in self._checkpoints:
+            with checkpoint.loaded(taps.model):
+                rows += self._masked_rows(taps, per_sample_loss, batch)[1]
+        if self._checkpoints:
+            rows /= len(self._checkpoints) + 1
+        whole = rows if self._whitening is None else rows * self._whitening
+        norms = torch.linalg.vector_norm(whole, dim=1, dtype=torch.float64)
+        return losses, rows if self._reduce is None else self._reduce(rows), norms
+
+    def _masked_rows(self, taps: Taps, per_sample_loss: PerSampleLoss, batch: Any) -> tuple[Tensor, Tensor]:
+        """Return losses (b,) and rows before the reduction (b, k) of a batch, with the model as it is."""
         rows = torch.empty(0)
 
         def receiver(b: int) -> Any:
@@ -76,9 +96,7 @@ class RowGatherer:
             return lambda use, x, delta: self._gather.add(rows, use, x, delta)
 
         losses = taps.run(per_sample_loss, batch, receiver, (lambda: rows) if self._masked else None)
-        whole = rows if self._whitening is None else rows * self._whitening
-        norms = torch.linalg.vector_norm(whole, dim=1, dtype=torch.float64)
-        return losses, rows if self._reduce is None else self._reduce(rows), norms
+        return losses, rows
 
 
 def _check_memory(b: int, k: int) -> None:
@@ -320,7 +338,7 @@ def token_count(batch: Any) -> int | None:
 
 def fill(
     sink: Sink, plan: StorePlan, setup: ModelSetup, batches: Batches | BudgetBatches, batching: Batching, *,
-    total: int | None, label: str = "extract",
+    total: int | None, label: str = "extract", checkpoints: Sequence[Checkpoint] = (),
 ) -> None:  # fmt: skip
     """Run the model over the batches whose rows are missing; ``total``: their samples, if that is known."""
     with (
@@ -336,7 +354,7 @@ def fill(
         ) as taps,
         Progress(label, total if sink.stop is None else sink.own_rows(0, sink.stop), setup.progress) as bar,
     ):
-        parts = (sink, taps, RowGatherer(plan.mask, setup.device, plan.reduction), setup, bar)
+        parts = (sink, taps, RowGatherer(plan.mask, setup.device, plan.reduction, checkpoints), setup, bar)
         if isinstance(batches, BudgetBatches):
             BudgetPass(*parts).read(batches, plan.k, batching.first_row)
         else:

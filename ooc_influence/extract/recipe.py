@@ -193,6 +193,7 @@ _POLL = 2.0  # seconds between queries of the shards' progress
 _INIT_OPTIONS = (
     "compressor", "like", "modules", "fallback", "dtype", "storage", "check_model", "check_gradients", "metric",
     "device", "memory", "origin", "labels", "label_seed", "draws", "sample",
+    "checkpoints",
 )  # fmt: skip
 _busy = threading.Lock()
 
@@ -228,7 +229,7 @@ def extract_shards(
     **options
         ``compressor``, ``like``, ``modules``, ``fallback``, ``dtype``, ``device``, ``storage``, ``metric`` (a path),
         ``memory``, ``on_nonfinite``, ``batching``, ``origin``, ``labels``, ``label_seed``, ``draws``, ``sample``,
-        ``check_model`` and ``check_gradients`` of :func:`extract_gradients`.
+        ``checkpoints`` (paths), ``check_model`` and ``check_gradients`` of :func:`extract_gradients`.
 
     Returns
     -------
@@ -252,13 +253,20 @@ def extract_shards(
 
 
 def by_path(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options with absolute paths, for workers to load; an optimiser's state as an object is refused."""
+    """Return options with absolute paths, for workers to load; what is given as objects is refused."""
     if isinstance(options.get("metric"), AdamMetric):
         raise InputError("expected the path of Adam's state as metric= of shards; received an AdamMetric")
     paths = {
         name: parse_path(options[name]) for name in ("like", "metric") if isinstance(options.get(name), (str, Path))
     }
-    return {**options, **paths}
+    checkpoints = options.get("checkpoints")
+    if isinstance(checkpoints, (str, Path)):
+        checkpoints = [checkpoints]
+    if checkpoints:
+        if not all(isinstance(each, (str, Path)) for each in checkpoints):
+            raise InputError("expected the paths of checkpoints= of shards; received objects: workers load them")
+        checkpoints = [str(Path(each).absolute()) for each in checkpoints]
+    return {**options, **paths, "checkpoints": checkpoints}
 
 
 def loaded(options: Mapping[str, Any]) -> dict[str, Any]:

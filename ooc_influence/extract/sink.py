@@ -16,7 +16,7 @@ from ooc_influence.compress import RetainedEnergy, basis_weights
 from ooc_influence.errors import InputError, StoreNotFoundError, warn
 from ooc_influence.extract.data import Batching, RowMetadata, Shard
 from ooc_influence.extract.metric import AdamMetric
-from ooc_influence.fingerprint import check_same, check_same_rows
+from ooc_influence.fingerprint import check_same, check_same_rows, checkpoint_names
 from ooc_influence.linalg import KeptNorms, storage_scale
 from ooc_influence.options import OnNonFinite
 from ooc_influence.store import (
@@ -116,9 +116,12 @@ def same_model(store: GradientStore, model: dict[str, Any], check: bool) -> dict
 
 
 def requested_rows(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return which labels were asked for, by what a store recorded of them, and how many samples."""
+    """Return which labels were asked for, by what a store recorded of them, how many samples, at which checkpoints."""
     labels = attributes.get("labels") or {"kind": "dataset"}  # of stores from before there were others
-    return {"labels": labels.get("requested", labels), "sample": attributes.get("sample")}
+    return {
+        "labels": labels.get("requested", labels), "sample": attributes.get("sample"),
+        "checkpoints": checkpoint_names(attributes),
+    }  # fmt: skip
 
 
 def open_existing(path: PathLike, plan: StorePlan) -> GradientStore | None:

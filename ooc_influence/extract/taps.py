@@ -111,6 +111,11 @@ class Taps:
         """Whether no tapped layer has received a gradient so far."""
         return self.silent == self._tapped
 
+    @property
+    def model(self) -> nn.Module:
+        """The model that is tapped."""
+        return self._model
+
     def hook(self, number: int, use: Use) -> Callable[..., Any]:
         """Return the forward hook of a tapped module."""
 

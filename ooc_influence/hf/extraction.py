@@ -228,6 +228,8 @@ def extract(
         settings["compressor"] = compressor.sized(
             rows, settings["dtype"], job.loss_kind, adapter=hasattr(job.model, "peft_config")
         )
+    if options["output"] == "curvature" and settings["checkpoints"] is None:
+        settings["checkpoints"] = ()  # a curvature is the model's own
     if settings["device"] == "auto":
         settings["device"] = None
     record: Any = {"loss_kind": job.loss_kind, "origin": _origin(model, data, job, options)}

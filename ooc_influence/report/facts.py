@@ -32,6 +32,9 @@ def describe(store: GradientStore) -> str:
         measured = store.attrs["measured"]
         lines.append(f"and {measured['left_out']:.2%} of that of the {measured['rows']} rows written")
     labels = store.attrs.get("labels") or {}
+    earlier = store.attrs.get("checkpoints") or ()
+    if earlier:
+        lines.append(f"rows averaged over {len(earlier) + 1} checkpoints, in the basis of the last one")
     if labels.get("kind") == "sampled":
         draws = counted(labels["draws"], "draw of each sample", "draws of each sample")
         lines.append(f"labels sampled from the model, {draws}, seed {labels['seed']}")
@@ -124,6 +127,7 @@ def store_facts(store: GradientStore) -> dict[str, Any]:
         "loss_kind": attrs.get("loss_kind"),
         "labels": attrs.get("labels"),
         "sample": attrs.get("sample"),
+        "checkpoints": attrs.get("checkpoints"),
         "ids": layout.ids,
         "columns": layout.columns,
         "made_from": attrs.get("made_from"),

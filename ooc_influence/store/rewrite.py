@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ooc_influence.errors import InputError, StoreDamagedError
-from ooc_influence.fingerprint import array_digest, check_same
+from ooc_influence.fingerprint import array_digest, check_same, checkpoint_names
 from ooc_influence.progress import Progress
 from ooc_influence.store import commits, local, paths
 from ooc_influence.store.arrays import open_group, writable_array
@@ -102,6 +102,7 @@ def _check_alike(first: GradientStore, other: GradientStore) -> None:
         return store.fingerprints | {
             "loss_kind": store.attrs.get("loss_kind"),
             "labels": (store.attrs.get("labels") or {}).get("kind", "dataset"),
+            "checkpoints": checkpoint_names(store.attrs),
             "dtype": layout.dtype,
             "block": layout.block,
             "column_scale": None if scale is None else array_digest(scale),

@@ -206,17 +206,21 @@ def entries_reduced(study: Study, seed: int) -> Iterator[Sheet]:
 
 def kronecker(
     study: Study, k: int | None, dtype: str, seed: int, sampling: str = "grid", rows: Sequence[int] = (),
-    ranks: Sequence[int] = (),
+    ranks: Sequence[int] = (), averaged: bool = False,
 ) -> Iterator[Sheet]:  # fmt: skip
-    """Yield dropout in the Kronecker basis: the prior alone, with rows of sampled labels, and reduced."""
+    """Yield dropout in the Kronecker basis: the prior alone, with rows of sampled labels, and reduced.
+
+    With ``averaged``, rows and queries are means over four checkpoints of the training.
+    """
     task = study.task
+    earlier = {"checkpoints": task.quarters()[:-1]} if averaged else {}
     if k is None:
         k = sum(each.numel() for name, each in study.model.named_parameters() if "_proj" in name and each.requires_grad)
     mask = ooc.Dropout(k=k, sampling=sampling, seed=seed, basis="kronecker")
-    name = f"Kronecker {'grid' if sampling == 'grid' else 'entries'}, {k}"
+    name = f"Kronecker {'grid' if sampling == 'grid' else 'entries'}, {k}" + (", averaged" if averaged else "")
     with tempfile.TemporaryDirectory(dir=task.folder) as place:
-        train = study.extract(task.train, f"{place}/train", compressor=mask, dtype=dtype)
-        query = study.extract(task.test, f"{place}/query", like=train, dtype="float32")
+        train = study.extract(task.train, f"{place}/train", compressor=mask, dtype=dtype, **earlier)
+        query = study.extract(task.test, f"{place}/query", like=train, dtype="float32", **earlier)
         encoding, kept = train.layout.encoding, [*DAMPINGS]
         scores = study.scores(query, train, kept, curvature="kronecker")
         yield Sheet(name, encoding.name, encoding.row_bytes, [*kept, -1.0], len(kept), scores)
@@ -233,6 +237,21 @@ def kronecker(
             scores = study.scores(answers, reduced, (), curvature="kronecker")
             encoding = reduced.layout.encoding
             yield Sheet(f"{name} reduced to {r}", encoding.name, encoding.row_bytes, [-1.0], 0, scores)
+
+
+def of_checkpoints(study: Study, k: int, dtype: str, seed: int) -> Iterator[Sheet]:
+    """Yield the sums of scores of four checkpoints, each with a store in its own Kronecker basis."""
+    task, trains, queries = study.task, [], []
+    mask = ooc.Dropout(k=k, sampling="grid", seed=seed, basis="kronecker")
+    with tempfile.TemporaryDirectory(dir=task.folder) as place:
+        for number, weights in enumerate(task.quarters()):
+            study.model.load_state_dict(weights)
+            trains.append(study.extract(task.train, f"{place}/t{number}", compressor=mask, dtype=dtype))
+            queries.append(study.extract(task.test, f"{place}/q{number}", like=trains[-1], dtype="float32"))
+        scores = study.scores(queries, trains, [*DAMPINGS], curvature="kronecker")
+    encoding = trains[0].layout.encoding
+    name = f"Kronecker grid, {k}, stores of four checkpoints"
+    yield Sheet(name, encoding.name, 4 * encoding.row_bytes, [*DAMPINGS, -1.0], len(DAMPINGS), scores)
 
 
 def projected(study: Study, way: str, seed: int) -> Iterator[Sheet]:
@@ -288,7 +307,15 @@ def methods(quick: bool, seeds: int) -> dict[str, Runner]:
             kronecker, k=wide, dtype="int8", seed=seed, rows=counts, ranks=(16,) if quick else (512, 256)
         )
         for k in (wide, 4 * wide):
-            found[f"Kronecker {k} sign / {seed}"] = partial(kronecker, k=k, dtype="sign", seed=seed, rows=counts[-1:])
+            sign = partial(kronecker, k=k, dtype="sign", seed=seed, rows=counts[-1:])
+            found[f"Kronecker {k} sign / {seed}"] = sign
+            found[f"Kronecker {k} sign averaged / {seed}"] = partial(sign, averaged=True)
+        found[f"Kronecker {wide} int8 averaged / {seed}"] = partial(
+            kronecker, k=wide, dtype="int8", seed=seed, rows=counts[-1:], averaged=True
+        )
+        found[f"Kronecker {wide} int8 of four checkpoints / {seed}"] = partial(
+            of_checkpoints, k=wide, dtype="int8", seed=seed
+        )
         found[f"Kronecker {wide} float16 / {seed}"] = partial(kronecker, k=wide, dtype="float16", seed=seed)
         for k in (middle, small):
             found[f"Kronecker {k} int8 / {seed}"] = partial(kronecker, k=k, dtype="int8", seed=seed)

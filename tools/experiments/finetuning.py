@@ -189,6 +189,11 @@ class FineTuning(Task):
         model.load_state_dict(held["model"] if epoch is None else held["ends"][epoch])
         return model.eval()
 
+    def quarters(self) -> list[dict[str, Tensor]]:
+        """Return the weights of the model of all rows after each quarter of the training."""
+        ends = self.explained()["ends"]
+        return [ends[max(0, round(len(ends) * part / 4) - 1)] for part in (1, 2, 3, 4)]
+
     def truth(self, models: int, *, train: bool = True, workers: int = 1) -> Runs:
         """Return the models of random halves, all with the same seed; without ``train``, those that are there."""
         subsets, seeds = random_subsets(self.train_rows, models), [0] * models
