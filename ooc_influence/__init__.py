@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         self_influence,
         top_influential,
     )
+    from ooc_influence.influence.rerank import rerank
     from ooc_influence.planning import plan
     from ooc_influence.store import ChunkCache, GradientStore, Storage, compact_store, merge_stores, upgrade_store
 
@@ -61,6 +62,7 @@ _EXPORTS = {
         "TopInfluential", "group_influence", "influence_scores", "module_influence", "self_influence",
         "top_influential",
     ],
+    "influence.rerank": ["rerank"],  # apart from the package: it runs the model
     "planning": ["plan"],
     "store": ["ChunkCache", "GradientStore", "Storage", "compact_store", "merge_stores", "upgrade_store"],
 }  # fmt: skip
@@ -73,7 +75,8 @@ __all__ = [
     "Pca", "Rademacher", "Recipe", "Sjlt", "Split", "Storage", "TopInfluential", "__version__", "compact_store",
     "cross_entropy", "extract_gradients", "extract_shards", "fit_curvature", "fit_fisher", "fit_gram", "fit_kronecker",
     "gram_matrix", "group_influence", "influence_scores", "init_store", "merge_stores", "module_influence", "plan",
-    "reduce_store", "rewrite_store", "self_influence", "token_cross_entropy", "top_influential", "upgrade_store",
+    "reduce_store", "rerank", "rewrite_store", "self_influence", "token_cross_entropy", "top_influential",
+    "upgrade_store",
 ]  # fmt: skip
 
 

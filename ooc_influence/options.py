@@ -406,6 +406,11 @@ class ExtractionOptions(Budgeted, Reporting, total=False):
         "Average rows over the model, which is the last one, and these checkpoints: files, folders, or a folder of "
         "several, as a Trainer leaves it. May be repeated. Default with --like: those of TRAIN; 'none' for the model "
         "alone.", kind="path", metavar="PATH|none", multiple=True)]
+    keep_factors: Annotated[bool, Option(
+        False, "bool",
+        "Keep all eigenvectors and second moments of the Kronecker basis in the store's folder, for exact re-ranking "
+        "(:func:`rerank`), which otherwise computes them each time. About 20 bytes for each entry of the layers.",
+        "Keep the whole Kronecker basis beside the rows, for top --rerank: about 20 bytes an entry of the layers.")]
     metric: Annotated["AdamMetric | None", Option(
         None, "AdamMetric, optional", "Weight entries as the optimiser that trained the model did.")]
     check_model: Annotated[bool, Option(

@@ -304,6 +304,29 @@ def test_checkpoints_of_a_trainer(tmp_path, run, adapter):  # noqa: F811 - the f
         assert_array_equal(found, mean.rows() if same else each[2].rows())
 
 
+def test_lists_ranked_again_from_documents(tmp_path, run):  # noqa: F811 - the fixture
+    """Both stores recorded their documents and fields; other documents, and none where they were, are refused."""
+    folder = make_model(tmp_path / "model")
+    data, asked = write(tmp_path / "d.jsonl", documents(30)), write(tmp_path / "q.jsonl", documents(2))
+    how = "--k 200 --dims 0 --id name"
+    assert run(f"extract --model {folder} --data {data} --store t.zarr {how} --max-length 8")[0] == 0
+    line = f"extract --model {folder} --data {asked} --store q.zarr --like t.zarr --prompt text --completion name"
+    assert run(f"{line} --max-length 16")[0] == 0
+    line = f"top q.zarr t.zarr --rerank 20 --model {folder} --top 3 --json"
+    code, out, err = run(line)
+    assert code == 0, err
+    proponents = json.loads(out)["queries"][0]["proponents"]
+    assert proponents[0].keys() == {"row", "id", "score", "stored_score"}
+    assert proponents[0]["score"] >= proponents[1]["score"]
+    moved = (tmp_path / "d.jsonl").rename(tmp_path / "moved.jsonl")
+    assert run(line)[0] == 2
+    code, again, err = run(f"{line} --data {moved}")
+    assert (code, again) == (0, out), err
+    other = write(tmp_path / "other.jsonl", documents(30)[::-1])
+    code, _, err = run(f"{line} --data {other}")
+    assert (code, "losses stored" in err) == (2, True), err
+
+
 def test_pickled_weights_are_refused(tmp_path):
     folder = make_model(tmp_path / "model")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterable
 from typing import Any
 
 import click
@@ -30,12 +29,6 @@ _ARGUMENTS = {  # the options of each, by the names of its arguments
 }
 
 
-def _asked(names: Iterable[str]) -> list[str]:
-    """Return which options are on the command line."""
-    source = click.get_current_context().get_parameter_source
-    return [name for name in names if source(name) is click.core.ParameterSource.COMMANDLINE]
-
-
 def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
@@ -45,7 +38,7 @@ def _compressor(settings: dict[str, Any]) -> Any:
     from ooc_influence import Dropout, Eigenbasis
     from ooc_influence.compress import DefaultDropout, kronecker_basis
 
-    asked = _asked(_MASK)
+    asked = options.given(_MASK)
     if settings["like"] is not None:
         if asked or settings["modules"] or settings["fallback"]:
             raise InputError(
@@ -101,7 +94,7 @@ def check_source(settings: dict[str, Any]) -> None:
     if (settings["model"] is None) != (settings["data"] is None):
         raise InputError("expected --model and --data together; received one of them")
     if settings["recipe_name"] is not None:
-        misplaced = _asked(_DOCUMENTS)
+        misplaced = options.given(_DOCUMENTS)
         if misplaced:
             raise InputError(f"expected {_flag(misplaced[0])} with --model; received it with --recipe, which says it")
 

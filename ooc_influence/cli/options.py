@@ -7,7 +7,7 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar, get_args
 
 import click
@@ -163,6 +163,12 @@ def show_progress() -> bool:
 def print_result(json_wanted: bool, result: Mapping[str, Any], text: Callable[[], str]) -> None:
     """Print a result as one line of JSON, or as text."""
     click.echo(json.dumps(result, default=str) if json_wanted else text())
+
+
+def given(names: Iterable[str]) -> list[str]:
+    """Return which options are on the command line."""
+    source = click.get_current_context().get_parameter_source
+    return [name for name in names if source(name) is click.core.ParameterSource.COMMANDLINE]
 
 
 def open_train(train: str, cache: str | None, cache_size: str) -> Any:

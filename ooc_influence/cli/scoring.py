@@ -103,21 +103,75 @@ def _print_scores(scores: Any, out: str, as_json: bool) -> None:
     options.print_result(as_json, facts, lambda: f"{out}: {more}{size}\n{describe_scoring(settings)}")
 
 
+_reranking = options.several(
+    click.option("--rerank", type=click.IntRange(min=1), metavar="N",
+                 help="Compute the gradients of each query's N strongest rows again, and order them by exact scores."),
+    click.option("--model", type=options.PATH, metavar="DIR|ID", help="With --rerank: the stores' model."),
+    click.option("--data", type=options.PATH, metavar="FILE",
+                 help="With --rerank: the documents of TRAIN. Default: where they were."),
+    click.option("--query-data", type=options.PATH, metavar="FILE",
+                 help="With --rerank: the documents of QUERY. Default: where they were."),
+    click.option("--recipe", type=options.PATH, metavar="FILE.py:FUNCTION",
+                 help="With --rerank: the stores' recipe, in place of model and documents."),
+    options.flags(LoadingOptions, without=("task", "allow_pickle")),
+    options.flags(DocumentOptions, only=("model_dtype",)),
+)  # fmt: skip
+_LOADING = ("adapter", "tokenizer", "revision", "trust_remote_code")
+_RERANKING = ("rerank", "model", "data", "query_data", "recipe", "model_dtype", *_LOADING)
+
+
 @click.command()
 @_pair
 @click.option("--top", "count", type=int, default=10, show_default=True, help="How many of each.")
 @options.flags(ListOptions)
 @_pairing
+@_reranking
 def top(query: str, train: str, count: int, as_json: bool, **settings: Any) -> None:
-    """Show each query's strongest proponents and opponents among the rows of TRAIN."""
+    """Show each query's strongest proponents and opponents among the rows of TRAIN.
+
+    With --rerank, in the order of exact scores: whole gradients of the strongest rows are computed again, with the
+    model and the data that the stores were made of.
+    """
     from ooc_influence import top_influential
     from ooc_influence.report import describe_scoring
 
-    lists = top_influential(**_paired(query, train, settings), top=count)
+    again = {name: settings.pop(name) for name in _RERANKING}
+    if again["rerank"] is None and options.given(_RERANKING):
+        raise InputError("expected --rerank with a model and its data; received these alone: stored rows need neither")
+    pair = _paired(query, train, settings)
+    lists = top_influential(**pair, top=count) if again["rerank"] is None else _reranked(pair, count, again)
     options.print_result(
         as_json, lists.to_dict(),
         lambda: f"{_by_damping(lists, partial(_list_text, count))}\n\n{describe_scoring(lists.settings)}",
     )  # fmt: skip
+
+
+def _reranked(pair: dict[str, Any], count: int, settings: dict[str, Any]) -> Any:
+    """Return lists by exact scores, with the samples that both stores recorded or that are named."""
+    from ooc_influence import rerank
+    from ooc_influence.extract import choose_split, load_recipe, running
+
+    if isinstance(pair["train"], list):
+        raise InputError("expected --rerank or --also; received both: lists of one checkpoint's rows are ranked again")
+    if (settings["model"] is None) == (settings["recipe"] is None):
+        raise InputError("expected --model or --recipe with --rerank, to compute gradients with; received both or none")
+    stores = options.open_train(pair["query"], None, "0"), pair["train"]
+    with contextlib.redirect_stdout(sys.stderr), running(settings["recipe"]):
+        if settings["recipe"] is not None:
+            recipe = load_recipe(settings["recipe"])
+            names = [(store.attrs.get("origin") or {}).get("split") for store in stores]
+            model, loss = recipe.model, recipe.per_sample_loss
+            samples: Any = tuple(choose_split(recipe, name).batches for name in names)
+        else:
+            from ooc_influence import hf
+
+            loading = {name: settings[name] for name in _LOADING}
+            loaded = hf.load(settings["model"], dtype=settings["model_dtype"], device=pair["device"], **loading)
+            data = (settings["query_data"], settings["data"])
+            jobs = [hf.job_of(store, loaded, path) for store, path in zip(stores, data, strict=True)]
+            model, loss, samples = loaded.model, jobs[1].per_sample_loss, tuple(job.batches for job in jobs)
+        more: Any = {name: value for name, value in pair.items() if name not in ("query", "train")}
+        return rerank(*stores, model, loss, samples, settings["rerank"], count, **more)
 
 
 def _by_damping(lists: Any, text: Any) -> str:
@@ -133,8 +187,10 @@ def _list_text(count: int, lists: Any) -> str:
     parts = []
     for number, name in enumerate(lists.query_ids.tolist()):
         ranked = lists.of_query(number)
-        pairs = zip_longest(*([entry[1:] for entry in entries] for entries in ranked.values()), fillvalue=("", ""))
-        lines = [table(("proponent", "score", "opponent", "score"), [left + right for left, right in pairs])]
+        sides = [_shown(getattr(lists, side), number, entries) for side, entries in ranked.items()]
+        header = ("score",) if lists.proponents.stored is None else ("score", "stored")
+        pairs = zip_longest(*sides, fillvalue=("",) * (1 + len(header)))
+        lines = [table(("proponent", *header, "opponent", *header), [left + right for left, right in pairs])]
         short = [
             f"only {counted(len(entries), kind[:-1])}" if entries else f"no {kind}"
             for kind, entries in ranked.items()
@@ -146,6 +202,14 @@ def _list_text(count: int, lists: Any) -> str:
         title = f"query {name}" + (f" ({outside:.0%} outside the training spectrum)" if outside >= 0.005 else "")
         parts.append("\n".join([title, *(["dropped"] if (lists.proponents.rows[number] < 0).all() else lines)]))
     return "\n\n".join(parts)
+
+
+def _shown(ranking: Any, number: int, entries: list[Any]) -> list[tuple[Any, ...]]:
+    """Return a list's ids and scores, with those of stored rows where it was ranked again."""
+    if ranking.stored is None:
+        return [entry[1:] for entry in entries]
+    stored = dict(zip(ranking.rows[number].tolist(), ranking.stored[number].tolist(), strict=True))
+    return [(name, score, stored[row]) for row, name, score in entries]
 
 
 @click.command("self-influence")

@@ -1,10 +1,18 @@
 """Extraction: the torch models' side. Taps on layers, sampled per-sample gradients, the loop that fills a store."""
 
-from ooc_influence.extract.checkpoints import CheckpointSource, recorded_checkpoints
-from ooc_influence.extract.data import Batches, Batching, BudgetBatches, RowChoice, even_numbers, to_device
+from ooc_influence.extract.checkpoints import CheckpointSource, open_checkpoints, recorded_checkpoints
+from ooc_influence.extract.data import Batches, Batching, BudgetBatches, RowChoice, count_rows, even_numbers, to_device
 from ooc_influence.extract.extraction import extract_gradients, init_store, parse_device, row_types
 from ooc_influence.extract.factors import BasisPlan
 from ooc_influence.extract.fingerprint import fingerprint_as
+from ooc_influence.extract.full_basis import (
+    FullBasis,
+    Samples,
+    check_model,
+    exact_scores,
+    factors_path,
+    keep_factors,
+)
 from ooc_influence.extract.losses import (
     LabelDraws,
     binary_cross_entropy,
@@ -13,7 +21,8 @@ from ooc_influence.extract.losses import (
     token_cross_entropy,
 )
 from ooc_influence.extract.metric import AdamMetric
-from ooc_influence.extract.pilot import part_of
+from ooc_influence.extract.passes import ModelSetup
+from ooc_influence.extract.pilot import Pilot, part_of
 from ooc_influence.extract.recipe import (
     Recipe,
     Split,
@@ -29,9 +38,11 @@ from ooc_influence.extract.selection import ModuleSelection
 from ooc_influence.extract.taps import PerSampleLoss
 
 __all__ = [
-    "AdamMetric", "BasisPlan", "Batches", "Batching", "BudgetBatches", "CheckpointSource", "LabelDraws",
-    "ModuleSelection", "PerSampleLoss", "Recipe", "RowChoice", "Split", "binary_cross_entropy", "by_path",
-    "choose_split", "cross_entropy", "even_numbers", "extract_gradients", "extract_shards", "fingerprint_as",
-    "init_store", "load_recipe", "loaded", "parse_device", "part_of", "recorded_checkpoints", "row_types", "run_shards",
-    "running", "sampled_labels", "to_device", "token_cross_entropy",
+    "AdamMetric", "BasisPlan", "Batches", "Batching", "BudgetBatches", "CheckpointSource", "FullBasis",
+    "LabelDraws", "ModelSetup", "ModuleSelection", "PerSampleLoss", "Pilot", "Recipe", "RowChoice", "Samples",
+    "Split", "binary_cross_entropy", "by_path", "check_model", "choose_split", "count_rows", "cross_entropy",
+    "even_numbers", "exact_scores", "extract_gradients", "extract_shards", "factors_path", "fingerprint_as",
+    "init_store", "keep_factors", "load_recipe", "loaded", "open_checkpoints", "parse_device", "part_of",
+    "recorded_checkpoints", "row_types", "run_shards", "running", "sampled_labels", "to_device",
+    "token_cross_entropy",
 ]  # fmt: skip

@@ -165,6 +165,69 @@ def samples_of(value: Any, chosen: Sequence[int], b: int) -> tuple[Any, bool]:
     return value, False
 
 
+def cut_batches(batch: Any, most: int) -> Iterator[tuple[slice, Any]]:
+    """Yield a batch in parts of at most ``most`` samples, and where they are in it; whole if it cannot be cut."""
+    size = batch_size(batch)
+    if size is None or size <= most:
+        yield slice(None), batch
+        return
+    for low in range(0, size, most):
+        part, cut = samples_of(batch, range(low, min(low + most, size)), size)
+        if not cut:
+            yield slice(None), batch
+            return
+        yield slice(low, low + most), part
+
+
+def numbered_batches(batches: Batches | BudgetBatches, numbers: Numbers) -> Iterator[tuple[Numbers, Any]]:
+    """Yield batches that hold some samples of the data, ascending ``numbers``, and which of these are in each.
+
+    They are loaded by number where the data allows it, else picked out of a pass over it.
+
+    Raises
+    ------
+    InputError
+        If the data ends before.
+    """
+    if isinstance(batches, BudgetBatches):
+        if len(numbers) and numbers[-1] >= len(batches):
+            raise _too_short(int(numbers[-1]), len(batches))
+        places = {number: place for place, number in enumerate(numbers.tolist())}
+        for part in batches.cut(numbers):
+            yield np.array([places[number] for number in part.tolist()], np.int64), batches.load(part)
+        return
+    total = count_rows(batches)
+    if total is not None and len(numbers) and numbers[-1] >= total:
+        raise _too_short(int(numbers[-1]), total)
+    loaded, first = load_samples(batches, numbers), 0
+    for batch in loaded or ():
+        size = batch_size(batch) or 1
+        yield np.arange(first, first + size), batch
+        first += size
+    if loaded is not None:
+        return
+    row = 0
+    for batch in batches(0) if callable(batches) else batches:
+        size = batch_size(batch) or 1
+        low, high = np.searchsorted(numbers, (row, row + size))
+        if high > low:
+            chosen, cut = samples_of(batch, (numbers[low:high] - row).tolist(), size)
+            if not cut and size > 1:
+                raise InputError(
+                    "expected batches whose samples can be picked by number: tensors, arrays or lists with a value a "
+                    "sample; received others: give a DataLoader over a data set, or BudgetBatches"
+                )
+            yield np.arange(low, high), chosen
+        row += size
+        if high == len(numbers):
+            return
+    raise _too_short(int(numbers[-1]), row)
+
+
+def _too_short(number: int, total: int) -> InputError:
+    return InputError(f"expected data with sample {number}; received {total} samples: give the data of the store")
+
+
 BLOCK_BYTES = 128 * 2**20  # of a block's float32 rows: the host memory that keeping the caller's order costs
 LARGEST_BLOCK = 2**30  # bytes up to which a block has at least 64 rows, to be sorted by length
 _BLOCK_ROWS = 4096

@@ -31,6 +31,7 @@ from ooc_influence.extract.data import (
     count_rows,
 )
 from ooc_influence.extract.fingerprint import fingerprint_as
+from ooc_influence.extract.full_basis import factors_path, keep_factors
 from ooc_influence.extract.layers import find_uses, warn_if_training
 from ooc_influence.extract.metric import AdamMetric
 from ooc_influence.extract.passes import ModelSetup, fill
@@ -149,7 +150,10 @@ def extract_gradients(
 
     adjusting(settings, attempt)
     remove_pilot(store)
-    return GradientStore.open(store)
+    extracted = GradientStore.open(store)
+    if options["keep_factors"] and writer is None:
+        keep_factors(Pilot(setup, source, options["memory"]), extracted, factors_path(extracted))
+    return extracted
 
 
 @takes(InitOptions)
@@ -229,7 +233,10 @@ def init_store(
             store, plan.mask, storage=plan.storage, planned_rows=rows, ids=ids, columns=columns, **plan.create_options
         ).close()
         remove_pilot(store)
-        return GradientStore.open(store)
+        made = GradientStore.open(store)
+        if options["keep_factors"] and pilot_run is not None:
+            keep_factors(pilot_run, made, factors_path(made))
+        return made
     check_same(
         f"the store at {store}", {"ids": existing.layout.ids, "columns": existing.layout.columns},
         {"ids": ids, "columns": dict(columns or {})}, "give the same, or another path",

@@ -108,13 +108,26 @@ def factor_groups(layers: Sequence[LayerShape], sides: Sequence[Sides], budget: 
     MemoryBudgetError
         If a single layer's do not fit.
     """
+    return grouped(
+        len(layers), lambda numbers: factor_memory([layers[n] for n in numbers], [sides[n] for n in numbers]), budget
+    )
+
+
+def grouped(count: int, make: Callable[[Sequence[int]], MemoryModel], budget: MemoryBudget) -> list[list[int]]:
+    """Divide the numbers below ``count``, in their order, into groups whose memory models fit a budget.
+
+    Raises
+    ------
+    MemoryBudgetError
+        If that of a single number does not fit.
+    """
     groups: list[list[int]] = []
-    for number in range(len(layers)):
+    for number in range(count):
         joined = [*groups[-1], number] if groups else [number]
-        if groups and budget.fits(factor_memory([layers[n] for n in joined], [sides[n] for n in joined])):
+        if groups and budget.fits(make(joined)):
             groups[-1] = joined
             continue
-        budget.plan(factor_memory([layers[number]], [sides[number]]))
+        budget.plan(make([number]))
         groups.append([number])
     return groups
 

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from ooc_influence.compress import Compressor, PilotMoments, fit_eigenbasis
+from ooc_influence.compress import Compressor, KroneckerBasis, PilotMoments, fit_eigenbasis
 from ooc_influence.errors import InputError, MismatchError, NonFiniteError, StoreNotFoundError
 from ooc_influence.extract.data import (
     Batches,
@@ -26,6 +26,7 @@ from ooc_influence.extract.data import (
     RowMetadata,
     batch_size,
     count_rows,
+    cut_batches,
     even_numbers,
     load_samples,
     to_device,
@@ -140,17 +141,22 @@ class Pilot:
         samples, basis = compressor.pilot_samples, compressor.kronecker
         if basis is None:
             return compressor.draw(layers, self.moments(layers, samples) if samples else ())
-        with nullcontext() if basis.labels == "dataset" else sampled_labels(basis.seed) as draws:
+        with self.labels(basis):
             factors = self.factors(layers, samples)
             mask = factors.apply(compressor.draw(layers, factors.moments), basis)
-            mask = self.measure(mask, samples, basis.damping_scope) if basis.moments == "measured" else mask
+            return self.measure(mask, samples, basis.damping_scope) if basis.moments == "measured" else mask
+
+    @contextmanager
+    def labels(self, basis: KroneckerBasis) -> Iterator[None]:
+        """Have the loss draw labels where the basis is one of sampled labels; refuse, at the end, one that did not."""
+        with nullcontext() if basis.labels == "dataset" else sampled_labels(basis.seed) as draws:
+            yield
         if draws is not None and not draws.used:
             raise InputError(
                 "expected a loss that draws labels, for a basis with labels='sampled'; received one that has the data "
                 "set's only: compute it by ooc_influence.cross_entropy, token_cross_entropy or a loss of "
                 "ooc_influence.hf, or use labels='dataset'"
             )
-        return mask
 
     def moments(self, layers: Sequence[LayerShape], samples: int) -> list[PilotMoments]:
         """Return second moments of every layer's rows and columns over ``samples`` samples."""
@@ -169,14 +175,19 @@ class Pilot:
             sums.solve(factors)
         return factors
 
-    def measure(self, mask: Mask, samples: int, scope: str) -> Mask:
-        """Return a mask in a Kronecker basis with Λ of its entries, measured over ``samples`` samples."""
+    def measure(self, mask: Mask, samples: int, scope: str, at_once: int | None = None) -> Mask:
+        """Return a mask in a Kronecker basis with Λ of its entries, measured over ``samples`` samples.
+
+        Batches of more than ``at_once`` samples are cut.
+        """
         sums = SquareSums(mask, self.setup.device)
-        self._run([module.layer for module in mask.modules], samples, "second moments", sums)
+        self._run([module.layer for module in mask.modules], samples, "second moments", sums, at_once)
         return measured(mask, sums.squares, sums.samples, scope)
 
-    def _run(self, layers: Sequence[LayerShape], samples: int, label: str, sums: PilotSums) -> None:
-        """Run a pass over the pilot's samples.
+    def _run(
+        self, layers: Sequence[LayerShape], samples: int, label: str, sums: PilotSums, at_once: int | None = None
+    ) -> None:
+        """Run a pass over the pilot's samples, of at most ``at_once`` at a time.
 
         Batches with NaN or Inf do not count: the extraction that follows names the samples, or skips them.
         """
@@ -186,7 +197,8 @@ class Pilot:
             Progress(label, samples, self.setup.progress) as bar,
         ):
             seen = 0
-            for batch in take_evenly(self.batches, samples):
+            taken = take_evenly(self.batches, samples)
+            for batch in taken if at_once is None else (cut for each in taken for _, cut in cut_batches(each, at_once)):
                 with rows_of_batch(seen):
                     losses = taps.run(self.setup.per_sample_loss, to_device(batch, self.setup.device), sums.receiver)
                 seen += len(losses)

@@ -193,7 +193,7 @@ _POLL = 2.0  # seconds between queries of the shards' progress
 _INIT_OPTIONS = (
     "compressor", "like", "modules", "fallback", "dtype", "storage", "check_model", "check_gradients", "metric",
     "device", "memory", "origin", "labels", "label_seed", "draws", "sample",
-    "checkpoints",
+    "checkpoints", "keep_factors",
 )  # fmt: skip
 _busy = threading.Lock()
 
@@ -229,7 +229,7 @@ def extract_shards(
     **options
         ``compressor``, ``like``, ``modules``, ``fallback``, ``dtype``, ``device``, ``storage``, ``metric`` (a path),
         ``memory``, ``on_nonfinite``, ``batching``, ``origin``, ``labels``, ``label_seed``, ``draws``, ``sample``,
-        ``checkpoints`` (paths), ``check_model`` and ``check_gradients`` of :func:`extract_gradients`.
+        ``checkpoints`` (paths), ``keep_factors``, ``check_model`` and ``check_gradients`` of :func:`extract_gradients`.
 
     Returns
     -------

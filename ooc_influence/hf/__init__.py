@@ -1,6 +1,6 @@
 """Hugging Face models: from a model and a file of documents to a gradient store. Needs the extra ``hf``."""
 
-from ooc_influence.hf.extraction import Job, extract, extract_shards, prepare
+from ooc_influence.hf.extraction import Job, extract, extract_shards, job_of, prepare
 from ooc_influence.hf.labels import Labels
 from ooc_influence.hf.losses import CausalLoss, ClassificationLoss, SignedLoss
 from ooc_influence.hf.models import Loaded, load, load_shapes, open_documents
@@ -10,6 +10,6 @@ from ooc_influence.hf.tokens import Fields
 
 __all__ = [
     "CausalLoss", "ClassificationLoss", "ClassifierCollator", "Collator", "Fields", "Job", "Labels", "Loaded",
-    "Samples", "SignedLoss", "context_length", "extract", "extract_shards", "load",
+    "Samples", "SignedLoss", "context_length", "extract", "extract_shards", "job_of", "load",
     "load_shapes", "open_documents", "prepare",
 ]  # fmt: skip

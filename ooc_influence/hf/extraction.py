@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Unpack
+from typing import Any, NamedTuple, Unpack, cast
 
 import numpy as np
 
@@ -95,6 +95,38 @@ def prepare(model: str | Path | Loaded, data: Any, **options: Unpack[JobOptions]
         device = None if options["device"] is None else str(options["device"])
         model = load(model, dtype=options["model_dtype"], device=device, **select(LoadingOptions, options))
     return _make_job(model, data, fields, options)
+
+
+def job_of(store: GradientStore, loaded: Loaded, data: Any = None, *, progress: bool | None = None) -> Job:
+    """Return a loaded model and the samples that a store's rows were made of, by what the store recorded.
+
+    Parameters
+    ----------
+    store : GradientStore
+        Made by :func:`extract`.
+    loaded : Loaded
+        Its model.
+    data : str, path or object, optional
+        Its documents; by default those at the path it recorded.
+    progress : bool, optional
+        Show a progress line; silent by default.
+
+    Raises
+    ------
+    InputError
+        For a store that recorded no fields, or no path of documents where none are given, or other documents.
+    """
+    origin = store.attrs.get("origin") or {}
+    fields, path = origin.get("fields"), origin.get("data") if data is None else data
+    if not fields or path is None:
+        raise InputError(
+            f"expected a store made from documents, which records where they are; received {store.path}: name them "
+            "(--data, --query-data), or give the recipe (--recipe)"
+        )
+    names = definitions(JobOptions)
+    recorded = {name: value for name, value in (origin | fields).items() if name in names and name != "documents"}
+    defaults = {name: option.default for name, option in names.items()}
+    return _make_job(loaded, path, Fields(**fields), cast(JobOptions, {**defaults, **recorded, "progress": progress}))
 
 
 def _make_job(loaded: Loaded, data: Any, fields: Fields, options: JobOptions) -> Job:

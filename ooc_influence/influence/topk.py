@@ -138,11 +138,14 @@ class Ranking:
         Their scores; NaN for a query that is dropped.
     ids : (q, top)
         Their ids; the row numbers where the store has none.
+    stored : (q, top) float32, or None
+        Of a ranking by exact scores (:func:`rerank`), the scores of the rows as they are stored.
     """
 
     rows: npt.NDArray[np.int64]
     scores: npt.NDArray[np.float32]
     ids: npt.NDArray[Any]
+    stored: npt.NDArray[np.float32] | None = None
 
     def at(self, number: int) -> Ranking:
         """Return the ranking of one of several dampings."""
@@ -227,6 +230,10 @@ class TopInfluential:
                 side: [{"row": row, "id": row_id, "score": score} for row, row_id, score in entries]
                 for side, entries in self._lists(number).items()
             }
+            for side, ranking in (("proponents", self.proponents), ("opponents", self.opponents)):
+                if ranking.stored is not None:
+                    for entry, stored in zip(lists[side], ranking.stored[number].tolist(), strict=False):
+                        entry["stored_score"] = stored
             outside = self.outside_share[number].item()
             queries.append(
                 {"query": number, "id": name, "outside_share": None if np.isnan(outside) else outside, **lists}
