@@ -199,6 +199,12 @@ class ReportOptions(DampedOptions, Normalized, total=False):
         None, "sequence of str, optional",
         "Columns of the store to sum scores by; default label and source, where they have few values.",
         "Sum scores by this column; may be repeated. Default: label and source.", metavar="COLUMN", multiple=True)]
+    bm25: Annotated[bool, Option(
+        True, "bool",
+        "Show where a search for a query's words (BM25) has each example, where texts are given; all documents are "
+        "read twice for it.",
+        "Leave out where a search for a query's words (BM25) has each example, for which all documents are read "
+        "twice.", flag="--no-bm25")]
     title: Annotated[str | None, Option(
         None, "str, optional", "Title of the pages; default the store's name.",
         "Title of the pages. Default: the store's name.")]

@@ -108,16 +108,17 @@ _reranking = options.several(
                  help="Compute the gradients of each query's N strongest rows again, and order them by exact scores."),
     click.option("--model", type=options.PATH, metavar="DIR|ID", help="With --rerank: the stores' model."),
     click.option("--data", type=options.PATH, metavar="FILE",
-                 help="With --rerank: the documents of TRAIN. Default: where they were."),
+                 help="The documents of TRAIN: also show where a search for the query's words (BM25) has each row's "
+                 "document. With --rerank and --model, by default where they were."),
     click.option("--query-data", type=options.PATH, metavar="FILE",
-                 help="With --rerank: the documents of QUERY. Default: where they were."),
+                 help="The documents of QUERY, with --data or --rerank. Default: where they were."),
     click.option("--recipe", type=options.PATH, metavar="FILE.py:FUNCTION",
                  help="With --rerank: the stores' recipe, in place of model and documents."),
     options.flags(LoadingOptions, without=("task", "allow_pickle")),
     options.flags(DocumentOptions, only=("model_dtype",)),
 )  # fmt: skip
 _LOADING = ("adapter", "tokenizer", "revision", "trust_remote_code")
-_RERANKING = ("rerank", "model", "data", "query_data", "recipe", "model_dtype", *_LOADING)
+_RERANKING = ("rerank", "data", "query_data", "model", "recipe", "model_dtype", *_LOADING)
 
 
 @click.command()
@@ -136,13 +137,15 @@ def top(query: str, train: str, count: int, as_json: bool, **settings: Any) -> N
     from ooc_influence.report import describe_scoring
 
     again = {name: settings.pop(name) for name in _RERANKING}
-    if again["rerank"] is None and options.given(_RERANKING):
-        raise InputError("expected --rerank with a model and its data; received these alone: stored rows need neither")
+    needless = [name for name in _RERANKING[3:] if options.given([name])]
+    if again["rerank"] is None and needless:
+        raise InputError("expected --rerank with a model or a recipe; received these alone: stored rows need neither")
     pair = _paired(query, train, settings)
     lists = top_influential(**pair, top=count) if again["rerank"] is None else _reranked(pair, count, again)
+    ranks = None if again["data"] is None else _lexical_ranks(lists, pair, again)
     options.print_result(
-        as_json, lists.to_dict(),
-        lambda: f"{_by_damping(lists, partial(_list_text, count))}\n\n{describe_scoring(lists.settings)}",
+        as_json, _with_ranks(lists.to_dict(), ranks),
+        lambda: f"{_by_damping(lists, partial(_list_text, count, ranks))}\n\n{describe_scoring(lists.settings)}",
     )  # fmt: skip
 
 
@@ -181,14 +184,39 @@ def _by_damping(lists: Any, text: Any) -> str:
     return "\n\n".join(f"damping {level.damping}\n\n{text(level)}" for level in levels)
 
 
-def _list_text(count: int, lists: Any) -> str:
+def _lexical_ranks(lists: Any, pair: dict[str, Any], settings: dict[str, Any]) -> Any:
+    """Return the BM25 ranks of the rows in lists, query by query, by row."""
+    from ooc_influence.report import Corpus, ranks_of_lists
+
+    if isinstance(pair["train"], list) or pair["average_queries"] is not False:
+        raise InputError("expected single queries of one checkpoint with --data; received means of them")
+    query = options.open_train(pair["query"], None, "0")
+    asked = settings["query_data"] or (query.attrs.get("origin") or {}).get("data")
+    if asked is None:
+        raise InputError(f"expected --query-data with --data; received none, and {query.path} records no documents")
+    corpora = Corpus.of(asked), Corpus.of(settings["data"])
+    return ranks_of_lists(lists, query, pair["train"], *corpora, pair["progress"])
+
+
+def _with_ranks(facts: Any, ranks: Any) -> Any:
+    """Return the JSON of lists with the BM25 rank of each entry."""
+    if ranks is not None:
+        for level in facts.get("by_damping", [facts]):
+            for number, query in enumerate(level["queries"]):
+                for entry in (*query["proponents"], *query["opponents"]):
+                    entry["bm25_rank"] = ranks[number].get(entry["row"])
+    return facts
+
+
+def _list_text(count: int, ranks: Any, lists: Any) -> str:
     from ooc_influence.report import table
 
     parts = []
     for number, name in enumerate(lists.query_ids.tolist()):
         ranked = lists.of_query(number)
-        sides = [_shown(getattr(lists, side), number, entries) for side, entries in ranked.items()]
-        header = ("score",) if lists.proponents.stored is None else ("score", "stored")
+        of_query = None if ranks is None else ranks[number]
+        sides = [_shown(getattr(lists, side), number, entries, of_query) for side, entries in ranked.items()]
+        header = ("score", *(("stored",) if lists.proponents.stored is not None else ()), *(("BM25",) if ranks else ()))
         pairs = zip_longest(*sides, fillvalue=("",) * (1 + len(header)))
         lines = [table(("proponent", *header, "opponent", *header), [left + right for left, right in pairs])]
         short = [
@@ -204,12 +232,16 @@ def _list_text(count: int, lists: Any) -> str:
     return "\n\n".join(parts)
 
 
-def _shown(ranking: Any, number: int, entries: list[Any]) -> list[tuple[Any, ...]]:
-    """Return a list's ids and scores, with those of stored rows where it was ranked again."""
-    if ranking.stored is None:
-        return [entry[1:] for entry in entries]
-    stored = dict(zip(ranking.rows[number].tolist(), ranking.stored[number].tolist(), strict=True))
-    return [(name, score, stored[row]) for row, name, score in entries]
+def _shown(ranking: Any, number: int, entries: list[Any], ranks: Any) -> list[tuple[Any, ...]]:
+    """Return a list's ids and scores, with those of stored rows where it was ranked again, and with BM25's ranks."""
+    shown = [entry[1:] for entry in entries]
+    rows = [entry[0] for entry in entries]
+    if ranking.stored is not None:
+        stored = dict(zip(ranking.rows[number].tolist(), ranking.stored[number].tolist(), strict=True))
+        shown = [(*line, stored[row]) for line, row in zip(shown, rows, strict=True)]
+    if ranks is not None:
+        shown = [(*line, ranks.get(row) or "no word") for line, row in zip(shown, rows, strict=True)]
+    return shown
 
 
 @click.command("self-influence")
@@ -307,7 +339,7 @@ def modules(query: str, train: str, count: int | None, out: str | None, as_json:
         _print_scores(influence, out, as_json)
         return
     assert count is not None  # the call refuses neither
-    text = partial(_list_text, count)
+    text = partial(_list_text, count, None)
 
     def lines() -> str:
         parts = [f"module {name}\n\n{_by_damping(lists, text)}" for name, lists in influence.items()]

@@ -12,8 +12,9 @@ from ooc_influence.corpus.documents import (
     text_digest,
     text_of,
 )
+from ooc_influence.corpus.lexical import Bm25, bm25
 
 __all__ = [
-    "BETWEEN", "USUAL", "CachedFolder", "Documents", "as_text", "cached_folder", "local_path", "open_documents",
-    "open_records", "text_digest", "text_of",
+    "BETWEEN", "USUAL", "Bm25", "CachedFolder", "Documents", "as_text", "bm25", "cached_folder", "local_path",
+    "open_documents", "open_records", "text_digest", "text_of",
 ]  # fmt: skip

@@ -78,6 +78,36 @@ def recall_at(scores: npt.ArrayLike, flagged: npt.ArrayLike, fraction: float) ->
     return float(marks[checked].sum() / marks.sum())
 
 
+def fuse_ranks(*scores: npt.ArrayLike, k: float = 60) -> npt.NDArray[np.float64]:
+    """Combine several rankings of the same rows, such as influence and BM25: Σ 1/(k + rank), reciprocal rank fusion.
+
+    Cormack, Clarke and Büttcher 2009. Only the order of scores counts, so they need no common unit.
+
+    Parameters
+    ----------
+    *scores : (q, n) array, several
+        Larger is better; equal scores share their mean rank, and NaN comes last.
+    k : float
+        How little the first ranks stand out; 60 is usual.
+
+    Returns
+    -------
+    (q, n) float64
+        Larger is better.
+
+    Raises
+    ------
+    InputError
+        For no scores, or of different shapes, or k below 0.
+    """
+    arrays = [np.asarray(each, np.float64) for each in scores]
+    shapes = sorted({each.shape for each in arrays})
+    if len(shapes) != 1 or len(shapes[0]) != 2 or not k >= 0:
+        raise InputError(f"expected scores (q, n) of one shape, and k >= 0; received shapes {shapes} and k={k}")
+    ranks = [rankdata(np.where(np.isnan(each), np.inf, -each), axis=1) for each in arrays]
+    return np.asarray(np.sum([1 / (k + each) for each in ranks], axis=0))
+
+
 def _checked(scores: npt.ArrayLike, flagged: npt.ArrayLike) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
     values, marks = np.asarray(scores, np.float64), np.asarray(flagged, bool)
     if values.ndim != 1 or values.shape != marks.shape or not 0 < marks.sum() < len(marks):

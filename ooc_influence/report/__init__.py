@@ -12,9 +12,10 @@ from ooc_influence.report.facts import (
     store_facts,
     table,
 )
+from ooc_influence.report.lexical import ranks_of_lists
 from ooc_influence.report.write import write_report
 
 __all__ = [
     "Corpus", "Decision", "curvature_states", "describe", "describe_scoring", "draw_images", "layer_facts",
-    "read_decisions", "store_facts", "table", "write_report",
+    "ranks_of_lists", "read_decisions", "store_facts", "table", "write_report",
 ]  # fmt: skip

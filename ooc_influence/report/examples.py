@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,7 @@ class Examples:
                 f"{path}: give the file the store was made from, or name the field with its ids (--id)"
             )
         parts = (rows[start : start + _AT_ONCE] for start in range(0, len(rows), _AT_ONCE))
-        lacking = sum(self._document_numbers(part).count(None) for part in parts)
+        lacking = sum(self.document_numbers(part).count(None) for part in parts)
         if len(rows) and lacking == len(rows):
             raise MismatchError(
                 f"expected records of the rows of {store.path} in {path}; received none of the {len(rows)} looked for, "
@@ -136,7 +136,28 @@ class Examples:
         """Return the names that the document of each row may have: the row's, and without the number of its piece."""
         return [(str(name), _PIECE.sub("", str(name))) for name in self.store.ids(rows).tolist()]
 
-    def _document_numbers(self, rows: npt.NDArray[np.int64]) -> list[int | None]:
+    @property
+    def documents(self) -> int:
+        """How many documents there are; 0 without a corpus of texts."""
+        return 0 if self._documents is None else len(self._documents)
+
+    def texts(self) -> Iterator[str]:
+        """Yield the texts of all documents."""
+        assert self._documents is not None
+        return map(self._whole_text, self._documents.read_all(self._fields))
+
+    def text_of(self, number: int) -> str:
+        """Return the text of a document."""
+        assert self._documents is not None
+        return self._whole_text(self._documents.read([number], self._fields)[0])
+
+    def _whole_text(self, record: dict[str, Any]) -> str:
+        if self._corpus.text is not None:
+            return as_text(record.get(self._corpus.text))
+        forms = (self._origin.get("fields") or {}, *USUAL)
+        return next((text for fields in forms if (text := text_of(record, fields)) is not None), "")
+
+    def document_numbers(self, rows: npt.NDArray[np.int64]) -> list[int | None]:
         """Return the number of the document of each row; None where there is none."""
         if self._documents is None:
             return [None] * len(rows)
@@ -153,7 +174,7 @@ class Examples:
         columns = {name: store.values(f"columns/{name}", rows).tolist() for name in store.layout.columns}
         losses, norms = (store.values(name, rows).tolist() for name in ("loss", "grad_norm"))
         dropped = store.values("dropped", rows).tolist() if store.has_dropped else [False] * len(rows)
-        names, documents = store.ids(rows).tolist(), self._document_numbers(rows)
+        names, documents = store.ids(rows).tolist(), self.document_numbers(rows)
         return [
             {"row": row, "id": str(names[index]), "loss": losses[index], "norm": norms[index],
              "dropped": dropped[index],

@@ -269,10 +269,10 @@ class HuggingFaceModel(Model):
 class LiveQuery:
     """Answers typed queries from a report's train store, with a model, and with examples from where they are."""
 
-    def __init__(self, report: Report, model: Model, data: Corpus, pictures: ImageFolder) -> None:
+    def __init__(self, report: Report, model: Model, data: Corpus, pictures: ImageFolder, *, bm25: bool = True) -> None:
         quiet = report.settings.scoring | {"progress": None}
         self._report, self._model, self._settings = report, model, replace(report.settings, scoring=quiet)
-        self._shown = Examples(report.train, data, np.arange(report.train.n), pictures)
+        self._shown, self._bm25 = Examples(report.train, data, np.arange(report.train.n), pictures), bm25
 
     def answer(self, values: Mapping[str, str]) -> dict[str, Any]:
         """Return a query and the examples of its lists, as a page takes them.
@@ -294,10 +294,11 @@ class LiveQuery:
             loss, norm = float(store.loss.mean()), float(store.grad_norm.mean())
         entry = report.entry(top, 0)
         text = "\n\n".join(values[name] for name in fields if name != "label")
+        ranks = report.lexical_ranks(self._shown, [text], top) if self._bm25 else None
         query = {
             "row": 0, "id": "typed", "loss": loss, "norm": norm, "dropped": False, "text": text[:TEXT_LIMIT],
             "cut": max(0, len(text) - TEXT_LIMIT), "label": values.get("label"), "source": None,
-            "more": {"rows": store.n} if store.n > 1 else {}, "groups": {}, **entry,
+            "more": {"rows": store.n} if store.n > 1 else {}, "groups": {}, "bm25": ranks and ranks[0], **entry,
         }  # fmt: skip
         rows = [row for side in ("proponents", "opponents") for row, _ in entry[side]]
         return {"query": query, "examples": report.examples(self._shown, rows)}

@@ -8,7 +8,7 @@ holds one file.
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,7 @@ from ooc_influence.progress import Progress, optional_library
 from ooc_influence.report.examples import Corpus, Examples, ImageFolder
 from ooc_influence.report.facts import curvature_states, dimension_curve, layer_facts, resolved_eigenvalues, store_facts
 from ooc_influence.report.folder import LISTED_A_FILE, PageFolder, QueryList, replaceable_files
+from ooc_influence.report.lexical import lexical_ranks, texts_of
 from ooc_influence.store import GradientStore, PathLike, as_store
 
 QUERIES_A_FILE = 20
@@ -58,6 +59,11 @@ class Settings:
     def mode(self) -> Any:
         """``relative`` or ``absolute``."""
         return self.scoring.get("damping_mode", "relative")
+
+    @property
+    def progress(self) -> bool | None:
+        """Whether to show progress lines."""
+        return self.scoring.get("progress")
 
     def both(self) -> dict[str, Any]:
         """Return the arguments that all calls share."""
@@ -114,6 +120,15 @@ class Report:
         """Return a query's lists in a page's form: [row, score] each, up to where the sign of scores changes."""
         lists = {side: [[row, score] for row, _, score in ranked] for side, ranked in top.of_query(number).items()}
         return {"number": number, "outside": float(top.outside_share[number]), **lists}
+
+    def lexical_ranks(
+        self, shown: Examples, queries: Sequence[str], top: TopInfluential
+    ) -> list[Mapping[int, int | None]] | None:
+        """Return the BM25 ranks of the rows in lists, query by query; None where there are no texts."""
+        if not any(queries) or not shown.documents:
+            return None
+        both = np.concatenate([top.proponents.rows, top.opponents.rows], axis=1)
+        return lexical_ranks(queries, shown, [np.unique(own[own >= 0]) for own in both], self.settings.progress)
 
     def examples(self, shown: Examples, rows: Any) -> dict[int, dict[str, Any]]:
         """Return train examples by row, with their self-influence."""
@@ -214,7 +229,8 @@ def write_pages(
     shown = Examples(train, data, needed[needed >= 0], albums[0])
     if query is not None and top is not None:
         asked = Examples(query, query_data, np.arange(query.n), albums[1])
-        texts = _write_queries(report, folder, top, shown, asked, sums)
+        ranks = report.lexical_ranks(shown, texts_of(asked, query.n), top) if options["bm25"] else None
+        texts = _write_queries(report, folder, top, shown, asked, sums, ranks)
     for first in range(0, max(1, len(chosen)), SUSPECTS_A_FILE):
         part = report.examples(shown, chosen[first : first + SUSPECTS_A_FILE])
         folder.write_data(f"suspects-{first // SUSPECTS_A_FILE}", list(part.values()))
@@ -231,18 +247,19 @@ def write_pages(
 
 def _write_queries(
     report: Report, folder: PageFolder, top: TopInfluential, shown: Examples, asked: Examples,
-    sums: dict[str, GroupInfluence],
+    sums: dict[str, GroupInfluence], ranks: Sequence[Mapping[int, int | None]] | None,
 ) -> int:  # fmt: skip
     """Write the queries and their list; return the number of files of texts that are too long for the list."""
     query = report.query
     assert query is not None
     listing = QueryList(folder)
-    with Progress("pages", query.n, report.settings.scoring.get("progress"), unit="query") as bar:
+    with Progress("pages", query.n, report.settings.progress, unit="query") as bar:
         for first in range(0, query.n, QUERIES_A_FILE):
             numbers = range(first, min(query.n, first + QUERIES_A_FILE))
             entries = []
             for number, example in zip(numbers, asked.describe(np.array(numbers)), strict=True):
                 entry = example | report.entry(top, number)
+                entry["bm25"] = None if ranks is None else ranks[number]
                 entry["groups"] = {name: _strongest(groups, number) for name, groups in sums.items()}
                 entries.append(entry)
                 listing.add(entry)

@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from baselines import bm25, tfidf
+from baselines import tfidf
 from common import Result, Runs, arguments, report
 from dense import DAMPINGS, SHRINKAGES, Layer, dense_scores
 from torch import Tensor, nn
@@ -43,6 +43,7 @@ from torch import Tensor, nn
 import ooc_influence as ooc
 from ooc_influence import hf
 from ooc_influence.compress.defaults import ADAPTER_BASIS
+from ooc_influence.corpus import bm25
 from ooc_influence.evaluate.retrain import seeded
 
 RANK, EPOCHS, LR, BATCH = 16, 3, 1e-3, 8

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from baselines import bm25, state_cosine, tfidf
+from baselines import state_cosine, tfidf
 from common import Result, Runs, arguments, report, table
 from dense import DAMPINGS, SHRINKAGES, Scored, dense_scores, layers
 from finetuning import KINDS, LAYERS, FineTuning, make_finetuning
@@ -35,6 +35,7 @@ from tasks import sampled
 from transformers import PreTrainedTokenizerFast
 
 import ooc_influence as ooc
+from ooc_influence.corpus import bm25
 from ooc_influence.evaluate import lds, removal_curve
 
 NORMALIZATIONS = ("none", "train", "cosine")

@@ -24,13 +24,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from baselines import bm25, state_cosine, tfidf
+from baselines import state_cosine, tfidf
 from common import Result, Runs, arguments, report
 from retraining import compressor
 from tasks import Encoder, batches, news
 from torch import Tensor, nn
 
 import ooc_influence as ooc
+from ooc_influence.corpus import bm25
 from ooc_influence.evaluate.retrain import seeded
 
 LENGTH, BYTES = 128, 128

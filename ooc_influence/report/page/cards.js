@@ -53,6 +53,14 @@ ooc.cards = (() => {
       el("span", { class: "track", "aria-hidden": "true" }, el("span", { class: "fill" })));
   }
 
+  // Where a search for the query's words has this example's document.
+  function lexical(ranks, row) {
+    if (!ranks) return null;
+    const rank = ranks[row];
+    return fact("BM25 rank", rank === null || rank === undefined ? "no word in common" : number(rank),
+      "rank of the document for the query's words, among all documents");
+  }
+
   function card(example, value, rank, largest, query) {
     const other = query && query.label !== null && query.label !== undefined && example.label !== query.label;
     return el("li", {}, el("article", { class: "card", "aria-label": `${value >= 0 ? "Proponent" : "Opponent"} ${rank}: ${example.id}` },
@@ -63,7 +71,7 @@ ooc.cards = (() => {
           text: `${other ? "≠ " : ""}${example.label}` }),
         example.dropped ? el("span", { class: "chip other", text: "dropped" }) : null),
       el("div", { class: "body" }, image(example, "example"), el("div", { class: "said" }, text(example),
-        facts({ ...example, label: null, norm: null }, [fact("self-influence", number(example.self))])))));
+        facts({ ...example, label: null, norm: null }, [fact("self-influence", number(example.self)), lexical(query && query.bm25, example.row)])))));
   }
 
   function legend(largest) {
