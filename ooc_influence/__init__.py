@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         LoGra,
         Pca,
         Rademacher,
+        RowBudget,
         Sjlt,
         reduce_store,
         rewrite_store,
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
 _EXPORTS = {
     "compress": [
         "Dropout", "Eigenbasis", "Gaussian", "Grass", "Identity", "KroneckerBasis", "LoGra", "Pca",
-        "Rademacher", "Sjlt", "reduce_store", "rewrite_store",
+        "Rademacher", "RowBudget", "Sjlt", "reduce_store", "rewrite_store",
     ],
     "curvature": ["Curvature", "fit_curvature", "fit_fisher", "fit_gram", "fit_kronecker", "gram_matrix"],
     "errors": ["OocInfluenceError", "OocInfluenceWarning"],
@@ -72,11 +73,11 @@ _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in nam
 __all__ = [
     "AdamMetric", "Batching", "BudgetBatches", "ChunkCache", "Curvature", "Dropout", "Eigenbasis", "Gaussian",
     "GradientStore", "Grass", "Identity", "KroneckerBasis", "LoGra", "OocInfluenceError", "OocInfluenceWarning",
-    "Pca", "Rademacher", "Recipe", "Sjlt", "Split", "Storage", "TopInfluential", "__version__", "compact_store",
-    "cross_entropy", "extract_gradients", "extract_shards", "fit_curvature", "fit_fisher", "fit_gram", "fit_kronecker",
-    "gram_matrix", "group_influence", "influence_scores", "init_store", "merge_stores", "module_influence", "plan",
-    "reduce_store", "rerank", "rewrite_store", "self_influence", "token_cross_entropy", "top_influential",
-    "upgrade_store",
+    "Pca", "Rademacher", "Recipe", "RowBudget", "Sjlt", "Split", "Storage", "TopInfluential", "__version__",
+    "compact_store", "cross_entropy", "extract_gradients", "extract_shards", "fit_curvature", "fit_fisher",
+    "fit_gram", "fit_kronecker", "gram_matrix", "group_influence", "influence_scores", "init_store", "merge_stores",
+    "module_influence", "plan", "reduce_store", "rerank", "rewrite_store", "self_influence", "token_cross_entropy",
+    "top_influential", "upgrade_store",
 ]  # fmt: skip
 
 

@@ -181,3 +181,19 @@ def test_a_mistake_is_one_line(run, stores, line, message):  # noqa: F811
     assert message in err
     assert err.count("\n") == 1
     assert "Traceback" not in err
+
+
+def test_a_size_of_rows(run):  # noqa: F811
+    line = "extract --recipe my_recipe.py:recipe --split train --store {} --row-bytes {} --json"
+    facts = result(run(line.format("signs.zarr", "3kB")))
+    assert facts["dtype"] == "sign"
+    assert (facts["k"], facts["compressor"]["sampling"]) == (facts["p"], "grid")  # fewer entries than bits
+    facts = result(run(line.format("numbers.zarr", "20")))
+    assert (facts["dtype"], facts["reduction"]["columns"]) == ("int8", 15)
+    for more, message in (
+        ("--k 100", "without --k"),
+        ("--dtype int8", "without --dtype"),
+        ("--like signs.zarr", "--like"),
+    ):
+        code, _, err = run(line.format("x.zarr", "3kB").replace("--json", more))
+        assert (code, message in err) == (2, True), err

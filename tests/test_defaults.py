@@ -13,6 +13,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from ooc_influence import (
     KroneckerBasis,
+    RowBudget,
     fit_fisher,
     group_influence,
     influence_scores,
@@ -22,6 +23,7 @@ from ooc_influence import (
 )
 from ooc_influence.cli.main import cli
 from ooc_influence.compress import LARGEST_STORE, DefaultDropout, Dropout, Eigenbasis
+from ooc_influence.errors import InputError
 from ooc_influence.report import describe_scoring, write_report
 from ooc_influence.store import Encoding
 
@@ -129,3 +131,24 @@ def test_queries_that_lose_much_are_told_of(tmp_path, caplog):
         reduce_store(query, tmp_path / "q2", like=small, memory=roomy())
     assert len(caplog.messages) == 2
     assert all("--dims 0" in message for message in caplog.messages)
+
+
+@pytest.mark.parametrize("size", [16, "512", 2000, 2999, 3000, "8kB", "33 kB"])
+def test_a_size_of_rows_is_kept_and_used(size):
+    budget = RowBudget(size)
+    made = budget(10**7)
+    columns = made.k if made.reduce is None else made.reduce.r
+    used = Encoding.of(budget.dtype, columns, scaled=True).row_bytes + 4
+    assert budget.size - 17 < used <= budget.size
+    assert (budget.dtype, made.reduce is None) == (("sign", True) if budget.size >= 3000 else ("int8", False))
+    assert made.kronecker is not None
+
+
+def test_sizes_of_rows_of_small_models_and_adapters():
+    assert RowBudget("8kB")(5000).k == 5000
+    assert RowBudget(1000)(700).reduce is None  # fewer entries than numbers
+    chosen = KroneckerBasis(damping=0.1)
+    assert RowBudget(512).for_adapter()(9000).kronecker.list_damping == 3000
+    assert RowBudget(512, basis=chosen).for_adapter()(9000).kronecker == chosen
+    with pytest.raises(InputError, match="at least 16 bytes"):
+        RowBudget(15)

@@ -28,7 +28,7 @@ from ooc_influence import (
     top_influential,
 )
 from ooc_influence.cli.main import cli
-from ooc_influence.errors import InputError, MismatchError
+from ooc_influence.errors import InputError, MismatchError, OocInfluenceWarning
 from ooc_influence.linalg import LayerMoments
 from ooc_influence.store import Encoding, sign_flips
 
@@ -184,6 +184,8 @@ def test_extraction_divides_by_the_whitening(tmp_path):
     for damping in (None, 0.01, 0.1, 1.0):  # kept of the numbers; at others, estimated
         asked = [self_influence(train, damping=damping, memory=roomy()) for train in (numbers, signs)]
         assert_allclose(asked[1], asked[0], rtol=1e-4)
+    with pytest.warns(OocInfluenceWarning, match="at the relative damping 0.1: at 0.005, 3 they say less"):
+        influence_scores(query, signs, damping=[0.005, 0.1, 3])
     several = [self_influence(train, damping=[0.1, 0.3], memory=roomy()) for train in (numbers, signs)]
     assert np.abs(np.log(several[1] / several[0])).mean() < 0.5
     assert_allclose(influence_scores(query, signs, damping=0.1, normalize="train").compute(),

@@ -15,8 +15,8 @@ from ooc_influence.options import CheckOptions, DocumentOptions, ExtractionOptio
 
 _DOCUMENTS = [name for name in definitions(DocumentOptions) if name != "split"]  # a recipe says all of these itself
 _MASK = (
-    "compressor", "k", "basis", "basis_damping", "damping_scope", "sampling", "dims", "pilot", "basis_weights",
-    "nonzeros", "rank_out", "rank_in", "seed",
+    "compressor", "row_bytes", "k", "basis", "basis_damping", "damping_scope", "sampling", "dims", "pilot",
+    "basis_weights", "nonzeros", "rank_out", "rank_in", "seed",
 )  # fmt: skip
 _ARGUMENTS = {  # the options of each, by the names of its arguments
     "gaussian": {"k": "k", "seed": "seed"},
@@ -27,6 +27,9 @@ _ARGUMENTS = {  # the options of each, by the names of its arguments
     "pca": {"r": "dims", "pilot": "pilot", "weights": "basis_weights"},
     "identity": {},
 }
+
+
+_WITH_ROW_BYTES = ("row_bytes", "seed", "basis_damping", "damping_scope")
 
 
 def _flag(name: str) -> str:
@@ -46,6 +49,8 @@ def _compressor(settings: dict[str, Any]) -> Any:
                 "--like fixes the mask"
             )
         return None
+    if settings["row_bytes"] is not None:
+        return _row_budget(settings)
     wide = settings["model"] is not None
     if wide and not asked:
         return None
@@ -66,6 +71,19 @@ def _compressor(settings: dict[str, Any]) -> Any:
         return DefaultDropout(k, settings["sampling"], basis, damping, scope, seed, reduction)
     kronecker = kronecker_basis(damping, scope) if basis == "kronecker" else None
     return Dropout(4096 if k is None else k, settings["sampling"], seed, reduce=reduction, basis=kronecker)
+
+
+def _row_budget(settings: dict[str, Any]) -> Any:
+    """Return the compressor for a size of rows, which says their representation, too."""
+    from ooc_influence import RowBudget
+    from ooc_influence.compress import kronecker_basis
+
+    foreign = [name for name in options.given((*_MASK, "dtype")) if name not in _WITH_ROW_BYTES]
+    if foreign:
+        raise InputError(f"expected --row-bytes without {_flag(foreign[0])}; received both: leave one of them out")
+    damping, scope = settings["basis_damping"], settings["damping_scope"]
+    basis = None if damping is None and scope is None else kronecker_basis(damping, scope)
+    return RowBudget(settings["row_bytes"], settings["seed"], basis)
 
 
 def _baseline(name: str, settings: dict[str, Any], asked: list[str]) -> Any:
@@ -109,15 +127,20 @@ def _library_options(settings: dict[str, Any], *, divided: bool = False) -> dict
 
     parse_path(settings["store"])
     check_source(settings)
-    adam = settings["adam"]
-    return _named(ExtractionOptions, settings) | {
-        "compressor": _compressor(settings),
-        "modules": list(settings["modules"]) or None,
-        "checkpoints": () if settings["checkpoints"] == ("none",) else list(settings["checkpoints"]) or None,
-        "progress": options.show_progress(),
-        "storage": Storage(codec=settings["codec"]),
-        "metric": adam if adam is None or divided else AdamMetric(adam),
-    }
+    adam, compressor = settings["adam"], _compressor(settings)
+    dtype = {} if settings["row_bytes"] is None else {"dtype": compressor.dtype}
+    return (
+        _named(ExtractionOptions, settings)
+        | dtype
+        | {
+            "compressor": compressor,
+            "modules": list(settings["modules"]) or None,
+            "checkpoints": () if settings["checkpoints"] == ("none",) else list(settings["checkpoints"]) or None,
+            "progress": options.show_progress(),
+            "storage": Storage(codec=settings["codec"]),
+            "metric": adam if adam is None or divided else AdamMetric(adam),
+        }
+    )
 
 
 def _named(kind: type[Any], settings: dict[str, Any]) -> dict[str, Any]:

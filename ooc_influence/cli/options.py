@@ -127,6 +127,9 @@ building = several(
     click.option("--compressor", default="dropout", show_default=True,
                  type=click.Choice(["dropout", "gaussian", "rademacher", "sjlt", "grass", "logra", "pca", "identity"]),
                  help="How gradients are compressed (docs/compressors.md)."),
+    click.option("--row-bytes", metavar="SIZE", help="Choose entries and representation for this size of a row, such "
+                 "as 8kB, by what is measured on language models: signs in a Kronecker basis; below 3 kB, int8 numbers "
+                 "of an eigenbasis."),
     click.option("--k", type=int, help="Gradient entries kept of each sample, or numbers that a projection of all "
                  "makes. Default: 4096; with --model 65536."),
     click.option("--basis", type=click.Choice(["parameters", "kronecker"]),

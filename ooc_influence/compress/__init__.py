@@ -1,7 +1,7 @@
 """Compressors: what is kept of a gradient."""
 
 from ooc_influence.compress.compressor import Compressor, Eigenbasis, KroneckerBasis
-from ooc_influence.compress.defaults import LARGEST_STORE, WIDE, DefaultDropout, kronecker_basis
+from ooc_influence.compress.defaults import LARGEST_STORE, WIDE, DefaultDropout, RowBudget, kronecker_basis
 from ooc_influence.compress.dropout import Dropout, variance_factors
 from ooc_influence.compress.eigenbasis import RetainedEnergy, basis_weights, fit_eigenbasis
 from ooc_influence.compress.kronecker import WhitenedEnergy
@@ -41,6 +41,7 @@ __all__ = [
     "Projection",
     "Rademacher",
     "RetainedEnergy",
+    "RowBudget",
     "Sjlt",
     "WhitenedEnergy",
     "basis_weights",

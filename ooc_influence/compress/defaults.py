@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
 from ooc_influence.compress.compressor import Eigenbasis, KroneckerBasis
 from ooc_influence.compress.dropout import Dropout
+from ooc_influence.errors import InputError
 from ooc_influence.linalg import is_token_loss
+from ooc_influence.memory import parse_bytes
 from ooc_influence.options import DampingScope
 from ooc_influence.store import Encoding, Representation, parse_representation
 
 WIDE, REDUCED = 65536, 4096  # entries kept, and numbers they are reduced to
+SCALE_BYTES = 4  # of a row's scale
 LARGEST_STORE = 64 * 2**30  # bytes; rows of larger stores are reduced
 
 
@@ -28,6 +31,85 @@ def kronecker_basis(damping: float | None, scope: DampingScope | None, *, adapte
         return ADAPTER_BASIS
     asked: dict[str, Any] = {"damping": damping, "damping_scope": scope}
     return KroneckerBasis(**{name: value for name, value in asked.items() if value is not None})
+
+
+REDUCED_BELOW = 3000  # bytes of a row: below, numbers of the eigenbasis of a wide mask are better than signs
+
+
+@dataclass(frozen=True)
+class RowBudget:
+    """What to keep of each gradient for a number of bytes a row, as measured on language models.
+
+    Signs of as many entries as there are bits; below :data:`REDUCED_BELOW` bytes, as many int8 numbers of the
+    eigenbasis of 65,536 entries. Both are in the Kronecker basis. docs/howto/choose.md has the measurements.
+
+    Parameters
+    ----------
+    row_bytes : int or str
+        Bytes of a stored row with its scale, such as 8192 or ``"8kB"``; the loss, the norms and ids of a row are beside
+        them.
+    seed : int
+        Of the choice of entries.
+    basis : KroneckerBasis, optional
+        Settings of the basis; default its own, or those for adapters where a Hugging Face model is one.
+
+    Examples
+    --------
+    A compressor for :func:`extract_gradients`, which takes the representation beside it:
+
+    >>> budget = RowBudget("8kB")
+    >>> budget.dtype, budget.k, budget.r
+    ('sign', 63968, None)
+    >>> extract_gradients(model, loss, batches, "train.zarr", compressor=budget, dtype=budget.dtype)
+
+    Raises
+    ------
+    InputError
+        For less than 16 bytes.
+    """
+
+    row_bytes: int | str
+    seed: int = 0
+    basis: KroneckerBasis | None = None
+
+    def __post_init__(self) -> None:
+        if self.size < 16:
+            raise InputError(f"expected at least 16 bytes a row; received {self.row_bytes!r}")
+
+    @property
+    def size(self) -> int:
+        """The bytes, as a number."""
+        return parse_bytes(self.row_bytes)
+
+    @property
+    def dtype(self) -> str:
+        """The representation of the rows."""
+        return "int8" if self.size < REDUCED_BELOW else "sign"
+
+    @property
+    def k(self) -> int:
+        """Entries kept."""
+        return WIDE if self.size < REDUCED_BELOW else 8 * (self.size - SCALE_BYTES)
+
+    @property
+    def r(self) -> int | None:
+        """Numbers that they are reduced to; None for signs."""
+        if self.size >= REDUCED_BELOW:
+            return None
+        numbers = self.size - SCALE_BYTES
+        while Encoding.of("int8", numbers).row_bytes + SCALE_BYTES > self.size:
+            numbers -= 1
+        return numbers
+
+    def __call__(self, p: int) -> Dropout:
+        """Return the compressor for a model of p entries."""
+        k, r = min(self.k, p), self.r
+        reduction = None if r is None or r >= k else Eigenbasis(r)
+        return Dropout(k=k, sampling="grid", seed=self.seed, reduce=reduction, basis=self.basis or KroneckerBasis())
+
+    def for_adapter(self) -> RowBudget:
+        """Return the same for the entries of an adapter, unless the basis was chosen."""
+        return self if self.basis is not None else replace(self, basis=ADAPTER_BASIS)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Unpack, cast
 
 import numpy as np
 
-from ooc_influence.compress import DefaultDropout
+from ooc_influence.compress import DefaultDropout, RowBudget
 from ooc_influence.corpus import local_path
 from ooc_influence.errors import InputError, StoreNotFoundError, counted
 from ooc_influence.extract import (
@@ -256,10 +256,11 @@ def extract(
     compressor: Any = settings["compressor"]
     if compressor is None and settings["like"] is None:
         compressor = DefaultDropout()
+    adapter = hasattr(job.model, "peft_config")
+    if isinstance(compressor, RowBudget) and adapter:
+        settings["compressor"] = compressor.for_adapter()
     if isinstance(compressor, DefaultDropout):
-        settings["compressor"] = compressor.sized(
-            rows, settings["dtype"], job.loss_kind, adapter=hasattr(job.model, "peft_config")
-        )
+        settings["compressor"] = compressor.sized(rows, settings["dtype"], job.loss_kind, adapter=adapter)
     if options["output"] == "curvature" and settings["checkpoints"] is None:
         settings["checkpoints"] = ()  # a curvature is the model's own
     if settings["device"] == "auto":

@@ -311,6 +311,11 @@ def methods(quick: bool, seeds: int) -> dict[str, Runner]:
             sign = partial(kronecker, k=k, dtype="sign", seed=seed, rows=counts[-1:])
             found[f"Kronecker {k} sign / {seed}"] = sign
             found[f"Kronecker {k} sign averaged / {seed}"] = partial(sign, averaged=True)
+        for k in (middle, wide // 2):
+            found[f"Kronecker {k} sign / {seed}"] = partial(kronecker, k=k, dtype="sign", seed=seed)
+        found[f"Kronecker {wide} int8 reduced to many / {seed}"] = partial(
+            kronecker, k=wide, dtype="int8", seed=seed, ranks=(24,) if quick else (1000,)
+        )
         found[f"Kronecker {wide} int8 averaged / {seed}"] = partial(
             kronecker, k=wide, dtype="int8", seed=seed, rows=counts[-1:], averaged=True
         )
