@@ -380,8 +380,8 @@ class ExtractionOptions(Budgeted, Reporting, total=False):
         "Tap layers of unknown kinds too, at the cost of their full gradients.")]
     dtype: Annotated[str, Option(
         "float16", '{"float16", "bfloat16", "float32", "int8", "int4", "sign"}',
-        "Representation on disk; float16, int8 and int4 have a float32 scale a row.",
-        "Representation on disk; float16, int8 and int4 have a scale a row.", choices=DTYPES)]
+        "Representation on disk; float16, int8, int4 and sign have a float32 scale a row.",
+        "Representation on disk; float16, int8, int4 and sign have a scale a row.", choices=DTYPES)]
     device: Annotated["torch.device | str | None", Option(
         None, "torch.device or str, optional", "Where to run; default where the model is.",
         "Where to run, such as cuda. Default: where the model is.")]

@@ -207,16 +207,23 @@ class _Planner:
         """Return every stage that the corpus goes through, in the order they run."""
         first = [self.kronecker_basis()] if self.model is not None else []
         first += [self.eigenbasis()] if self.size.k < self.entries else []
+        fits, planner = self.curvature_fits()
+        scoring = [planner.scores(), planner.top_lists(), planner.self_influence(), self.verify()]
+        return [*first, self.extraction(), self.query_extraction(), *fits, *scoring]
+
+    def curvature_fits(self) -> tuple[list[Stage], _Planner]:
+        """Return the fits that are possible, and the planner of what follows the one that is taken."""
+        if self.dtype == "sign":  # none is fitted on signs: the basis has a curvature, as diagonal as one of rank 1
+            return [], replace(self, rank=1)
         fisher, planner = self.fisher(), self
-        fits = [fisher]
+        found = [fisher]
         rank = largest_rank(self.size, self.budget) if fisher.refusal else 0
         if rank:
             planner = replace(self, rank=rank)
-            fits.append(planner.low_rank(rank))
+            found.append(planner.low_rank(rank))
         if self.size.rows < self.size.k:
-            fits.append(self.gram())
-        scoring = [planner.scores(), planner.top_lists(), planner.self_influence(), self.verify()]
-        return [*first, self.extraction(), self.query_extraction(), *fits, *scoring]
+            found.append(self.gram())
+        return found, planner
 
     def layout(self, columns: int) -> Layout:
         """Return the layout of a store with some number of columns."""

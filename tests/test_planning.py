@@ -228,3 +228,12 @@ def test_a_plan_is_what_the_call_itself_projects(tmp_path, stage, monkeypatch):
         assert (refusal is None) == (found[stage].refusal is None) == (peak <= memory)
         if refusal is not None:
             assert refusal.replace(str(train.path), "TRAIN") == found[stage].refusal
+
+
+def test_signs_are_planned_with_the_curvature_of_their_basis():
+    signs = ooc.plan(10**6, 4 * 10**6, dtype="sign", memory="8GiB", **GIVEN)
+    names = [stage.name for stage in signs.stages]
+    assert names == ["extract train", "extract queries", "scores", "top 100", "self-influence", "verify"]
+    assert signs.fits
+    assert 10**6 * 4 * 10**6 / 8 < signs["extract train"].disk < 1.01 * 10**6 * 4 * 10**6 / 8
+    assert ooc.plan(10**6, 2**17, dtype="int8", memory="8GiB", **GIVEN).stages[2].name == "fisher"

@@ -515,6 +515,7 @@ def differences(task: FineTuning, files: Sequence[Path], found: Sequence[Result]
 
 FAMILIES = {
     "Kronecker basis, grid, signs": ("Kronecker grid", "sign"),
+    "Kronecker basis, averaged, signs": ("Kronecker grid", "sign"),
     "Kronecker basis, grid, int8": ("Kronecker grid", "int8"),
     "Kronecker basis, entries, int8": ("Kronecker entries", "int8"),
     "Kronecker basis, grid, float16": ("Kronecker grid", "float16"),
@@ -540,7 +541,8 @@ def plot(found: Sequence[Result], axes: Any) -> None:
     for number, (label, (start, stored)) in enumerate(FAMILIES.items()):
         own = [line for line in found if line["method"].startswith(start) and line.get("stored", "").startswith(stored)]
         own = [line for line in own if "factors from" not in line["method"]]
-        own = [line for line in own if ("reduced" in line["method"]) == ("reduced" in label)]
+        own = [line for line in own
+               if all((word in line["method"]) == (word in label) for word in ("reduced", "averaged"))]  # fmt: skip
         for style, chosen in (("-", [line for line in own if "sampled rows" not in line["method"]]),
                               ("--", [line for line in own if "sampled rows" in line["method"]])):  # fmt: skip
             points = sorted((line["bytes a row"], line["LDS"]) for line in chosen)
