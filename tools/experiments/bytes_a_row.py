@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from common import Result, arguments, table
 
@@ -95,12 +95,10 @@ def draw(truths: dict[str, list[Result]], path: Path) -> None:
         for number, (label, family) in enumerate(FAMILIES.items()):
             points = [(line["bytes a row"], line["LDS"]) for line in family.lines(lines)]
             if points:
-                style: dict[str, Any] = {
-                    "linestyle": "-" if family.ours else ":",
-                    "markersize": 5 if family.ours else 4,
-                }
-                axis.semilogx(*zip(*points, strict=True), marker="o^sDvp*PX+d<"[number], color=pyplot.colormaps["tab20"](number),
-                              label=label, **style)  # fmt: skip
+                axis.semilogx(
+                    *zip(*points, strict=True), marker="o^sDvp*PX+d<"[number], markersize=5 if family.ours else 4,
+                    linestyle="-" if family.ours else ":", color=pyplot.colormaps["tab20"](number), label=label,
+                )  # fmt: skip
         texts = [line for line in lines if line["method"] == "BM25"]
         for line in texts:
             axis.axhline(line["LDS"], color="grey", linewidth=0.6)
