@@ -4,7 +4,6 @@ from ooc_influence.extract.checkpoints import CheckpointSource, open_checkpoints
 from ooc_influence.extract.data import Batches, Batching, BudgetBatches, RowChoice, count_rows, even_numbers, to_device
 from ooc_influence.extract.extraction import extract_gradients, init_store, parse_device, row_types
 from ooc_influence.extract.factors import BasisPlan
-from ooc_influence.extract.fingerprint import fingerprint_as
 from ooc_influence.extract.full_basis import (
     FullBasis,
     Samples,
@@ -41,7 +40,7 @@ __all__ = [
     "AdamMetric", "BasisPlan", "Batches", "Batching", "BudgetBatches", "CheckpointSource", "FullBasis",
     "LabelDraws", "ModelSetup", "ModuleSelection", "PerSampleLoss", "Pilot", "Recipe", "RowChoice", "Samples",
     "Split", "binary_cross_entropy", "by_path", "check_model", "choose_split", "count_rows", "cross_entropy",
-    "even_numbers", "exact_scores", "extract_gradients", "extract_shards", "factors_path", "fingerprint_as",
+    "even_numbers", "exact_scores", "extract_gradients", "extract_shards", "factors_path",
     "init_store", "keep_factors", "load_recipe", "loaded", "open_checkpoints", "parse_device", "part_of",
     "recorded_checkpoints", "row_types", "run_shards", "running", "sampled_labels", "to_device",
     "token_cross_entropy",

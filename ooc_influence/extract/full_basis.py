@@ -24,7 +24,7 @@ from ooc_influence.extract.fingerprint import fingerprint_as
 from ooc_influence.extract.losses import rows_of_batch
 from ooc_influence.extract.passes import ModelSetup, RowGatherer
 from ooc_influence.extract.pilot import Pilot
-from ooc_influence.extract.taps import tapped
+from ooc_influence.extract.taps import Taps, tapped
 from ooc_influence.fingerprint import check_same
 from ooc_influence.linalg import basis_settings, damping_scope, mean_moments
 from ooc_influence.memory import MemoryBudget, MemoryModel
@@ -272,25 +272,28 @@ def exact_scores(
         scale = torch.from_numpy(np.concatenate(whitened).astype(np.float32)).to(setup.device)
         gatherer = RowGatherer(mask, setup.device, None, checkpoints)
         with tapped(setup.model, basis.layers, setup.device, skip=mask.empty_modules) as taps:
-
-            def gradients(samples: Samples, taps: Any = taps, most: int = most, gatherer: Any = gatherer) -> Any:
-                for places, batch in numbered_batches(samples.batches, samples.numbers):
-                    for part, cut in cut_batches(batch, most):
-                        with rows_of_batch(samples.numbers[places[part]]):
-                            values, found, _ = gatherer(taps, setup.per_sample_loss, to_device(cut, setup.device))
-                        yield places[part], values.float().cpu().numpy(), found
-
             whole = torch.empty((len(queries.numbers), mask.k), device=setup.device)
-            for places, values, found in gradients(queries):
+            for places, values, found in _gradients(setup, taps, gatherer, queries, most):
                 whole[torch.from_numpy(places)], query_losses[places] = found, values
             query_squares += _squares(whole, scale)
             whole *= scale
-            for places, values, found in gradients(rows):
+            for places, values, found in _gradients(setup, taps, gatherer, rows, most):
                 products[:, places] += (found @ whole.t()).double().cpu().numpy().T
                 squares[places] += _squares(found, scale)
                 losses[places] = values
                 advance(len(places))
     return ExactScores(products, query_squares, squares, query_losses, losses)
+
+
+def _gradients(
+    setup: ModelSetup, taps: Taps, gatherer: RowGatherer, samples: Samples, most: int
+) -> Iterator[tuple[Numbers, npt.NDArray[np.float32], Tensor]]:
+    """Yield at most some samples at a time: which they are, their losses (b,), and their gradients (b, k)."""
+    for places, batch in numbered_batches(samples.batches, samples.numbers):
+        for part, cut in cut_batches(batch, most):
+            with rows_of_batch(samples.numbers[places[part]]):
+                losses, rows, _ = gatherer(taps, setup.per_sample_loss, to_device(cut, setup.device))
+            yield places[part], losses.float().cpu().numpy(), rows
 
 
 def _squares(rows: Tensor, scale: Tensor) -> npt.NDArray[np.float64]:
@@ -299,10 +302,14 @@ def _squares(rows: Tensor, scale: Tensor) -> npt.NDArray[np.float64]:
     return values
 
 
-def check_model(train: GradientStore, setup: ModelSetup) -> None:
-    """Refuse a model that is not the one that a store was made with."""
+def check_model(train: GradientStore, model: torch.nn.Module, advice: str, *, other: object = None) -> None:
+    """Refuse a model that is not the one that a store was made with.
+
+    Raises
+    ------
+    MismatchError
+        With ``advice``; ``other`` names the model in the message.
+    """
     expected = train.model_fingerprint
-    check_same(
-        train.path, {"model": expected}, {"model": fingerprint_as(setup.model, expected)},
-        "give the model that the store was extracted with",
-    )  # fmt: skip
+    received = fingerprint_as(model, expected)
+    check_same(train.path, {"model": expected}, {"model": received}, advice, other=other)

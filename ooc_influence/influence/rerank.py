@@ -100,7 +100,7 @@ def rerank(
     if not fitted:
         asked["curvature"] = "kronecker"
     setup = ModelSetup(model, per_sample_loss, parse_device(model, None), asked["progress"])
-    check_model(stores[1], setup)
+    check_model(stores[1], model, "give the model that the stores were extracted with")
     scoring = ScoreRequest.open(*stores, asked, lists=True)
     first = find_top(scoring, candidates, None, asked).ranked(scoring, 0)
     dampings = kronecker_dampings(stores[1])

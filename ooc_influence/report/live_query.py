@@ -21,7 +21,6 @@ import numpy as np
 from typing_extensions import override
 
 from ooc_influence.errors import InputError, OocInfluenceError
-from ooc_influence.fingerprint import check_same
 from ooc_influence.progress import optional_library, watched
 from ooc_influence.report.examples import TEXT_LIMIT, Corpus, Examples, ImageFolder
 from ooc_influence.report.write import Report
@@ -171,11 +170,10 @@ class Model(ABC):
         MismatchError
             If it was not.
         """
-        from ooc_influence.extract import fingerprint_as
+        from ooc_influence.extract import check_model
 
-        expected = train.model_fingerprint
-        check_same(
-            train.path, {"model": expected}, {"model": fingerprint_as(self.module, expected)},
+        check_model(
+            train, self.module,
             "name the model that the store was extracted with (and its --adapter, --revision, --model-dtype), or leave "
             "it out to serve the pages alone", other=self.name,
         )  # fmt: skip
