@@ -212,6 +212,12 @@ def test_what_cannot_be_ranked_again_is_refused(tmp_path):
     other = (samples[0], batches(*data(Mlp, N, seed=9), 16))
     fewer = (samples[0], samples[1][:2])
     for message, call in {
+        "for a train store in a Kronecker basis": lambda: extract_gradients(
+            model, loss, samples[1], tmp_path / "x", compressor=Dropout(k=50), keep_factors=True
+        ),
+        "which keeps them": lambda: extract_gradients(
+            model, loss, samples[1], tmp_path / "x", like=train, keep_factors=True
+        ),
         "expected stores in a Kronecker basis": lambda: rerank(plain, plain, model, loss, samples),
         "as many candidates as are listed": lambda: rerank(query, train, model, loss, samples, candidates=3, top=5),
         "one relative damping": lambda: rerank(query, train, model, loss, samples, damping=[0.1, 1]),

@@ -128,19 +128,17 @@ def _library_options(settings: dict[str, Any], *, divided: bool = False) -> dict
     parse_path(settings["store"])
     check_source(settings)
     adam, compressor = settings["adam"], _compressor(settings)
-    dtype = {} if settings["row_bytes"] is None else {"dtype": compressor.dtype}
-    return (
-        _named(ExtractionOptions, settings)
-        | dtype
-        | {
-            "compressor": compressor,
-            "modules": list(settings["modules"]) or None,
-            "checkpoints": () if settings["checkpoints"] == ("none",) else list(settings["checkpoints"]) or None,
-            "progress": options.show_progress(),
-            "storage": Storage(codec=settings["codec"]),
-            "metric": adam if adam is None or divided else AdamMetric(adam),
-        }
-    )
+    named = _named(ExtractionOptions, settings)
+    if settings["row_bytes"] is not None:
+        named["dtype"] = compressor.dtype
+    return named | {
+        "compressor": compressor,
+        "modules": list(settings["modules"]) or None,
+        "checkpoints": () if settings["checkpoints"] == ("none",) else list(settings["checkpoints"]) or None,
+        "progress": options.show_progress(),
+        "storage": Storage(codec=settings["codec"]),
+        "metric": adam if adam is None or divided else AdamMetric(adam),
+    }
 
 
 def _named(kind: type[Any], settings: dict[str, Any]) -> dict[str, Any]:

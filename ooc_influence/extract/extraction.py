@@ -137,6 +137,7 @@ def extract_gradients(
 
     def attempt(settings: Settings) -> None:
         plan = plan_store(model, settings, store, None if writer else Pilot(setup, source, options["memory"]))
+        _check_factors(plan, settings, options["keep_factors"])
         sink = Sink(store, plan, metadata, batching, writer, total, options["on_nonfinite"])
         try:
             if not sink.finished:
@@ -221,6 +222,7 @@ def init_store(
 
     def attempt(settings: Settings) -> StorePlan:
         plan = plan_store(model, settings, store, pilot_run)
+        _check_factors(plan, settings, options["keep_factors"])
         if pilot_run is not None and check_gradients and not pilot_run.verification:
             pilot_run.verify([module.layer for module in plan.mask.modules])
             plan.attributes["verification"] |= pilot_run.verification
@@ -262,6 +264,15 @@ def row_types(
         of_batch = metadata.take(batch, 0, size)
     types = {name.removeprefix("columns/"): kind for name, kind in metadata.dtypes(of_batch).items()}
     return choice.count(count_rows(batches)), choice.id_type(types.pop("example_id", None)), types
+
+
+def _check_factors(plan: StorePlan, settings: Settings, keep: bool) -> None:
+    """Refuse, before rows are computed, to keep factors that there are none of, or that the train store has."""
+    if keep and (settings.like is not None or not plan.mask.has_basis):
+        raise InputError(
+            "expected keep_factors (--keep-factors) for a train store in a Kronecker basis; received "
+            f"{'like= a train store, which keeps them' if settings.like is not None else 'another basis'}: leave it out"
+        )
 
 
 T = TypeVar("T")
