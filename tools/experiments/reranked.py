@@ -81,7 +81,7 @@ def main() -> None:
     options = parser.parse_args()
     task = make_finetuning(options.data, options.folder, options.quick)
     runs = Runs(options.folder / "reranked")
-    sizes = ((64, "sign"),) if options.quick else ((4096, "int8"), (16384, "int8"), (65536, "int8"), (65536, "sign"))
+    sizes = ((64, "sign"),) if options.quick else ((65536, "sign"), (16384, "int8"), (65536, "int8"), (4096, "int8"))
     for k, dtype in sizes:
         for samples in (16,) if options.quick else (256, 1024):
             call = partial(measure, task, options.folder, k, dtype, samples, 16 if options.quick else CANDIDATES)
