@@ -236,8 +236,8 @@ def _shown(ranking: Any, number: int, entries: list[Any], ranks: Any) -> list[tu
     """Return a list's ids and scores, with those of stored rows where it was ranked again, and with BM25's ranks."""
     shown = [entry[1:] for entry in entries]
     rows = [entry[0] for entry in entries]
-    if ranking.stored is not None:
-        stored = dict(zip(ranking.rows[number].tolist(), ranking.stored[number].tolist(), strict=True))
+    stored = ranking.stored_scores(number)
+    if stored is not None:
         shown = [(*line, stored[row]) for line, row in zip(shown, rows, strict=True)]
     if ranks is not None:
         shown = [(*line, ranks.get(row) or "no word") for line, row in zip(shown, rows, strict=True)]

@@ -2,7 +2,7 @@
 
 from ooc_influence.compress.compressor import Compressor, Eigenbasis, KroneckerBasis
 from ooc_influence.compress.defaults import LARGEST_STORE, WIDE, DefaultDropout, RowBudget, kronecker_basis
-from ooc_influence.compress.dropout import Dropout, variance_factors
+from ooc_influence.compress.dropout import Dropout, all_entries, variance_factors
 from ooc_influence.compress.eigenbasis import RetainedEnergy, basis_weights, fit_eigenbasis
 from ooc_influence.compress.kronecker import WhitenedEnergy
 from ooc_influence.compress.projection import (
@@ -44,6 +44,7 @@ __all__ = [
     "RowBudget",
     "Sjlt",
     "WhitenedEnergy",
+    "all_entries",
     "basis_weights",
     "fit_eigenbasis",
     "kronecker_basis",

@@ -207,7 +207,7 @@ class Dropout(Compressor):
             )
         generator = np.random.Generator(np.random.PCG64(self.seed))
         if self.k == p:
-            return Mask(tuple(_all_entries(layer) for layer in layers), tuple(moments))
+            return Mask(tuple(all_entries(layer) for layer in layers), tuple(moments))
         if self.kronecker is not None and self.sampling != "uniform":
             draw = draw_grids if self.sampling == "grid" else draw_entries
             drawn = draw(WhitenedEnergy(layers, moments, self.kronecker), self.k, generator)
@@ -268,8 +268,11 @@ def _grid(layer: LayerShape, share: float, generator: np.random.Generator) -> Mo
     return _module_mask(layer, at_rows, at_cols, np.float32(1 / np.sqrt((rows / height) * (cols / width))))
 
 
-def _all_entries(layer: LayerShape) -> ModuleMask:
-    return _module_mask(layer, *np.divmod(np.arange(layer.entries), layer.shape[1]), np.float32(1))
+def all_entries(layer: LayerShape) -> ModuleMask:
+    """Return the mask that keeps every entry of a layer."""
+    height, width = layer.shape
+    rows, cols = np.arange(height, dtype=np.int32), np.arange(width, dtype=np.int32)
+    return ModuleMask(layer, np.repeat(rows, width), np.tile(cols, height), np.ones(layer.entries, np.float32))
 
 
 def _module_mask(

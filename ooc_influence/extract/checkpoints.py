@@ -145,7 +145,7 @@ def checkpoint_paths(path: str | Path) -> list[Path]:
         raise InputError(
             f"expected a checkpoint or a folder of them at {path}; received "
             f"{'nothing there' if not path.exists() else 'a folder without any'}: expected checkpoint-N folders, or "
-            f"files such as model.safetensors or *.pt"
+            "files such as model.safetensors or *.pt"
         )
     return files
 

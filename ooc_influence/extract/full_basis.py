@@ -15,18 +15,19 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ooc_influence.compress import KroneckerBasis, WhitenedEnergy
+from ooc_influence.compress import KroneckerBasis, WhitenedEnergy, all_entries
 from ooc_influence.errors import InputError, StoreNotFoundError, counted
 from ooc_influence.extract.checkpoints import Checkpoint
 from ooc_influence.extract.data import Batches, BudgetBatches, Numbers, cut_batches, numbered_batches, to_device
-from ooc_influence.extract.factors import KroneckerFactors, grouped
+from ooc_influence.extract.factors import grouped
 from ooc_influence.extract.fingerprint import fingerprint_as
 from ooc_influence.extract.losses import rows_of_batch
 from ooc_influence.extract.passes import ModelSetup, RowGatherer
 from ooc_influence.extract.pilot import Pilot
 from ooc_influence.extract.taps import Taps, tapped
 from ooc_influence.fingerprint import check_same
-from ooc_influence.linalg import basis_settings, damping_scope, mean_moments
+from ooc_influence.linalg import LayerMoments, basis_settings, damping_scope, mean_moments
+from ooc_influence.linalg.device import send_array
 from ooc_influence.memory import MemoryBudget, MemoryModel
 from ooc_influence.store import GradientStore, LayerShape, Mask, ModuleMask, StorePath, exists
 
@@ -39,12 +40,6 @@ _MOST_ROWS = 64
 def factors_path(store: GradientStore) -> StorePath:
     """Return where a store's whole basis is kept."""
     return store.path / FOLDER
-
-
-def _full_mask(layer: LayerShape) -> ModuleMask:
-    height, width = layer.shape
-    rows, cols = np.arange(height, dtype=np.int32), np.arange(width, dtype=np.int32)
-    return ModuleMask(layer, np.repeat(rows, width), np.tile(cols, height), np.ones(layer.entries, np.float32))
 
 
 def _empty_mask(layer: LayerShape) -> ModuleMask:
@@ -109,8 +104,13 @@ class FullBasis:
 
     def mask(self, numbers: Sequence[int]) -> Mask:
         """Return a mask that keeps all entries of some layers, and none of the others."""
-        full = {number: GradientStore.open(self.path / str(number)).mask.modules[0] for number in numbers}
-        return _mask_of(self.layers, full)
+        return _mask_of(self.layers, {number: self._module(number) for number in numbers})
+
+    def _module(self, number: int) -> ModuleMask:
+        """Return a layer's mask, with what its damping is relative to; of one without gradient any λ serves."""
+        kept = GradientStore.open(self.path / str(number)).mask.modules[0]
+        assert kept.basis is not None
+        return replace(kept, basis=replace(kept.basis, mean_moment=self.means[number] or max(self.means)))
 
     def passes(self, budget: MemoryBudget, queries: int) -> Iterator[tuple[list[int], int]]:
         """Yield layers, by number, whose gradients fit a budget together, and rows at a time, with some queries.
@@ -170,17 +170,14 @@ def keep_factors(pilot: Pilot, train: GradientStore, path: StorePath) -> FullBas
         for group in groups:
             numbers = [missing[number] for number in group]
             rows = budget.plan(_pass_memory(layers, numbers, 0))
-            mask = _mask_of(layers, {number: _in_basis(number, layers[number], factors, energy) for number in numbers})
+            full = {number: factors.basis_of(number, all_entries(layers[number]), energy) for number in numbers}
+            mask = _mask_of(layers, full)
             if basis.moments == "measured":
                 mask = pilot.measure(mask, basis.samples, "layer", rows)
             _save(mask, numbers, path, train)
     found = FullBasis.open(train, path)
     assert found is not None
     return found
-
-
-def _in_basis(number: int, layer: LayerShape, factors: KroneckerFactors, energy: WhitenedEnergy) -> ModuleMask:
-    return factors.basis_of(number, _full_mask(layer), energy)
 
 
 def _save(mask: Mask, numbers: Sequence[int], path: StorePath, train: GradientStore) -> None:
@@ -262,14 +259,9 @@ def exact_scores(
     products = np.zeros((len(queries.numbers), len(rows.numbers)))
     query_squares, squares = np.zeros(len(queries.numbers)), np.zeros(len(rows.numbers))
     query_losses, losses = (np.zeros(len(each.numbers), np.float32) for each in (queries, rows))
-    means = [mean if mean > 0 else max(basis.means) for mean in basis.means]
     for numbers, most in basis.passes(budget, len(queries.numbers)):
         mask = basis.mask(numbers)
-        whitened = [
-            1 / (module.basis.second_moment + damping * means[number])
-            for number, module in enumerate(mask.modules) if module.basis is not None
-        ]  # fmt: skip
-        scale = torch.from_numpy(np.concatenate(whitened).astype(np.float32)).to(setup.device)
+        scale = send_array((1 / np.square(LayerMoments.of(mask).scale(damping))).astype(np.float32), setup.device)
         gatherer = RowGatherer(mask, setup.device, None, checkpoints)
         with tapped(setup.model, basis.layers, setup.device, skip=mask.empty_modules) as taps:
             whole = torch.empty((len(queries.numbers), mask.k), device=setup.device)

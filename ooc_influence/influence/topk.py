@@ -156,6 +156,12 @@ class Ranking:
         columns = (self.rows[number], self.ids[number], self.scores[number])
         return [entry for entry in zip(*(column.tolist() for column in columns), strict=True) if entry[0] >= 0]
 
+    def stored_scores(self, number: int) -> dict[int, float] | None:
+        """Return the scores of a query's train rows as they are stored, by row; None where these made the ranking."""
+        if self.stored is None:
+            return None
+        return dict(zip(self.rows[number].tolist(), self.stored[number].tolist(), strict=True))
+
 
 @dataclass(frozen=True, eq=False)
 class TopInfluential:
@@ -231,9 +237,9 @@ class TopInfluential:
                 for side, entries in self._lists(number).items()
             }
             for side, ranking in (("proponents", self.proponents), ("opponents", self.opponents)):
-                if ranking.stored is not None:
-                    for entry, stored in zip(lists[side], ranking.stored[number].tolist(), strict=False):
-                        entry["stored_score"] = stored
+                stored = ranking.stored_scores(number)
+                if stored is not None:
+                    lists[side] = [entry | {"stored_score": stored[entry["row"]]} for entry in lists[side]]
             outside = self.outside_share[number].item()
             queries.append(
                 {"query": number, "id": name, "outside_share": None if np.isnan(outside) else outside, **lists}
