@@ -24,11 +24,10 @@ from ooc_influence.influence import (
     written_tiles,
 )
 from ooc_influence.linalg import choose_engine, choose_solver, symmetric_eigen, tile_side
-from ooc_influence.memory import MemoryBudget, MemoryModel, ProblemSize, format_bytes
+from ooc_influence.memory import BATCH_COPIES, MemoryBudget, MemoryModel, ProblemSize, format_bytes
 from ooc_influence.options import PlanOptions, takes
 from ooc_influence.parallel import blas_threads
 from ooc_influence.store import (
-    BUFFERS,
     Encoding,
     Layout,
     Representation,
@@ -36,6 +35,7 @@ from ooc_influence.store import (
     map_file,
     parse_representation,
     verify_memory,
+    writing_bytes,
 )
 
 _SIDE = 1024  # of the matrices multiplied
@@ -225,14 +225,15 @@ class _Planner:
             found.append(self.gram())
         return found, planner
 
-    def layout(self, columns: int) -> Layout:
-        """Return the layout of a store with some number of columns."""
-        block = Encoding.of(self.dtype, columns).block
-        return Layout(columns, self.dtype, *Storage().sizes(columns, self.dtype), block=block)
+    def layout(self, columns: int, dtype: Representation | None = None) -> Layout:
+        """Return the layout of a store with some number of columns; ``dtype`` if it is not that of the train rows."""
+        dtype = dtype or self.dtype
+        block = Encoding.of(dtype, columns).block
+        return Layout(columns, dtype, *Storage().sizes(columns, dtype), block=block)
 
-    def store_bytes(self, rows: int, columns: int) -> int:
+    def store_bytes(self, rows: int, columns: int, dtype: Representation | None = None) -> int:
         """Return the bytes of a store: whole chunk files, and the small values of each row."""
-        layout = self.layout(columns)
+        layout = self.layout(columns, dtype)
         chunks, groups = -(-rows // layout.chunk_rows), -(-rows // layout.group_rows)
         small = groups * (layout.group_rows * sum(4 for _ in layout.row_arrays) + 8 * layout.group_chunks)
         return chunks * layout.chunk_bytes + small
@@ -261,7 +262,8 @@ class _Planner:
         disk = self.train_bytes() + (4 * self.entries * k if k < self.entries else 0)
         note = (
             f"{-(-rows // layout.chunk_rows)} chunks of {layout.chunk_rows} rows; writing takes "
-            f"{disk / self.rates.write:.0f} s; the model and {BUFFERS * layout.chunk_rows * 4 * k / 2**20:.0f} MiB"
+            f"{disk / self.rates.write:.0f} s; beside the model, {format_bytes(writing_bytes(layout))} of chunks being "
+            f"written and {format_bytes(BATCH_COPIES * 4 * self.entries)} for each sample of a batch"
         )
         return Stage("extract train", disk, None, 0, None, None, note=note)
 
@@ -269,7 +271,9 @@ class _Planner:
         """Return the query store's extraction."""
         basis = 4 * self.entries * self.size.k if self.size.k < self.entries else 0
         copied = basis if basis < 256 * 2**20 else 0
-        return Stage("extract queries", self.store_bytes(self.size.queries, self.size.k) + copied, None, 0, None, None)
+        dtype: Representation = "float16" if self.dtype == "sign" else self.dtype  # queries of signs keep their numbers
+        disk = self.store_bytes(self.size.queries, self.size.k, dtype) + copied
+        return Stage("extract queries", disk, None, 0, None, None)
 
     def kronecker_basis(self) -> Stage:
         """Return the pilot that makes the Kronecker basis; its time depends on the user's model."""

@@ -138,9 +138,9 @@ def test_rows_that_do_not_fit_the_host_are_refused_before_they_are_made(tmp_path
 
 def test_blocks_of_wide_rows_are_bounded(monkeypatch):
     found = source()
-    assert next(found.blocks(200, 0)) == (0, N)
-    assert next(found.blocks(2**22, 0)) == (0, 64)
-    assert [next(found.blocks(k, 0)) for k in (2**25, 2**29)] == [(0, 8), (0, 1)]
+    assert next(found.blocks(800, 0)) == (0, N)
+    assert next(found.blocks(2**24, 0)) == (0, 64)
+    assert [next(found.blocks(size, 0)) for size in (2**27, 2**31)] == [(0, 8), (0, 1)]
 
 
 def test_other_errors_of_the_model_are_its_own(tmp_path, monkeypatch):

@@ -236,4 +236,6 @@ def test_signs_are_planned_with_the_curvature_of_their_basis():
     assert names == ["extract train", "extract queries", "scores", "top 100", "self-influence", "verify"]
     assert signs.fits
     assert 10**6 * 4 * 10**6 / 8 < signs["extract train"].disk < 1.01 * 10**6 * 4 * 10**6 / 8
+    assert 2 * 4 * 10**6 <= signs["extract queries"].disk / 100 < 2.02 * 4 * 10**6  # float16
+    assert "53.4 MiB for each sample of a batch" in signs["extract train"].note
     assert ooc.plan(10**6, 2**17, dtype="int8", memory="8GiB", **GIVEN).stages[2].name == "fisher"

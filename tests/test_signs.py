@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from conftest import random_rows, roomy, whole_mask, write_store
 from models import Mlp, batches, data, loss, make
@@ -12,6 +13,7 @@ from scipy.linalg import hadamard
 from scipy.stats import spearmanr
 
 from ooc_influence import (
+    BudgetBatches,
     Dropout,
     GradientStore,
     KroneckerBasis,
@@ -28,8 +30,9 @@ from ooc_influence import (
     top_influential,
 )
 from ooc_influence.cli.main import cli
-from ooc_influence.errors import InputError, MismatchError, OocInfluenceWarning
-from ooc_influence.linalg import LayerMoments
+from ooc_influence.errors import InputError, MismatchError, NonFiniteError, OocInfluenceWarning
+from ooc_influence.extract.packing import SignPacker
+from ooc_influence.linalg import LayerMoments, device_signs
 from ooc_influence.store import Encoding, sign_flips
 
 
@@ -81,6 +84,67 @@ def test_bits_do_not_depend_on_the_rows_beside_them():
     for part in (slice(0, 1), slice(7, 19), slice(39, 40)):
         for all_rows, own in zip(whole, coded(rows[part], form), strict=True):
             assert_array_equal(all_rows[part], own)
+
+
+NO_DEVICE = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_DEVICE])]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("k", [1, 7, 1000, 5003])
+def test_devices_pack_the_same_bits(k, scaled, device):
+    form = Encoding.of("sign", k, scaled=scaled)
+    rows = np.random.default_rng(4).normal(size=(9, k)).astype(np.float32)
+    rows[3], rows[5] = 0, 1e25 * rows[5]
+    columns = np.geomspace(1, 1e3, k, dtype=np.float32) if scaled else None
+    raw, scale = np.zeros((9, form.columns), np.uint8), np.zeros(9, np.float32)
+    form.encode_into(rows, raw, scale, columns)
+    values = [None if each is None else torch.from_numpy(each).to(device) for each in (rows, columns)]
+    packed, scales = device_signs.encode(values[0], form, values[1])
+    assert_array_equal(packed.cpu().numpy(), raw)
+    assert_allclose(scales.cpu().numpy(), scale, rtol=1e-5)
+
+
+@pytest.mark.parametrize("device", ["host", "device"])
+def test_samples_that_are_not_finite_are_skipped_as_of_other_rows(tmp_path, monkeypatch, device):
+    """Packed on the host or, with its code, on a device; in batches by a budget and in the caller's own."""
+    x, y = data(Mlp, 24)
+    x[5] = float("nan")
+    how = {"compressor": Dropout(k=80, basis=KroneckerBasis(5)), "on_nonfinite": "skip"}
+    budget = BudgetBatches(list(range(24)), lambda chosen: (x[chosen], y[chosen]), lengths=8 * [1, 2, 3], tokens=7)
+    if device == "device":
+        monkeypatch.setattr(SignPacker, "__call__", packed_as_on_a_device)
+    for name, source in (("budget", budget), ("own", batches(x, y, 5))):
+        numbers = extract_gradients(make(Mlp), loss, source, tmp_path / f"{name}-f", dtype="float32", **how)
+        signs = extract_gradients(make(Mlp), loss, source, tmp_path / name, dtype="sign", **how)
+        raw, scale = np.zeros_like(signs.raw_rows(0, 24)), np.zeros(24, np.float32)
+        signs.layout.encoding.encode_into(numbers.rows(), raw, scale, signs.column_scale)
+        live = np.arange(24) != 5
+        assert_array_equal(np.flatnonzero(signs.dropped), [5])
+        assert np.unpackbits(signs.raw_rows(0, 24)[live] ^ raw[live]).mean() < 1e-3  # numbers next to zero
+        assert_allclose(signs.small("row_scale")[live], scale[live], rtol=1e-4)
+        assert_allclose(signs.small("grad_norm")[live], numbers.small("grad_norm")[live], rtol=1e-4)
+        assert_allclose(self_influence(signs, memory=roomy())[live], self_influence(numbers, memory=roomy())[live],
+                        rtol=1e-3)  # fmt: skip
+    with pytest.raises(NonFiniteError, match=r"rows 5"):
+        extract_gradients(make(Mlp), loss, budget, tmp_path / "r", dtype="sign", **(how | {"on_nonfinite": "raise"}))
+
+
+def packed_as_on_a_device(self, rows):
+    own = SignPacker(self._encoding, self._column_scale, self._kept, torch.device("meta"))
+    own._weights = [torch.from_numpy(weights) for weights in self._kept.weights.values()]
+    own._divisor = torch.from_numpy(self._column_scale)
+    packed = rows.new_empty((len(rows), self._encoding.columns), dtype=torch.uint8)
+    sums = rows.new_empty((len(rows), 1 + len(own._weights)), dtype=torch.float64)
+    own._pack_on_device(rows, packed, sums)
+    return packed, sums
+
+
+def test_appending_encoded_rows_of_another_form_is_refused(tmp_path):
+    store = GradientStore.create(tmp_path / "s", whole_mask(30), dtype="sign")
+    with store, pytest.raises(InputError, match=r"as uint8 of shape \(2, 4\); received uint8, \(2, 5\)"):
+        store.append_encoded(np.zeros((2, 5), np.uint8), np.ones(2), loss=np.ones(2), grad_norm=np.ones(2))
 
 
 def test_products_are_unbiased_over_rotations():
@@ -137,7 +201,7 @@ def test_signs_are_multiplied_by_rotated_queries(stores, device, monkeypatch):
     expected = query.rows() @ np.where(signs.dropped[:, None], np.nan, signs.rows()).T
     both = (expected + query.rows() @ numbers.rows().T) / 2
     monkeypatch.setattr("ooc_influence.store.signs.rotate_back", None)
-    monkeypatch.setattr("ooc_influence.linalg.device.DeviceRows._turn_back", None)
+    monkeypatch.setattr("ooc_influence.linalg.device_signs.rotate_back", None)
     found = influence_scores(query, signs, **options).compute()
     assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * np.nanmax(np.abs(expected)))
     monkeypatch.undo()

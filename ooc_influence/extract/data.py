@@ -228,7 +228,7 @@ def _too_short(number: int, total: int) -> InputError:
     return InputError(f"expected data with sample {number}; received {total} samples: give the data of the store")
 
 
-BLOCK_BYTES = 128 * 2**20  # of a block's float32 rows: the host memory that keeping the caller's order costs
+BLOCK_BYTES = 128 * 2**20  # of a block's rows: the host memory that keeping the caller's order costs
 LARGEST_BLOCK = 2**30  # bytes up to which a block has at least 64 rows, to be sorted by length
 _BLOCK_ROWS = 4096
 
@@ -312,10 +312,10 @@ class BudgetBatches:
             batch_size=self.batch_size,
         )  # fmt: skip
 
-    def blocks(self, k: int, start: int) -> Iterator[tuple[int, int]]:
-        """Yield blocks ``(first, last)`` of rows of ``k`` numbers, from the one that contains ``start``."""
-        least = max(1, min(64, LARGEST_BLOCK // (4 * k)))
-        size = int(max(least, min(_BLOCK_ROWS, BLOCK_BYTES // (4 * k))))
+    def blocks(self, row_bytes: int, start: int) -> Iterator[tuple[int, int]]:
+        """Yield blocks ``(first, last)`` of rows of some bytes, from the one that contains ``start``."""
+        least = max(1, min(64, LARGEST_BLOCK // row_bytes))
+        size = int(max(least, min(_BLOCK_ROWS, BLOCK_BYTES // row_bytes)))
         for first in range(start // size * size, len(self), size):
             yield first, min(len(self), first + size)
 

@@ -29,12 +29,9 @@ from ooc_influence.extract.sink import Computed, Sink, StorePlan
 from ooc_influence.extract.taps import PerSampleLoss, Taps, out_of_memory, tapped
 from ooc_influence.linalg import LayerMoments
 from ooc_influence.linalg.device import send_array
-from ooc_influence.memory import BLOCK_BYTES, available, format_bytes
+from ooc_influence.memory import BATCH_COPIES, BLOCK_BYTES, available, format_bytes
 from ooc_influence.progress import Progress
 from ooc_influence.store import LograReduction, Mask, Reduction
-
-# copies of a batch's rows on the host at the peak: themselves, a layer's part, the writer's (measured: 3.3 to 3.5)
-_COPIES = 3.5
 
 
 @dataclass(frozen=True)
@@ -101,7 +98,7 @@ class RowGatherer:
 
 def _check_memory(b: int, k: int) -> None:
     """Refuse a batch whose rows do not fit the free memory; small ones are not checked."""
-    size = int(_COPIES * 4 * b * k)
+    size = int(BATCH_COPIES * 4 * b * k)
     if size <= BLOCK_BYTES or size <= (free := available(size)):
         return
     fits = free * b // size
@@ -113,7 +110,7 @@ def _check_memory(b: int, k: int) -> None:
 
 
 class PendingTransfer:
-    """Losses, rows and norms of a batch, being copied from the device."""
+    """What :class:`Computed` holds of a batch, being copied from the device."""
 
     def __init__(self, *values: Tensor) -> None:
         self._event = None
@@ -130,7 +127,8 @@ class PendingTransfer:
         """Wait for the copies to the host, and return them."""
         if self._event is not None:
             self._event.synchronize()
-        return Computed(*(value.float().cpu().numpy() for value in self._values))
+        losses, rows, sums, norms = (value.cpu() for value in self._values)
+        return Computed(losses.float().numpy(), rows.numpy(), sums.numpy(), norms.float().numpy())
 
 
 class DataPass:
@@ -139,6 +137,7 @@ class DataPass:
     def __init__(self, sink: Sink, taps: Taps, gatherer: RowGatherer, setup: ModelSetup, bar: Progress) -> None:
         self._sink, self._taps, self._gatherer, self._bar = sink, taps, gatherer, bar
         self._loss, self._device = setup.per_sample_loss, setup.device
+        self._packer = sink.packer(setup.device)
         self._tokens, self._began, self._labels_seen = 0, time.perf_counter(), False
 
     def _compute(self, batch: Any) -> tuple[int, PendingTransfer]:
@@ -153,7 +152,10 @@ class DataPass:
         facts = self._taps.verification()
         if facts is not None:
             self._sink.verified(facts)
-        return len(losses), PendingTransfer(losses, rows, norms)
+        sums = losses.new_empty((len(losses), 0), dtype=torch.float64)
+        if self._packer is not None:
+            rows, sums = self._packer(rows)
+        return len(losses), PendingTransfer(losses, rows, sums, norms)
 
     def _report(self, rows: int, tokens: int | None) -> None:
         self._bar.advance(rows)
@@ -254,16 +256,16 @@ class BatchPass(DataPass):
 class BudgetPass(DataPass):
     """A pass over samples batched by a budget, block by block."""
 
-    def read(self, source: BudgetBatches, k: int, first_row: int) -> None:
-        """Read all samples, or those of this writer's range."""
+    def read(self, source: BudgetBatches, row_bytes: int, first_row: int) -> None:
+        """Read all samples, or those of this writer's range; ``row_bytes`` are those of a row that leaves a batch."""
         sink = self._sink
         stop = first_row + len(source) if sink.stop is None else min(sink.stop, first_row + len(source))
         self._bar.advance(sink.own_rows(first_row, sink.next_row - first_row))
         self._check_start(source, first_row)
-        for first, last in source.blocks(k, max(sink.start, sink.next_row) - first_row):
+        for first, last in source.blocks(row_bytes, max(sink.start, sink.next_row) - first_row):
             if first + first_row >= stop:
                 break
-            self._block(source, k, first, last, first_row)
+            self._block(source, first, last, first_row)
         self._check_end(first_row + len(source))
 
     def _check_start(self, source: BudgetBatches, first_row: int) -> None:
@@ -278,13 +280,20 @@ class BudgetPass(DataPass):
             losses = self._taps.losses(self._loss, batch).float().cpu().numpy()
         sink.check_same_data(None, first_row + int(finished[0]), losses)
 
-    def _block(self, source: BudgetBatches, k: int, first: int, last: int, first_row: int) -> None:
+    def _block(self, source: BudgetBatches, first: int, last: int, first_row: int) -> None:
         """Compute a block's missing rows, and store them in the caller's order."""
         sink = self._sink
         low = max(first, sink.next_row - first_row)
         end = last if sink.stop is None else min(last, sink.stop - first_row)
         numbers = np.arange(first, last)
-        block = Computed.empty(end - low, k)
+        block: Computed | None = None
+
+        def finish(waiting: tuple[Numbers, PendingTransfer]) -> None:
+            nonlocal block
+            computed = waiting[1].result()
+            block = computed.room(end - low) if block is None else block
+            block.put(waiting[0] - low, computed)
+
         todo = [part for part in source.cut(numbers) if ((part >= low) & (part < end)).any()]
         waiting: tuple[Numbers, PendingTransfer] | None = None
         while todo:
@@ -303,13 +312,14 @@ class BudgetPass(DataPass):
             if count != len(part):
                 raise InputError(f"expected one loss for each of {len(part)} samples; received {count}")
             if waiting is not None:
-                block.put(waiting[0] - low, waiting[1].result())
+                finish(waiting)
             waiting = (part, pending)
             missing = (part >= low) & (part < end)
             self._report(int(missing.sum()), int(source.lengths[part[missing]].sum()))
         if waiting is not None:
-            block.put(waiting[0] - low, waiting[1].result())
-        sink.take(None, first_row + low, block)
+            finish(waiting)
+        if block is not None:
+            sink.take(None, first_row + low, block)
         if source.halved:
             sink.record(batching=source.settings())
 
@@ -356,6 +366,6 @@ def fill(
     ):
         parts = (sink, taps, RowGatherer(plan.mask, setup.device, plan.reduction, checkpoints), setup, bar)
         if isinstance(batches, BudgetBatches):
-            BudgetPass(*parts).read(batches, plan.k, batching.first_row)
+            BudgetPass(*parts).read(batches, sink.row_bytes, batching.first_row)
         else:
             BatchPass(*parts).read(batches, batching.first_row)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -16,10 +16,12 @@ from ooc_influence.compress import RetainedEnergy, basis_weights
 from ooc_influence.errors import InputError, StoreNotFoundError, warn
 from ooc_influence.extract.data import Batching, RowMetadata, Shard
 from ooc_influence.extract.metric import AdamMetric
+from ooc_influence.extract.packing import SignPacker
 from ooc_influence.fingerprint import check_same, check_same_rows, checkpoint_names
 from ooc_influence.linalg import KeptNorms, storage_scale
 from ooc_influence.options import OnNonFinite
 from ooc_influence.store import (
+    Encoding,
     GradientStore,
     Mask,
     PathLike,
@@ -27,13 +29,14 @@ from ooc_influence.store import (
     Representation,
     Storage,
     StoredReduction,
-    check_finite,
     check_free,
     check_writable,
     columns_digest,
     mark_dropped,
     missing_spans,
     parse_path,
+    refuse_nonfinite,
+    row_norms,
 )
 
 logger = logging.getLogger("ooc_influence")
@@ -67,10 +70,22 @@ class StorePlan:
     def create_options(self) -> dict[str, Any]:
         """Arguments of :meth:`GradientStore.create`."""
         reduction: Any = self.reduction
-        scale = storage_scale(self.dtype, self.mask, self.reduction, self.attributes)
         if self.kept_at is not None:
             reduction = {**reduction.facts, "path": self.kept_at}
-        return {"dtype": self.dtype, "reduction": reduction, "column_scale": scale, "attributes": self.attributes}
+        return {
+            "dtype": self.dtype, "reduction": reduction, "column_scale": self.column_scale,
+            "attributes": self.attributes,
+        }  # fmt: skip
+
+    @cached_property
+    def column_scale(self) -> Floats | None:
+        """What the columns of stored rows are divided by, (k,)."""
+        return storage_scale(self.dtype, self.mask, self.reduction, self.attributes)
+
+    @property
+    def packs(self) -> bool:
+        """Whether a batch's rows are handed over in their stored form: of signs, unless a reduction needs the rest."""
+        return self.dtype == "sign" and not isinstance(self.reduction, StoredReduction)
 
     @cached_property
     def kept_norms(self) -> KeptNorms:
@@ -155,41 +170,52 @@ class Computed(NamedTuple):
     ----------
     losses : (b,) float32
         Per-sample losses.
-    rows : (b, k) float32
-        The numbers stored of their gradients.
+    rows : (b, k) float32 or (b, columns) uint8
+        The numbers stored of their gradients, or their stored form (:class:`SignPacker`).
+    sums : (b, m) float64
+        Beside a stored form, scales and the norms that are kept; else m is 0.
     norms : (b,) float32
         Norms of the masked gradients, before any reduction; of the whitened ones, where that is of these.
     """
 
     losses: Floats
-    rows: Floats
+    rows: npt.NDArray[Any]
+    sums: npt.NDArray[np.float64]
     norms: Floats
 
-    @classmethod
-    def empty(cls, rows: int, k: int) -> Computed:
-        """Return uninitialised arrays for ``rows`` rows of ``k`` numbers."""
-        return cls(np.empty(rows, np.float32), np.empty((rows, k), np.float32), np.empty(rows, np.float32))
+    def _each(self, function: Callable[[npt.NDArray[Any]], npt.NDArray[Any]]) -> Computed:
+        return Computed(*map(function, self))
+
+    def room(self, rows: int) -> Computed:
+        """Return uninitialised arrays for other ``rows`` rows."""
+        return self._each(lambda values: np.empty((rows, *values.shape[1:]), values.dtype))
 
     def put(self, indices: npt.NDArray[np.int64], computed: Computed) -> None:
         """Write results at ``indices``; those out of range are ignored."""
         inside = (indices >= 0) & (indices < len(self.losses))
-        for mine, values in zip(self, computed, strict=True):
+        pairs: Iterator[tuple[npt.NDArray[Any], npt.NDArray[Any]]] = zip(self, computed, strict=True)
+        for mine, values in pairs:
             mine[indices[inside]] = values[inside]
 
     def part(self, low: int, high: int) -> Computed:
         """Return samples ``low`` to ``high``."""
-        return Computed(*(values[low:high] for values in self))
+        return self._each(lambda values: values[low:high])
+
+    @property
+    def sizes(self) -> npt.NDArray[np.float64]:
+        """The rows' norms, or of a stored form a number that is finite where they are, (b,)."""
+        return row_norms(self.rows) if self.rows.dtype == np.float32 else self.sums.sum(axis=1) + self.norms
 
     def zeroing_nonfinite(self) -> Computed:
         """Return the results with zeros for rows that are not finite, marked by the norm ``_SKIPPED``."""
-        bad = ~(np.isfinite(self.losses) & np.isfinite(self.norms) & np.isfinite(self.rows).all(axis=1))
+        bad = ~(np.isfinite(self.losses) & np.isfinite(self.norms) & np.isfinite(self.sizes))
         if not bad.any():
             return self
-        return Computed(
-            np.where(bad, 0, self.losses).astype(np.float32),
-            np.where(bad[:, None], 0, self.rows).astype(np.float32),
-            np.where(bad, _SKIPPED, self.norms).astype(np.float32),
+        cleared = self._each(
+            lambda values: np.where(bad.reshape(-1, *[1] * (values.ndim - 1)), values.dtype.type(0), values)
         )
+        cleared.norms[bad] = _SKIPPED
+        return cleared
 
 
 class Sink:
@@ -297,6 +323,24 @@ class Sink:
         return self.store.writer(self.start, self.stop).next_row
 
     @property
+    def _encoding(self) -> Encoding:
+        """The stored form of rows."""
+        if self.store is not None:
+            return self.store.layout.encoding
+        return Encoding.of(self._plan.dtype, self._plan.k, scaled=self._plan.column_scale is not None)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row as :meth:`take` expects it."""
+        return self._encoding.row_bytes if self._plan.packs else 4 * self._plan.k
+
+    def packer(self, device: torch.device) -> SignPacker | None:
+        """Return what makes rows' stored form on a device; None where :meth:`take` expects the numbers."""
+        if not self._plan.packs:
+            return None
+        return SignPacker(self._encoding, self._plan.column_scale, self._plan.kept_norms, device)
+
+    @property
     def finished(self) -> bool:
         """Whether the writer has an end and no row before it is missing."""
         return self.store is not None and self.stop is not None and self.next_row >= self.stop
@@ -370,7 +414,7 @@ class Sink:
         if self.store is None:
             low = max(0, self.next_row - row)
             new, ids = computed.part(low, end - row), metadata.get("example_id")
-            check_finite(row + low, new.rows, new.losses, ids[low : end - row] if ids else None)
+            refuse_nonfinite(row + low, new.sizes, new.losses, ids[low : end - row] if ids else None)
             self._create(metadata)
         assert self.store is not None
         self.check_same_data(batch, row, computed.losses, min(max(0, self.next_row - row), count))
@@ -385,11 +429,13 @@ class Sink:
         assert self.store is not None
         columns = {name.removeprefix("columns/"): values for name, values in metadata.items()}
         ids = columns.pop("example_id", None)
-        kept = self._plan.kept_norms.columns(new.rows)
         skipped, first = new.norms == _SKIPPED, self.next_row
-        self.store.append(
-            new.rows, loss=new.losses, grad_norm=new.norms, ids=ids, columns=columns | kept, dropped=skipped
-        )
+        small: dict[str, Any] = {"loss": new.losses, "grad_norm": new.norms, "ids": ids, "dropped": skipped}
+        if self._plan.packs:
+            columns |= dict(zip(self._plan.kept_norms.weights, new.sums.T[1:], strict=True))
+            self.store.append_encoded(new.rows, new.sums[:, 0].astype(np.float32), columns=columns, **small)
+        else:
+            self.store.append(new.rows, columns=columns, **small)
         if skipped.any():
             logger.warning("rows %s are not finite: dropped", (first + np.flatnonzero(skipped)).tolist())
         if isinstance(self._plan.reduction, StoredReduction):

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from ooc_influence.linalg import device_signs
 from ooc_influence.linalg.accumulate import Accumulator
 from ooc_influence.linalg.backend import Matrix
 from ooc_influence.process import MATMUL_PRECISION
-from ooc_influence.store import FACTORS, Encoding, GradientStore, RawBlock, sign_flips
+from ooc_influence.store import FACTORS, Encoding, GradientStore, RawBlock
 
 _TILE = 2048  # columns of a tile of a triangle
 
@@ -129,8 +130,8 @@ class DeviceRows:
         if form.quantised:
             self._restore(form, raw, scale, out)
         elif form.name == "sign":
-            rows = self._unpack(form.rotated_columns, raw).mul_(scale)
-            out.copy_(rows if self._rotated else self._turn_back(form.k, form.block or 1, rows))
+            rows = device_signs.unpack(form.rotated_columns, raw).mul_(scale)
+            out.copy_(rows if self._rotated else device_signs.rotate_back(form.k, form.block or 1, rows))
         else:
             out.copy_(raw.view(torch.bfloat16) if form.name == "bfloat16" else raw)
             if form.name == "float16":
@@ -155,20 +156,6 @@ class DeviceRows:
             return
         steps = (scale * send_array(FACTORS, self._device)[codes.long()]).clamp_(min=torch.finfo(torch.float32).tiny)
         out.mul_(steps.repeat_interleave(form.block, 1)[:, : out.shape[1]])
-
-    def _unpack(self, bits: int, packed: Tensor) -> Tensor:
-        """Return signs (b, bits), as ±1."""
-        places = torch.arange(7, -1, -1, device=self._device, dtype=torch.uint8)
-        return (packed[:, :, None] >> places & 1).flatten(1)[:, :bits].float().mul_(2).sub_(1)
-
-    def _turn_back(self, k: int, size: int, rotated: Tensor) -> Tensor:
-        """Return the rows (b, k) that scaled signs stand for; see :mod:`ooc_influence.store.signs`."""
-        count, rows, half = rotated.shape[1] // size, rotated, 1
-        while half < size:
-            pairs = rows.view(len(rows), size // (2 * half), 2, half * count)
-            rows = torch.stack([pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]], 2)
-            half *= 2
-        return rows.view(len(rotated), size * count)[:, :k] * send_array(sign_flips(k, size), self._device)
 
 
 class DeviceAccumulator(Accumulator):

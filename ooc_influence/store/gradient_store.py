@@ -39,7 +39,7 @@ from ooc_influence.store.claim import (
     read_claims,
 )
 from ooc_influence.store.commits import Committer, mark_dropped
-from ooc_influence.store.encoding import Encoding, FloatRows, parse_representation
+from ooc_influence.store.encoding import Encoding, FloatRows, RawRows, parse_representation
 from ooc_influence.store.layout import (
     ATTRIBUTES,
     FORMAT_VERSION,
@@ -57,7 +57,7 @@ from ooc_influence.store.reduction import Reduction, columns_digest
 from ooc_influence.store.remote import ChunkCache
 from ooc_influence.store.verify import Damage, verify_store
 from ooc_influence.store.view import Pin, StoreView
-from ooc_influence.store.writer import RangeWriter, parse_rows, parse_tombstones
+from ooc_influence.store.writer import RangeWriter, parse_rows, parse_small, parse_tombstones, row_norms
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -325,14 +325,55 @@ class GradientStore(StoreView):
         StoreWriteError
             If the disk refuses; what was committed before stays.
         """
-        first_row = self._rows if self._writer is None else self._writer.next_row
-        metadata = {} if ids is None else {"example_id": ids}
-        metadata |= {f"columns/{name}": values for name, values in (columns or {}).items()}
-        rows, small = parse_rows(self.layout, first_row, gradients, loss, grad_norm, metadata)
+        rows = parse_rows(self.layout, gradients)
+        small = self._parse_small(row_norms(rows), loss, grad_norm, ids, columns)
         tombstones = None if dropped is None else parse_tombstones(dropped, len(rows))
         writer = self.writer()
         writer.append(rows, small, tombstones)
         self._refresh(writer)
+
+    def append_encoded(
+        self,
+        raw: RawRows,
+        scale: FloatRows,
+        *,
+        loss: FloatRows,
+        grad_norm: FloatRows,
+        ids: Sequence[Any] | None = None,
+        columns: Mapping[str, Any] | None = None,
+        dropped: npt.ArrayLike | None = None,
+    ) -> None:
+        """Append rows in their stored form, as :meth:`append` does others.
+
+        Parameters
+        ----------
+        raw : (b, columns)
+            As :meth:`Encoding.encode_into` of the layout's encoding makes them.
+        scale : (b,) float32
+            Of each row.
+        loss, grad_norm, ids, columns, dropped
+            As for :meth:`append`.
+        """
+        expected = (len(raw), self.layout.encoding.columns)
+        if raw.shape != expected or raw.dtype != self.layout.encoding.dtype:
+            raise InputError(
+                f"expected rows as {self.layout.encoding.dtype} of shape {expected}; received {raw.dtype}, {raw.shape}"
+            )
+        small = self._parse_small(grad_norm + scale, loss, grad_norm, ids, columns)
+        tombstones = None if dropped is None else parse_tombstones(dropped, len(raw))
+        writer = self.writer()
+        writer.append_raw(raw, small | {"row_scale": scale}, dropped=tombstones)
+        self._refresh(writer)
+
+    def _parse_small(
+        self, norms: npt.NDArray[Any], loss: npt.ArrayLike, grad_norm: npt.ArrayLike | None, ids: Any,
+        columns: Mapping[str, Any] | None,
+    ) -> dict[str, npt.NDArray[Any]]:  # fmt: skip
+        """Return the small values of the next rows; see :func:`parse_small`."""
+        first_row = self._rows if self._writer is None else self._writer.next_row
+        metadata = {} if ids is None else {"example_id": ids}
+        metadata |= {f"columns/{name}": values for name, values in (columns or {}).items()}
+        return parse_small(self.layout, first_row, norms, loss, grad_norm, metadata)
 
     def _refresh(self, writer: RangeWriter) -> None:
         self._see(writer.take_fresh(), has_tombstones=writer.has_tombstones)

@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -40,10 +40,13 @@ Span = tuple[int, int | None]
 Dropped = npt.NDArray[np.bool_] | None  # which of some rows are dropped
 
 
-def writing_bytes(layout: Layout, path: StorePath) -> int:
-    """Return the bytes that a writer holds: chunks being written, and the small values of a group."""
+def writing_bytes(layout: Layout, path: StorePath | None = None) -> int:
+    """Return the bytes that a writer holds: chunks being written, and the small values of a group.
+
+    Of a store on disk, where ``path`` is None.
+    """
     value = sum(_TEXT_BYTES if dtype == "str" else np.dtype(dtype).itemsize for dtype in layout.row_arrays.values())
-    copies = 0 if layout.codec is None and is_local(path) else AT_ONCE
+    copies = 0 if layout.codec is None and (path is None or is_local(path)) else AT_ONCE
     return (BUFFERS + copies) * layout.chunk_bytes + 2 * layout.group_rows * value
 
 
@@ -309,15 +312,29 @@ def parse_tombstones(tombstones: npt.ArrayLike, rows: int) -> npt.NDArray[np.boo
     return mask
 
 
-def parse_rows(
+def parse_rows(layout: Layout, gradients: npt.ArrayLike) -> FloatRows:
+    """Return rows as float32 (b, k).
+
+    Raises
+    ------
+    InputError
+        For a wrong shape.
+    """
+    rows = np.ascontiguousarray(gradients, np.float32)
+    if rows.ndim != 2 or rows.shape[1] != layout.k:
+        raise InputError(f"expected gradients of shape (b, {layout.k}); received {rows.shape}")
+    return rows
+
+
+def parse_small(
     layout: Layout,
     first_row: int,
-    gradients: npt.ArrayLike,
+    norms: npt.NDArray[Any],
     loss: npt.ArrayLike,
     grad_norm: npt.ArrayLike | None,
     metadata: Mapping[str, Any],
-) -> tuple[FloatRows, dict[str, npt.NDArray[Any]]]:
-    """Return float32 rows (b, k) and, by array path, their small values (b,).
+) -> dict[str, npt.NDArray[Any]]:
+    """Return the small values of rows, (b,), by array path.
 
     Parameters
     ----------
@@ -325,7 +342,9 @@ def parse_rows(
         Of the store they are for.
     first_row : int
         Number the first row will have; errors name rows by number.
-    gradients, loss, grad_norm
+    norms : (b,)
+        The rows' own norms, which are not finite where a row is not.
+    loss, grad_norm
         As for :meth:`GradientStore.append`.
     metadata : mapping of str to (b,)
         Ids and columns by array path.
@@ -337,29 +356,26 @@ def parse_rows(
     NonFiniteError
         For NaN or Inf in a gradient or loss.
     """
-    rows = np.ascontiguousarray(gradients, np.float32)
-    if rows.ndim != 2 or rows.shape[1] != layout.k:
-        raise InputError(f"expected gradients of shape (b, {layout.k}); received {rows.shape}")
     if set(metadata) != set(layout.metadata):
         raise InputError(
             f"expected per-row values for {sorted(layout.metadata) or 'nothing'}; received {sorted(metadata)}: "
             "ids and columns are fixed when a store is created"
         )
-    losses, norms = np.asarray(loss, np.float32), _norms(rows)
+    losses = np.asarray(loss, np.float32)
     small: dict[str, npt.NDArray[Any]] = {"loss": losses}
     small["grad_norm"] = np.asarray(norms if grad_norm is None else grad_norm, np.float32)
-    if len(rows):
+    if len(norms):
         small |= {name: _parse_column(name, layout.metadata[name], values) for name, values in metadata.items()}
     for name, values in small.items():
-        if values.shape != (len(rows),):
-            raise InputError(f"expected {name} of shape ({len(rows)},); received {values.shape}")
+        if values.shape != (len(norms),):
+            raise InputError(f"expected {name} of shape ({len(norms)},); received {values.shape}")
     ids = small.get("example_id")
-    _refuse(first_row, ~(np.isfinite(norms) & np.isfinite(losses)), ids)
+    refuse_nonfinite(first_row, norms, losses, ids)
     if ids is not None and len(set(ids.tolist())) < len(ids):
         names = ids.tolist()
         again = next(name for name in names if names.count(name) > 1)
         raise InputError(f"expected ids that do not repeat; received {again!r} for several rows")
-    return rows, small
+    return small
 
 
 def _parse_column(name: str, dtype: str, values: Any) -> npt.NDArray[Any]:
@@ -376,23 +392,21 @@ def _parse_column(name: str, dtype: str, values: Any) -> npt.NDArray[Any]:
     return np.asarray(values, numpy_dtype(dtype))
 
 
-def _norms(rows: FloatRows) -> npt.NDArray[np.float64]:
+def row_norms(rows: FloatRows) -> npt.NDArray[np.float64]:
+    """Return the norms of rows (b, k), (b,): in float64, since float32 squares under- and overflow."""
     norms: npt.NDArray[np.float64] = np.sqrt(np.einsum("ij,ij->i", rows, rows, dtype=np.float64))
-    return norms  # in float64: float32 squares under- and overflow
+    return norms
 
 
-def check_finite(first_row: int, rows: FloatRows, losses: FloatRows, ids: Sequence[Any] | None) -> None:
-    """Check gradients (b, k) and losses (b,) of rows from ``first_row`` on.
+def refuse_nonfinite(first_row: int, norms: npt.NDArray[Any], losses: npt.NDArray[Any], ids: Any) -> None:
+    """Check the norms and losses (b,) of rows from ``first_row`` on.
 
     Raises
     ------
     NonFiniteError
         Naming the rows, and their ids if given, with NaN or Inf.
     """
-    _refuse(first_row, ~(np.isfinite(_norms(rows)) & np.isfinite(losses)), ids)
-
-
-def _refuse(first_row: int, bad: npt.NDArray[np.bool_], ids: Any) -> None:
+    bad = ~(np.isfinite(norms) & np.isfinite(losses))
     if not bad.any():
         return
     offsets = np.flatnonzero(bad)

@@ -6,7 +6,7 @@ tokens). Measured together for each mask:
 
     train     forward + backward with weight gradients
     floor     forward + backward with activation gradients only (no parameter requires a gradient)
-    ours      what extract_gradients does a batch: forward, backward, gather; rows as float32
+    ours      what extract_gradients does a batch: forward, backward, gather; rows as float32, or packed signs
     run       ours, and a batch's share of the pilot of a run of 10,000 rows: 256 samples, factors, drawing
 
 Run: python tools/bench/extraction.py [--rounds 9] [--models decoder,cnn,encoder]. The last line is JSON with the
@@ -34,10 +34,13 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 import ooc_influence as ooc
+from ooc_influence.extract.packing import SignPacker
 from ooc_influence.extract.passes import ModelSetup, RowGatherer
 from ooc_influence.extract.pilot import Pilot
 from ooc_influence.extract.selection import select_layers
 from ooc_influence.extract.taps import tapped
+from ooc_influence.linalg import KeptNorms, storage_scale
+from ooc_influence.store import Encoding
 
 PILOT_SAMPLES, ROWS = 256, 10_000  # of a pilot; of the run that its cost is divided among
 
@@ -150,11 +153,26 @@ def clock(function: Callable[[], object]) -> float:
 
 
 def compressor(sampling: str, k: int) -> ooc.Dropout:
-    """Return dropout by a sampling's name, where ``kronecker`` is a grid in the Kronecker basis."""
+    """Return dropout by a sampling's name: ``kronecker`` is a grid in the Kronecker basis, ``sign`` its signs."""
     basis, _, shape = sampling.partition("-")
-    if basis == "kronecker":
+    if basis in ("kronecker", "sign"):
         return ooc.Dropout(k=k, sampling=shape or "grid", basis="kronecker")
     return ooc.Dropout(k=k, sampling=sampling)
+
+
+def gatherer(mask: Any, device: torch.device, *, signs: bool) -> Callable[..., Any]:
+    """Return what computes a batch's rows and, of signs, packs them."""
+    gather = RowGatherer(mask, device)
+    if not signs:
+        return gather
+    scale, kept = storage_scale("sign", mask, None, {}), KeptNorms.of("sign", mask, {}, reduced=False)
+    pack = SignPacker(Encoding.of("sign", mask.k, scaled=True), scale, kept, device)
+
+    def packed(taps: Any, loss: Any, batch: Any) -> Any:
+        losses, rows, norms = gather(taps, loss, batch)
+        return losses, *pack(rows), norms
+
+    return packed
 
 
 def measure(name: str, sizes: list[int], samplings: list[str], rounds: int) -> dict[str, Any]:
@@ -172,7 +190,7 @@ def measure(name: str, sizes: list[int], samplings: list[str], rounds: int) -> d
             began = time.perf_counter()
             masks[f"{sampling}_{k}"] = pilot.draw(compressor(sampling, k), layers)
             drawing[f"{sampling}_{k}"] = time.perf_counter() - began
-    gathers = {key: RowGatherer(mask, device) for key, mask in masks.items()}
+    gathers = {key: gatherer(mask, device, signs=key.startswith("sign")) for key, mask in masks.items()}
     times: dict[str, list[float]] = {key: [] for key in ("train", "floor", *masks)}
 
     def train() -> None:
@@ -205,7 +223,7 @@ def measure(name: str, sizes: list[int], samplings: list[str], rounds: int) -> d
     return found
 
 
-def peak_over_model(model: nn.Module, loss: Any, batch: Any, gather: RowGatherer, layers: Any) -> float:
+def peak_over_model(model: nn.Module, loss: Any, batch: Any, gather: Callable[..., Any], layers: Any) -> float:
     """Return the peak device memory of a batch over the model's own."""
     torch.cuda.reset_peak_memory_stats()
     with tapped(model, layers, batch[0].device) as taps:
@@ -226,7 +244,7 @@ def padding(file: str, tokenizer: str | None) -> dict[str, float]:
     found = {}
     for tokens in (2048, 8192):
         batches = ooc.BudgetBatches(texts, list, lengths=lengths, tokens=tokens)
-        parts = [part for low, high in batches.blocks(4096, 0) for part in batches.cut(np.arange(low, high))]
+        parts = [part for low, high in batches.blocks(4 * 4096, 0) for part in batches.cut(np.arange(low, high))]
         used, padded = np.sum([batches.padded(part) for part in parts], axis=0)
         found[f"padding_over_tokens_{tokens}"] = round(float(1 - used / padded), 4)
     return found

@@ -103,7 +103,7 @@ def index_documents(n: int) -> None:
     samples = hf.Samples(documents(n), tokenizer, hf.Fields(text="text", id="id", keep=("score",)), 16)
     batches = ooc.BudgetBatches(samples, list, lengths=samples.lengths, tokens=2048)
     columns = [*samples.columns().values(), samples.ids()]
-    for first, last in batches.blocks(4096, 0):
+    for first, last in batches.blocks(4 * 4096, 0):
         if first % (256 * (last - first)) == 0:  # a block in 256: reading documents again is not what is measured
             for column in columns:
                 _ = column[first:last]

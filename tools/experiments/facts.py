@@ -272,6 +272,25 @@ def kronecker(facts: Facts, k: int, dtype: str, basis: ooc.KroneckerBasis, rows:
         return {"lines": found}
 
 
+def signs(facts: Facts, k: int, seed: int) -> Result:
+    """Return rows as float16 and their signs, under the curvature of the Kronecker basis."""
+    with tempfile.TemporaryDirectory(dir=facts.folder) as place:
+        mask = ooc.Dropout(k=k, basis=ADAPTER_BASIS, seed=seed)
+        train = facts.extract("train", f"{place}/train", compressor=mask, dtype="float16")
+        query = facts.extract("query", f"{place}/query", like=train, dtype="float32")
+        found = []
+        for rows in (train, ooc.rewrite_store(train, f"{place}/sign", dtype="sign")):
+            scores: dict[tuple[str, float | None], np.ndarray] = {}
+            for unit in ("none", "train", "cosine"):
+                asked: dict[str, Any] = {"normalize": None if unit == "none" else unit, "curvature": "kronecker"}
+                swept = ooc.influence_scores(query, rows, damping=MODEL_DAMPINGS, **asked).compute()
+                scores |= {(unit, damping): each for damping, each in zip(MODEL_DAMPINGS, swept, strict=True)}
+            encoding = rows.layout.encoding
+            method = f"Kronecker grid, {k} entries as {encoding.name}, mask {seed}"
+            found += evaluated(facts, method, encoding.row_bytes, scores)["lines"]
+        return {"lines": found}
+
+
 class Gradients:
     """Whole gradients of the adapter's layers, (rows, entries) bfloat16 a layer, with factors of the train rows."""
 
@@ -337,6 +356,7 @@ def whole_gradients(facts: Facts) -> Result:
 def methods(quick: bool) -> dict[str, Callable[[Facts], Result]]:
     k, most = (2048, 4096) if quick else (65536, 2**20)
     grid = [*DAMPINGS, 3.0, 10.0]
+    sizes = (k,) if quick else (65536, 262144, 936000)
     return {
         "texts": texts,
         "defaults": defaults,
@@ -346,6 +366,7 @@ def methods(quick: bool) -> dict[str, Callable[[Facts], Result]]:
         "Kronecker": partial(kronecker, k=k, dtype="float16", basis=ADAPTER_BASIS, rows=2 * 460),
         "Kronecker, layers": partial(kronecker, k=k, dtype="float16", basis=ooc.KroneckerBasis()),
         "Kronecker, more": partial(kronecker, k=most, dtype="int8", basis=ADAPTER_BASIS),
+        **{f"signs of {size} / {seed}": partial(signs, k=size, seed=seed) for seed in range(3) for size in sizes},
     }  # fmt: skip
 
 
