@@ -88,7 +88,10 @@ def test_a_budget_of_tokens_and_signs(tmp_path):
     budget = extract_gradients(model, loss, source, tmp_path / "budget", dtype="float32", **how)
     assert_allclose(budget.rows(), plain.rows(), rtol=1e-4, atol=1e-6)
     signs = extract(model, tmp_path / "signs", **how | {"dtype": "sign"})
-    assert_array_equal(np.sign(signs.rows()), np.where(plain.rows() < 0, -1, 1))
+    raw, scale = np.zeros_like(signs.raw_rows(0, N)), np.zeros(N, np.float32)
+    signs.layout.encoding.encode_into(plain.rows(), raw, scale, signs.column_scale)
+    assert np.unpackbits(raw ^ signs.raw_rows(0, N)).mean() < 1e-3  # of numbers next to zero
+    assert_allclose(signs.small("row_scale"), scale, rtol=1e-4)
     wanted = influence_scores(plain, plain, curvature="kronecker").compute().diagonal()
     assert_allclose(signs.small("columns/self_influence_0.03", 0, N), wanted, rtol=1e-4)
 

@@ -13,7 +13,7 @@ from ooc_influence.errors import InputError
 from ooc_influence.linalg import is_token_loss
 from ooc_influence.memory import parse_bytes
 from ooc_influence.options import DampingScope
-from ooc_influence.store import Encoding, Representation, parse_representation
+from ooc_influence.store import Encoding, Representation, parse_representation, transform_size
 
 WIDE, REDUCED = 65536, 4096  # entries kept, and numbers they are reduced to
 SCALE_BYTES = 4  # of a row's scale
@@ -59,7 +59,7 @@ class RowBudget:
 
     >>> budget = RowBudget("8kB")
     >>> budget.dtype, budget.k, budget.r
-    ('sign', 63968, None)
+    ('sign', 63488, None)
     >>> extract_gradients(model, loss, batches, "train.zarr", compressor=budget, dtype=budget.dtype)
 
     Raises
@@ -89,7 +89,10 @@ class RowBudget:
     @property
     def k(self) -> int:
         """Entries kept."""
-        return WIDE if self.size < REDUCED_BELOW else 8 * (self.size - SCALE_BYTES)
+        if self.size < REDUCED_BELOW:
+            return WIDE
+        bits = 8 * (self.size - SCALE_BYTES)
+        return bits // transform_size(bits) * transform_size(bits)
 
     @property
     def r(self) -> int | None:

@@ -327,7 +327,7 @@ class Sink:
         """The stored form of rows."""
         if self.store is not None:
             return self.store.layout.encoding
-        return Encoding.of(self._plan.dtype, self._plan.k, scaled=self._plan.column_scale is not None)
+        return Encoding.of(self._plan.dtype, self._plan.k)
 
     @property
     def row_bytes(self) -> int:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from ooc_influence.curvature import Curvature, KroneckerPrior, has_prior, resolve_curvature
 from ooc_influence.errors import InputError, MismatchError, warn
 from ooc_influence.fingerprint import check_same
-from ooc_influence.linalg import check_one_label, kept_dampings, kronecker_damping, row_errors
+from ooc_influence.linalg import check_one_label, kept_dampings, row_errors, whitening_damping
 from ooc_influence.options import Combine, DampingMode
 from ooc_influence.store import GradientStore, PathLike, as_store, check_has_rows
 
@@ -113,20 +113,20 @@ class Checkpoint:
         return [rows, self.curvature.__dask_tokenize__(), self.lambdas.tolist()]
 
 
-_FAR = 10  # times the damping that signs were taken at
+_NEAR = (1 / 128, 1024)  # times the damping that signs were taken at: in between, little is lost
 
 
 def _warn_far(train: GradientStore, damping: float | Sequence[float]) -> None:
     """Warn of dampings far from the one that the entries of sign rows were divided by before their signs were taken."""
     if train.layout.dtype != "sign" or not train.mask.has_basis or train.is_reduced:
         return
-    own = kronecker_damping(train.attrs)
-    far = [each for each in np.atleast_1d(damping).tolist() if not own / _FAR <= each <= own * _FAR]
+    own = whitening_damping(train.attrs)
+    far = [each for each in np.atleast_1d(damping).tolist() if not _NEAR[0] * own <= each <= _NEAR[1] * own]
     if far:
         warn(
             f"the signs in {train.path} are of entries whitened at the relative damping {own:g}: at "
-            f"{', '.join(f'{each:g}' for each in far)} they say less (measured: 7 % less LDS than numbers of the same "
-            "entries at a thirtieth of it, 5 % at 30 times, 4 % at its own)"
+            f"{', '.join(f'{each:g}' for each in far)} they say less (measured: 9 % less LDS than numbers of the same "
+            "entries at a hundredth of it, 20 % at a thousandth, 4 % at its own)"
         )
 
 

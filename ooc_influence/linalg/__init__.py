@@ -60,6 +60,7 @@ from ooc_influence.linalg.whitening import (
     kronecker_dampings,
     mean_moments,
     storage_scale,
+    whitening_damping,
 )
 
 __all__ = [
@@ -68,7 +69,7 @@ __all__ = [
     "TriangleTiles", "WeightedBlock", "WeightedRows", "Whitening", "basis_settings", "block_moments",
     "check_device_memory", "check_one_label", "choose_engine", "choose_solver", "damping_scope", "is_token_loss",
     "iteration_bytes", "iteration_memory", "kept_dampings", "kronecker_damping", "kronecker_dampings", "list_tiles",
-    "mean_moments", "mirror", "multiply_rows", "orthonormal_slabs", "parse_device", "parse_weighting",
-    "partition_rows", "row_errors", "row_squares", "row_weights", "sign_energy", "spectrum_solvers", "start_basis",
-    "storage_scale", "subspace_iteration", "symmetric_eigen", "tile_side", "top_spectrum",
+    "mean_moments", "mirror", "multiply_rows", "orthonormal_slabs", "parse_device", "parse_weighting", "partition_rows",
+    "row_errors", "row_squares", "row_weights", "sign_energy", "spectrum_solvers", "start_basis", "storage_scale",
+    "subspace_iteration", "symmetric_eigen", "tile_side", "top_spectrum", "whitening_damping",
 ]  # fmt: skip

@@ -2,8 +2,8 @@
 
 Signs say little about a row's norm under a curvature. So a store of sign rows in a Kronecker basis has zᵀ (Λ + λ)⁻¹ z
 of every row as columns, ``self_influence_<damping>``, at a few relative dampings: the basis's own, a tenth and ten
-times of it, and that of lists. Scores at one of them are divided by exact norms; at others, norms are those of the
-signs, times what makes them exact at the basis's own.
+times of it, that of lists, and the one that rows are whitened at. Scores at one of them are divided by exact norms; at
+others, norms are those of the signs, times what makes them exact at the last.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ooc_influence.linalg.backend import Matrix
-from ooc_influence.linalg.whitening import LayerMoments, basis_settings, kronecker_damping
+from ooc_influence.linalg.whitening import LayerMoments, basis_settings, kronecker_damping, whitening_damping
 from ooc_influence.store import GradientStore, Mask
 
 _NAME = re.compile(r"self_influence_([0-9.e+-]+)")
@@ -32,10 +32,10 @@ def kept_dampings(columns: Iterable[str]) -> dict[float, str]:
 def sign_energy(store: GradientStore, start: int, stop: int) -> npt.NDArray[np.float32] | np.float32:
     """Return the squared norms of rows over those of what their signs stand for, (b,), or one for all.
 
-    Exact for whitened rows, from the norms that are kept at the damping of the basis; without them, that of normal
-    numbers.
+    Exact for whitened rows, from the norms that are kept at the damping they were whitened at; without them, that of
+    normal numbers.
     """
-    name = kept_dampings(store.layout.columns).get(float(f"{kronecker_damping(store.attrs):g}"))
+    name = kept_dampings(store.layout.columns).get(float(f"{whitening_damping(store.attrs):g}"))
     if name is None:
         return np.float32(store.layout.encoding.energy)
     norms = store.small(f"columns/{name}", start, stop)
@@ -61,8 +61,8 @@ class KeptNorms:
         if dtype != "sign" or reduced or not mask.has_basis:
             return cls({})
         own, moments = kronecker_damping(attributes), LayerMoments.of(mask)
-        of_lists = basis_settings(attributes).get("list_damping") or own
-        dampings = sorted({float(f"{each:g}") for each in (own / 10, own, 10 * own, of_lists)})
+        of_lists, whitened = basis_settings(attributes).get("list_damping") or own, whitening_damping(attributes)
+        dampings = sorted({float(f"{each:g}") for each in (own / 10, own, 10 * own, whitened, of_lists)})
         return cls({f"self_influence_{each:g}": _inverse(moments.scale(each)) for each in dampings})
 
     def columns(self, rows: npt.NDArray[np.float32]) -> dict[str, Matrix]:

@@ -113,20 +113,30 @@ def kronecker_damping(attributes: Mapping[str, Any]) -> float:
     return float(basis_settings(attributes).get("damping", DEFAULT_KRONECKER_DAMPING))
 
 
+def whitening_damping(attributes: Mapping[str, Any]) -> float:
+    """Return the relative damping that rows of signs are whitened at.
+
+    The geometric mean of the two that scores use by default: the basis's, and that of lists.
+    """
+    own = kronecker_damping(attributes)
+    of_lists = basis_settings(attributes).get("list_damping")
+    return own if of_lists is None else math.sqrt(own * float(of_lists))
+
+
 def storage_scale(
     dtype: str, mask: Mask, reduction: Reduction | None, attributes: Mapping[str, Any]
 ) -> FloatRows | None:  # fmt: skip
     """Return what columns are divided by before they are stored in a representation, (k,); None where by nothing.
 
     In an eigenbasis columns differ by orders of magnitude, which whole numbers and signs do not bear. Of signs in a
-    Kronecker basis it is √(Λ + λ), at its own damping: entries then matter alike. Other masks with drawn entries have
-    weights that do the same.
+    Kronecker basis it is √(Λ + λ), at :func:`whitening_damping`: entries then matter alike. Other masks with drawn
+    entries have weights that do the same.
     """
     if isinstance(reduction, StoredReduction) and dtype in ("int8", "int4", "sign"):
         return reduction.column_scale()
     if reduction is not None or dtype != "sign" or not mask.has_basis:
         return None
-    return np.asarray(LayerMoments.of(mask).scale(kronecker_damping(attributes)), np.float32)
+    return np.asarray(LayerMoments.of(mask).scale(whitening_damping(attributes)), np.float32)
 
 
 @dataclass(frozen=True, eq=False)

@@ -59,7 +59,7 @@ from ooc_influence.store.reduction import (
 )
 from ooc_influence.store.remote import ChunkCache
 from ooc_influence.store.rewrite import compact_store, copy_tombstones, create_like, merge_stores, upgrade_store
-from ooc_influence.store.signs import sign_flips
+from ooc_influence.store.signs import sign_flips, transform_size
 from ooc_influence.store.verify import Damage, verify_memory
 from ooc_influence.store.writer import (
     BUFFERS,
@@ -81,6 +81,6 @@ __all__ = [
     "mark_dropped", "merge_stores", "missing_spans", "names", "not_free", "open_group", "parse_numbers", "parse_path",
     "parse_representation", "read_array", "read_blocks", "read_bytes", "read_claims", "read_into", "read_part",
     "read_raw_blocks", "read_rotated_blocks", "refuse_nonfinite", "remove_empty", "remove_partial_files", "remove_tree",
-    "row_norms", "sign_flips", "square_chunks", "tree_bytes", "upgrade_store", "verify_memory", "wait_for",
-    "writable_array", "write_bytes", "writing_bytes",
+    "row_norms", "sign_flips", "square_chunks", "transform_size", "tree_bytes", "upgrade_store", "verify_memory",
+    "wait_for", "writable_array", "write_bytes", "writing_bytes",
 ]  # fmt: skip

@@ -183,7 +183,7 @@ class Encoding:
         Numbers a row.
     block : int or None
         Columns that share a scale; None where a row has only its own, as every float form has. Of signs, the entries
-        that a rotation mixes; 1 where rows are not rotated.
+        that a rotation mixes; 1 where there are too few to rotate.
     """
 
     name: Representation
@@ -191,14 +191,10 @@ class Encoding:
     block: int | None = None
 
     @classmethod
-    def of(cls, name: Representation, k: int, *, scaled: bool = False) -> Self:
-        """Return the form in which new stores hold rows of ``k`` numbers.
-
-        ``scaled`` says that their columns are divided by a scale, after which entries matter alike: then signs are not
-        rotated.
-        """
+    def of(cls, name: Representation, k: int) -> Self:
+        """Return the form in which new stores hold rows of ``k`` numbers."""
         if name == "sign":
-            return cls(name, k, 1 if scaled else signs.transform_size(k))
+            return cls(name, k, signs.transform_size(k))
         return cls(name, k, BLOCK if _FORMS[name].top else None)
 
     @property
@@ -320,9 +316,9 @@ class Encoding:
         return max(1, min(rows, _TILE_BYTES // max(1, 4 * self.k)))
 
     def _buffer(self, rows: int) -> FloatRows:
-        """Return a buffer for a tile, rounded up to whole blocks; for signs, two of whole transforms."""
+        """Return a buffer for a tile, rounded up to whole blocks or transforms."""
         if self.name == "sign":
-            return np.empty((rows, 2, self.rotated_columns), np.float32)
+            return np.empty((rows, self.rotated_columns), np.float32)
         return np.empty((rows, self.k if self.block is None else block_count(self.k, self.block) * self.block), "f4")
 
     def _encode_tile(self, tile: FloatRows, raw: RawRows, buffer: FloatRows) -> FloatRows | float:
@@ -341,7 +337,7 @@ class Encoding:
             _to_half(np.multiply(tile, (1 / scale)[:, None], out=buffer), raw)
             return scale
         if self.name == "sign":
-            return signs.encode(tile, self.block or 1, raw, buffer[:, 0], buffer[:, 1])
+            return signs.encode(tile, self.block or 1, raw, buffer)
         packed = self.name == "int4"
         whole = np.empty(tile.shape, np.int8) if packed else raw[:, : self.k]
         scale, codes = quantise(tile, whole, self.top, self.block, buffer)
@@ -359,7 +355,7 @@ class Encoding:
                 np.copyto(tile, numbers)
             restore(tile, scale, codes, self.top, self.block, buffer)
         elif self.name == "sign":
-            signs.decode(raw, scale, self.block or 1, tile, buffer[:, 0], buffer[:, 1])
+            signs.decode(raw, scale, self.block or 1, tile, buffer)
         elif self.name == "bfloat16":
             bits = tile.view(np.uint32)
             np.copyto(bits, raw)

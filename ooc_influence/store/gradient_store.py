@@ -235,7 +235,7 @@ class GradientStore(StoreView):
         scale = parse_column_scale(options["column_scale"], k)
         layout = Layout(
             k, representation, chunk_rows, group_chunks, planned_rows, options["ids"], dict(options["columns"] or {}),
-            storage.codec, scale is not None, Encoding.of(representation, k, scaled=scale is not None).block,
+            storage.codec, scale is not None, Encoding.of(representation, k).block,
         )  # fmt: skip
         published = create_store(target, layout, mask, reduction, options["attributes"] or {}, scale)
         if not published:

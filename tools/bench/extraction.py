@@ -166,7 +166,7 @@ def gatherer(mask: Any, device: torch.device, *, signs: bool) -> Callable[..., A
     if not signs:
         return gather
     scale, kept = storage_scale("sign", mask, None, {}), KeptNorms.of("sign", mask, {}, reduced=False)
-    pack = SignPacker(Encoding.of("sign", mask.k, scaled=True), scale, kept, device)
+    pack = SignPacker(Encoding.of("sign", mask.k), scale, kept, device)
 
     def packed(taps: Any, loss: Any, batch: Any) -> Any:
         losses, rows, norms = gather(taps, loss, batch)

@@ -1,11 +1,11 @@
 """Rows of signs: appending them against writing plain files, scoring them against int8 rows, and their error.
 
 Ratios are of the same work within one run, interleaved, medians of several rounds; above 1 is faster than the limit or
-the rival. Appending: rows of random numbers to a store of signs, with a column scale or rotated, against as many bytes
-written to one plain file and synced. Scoring: 32 queries against rows that are in the page cache, signs of k entries
-against int8 rows of k and of k/8 entries, which take as many bytes. Errors of <q, x̂>, for random queries q, over
-|q||x|/√k, root mean squares: of rows of normal numbers, of Student's t with two degrees of freedom, and with one entry
-alone, as they are and rotated.
+the rival. Appending: rows to a store of signs, packed as extraction hands them over, or numbers that are rotated and
+packed on the way, against as many bytes written to one plain file and synced. Scoring: 32 queries against rows that are
+in the page cache, signs of k entries against int8 rows of k and of k/8 entries, which take as many bytes. Errors of
+<q, x̂>, for random queries q, over |q||x|/√k, root mean squares: of rows of normal numbers, of Student's t with two
+degrees of freedom, and with one entry alone, as they are and rotated.
 
 Run: python tools/bench/signs.py [--rows 1000] [--mib 128] [--repeats 5] [--k 65536 262144]. The last line is JSON.
 """
@@ -33,14 +33,21 @@ def mask(k: int) -> Mask:
     return ooc.Dropout(k=k).draw([LayerShape("fc", "linear", (1, k), False)])
 
 
-def append(path: Path, k: int, dtype: str, rows: np.ndarray, count: int, *, scaled: bool = True) -> float:
-    """Write ``count`` rows, some of them again and again; return the seconds until all is synced."""
-    held, scale = mask(k), np.ones(k, np.float32) if scaled and dtype == "sign" else None
+def append(path: Path, k: int, dtype: str, rows: np.ndarray, count: int) -> float:
+    """Write ``count`` rows, some of them again and again; return the seconds until all is synced.
+
+    Rows are (b, k) float32, or (b, columns) uint8 in their stored form.
+    """
+    held, ones = mask(k), np.ones(len(rows), np.float32)
     start = time.perf_counter()
-    with ooc.GradientStore.create(path, held, dtype=dtype, column_scale=scale) as store:
+    with ooc.GradientStore.create(path, held, dtype=dtype) as store:
         for first in range(0, count, len(rows)):
             part = rows[: min(len(rows), count - first)]
-            store.append(part, loss=np.zeros(len(part)))
+            small = {"loss": ones[: len(part)], "grad_norm": ones[: len(part)]}
+            if rows.dtype == np.uint8:
+                store.append_encoded(part, ones[: len(part)], **small)
+            else:
+                store.append(part, **small)
     return time.perf_counter() - start
 
 
@@ -64,16 +71,18 @@ def score(train: Path, queries: Path) -> float:
 
 def rates(folder: Path, k: int, count: int, mib: int, repeats: int) -> dict[str, float]:
     rows = np.random.default_rng(1).standard_normal((64, k), np.float32)
-    row_bytes = Encoding.of("sign", k, scaled=True).row_bytes
+    row_bytes = Encoding.of("sign", k).row_bytes
+    packed = np.random.default_rng(3).integers(0, 256, (4 * 2**20 // row_bytes, row_bytes), np.uint8)
     written = max(1, mib * 2**20 // row_bytes)
-    appending, rotating, scoring = [], [], []
+    appending: dict[str, list[float]] = {"packed": [], "numbers": []}
+    scoring = []
     for name, dtype, width in (("signs", "sign", k), ("int8", "int8", k), ("narrow", "int8", k // 8)):
         append(folder / name, width, dtype, rows[:, :width], count)
         append(folder / f"{name}-q", width, "float32", rows[:32, :width], 32)
     for _ in range(repeats):
         limit = plain(folder / "plain", written * row_bytes)
-        for scaled, found in ((True, appending), (False, rotating)):
-            found.append(limit / append(folder / "again", k, "sign", rows, written, scaled=scaled))
+        for kind, values in (("packed", packed), ("numbers", rows)):
+            appending[kind].append(limit / append(folder / "again", k, "sign", values, written))
             shutil.rmtree(folder / "again")
         times = {name: score(folder / name, folder / f"{name}-q") for name in ("signs", "int8", "narrow")}
         scoring.append((times["int8"] / times["signs"], times["narrow"] / times["signs"]))
@@ -81,15 +90,15 @@ def rates(folder: Path, k: int, count: int, mib: int, repeats: int) -> dict[str,
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     same_entries, same_bytes = (median(values) for values in zip(*scoring, strict=True))
     return {
-        "append_over_plain_file": median(appending),
-        "append_rotated_over_plain_file": median(rotating),
+        **{f"append_{kind}_over_plain_file": median(ratios) for kind, ratios in appending.items()},
         "score_over_int8_of_same_entries": same_entries,
         "score_over_int8_of_same_bytes": same_bytes,
         "row_bytes": row_bytes,
     }
 
 
-def errors(k: int, scaled: bool) -> dict[str, float]:
+def errors(form: Encoding) -> dict[str, float]:
+    k = form.k
     generator = np.random.default_rng(2)
     alone = np.zeros((200, k), np.float32)
     alone[np.arange(200), generator.integers(0, k, 200)] = 1
@@ -98,7 +107,7 @@ def errors(k: int, scaled: bool) -> dict[str, float]:
         "t2": generator.standard_t(2, (200, k)).astype(np.float32),
         "one_entry": alone,
     }
-    queries, form, found = generator.standard_normal((50, k), np.float32), Encoding.of("sign", k, scaled=scaled), {}
+    queries, found = generator.standard_normal((50, k), np.float32), {}
     for name, rows in kinds.items():
         raw, scale, read = np.empty((200, form.columns), np.uint8), np.empty(200, np.float32), np.empty_like(rows)
         form.encode_into(rows, raw, scale)
@@ -122,8 +131,8 @@ def main() -> None:
             for what, value in found.items():
                 print(f"k = {k}: {what.replace('_', ' ')}: {value:.3g}")
                 result[f"{what}_{k}"] = round(value, 3)
-    for way in ("plain", "rotated"):
-        for kind, error in errors(options.k[0], way == "plain").items():
+    for way, form in (("plain", Encoding("sign", options.k[0], 1)), ("rotated", Encoding.of("sign", options.k[0]))):
+        for kind, error in errors(form).items():
             print(f"error over |q||x|/sqrt(k), {kind}, {way}: {error:.3f}")
             result[f"error_{kind}_{way}"] = round(error, 3)
     print(json.dumps(result))
