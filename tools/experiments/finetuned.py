@@ -429,11 +429,12 @@ def query_loss_difference(
     ]  # fmt: skip
 
 
-QLD_METHODS = (
-    "BM25", "whole gradients, dot", "whole gradients, empirical", "whole gradients, ekfac",
-    "importance entries, 65536 reduced to 512", "LoGra 40 x 40", "Kronecker grid, 65536",
-    "Kronecker grid, 65536, with 4096 sampled rows",
-)  # fmt: skip
+QLD_METHODS = {
+    "BM25": "text", "whole gradients, dot": "float32", "whole gradients, empirical": "float32",
+    "whole gradients, ekfac": "float32", "importance entries, 65536 reduced to 512": "int8", "LoGra 40 x 40": "float16",
+    "Kronecker grid, 65536": "int8", "Kronecker grid, 65536, with 4096 sampled rows": "int8",
+    "Kronecker grid, 65536, averaged, with 4096 sampled rows": "sign",
+}  # fmt: skip
 
 
 def main() -> None:
@@ -502,11 +503,12 @@ def differences(task: FineTuning, files: Sequence[Path], found: Sequence[Result]
     sheets: dict[str, Sheet] = {}
     for path in files:
         sheet = Sheet.load(path)
-        if sheet.method in QLD_METHODS:
+        if QLD_METHODS.get(sheet.method) == sheet.stored:
             sheets.setdefault(sheet.method, sheet)
     best = {}
     for name in sheets:
-        sweep = next(line["sweep"]["none"] for line in found if line["method"] == name)
+        own = (line for line in found if (line["method"], line.get("stored")) == (name, QLD_METHODS[name]))
+        sweep = next(own)["sweep"]["none"]
         best[name] = int(np.argmax(list(sweep.values())))
     results = query_loss_difference(task, sheets, best, folder / "qld", queries)
     (folder / "qld.json").write_text(json.dumps(results, indent=1))
