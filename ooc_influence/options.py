@@ -36,7 +36,8 @@ OnNonFinite = Literal["raise", "skip"]
 LabelKind = Literal["dataset", "sampled"]
 DampingScope = Literal["layer", "model"]
 Task = Literal["causal-lm", "classification"]
-DTYPES = ("float16", "bfloat16", "float32", "int8", "int4", "sign")
+DTYPES = ("float16", "bfloat16", "float32", "int8", "int8-linear", "int4", "sign")
+_DTYPES = "{" + ", ".join(f'"{name}"' for name in DTYPES) + "}"
 
 
 @dataclass(frozen=True)
@@ -297,7 +298,7 @@ class RewriteOptions(Reporting, total=False):
     """What writing rows in another representation takes."""
 
     dtype: Annotated[str, Option(
-        "sign", '{"float16", "bfloat16", "float32", "int8", "int4", "sign"}', "Representation of the new rows.",
+        "sign", _DTYPES, "Representation of the new rows.",
         "Representation of the new rows.", choices=DTYPES)]
     storage: Annotated["Storage | None", Option(
         None, "Storage, optional", "Chunking and codec; default that of a new store, with the codec of this one.")]
@@ -324,7 +325,7 @@ class ReduceOptions(Striped, total=False):
         False, "bool", "``wide`` is reduced already: write its rows in the eigenbasis of the F of all of them.",
         "WIDE is reduced already: rotate it to the eigenbasis of the F of all its rows.")]
     dtype: Annotated[str | None, Option(
-        None, '{"float16", "bfloat16", "float32", "int8", "int4", "sign"}, optional',
+        None, _DTYPES + ", optional",
         "Representation on disk; default float16, or that of an already reduced store.",
         "Representation on disk. Default: float16; with --rotate as WIDE.", choices=DTYPES)]
     storage: Annotated["Storage | None", Option(None, "Storage, optional", "Chunking and codec.")]
@@ -334,7 +335,7 @@ class CreateOptions(TypedDict, total=False):
     """What a new store is created with."""
 
     dtype: Annotated[str, Option(
-        "float16", '{"float16", "bfloat16", "float32", "int8", "int4", "sign"}',
+        "float16", _DTYPES,
         "Representation of the rows; float16 has a scale a row, int8 and int4 one for every 16 columns.")]
     storage: Annotated["Storage | None", Option(None, "Storage, optional", "Chunking and codec.")]
     planned_rows: Annotated[int | None, Option(
@@ -379,7 +380,7 @@ class ExtractionOptions(Budgeted, Reporting, total=False):
         "Tap selected layers of unknown kinds too, through ``torch.func``, at the cost of their full gradients.",
         "Tap layers of unknown kinds too, at the cost of their full gradients.")]
     dtype: Annotated[str, Option(
-        "float16", '{"float16", "bfloat16", "float32", "int8", "int4", "sign"}',
+        "float16", _DTYPES,
         "Representation on disk; float16, int8, int4 and sign have a float32 scale a row.",
         "Representation on disk; float16, int8, int4 and sign have a scale a row.", choices=DTYPES)]
     device: Annotated["torch.device | str | None", Option(
@@ -610,7 +611,7 @@ class PlanOptions(Budgeted, total=False):
 
     queries: Annotated[int, Option(100, "int", "Query rows.", "Query rows.", kind=int, metavar="Q")]
     dtype: Annotated[str, Option(
-        "float16", '{"float16", "bfloat16", "float32", "int8", "int4", "sign"}', "Representation on disk.",
+        "float16", _DTYPES, "Representation on disk.",
         "Representation on disk.", choices=DTYPES)]
     reduce: Annotated[int | None, Option(
         None, "int, optional", "Numbers that kept entries are reduced to.",

@@ -289,7 +289,9 @@ def test_numbers_that_are_not_finite_are_found(tmp_path):
     """Written by other hands, with a record that fits."""
     from ooc_influence.store.commits import Slot
 
-    for dtype, bad in (("float32", np.nan), ("float16", np.inf), ("bfloat16", 0x7F80), ("int8", -128), ("int4", 0x88)):
+    bad_values = {"float32": np.nan, "float16": np.inf, "bfloat16": 0x7F80, "int8": -128, "int8-linear": -128,
+                  "int4": 0x88}  # fmt: skip
+    for dtype, bad in bad_values.items():
         path = tmp_path / dtype
         with GradientStore.create(path, whole_mask(6), dtype=dtype, storage=STORAGE) as store:
             store.append(ROWS[:10], loss=np.zeros(10))

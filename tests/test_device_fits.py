@@ -33,7 +33,7 @@ def small_blocks(monkeypatch):
 
 
 @pytest.mark.parametrize("where", DEVICES)
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8", "int8-linear", "int4"])
 def test_sums(tmp_path, where, dtype):
     options = {"column_scale": np.linspace(0.5, 2, 37)} if dtype == "int8" else {}
     train = write_store(tmp_path / "t.zarr", random_rows(700, 37), dtype=dtype, chunk_rows=50, **options)

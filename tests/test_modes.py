@@ -382,7 +382,7 @@ def test_what_lies_outside_the_span_is_told(tmp_path):
     assert_allclose(top.to_dict()["queries"][4]["outside_share"], 1, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8", "int4", "sign"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8", "int8-linear", "int4", "sign"])
 @pytest.mark.parametrize("scale", [None, "column"])
 def test_a_device_decodes_every_representation(tmp_path, dtype, scale, monkeypatch):
     monkeypatch.setattr("ooc_influence.memory.BLOCK_BYTES", 2**13)
@@ -395,6 +395,8 @@ def test_a_device_decodes_every_representation(tmp_path, dtype, scale, monkeypat
     here, there = (influence_scores(query, train, curvature=False, device=d).compute() for d in (None, "cpu"))
     assert_allclose(there, here, rtol=0, atol=1e-6 * np.nanmax(np.abs(here)))
     assert_array_equal(np.flatnonzero(np.isnan(there[0])), [7, 250])
+    products = query.rows() @ np.where(train.dropped[:, None], np.nan, train.rows()).T
+    assert_allclose(here, products, rtol=0, atol=1e-5 * np.nanmax(np.abs(here)))
     squares = np.square(np.where(train.dropped[:, None], np.nan, train.rows())).sum(1)
     energy = train.layout.encoding.energy
     assert_allclose(self_influence(train, curvature=False, device="cpu"), energy * squares, rtol=1e-5)
@@ -402,7 +404,7 @@ def test_a_device_decodes_every_representation(tmp_path, dtype, scale, monkeypat
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8", "int8-linear", "int4"])
 def test_cuda(tmp_path, dtype):
     train = write_store(tmp_path / "t.zarr", random_rows(5000, 256), dtype=dtype, chunk_rows=300)
     query = write_store(tmp_path / "q.zarr", random_rows(40, 256, 1), dtype=dtype)

@@ -15,11 +15,23 @@ from ooc_influence.store import read_blocks
 
 @pytest.fixture(
     scope="module",
-    params=["float32", "float16", "bfloat16", "int8", "int4", "sign", "float16-zstd", "float16-scaled", "sign-scaled"],
+    params=[
+        "float32",
+        "float16",
+        "bfloat16",
+        "int8",
+        "int8-linear",
+        "int4",
+        "sign",
+        "float16 zstd",
+        "float16 scaled",
+        "int8-linear scaled",
+        "sign scaled",
+    ],
 )
 def store(tmp_path_factory, request):
     folder = tmp_path_factory.mktemp("reader")
-    dtype, _, extra = request.param.partition("-")
+    dtype, _, extra = request.param.partition(" ")
     storage = Storage(chunk_rows=16, group_chunks=2, codec="zstd" if extra == "zstd" else None)
     scale = 1 + np.arange(23) / 7 if extra == "scaled" else None
     options = {"dtype": dtype, "storage": storage, "column_scale": scale}

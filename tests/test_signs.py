@@ -38,7 +38,7 @@ from ooc_influence.store import Encoding, sign_flips
 
 def rotation(form):
     """R, dense: flips, zeros up to whole transforms, then a transform of every ``count``-th number."""
-    size, count = form.block, form.rotated_columns // form.block
+    size, count = form.block, form.stored_columns // form.block
     padded = np.zeros((size * count, form.k))
     padded[: form.k] = np.diag(np.float64(sign_flips(form.k, size)))
     return (np.kron(hadamard(size), np.eye(count))) @ padded
@@ -65,7 +65,7 @@ def test_rows_are_what_the_oracle_says(k):
     norms = np.square(np.float64(rows)).sum(1)
     assert_allclose(scale[live], norms[live] / np.abs(rotated[live]).sum(1), rtol=1e-5)
     assert_array_equal(found[3], 0)
-    width = form.rotated_columns
+    width = form.stored_columns
     bits = np.unpackbits(raw, axis=1)
     certain = np.abs(rotated) > 1e-5 * np.abs(rotated).max()  # others may round to either side
     assert_array_equal((bits[:, :width] > 0)[certain], (rotated >= 0)[certain])

@@ -42,11 +42,11 @@ class DeviceEngine(Engine):
 
     @override
     def blocks(
-        self, store: GradientStore, start: int, stop: int, block_rows: int, *, rotated: bool
+        self, store: GradientStore, start: int, stop: int, block_rows: int, *, as_stored: bool
     ) -> Iterator[Block]:  # fmt: skip
         if start >= stop:
             return
-        sender = DeviceRows(store, self._device, min(block_rows, stop - start), rotated=rotated)
+        sender = DeviceRows(store, self._device, min(block_rows, stop - start), as_stored=as_stored)
         rows: Any
         for block, rows in sender.read(read_raw_blocks(store, start, stop, block_rows)):
             yield Block(block.start, block.stop, block.dropped, None, rows)

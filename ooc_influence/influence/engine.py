@@ -15,7 +15,7 @@ from ooc_influence.curvature import Curvature
 from ooc_influence.errors import InputError
 from ooc_influence.linalg import Matrix
 from ooc_influence.parallel import cores, task_threads
-from ooc_influence.store import Block, GradientStore, read_blocks, read_rotated_blocks
+from ooc_influence.store import Block, GradientStore, read_blocks, read_stored_blocks
 
 Floats = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.int64]
@@ -91,11 +91,11 @@ class Engine(ABC):
 
     @abstractmethod
     def blocks(
-        self, store: GradientStore, start: int, stop: int, block_rows: int, *, rotated: bool
+        self, store: GradientStore, start: int, stop: int, block_rows: int, *, as_stored: bool
     ) -> Iterator[Block]:  # fmt: skip
         """Yield the blocks of rows ``start`` to ``stop``, arrays of this engine; see :func:`read_blocks`.
 
-        ``rotated`` asks for rows of signs that are not rotated back, as :func:`read_rotated_blocks` reads them.
+        ``as_stored`` asks for the numbers that are stored, as :func:`read_stored_blocks` reads them.
         """
 
     @abstractmethod
@@ -160,10 +160,10 @@ class HostEngine(Engine):
 
     @override
     def blocks(
-        self, store: GradientStore, start: int, stop: int, block_rows: int, *, rotated: bool
+        self, store: GradientStore, start: int, stop: int, block_rows: int, *, as_stored: bool
     ) -> Iterator[Block]:  # fmt: skip
-        if rotated:
-            return read_rotated_blocks(store, start, stop, block_rows, threads=self._threads)
+        if as_stored:
+            return read_stored_blocks(store, start, stop, block_rows, threads=self._threads)
         return read_blocks(store, start, stop, block_rows, threads=self._threads)
 
     @override

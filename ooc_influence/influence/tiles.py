@@ -75,25 +75,25 @@ class ScoreTask:
     margins: bool
     kept: tuple[tuple[str, ...] | None, ...]
 
-    def rotated(self, number: int) -> bool:
-        """Whether a checkpoint's rows of signs can be multiplied as they are, by queries that are rotated instead."""
+    def as_stored(self, number: int) -> bool:
+        """Whether a checkpoint's rows are multiplied as they are stored, by queries in the same coordinates."""
         computes_norms = self.curvatures is not None and self.kept[number] is None
-        signs = self.stores[number].layout.dtype == "sign"
-        return signs and len(self.columns[number]) == 1 and not computes_norms
+        possible = self.stores[number].layout.encoding.as_stored
+        return possible and len(self.columns[number]) == 1 and not computes_norms
 
     @property
     def widths(self) -> list[int]:
         """Columns of each checkpoint's rows, as they are read."""
         return [
-            store.layout.encoding.rotated_columns if self.rotated(number) else store.k
+            store.layout.encoding.stored_columns if self.as_stored(number) else store.k
             for number, store in enumerate(self.stores)
         ]
 
     def read_as_rows(self, queries: list[Floats]) -> list[Floats]:
         """Return each checkpoint's queries in the coordinates that its rows are read in, taking the place of them."""
         for number, store in enumerate(self.stores):
-            if self.rotated(number):
-                queries[number] = store.layout.encoding.rotate_queries(queries[number], store.column_scale)
+            if self.as_stored(number):
+                queries[number] = store.layout.encoding.queries_as_stored(queries[number], store.column_scale)
         return queries
 
     @property
@@ -150,7 +150,7 @@ def score_tiles(
     scores = work.lambdas * work.modules * q
     buffers = [engine.empty(scores * size) for _ in range(copies)]
     further: Any = engine.empty(scores * size) if len(queries) > 1 else None
-    for turn, blocks in enumerate(row_blocks(engine, stripe, work, rotated=True)):
+    for turn, blocks in enumerate(row_blocks(engine, stripe, work, as_stored=True)):
         start, stop = blocks[0].start, blocks[0].stop
         total = buffers[turn % copies][: scores * (stop - start)].reshape(*shape, stop - start)
         shares = row_shares(work, seen, start, stop)
@@ -172,14 +172,14 @@ def score_tiles(
 
 
 def row_blocks(
-    engine: Engine, stripe: Stripe, work: ScoreTask, *, rotated: bool = False
+    engine: Engine, stripe: Stripe, work: ScoreTask, *, as_stored: bool = False
 ) -> Iterator[tuple[Block, ...]]:  # fmt: skip
     """Yield the same rows of every checkpoint's train store, block by block.
 
-    ``rotated`` allows rows of signs that are not rotated back, where a checkpoint's can be (:meth:`ScoreTask.rotated`).
+    ``as_stored`` allows the numbers that are stored, where a checkpoint's can be multiplied so.
     """
     streams = [
-        engine.blocks(store, stripe.start, stripe.stop, work.block_rows, rotated=rotated and work.rotated(number))
+        engine.blocks(store, stripe.start, stripe.stop, work.block_rows, as_stored=as_stored and work.as_stored(number))
         for number, store in enumerate(work.stores)
     ]
     yield from zip(*streams, strict=True)

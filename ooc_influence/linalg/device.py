@@ -57,8 +57,8 @@ class DeviceRows:
         Rows of a block, at most.
     factors : (k,) float32, optional
         What columns are multiplied by.
-    rotated : bool
-        Give rows of signs as :meth:`Encoding.read_rotated_into` does.
+    as_stored : bool
+        Give rows as :meth:`Encoding.read_stored_into` does.
     """
 
     def __init__(
@@ -68,11 +68,11 @@ class DeviceRows:
         block_rows: int,
         factors: npt.NDArray[np.float32] | None = None,
         *,
-        rotated: bool = False,
+        as_stored: bool = False,
     ) -> None:
-        self._form, self._device, self._rotated = store.layout.encoding, device, rotated
+        self._form, self._device, self._as_stored = store.layout.encoding, device, as_stored
         self._slots = [_Slot(store, block_rows, device) for _ in range(2)]
-        width = self._form.rotated_columns if rotated else store.k
+        width = self._form.stored_columns if as_stored else store.k
         self._rows = torch.empty((block_rows, width), device=device)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         scales = [send_array(scale, device) for scale in (store.column_scale, factors) if scale is not None]
@@ -130,13 +130,13 @@ class DeviceRows:
         if form.quantised:
             self._restore(form, raw, scale, out)
         elif form.name == "sign":
-            rows = device_signs.unpack(form.rotated_columns, raw).mul_(scale)
-            out.copy_(rows if self._rotated else device_signs.rotate_back(form.k, form.block or 1, rows))
+            rows = device_signs.unpack(form.stored_columns, raw).mul_(scale)
+            out.copy_(rows if self._as_stored else device_signs.rotate_back(form.k, form.block or 1, rows))
         else:
             out.copy_(raw.view(torch.bfloat16) if form.name == "bfloat16" else raw)
-            if form.name == "float16":
+            if form.name == "float16" or form.linear:
                 out.mul_(scale)
-        if self._column_scale is not None and not self._rotated:
+        if self._column_scale is not None and not self._as_stored:
             out.mul_(self._column_scale)
         if slot.decoded is not None:
             slot.decoded.record()

@@ -29,7 +29,7 @@ def encode(rows: Tensor, encoding: Encoding, column_scale: Tensor | None = None)
     a few copies of the rows.
     """
     rows = rows if column_scale is None else rows / column_scale
-    size, bits = encoding.block or 1, encoding.rotated_columns
+    size, bits = encoding.block or 1, encoding.stored_columns
     rotated = rows
     if size > 1:
         rotated = rows.new_zeros((len(rows), bits))

@@ -39,7 +39,7 @@ def sign_energy(store: GradientStore, start: int, stop: int) -> npt.NDArray[np.f
     if name is None:
         return np.float32(store.layout.encoding.energy)
     norms = store.small(f"columns/{name}", start, stop)
-    decoded = store.layout.encoding.rotated_columns * np.square(np.float64(store.small("row_scale", start, stop)))
+    decoded = store.layout.encoding.stored_columns * np.square(np.float64(store.small("row_scale", start, stop)))
     return np.asarray(np.divide(norms, decoded, out=np.zeros_like(norms), where=decoded > 0), np.float32)
 
 

@@ -128,13 +128,13 @@ def storage_scale(
 ) -> FloatRows | None:  # fmt: skip
     """Return what columns are divided by before they are stored in a representation, (k,); None where by nothing.
 
-    In an eigenbasis columns differ by orders of magnitude, which whole numbers and signs do not bear. Of signs in a
-    Kronecker basis it is √(Λ + λ), at :func:`whitening_damping`: entries then matter alike. Other masks with drawn
-    entries have weights that do the same.
+    In an eigenbasis columns differ by orders of magnitude, which whole numbers and signs do not bear. In a Kronecker
+    basis it is √(Λ + λ), at :func:`whitening_damping`, of forms with one scale a row: entries then matter alike. Other
+    masks with drawn entries have weights that do the same.
     """
-    if isinstance(reduction, StoredReduction) and dtype in ("int8", "int4", "sign"):
+    if isinstance(reduction, StoredReduction) and dtype in ("int8", "int8-linear", "int4", "sign"):
         return reduction.column_scale()
-    if reduction is not None or dtype != "sign" or not mask.has_basis:
+    if reduction is not None or dtype not in ("int8-linear", "sign") or not mask.has_basis:
         return None
     return np.asarray(LayerMoments.of(mask).scale(whitening_damping(attributes)), np.float32)
 

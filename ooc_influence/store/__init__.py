@@ -46,7 +46,7 @@ from ooc_influence.store.paths import (
     tree_bytes,
     write_bytes,
 )
-from ooc_influence.store.reader import Block, RawBlock, read_blocks, read_into, read_raw_blocks, read_rotated_blocks
+from ooc_influence.store.reader import Block, RawBlock, read_blocks, read_into, read_raw_blocks, read_stored_blocks
 from ooc_influence.store.reduction import (
     GaussianReduction,
     GeneratedReduction,
@@ -80,7 +80,7 @@ __all__ = [
     "exists", "expand_home", "find_array", "is_file", "is_free", "is_local", "make_claim", "make_folder", "map_file",
     "mark_dropped", "merge_stores", "missing_spans", "names", "not_free", "open_group", "parse_numbers", "parse_path",
     "parse_representation", "read_array", "read_blocks", "read_bytes", "read_claims", "read_into", "read_part",
-    "read_raw_blocks", "read_rotated_blocks", "refuse_nonfinite", "remove_empty", "remove_partial_files", "remove_tree",
+    "read_raw_blocks", "read_stored_blocks", "refuse_nonfinite", "remove_empty", "remove_partial_files", "remove_tree",
     "row_norms", "sign_flips", "square_chunks", "transform_size", "tree_bytes", "upgrade_store", "verify_memory",
     "wait_for", "writable_array", "write_bytes", "writing_bytes",
 ]  # fmt: skip

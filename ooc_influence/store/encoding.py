@@ -8,7 +8,8 @@ row would make every entry as coarse as the largest. So the step at the top is t
 block of 16 columns has a code e, which brings its largest entry to within 9 % of the top. The codes follow the numbers
 in each row, a byte each. (On masked gradients of the digits, blocks of 32 made a quarter more of the ranking's error.)
 
-Formats 1 and 2 had neither: number = q · |q| · row scale.
+Formats 1 and 2 had neither: number = q · |q| · row scale. And ``int8-linear`` rows have equal steps, number = q · row
+scale, so that products can be taken of q itself; they are for columns that matter alike, by their column scales.
 
 Rows of signs, one bit a number, are those of :mod:`ooc_influence.store.signs`.
 """
@@ -131,7 +132,7 @@ def unpack(packed: npt.NDArray[np.uint8], tile: Floats) -> None:
     np.copyto(tile[:, half:], (signed >> 4)[:, : tile.shape[1] - half])
 
 
-Representation = Literal["float32", "float16", "bfloat16", "int8", "int4", "sign"]
+Representation = Literal["float32", "float16", "bfloat16", "int8", "int8-linear", "int4", "sign"]
 FloatRows = npt.NDArray[np.float32]
 RawRows = npt.NDArray[Any]
 
@@ -145,6 +146,7 @@ class _Form:
     dtype: str  # of the Zarr array
     fill: float | int  # what rows never written read as: a value no row has
     top: int = 0  # largest whole number of a quantised form
+    linear: bool = False  # whether its steps are equal
 
 
 _FORMS: dict[str, _Form] = {
@@ -152,6 +154,7 @@ _FORMS: dict[str, _Form] = {
     "float16": _Form("float16", float("nan")),
     "bfloat16": _Form("uint16", 0x7FC0),
     "int8": _Form("int8", -128, 127),
+    "int8-linear": _Form("int8", -128, 127, linear=True),
     "int4": _Form("uint8", 0x88, 7),
     "sign": _Form("uint8", 0),  # any bits can be a row's; those never written have no scale
 }
@@ -195,7 +198,7 @@ class Encoding:
         """Return the form in which new stores hold rows of ``k`` numbers."""
         if name == "sign":
             return cls(name, k, signs.transform_size(k))
-        return cls(name, k, BLOCK if _FORMS[name].top else None)
+        return cls(name, k, BLOCK if _FORMS[name].top and not _FORMS[name].linear else None)
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -204,8 +207,18 @@ class Encoding:
 
     @property
     def quantised(self) -> bool:
-        """Whether rows are whole numbers with a scale for every block."""
-        return self.top > 0
+        """Whether rows are whole numbers whose steps grow, with a scale for every block."""
+        return self.top > 0 and not self.linear
+
+    @property
+    def linear(self) -> bool:
+        """Whether rows are whole numbers with equal steps."""
+        return _FORMS[self.name].linear
+
+    @property
+    def as_stored(self) -> bool:
+        """Whether products with rows can be taken of their stored form: of signs and linear whole numbers."""
+        return self.linear or self.name == "sign"
 
     @property
     def separable(self) -> bool:
@@ -231,7 +244,7 @@ class Encoding:
     def number_columns(self) -> int:
         """Columns of the Zarr array that hold numbers; the codes of their blocks follow."""
         if self.name == "sign":
-            return -(-self.rotated_columns // 8)
+            return -(-self.stored_columns // 8)
         return -(-self.k // 2) if self.name == "int4" else self.k
 
     @property
@@ -272,32 +285,37 @@ class Encoding:
                 np.multiply(tile, column_scale, out=tile)
 
     @property
-    def rotated_columns(self) -> int:
-        """Numbers of a row of signs before it is rotated back."""
-        return signs.bit_count(self.k, self.block or 1)
+    def stored_columns(self) -> int:
+        """Numbers of a row :attr:`as_stored`: of signs, before it is rotated back."""
+        return signs.bit_count(self.k, self.block or 1) if self.name == "sign" else self.k
 
-    def read_rotated_into(self, raw: RawRows, scale: FloatRows, out: FloatRows) -> None:
-        """Write rows of signs (m, columns), times their ``scale``, into ``out`` (m, rotated columns).
+    def read_stored_into(self, raw: RawRows, scale: FloatRows, out: FloatRows) -> None:
+        """Write the numbers that are stored of rows (m, columns), times their ``scale``, into ``out`` (m, columns).
 
-        Their products with :meth:`rotate_queries` are those of what :meth:`decode_into` gives with the queries.
+        For rows :attr:`as_stored`, neither rotated back nor multiplied by the column scale: their products with
+        :meth:`queries_as_stored` are those of what :meth:`decode_into` gives with the queries.
         """
         step = self._tile_rows(len(raw))
         for start in range(0, len(raw), step):
             part = slice(start, start + step)
-            signs.signs(raw[part], out[part])
+            if self.linear:
+                np.copyto(out[part], raw[part])
+            else:
+                signs.signs(raw[part], out[part])
             np.multiply(out[part], scale[part, None], out=out[part])
 
-    def rotate_queries(self, queries: FloatRows, column_scale: FloatRows | None) -> FloatRows:
-        """Return queries (q, k) as :meth:`read_rotated_into` needs them, (q, rotated columns)."""
-        return signs.rotate_queries(queries if column_scale is None else queries * column_scale, self.block or 1)
+    def queries_as_stored(self, queries: FloatRows, column_scale: FloatRows | None) -> FloatRows:
+        """Return queries (q, k) as :meth:`read_stored_into` needs them, (q, stored columns)."""
+        scaled = queries if column_scale is None else queries * column_scale
+        return scaled if self.linear else signs.rotate_queries(scaled, self.block or 1)
 
     def nonfinite_rows(self, raw: RawRows) -> npt.NDArray[np.bool_]:
         """Return which rows of ``raw`` (m, columns) hold a value no row may have: NaN, Inf, or the fill value, (m,)."""
         if self.name == "sign":
             return np.zeros(len(raw), np.bool_)
-        if self.quantised:
+        if self.top:
             raw = raw[:, : self.number_columns]
-            lowest = raw == -128 if self.name == "int8" else ((raw & 15) == 8) | ((raw >> 4) == 8)
+            lowest = ((raw & 15) == 8) | ((raw >> 4) == 8) if self.name == "int4" else raw == -128
             return np.asarray(lowest.any(axis=1))
         whole: Any = np.uint32 if self.name == "float32" else np.uint16
         exponent = whole({"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}[self.name])
@@ -318,7 +336,7 @@ class Encoding:
     def _buffer(self, rows: int) -> FloatRows:
         """Return a buffer for a tile, rounded up to whole blocks or transforms."""
         if self.name == "sign":
-            return np.empty((rows, self.rotated_columns), np.float32)
+            return np.empty((rows, self.stored_columns), np.float32)
         return np.empty((rows, self.k if self.block is None else block_count(self.k, self.block) * self.block), "f4")
 
     def _encode_tile(self, tile: FloatRows, raw: RawRows, buffer: FloatRows) -> FloatRows | float:
@@ -338,6 +356,8 @@ class Encoding:
             return scale
         if self.name == "sign":
             return signs.encode(tile, self.block or 1, raw, buffer)
+        if self.linear:
+            return _round_evenly(tile, raw, self.top, buffer)
         packed = self.name == "int4"
         whole = np.empty(tile.shape, np.int8) if packed else raw[:, : self.k]
         scale, codes = quantise(tile, whole, self.top, self.block, buffer)
@@ -356,6 +376,9 @@ class Encoding:
             restore(tile, scale, codes, self.top, self.block, buffer)
         elif self.name == "sign":
             signs.decode(raw, scale, self.block or 1, tile, buffer)
+        elif self.linear:
+            np.copyto(tile, raw)
+            np.multiply(tile, scale[:, None], out=tile)
         elif self.name == "bfloat16":
             bits = tile.view(np.uint32)
             np.copyto(bits, raw)
@@ -373,6 +396,15 @@ class Encoding:
             np.multiply(tile, factor[:, None], out=tile)
         else:
             np.copyto(tile, raw)
+
+
+def _round_evenly(tile: FloatRows, raw: RawRows, top: int, buffer: FloatRows) -> FloatRows:
+    """Round rows (b, k) to whole numbers in -top..top, in equal steps; return the steps, (b,)."""
+    largest = np.maximum(tile.max(axis=1), -tile.min(axis=1))
+    scale = np.where(largest > 0, np.maximum(largest / top, _SMALLEST), np.float32(1)).astype(np.float32)
+    np.multiply(tile, (1 / scale)[:, None], out=buffer)  # at most top, to rounding
+    np.copyto(raw, np.rint(buffer, out=buffer), casting="unsafe")
+    return scale
 
 
 def _to_half(tile: FloatRows, raw: RawRows) -> None:

@@ -250,13 +250,13 @@ def read_blocks(
     yield from _decoded(pieces, (size, width), partial(_decode, store, columns), loss, threads)
 
 
-def read_rotated_blocks(
+def read_stored_blocks(
     store: StoreView, start: int, stop: int, block_rows: int, *, threads: int = 1
 ) -> Iterator[Block]:  # fmt: skip
-    """Yield the blocks of rows of signs, as :meth:`Encoding.read_rotated_into` gives them; see :func:`read_blocks`."""
+    """Yield the blocks of rows as :meth:`Encoding.read_stored_into` gives them; see :func:`read_blocks`."""
     form, size = store.layout.encoding, min(block_rows, max(0, stop - start))
     pieces = _block_pieces(store, start, stop, block_rows, None, False, None)
-    yield from _decoded(pieces, (size, form.rotated_columns), form.read_rotated_into, False, threads)
+    yield from _decoded(pieces, (size, form.stored_columns), form.read_stored_into, False, threads)
 
 
 Decode = Callable[[RawRows, FloatRows, FloatRows], None]
