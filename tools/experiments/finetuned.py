@@ -240,6 +240,21 @@ def kronecker(
             yield Sheet(f"{name} reduced to {r}", encoding.name, encoding.row_bytes, [-1.0], 0, scores)
 
 
+def every_entry(study: Study) -> Iterator[Sheet]:
+    """Yield rows of all entries, as float16 and as their signs, under the curvature of the Kronecker basis."""
+    task, named = study.task, study.model.named_parameters()
+    k = sum(each.numel() for name, each in named if "_proj" in name and each.requires_grad)
+    mask = ooc.Dropout(k=k, sampling="grid", basis="kronecker")
+    with tempfile.TemporaryDirectory(dir=task.folder) as place:
+        train = study.extract(task.train, f"{place}/train", compressor=mask, dtype="float16")
+        query = study.extract(task.test, f"{place}/query", like=train, dtype="float32")
+        for rows in (train, ooc.rewrite_store(train, f"{place}/signs", dtype="sign")):
+            scores = study.scores(query, rows, [*DAMPINGS], curvature="kronecker")
+            encoding = rows.layout.encoding
+            name = f"Kronecker grid, all {k}"
+            yield Sheet(name, encoding.name, encoding.row_bytes, [*DAMPINGS, -1.0], len(DAMPINGS), scores)
+
+
 def of_checkpoints(study: Study, k: int, dtype: str, seed: int) -> Iterator[Sheet]:
     """Yield the sums of scores of four checkpoints, each with a store in its own Kronecker basis."""
     task, trains, queries = study.task, [], []
@@ -338,6 +353,7 @@ def methods(quick: bool, seeds: int) -> dict[str, Runner]:
         found[f"reduced / {seed}"] = partial(entries_reduced, seed=seed)
         for way in ("LoGra 14 x 14", "LoGra 40 x 40", "TRAK's recipe, one model, 512"):
             found[f"{way} / {seed}"] = partial(projected, way=way, seed=seed)
+    found["Kronecker all, and signs"] = every_entry
     found["Kronecker all"] = partial(kronecker, k=None, dtype="float16", seed=0, rows=counts)
     return found
 
