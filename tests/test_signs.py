@@ -32,6 +32,7 @@ from ooc_influence import (
 from ooc_influence.cli.main import cli
 from ooc_influence.errors import InputError, MismatchError, NonFiniteError, OocInfluenceWarning
 from ooc_influence.extract.packing import SignPacker
+from ooc_influence.extract.sink import StorePlan
 from ooc_influence.linalg import LayerMoments, device_signs
 from ooc_influence.store import Encoding, sign_flips
 
@@ -258,6 +259,20 @@ def test_extraction_divides_by_the_whitening(tmp_path):
                           columns={"self_influence_0.1": np.zeros(24)}, **how)  # fmt: skip
     with pytest.raises(InputError, match="curvature='kronecker'"):
         fit_fisher(signs)
+
+
+def test_a_resumed_store_keeps_its_own_column_scale(tmp_path, monkeypatch):
+    """Also where an earlier version whitened at another damping."""
+    x, y = data(Mlp, 24)
+    how = {"compressor": Dropout(k=80, basis=KroneckerBasis(24)), "dtype": "sign",
+           "storage": Storage(chunk_rows=8, group_chunks=1)}  # fmt: skip
+    whole = extract_gradients(make(Mlp), loss, batches(x, y, 8), tmp_path / "whole", **how)
+    extract_gradients(make(Mlp), loss, batches(x[:8], y[:8], 8), tmp_path / "s", pilot=batches(x, y, 8), **how)
+    own = StorePlan.column_scale.func
+    monkeypatch.setattr(StorePlan, "column_scale", property(lambda plan: 2 * own(plan)))
+    resumed = extract_gradients(make(Mlp), loss, batches(x, y, 8), tmp_path / "s", pilot=batches(x, y, 8), **how)
+    assert_array_equal(resumed.raw_rows(0, 24), whole.raw_rows(0, 24))
+    assert_array_equal(resumed.small("row_scale"), whole.small("row_scale"))
 
 
 def test_rewritten_rows_are_those_that_extraction_writes(tmp_path, monkeypatch):

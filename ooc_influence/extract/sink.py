@@ -338,7 +338,8 @@ class Sink:
         """Return what makes rows' stored form on a device; None where :meth:`take` expects the numbers."""
         if not self._plan.packs:
             return None
-        return SignPacker(self._encoding, self._plan.column_scale, self._plan.kept_norms, device)
+        scale = self._plan.column_scale if self.store is None else self.store.column_scale
+        return SignPacker(self._encoding, scale, self._plan.kept_norms, device)
 
     @property
     def finished(self) -> bool:
