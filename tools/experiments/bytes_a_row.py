@@ -25,7 +25,7 @@ class Family(NamedTuple):
     start: str
     stored: str = ""
     words: tuple[str, ...] = ()
-    lacks: tuple[str, ...] = ("reduced", "averaged", "sampled rows")
+    lacks: tuple[str, ...] = ("reduced", "averaged", "sampled rows", "stores of")
     ours: bool = True
 
     def lines(self, found: Sequence[Result]) -> list[Result]:
@@ -121,7 +121,7 @@ def facts(folder: Path) -> list[Result]:
 
 def draw_facts(axis: Any, found: Sequence[Result]) -> None:
     """Draw the panel of a real model's facts."""
-    for name, color, marker in zip(FACTS, (4, 6, 10, 20, 19), "^s*P<", strict=True):
+    for name, color, marker in zip(FACTS, (2, 0, 5, 10, 11), "sop+d", strict=True):
         points = [(line["bytes a row"], line["mean reciprocal rank"]) for line in found if line.get("family") == name]
         if points:
             axis.semilogx(*zip(*points, strict=True), marker=marker, color=pyplot_color(color), label=name)
