@@ -6,8 +6,9 @@ R is a random rotation, fixed for rows of k numbers: random signs, then Hadamard
 as far apart as they can be, so that every transform mixes entries of all layers. After it, a row's numbers are nearly
 normal, and their signs tell its direction: for any query, <q, x̂> estimates <q, x> without bias over rotations, with an
 error of about √(π/2 − 1) |q| |x| / √k (RaBitQ: Gao and Long 2024, arXiv 2405.12497). ``size`` 1, of rows of few
-numbers, is no rotation. Whitening alone does not do: a row of an adapter's gradients has a few large entries even where
-all matter alike, and scores of its plain signs correlate by .70 with exact ones where those of rotated signs do by .97.
+numbers, is no rotation. Whitening alone is not enough: it makes entries matter alike on average, but an adapter's
+gradient still has a few large ones. Scores of its plain signs correlate by .70 with exact ones, those of rotated signs
+by .97.
 
 Sums and differences of the transform are made in a fixed order, number by number, so the bits of a row do not depend on
 the rows beside it.

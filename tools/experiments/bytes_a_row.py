@@ -121,18 +121,14 @@ def facts(folder: Path) -> list[Result]:
 
 def draw_facts(axis: Any, found: Sequence[Result]) -> None:
     """Draw the panel of a real model's facts."""
+    from matplotlib import colormaps
+
     for name, color, marker in zip(FACTS, (2, 0, 5, 10, 11), "sop+d", strict=True):
         points = [(line["bytes a row"], line["mean reciprocal rank"]) for line in found if line.get("family") == name]
         if points:
-            axis.semilogx(*zip(*points, strict=True), marker=marker, color=pyplot_color(color), label=name)
+            axis.semilogx(*zip(*points, strict=True), marker=marker, color=colormaps["tab20"](color), label=name)
     axis.set(title="SmolLM2-135M, thirty facts", xlabel="bytes a row", ylabel="mean reciprocal rank", ylim=(0, 1))
     axis.legend(fontsize=7, frameon=False)
-
-
-def pyplot_color(number: int) -> Any:
-    from matplotlib import pyplot
-
-    return pyplot.colormaps["tab20"](number)
 
 
 def draw(truths: dict[str, list[Result]], of_facts: Sequence[Result], path: Path) -> None:

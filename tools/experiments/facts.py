@@ -249,6 +249,16 @@ def stored(facts: Facts, method: str, compressor: Any, grid: Sequence[float], dt
         return evaluated(facts, method, train.layout.encoding.row_bytes, found)
 
 
+def swept(query: Any, train: Any, curvature: Any, dampings: Sequence[float]) -> dict[tuple[str, float | None], Any]:
+    """Return scores (q, n) in every unit, at every damping."""
+    found: dict[tuple[str, float | None], Any] = {}
+    for unit in ("none", "train", "cosine"):
+        asked: dict[str, Any] = {"normalize": None if unit == "none" else unit, "curvature": curvature}
+        scores = ooc.influence_scores(query, train, damping=dampings, **asked).compute()
+        found |= {(unit, damping): each for damping, each in zip(dampings, scores, strict=True)}
+    return found
+
+
 def kronecker(facts: Facts, k: int, dtype: str, basis: ooc.KroneckerBasis, rows: int = 0) -> Result:
     """Return dropout in a Kronecker basis with its own curvature, and with rows of sampled labels above it."""
     with tempfile.TemporaryDirectory(dir=facts.folder) as place:
@@ -262,11 +272,7 @@ def kronecker(facts: Facts, k: int, dtype: str, basis: ooc.KroneckerBasis, rows:
             curvatures[f", with {above.n} sampled rows"] = (ooc.fit_curvature(above, prior="kronecker"), SHRINKAGES)
         size, found = train.layout.encoding.row_bytes, []
         for name, (curvature, dampings) in curvatures.items():
-            scores: dict[tuple[str, float | None], np.ndarray] = {}
-            for unit in ("none", "train", "cosine"):
-                asked: dict[str, Any] = {"normalize": None if unit == "none" else unit, "curvature": curvature}
-                swept = ooc.influence_scores(query, train, damping=dampings, **asked).compute()
-                scores |= {(unit, damping): each for damping, each in zip(dampings, swept, strict=True)}
+            scores = swept(query, train, curvature, dampings)
             method = f"Kronecker grid, {k}, {dtype}, {basis.damping_scope} {basis.damping:g}{name}"
             found += evaluated(facts, method, size, scores)["lines"]
         return {"lines": found}
@@ -280,11 +286,7 @@ def signs(facts: Facts, k: int, seed: int) -> Result:
         query = facts.extract("query", f"{place}/query", like=train, dtype="float32")
         found = []
         for rows in (train, ooc.rewrite_store(train, f"{place}/sign", dtype="sign")):
-            scores: dict[tuple[str, float | None], np.ndarray] = {}
-            for unit in ("none", "train", "cosine"):
-                asked: dict[str, Any] = {"normalize": None if unit == "none" else unit, "curvature": "kronecker"}
-                swept = ooc.influence_scores(query, rows, damping=MODEL_DAMPINGS, **asked).compute()
-                scores |= {(unit, damping): each for damping, each in zip(MODEL_DAMPINGS, swept, strict=True)}
+            scores = swept(query, rows, "kronecker", MODEL_DAMPINGS)
             encoding = rows.layout.encoding
             method = f"Kronecker grid, {k} entries as {encoding.name}, mask {seed}"
             found += evaluated(facts, method, encoding.row_bytes, scores)["lines"]

@@ -122,6 +122,17 @@ class Study(NamedTuple):
             found[how] = np.concatenate([*swept, ooc.influence_scores(query, train, **default).compute()[None]])
         return found
 
+    @property
+    def entries(self) -> int:
+        """Entries of the layers that are explained."""
+        named = self.model.named_parameters()
+        return sum(each.numel() for name, each in named if "_proj" in name and each.requires_grad)
+
+    def kronecker_sheet(self, method: str, train: Any, query: Any) -> Sheet:
+        """Return the scores of stores under the curvature of their Kronecker basis."""
+        scores, encoding = self.scores(query, train, [*DAMPINGS], curvature="kronecker"), train.layout.encoding
+        return Sheet(method, encoding.name, encoding.row_bytes, [*DAMPINGS, -1.0], len(DAMPINGS), scores)
+
     def sheet(self, method: str, train: Any, query: Any, curvature: Any, dampings: Sequence[float]) -> Sheet:
         """Return the scores of stores at dampings relative to tr(F)/min(rows, columns), and at the default."""
         asked = [damping * curvature.trace / min(curvature.rows, curvature.d) for damping in dampings]
@@ -215,16 +226,14 @@ def kronecker(
     """
     task = study.task
     earlier = {"checkpoints": task.quarters()[:-1]} if averaged else {}
-    if k is None:
-        k = sum(each.numel() for name, each in study.model.named_parameters() if "_proj" in name and each.requires_grad)
+    k = study.entries if k is None else k
     mask = ooc.Dropout(k=k, sampling=sampling, seed=seed, basis="kronecker")
     name = f"Kronecker {'grid' if sampling == 'grid' else 'entries'}, {k}" + (", averaged" if averaged else "")
     with tempfile.TemporaryDirectory(dir=task.folder) as place:
         train = study.extract(task.train, f"{place}/train", compressor=mask, dtype=dtype, **earlier)
         query = study.extract(task.test, f"{place}/query", like=train, dtype="float32", **earlier)
-        encoding, kept = train.layout.encoding, [*DAMPINGS]
-        scores = study.scores(query, train, kept, curvature="kronecker")
-        yield Sheet(name, encoding.name, encoding.row_bytes, [*kept, -1.0], len(kept), scores)
+        encoding = train.layout.encoding
+        yield study.kronecker_sheet(name, train, query)
         for count in rows:
             how: dict[str, Any] = {"labels": "sampled", "draws": -(-count // task.train_rows)}
             sampled_rows = study.extract(task.train, f"{place}/sampled{count}", like=train, dtype="float16", **how)
@@ -242,17 +251,13 @@ def kronecker(
 
 def every_entry(study: Study) -> Iterator[Sheet]:
     """Yield rows of all entries, as float16 and as their signs, under the curvature of the Kronecker basis."""
-    task, named = study.task, study.model.named_parameters()
-    k = sum(each.numel() for name, each in named if "_proj" in name and each.requires_grad)
+    task, k = study.task, study.entries
     mask = ooc.Dropout(k=k, sampling="grid", basis="kronecker")
     with tempfile.TemporaryDirectory(dir=task.folder) as place:
         train = study.extract(task.train, f"{place}/train", compressor=mask, dtype="float16")
         query = study.extract(task.test, f"{place}/query", like=train, dtype="float32")
         for rows in (train, ooc.rewrite_store(train, f"{place}/signs", dtype="sign")):
-            scores = study.scores(query, rows, [*DAMPINGS], curvature="kronecker")
-            encoding = rows.layout.encoding
-            name = f"Kronecker grid, all {k}"
-            yield Sheet(name, encoding.name, encoding.row_bytes, [*DAMPINGS, -1.0], len(DAMPINGS), scores)
+            yield study.kronecker_sheet(f"Kronecker grid, all {k}", rows, query)
 
 
 def of_checkpoints(study: Study, k: int, dtype: str, seed: int) -> Iterator[Sheet]:
