@@ -350,10 +350,10 @@ class MemoryBudget:
 Alternatives = Callable[[MemoryBudget], Iterable[Alternative]]
 
 
-def block_limit(k: int, *, least: int = 64) -> int:
+def block_limit(k: int, *, least: int = 64, most: int = 2**13) -> int:
     """Return the largest useful block of float32 rows (·, k), in rows: a power of two, at least about ``least``."""
     rows = max(least, BLOCK_BYTES // (4 * k))
-    return 1 << min(13, rows.bit_length() - 1)
+    return min(most, 1 << rows.bit_length() - 1)
 
 
 class PeakMemory:

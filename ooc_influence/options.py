@@ -30,6 +30,8 @@ AnyCurvature: TypeAlias = "Curvature | PathLike | Literal[False] | None"
 DampingMode = Literal["relative", "absolute"]
 Normalize = Literal["none", "cosine", "train"]
 Combine = Literal["mean", "query-margins", "margins"]
+Product = Literal["auto", "float32", "bfloat16", "int8"]
+ProductName = Literal["float32", "bfloat16", "int8"]
 Weighting = Literal["ggn", "trak"]
 Blocks = Literal["module", "diagonal"]
 OnNonFinite = Literal["raise", "skip"]
@@ -180,7 +182,18 @@ class PairOptions(ScoringOptions, Normalized, total=False):
 
 
 class ListOptions(PairOptions, Resumable, total=False):
-    """What top lists and sums over groups take."""
+    """What sums over groups take, and top lists among others."""
+
+
+class TopOptions(ListOptions, total=False):
+    """What top lists take."""
+
+    product: Annotated[Product, Option(
+        "auto", '{"auto", "float32", "bfloat16", "int8"}',
+        "The product that finds the rows of lists; those rows are scored again in float32, so lists are the same for "
+        "all. Default: the quickest on this machine. ``int8`` is for rows of ``int8-linear`` and ``sign``.",
+        "Product that finds the rows of lists, which are the same for all. Default: the quickest here.",
+        choices=get_args(Product))]
 
 
 class SelfInfluenceOptions(ScoringOptions, Resumable, total=False):

@@ -347,7 +347,8 @@ class _Planner:
     def top_lists(self) -> Stage:
         """Return top lists."""
         count = min(self.top, self.size.rows)
-        tile = top_tiles(count, self.size.dampings * self.size.queries, self.size.rows)
+        bounded = not (self.scoring.normalized or self.scoring.on_device)
+        tile = top_tiles(count, self.size.dampings * self.size.queries, self.size.rows, bounded=bounded)
         return self._scored(f"top {count}", "top", tile, 0)
 
     def _scored(self, name: str, stage: str, tile: TileMemory, written: int) -> Stage:

@@ -35,8 +35,8 @@ from ooc_influence.errors import (
 )
 from ooc_influence.influence.costs import TileMemory
 from ooc_influence.influence.engine import HostEngine
+from ooc_influence.influence.heap import TopKHeap, merge
 from ooc_influence.influence.request import ScoreRequest
-from ooc_influence.influence.topk import TopKHeap, merge
 from ooc_influence.memory import WORKING
 
 

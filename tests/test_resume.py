@@ -114,7 +114,7 @@ CHILD = f"import sys; sys.path.insert(0, {HERE!r})\n" + textwrap.dedent("""
     def slow(key, rows):
         time.sleep(pause)
         original(key, rows)
-    tiles.tick = slow
+    tiles.tick = sys.modules["ooc_influence.influence.search"].tick = slow
     print("begun", flush=True)
     ooc.influence_scores(query, train, out=out, workers=2)
 """)

@@ -22,6 +22,7 @@ from ooc_influence.options import (
     PairOptions,
     ReportOptions,
     SelfInfluenceOptions,
+    TopOptions,
 )
 
 _pair = options.several(click.argument("query", type=options.PATH), click.argument("train", type=options.PATH))
@@ -124,7 +125,7 @@ _RERANKING = ("rerank", "data", "query_data", "model", "recipe", "model_dtype", 
 @click.command()
 @_pair
 @click.option("--top", "count", type=int, default=10, show_default=True, help="How many of each.")
-@options.flags(ListOptions)
+@options.flags(TopOptions)
 @_pairing
 @_reranking
 def top(query: str, train: str, count: int, as_json: bool, **settings: Any) -> None:

@@ -15,6 +15,7 @@ from ooc_influence.curvature import (
 )
 from ooc_influence.memory import Alternative, MemoryBudget, MemoryModel, ProblemSize, block_limit
 
+_MOST_ROWS = 2**18  # of a tile, however narrow they are
 QUERY_ROWS = 2048  # preconditioned queries a pass: more cost memory, fewer another pass over the train rows
 
 
@@ -84,6 +85,10 @@ class TileMemory(NamedTuple):
         Once.
     modules : int
         Scores of a query and a row.
+    per_number : int
+        For each number of a block's rows.
+    most_scores : int or None
+        Scores of a tile at most; None for as many as there are of a block of usual size.
     """
 
     per_score: int = 4
@@ -91,6 +96,8 @@ class TileMemory(NamedTuple):
     per_row: int = 0
     fixed: int = 0
     modules: int = 1
+    per_number: int = 4
+    most_scores: int | None = None
 
 
 def written_tiles(modules: int = 1) -> TileMemory:
@@ -176,14 +183,16 @@ class ScoringMemory:
             per_worker=tile.per_query * tile_rows,
             per_row=(tile.per_score + next_tile) * tile_rows + tile.per_row
             + (24 * len(sizes) if self.margins else 0)
-            + (2 * sum(size.row_bytes for size in sizes) if self.on_device else 0),
+            + (2 * sum(size.row_bytes for size in sizes) if self.on_device else 0)
+            + (tile.per_number - 4) * self._columns,
+            most=2**13 if tile.most_scores is None else max(64, min(_MOST_ROWS, tile.most_scores // tile_rows)),
         )  # fmt: skip
 
     def _self_influence(self) -> MemoryModel:
         results = 8 * self.size.dampings * self.size.rows  # and those of the stripes
         return self._model("self-influence", fixed=results, per_worker=self._norms(), per_row=0)
 
-    def _model(self, stage: str, fixed: int, per_worker: int, per_row: int) -> MemoryModel:
+    def _model(self, stage: str, fixed: int, per_worker: int, per_row: int, most: int = 2**13) -> MemoryModel:
         k = max(checkpoint.size.k for checkpoint in self.checkpoints)
         return MemoryModel(
             f"{stage} for k={k}",
@@ -191,7 +200,7 @@ class ScoringMemory:
             per_worker + sum(checkpoint.size.reading_bytes for checkpoint in self.checkpoints),
             per_row + 4 * self._columns + 16 * self.size.dampings,
             self.size.workers,
-            max_rows=block_limit(k),
+            max_rows=block_limit(k, most=most),
             advice="extract with a smaller k",
         )
 

@@ -102,6 +102,11 @@ class DeviceEngine(Engine):
         return Entries(numbers.cpu().numpy(), columns.cpu().numpy(), values if sign > 0 else -values)
 
     @override
+    def nth_largest(self, tile: Tensor, n: int, sign: int) -> Floats:
+        values = torch.nan_to_num(sign * tile, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        return self.host(values.topk(n, dim=1).values[:, -1])
+
+    @override
     def host(self, tile: Tensor) -> Floats:
         values: Floats = tile.cpu().numpy()
         return values

@@ -85,6 +85,10 @@ class Entries(NamedTuple):
     columns: npt.NDArray[np.int64]
     values: Floats
 
+    def where(self, chosen: npt.NDArray[np.bool_]) -> Entries:
+        """Return some of them."""
+        return Entries(self.rows[chosen], self.columns[chosen], self.values[chosen])
+
 
 class Engine(ABC):
     """The arrays that score tiles are computed with, and their arithmetic. A context."""
@@ -123,6 +127,10 @@ class Engine(ABC):
         """Return the entries of ``sign`` · tile (m, b) above their row's limit, (m,); None for more than ``most``."""
 
     @abstractmethod
+    def nth_largest(self, tile: Any, n: int, sign: int) -> Floats:
+        """Return the n-th largest of ``sign`` · tile (m, b) of each row, (m,); NaN counts as least."""
+
+    @abstractmethod
     def host(self, tile: Any) -> Floats:
         """Return an array of the engine as a NumPy one."""
 
@@ -137,18 +145,23 @@ class HostEngine(Engine):
     """NumPy and the BLAS behind it, called by as many threads as a task may use, each with its own part of a block.
 
     The BLAS's own threads are slower where one factor has few rows.
+
+    Attributes
+    ----------
+    threads : int
+        How many.
     """
 
     def __init__(self) -> None:
-        self._threads = task_threads()
-        self._pool = ThreadPoolExecutor(self._threads, "ooc_influence-engine")
+        self.threads = task_threads()
+        self._pool = ThreadPoolExecutor(self.threads, "ooc_influence-engine")
 
     @override
     def __exit__(self, *error: object) -> None:
         self._pool.shutdown()
 
-    def _each(self, work: Callable[[slice], _Result], count: int, step: int) -> list[_Result]:
-        """Do ``work`` on slices of ``count`` items, of at most ``step`` items each."""
+    def divide(self, work: Callable[[slice], _Result], count: int, step: int) -> list[_Result]:
+        """Do ``work`` on slices of ``count`` items, of at most ``step`` items each, in several threads."""
         parts = [slice(start, min(count, start + step)) for start in range(0, count, step)]
         if len(parts) == 1:
             return [work(parts[0])]
@@ -156,15 +169,22 @@ class HostEngine(Engine):
 
     def _share(self, count: int) -> int:
         """Return a thread's share of some items."""
-        return max(1, -(-count // self._threads))
+        return max(1, -(-count // self.threads))
 
     @override
     def blocks(
         self, store: GradientStore, start: int, stop: int, block_rows: int, *, as_stored: bool
     ) -> Iterator[Block]:  # fmt: skip
         if as_stored:
-            return read_stored_blocks(store, start, stop, block_rows, threads=self._threads)
-        return read_blocks(store, start, stop, block_rows, threads=self._threads)
+            return read_stored_blocks(store, start, stop, block_rows, threads=self.threads)
+        return read_blocks(store, start, stop, block_rows, threads=self.threads)
+
+    def picked(
+        self, store: GradientStore, numbers: npt.NDArray[np.int64], block_rows: int, *, as_stored: bool
+    ) -> Iterator[Block]:  # fmt: skip
+        """Yield the blocks of rows by number, ascending: ``start`` and ``stop`` are indices in ``numbers``."""
+        read = read_stored_blocks if as_stored else read_blocks
+        return read(store, 0, len(numbers), block_rows, numbers=numbers, threads=self.threads)
 
     @override
     def array(self, values: npt.NDArray[Any]) -> Any:
@@ -184,7 +204,7 @@ class HostEngine(Engine):
                 np.matmul(left, rows[part].T, out=out[:, part])
 
         # by the machine's cores, whatever the threads: they must not change roundings
-        self._each(work, len(rows), max(_PIECE, _ROWS_AT_ONCE // cores()))
+        self.divide(work, len(rows), max(_PIECE, _ROWS_AT_ONCE // cores()))
 
     @override
     def sums(self, rows: Any, codes: Codes, weights: Floats) -> tuple[Codes, Any]:
@@ -199,8 +219,8 @@ class HostEngine(Engine):
                 return squares[None]
             return curvature.self_influence(rows[part], lambdas)
 
-        step = max(64, _ROTATED_BYTES // (4 * rows.shape[1] * self._threads))
-        return np.concatenate(self._each(work, len(rows), min(step, self._share(len(rows)))), axis=1)
+        step = max(64, _ROTATED_BYTES // (4 * rows.shape[1] * self.threads))
+        return np.concatenate(self.divide(work, len(rows), min(step, self._share(len(rows)))), axis=1)
 
     @override
     def above(self, tile: Any, limits: Floats, most: int, sign: int) -> Entries | None:
@@ -214,10 +234,21 @@ class HostEngine(Engine):
             values = scores[numbers, columns]
             return Entries(part.start + numbers, columns, values if sign > 0 else -values)
 
-        parts = self._each(work, len(tile), self._share(len(tile)))
+        parts = self.divide(work, len(tile), self._share(len(tile)))
         if any(part is None for part in parts) or sum(len(part.rows) for part in parts if part) > most:
             return None
         return Entries(*(np.concatenate(values) for values in zip(*(part for part in parts if part), strict=True)))
+
+    @override
+    def nth_largest(self, tile: Any, n: int, sign: int) -> Floats:
+
+        def work(part: slice) -> Floats:
+            values = -sign * tile[part]  # ascending
+            values[np.isnan(values)] = np.inf
+            values.partition(n - 1, axis=1)
+            return np.asarray(-values[:, n - 1], np.float32)
+
+        return np.concatenate(self.divide(work, len(tile), min(64, self._share(len(tile)))))
 
     @override
     def host(self, tile: Any) -> Floats:

@@ -27,7 +27,7 @@ from ooc_influence.influence.engine import Floats, Grouping, parse_groups, weigh
 from ooc_influence.influence.tiles import Columns, ScoreTask, whole_rows
 from ooc_influence.linalg import is_token_loss, parse_device
 from ooc_influence.memory import MemoryBudget, ProblemSize, block_limit
-from ooc_influence.options import Combine, Normalize, PairOptions, ScoringOptions, complete
+from ooc_influence.options import Combine, Normalize, PairOptions, Product, ScoringOptions, complete
 from ooc_influence.parallel import slots_per_process, worker_memory
 from ooc_influence.store import GradientStore, read_blocks
 
@@ -276,7 +276,14 @@ class ScoreRequest:
             share = np.where(dropped, share, checkpoint.curvature.outside_share(rows))
         return rows, dropped, share
 
-    def work(self, block_rows: int, columns: Columns | None = None, *, normalized: bool | None = None) -> ScoreTask:
+    def work(
+        self,
+        block_rows: int,
+        columns: Columns | None = None,
+        *,
+        normalized: bool | None = None,
+        product: Product = "auto",
+    ) -> ScoreTask:
         """Return what tasks need to multiply train rows; ``columns`` are those of each module, for each checkpoint."""
         normalized = self.normalize is not None if normalized is None else normalized
         return ScoreTask(
@@ -287,6 +294,7 @@ class ScoreRequest:
             block_rows,
             self.device,
             self.combine == "margins",
+            product,
             tuple(checkpoint.kept_norms if normalized else None for checkpoint in self.checkpoints),
         )
 

@@ -40,14 +40,14 @@ from ooc_influence.influence.request import ScoreRequest
 from ooc_influence.influence.topk import Ranking, TopInfluential, find_top
 from ooc_influence.linalg import kronecker_dampings
 from ooc_influence.memory import MemoryBudget
-from ooc_influence.options import ListOptions, takes
+from ooc_influence.options import TopOptions, takes
 from ooc_influence.progress import Progress
 from ooc_influence.store import GradientStore, PathLike, as_store, parse_path
 
 _QUERIES = 16  # at a time: their gradients are held
 
 
-@takes(ListOptions)
+@takes(TopOptions)
 def rerank(
     query: GradientStore | PathLike,
     train: GradientStore | PathLike,
@@ -56,7 +56,7 @@ def rerank(
     data: tuple[Batches | BudgetBatches, Batches | BudgetBatches],
     candidates: int = 200,
     top: int = 10,
-    **options: Unpack[ListOptions],
+    **options: Unpack[TopOptions],
 ) -> TopInfluential:
     """Return each query's strongest rows, the candidates that stored rows name in the order of exact EK-FAC scores.
 
@@ -73,7 +73,7 @@ def rerank(
         Proponents, and opponents, of each query whose gradients are computed again.
     top : int
         How many of each to return.
-    **options : ListOptions
+    **options : TopOptions
         See :mod:`ooc_influence.options`. ``damping``, one, is that of the exact scores; where ``curvature`` is one that
         was fitted, it is that of the first scores, and the exact ones have the basis's own.
 

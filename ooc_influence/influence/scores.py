@@ -36,7 +36,7 @@ from ooc_influence.influence.tiles import (
 )
 from ooc_influence.influence.topk import TopInfluential, find_top
 from ooc_influence.memory import MemoryBudget
-from ooc_influence.options import ListOptions, PairOptions, SelfInfluenceOptions, complete, takes
+from ooc_influence.options import PairOptions, SelfInfluenceOptions, TopOptions, complete, takes
 from ooc_influence.parallel import (
     Stripe,
     check_workers,
@@ -373,7 +373,7 @@ def module_influence(
     if out is not None:
         return write_scores(scoring, parse_path(out), columns, options, modules=names)
     assert top is not None
-    lists = find_top(scoring, top, columns, complete(ListOptions, options))
+    lists = find_top(scoring, top, columns, complete(TopOptions, options))
     return {name: lists.ranked(scoring, number) for number, name in enumerate(names)}
 
 

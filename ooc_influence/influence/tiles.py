@@ -20,9 +20,10 @@ from ooc_influence.curvature import Curvature
 from ooc_influence.influence.checkpoints import Marks, margin_factors
 from ooc_influence.influence.engine import Engine, Floats, HostEngine
 from ooc_influence.linalg import sign_energy
+from ooc_influence.options import Product
 from ooc_influence.parallel import Stripe, cut_ranges, run_stripes, subtract_ranges
 from ooc_influence.progress import Progress, tick
-from ooc_influence.store import Block, GradientStore, PathLike, StorePath, parse_path
+from ooc_influence.store import Block, GradientStore, PathLike, RowSpan, StorePath, is_local, parse_path
 
 
 def make_engine(device: str | None) -> Engine:
@@ -62,6 +63,8 @@ class ScoreTask:
         Where they are multiplied; None for NumPy.
     margins : bool
         Whether rows are weighted to margins (:func:`margin_factors`).
+    product : {"auto", "float32", "bfloat16", "int8"}
+        What lists are found with (:mod:`ooc_influence.influence.products`).
     kept : tuple of tuple of str or None
         For each checkpoint, the columns in which the store keeps the rows' squared norms, for every λ; None: computed.
     """
@@ -73,13 +76,18 @@ class ScoreTask:
     block_rows: int
     device: str | None
     margins: bool
+    product: Product
     kept: tuple[tuple[str, ...] | None, ...]
 
     def as_stored(self, number: int) -> bool:
         """Whether a checkpoint's rows are multiplied as they are stored, by queries in the same coordinates."""
-        computes_norms = self.curvatures is not None and self.kept[number] is None
-        possible = self.stores[number].layout.encoding.as_stored
-        return possible and len(self.columns[number]) == 1 and not computes_norms
+        form = self.stores[number].layout.encoding
+        whole = len(self.columns[number]) == 1 or form.separable
+        return form.as_stored and whole and not self.computes_norms(number)
+
+    def computes_norms(self, number: int) -> bool:
+        """Whether a checkpoint's rows are divided by norms that have to be found from the rows."""
+        return self.curvatures is not None and self.kept[number] is None
 
     @property
     def widths(self) -> list[int]:
@@ -95,6 +103,13 @@ class ScoreTask:
             if self.as_stored(number):
                 queries[number] = store.layout.encoding.queries_as_stored(queries[number], store.column_scale)
         return queries
+
+    @property
+    def bounded(self) -> bool:
+        """Whether lists are found with bounds: of rows that are mapped, by scores whose weights are at hand."""
+        stores = self.stores
+        mapped = all(is_local(store.path) and store.layout.codec is None for store in stores)
+        return self.device is None and mapped and not any(map(self.computes_norms, range(len(stores))))
 
     @property
     def paths(self) -> list[StorePath]:
@@ -197,10 +212,11 @@ def _multiply(engine: Engine, left: Any, rows: Any, columns: Sequence[slice], ou
             engine.multiply(queries[:, part], rows[:, part], out[number, module])
 
 
-def row_weights(engine: Engine, work: ScoreTask, shares: Floats | None, number: int, block: Block) -> Floats | None:
+def row_weights(engine: Engine, work: ScoreTask, shares: Floats | None, number: int, block: RowSpan) -> Floats | None:
     """Return what a checkpoint's scores of each row are multiplied by, (L or 1, b); None for one.
 
-    Its share, over the row's norm √(gᵀ (F + λI)⁻¹ g) where asked for; a row without gradient scores zero.
+    A weight is the row's share, over the row's norm √(gᵀ (F + λI)⁻¹ g) where asked for; a row without gradient scores
+    zero. ``block`` must have the rows themselves where :meth:`ScoreTask.computes_norms`.
     """
     weights = None
     if work.curvatures is not None:
@@ -213,13 +229,14 @@ def row_weights(engine: Engine, work: ScoreTask, shares: Floats | None, number: 
     return weighted
 
 
-def squared_norms(engine: Engine, work: ScoreTask, number: int, block: Block) -> Floats:
+def squared_norms(engine: Engine, work: ScoreTask, number: int, block: RowSpan) -> Floats:
     """Return gᵀ (F + λI)⁻¹ g of a checkpoint's rows for each λ, (L, b); ‖g‖², (1, b), without a curvature."""
     assert work.curvatures is not None
     store, columns = work.stores[number], work.kept[number]
     if columns is not None:
         values = [store.small(f"columns/{name}", block.start, block.stop) for name in columns]
         return np.asarray(values, np.float32)
+    assert isinstance(block, Block)
     squares = engine.quadratic(work.curvatures[number], work.values[number], block.gradients)
     return squares * sign_energy(store, block.start, block.stop) if store.layout.dtype == "sign" else squares
 
@@ -239,7 +256,7 @@ def row_shares(work: ScoreTask, seen: Marks | None, start: int, stop: int) -> Fl
     return np.asarray(shares, np.float32)
 
 
-def absent_rows(blocks: Sequence[Block], seen: Marks | None) -> Marks | None:
+def absent_rows(blocks: Sequence[RowSpan], seen: Marks | None) -> Marks | None:
     """Return which rows of a block have no score, (b,): dropped, or seen by no checkpoint; None where all have."""
     start, stop = blocks[0].start, blocks[0].stop
     absent = np.zeros(stop - start, bool)

@@ -1,129 +1,29 @@
-"""The largest scores of each query, kept up to date tile by tile.
-
-A tile is compared with each query's limit, its ``top``-th best score so far, and only what exceeds it is looked at:
-about top · log(n / top) scores of a query in all. Candidates are kept unsorted behind the list until it is full. Ties
-are broken by row number, smaller first, so the result is the same for every division of the work.
-"""
+"""Proponents and opponents: each query's lists of the train rows with the largest and the smallest scores."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 import numpy.typing as npt
 
 from ooc_influence.errors import InputError
-from ooc_influence.influence.checkpoints import Marks, Stores
+from ooc_influence.influence.checkpoints import Stores
 from ooc_influence.influence.costs import TileMemory
-from ooc_influence.influence.engine import Engine, Entries, Floats
+from ooc_influence.influence.engine import Floats
+from ooc_influence.influence.exact import PAIR_BYTES
+from ooc_influence.influence.heap import ENTRY_BYTES, NO_ROW, Best, list_bytes, merge
 from ooc_influence.influence.request import ScoreRequest
-from ooc_influence.influence.tiles import Columns, Part, ScoreParts, ScoreTask, make_engine, score_tiles
-from ooc_influence.options import ListOptions, takes
+from ooc_influence.influence.search import SIDES, best_of_stripe
+from ooc_influence.influence.tiles import Columns, Part, ScoreParts, ScoreTask
+from ooc_influence.influence.trial import check_product
+from ooc_influence.options import TopOptions, takes
 from ooc_influence.parallel import Stripe, check_workers
 from ooc_influence.progress import Progress, html_table, optional_library
 
 _SHOWN = 20  # queries in a notebook's table
-NO_ROW = np.iinfo(np.int64).max
-_CANDIDATES = 2**16  # scores taken from a tile at a time
-ENTRY_BYTES = 4 + 8  # a score and its row
-
-
-def capacity(top: int, rows: int) -> int:
-    """Return the length of a list of the best of ``rows``: those, and some candidates that are not sorted yet."""
-    return max(top, min(rows, max(2 * top, top + 64)))
-
-
-def list_bytes(top: int, rows: int) -> int:
-    """Return the bytes a query's list holds."""
-    return ENTRY_BYTES * capacity(top, rows)
-
-
-class TopKHeap:
-    """The ``top`` largest scores of each query so far, with their rows.
-
-    Parameters
-    ----------
-    queries, top : int
-        Sizes.
-    rows : int
-        Train rows that will come.
-    """
-
-    def __init__(self, queries: int, top: int, rows: int) -> None:
-        self.top = top
-        self._scores = np.full((queries, capacity(top, rows)), -np.inf, np.float32)
-        self._rows = np.full((queries, capacity(top, rows)), NO_ROW, np.int64)
-        self._counts = np.zeros(queries, np.int64)
-        self._limits = np.full(queries, -np.inf, np.float32)
-
-    def add(self, tile: Any, first_row: int, engine: Engine, sign: int = 1) -> None:
-        """Take in ``sign`` · scores (q, rows) of train rows from ``first_row`` on, in order; NaN never enters."""
-        waiting = [(0, tile.shape[1])]
-        while waiting:
-            low, high = waiting.pop()
-            candidates = engine.above(tile[:, low:high], self._limits, max(_CANDIDATES, len(self._counts)), sign)
-            if candidates is None or not self._append(candidates, first_row + low):
-                middle = (low + high) // 2  # the first half raises the limits for the second
-                waiting += [(middle, high), (low, middle)]
-
-    def _append(self, candidates: Entries, first_row: int) -> bool:
-        """Put candidates behind the lists; return False if one has no room for them."""
-        if not len(candidates.rows):
-            return True
-        more = np.bincount(candidates.rows, minlength=len(self._counts))
-        full = np.flatnonzero(self._counts + more > self._scores.shape[1])
-        if len(full):
-            self._compact(full)
-            if (self._counts[full] + more[full] > self._scores.shape[1]).any():
-                return False
-        starts = np.cumsum(more) - more
-        lists = candidates.rows
-        slots = self._counts[lists] + np.arange(len(lists)) - starts[lists]
-        self._scores[lists, slots] = candidates.values
-        self._rows[lists, slots] = first_row + candidates.columns
-        self._counts += more
-        return True
-
-    def _compact(self, numbers: npt.NDArray[np.int64]) -> None:
-        """Sort the lists of some queries, leaving the best: a key is a score and its index, in one whole number."""
-        step = max(1, _CANDIDATES // self._scores.shape[1])
-        for start in range(0, len(numbers), step):
-            part = numbers[start : start + step]
-            bits = (self._scores[part] + np.float32(0)).view(np.uint32)  # -0 as 0: they are equal
-            ascending = np.where(bits >> 31, ~bits, bits | np.uint32(2**31)).astype(np.uint64)
-            indices = np.arange(bits.shape[1], dtype=np.uint64)  # rows ascend with them
-            keys = np.sort((~ascending << np.uint64(32)) | indices, axis=1)[:, : self.top]
-            chosen = (keys & np.uint64(2**32 - 1)).astype(np.int64)
-            scores, rows = (np.take_along_axis(values[part], chosen, 1) for values in (self._scores, self._rows))
-            self._scores[part, : self.top], self._rows[part, : self.top] = scores, rows
-            self._scores[part, self.top :], self._rows[part, self.top :] = -np.inf, NO_ROW
-            self._counts[part] = (rows != NO_ROW).sum(1)
-            self._limits[part] = scores[:, -1]
-
-    def best(self) -> tuple[Floats, npt.NDArray[np.int64]]:
-        """Return scores and rows, (q, top) each, best first; -inf and :data:`NO_ROW` where there are fewer."""
-        self._compact(np.arange(len(self._counts)))
-        return self._scores[:, : self.top], self._rows[:, : self.top]
-
-
-Best = tuple[Floats, npt.NDArray[np.int64]]
-
-
-def merge(first: Best | None, other: Best) -> Best:
-    """Return the best of two sets of lists, scores and rows (q, top) each, of different train rows."""
-    if first is None:
-        return other
-    scores, rows = np.empty_like(other[0]), np.empty_like(other[1])
-    step = max(1, _CANDIDATES // (2 * scores.shape[1]))
-    for start in range(0, len(scores), step):
-        part = slice(start, start + step)
-        both = np.concatenate([first[0][part], other[0][part]], axis=1)
-        all_rows = np.concatenate([first[1][part], other[1][part]], axis=1)
-        order = np.lexsort((all_rows, -both))[:, : scores.shape[1]]
-        scores[part], rows[part] = np.take_along_axis(both, order, 1), np.take_along_axis(all_rows, order, 1)
-    return scores, rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,6 +82,9 @@ class TopInfluential:
         train row can account for that part. NaN for dropped queries and without a curvature.
     settings : mapping
         What was asked for or taken by default: the curvature's path, damping and its mode, and ``normalize``.
+    search : mapping
+        How the rows were found, which changes nothing in the lists: ``product``, and ``rescored``, the share of all
+        scores that were computed again, exactly; None where the scores of the product are those of the lists.
     """
 
     proponents: Ranking
@@ -190,6 +93,7 @@ class TopInfluential:
     damping: Any
     outside_share: npt.NDArray[np.float64]
     settings: Mapping[str, Any]
+    search: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def dampings(self) -> int | None:
@@ -207,7 +111,8 @@ class TopInfluential:
         damping = [values[number] for values in self.damping] if np.ndim(self.damping) == 2 else self.damping[number]
         proponents, opponents = self.proponents.at(number), self.opponents.at(number)
         settings = {**self.settings, "damping": self.settings["damping"][number]}
-        return TopInfluential(proponents, opponents, self.query_ids, damping, self.outside_share, settings)
+        found = (self.query_ids, damping, self.outside_share, settings, self.search)
+        return TopInfluential(proponents, opponents, *found)
 
     def _lists(self, number: int) -> dict[str, list[tuple[int, Any, float]]]:
         """Return all of a query's proponents and opponents."""
@@ -229,7 +134,7 @@ class TopInfluential:
         """Return the result as JSON-ready values: an entry a query, or ``by_damping`` with one of these for each λ."""
         if self.dampings is not None:
             levels = [self.at(number).to_dict() for number in range(self.dampings)]
-            return {"by_damping": levels, "settings": self.settings}
+            return {"by_damping": levels, "settings": self.settings, "search": self.search}
         queries = []
         for number, name in enumerate(self.query_ids.tolist()):
             lists = {
@@ -244,7 +149,7 @@ class TopInfluential:
             queries.append(
                 {"query": number, "id": name, "outside_share": None if np.isnan(outside) else outside, **lists}
             )
-        return {"damping": self.damping, "queries": queries, "settings": self.settings}
+        return {"damping": self.damping, "queries": queries, "settings": self.settings, "search": self.search}
 
     def to_pandas(self) -> Any:
         """Return a DataFrame with a line an entry of a list: query, query_id, side, rank, row, id, score, and damping.
@@ -285,15 +190,12 @@ class TopInfluential:
         return html_table(repr(self) + (f", {more} more" if more else ""), ("query", "proponents", "opponents"), lines)
 
 
-_SIDES = ("proponents", "opponents")
-
-
-@takes(ListOptions)
+@takes(TopOptions)
 def top_influential(
     query: Stores,
     train: Stores,
     top: int = 10,
-    **options: Unpack[ListOptions],
+    **options: Unpack[TopOptions],
 ) -> TopInfluential:
     """Return each query's strongest proponents and opponents among the train rows.
 
@@ -305,7 +207,7 @@ def top_influential(
         (q, k) and (n, k); lists for several checkpoints.
     top : int
         How many of each; fewer where the train store has fewer live rows.
-    **options : ListOptions
+    **options : TopOptions
         See :mod:`ooc_influence.options`.
 
     Returns
@@ -316,7 +218,7 @@ def top_influential(
     Raises
     ------
     InputError
-        For top < 1.
+        For top < 1, or a product that these rows cannot be multiplied by.
     StoreExistsError
         If ``resume`` holds something else than this call's parts.
     StoreBusyError
@@ -340,11 +242,14 @@ class Lists(NamedTuple):
         Row numbers; :data:`NO_ROW` where there are fewer.
     outside : (q,) float64
         See :class:`TopInfluential`.
+    search : mapping
+        See :class:`TopInfluential`.
     """
 
     scores: Floats
     rows: npt.NDArray[np.int64]
     outside: npt.NDArray[np.float64]
+    search: Mapping[str, Any]
 
     def ranked(self, scoring: ScoreRequest, module: int) -> TopInfluential:
         """Return one module's lists, cut to the longest."""
@@ -359,22 +264,34 @@ class Lists(NamedTuple):
             for side, sign in enumerate((np.float32(1), np.float32(-1)))
         )
         names = scoring.queries.names
-        return TopInfluential(proponents, opponents, names, scoring.damping, self.outside, scoring.settings)
+        found = (names, scoring.damping, self.outside, scoring.settings, self.search)
+        return TopInfluential(proponents, opponents, *found)
 
 
-def top_tiles(top: int, query_rows: int, n: int, modules: int = 1) -> TileMemory:
-    """Return what a pass for lists of ``top`` of ``n`` rows holds, for ``query_rows`` preconditioned queries in all."""
+_TILE_SCORES = 2**22  # scores found at a time: more gain nothing
+
+
+def top_tiles(top: int, query_rows: int, n: int, modules: int = 1, *, bounded: bool = True) -> TileMemory:
+    """Return what a pass for lists of ``top`` of ``n`` rows holds, for ``query_rows`` preconditioned queries in all.
+
+    ``bounded`` says whether rows are found by a quick product (:attr:`ScoreTask.bounded`).
+    """
     both = 2 * ENTRY_BYTES * top  # a query's two lists
     lists = 2 * list_bytes(top, n) + 3 * both  # of the stripe; of those before, of one more, and merged
     fixed = 4 * both * query_rows * modules  # with what looking up the ids takes
-    return TileMemory(per_score=4 + 1, per_query=lists, fixed=fixed, modules=modules)
+    if not bounded:
+        return TileMemory(per_score=4 + 1, per_query=lists, fixed=fixed, modules=modules)
+    lists += 2 * PAIR_BYTES * 2 * top  # where both are scored exactly
+    # a tile, its products in whole numbers and as numbers, which of them are looked at; rows, rounded
+    sizes = {"per_score": 4 + 8 + 4 + 1, "per_number": 4 + 2, "most_scores": _TILE_SCORES}
+    return TileMemory(per_query=lists, fixed=fixed, modules=modules, **sizes)
 
 
 def find_top(
     scoring: ScoreRequest,
     top: int,
     columns: Columns | None,
-    options: ListOptions,
+    options: TopOptions,
 ) -> Lists:
     """Return the best lists of every query, for every λ and module."""
     if top < 1:
@@ -382,19 +299,26 @@ def find_top(
     slots, top = check_workers(options["workers"]), min(top, scoring.n)
     modules = 1 if columns is None else len(columns[0])
     parts = ScoreParts(options["resume"], scoring.digest(kind="top", top=top, modules=modules))
-    tile = top_tiles(top, scoring.lambdas * scoring.q, scoring.n, modules)
+    bounded = scoring.work(1, columns).bounded
+    tile = top_tiles(top, scoring.lambdas * scoring.q, scoring.n, modules, bounded=bounded)
     blocks, block_rows = scoring.plan("top", options["memory"], slots, tile, queries=parts.queries)
-    work = scoring.work(block_rows, columns)
-    shape = (len(_SIDES), scoring.lambdas, modules, scoring.q, top)
-    best = Lists(np.empty(shape, np.float32), np.empty(shape, np.int64), np.empty(scoring.q))
+    work = scoring.work(block_rows, columns, product=options["product"])
+    _check_product(work)
+    shape = (len(SIDES), scoring.lambdas, modules, scoring.q, top)
+    scores, numbers, outside = np.empty(shape, np.float32), np.empty(shape, np.int64), np.empty(scoring.q)
+    products: set[str] = set()
+    exact = 0
     with parts.claimed(), Progress("top", len(blocks) * scoring.n, options["progress"]) as bar:
         for start, stop in blocks:
             queries = scoring.precondition(start, stop)
-            best.outside[start:stop] = queries.outside
+            outside[start:stop] = queries.outside
             lists: dict[str, Best] = {}
 
             def add(stripe: Stripe, part: Part, lists: dict[str, Best] = lists) -> None:
-                for name in _SIDES:
+                nonlocal exact
+                products.add(str(part["product"]))
+                exact += int(part["exact"])
+                for name in SIDES:
                     lists[name] = merge(lists.get(name), (part[f"{name}_scores"], part[f"{name}_rows"]))
 
             parts.run(
@@ -402,22 +326,21 @@ def find_top(
                 *work.read_as_rows(queries.arrays), slots=slots,
                 on_result=add,
             )  # fmt: skip
-            for side, name in enumerate(_SIDES):
-                scores, numbers = (part.reshape(*shape[1:3], stop - start, top) for part in lists[name])
-                best.scores[side, :, :, start:stop], best.rows[side, :, :, start:stop] = scores, numbers
-    scoring.warn_outside(best.outside)
-    return best
+            for side, name in enumerate(SIDES):
+                block = (part.reshape(*shape[1:3], stop - start, top) for part in lists[name])
+                scores[side, :, :, start:stop], numbers[side, :, :, start:stop] = block
+    scoring.warn_outside(outside)
+    total = scoring.lambdas * modules * scoring.q * scoring.n
+    search = {"product": " and ".join(sorted(products)), "rescored": exact / total if bounded else None}
+    return Lists(scores, numbers, outside, search)
 
 
-def best_of_stripe(stripe: Stripe, key: str, work: ScoreTask, top: int, seen: Marks | None, *queries: Floats) -> Part:
-    """Return the best lists of a stripe: largest scores, and largest negated scores."""
-    lists = [TopKHeap(len(queries[0]) * work.modules, top, stripe.stop - stripe.start) for _ in _SIDES]
-    with make_engine(work.device) as engine:
-        for tile in score_tiles(engine, stripe, key, work, seen, queries):
-            scores = tile.scores.reshape(-1, tile.stop - tile.start)
-            for heap, sign in zip(lists, (1, -1), strict=True):
-                heap.add(scores, tile.start, engine, sign)
-    part: dict[str, npt.NDArray[Any]] = {}
-    for name, heap in zip(_SIDES, lists, strict=True):
-        part[f"{name}_scores"], part[f"{name}_rows"] = heap.best()
-    return part
+def _check_product(work: ScoreTask) -> None:
+    """Check that rows can be multiplied as asked; raise InputError if not."""
+    for number, store in enumerate(work.stores):
+        check_product(work.product, store.layout.encoding, work.as_stored(number))
+    if work.product not in ("auto", "float32") and not work.bounded:
+        raise InputError(
+            f"expected product auto or float32 for rows that are not mapped, are divided by norms that no column "
+            f"holds, or are multiplied on a device; received {work.product!r}: leave it out"
+        )

@@ -46,7 +46,15 @@ from ooc_influence.store.paths import (
     tree_bytes,
     write_bytes,
 )
-from ooc_influence.store.reader import Block, RawBlock, read_blocks, read_into, read_raw_blocks, read_stored_blocks
+from ooc_influence.store.reader import (
+    Block,
+    RawBlock,
+    RowSpan,
+    read_blocks,
+    read_into,
+    read_raw_blocks,
+    read_stored_blocks,
+)
 from ooc_influence.store.reduction import (
     GaussianReduction,
     GeneratedReduction,
@@ -74,7 +82,7 @@ __all__ = [
     "BUFFERS", "CHUNK_TARGET", "FACTORS", "Block", "ChunkCache", "Claim", "Damage", "Encoding", "GaussianReduction",
     "GeneratedReduction", "GradientStore", "LayerShape", "Layout", "LograReduction", "Mask", "ModuleBasis",
     "ModuleMask", "NewFolder", "PathLike", "PilotMoments", "RademacherReduction", "RangeWriter", "RawBlock",
-    "Reduction", "Representation", "SjltReduction", "Storage", "StorePath", "StoredReduction", "array_store",
+    "Reduction", "Representation", "RowSpan", "SjltReduction", "Storage", "StorePath", "StoredReduction", "array_store",
     "as_store", "check_finished", "check_free", "check_has_rows", "check_second_moments", "check_writable",
     "claimed_rows", "column_dtype", "columns_digest", "compact_store", "copy_tombstones", "create_array", "create_like",
     "exists", "expand_home", "find_array", "is_file", "is_free", "is_local", "make_claim", "make_folder", "map_file",

@@ -251,11 +251,17 @@ def read_blocks(
 
 
 def read_stored_blocks(
-    store: StoreView, start: int, stop: int, block_rows: int, *, threads: int = 1
-) -> Iterator[Block]:  # fmt: skip
+    store: StoreView,
+    start: int,
+    stop: int,
+    block_rows: int,
+    *,
+    numbers: RowNumbers | None = None,
+    threads: int = 1,
+) -> Iterator[Block]:
     """Yield the blocks of rows as :meth:`Encoding.read_stored_into` gives them; see :func:`read_blocks`."""
     form, size = store.layout.encoding, min(block_rows, max(0, stop - start))
-    pieces = _block_pieces(store, start, stop, block_rows, None, False, None)
+    pieces = _block_pieces(store, start, stop, block_rows, numbers, False, None)
     yield from _decoded(pieces, (size, form.stored_columns), form.read_stored_into, False, threads)
 
 

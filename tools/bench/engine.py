@@ -44,11 +44,11 @@ STAGES = ("fisher", "top", "scores", "self-influence")
 TOP = 100
 
 
-def make_store(path: Path, rows: int, k: int, seed: int) -> Path:
+def make_store(path: Path, rows: int, k: int, seed: int, dtype: str = "float16") -> Path:
     """Random rows with a decaying spectrum."""
     generator = np.random.Generator(np.random.PCG64(seed))
     spectrum = (np.arange(k, dtype=np.float32) + 1) ** -0.5
-    with ooc.GradientStore.create(path, whole_mask(k)) as store:
+    with ooc.GradientStore.create(path, whole_mask(k), dtype=dtype) as store:
         for start in range(0, rows, 1024):
             block = generator.standard_normal((min(1024, rows - start), k), np.float32) * spectrum
             store.append(block, loss=np.zeros(len(block)))
@@ -193,6 +193,37 @@ class Bench:
             "preconditioning_seconds": round(median(prepared), 2),
         }
 
+    def lists(self) -> dict[str, Any]:
+        """Measure top lists of rows in several forms, whatever product finds them, without a curvature."""
+        found: dict[str, Any] = {}
+        options = {"top": TOP, "memory": self.memory, "curvature": False, "normalize": "none"}
+        one = make_store(self.folder / "query1", 1, self.k, 1)
+        for dtype in ("float16", "int8-linear", "sign"):
+            train = self.train
+            if dtype != "float16":
+                train = make_store(self.folder / dtype, self.n, self.k, 0, dtype)
+            searched = ooc.top_influential(self.many, train, **options).search
+            found |= {f"lists_{dtype}_{name}": value for name, value in searched.items()}
+
+            def lists(query: Path, train: Path = train, cold: bool = False) -> float:
+                if cold and not (drop_cache(train) and drop_cache(query)):
+                    return float("nan")
+                return ours(lambda: ooc.top_influential(query, train, **options))
+
+            def touch(train: Path = train) -> float:
+                return self.limits.touched(train)
+
+            def read(train: Path = train) -> float:
+                return self.limits.plain_read(train)
+
+            found |= {
+                f"lists_{dtype}_over_sgemm": share(self.limits.sgemm, lambda: lists(self.many), self.repeats),
+                f"lists_{dtype}_16_warm_over_touch": share(touch, lambda: lists(self.few), self.repeats),
+                f"lists_{dtype}_16_cold_over_read": share(read, lambda: lists(self.few, cold=True), self.repeats),
+                f"lists_{dtype}_1_cold_over_read": share(read, lambda: lists(one, cold=True), self.repeats),
+            }
+        return found
+
     def self_influence(self) -> dict[str, Any]:
         def values() -> float:
             return ours(lambda: ooc.self_influence(self.train, memory=self.memory))
@@ -333,7 +364,7 @@ def run_child(stage: str, query: str, train: str, memory: str, limit: str) -> No
     print(json.dumps({"peak": watch.peak, "seconds": seconds}))
 
 
-ALL = ("fisher", "distributed", "cold", "scores", "self_influence", "naive", "growth", "limit", "gpu")
+ALL = ("fisher", "distributed", "cold", "scores", "lists", "self_influence", "naive", "growth", "limit", "gpu")
 TARGETS = {
     "fisher_warm_over_ssyrk": ">= 0.90",
     "fisher_distributed_over_ssyrk": ">= 0.85",
@@ -341,6 +372,11 @@ TARGETS = {
     "scores_over_sgemm": ">= 0.90",
     "top_over_sgemm": ">= 0.85",
     "few_queries_cold_over_read": ">= 0.90",
+    "lists_float16_over_sgemm": ">= 1.5",
+    "lists_int8-linear_over_sgemm": ">= 2.0",
+    "lists_float16_16_cold_over_read": ">= 0.90",
+    "lists_int8-linear_16_cold_over_read": ">= 0.90",
+    "lists_int8-linear_16_warm_over_touch": ">= 0.30",
     "self_wide_over_sgemm": ">= 0.85",
     "self_rotated_over_convert": ">= 0.80",
     "gpu_top_over_copy": ">= 0.80",

@@ -19,6 +19,7 @@ from threadpoolctl import threadpool_limits
 import ooc_influence as ooc
 from ooc_influence.linalg.backend import choose_engine
 from ooc_influence.parallel import cores
+from ooc_influence.store import map_file
 
 _BLOCK_ROWS = 4096
 
@@ -105,6 +106,18 @@ class Limits:
                         pass
 
         return timed(read)
+
+    def touched(self, path: Path) -> float:
+        """Seconds to read every byte of the mapped chunks of a store, which are in memory, with all cores."""
+        store = ooc.GradientStore.open(path)
+        chunks = [map_file(file) for file in chunk_files(store.path)]
+
+        def touch() -> None:
+            list(pool.map(lambda chunk: chunk[: len(chunk) // 8 * 8].view(np.uint64).max(), chunks))
+
+        with ThreadPoolExecutor(cores()) as pool:
+            touch()
+            return timed(touch)
 
     def converted(self) -> float:
         """Seconds of a plain map of the train store, converted as reading does it."""

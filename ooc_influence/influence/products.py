@@ -1,0 +1,414 @@
+"""Products of queries with stored rows that are quicker than float32's, and what each score may be off by.
+
+A processor multiplies bfloat16 numbers, or whole numbers of eight bits, several times as fast as float32 where it has
+instructions for them. Scores s̃ of such a product find the rows that can be in a list; those few are scored again in
+float32 (:mod:`ooc_influence.influence.candidates`), so lists do not depend on which product was used. That needs a
+bound: for query q and row g,
+
+    |s̃ − s| ≤ Σ_t E[q, t] F[g, t] + ρ |s̃|,
+
+with factors E of queries and F of rows, and ρ of the product. Cauchy-Schwarz gives them: rounding a query to q + δq
+and a row to g + δg changes a product by at most ‖δq‖ ‖g‖ + ‖q + δq‖ ‖δg‖, and sums of m float32 numbers in any order
+are off by at most m 2⁻²⁴ Σ|q_j g_j| (Higham 2002, chapter 4). s itself is the float32 score of
+:func:`~ooc_influence.influence.candidates.exact_scores`, whose own rounding is in the bound.
+
+Queries come divided by a power of two, so that their largest number is in [1, 2).
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from typing_extensions import override
+
+from ooc_influence.options import ProductName
+from ooc_influence.store import Encoding
+
+Floats = npt.NDArray[np.float32]
+
+_UNIT = 2.0**-24  # half a step of float32, relative
+_HALF_STEP = 2.0**-8  # of bfloat16
+_ROUNDING = _HALF_STEP / (1 - _HALF_STEP)  # of a bfloat16 number, relative to what it was rounded to
+_SUM_UNITS = 512.0 + 128.0  # roundings of an exact score: its sums, a row's scale and weight, and those of sums here
+_LEAST = 2.0**-62  # of a number whose square is not lost
+_UNDERFLOW = 2.0**-120  # what numbers too small for float32 take from a product, for each column
+_SAFETY = 1.001  # for the rounding of the bound itself
+_PIECE = 2**16  # columns summed in one product: the sum of more would be known less well, or overflow
+_FEW, _WIDE = 128, 1024  # queries, or parts of them, and columns: of fewer and more, products are rows times queries
+_PIECE_ROWS = 512  # multiplied at once: fewer are slow
+_TILE_BYTES = 2**19  # float32 bytes converted at a time: they stay in cache
+_LEVELS = 32_639  # whole numbers of 16 bits, x = 256 h + l with both parts of 8: |x| at most 127 · 256 + 127
+
+
+class Pool(Protocol):
+    """What divides rows among threads (:class:`ooc_influence.influence.engine.HostEngine`)."""
+
+    threads: int
+
+    def divide(self, work: Callable[[slice], Any], count: int, step: int) -> list[Any]:
+        """Do ``work`` on slices of ``count`` items, of at most ``step`` items each, in several threads."""
+
+
+class Product(ABC):
+    """Scores of stored rows with a set of queries, and their bounds.
+
+    Parameters
+    ----------
+    form : Encoding
+        How rows are stored.
+    column_scale : (k,) float32 or None
+        What decoded rows are multiplied by, where they are not taken as they are stored.
+    queries : (q, width) float32
+        In the coordinates of the rows.
+    columns : sequence of slice
+        Columns of each module, M of them.
+    pool : Pool
+        Threads to work with.
+    as_stored : bool
+        Whether rows are taken as :meth:`Encoding.read_stored_into` gives them.
+    alone : bool
+        Whether its scores are all; otherwise they are added to others, and ρ must be 0.
+
+    Attributes
+    ----------
+    query_errors : (M, q, t) float64
+        E. NaN for a query that is NaN.
+    relative : float
+        ρ.
+    """
+
+    name: ProductName
+    relative = 0.0
+
+    def __init__(
+        self,
+        form: Encoding,
+        column_scale: Floats | None,
+        queries: Floats,
+        columns: Sequence[slice],
+        pool: Pool,
+        *,
+        as_stored: bool,
+        alone: bool = True,
+    ) -> None:
+        self._form, self._column_scale, self._pool, self._as_stored = form, column_scale, pool, as_stored
+        self._alone = alone
+        self._queries = queries
+        self._modules = [self._cut(part) for part in columns]
+        self._room = threading.local()
+        with np.errstate(over="ignore", invalid="ignore"):
+            self.query_errors = _SAFETY * np.stack([self._errors(part) for part in columns])
+
+    def _cut(self, part: slice) -> list[slice]:
+        """Return pieces of some columns."""
+        first, last, _ = part.indices(self._queries.shape[1])
+        return [slice(start, min(last, start + _PIECE)) for start in range(first, last, _PIECE)]
+
+    def _buffer(self, name: str, rows: int, columns: int, dtype: Any) -> npt.NDArray[Any]:
+        """Return room for an array, one for each name and thread: fresh memory would cost more than the conversion."""
+        held = getattr(self._room, name, None)
+        if held is None or held.size < rows * columns:
+            held = np.empty(rows * columns, dtype)
+            setattr(self._room, name, held)
+        whole: npt.NDArray[Any] = held[: rows * columns].reshape(rows, columns)
+        return whole
+
+    @abstractmethod
+    def _errors(self, part: slice) -> npt.NDArray[np.float64]:
+        """Return E of some columns, (q, t)."""
+
+    def bounds(self, factors: npt.NDArray[np.float64], scores: Floats) -> npt.NDArray[np.float64]:
+        """Return what scores (M, q, b) may be off by, given the rows' F (b, t)."""
+        return np.asarray(self.query_errors @ factors.T + self.relative * np.abs(scores))
+
+    @abstractmethod
+    def multiply(self, raw: npt.NDArray[Any], scale: Floats, out: Floats) -> npt.NDArray[np.float64]:
+        """Write scores of stored rows (b, ·) into ``out`` (M, q, b); return F, (b, t), infinite where s̃ says nothing.
+
+        ``out`` may have any strides.
+        """
+
+    def _read(self, raw: npt.NDArray[Any], scale: Floats, tile: Floats) -> None:
+        """Write float32 rows (b, width)."""
+        if self._as_stored:
+            self._form.read_stored_into(raw, scale, tile)
+        else:
+            self._form.decode_into(raw, scale, tile, self._column_scale)
+
+
+def _norms(tile: Floats) -> npt.NDArray[np.float64]:
+    """Return bounds of the norms of rows (b, k), from above, (b,)."""
+    k = tile.shape[1]
+    squares = np.vecdot(tile, tile).astype(np.float64)
+    return np.asarray(np.sqrt(squares * (1 + 2 * k * _UNIT)) + np.sqrt(k) * _LEAST)
+
+
+def _sum_error(columns: int) -> float:
+    """Return the error of a score that is a sum of so many float32 products, and of the exact one, over ‖q‖ ‖g‖."""
+    pieces = -(-columns // _PIECE)
+    return (min(columns, _PIECE) + pieces + _SUM_UNITS) * _UNIT
+
+
+class Float32Product(Product):
+    """NumPy's BLAS: the reference, which every processor has."""
+
+    name = "float32"
+
+    @override
+    def _errors(self, part: slice) -> npt.NDArray[np.float64]:
+        queries = self._queries[:, part]
+        norms = _norms(queries)
+        return np.stack([norms * _sum_error(queries.shape[1]), queries.shape[1] * np.minimum(norms, 1)], axis=1)
+
+    @override
+    def multiply(self, raw: npt.NDArray[Any], scale: Floats, out: Floats) -> npt.NDArray[np.float64]:
+        factors = np.empty((len(raw), 2))
+        factors[:, 1] = _UNDERFLOW
+
+        def work(part: slice) -> None:
+            rows = self._buffer("rows", part.stop - part.start, self._queries.shape[1], np.float32)
+            step = _tile_rows(rows.shape[1])
+            for start in range(0, len(rows), step):
+                cut = slice(part.start + start, min(part.stop, part.start + start + step))
+                tile = rows[start : start + step]
+                self._read(raw[cut], scale[cut], tile)
+                factors[cut, 0] = _norms(tile)
+            for module, pieces in enumerate(self._modules):
+                for number, piece in enumerate(pieces):
+                    product = np.matmul(rows[:, piece], self._queries[:, piece].T).T
+                    target = out[module, :, part]
+                    np.copyto(target, product) if number == 0 else np.add(target, product, out=target)
+
+        with np.errstate(over="ignore", invalid="ignore"):
+            self._pool.divide(work, len(raw), _PIECE_ROWS)
+        return _cleared(factors, out)
+
+
+def _cleared(factors: npt.NDArray[np.float64], out: Floats) -> npt.NDArray[np.float64]:
+    """Return F with infinity where a number overflowed, whose scores are set to zero."""
+    bad = ~np.isfinite(factors).all(axis=1)
+    if bad.any():
+        factors[bad] = np.inf
+        out[..., bad] = 0
+    return factors
+
+
+def _tile_rows(columns: int) -> int:
+    return max(1, _TILE_BYTES // (4 * max(1, columns)))
+
+
+_CONVERTED = ("float32", "float16", "bfloat16", "int8-linear")
+_CONVERTED_AT_ONCE = 2**18  # numbers: they stay in cache
+
+
+class BFloat16Product(Product):
+    """PyTorch's product of bfloat16 numbers, summed in float32 and rounded to bfloat16."""
+
+    name = "bfloat16"
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        if self._rounded_once:
+            self.relative = _ROUNDING
+        torch: Any = sys.modules["torch"]
+        self._rounded = torch.from_numpy(self._queries).to(torch.bfloat16)
+        # rows whose numbers PyTorch converts: scores are multiplied by a row's scale afterwards
+        self._converted = self._form.name in _CONVERTED and (self._as_stored or self._column_scale is None)
+        self._exact = self._as_stored or self._form.name == "bfloat16"
+        self._scaled = self._as_stored or self._converted
+
+    @property
+    def _rounded_once(self) -> bool:
+        """Whether a score is one rounded number, not a sum of several."""
+        return self._alone and all(len(pieces) == 1 for pieces in self._modules)
+
+    @override
+    def _errors(self, part: slice) -> npt.NDArray[np.float64]:
+        torch: Any = sys.modules["torch"]
+        queries = self._queries[:, part]
+        rounded = torch.from_numpy(queries).to(torch.bfloat16).float().numpy()
+        norms, after, lost = (_norms(each) for each in (queries, rounded, queries - rounded))
+        k = queries.shape[1]
+        sums = (
+            (_sum_error(k) + (0.0 if self._rounded_once else _ROUNDING)) * np.maximum(norms, after) * (1 + _HALF_STEP)
+        )
+        return np.stack([lost + sums, after, k * np.minimum(norms, 1)], axis=1)
+
+    @override
+    def multiply(self, raw: npt.NDArray[Any], scale: Floats, out: Floats) -> npt.NDArray[np.float64]:
+        torch: Any = sys.modules["torch"]
+        norms, lost = np.empty((2, len(raw)))
+        with np.errstate(over="ignore", invalid="ignore"):
+            rows = self._rounded_rows(raw, scale, norms, lost)
+            for module, pieces in enumerate(self._modules):
+                target = torch.from_numpy(out[module])
+                for number, piece in enumerate(pieces):
+                    product = self._products(rows, piece)
+                    target.copy_(product) if number == 0 else target.add_(product)
+                if self._scaled:
+                    target.mul_(torch.from_numpy(np.ascontiguousarray(scale)))
+            norms += np.sqrt(self._queries.shape[1]) * _LEAST
+            if self._scaled:
+                norms *= scale
+                lost *= scale
+            if self._as_stored:
+                norms[norms < scale] = 0  # rows of zeros: another has a norm of one or more before it is scaled
+            return _cleared(np.stack([norms, lost, np.full(len(raw), _UNDERFLOW)], axis=1), out)
+
+    def _products(self, rows: Any, piece: slice) -> Any:
+        """Return the products with rounded rows (b, width), (q, b) bfloat16."""
+        torch: Any = sys.modules["torch"]
+        queries, few = self._rounded[:, piece], len(self._rounded) <= _FEW
+        shape = (len(rows), len(queries)) if few else (len(queries), len(rows))
+        product = torch.from_numpy(self._buffer("product", *shape, np.int16)).view(torch.bfloat16)
+        if few:  # quicker this way round
+            return torch.mm(rows[:, piece], queries.T, out=product).T
+        return torch.mm(queries, rows[:, piece].T, out=product)
+
+    def _rounded_rows(
+        self, raw: npt.NDArray[Any], scale: Floats, norms: npt.NDArray[np.float64], lost: npt.NDArray[np.float64]
+    ) -> Any:
+        """Return rounded rows (b, width); write bounds of the norms of rows, and of what they lost."""
+        torch: Any = sys.modules["torch"]
+        width = self._queries.shape[1]
+        if self._converted:
+            numbers = torch.from_numpy(raw.view(np.int16) if self._form.name == "bfloat16" else raw)
+            numbers = numbers.view(torch.bfloat16) if self._form.name == "bfloat16" else numbers
+        else:
+            numbers = torch.from_numpy(self._decoded(raw, scale))
+        rounded = torch.from_numpy(self._buffer("rounded", len(raw), width, np.int16)).view(torch.bfloat16)
+        step = max(1, _CONVERTED_AT_ONCE // width)
+        tile = torch.from_numpy(self._buffer("tile", step, width, np.float32))
+        measured = len(self._queries) > _FEW and not self._exact
+        for start in range(0, len(raw), step):  # PyTorch divides each tile among its threads
+            part = slice(start, start + step)
+            values = tile[: len(numbers[part])].copy_(numbers[part])
+            rounded[part].copy_(values)
+            norms[part] = torch.linalg.vector_norm(values, dim=1).numpy()
+            if measured:
+                lost[part] = torch.linalg.vector_norm(values.sub_(rounded[part]), dim=1).numpy()
+        more = 1 + 2 * width * _UNIT
+        norms *= more
+        lost[:] = more * lost if measured else (0 if self._exact else _HALF_STEP) * norms
+        return rounded
+
+    def _decoded(self, raw: npt.NDArray[Any], scale: Floats) -> Floats:
+        """Return rows as numbers, (b, width): of signs and whole numbers as they are stored, before their scale."""
+        rows = self._buffer("rows", len(raw), self._queries.shape[1], np.float32)
+
+        def work(part: slice) -> None:
+            if self._as_stored:
+                self._form.read_codes_into(raw[part], rows[part])
+            else:
+                self._read(raw[part], scale[part], rows[part])
+
+        self._pool.divide(work, len(raw), max(1, min(_PIECE_ROWS, -(-len(raw) // 8))))
+        return rows
+
+
+class Int8Product(Product):
+    """PyTorch's product of whole numbers of eight bits, exact: of stored codes and queries of two such parts."""
+
+    name = "int8"
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        torch: Any = sys.modules["torch"]
+        steps, whole = _whole_queries(self._queries)
+        high = (whole + 128) // 256
+        parts = np.concatenate([high, whole - 256 * high]).astype(np.int8)
+        self._steps = torch.from_numpy(steps.astype(np.float32))[:, None]
+        self._parts = torch.from_numpy(parts)
+        signs = self._form.name == "sign"
+        self._sums = [
+            torch.from_numpy(whole[:, piece].sum(1, dtype=np.float32))[:, None] if signs else None
+            for pieces in self._modules
+            for piece in pieces
+        ]
+
+    @override
+    def _errors(self, part: slice) -> npt.NDArray[np.float64]:
+        steps, whole = _whole_queries(self._queries)
+        queries, k = self._queries[:, part].astype(np.float64), len(range(*part.indices(self._queries.shape[1])))
+        lost = np.abs(queries - steps[:, None] * whole[:, part]).sum(1)
+        sums = np.abs(queries).sum(1) + steps * 256 * k  # of both parts
+        largest = 1 if self._form.name == "sign" else self._form.top
+        units = (_SUM_UNITS + 8 + 2 * len(self._cut(part))) * _UNIT
+        return np.asarray(largest * (lost + units * sums))[:, None]
+
+    @override
+    def multiply(self, raw: npt.NDArray[Any], scale: Floats, out: Floats) -> npt.NDArray[np.float64]:
+        torch: Any = sys.modules["torch"]
+        codes, sums = self._codes(raw), iter(self._sums)
+        q = len(self._queries)
+        for module, pieces in enumerate(self._modules):
+            target = torch.from_numpy(out[module])
+            for number, piece in enumerate(pieces):
+                product = self._whole_products(codes, piece)
+                part = torch.from_numpy(self._buffer("part", q, len(raw), np.float32))
+                part.copy_(product[:q]).mul_(256).add_(product[q:])
+                total = next(sums)
+                if total is not None:  # signs are 2 b − 1 of bits b
+                    part.mul_(2).sub_(total)
+                target.copy_(part) if number == 0 else target.add_(part)
+            target.mul_(self._steps).mul_(torch.from_numpy(np.ascontiguousarray(scale)))
+        factors = scale.astype(np.float64)
+        factors += np.where(factors < 2.0**-90, self._queries.shape[1] * 2.0**-100, 0)
+        if self._form.name == "sign":
+            factors[scale == 0] = 0
+        else:
+            ones = np.flatnonzero(scale == 1)  # of rows of zeros, among others
+            factors[ones[~raw[ones].any(axis=1)]] = 0
+        return factors[:, None]
+
+    def _whole_products(self, codes: Any, piece: slice) -> Any:
+        """Return the products of both parts of the queries with rows, (2 q, b) int32."""
+        torch: Any = sys.modules["torch"]
+        count, few = len(self._parts), len(self._parts) <= _FEW and self._queries.shape[1] >= _WIDE
+        shape = (len(codes), count) if few else (count, len(codes))
+        product = torch.from_numpy(self._buffer("product", *shape, dtype=np.int32))
+        if few:  # quicker this way round
+            multiply_whole(codes[:, piece], self._parts[:, piece], product)
+            return product.T
+        multiply_whole(self._parts[:, piece], codes[:, piece], product)
+        return product
+
+    def _codes(self, raw: npt.NDArray[Any]) -> Any:
+        torch: Any = sys.modules["torch"]
+        if self._form.name != "sign":
+            return torch.from_numpy(np.ascontiguousarray(raw))
+        bits = self._buffer("bits", len(raw), self._form.stored_columns, np.uint8)
+
+        def work(part: slice) -> None:
+            bits[part] = np.unpackbits(raw[part], axis=1, count=bits.shape[1])
+
+        self._pool.divide(work, len(raw), max(1, -(-len(raw) // 16)))
+        return torch.from_numpy(bits.view(np.int8))
+
+
+def _whole_queries(queries: Floats) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    """Return steps (q,), NaN for a query that is NaN, and whole numbers (q, width): a query is nearly their product."""
+    largest = np.abs(queries).max(axis=1, initial=0).astype(np.float64)
+    steps = np.where(largest == 0, 1 / _LEVELS, largest / _LEVELS)
+    with np.errstate(invalid="ignore"):
+        whole = np.rint(queries / steps[:, None])
+    return steps, np.nan_to_num(whole).astype(np.int64)
+
+
+def multiply_whole(left: Any, right: Any, out: Any) -> None:
+    """Write left @ rightᵀ of int8 tensors (a, k) and (b, k) to ``out`` (a, b) int32, exactly.
+
+    By a function of PyTorch that is not public: nothing else of the package calls it, and it is tried before it is
+    used (:func:`ooc_influence.influence.trial.choose_product`).
+    """
+    torch: Any = sys.modules["torch"]
+    if left.shape[1] == 1:  # of one column, whose strides say nothing, it gives other numbers
+        torch.mul(left.int(), right.T.int(), out=out)
+    else:
+        torch._int_mm(left.contiguous(), right.T, out=out)

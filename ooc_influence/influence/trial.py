@@ -1,0 +1,134 @@
+"""Which product scores rows: the quickest of those that keep their bound on this machine, tried once for each shape."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ooc_influence.errors import InputError
+from ooc_influence.influence.products import BFloat16Product, Float32Product, Floats, Int8Product, Pool, Product
+from ooc_influence.options import ProductName
+from ooc_influence.store import Encoding
+
+logger = logging.getLogger("ooc_influence")
+_KINDS: dict[ProductName, type[Product]] = {
+    "float32": Float32Product, "bfloat16": BFloat16Product, "int8": Int8Product
+}  # fmt: skip
+_WORTH_TRYING = 2**34  # numbers multiplied, a conversion counted as 64: below, a pass takes about as long as the trial
+_WORTH_LOADING = 2**40  # the same, for PyTorch to be loaded
+_TRIAL_ROWS, _TRIAL_NUMBERS = 2048, 2**24
+_TRIALS = 3
+_GAIN = 1.2  # times as fast as float32's must another product be
+_lock = threading.Lock()
+_chosen: dict[tuple[str, int, int, int], ProductName] = {}
+
+
+def product_names(as_stored: bool) -> list[ProductName]:
+    """Return the products that rows can be multiplied by; the first is the reference."""
+    return ["float32", "bfloat16", "int8"] if as_stored else ["float32", "bfloat16"]
+
+
+def make_product(name: ProductName, *args: Any, **options: Any) -> Product:
+    """Return a product; see :class:`Product`."""
+    if name != "float32":
+        import torch  # noqa: F401 - the product looks it up
+    return _KINDS[name](*args, **options)
+
+
+def check_product(asked: str, form: Encoding, as_stored: bool) -> None:
+    """Check that rows of a form can be multiplied as asked.
+
+    Raises
+    ------
+    InputError
+        If they cannot.
+    """
+    names = ["auto", *product_names(as_stored)]
+    if asked not in names:
+        raise InputError(
+            f"expected product one of {', '.join(names)} for rows of {form.name}; received {asked!r}: int8 is for rows "
+            "of int8-linear and sign"
+        )
+
+
+def choose_product(form: Encoding, width: int, queries: int, rows: int, pool: Pool, *, as_stored: bool) -> ProductName:
+    """Return the quickest product.
+
+    Parameters
+    ----------
+    form : Encoding
+        How rows are stored.
+    width : int
+        Numbers of a row, as it is multiplied.
+    queries, rows : int
+        How many there are.
+    pool : Pool
+        Threads to work with.
+    as_stored : bool
+        Whether rows are multiplied as they are stored.
+    """
+    work = rows * width * (queries + 64)
+    if work < _WORTH_TRYING or not (work >= _WORTH_LOADING or hasattr(sys.modules.get("torch"), "mm")):
+        return "float32"
+    queries = 1 << (queries - 1).bit_length()
+    key = (form.name, width, queries, pool.threads)
+    with _lock:
+        if key not in _chosen:
+            _chosen[key] = _quickest(product_names(as_stored), form, width, queries, pool, as_stored)
+        return _chosen[key]
+
+
+class _Trial:
+    """Random rows and queries."""
+
+    def __init__(self, form: Encoding, width: int, queries: int, pool: Pool, as_stored: bool) -> None:
+        generator = np.random.default_rng(0)
+        rows = max(16, min(_TRIAL_ROWS, _TRIAL_NUMBERS // (width + queries)))
+        self._raw, self._scale = np.empty((rows, form.columns), form.dtype), np.empty(rows, np.float32)
+        form.encode_into(generator.standard_normal((rows, form.k), np.float32), self._raw, self._scale)
+        left = generator.uniform(-1, 1, (queries, width)).astype(np.float32)
+        self._args = (form, None, left, (slice(None),), pool)
+        self._as_stored = as_stored
+        self._out = np.empty((1, queries, rows), np.float32)
+
+    def run(self, name: ProductName) -> tuple[float, Floats, npt.NDArray[np.float64]]:
+        """Return the seconds of a product, its scores and their bounds."""
+        product = make_product(name, *self._args, as_stored=self._as_stored)
+        factors = product.multiply(self._raw, self._scale, self._out)
+        scores = self._out.copy()
+        return min(self._timed(product) for _ in range(_TRIALS)), scores, product.bounds(factors, scores)
+
+    def _timed(self, product: Product) -> float:
+        began = time.perf_counter()
+        product.multiply(self._raw, self._scale, self._out)
+        return time.perf_counter() - began
+
+
+def _quickest(
+    names: list[ProductName], form: Encoding, width: int, queries: int, pool: Pool, as_stored: bool
+) -> ProductName:
+    trial = _Trial(form, width, queries, pool, as_stored)
+    first, exact, slack = trial.run(names[0])
+    seconds = {names[0]: first}
+    for name in names[1:]:
+        try:
+            taken, scores, bounds = trial.run(name)
+        except (ImportError, AttributeError, RuntimeError) as error:
+            logger.info("no %s products here: %s", name, str(error).splitlines()[0])
+            continue
+        if (np.abs(scores - exact) <= bounds + slack).all():
+            seconds[name] = taken
+        else:
+            logger.info("no %s products here: they are less accurate than they should be", name)
+    best = min(seconds, key=lambda name: seconds[name])
+    if _GAIN * seconds[best] > first:
+        best = names[0]
+    speed = ", ".join(f"{name} {first / taken:.1f}" for name, taken in seconds.items())
+    logger.info("scores of %d queries with %s rows by %s products (speed: %s)", queries, form.name, best, speed)
+    return best
