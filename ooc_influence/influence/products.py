@@ -2,7 +2,7 @@
 
 A processor multiplies bfloat16 numbers, or whole numbers of eight bits, several times as fast as float32 where it has
 instructions for them. Scores s̃ of such a product find the rows that can be in a list; those few are scored again in
-float32 (:mod:`ooc_influence.influence.candidates`), so lists do not depend on which product was used. That needs a
+float32 (:mod:`ooc_influence.influence.exact`), so lists do not depend on which product was used. That needs a
 bound: for query q and row g,
 
     |s̃ − s| ≤ Σ_t E[q, t] F[g, t] + ρ |s̃|,
@@ -10,7 +10,7 @@ bound: for query q and row g,
 with factors E of queries and F of rows, and ρ of the product. Cauchy-Schwarz gives them: rounding a query to q + δq
 and a row to g + δg changes a product by at most ‖δq‖ ‖g‖ + ‖q + δq‖ ‖δg‖, and sums of m float32 numbers in any order
 are off by at most m 2⁻²⁴ Σ|q_j g_j| (Higham 2002, chapter 4). s itself is the float32 score of
-:func:`~ooc_influence.influence.candidates.exact_scores`, whose own rounding is in the bound.
+:func:`~ooc_influence.influence.exact.exact_scores`, whose own rounding is in the bound.
 
 Queries come divided by a power of two, so that their largest number is in [1, 2).
 """
@@ -152,7 +152,8 @@ def _norms(tile: Floats) -> npt.NDArray[np.float64]:
 def _sum_error(columns: int) -> float:
     """Return the error of a score that is a sum of so many float32 products, and of the exact one, over ‖q‖ ‖g‖."""
     pieces = -(-columns // _PIECE)
-    return (min(columns, _PIECE) + pieces + _SUM_UNITS) * _UNIT
+    units = (min(columns, _PIECE) + pieces + _SUM_UNITS) * _UNIT
+    return units / (1 - units)
 
 
 class Float32Product(Product):
@@ -253,7 +254,9 @@ class BFloat16Product(Product):
                     target.copy_(product) if number == 0 else target.add_(product)
                 if self._scaled:
                     target.mul_(torch.from_numpy(np.ascontiguousarray(scale)))
-            norms += np.sqrt(self._queries.shape[1]) * _LEAST
+            least = np.sqrt(self._queries.shape[1]) * _LEAST
+            norms += least
+            lost += 0 if self._exact else least
             if self._scaled:
                 norms *= scale
                 lost *= scale

@@ -395,7 +395,7 @@ class Encoding:
 
 def _round_evenly(tile: FloatRows, raw: RawRows, top: int, buffer: FloatRows) -> FloatRows:
     """Round rows (b, k) to whole numbers in -top..top, in equal steps; return the steps, (b,)."""
-    largest = np.maximum(tile.max(axis=1), -tile.min(axis=1))
+    largest = np.abs(tile, out=buffer).max(axis=1)
     scale = np.where(largest > 0, np.maximum(largest / top, _SMALLEST), np.float32(1)).astype(np.float32)
     np.multiply(tile, (1 / scale)[:, None], out=buffer)  # at most top, to rounding
     np.copyto(raw, np.rint(buffer, out=buffer), casting="unsafe")

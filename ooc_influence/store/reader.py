@@ -172,6 +172,9 @@ class ChunkStream:
 
     def _touch(self, raw: RawRows) -> None:
         """Touch every page of the columns wanted, so that they are in memory."""
+        if len(self._columns) == 1 and self._columns[0] == (0, raw.shape[1]):
+            raw.reshape(-1).view(np.uint8)[::_PAGE].max()
+            return
         for first, last in self._columns:
             raw[:, first:last].view(np.uint8)[:, ::_PAGE].max()
 
