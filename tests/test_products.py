@@ -16,7 +16,14 @@ import ooc_influence.influence.products as products_module
 import ooc_influence.influence.search as search
 import ooc_influence.influence.topk as topk
 import ooc_influence.influence.trial as trial
-from ooc_influence import GradientStore, fit_fisher, module_influence, top_influential
+from ooc_influence import (
+    Curvature,
+    GradientStore,
+    fit_fisher,
+    influence_scores,
+    module_influence,
+    top_influential,
+)
 from ooc_influence.errors import InputError
 from ooc_influence.influence.engine import Entries, HostEngine
 from ooc_influence.influence.exact import exact_scores
@@ -74,11 +81,11 @@ def test_no_score_is_further_off_than_its_bound(form, k, kinds, seed, piece):
     room = np.abs(queries).astype(np.float64) @ np.abs(decoded).T.astype(np.float64)
     for name in products_of(form):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(products_module, "_PIECE", piece)
+            patch.setattr(trial._KINDS[name], "piece", piece)
             product = trial.make_product(name, stored, None, queries, (slice(None),), POOL, as_stored=as_stored)
             found = np.full((1, 5, 24), np.nan, np.float32)
-            factors = product.multiply(raw, scale, found)
-        bounds = product.bounds(factors, found)[0]
+            errors = product.multiply(raw, scale, found).errors
+        bounds = product.bounds(errors, found)[0]
         finite = np.isfinite(bounds)
         # the bound holds for the exact score's own rounding too, which this truth does not have
         assert (np.abs(found[0] - exact) <= bounds)[finite].all(), (name, np.abs(found[0] - exact).max())
@@ -176,6 +183,54 @@ def test_lists_are_those_of_all_exact_scores_by_every_product(tmp_path, form):
         assert np.isnan(found.opponents.scores[4]).all()
         assert found.search["product"] == name
         assert 0 < found.search["rescored"] < 0.3
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("unit", ["train", "cosine"])
+def test_lists_in_units_whose_norms_are_sums_of_squares(tmp_path, form, unit):
+    """By a diagonal curvature, or none: found from the rows beside the scores. Rows of zeros score zero."""
+    sizes = np.exp(np.random.default_rng(5).normal(0, 3, (500, 1)))
+    rows = (random_rows(500, 150) * sizes).astype(np.float32)
+    rows[40:80] = 0
+    rows[90] *= 1e-22  # its squares are lost in float32
+    train = write_store(tmp_path / "t.zarr", rows, dtype=form, chunk_rows=37)
+    query = write_store(tmp_path / "q.zarr", random_rows(7, 150, seed=2))
+    if form != "sign":
+        fit_fisher(train, name="diagonal", blocks="diagonal")
+    seen = np.delete(np.arange(500), 33)
+    for curvature, damping in (("diagonal", [0.01, 10.0]), (False, None)):
+        options = {"curvature": curvature, "damping": damping, "normalize": unit, "top": 15, "rows": seen}
+        if form == "sign":  # the squares of their numbers have a factor, and are not summed here
+            lists = top_influential(query, train, **(options | {"curvature": False, "damping": None}))
+            assert lists.search["rescored"] is None
+            continue
+        lists = {name: top_influential(query, train, product=name, **options) for name in ("float32", "bfloat16")}
+        same_lists(lists["bfloat16"], lists["float32"])
+        assert lists["bfloat16"].search["product"] == "bfloat16"
+        inverse = np.ones((1, 150))
+        if curvature:
+            fitted = Curvature.open(train.path / "curvature" / "diagonal")
+            inverse = fitted.precondition(np.ones((1, 150)), fitted.lambdas(damping, "relative"))[:, 0]
+        expected = np.stack([normalised(query, train, each, unit) for each in inverse])
+        expected[..., 33] = -np.inf
+        rows_found = np.atleast_3d(lists["bfloat16"].proponents.rows).reshape(len(inverse), 7, 15)
+        scores = lists["bfloat16"].proponents.scores.reshape(rows_found.shape)
+        wanted = -np.sort(-expected, axis=-1)[..., :15]
+        np.testing.assert_allclose(scores, wanted, rtol=0, atol=1e-6 * np.abs(wanted).max())
+        np.testing.assert_allclose(
+            np.take_along_axis(expected, rows_found, -1), wanted, rtol=0, atol=1e-6 * wanted.max()
+        )
+        if not curvature:  # the same by all scores
+            scores = influence_scores(query, train, curvature=False, normalize=unit, rows=seen).compute()
+            np.testing.assert_allclose(scores[:, 90], expected[0, :, 90], rtol=1e-4)
+
+
+def normalised(query, train, inverse, unit):
+    """Scores by a diagonal inverse, in float64."""
+    g, q = (store.rows().astype(np.float64) for store in (train, query))
+    sizes = [np.sqrt(np.square(rows) @ inverse) for rows in (g, q)]
+    scores = q * inverse @ g.T / np.where(sizes[0] > 0, sizes[0], 1)
+    return scores / sizes[1][:, None] if unit == "cosine" else scores
 
 
 @pytest.fixture(scope="module")
@@ -285,7 +340,7 @@ def test_products_that_rows_cannot_have(tmp_path):
     with pytest.raises(InputError, match=r"expected product one of auto, float32, bfloat16 .*; received 'int8'"):
         top_influential(query, train, product="int8")
     with pytest.raises(InputError, match=r"expected product auto or float32 .*; received 'bfloat16'"):
-        top_influential(query, train, product="bfloat16", normalize="train")
+        top_influential(query, train, product="bfloat16", normalize="train")  # norms by all of F
     with pytest.raises(InputError, match="received 'fast'"):
         top_influential(query, train, product="fast")
     found = top_influential(query, train, normalize="train")

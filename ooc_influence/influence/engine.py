@@ -119,7 +119,7 @@ class Engine(ABC):
         """Return the sums of rows by group; see :func:`weighted_sums`."""
 
     @abstractmethod
-    def quadratic(self, curvature: Curvature | None, lambdas: Matrix, rows: Any) -> Floats:
+    def quadratic(self, curvature: Curvature | None, lambdas: Matrix, rows: Any) -> npt.NDArray[Any]:
         """Return gᵀ (F + λI)⁻¹ g for each λ and row, (L, b); ‖g‖², (1, b), without a curvature."""
 
     @abstractmethod
@@ -139,6 +139,18 @@ class Engine(ABC):
 
     def __exit__(self, *error: object) -> None:  # noqa: B027 - most hold nothing
         """Release what it holds."""
+
+
+_LOST = 1e-30  # sums of squares below have lost bits in float32
+
+
+def _sums_of_squares(rows: Floats) -> npt.NDArray[np.float64]:
+    """Return ‖g‖² of rows (b, k), (b,)."""
+    squares: npt.NDArray[np.float64] = np.einsum("ij,ij->i", rows, rows).astype(np.float64)
+    lost = np.flatnonzero(squares < _LOST)
+    if len(lost):
+        squares[lost] = np.einsum("ij,ij->i", rows[lost], rows[lost], dtype=np.float64)
+    return squares
 
 
 class HostEngine(Engine):
@@ -211,12 +223,11 @@ class HostEngine(Engine):
         return weighted_sums(rows, codes, weights)
 
     @override
-    def quadratic(self, curvature: Curvature | None, lambdas: Matrix, rows: Any) -> Floats:
+    def quadratic(self, curvature: Curvature | None, lambdas: Matrix, rows: Any) -> npt.NDArray[Any]:
 
-        def work(part: slice) -> Floats:
+        def work(part: slice) -> npt.NDArray[Any]:
             if curvature is None:
-                squares: Floats = np.einsum("ij,ij->i", rows[part], rows[part])
-                return squares[None]
+                return _sums_of_squares(rows[part])[None]
             return curvature.self_influence(rows[part], lambdas)
 
         step = max(64, _ROTATED_BYTES // (4 * rows.shape[1] * self.threads))

@@ -97,7 +97,7 @@ def exact_scores(
         total = np.zeros(len(part.lists))
         for number, block in enumerate(blocks):
             products = _dots(engine, work.columns[number], queries[number], block.gradients, part)
-            weights = _weights(engine, work, seen, number, part.rows)
+            weights = _weights(engine, work, seen, number, part.rows, block.gradients)
             if weights is not None:
                 level = part.lists % len(queries[0]) * work.lambdas // len(queries[0])
                 products *= weights[level % len(weights), part.indices]
@@ -144,18 +144,33 @@ def _sums(left: Floats, right: Floats) -> npt.NDArray[np.float64]:
 
 
 def _weights(
-    engine: HostEngine, work: ScoreTask, seen: Marks | None, number: int, rows: Numbers
+    engine: HostEngine, work: ScoreTask, seen: Marks | None, number: int, rows: Numbers, gradients: Floats
 ) -> npt.NDArray[np.float32] | None:
     """Return what a checkpoint's scores of some rows are multiplied by, (L or 1, b); None for one."""
     if seen is None and not work.margins and work.curvatures is None:
         return None
-    parts = []
+    by_norm, parts = work.norm_weights(number), []
+    squares = None if by_norm is None else _squares(gradients, by_norm)
     edges = [0, *(np.flatnonzero(np.diff(rows // _SPAN)) + 1).tolist(), len(rows)]
     for low, high in pairwise(edges):
         first, last = int(rows[low]), int(rows[high - 1]) + 1
-        weights = row_weights(
-            engine, work, row_shares(work, seen, first, last), number, RowSpan(first, last, None, None)
-        )
-        assert weights is not None
-        parts.append(weights[:, rows[low:high] - first])
-    return np.concatenate(parts, axis=1)
+        span, wanted = RowSpan(first, last, None, None), rows[low:high] - first
+        shares = row_shares(work, seen, first, last)
+        if squares is None:
+            weights = row_weights(engine, work, shares, number, span)
+            parts.append(None if weights is None else weights[:, wanted])
+        else:  # of these rows, not of all between them
+            shares = None if shares is None else shares[:, wanted]
+            parts.append(row_weights(engine, work, shares, number, span, squares[:, low:high]))
+    return np.concatenate([part for part in parts if part is not None], axis=1)
+
+
+def _squares(rows: Floats, weights: Floats) -> npt.NDArray[np.float64]:
+    """Return the sums of squares of rows (b, k), weighted by each of (L, k), (L, b)."""
+    squares = np.empty((len(weights), len(rows)))
+    step = max(1, _ROOM // max(1, 2 * rows.shape[1]))
+    for start in range(0, len(rows), step):
+        part = np.square(rows[start : start + step], dtype=np.float64)
+        for number, each in enumerate(weights):
+            squares[number, start : start + step] = np.multiply(part, each).sum(axis=1)
+    return squares

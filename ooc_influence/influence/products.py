@@ -21,7 +21,7 @@ import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -36,10 +36,9 @@ _UNIT = 2.0**-24  # half a step of float32, relative
 _HALF_STEP = 2.0**-8  # of bfloat16
 _ROUNDING = _HALF_STEP / (1 - _HALF_STEP)  # of a bfloat16 number, relative to what it was rounded to
 _SUM_UNITS = 512.0 + 128.0  # roundings of an exact score: its sums, a row's scale and weight, and those of sums here
-_LEAST = 2.0**-62  # of a number whose square is not lost
+_LEAST = 2.0**-62  # a number, or a sum of squares, below which squares may be lost
 _UNDERFLOW = 2.0**-120  # what numbers too small for float32 take from a product, for each column
 _SAFETY = 1.001  # for the rounding of the bound itself
-_PIECE = 2**16  # columns summed in one product: the sum of more would be known less well, or overflow
 _FEW, _WIDE = 128, 1024  # queries, or parts of them, and columns: of fewer and more, products are rows times queries
 _PIECE_ROWS = 512  # multiplied at once: fewer are slow
 _TILE_BYTES = 2**19  # float32 bytes converted at a time: they stay in cache
@@ -53,6 +52,21 @@ class Pool(Protocol):
 
     def divide(self, work: Callable[[slice], Any], count: int, step: int) -> list[Any]:
         """Do ``work`` on slices of ``count`` items, of at most ``step`` items each, in several threads."""
+
+
+class Found(NamedTuple):
+    """What is known of some rows beside their scores.
+
+    Attributes
+    ----------
+    errors : (b, t) float64
+        F; infinite where s̃ says nothing.
+    squares : (L, b) float64 or None
+        Sums of weighted squares, off by at most :attr:`Product.square_error` of themselves.
+    """
+
+    errors: npt.NDArray[np.float64]
+    squares: npt.NDArray[np.float64] | None = None
 
 
 class Product(ABC):
@@ -74,6 +88,8 @@ class Product(ABC):
         Whether rows are taken as :meth:`Encoding.read_stored_into` gives them.
     alone : bool
         Whether its scores are all; otherwise they are added to others, and ρ must be 0.
+    norm_weights : (L, width) float32, optional
+        What the squares of rows are summed with.
 
     Attributes
     ----------
@@ -81,9 +97,12 @@ class Product(ABC):
         E. NaN for a query that is NaN.
     relative : float
         ρ.
+    square_error : float
+        See :class:`Found`.
     """
 
     name: ProductName
+    piece: int  # columns summed in one product
     relative = 0.0
 
     def __init__(
@@ -96,10 +115,12 @@ class Product(ABC):
         *,
         as_stored: bool,
         alone: bool = True,
+        norm_weights: Floats | None = None,
     ) -> None:
         self._form, self._column_scale, self._pool, self._as_stored = form, column_scale, pool, as_stored
-        self._alone = alone
+        self._alone, self._norm_weights = alone, norm_weights
         self._queries = queries
+        self.square_error = 2 * (queries.shape[1] + 8) * _UNIT
         self._modules = [self._cut(part) for part in columns]
         self._room = threading.local()
         with np.errstate(over="ignore", invalid="ignore"):
@@ -108,7 +129,7 @@ class Product(ABC):
     def _cut(self, part: slice) -> list[slice]:
         """Return pieces of some columns."""
         first, last, _ = part.indices(self._queries.shape[1])
-        return [slice(start, min(last, start + _PIECE)) for start in range(first, last, _PIECE)]
+        return [slice(start, min(last, start + self.piece)) for start in range(first, last, self.piece)]
 
     def _buffer(self, name: str, rows: int, columns: int, dtype: Any) -> npt.NDArray[Any]:
         """Return room for an array, one for each name and thread: fresh memory would cost more than the conversion."""
@@ -128,11 +149,22 @@ class Product(ABC):
         return np.asarray(self.query_errors @ factors.T + self.relative * np.abs(scores))
 
     @abstractmethod
-    def multiply(self, raw: npt.NDArray[Any], scale: Floats, out: Floats) -> npt.NDArray[np.float64]:
-        """Write scores of stored rows (b, ·) into ``out`` (M, q, b); return F, (b, t), infinite where s̃ says nothing.
+    def multiply(self, raw: npt.NDArray[Any], scale: Floats, out: Floats) -> Found:
+        """Write scores of stored rows (b, ·) into ``out`` (M, q, b), which may have any strides."""
 
-        ``out`` may have any strides.
-        """
+    def _settle(self, found: Found, raw: npt.NDArray[Any], scale: Floats) -> Found:
+        """Tell rows of zeros from rows whose squares are lost, of which nothing is known then."""
+        if found.squares is not None:
+            small = np.flatnonzero((found.squares < _LEAST).any(axis=0))
+            zero = ~raw[small, : self._form.number_columns].any(axis=1) | (scale[small] == 0)
+            found.errors[small] = np.where(zero, 0, np.inf)[:, None]
+            found.squares[:, small] = np.where(zero, 0, 1)
+        return found
+
+    def _sum_error(self, columns: int) -> float:
+        """Return the error of a score that is a sum of float32 products, and of the exact one, over ‖q‖ ‖g‖."""
+        units = (min(columns, self.piece) + -(-columns // self.piece) + _SUM_UNITS) * _UNIT
+        return units / (1 - units)
 
     def _read(self, raw: npt.NDArray[Any], scale: Floats, tile: Floats) -> None:
         """Write float32 rows (b, width)."""
@@ -149,28 +181,23 @@ def _norms(tile: Floats) -> npt.NDArray[np.float64]:
     return np.asarray(np.sqrt(squares * (1 + 2 * k * _UNIT)) + np.sqrt(k) * _LEAST)
 
 
-def _sum_error(columns: int) -> float:
-    """Return the error of a score that is a sum of so many float32 products, and of the exact one, over ‖q‖ ‖g‖."""
-    pieces = -(-columns // _PIECE)
-    units = (min(columns, _PIECE) + pieces + _SUM_UNITS) * _UNIT
-    return units / (1 - units)
-
-
 class Float32Product(Product):
     """NumPy's BLAS: the reference, which every processor has."""
 
     name = "float32"
+    piece = 2**12  # the sum of more would be known less well
 
     @override
     def _errors(self, part: slice) -> npt.NDArray[np.float64]:
         queries = self._queries[:, part]
         norms = _norms(queries)
-        return np.stack([norms * _sum_error(queries.shape[1]), queries.shape[1] * np.minimum(norms, 1)], axis=1)
+        return np.stack([norms * self._sum_error(queries.shape[1]), queries.shape[1] * np.minimum(norms, 1)], axis=1)
 
     @override
-    def multiply(self, raw: npt.NDArray[Any], scale: Floats, out: Floats) -> npt.NDArray[np.float64]:
-        factors = np.empty((len(raw), 2))
+    def multiply(self, raw: npt.NDArray[Any], scale: Floats, out: Floats) -> Found:
+        factors, weights = np.empty((len(raw), 2)), self._norm_weights
         factors[:, 1] = _UNDERFLOW
+        squares = None if weights is None else np.empty((len(weights), len(raw)))
 
         def work(part: slice) -> None:
             rows = self._buffer("rows", part.stop - part.start, self._queries.shape[1], np.float32)
@@ -180,6 +207,8 @@ class Float32Product(Product):
                 tile = rows[start : start + step]
                 self._read(raw[cut], scale[cut], tile)
                 factors[cut, 0] = _norms(tile)
+                if squares is not None and weights is not None:
+                    squares[:, cut] = weights @ np.square(tile).T
             for module, pieces in enumerate(self._modules):
                 for number, piece in enumerate(pieces):
                     product = np.matmul(rows[:, piece], self._queries[:, piece].T).T
@@ -187,8 +216,9 @@ class Float32Product(Product):
                     np.copyto(target, product) if number == 0 else np.add(target, product, out=target)
 
         with np.errstate(over="ignore", invalid="ignore"):
-            self._pool.divide(work, len(raw), _PIECE_ROWS)
-        return _cleared(factors, out)
+            self._pool.divide(work, len(raw), min(_PIECE_ROWS, -(-len(raw) // self._pool.threads)))
+        found = self._settle(Found(factors, squares), raw, scale)
+        return Found(_cleared(found.errors, out), squares)
 
 
 def _cleared(factors: npt.NDArray[np.float64], out: Floats) -> npt.NDArray[np.float64]:
@@ -212,6 +242,7 @@ class BFloat16Product(Product):
     """PyTorch's product of bfloat16 numbers, summed in float32 and rounded to bfloat16."""
 
     name = "bfloat16"
+    piece = 2**14
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -237,16 +268,19 @@ class BFloat16Product(Product):
         norms, after, lost = (_norms(each) for each in (queries, rounded, queries - rounded))
         k = queries.shape[1]
         sums = (
-            (_sum_error(k) + (0.0 if self._rounded_once else _ROUNDING)) * np.maximum(norms, after) * (1 + _HALF_STEP)
+            (self._sum_error(k) + (0.0 if self._rounded_once else _ROUNDING))
+            * np.maximum(norms, after)
+            * (1 + _HALF_STEP)
         )
         return np.stack([lost + sums, after, k * np.minimum(norms, 1)], axis=1)
 
     @override
-    def multiply(self, raw: npt.NDArray[Any], scale: Floats, out: Floats) -> npt.NDArray[np.float64]:
+    def multiply(self, raw: npt.NDArray[Any], scale: Floats, out: Floats) -> Found:
         torch: Any = sys.modules["torch"]
         norms, lost = np.empty((2, len(raw)))
+        squares = None if self._norm_weights is None else np.empty((len(self._norm_weights), len(raw)))
         with np.errstate(over="ignore", invalid="ignore"):
-            rows = self._rounded_rows(raw, scale, norms, lost)
+            rows = self._rounded_rows(raw, scale, norms, lost, squares)
             for module, pieces in enumerate(self._modules):
                 target = torch.from_numpy(out[module])
                 for number, piece in enumerate(pieces):
@@ -257,12 +291,15 @@ class BFloat16Product(Product):
             least = np.sqrt(self._queries.shape[1]) * _LEAST
             norms += least
             lost += 0 if self._exact else least
+            found = Found(np.stack([norms, lost, np.full(len(raw), _UNDERFLOW)], axis=1), squares)
+            found = self._settle(found, raw, scale)
             if self._scaled:
-                norms *= scale
-                lost *= scale
-            if self._as_stored:
-                norms[norms < scale] = 0  # rows of zeros: another has a norm of one or more before it is scaled
-            return _cleared(np.stack([norms, lost, np.full(len(raw), _UNDERFLOW)], axis=1), out)
+                found.errors[:, :2] *= scale[:, None]
+                if found.squares is not None:
+                    found.squares[...] *= np.square(scale, dtype=np.float64)
+            if self._as_stored:  # rows of zeros: another has a norm of one or more before it is scaled
+                found.errors[norms < 1] = 0
+            return Found(_cleared(found.errors, out), squares)
 
     def _products(self, rows: Any, piece: slice) -> Any:
         """Return the products with rounded rows (b, width), (q, b) bfloat16."""
@@ -275,9 +312,14 @@ class BFloat16Product(Product):
         return torch.mm(queries, rows[:, piece].T, out=product)
 
     def _rounded_rows(
-        self, raw: npt.NDArray[Any], scale: Floats, norms: npt.NDArray[np.float64], lost: npt.NDArray[np.float64]
+        self,
+        raw: npt.NDArray[Any],
+        scale: Floats,
+        norms: npt.NDArray[np.float64],
+        lost: npt.NDArray[np.float64],
+        squares: npt.NDArray[np.float64] | None,
     ) -> Any:
-        """Return rounded rows (b, width); write bounds of the norms of rows, and of what they lost."""
+        """Return rounded rows (b, width); write squares, and bounds of the norms of rows and of what they lost."""
         torch: Any = sys.modules["torch"]
         width = self._queries.shape[1]
         if self._converted:
@@ -295,7 +337,9 @@ class BFloat16Product(Product):
             rounded[part].copy_(values)
             norms[part] = torch.linalg.vector_norm(values, dim=1).numpy()
             if measured:
-                lost[part] = torch.linalg.vector_norm(values.sub_(rounded[part]), dim=1).numpy()
+                lost[part] = torch.linalg.vector_norm(values - rounded[part], dim=1).numpy()
+            if squares is not None:
+                squares[:, part] = torch.mm(torch.from_numpy(self._norm_weights), values.square_().T).numpy()
         more = 1 + 2 * width * _UNIT
         norms *= more
         lost[:] = more * lost if measured else (0 if self._exact else _HALF_STEP) * norms
@@ -319,6 +363,7 @@ class Int8Product(Product):
     """PyTorch's product of whole numbers of eight bits, exact: of stored codes and queries of two such parts."""
 
     name = "int8"
+    piece = 2**16  # the sum of twice as many would overflow
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -346,7 +391,7 @@ class Int8Product(Product):
         return np.asarray(largest * (lost + units * sums))[:, None]
 
     @override
-    def multiply(self, raw: npt.NDArray[Any], scale: Floats, out: Floats) -> npt.NDArray[np.float64]:
+    def multiply(self, raw: npt.NDArray[Any], scale: Floats, out: Floats) -> Found:
         torch: Any = sys.modules["torch"]
         codes, sums = self._codes(raw), iter(self._sums)
         q = len(self._queries)
@@ -368,7 +413,7 @@ class Int8Product(Product):
         else:
             ones = np.flatnonzero(scale == 1)  # of rows of zeros, among others
             factors[ones[~raw[ones].any(axis=1)]] = 0
-        return factors[:, None]
+        return Found(factors[:, None])
 
     def _whole_products(self, codes: Any, piece: slice) -> Any:
         """Return the products of both parts of the queries with rows, (2 q, b) int32."""

@@ -103,7 +103,7 @@ class _Search:
                 name = choose_product(form, queries.shape[1], self._q, rows, self._engine, as_stored=as_stored)
             scale = None if as_stored else store.column_scale
             alone = len(work.stores) == 1
-            options = {"as_stored": as_stored, "alone": alone}
+            options = {"as_stored": as_stored, "alone": alone, "norm_weights": work.norm_weights(number)}
             products.append(make_product(name, form, scale, queries, work.columns[number], self._engine, **options))
         return products
 
@@ -164,24 +164,32 @@ class _Search:
                 total[..., absent] = np.nan
                 factors[:, absent] = 0
             groups = np.arange(self._q) * len(factors) // self._q
-            bounds = Bounds(self._list_errors, np.tile(groups, work.modules), factors, self._products[0].relative)
+            relative = self._products[0].relative
+            if work.norm_weights(0) is not None:
+                relative += self._products[0].square_error
+            bounds = Bounds(self._list_errors, np.tile(groups, work.modules), factors, relative)
             yield BoundedTile(start, stop, total.reshape(-1, stop - start), bounds)
             tick(key, stop - start)
 
     def _add(self, number: int, block: RawBlock, shares: Floats | None, out: Floats) -> npt.NDArray[np.float64]:
         """Write a checkpoint's scores to ``out`` (M, L · q, rows); return their rows' F, (L or 1, rows, t)."""
-        parts, at = [], 0
+        product, parts, at = self._products[number], [], 0
         for raw, scale in block.parts:
-            parts.append(self._products[number].multiply(raw, scale, out[:, :, at : at + len(raw)]))
+            parts.append(product.multiply(raw, scale, out[:, :, at : at + len(raw)]))
             at += len(raw)
-        factors = np.concatenate(parts)[None]
-        weights = row_weights(self._engine, self._work, shares, number, block)
+        factors, squares = np.concatenate([part.errors for part in parts])[None], None
+        if parts[0].squares is not None:
+            squares = np.concatenate([part.squares for part in parts if part.squares is not None], axis=1)
+            factors = factors * (1 + product.square_error)
+        weights = row_weights(self._engine, self._work, shares, number, block, squares)
         if weights is None:
             return factors
         levels = out.reshape(len(out), self._work.lambdas, -1, out.shape[2])
         levels *= weights[:, None]
         with np.errstate(invalid="ignore"):
-            return np.nan_to_num(factors * np.abs(weights)[:, :, None], nan=0, posinf=np.inf)
+            weighted = factors * np.abs(weights)[:, :, None]
+        weighted[np.isnan(weighted)] = 0  # a weight of zero
+        return np.asarray(weighted)
 
 
 def _units(queries: Sequence[Floats]) -> Floats:

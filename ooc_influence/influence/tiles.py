@@ -106,10 +106,30 @@ class ScoreTask:
 
     @property
     def bounded(self) -> bool:
-        """Whether lists are found with bounds: of rows that are mapped, by scores whose weights are at hand."""
+        """Whether lists are found with bounds: of rows that are mapped, whose norms are at hand or simple to find."""
         stores = self.stores
         mapped = all(is_local(store.path) and store.layout.codec is None for store in stores)
-        return self.device is None and mapped and not any(map(self.computes_norms, range(len(stores))))
+        simple = len(stores) == 1 and self.diagonal
+        return self.device is None and mapped and (simple or not any(map(self.computes_norms, range(len(stores)))))
+
+    @property
+    def diagonal(self) -> bool:
+        """Whether norms are weighted sums of squares, for every checkpoint."""
+        if self.curvatures is None or any(store.layout.dtype == "sign" for store in self.stores):
+            return False
+        return all(each is None or each.is_diagonal for each in self.curvatures)
+
+    def norm_weights(self, number: int) -> Floats | None:
+        """Return what a checkpoint's squares are summed with to give norms, (L, k), where :attr:`diagonal`.
+
+        None where norms are not computed.
+        """
+        if self.curvatures is None or not self.computes_norms(number):
+            return None
+        curvature, k = self.curvatures[number], self.stores[number].k
+        if curvature is None:
+            return np.ones((1, k), np.float32)
+        return np.asarray(curvature.precondition(np.ones((1, k)), self.values[number])[:, 0], np.float32)
 
     @property
     def paths(self) -> list[StorePath]:
@@ -212,15 +232,23 @@ def _multiply(engine: Engine, left: Any, rows: Any, columns: Sequence[slice], ou
             engine.multiply(queries[:, part], rows[:, part], out[number, module])
 
 
-def row_weights(engine: Engine, work: ScoreTask, shares: Floats | None, number: int, block: RowSpan) -> Floats | None:
+def row_weights(
+    engine: Engine,
+    work: ScoreTask,
+    shares: Floats | None,
+    number: int,
+    block: RowSpan,
+    squares: npt.NDArray[Any] | None = None,
+) -> Floats | None:
     """Return what a checkpoint's scores of each row are multiplied by, (L or 1, b); None for one.
 
     A weight is the row's share, over the row's norm √(gᵀ (F + λI)⁻¹ g) where asked for; a row without gradient scores
-    zero. ``block`` must have the rows themselves where :meth:`ScoreTask.computes_norms`.
+    zero. ``squares`` are their squared norms, (L or 1, b); otherwise ``block`` must have the rows themselves where
+    :meth:`ScoreTask.computes_norms`.
     """
     weights = None
     if work.curvatures is not None:
-        squares = squared_norms(engine, work, number, block)
+        squares = squared_norms(engine, work, number, block) if squares is None else squares
         positive = squares > 0
         weights = np.where(positive, 1 / np.sqrt(np.where(positive, squares, 1)), 0).astype(np.float32)
     if shares is None:
@@ -229,7 +257,7 @@ def row_weights(engine: Engine, work: ScoreTask, shares: Floats | None, number: 
     return weighted
 
 
-def squared_norms(engine: Engine, work: ScoreTask, number: int, block: RowSpan) -> Floats:
+def squared_norms(engine: Engine, work: ScoreTask, number: int, block: RowSpan) -> npt.NDArray[Any]:
     """Return gᵀ (F + λI)⁻¹ g of a checkpoint's rows for each λ, (L, b); ‖g‖², (1, b), without a curvature."""
     assert work.curvatures is not None
     store, columns = work.stores[number], work.kept[number]
