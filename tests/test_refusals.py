@@ -25,7 +25,7 @@ from ooc_influence import (
 from ooc_influence.curvature import dual, sums
 from ooc_influence.curvature.costs import fisher_memory, gram_memory
 from ooc_influence.errors import MemoryBudgetError, StoreDamagedError
-from ooc_influence.influence import request, tiles
+from ooc_influence.influence import request, search
 from ooc_influence.influence.costs import TileMemory
 from ooc_influence.linalg import accumulate
 from ooc_influence.memory import Alternative, MemoryBudget, MemoryModel, ProblemSize, format_bytes, parse_bytes
@@ -245,7 +245,7 @@ def test_a_chunk_lost_during_a_run(tmp_path, monkeypatch, what):
         "fisher": (sums, lambda: fit_fisher(train).eigenvalues),
         "gram": (dual, lambda: fit_gram(train).eigenvalues),
         "self": (self_room, lambda: self_influence(train, curvature=tmp_path / "whole.zarr")),
-        "top": (tiles, lambda: top_influential(query, train, 3, curvature=tmp_path / "whole.zarr").proponents.scores),
+        "top": (search, lambda: top_influential(query, train, 3, curvature=tmp_path / "whole.zarr").proponents.scores),
     }
     room, call = calls[what]
     with pytest.MonkeyPatch.context() as patch:
