@@ -23,6 +23,8 @@ import numpy as np
 from dask import config
 from dask.base import compute
 from dask.delayed import delayed
+from dask.local import get_sync
+from dask.threaded import get as get_threaded
 
 from ooc_influence.errors import ClusterError, InputError
 from ooc_influence.memory import DEFAULT_SHARE, cpu_share
@@ -297,11 +299,11 @@ def _calling(function: Callable[..., Any], on_result: Callable[[Stripe, Any], No
 
 
 def _compute(tasks: list[Any], progress: Progress, slots: int) -> Any:
-    if slots == 1:
-        return compute(*tasks, scheduler="synchronous", optimize_graph=False)
+    if slots == 1:  # functions, not names: looking up a name loads distributed
+        return compute(*tasks, scheduler=get_sync, optimize_graph=False)
     with ThreadPoolExecutor(slots) as pool:  # leaving it waits for tasks that are running
         try:
-            return compute(*tasks, scheduler="threads", pool=pool, num_workers=slots, optimize_graph=False)
+            return compute(*tasks, scheduler=get_threaded, pool=pool, num_workers=slots, optimize_graph=False)
         except BaseException:
             progress.stop()
             pool.shutdown(wait=True, cancel_futures=True)

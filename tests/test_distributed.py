@@ -152,9 +152,9 @@ def test_what_is_sent_to_all_workers_survives_them(client, monkeypatch, collecte
         killer.start()
     with client.as_current(), Progress("sum", 500, None) as bar:
         total = run_stripes(slow_sum, stripes, bar, everything, slots=2, **how)
+    client.wait_for_workers(2, timeout=60)  # asked sooner, one may be starting
     assert not set(client.run(os.getpid).values()) & set(pids)
     assert (sum(found.values()) if collected else total) == everything.sum()
-    client.wait_for_workers(2, timeout=60)
 
 
 def slow_sum(stripe, progress_key, values):
