@@ -137,7 +137,7 @@ class _Search:
     def _scores(self, lists: Numbers, rows: Numbers) -> Floats:
         self._exact += len(rows)
         args = (self._engine, self._work, self._seen, self._queries, lists, rows)
-        return exact_scores(*args, batch=self._work.block_rows)
+        return exact_scores(*args, batch=max(1, self._work.block_rows // 4))  # fewer rows at a time are no slower
 
     def _tiles(self, key: str) -> Iterator[BoundedTile]:
         """Yield the tiles of the stripe."""
