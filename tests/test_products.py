@@ -225,6 +225,23 @@ def test_lists_in_units_whose_norms_are_sums_of_squares(tmp_path, form, unit):
             np.testing.assert_allclose(scores[:, 90], expected[0, :, 90], rtol=1e-4)
 
 
+@pytest.mark.parametrize("size", [1e-24, 1e-12, 1e22])
+def test_rows_whose_squares_are_beyond_float32(tmp_path, size):
+    """All of them, or one, in the unit of their norms, which are found in float64."""
+    rows = random_rows(200, 60)
+    for which in (slice(None), slice(5, 6)):
+        scaled = rows.copy()
+        scaled[which] *= np.float32(size)
+        train = write_store(tmp_path / f"t{which.stop}.zarr", scaled, dtype="float32")
+        query = write_store(tmp_path / f"q{which.stop}.zarr", random_rows(4, 60, seed=2))
+        expected = normalised(query, train, np.ones(60), "train")
+        options = {"curvature": False, "normalize": "train", "top": 20}
+        found = {name: top_influential(query, train, product=name, **options) for name in ("float32", "bfloat16")}
+        same_lists(found["bfloat16"], found["float32"])
+        assert_array_equal(found["float32"].proponents.rows, np.argsort(-expected, axis=1, kind="stable")[:, :20])
+        assert (found["bfloat16"].search["rescored"] < 0.5) == (size == 1e-12 or which.stop is not None)
+
+
 def normalised(query, train, inverse, unit):
     """Scores by a diagonal inverse, in float64."""
     g, q = (store.rows().astype(np.float64) for store in (train, query))

@@ -20,7 +20,7 @@ from __future__ import annotations
 import sys
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -36,7 +36,8 @@ _UNIT = 2.0**-24  # half a step of float32, relative
 _HALF_STEP = 2.0**-8  # of bfloat16
 _ROUNDING = _HALF_STEP / (1 - _HALF_STEP)  # of a bfloat16 number, relative to what it was rounded to
 _SUM_UNITS = 512.0 + 128.0  # roundings of an exact score: its sums, a row's scale and weight, and those of sums here
-_LEAST = 2.0**-62  # a number, or a sum of squares, below which squares may be lost
+_LEAST = 2.0**-62  # of a number whose square is not lost
+_LEAST_SQUARES = 2.0**-90  # of a sum of squares that has hardly lost any
 _UNDERFLOW = 2.0**-120  # what numbers too small for float32 take from a product, for each column
 _SAFETY = 1.001  # for the rounding of the bound itself
 _FEW, _WIDE = 128, 1024  # queries, or parts of them, and columns: of fewer and more, products are rows times queries
@@ -118,7 +119,10 @@ class Product(ABC):
         norm_weights: Floats | None = None,
     ) -> None:
         self._form, self._column_scale, self._pool, self._as_stored = form, column_scale, pool, as_stored
-        self._alone, self._norm_weights = alone, norm_weights
+        self._alone = alone
+        # the largest weight is one: a square that float32 loses counts for nothing then
+        self._norm_scale = np.ones(1) if norm_weights is None else norm_weights.max(axis=1).astype(np.float64)
+        self._norm_weights = None if norm_weights is None else norm_weights / self._norm_scale[:, None].astype("f4")
         self._queries = queries
         self.square_error = 2 * (queries.shape[1] + 8) * _UNIT
         self._modules = [self._cut(part) for part in columns]
@@ -153,12 +157,14 @@ class Product(ABC):
         """Write scores of stored rows (b, ·) into ``out`` (M, q, b), which may have any strides."""
 
     def _settle(self, found: Found, raw: npt.NDArray[Any], scale: Floats) -> Found:
-        """Tell rows of zeros from rows whose squares are lost, of which nothing is known then."""
+        """Tell rows of zeros from rows whose squares are beyond float32, of which nothing is known then."""
         if found.squares is not None:
-            small = np.flatnonzero((found.squares < _LEAST).any(axis=0))
-            zero = ~raw[small, : self._form.number_columns].any(axis=1) | (scale[small] == 0)
-            found.errors[small] = np.where(zero, 0, np.inf)[:, None]
-            found.squares[:, small] = np.where(zero, 0, 1)
+            known = (found.squares >= _LEAST_SQUARES) & np.isfinite(found.squares)
+            doubtful = np.flatnonzero(~known.all(axis=0))
+            zero = ~raw[doubtful, : self._form.number_columns].any(axis=1) | (scale[doubtful] == 0)
+            found.errors[doubtful] = np.where(zero, 0, np.inf)[:, None]
+            found.squares[:, doubtful] = np.where(zero, 0, 1)
+            found.squares[...] *= self._norm_scale[:, None]
         return found
 
     def _sum_error(self, columns: int) -> float:
@@ -177,7 +183,8 @@ class Product(ABC):
 def _norms(tile: Floats) -> npt.NDArray[np.float64]:
     """Return bounds of the norms of rows (b, k), from above, (b,)."""
     k = tile.shape[1]
-    squares = np.vecdot(tile, tile).astype(np.float64)
+    with np.errstate(over="ignore"):  # a thread has its own
+        squares = np.vecdot(tile, tile).astype(np.float64)
     return np.asarray(np.sqrt(squares * (1 + 2 * k * _UNIT)) + np.sqrt(k) * _LEAST)
 
 
@@ -208,7 +215,8 @@ class Float32Product(Product):
                 self._read(raw[cut], scale[cut], tile)
                 factors[cut, 0] = _norms(tile)
                 if squares is not None and weights is not None:
-                    squares[:, cut] = weights @ np.square(tile).T
+                    with np.errstate(over="ignore", invalid="ignore"):
+                        squares[:, cut] = weights @ np.square(tile).T
             for module, pieces in enumerate(self._modules):
                 for number, piece in enumerate(pieces):
                     product = np.matmul(rows[:, piece], self._queries[:, piece].T).T
@@ -368,33 +376,42 @@ class Int8Product(Product):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         torch: Any = sys.modules["torch"]
-        steps, whole = _whole_queries(self._queries)
-        high = (whole + 128) // 256
-        parts = np.concatenate([high, whole - 256 * high]).astype(np.int8)
-        self._steps = torch.from_numpy(steps.astype(np.float32))[:, None]
-        self._parts = torch.from_numpy(parts)
-        signs = self._form.name == "sign"
-        self._sums = [
-            torch.from_numpy(whole[:, piece].sum(1, dtype=np.float32))[:, None] if signs else None
-            for pieces in self._modules
-            for piece in pieces
-        ]
+        q, width = self._queries.shape
+        pieces = [piece for pieces in self._modules for piece in pieces]
+        parts, steps, sums = np.empty((2, q, width), np.int8), np.empty(q, np.float32), np.empty((len(pieces), q), "f4")
+        for some in self._some_queries():
+            steps[some], whole = _whole_queries(self._queries[some])
+            high = (whole + 128) // 256
+            parts[0, some], parts[1, some] = high, whole - 256 * high
+            for number, piece in enumerate(pieces):
+                sums[number, some] = whole[:, piece].sum(1)
+        self._steps = torch.from_numpy(steps)[:, None]
+        self._parts = torch.from_numpy(parts.reshape(2 * q, width))
+        self._sums = torch.from_numpy(sums)[:, :, None]
+
+    def _some_queries(self) -> Iterator[slice]:
+        """Yield slices of queries whose whole numbers take little memory."""
+        step = max(1, _TILE_BYTES // (8 * self._queries.shape[1]))
+        return (slice(start, start + step) for start in range(0, len(self._queries), step))
 
     @override
     def _errors(self, part: slice) -> npt.NDArray[np.float64]:
-        steps, whole = _whole_queries(self._queries)
-        queries, k = self._queries[:, part].astype(np.float64), len(range(*part.indices(self._queries.shape[1])))
-        lost = np.abs(queries - steps[:, None] * whole[:, part]).sum(1)
-        sums = np.abs(queries).sum(1) + steps * 256 * k  # of both parts
+        k, errors = len(range(*part.indices(self._queries.shape[1]))), np.empty((len(self._queries), 1))
         largest = 1 if self._form.name == "sign" else self._form.top
         units = (_SUM_UNITS + 8 + 2 * len(self._cut(part))) * _UNIT
-        return np.asarray(largest * (lost + units * sums))[:, None]
+        for some in self._some_queries():
+            steps, whole = _whole_queries(self._queries[some])
+            queries = self._queries[some, part].astype(np.float64)
+            lost = np.abs(queries - steps[:, None] * whole[:, part]).sum(1)
+            sums = np.abs(queries).sum(1) + steps * 256 * k  # of both parts
+            errors[some, 0] = largest * (lost + units * sums)
+        return errors
 
     @override
     def multiply(self, raw: npt.NDArray[Any], scale: Floats, out: Floats) -> Found:
         torch: Any = sys.modules["torch"]
         codes, sums = self._codes(raw), iter(self._sums)
-        q = len(self._queries)
+        q, signs = len(self._queries), self._form.name == "sign"
         for module, pieces in enumerate(self._modules):
             target = torch.from_numpy(out[module])
             for number, piece in enumerate(pieces):
@@ -402,7 +419,7 @@ class Int8Product(Product):
                 part = torch.from_numpy(self._buffer("part", q, len(raw), np.float32))
                 part.copy_(product[:q]).mul_(256).add_(product[q:])
                 total = next(sums)
-                if total is not None:  # signs are 2 b − 1 of bits b
+                if signs:  # they are 2 b − 1 of bits b
                     part.mul_(2).sub_(total)
                 target.copy_(part) if number == 0 else target.add_(part)
             target.mul_(self._steps).mul_(torch.from_numpy(np.ascontiguousarray(scale)))
