@@ -21,7 +21,7 @@ from ooc_influence.store import RowSpan
 
 Numbers = npt.NDArray[np.int64]
 SUM_COLUMNS = 512  # fewer than a BLAS divides among threads, and few enough to know the error of their sum well
-_ROOM = 2**20  # numbers gathered at a time: fewer are slow where several threads wait for the interpreter
+_ROOM = 2**21  # numbers of a side gathered at a time, by all threads: fewer are slow where they wait for each other
 PAIR_BYTES = 64  # of a pair: its list and row, their indices and order twice, its score
 _SPAN = 2**16  # rows whose weights are read at once, for those of them that are wanted
 
@@ -76,7 +76,7 @@ def exact_scores(
     engine : HostEngine
         Threads to work with.
     work : ScoreTask
-        The train rows; their weights are those of whole numbers of rows, not computed from other rows.
+        The train rows.
     seen : (C, n) bool or None
         Which rows each checkpoint was trained on.
     queries : sequence of (L · q, width) float32
@@ -112,7 +112,7 @@ def _dots(
     """Return the products of pairs, (c,)."""
     products = np.empty(len(pairs.lists))
     modules, numbers = np.divmod(pairs.lists, len(queries))
-    step = max(1, _ROOM // max(1, rows.shape[1]))
+    step = max(1, _ROOM // (engine.threads * max(1, rows.shape[1])))
 
     def work(part: slice) -> None:
         room = np.empty((2, min(step, part.stop - part.start), rows.shape[1]), np.float32)
