@@ -110,6 +110,7 @@ def _text(path: Path) -> str:
 
 
 WORKING = 96 * 2**20  # of every stage, beside its model: BLAS buffers, Zarr's chunks in flight, Dask
+BLOCK_ROWS = 2**13  # of a block, however narrow they are, unless said otherwise
 BLOCK_BYTES = 64 * 2**20  # a block's float32 rows: larger ones gain nothing
 # copies of a batch's float32 rows on the host at the peak: themselves, a layer's part, those being stored (measured:
 # 3.3 to 3.5)
@@ -350,7 +351,7 @@ class MemoryBudget:
 Alternatives = Callable[[MemoryBudget], Iterable[Alternative]]
 
 
-def block_limit(k: int, *, least: int = 64, most: int = 2**13) -> int:
+def block_limit(k: int, *, least: int = 64, most: int = BLOCK_ROWS) -> int:
     """Return the largest useful block of float32 rows (·, k), in rows: a power of two, at least about ``least``."""
     rows = max(least, BLOCK_BYTES // (4 * k))
     return min(most, 1 << rows.bit_length() - 1)

@@ -347,7 +347,7 @@ class _Planner:
     def top_lists(self) -> Stage:
         """Return top lists."""
         count = min(self.top, self.size.rows)
-        bounded = not (self.scoring.normalized or self.scoring.on_device)
+        bounded = not self.scoring.on_device and (self.scoring.diagonal or not self.scoring.normalized)
         tile = top_tiles(count, self.size.dampings * self.size.queries, self.size.rows, bounded=bounded)
         return self._scored(f"top {count}", "top", tile, 0)
 

@@ -13,7 +13,7 @@ from ooc_influence.curvature import (
     reduced_alternatives,
     self_influence_bytes,
 )
-from ooc_influence.memory import Alternative, MemoryBudget, MemoryModel, ProblemSize, block_limit
+from ooc_influence.memory import BLOCK_ROWS, Alternative, MemoryBudget, MemoryModel, ProblemSize, block_limit
 
 _MOST_ROWS = 2**18  # of a tile, however narrow they are
 QUERY_ROWS = 2048  # preconditioned queries a pass: more cost memory, fewer another pass over the train rows
@@ -131,6 +131,11 @@ class ScoringMemory:
         return self.checkpoints[0].size
 
     @property
+    def diagonal(self) -> bool:
+        """Whether norms are weighted sums of squares: by diagonal curvatures, or none."""
+        return all(shape.rank is None for checkpoint in self.checkpoints for shape in checkpoint.blocks)
+
+    @property
     def _columns(self) -> int:
         return sum(checkpoint.size.k for checkpoint in self.checkpoints)
 
@@ -183,22 +188,24 @@ class ScoringMemory:
             per_worker=tile.per_query * tile_rows,
             per_row=(tile.per_score + next_tile) * tile_rows + tile.per_row
             + (24 * len(sizes) if self.margins else 0)
-            + (2 * sum(size.row_bytes for size in sizes) if self.on_device else 0)
-            + (tile.per_number - 4) * self._columns,
-            most=2**13 if tile.most_scores is None else max(64, min(_MOST_ROWS, tile.most_scores // tile_rows)),
+            + (2 * sum(size.row_bytes for size in sizes) if self.on_device else 0),
+            per_number=tile.per_number,
+            most=BLOCK_ROWS if tile.most_scores is None else max(64, min(_MOST_ROWS, tile.most_scores // tile_rows)),
         )  # fmt: skip
 
     def _self_influence(self) -> MemoryModel:
         results = 8 * self.size.dampings * self.size.rows  # and those of the stripes
         return self._model("self-influence", fixed=results, per_worker=self._norms(), per_row=0)
 
-    def _model(self, stage: str, fixed: int, per_worker: int, per_row: int, most: int = 2**13) -> MemoryModel:
+    def _model(
+        self, stage: str, fixed: int, per_worker: int, per_row: int, *, per_number: int = 4, most: int = BLOCK_ROWS
+    ) -> MemoryModel:
         k = max(checkpoint.size.k for checkpoint in self.checkpoints)
         return MemoryModel(
             f"{stage} for k={k}",
             fixed + self.seen_bytes,
             per_worker + sum(checkpoint.size.reading_bytes for checkpoint in self.checkpoints),
-            per_row + 4 * self._columns + 16 * self.size.dampings,
+            per_row + per_number * self._columns + 16 * self.size.dampings,
             self.size.workers,
             max_rows=block_limit(k, most=most),
             advice="extract with a smaller k",
