@@ -109,10 +109,8 @@ def test_a_heap_of_bounded_scores_finds_the_exact_list(seed, top, width, step, t
         scores = np.round(scores)
     lists, rows = generator.uniform(0, width, (3, 1)), generator.uniform(0, 1, (1, 400, 1))
     error = (lists @ rows[0].T) * generator.uniform(-1, 1, scores.shape) * 0.999
-    asked = []
 
     def rescore(numbers, which):
-        asked.append(len(which))
         return scores[numbers, which]
 
     heap = TopKHeap(3, top, 400, rescore)

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from ooc_influence.curvature import Curvature
 from ooc_influence.errors import InputError
-from ooc_influence.linalg import Matrix
+from ooc_influence.linalg import Matrix, row_squares
 from ooc_influence.parallel import cores, task_threads
 from ooc_influence.store import Block, GradientStore, read_blocks, read_stored_blocks
 
@@ -149,7 +149,7 @@ def _sums_of_squares(rows: Floats) -> npt.NDArray[np.float64]:
     squares: npt.NDArray[np.float64] = np.einsum("ij,ij->i", rows, rows).astype(np.float64)
     lost = np.flatnonzero(squares < _LOST)
     if len(lost):
-        squares[lost] = np.einsum("ij,ij->i", rows[lost], rows[lost], dtype=np.float64)
+        squares[lost] = row_squares(rows[lost])
     return squares
 
 
@@ -187,9 +187,8 @@ class HostEngine(Engine):
     def blocks(
         self, store: GradientStore, start: int, stop: int, block_rows: int, *, as_stored: bool
     ) -> Iterator[Block]:  # fmt: skip
-        if as_stored:
-            return read_stored_blocks(store, start, stop, block_rows, threads=self.threads)
-        return read_blocks(store, start, stop, block_rows, threads=self.threads)
+        read = read_stored_blocks if as_stored else read_blocks
+        return read(store, start, stop, block_rows, threads=self.threads)
 
     def picked(
         self, store: GradientStore, numbers: npt.NDArray[np.int64], block_rows: int, *, as_stored: bool

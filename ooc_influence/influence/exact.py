@@ -92,12 +92,15 @@ def exact_scores(
         engine.picked(store, pairs.rows, batch, as_stored=work.as_stored(number))
         for number, store in enumerate(work.stores)
     ]
+    by_norm = [work.norm_weights(number) for number in range(len(work.stores))]
     for blocks in zip(*streams, strict=True):
         part = pairs.within(blocks[0].start, blocks[0].stop)
         total = np.zeros(len(part.lists))
         for number, block in enumerate(blocks):
             products = _dots(engine, work.columns[number], queries[number], block.gradients, part)
-            weights = _weights(engine, work, seen, number, part.rows, block.gradients)
+            by_number = by_norm[number]
+            squares = None if by_number is None else _squares(block.gradients, by_number)
+            weights = _weights(engine, work, seen, number, part.rows, squares)
             if weights is not None:
                 level = part.lists % len(queries[0]) * work.lambdas // len(queries[0])
                 products *= weights[level % len(weights), part.indices]
@@ -144,13 +147,20 @@ def _sums(left: Floats, right: Floats) -> npt.NDArray[np.float64]:
 
 
 def _weights(
-    engine: HostEngine, work: ScoreTask, seen: Marks | None, number: int, rows: Numbers, gradients: Floats
+    engine: HostEngine,
+    work: ScoreTask,
+    seen: Marks | None,
+    number: int,
+    rows: Numbers,
+    squares: npt.NDArray[np.float64] | None,
 ) -> npt.NDArray[np.float32] | None:
-    """Return what a checkpoint's scores of some rows are multiplied by, (L or 1, b); None for one."""
+    """Return what a checkpoint's scores of some rows are multiplied by, (L or 1, b); None for one.
+
+    ``squares`` are their squared norms, (L, b), where they are found from the rows.
+    """
     if seen is None and not work.margins and work.curvatures is None:
         return None
-    by_norm, parts = work.norm_weights(number), []
-    squares = None if by_norm is None else _squares(gradients, by_norm)
+    parts = []
     edges = [0, *(np.flatnonzero(np.diff(rows // _SPAN)) + 1).tolist(), len(rows)]
     for low, high in pairwise(edges):
         first, last = int(rows[low]), int(rows[high - 1]) + 1

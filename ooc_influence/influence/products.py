@@ -63,7 +63,7 @@ class Found(NamedTuple):
     errors : (b, t) float64
         F; infinite where s̃ says nothing.
     squares : (L, b) float64 or None
-        Sums of weighted squares, off by at most :attr:`Product.square_error` of themselves.
+        Sums of squares by the norm weights, off by at most :attr:`Product.square_error` of themselves.
     """
 
     errors: npt.NDArray[np.float64]
@@ -99,7 +99,7 @@ class Product(ABC):
     relative : float
         ρ.
     square_error : float
-        See :class:`Found`.
+        See :class:`Found`; 0 where no norms are summed.
     """
 
     name: ProductName
@@ -124,7 +124,7 @@ class Product(ABC):
         self._norm_scale = np.ones(1) if norm_weights is None else norm_weights.max(axis=1).astype(np.float64)
         self._norm_weights = None if norm_weights is None else norm_weights / self._norm_scale[:, None].astype("f4")
         self._queries = queries
-        self.square_error = 2 * (queries.shape[1] + 8) * _UNIT
+        self.square_error = 0.0 if norm_weights is None else 2 * (queries.shape[1] + 8) * _UNIT
         self._modules = [self._cut(part) for part in columns]
         self._room = threading.local()
         with np.errstate(over="ignore", invalid="ignore"):
@@ -156,16 +156,16 @@ class Product(ABC):
     def multiply(self, raw: npt.NDArray[Any], scale: Floats, out: Floats) -> Found:
         """Write scores of stored rows (b, ·) into ``out`` (M, q, b), which may have any strides."""
 
-    def _settle(self, found: Found, raw: npt.NDArray[Any], scale: Floats) -> Found:
+    def _settle(self, found: Found, raw: npt.NDArray[Any], scale: Floats) -> None:
         """Tell rows of zeros from rows whose squares are beyond float32, of which nothing is known then."""
-        if found.squares is not None:
-            known = (found.squares >= _LEAST_SQUARES) & np.isfinite(found.squares)
-            doubtful = np.flatnonzero(~known.all(axis=0))
-            zero = ~raw[doubtful, : self._form.number_columns].any(axis=1) | (scale[doubtful] == 0)
-            found.errors[doubtful] = np.where(zero, 0, np.inf)[:, None]
-            found.squares[:, doubtful] = np.where(zero, 0, 1)
-            found.squares[...] *= self._norm_scale[:, None]
-        return found
+        if found.squares is None:
+            return
+        known = (found.squares >= _LEAST_SQUARES) & np.isfinite(found.squares)
+        doubtful = np.flatnonzero(~known.all(axis=0))
+        zero = ~raw[doubtful, : self._form.number_columns].any(axis=1) | (scale[doubtful] == 0)
+        found.errors[doubtful] = np.where(zero, 0, np.inf)[:, None]
+        found.squares[:, doubtful] = np.where(zero, 0, 1)
+        found.squares[...] *= self._norm_scale[:, None]
 
     def _sum_error(self, columns: int) -> float:
         """Return the error of a score that is a sum of float32 products, and of the exact one, over ‖q‖ ‖g‖."""
@@ -225,17 +225,18 @@ class Float32Product(Product):
 
         with np.errstate(over="ignore", invalid="ignore"):
             self._pool.divide(work, len(raw), min(_PIECE_ROWS, -(-len(raw) // self._pool.threads)))
-        found = self._settle(Found(factors, squares), raw, scale)
-        return Found(_cleared(found.errors, out), squares)
+        found = Found(factors, squares)
+        self._settle(found, raw, scale)
+        _clear(found, out)
+        return found
 
 
-def _cleared(factors: npt.NDArray[np.float64], out: Floats) -> npt.NDArray[np.float64]:
-    """Return F with infinity where a number overflowed, whose scores are set to zero."""
-    bad = ~np.isfinite(factors).all(axis=1)
+def _clear(found: Found, out: Floats) -> None:
+    """Make F infinite where a number overflowed, and scores zero."""
+    bad = ~np.isfinite(found.errors).all(axis=1)
     if bad.any():
-        factors[bad] = np.inf
+        found.errors[bad] = np.inf
         out[..., bad] = 0
-    return factors
 
 
 def _tile_rows(columns: int) -> int:
@@ -300,14 +301,15 @@ class BFloat16Product(Product):
             norms += least
             lost += 0 if self._exact else least
             found = Found(np.stack([norms, lost, np.full(len(raw), _UNDERFLOW)], axis=1), squares)
-            found = self._settle(found, raw, scale)
+            self._settle(found, raw, scale)
             if self._scaled:
                 found.errors[:, :2] *= scale[:, None]
-                if found.squares is not None:
-                    found.squares[...] *= np.square(scale, dtype=np.float64)
+                if squares is not None:
+                    squares *= np.square(scale, dtype=np.float64)
             if self._as_stored:  # rows of zeros: another has a norm of one or more before it is scaled
                 found.errors[norms < 1] = 0
-            return Found(_cleared(found.errors, out), squares)
+            _clear(found, out)
+            return found
 
     def _products(self, rows: Any, piece: slice) -> Any:
         """Return the products with rounded rows (b, width), (q, b) bfloat16."""

@@ -164,9 +164,7 @@ class _Search:
                 total[..., absent] = np.nan
                 factors[:, absent] = 0
             groups = np.arange(self._q) * len(factors) // self._q
-            relative = self._products[0].relative
-            if work.norm_weights(0) is not None:
-                relative += self._products[0].square_error
+            relative = self._products[0].relative + self._products[0].square_error
             bounds = Bounds(self._list_errors, np.tile(groups, work.modules), factors, relative)
             yield BoundedTile(start, stop, total.reshape(-1, stop - start), bounds)
             tick(key, stop - start)
@@ -177,10 +175,9 @@ class _Search:
         for raw, scale in block.parts:
             parts.append(product.multiply(raw, scale, out[:, :, at : at + len(raw)]))
             at += len(raw)
-        factors, squares = np.concatenate([part.errors for part in parts])[None], None
-        if parts[0].squares is not None:
-            squares = np.concatenate([part.squares for part in parts if part.squares is not None], axis=1)
-            factors = factors * (1 + product.square_error)
+        factors = (1 + product.square_error) * np.concatenate([part.errors for part in parts])[None]
+        found = [part.squares for part in parts if part.squares is not None]
+        squares = np.concatenate(found, axis=1) if found else None
         weights = row_weights(self._engine, self._work, shares, number, block, squares)
         if weights is None:
             return factors
