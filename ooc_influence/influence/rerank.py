@@ -36,8 +36,9 @@ from ooc_influence.extract import (
     recorded_checkpoints,
 )
 from ooc_influence.fingerprint import check_same_rows
+from ooc_influence.influence.ranking import Ranking, TopInfluential
 from ooc_influence.influence.request import ScoreRequest
-from ooc_influence.influence.topk import Ranking, TopInfluential, find_top
+from ooc_influence.influence.topk import find_top
 from ooc_influence.linalg import kronecker_dampings
 from ooc_influence.memory import MemoryBudget
 from ooc_influence.options import TopOptions, takes

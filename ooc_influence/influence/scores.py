@@ -21,6 +21,7 @@ from ooc_influence.errors import InputError, MismatchError, writing
 from ooc_influence.influence.checkpoints import Marks, Stores
 from ooc_influence.influence.costs import TileMemory, written_tiles
 from ooc_influence.influence.engine import Floats
+from ooc_influence.influence.ranking import TopInfluential
 from ooc_influence.influence.request import ScoreRequest
 from ooc_influence.influence.tiles import (
     Columns,
@@ -34,7 +35,7 @@ from ooc_influence.influence.tiles import (
     score_tiles,
     squared_norms,
 )
-from ooc_influence.influence.topk import TopInfluential, find_top
+from ooc_influence.influence.topk import find_top
 from ooc_influence.memory import MemoryBudget
 from ooc_influence.options import PairOptions, SelfInfluenceOptions, TopOptions, complete, takes
 from ooc_influence.parallel import (
