@@ -14,7 +14,6 @@ from numpy.testing import assert_array_equal
 
 import ooc_influence.influence.products as products_module
 import ooc_influence.influence.search as search
-import ooc_influence.influence.topk as topk
 import ooc_influence.influence.trial as trial
 from ooc_influence import (
     Curvature,
@@ -297,7 +296,7 @@ def test_neither_tiles_nor_workers_nor_threads_change_a_bit(tmp_path, monkeypatc
     fit_fisher(train)
     expected = top_influential(query, train, top=20)
     for scores, workers in ((1000, None), (11 * 7, 1), (2**22, 3)):
-        monkeypatch.setattr(topk, "_TILE_SCORES", scores)
+        monkeypatch.setattr("ooc_influence.influence.lists._TILE_SCORES", scores)
         for product in ("float32", "bfloat16"):
             same_lists(top_influential(query, train, top=20, workers=workers, product=product), expected)
 

@@ -7,10 +7,11 @@ from ooc_influence.influence.costs import (
     written_tiles,
 )
 from ooc_influence.influence.groups import GroupInfluence, group_influence
+from ooc_influence.influence.lists import top_tiles
 from ooc_influence.influence.ranking import Ranking, TopInfluential
 from ooc_influence.influence.request import ScoreRequest
 from ooc_influence.influence.scores import influence_scores, module_influence, self_influence, self_scores
-from ooc_influence.influence.topk import top_influential, top_tiles
+from ooc_influence.influence.topk import top_influential
 
 __all__ = [
     "CheckpointMemory", "GroupInfluence", "Ranking", "ScoreRequest", "ScoringMemory", "TileMemory",

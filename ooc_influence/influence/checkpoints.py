@@ -17,6 +17,7 @@ import numpy.typing as npt
 from ooc_influence.curvature import Curvature, KroneckerPrior, has_prior, resolve_curvature
 from ooc_influence.errors import InputError, MismatchError, warn
 from ooc_influence.fingerprint import check_same
+from ooc_influence.influence.norms import ColumnNorms, RowNorms
 from ooc_influence.linalg import check_one_label, kept_dampings, row_errors, whitening_damping
 from ooc_influence.options import Combine, DampingMode
 from ooc_influence.store import GradientStore, PathLike, as_store, check_has_rows
@@ -88,8 +89,8 @@ class Checkpoint:
         return cls(queries, rows, fitted, values, fitted.lambdas(each, mode))
 
     @property
-    def kept_norms(self) -> tuple[str, ...] | None:
-        """The columns in which the train store keeps its rows' self-influence at each λ; None where it does not."""
+    def norms(self) -> RowNorms | None:
+        """Where the train store keeps its rows' self-influence at each λ; None where it does not."""
         kept = kept_dampings(self.train.layout.columns)
         if self.train.layout.dtype != "sign" or not kept or self.curvature is None or not has_prior(self.train):
             return None
@@ -101,7 +102,8 @@ class Checkpoint:
             next((name for name, level in levels.items() if np.allclose(level, own, rtol=1e-6, atol=0)), None)
             for own in self.lambdas
         ]
-        return None if None in found else tuple(found)  # type: ignore[arg-type]
+        names = tuple(name for name in found if name is not None)
+        return ColumnNorms(names) if len(names) == len(found) else None
 
     @property
     def identity(self) -> list[Any]:

@@ -295,7 +295,7 @@ class ScoreRequest:
             self.device,
             self.combine == "margins",
             product,
-            tuple(checkpoint.kept_norms if normalized else None for checkpoint in self.checkpoints),
+            tuple(checkpoint.norms if normalized else None for checkpoint in self.checkpoints),
         )
 
     def memory(self, workers: int) -> ScoringMemory:

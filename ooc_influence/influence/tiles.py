@@ -19,6 +19,7 @@ from ooc_influence.checkpoint import ResumableOutput
 from ooc_influence.curvature import Curvature
 from ooc_influence.influence.checkpoints import Marks, margin_factors
 from ooc_influence.influence.engine import Engine, Floats, HostEngine
+from ooc_influence.influence.norms import RowNorms
 from ooc_influence.linalg import sign_energy
 from ooc_influence.options import Product
 from ooc_influence.parallel import Stripe, cut_ranges, run_stripes, subtract_ranges
@@ -65,8 +66,8 @@ class ScoreTask:
         Whether rows are weighted to margins (:func:`margin_factors`).
     product : {"auto", "float32", "bfloat16", "int8"}
         What lists are found with (:mod:`ooc_influence.influence.products`).
-    kept : tuple of tuple of str or None
-        For each checkpoint, the columns in which the store keeps the rows' squared norms, for every λ; None: computed.
+    norms : tuple of RowNorms or None
+        Where each checkpoint's squared norms of rows are kept, for every λ; None: they are computed.
     """
 
     stores: tuple[GradientStore, ...]
@@ -77,7 +78,7 @@ class ScoreTask:
     device: str | None
     margins: bool
     product: Product
-    kept: tuple[tuple[str, ...] | None, ...]
+    norms: tuple[RowNorms | None, ...]
 
     def as_stored(self, number: int) -> bool:
         """Whether a checkpoint's rows are multiplied as they are stored, by queries in the same coordinates."""
@@ -87,7 +88,7 @@ class ScoreTask:
 
     def computes_norms(self, number: int) -> bool:
         """Whether a checkpoint's rows are divided by norms that have to be found from the rows."""
-        return self.curvatures is not None and self.kept[number] is None
+        return self.curvatures is not None and self.norms[number] is None
 
     @property
     def widths(self) -> list[int]:
@@ -260,10 +261,9 @@ def row_weights(
 def squared_norms(engine: Engine, work: ScoreTask, number: int, block: RowSpan) -> npt.NDArray[Any]:
     """Return gᵀ (F + λI)⁻¹ g of a checkpoint's rows for each λ, (L, b); ‖g‖², (1, b), without a curvature."""
     assert work.curvatures is not None
-    store, columns = work.stores[number], work.kept[number]
-    if columns is not None:
-        values = [store.small(f"columns/{name}", block.start, block.stop) for name in columns]
-        return np.asarray(values, np.float32)
+    store, norms = work.stores[number], work.norms[number]
+    if norms is not None:
+        return norms.squares(store, block.start, block.stop)
     assert isinstance(block, Block)
     squares = engine.quadratic(work.curvatures[number], work.values[number], block.gradients)
     return squares * sign_energy(store, block.start, block.stop) if store.layout.dtype == "sign" else squares
