@@ -333,7 +333,10 @@ def test_progress_crosses_the_cluster(long_pair, client, monkeypatch):
     assert len(seen) >= 5  # block by block
 
 
-ROOMS = ("influence.scores", "influence.tiles", "curvature.sums", "curvature.primal", "linalg.spectrum")
+ROOMS = (
+    "influence.self_scores", "influence.tiles", "influence.search", "curvature.sums", "curvature.primal",
+    "linalg.spectrum",
+)  # fmt: skip
 
 
 def slow_ticks(seconds):

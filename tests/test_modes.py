@@ -519,7 +519,7 @@ def test_a_folder_of_parts_is_used_by_one_call_at_a_time(tmp_path, fit, monkeypa
             self_influence(train, resume=folder)
         refusals.append(rows)
 
-    module = sys.modules["ooc_influence.influence.scores"]
+    module = sys.modules["ooc_influence.influence.self_scores"]
     with monkeypatch.context() as patch:
         patch.setattr(module, "tick", call_again)
         assert_array_equal(self_influence(train, resume=folder), expected)

@@ -233,7 +233,7 @@ def losing(train, monkeypatch, room):
 
 @pytest.mark.parametrize("what", ["fisher", "gram", "self", "top"])
 def test_a_chunk_lost_during_a_run(tmp_path, monkeypatch, what):
-    self_room = importlib.import_module("ooc_influence.influence.scores")
+    self_room = importlib.import_module("ooc_influence.influence.self_scores")
     monkeypatch.setattr("ooc_influence.memory.BLOCK_BYTES", 2**14)
     monkeypatch.setattr(accumulate, "TILE", 64)
     monkeypatch.setattr(dual, "KEPT_BYTES", 0)

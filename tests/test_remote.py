@@ -131,7 +131,7 @@ def test_interrupted_scores_and_lists_go_on(root, monkeypatch):
         "parts": lambda: self_influence(f"{root}/train", resume=f"{root}/parts"),
     }
     original = tiles.tick
-    for room, name in ((tiles, "scores"), (sys.modules["ooc_influence.influence.scores"], "parts")):
+    for room, name in ((tiles, "scores"), (sys.modules["ooc_influence.influence.self_scores"], "parts")):
         monkeypatch.setattr(tiles, "_PART_BYTES", 64)
 
         def stop(key, rows):

@@ -98,7 +98,11 @@ def reduce_store(
     NonFiniteError
         If rows are too large for float32 sums.
     """
-    job = _Job.parse(wide, r, options)
+    return write_reduced(Job.parse(wide, r, options), out, options)
+
+
+def write_reduced(job: Job, out: PathLike, options: ReduceOptions) -> GradientStore:
+    """Write what a job asks for, or resume; see :func:`reduce_store`. ``options`` are complete."""
     path = parse_path(out)
     if path in (job.source.path, job.like and job.like.path):
         raise InputError(f"expected a path that is not one of the stores; received {out}: choose another path")
@@ -111,13 +115,13 @@ def reduce_store(
     retained = RetainedEnergy()
     if target.n < job.source.n:
         weighting = basis_weights(target.attrs, target.attrs["reduction"])
-        retained = fill(job.source, target, _turn(job.source, target), weighting, **means)
+        retained = fill(job.source, target, turn(job.source, target), weighting, **means)
     _finish(path, job, retained)
     return GradientStore.open(path)
 
 
 @dataclass(frozen=True)
-class _Job:
+class Job:
     """What is asked for, checked.
 
     Attributes
@@ -132,6 +136,8 @@ class _Job:
         Of the rows that the basis is made from.
     rotate : bool
         Whether the source is reduced already, and its own basis is to be turned.
+    sketch : bool
+        Whether the new rows only find candidates for the source's: then a basis of some rows is enough.
     """
 
     source: GradientStore
@@ -140,9 +146,10 @@ class _Job:
     rows: int | None
     weights: Weighting | None
     rotate: bool
+    sketch: bool = False
 
     @classmethod
-    def parse(cls, wide: GradientStore | PathLike, r: int | None, options: ReduceOptions) -> _Job:
+    def parse(cls, wide: GradientStore | PathLike, r: int | None, options: ReduceOptions) -> Job:
         """Open what is a path and check that all of it belongs together."""
         like, rows, weights, rotate = options["like"], options["rows"], options["weights"], options["rotate"]
         source = as_store(wide)
@@ -196,7 +203,7 @@ class _Job:
         }
 
 
-def _open_earlier(path: StorePath, job: _Job, dtype: str | None, storage: Storage | None) -> GradientStore | None:
+def _open_earlier(path: StorePath, job: Job, dtype: str | None, storage: Storage | None) -> GradientStore | None:
     """Open the store of an earlier run to resume it, or refuse another one; None where nothing is there."""
     try:
         target = GradientStore.open(path, "a")
@@ -230,7 +237,7 @@ def _check_same_rows(source: GradientStore, target: GradientStore) -> None:
 
 
 def _create(
-    path: StorePath, job: _Job, dtype: str | None, storage: Storage | None, means: dict[str, Any]
+    path: StorePath, job: Job, dtype: str | None, storage: Storage | None, means: dict[str, Any]
 ) -> GradientStore:
     """Make the basis, and the empty store that has it."""
     source, basis_path, reduction = job.source, None, None
@@ -262,11 +269,12 @@ def _chunking(storage: Storage, r: int, dtype: Representation, n: int) -> Storag
     return replace(storage, chunk_rows=rows)
 
 
-def _make_basis(job: _Job, means: dict[str, Any]) -> tuple[StoredReduction, dict[str, Any]]:
+def _make_basis(job: Job, means: dict[str, Any]) -> tuple[StoredReduction, dict[str, Any]]:
     """Return the basis that the source's rows are to be written in, and what is recorded of it."""
     source = job.source
     most = source.k if job.rotate else Eigenbasis.r
-    rows = None if job.rotate else job.rows or max(ALL_ROWS, ROWS_FOR_EACH * (job.r or most))
+    every = job.rotate and not job.sketch
+    rows = None if every else job.rows or max(ALL_ROWS, ROWS_FOR_EACH * (job.r or most))
     live = WeightedRows.of(source, even_ranges(source.n, rows)).live
     r = job.r or min(most, source.k, max(1, live))
     _check_memory(source, r, means)
@@ -298,7 +306,7 @@ def _vectors(store: GradientStore) -> Floats:
     return reduction.vectors
 
 
-def _orthonormal(store: GradientStore) -> Floats:
+def orthonormal(store: GradientStore) -> Floats:
     """Return a store's basis before whitening, V of M = D⁻¹V."""
     damping, vectors = store.attrs["reduction"].get("whitened"), _vectors(store)
     if damping is None:
@@ -334,18 +342,19 @@ def _trace(store: GradientStore, weights: Weighting | None) -> float:
     return total / max(1, rows)
 
 
-def _turn(source: GradientStore, target: GradientStore) -> Floats:
+def turn(source: GradientStore, target: GradientStore) -> Floats:
     """Return what source rows are multiplied by: the new basis, or its coordinates in the source's basis."""
-    return _orthonormal(source).T @ _orthonormal(target) if source.is_reduced else _vectors(target)
+    return orthonormal(source).T @ orthonormal(target) if source.is_reduced else _vectors(target)
 
 
-def _finish(path: StorePath, job: _Job, retained: RetainedEnergy) -> None:
+def _finish(path: StorePath, job: Job, retained: RetainedEnergy) -> None:
     """Copy later tombstones, record what was measured, and let the store grow if its source does."""
     target = GradientStore.open(path, "a")
     copy_tombstones(job.source, target)
     share = retained.record(target)
     if retained.rows:
         logger.info("%s: %.2g of the trace of %d rows is left out", path, share.left_out, share.rows)
-        share.warn(path)
+        if not job.sketch:
+            share.warn(path)
     if job.source.layout.planned_rows is None:
         target.plan_rows(None)

@@ -10,7 +10,8 @@ from ooc_influence.influence.groups import GroupInfluence, group_influence
 from ooc_influence.influence.lists import top_tiles
 from ooc_influence.influence.ranking import Ranking, TopInfluential
 from ooc_influence.influence.request import ScoreRequest
-from ooc_influence.influence.scores import influence_scores, module_influence, self_influence, self_scores
+from ooc_influence.influence.scores import influence_scores, module_influence
+from ooc_influence.influence.self_scores import self_influence, self_scores
 from ooc_influence.influence.topk import top_influential
 
 __all__ = [
