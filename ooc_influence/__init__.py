@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         influence_scores,
         module_influence,
         self_influence,
+        sketch_store,
         top_influential,
     )
     from ooc_influence.influence.rerank import rerank
@@ -61,7 +62,7 @@ _EXPORTS = {
     ],
     "influence": [
         "TopInfluential", "group_influence", "influence_scores", "module_influence", "self_influence",
-        "top_influential",
+        "sketch_store", "top_influential",
     ],
     "influence.rerank": ["rerank"],  # apart from the package: it runs the model
     "planning": ["plan"],
@@ -76,8 +77,8 @@ __all__ = [
     "Pca", "Rademacher", "Recipe", "RowBudget", "Sjlt", "Split", "Storage", "TopInfluential", "__version__",
     "compact_store", "cross_entropy", "extract_gradients", "extract_shards", "fit_curvature", "fit_fisher",
     "fit_gram", "fit_kronecker", "gram_matrix", "group_influence", "influence_scores", "init_store", "merge_stores",
-    "module_influence", "plan", "reduce_store", "rerank", "rewrite_store", "self_influence", "token_cross_entropy",
-    "top_influential", "upgrade_store",
+    "module_influence", "plan", "reduce_store", "rerank", "rewrite_store", "self_influence", "sketch_store",
+    "token_cross_entropy", "top_influential", "upgrade_store",
 ]  # fmt: skip
 
 

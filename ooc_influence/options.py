@@ -196,6 +196,19 @@ class TopOptions(ListOptions, total=False):
         choices=get_args(Product))]
 
 
+    sketch: Annotated["GradientStore | PathLike | None", Option(
+        None, "GradientStore or path, optional",
+        "A sketch of the train rows (:func:`sketch_store`), which names the candidates for lists; their scores are "
+        "those of the train rows themselves.",
+        "Find candidates in this sketch of TRAIN, made by 'sketch'; their scores are exact.", kind="path",
+        metavar="SKETCH")]
+    recall: Annotated[float, Option(
+        0.99, "float",
+        "With ``sketch``: the share of the best rows that its candidates should hold. How many candidates that takes "
+        "is measured with some queries, once for each setting of curvature, damping and unit.",
+        "With --sketch: the share of the best rows that candidates should hold.", kind=float, metavar="SHARE")]
+
+
 class SelfInfluenceOptions(ScoringOptions, Resumable, total=False):
     """What self-influence takes."""
 
@@ -341,6 +354,23 @@ class ReduceOptions(Striped, total=False):
         None, _DTYPES + ", optional",
         "Representation on disk; default float16, or that of an already reduced store.",
         "Representation on disk. Default: float16; with --rotate as WIDE.", choices=DTYPES)]
+    storage: Annotated["Storage | None", Option(None, "Storage, optional", "Chunking and codec.")]
+
+
+class SketchOptions(Striped, total=False):
+    """What a sketch takes."""
+
+    query: Annotated["GradientStore | PathLike | None", Option(
+        None, "GradientStore or path, optional",
+        "Queries to measure with how many candidates lists need; default some of the train rows.",
+        "Measure with these queries how many candidates lists need. Default: with some rows of TRAIN.", kind="path",
+        metavar="QUERY")]
+    rows: Annotated[int | None, Option(
+        None, "int, optional",
+        "Rows the basis is made from, spread evenly over the store; default all of them, up to 131,072.",
+        "Rows the basis is made from. Default: all, up to 131072.", kind=int, metavar="N", flag="--pilot")]
+    dtype: Annotated[str, Option(
+        "int8-linear", _DTYPES, "Representation on disk.", "Representation on disk.", choices=DTYPES)]
     storage: Annotated["Storage | None", Option(None, "Storage, optional", "Chunking and codec.")]
 
 

@@ -33,6 +33,7 @@ from ooc_influence import (
     influence_scores,
     reduce_store,
     self_influence,
+    sketch_store,
     top_influential,
 )
 from ooc_influence.cli import cluster as cluster_room
@@ -107,6 +108,21 @@ def test_two_workers_same_numbers(tmp_path, long_pair, client, monkeypatch):
     for name, call in calls.items():
         close(found[name], call())
     close(written, influence_scores(query, train, damping=dampings).compute())
+
+
+def test_lists_by_a_sketch_on_two_workers(tmp_path, long_pair, client):
+    """The same as here, whoever makes the sketch and measures with it."""
+    query, train = long_pair
+    options = {"top": 20, "damping": [0.1, 3.0], "normalize": "train"}
+    with client.as_current():
+        there = sketch_store(train, tmp_path / "there.zarr", 12)
+        found = top_influential(query, train, sketch=there, **options)
+    here = sketch_store(train, tmp_path / "here.zarr", 12, workers=1)
+    close(there.rows(), here.rows(), 1e-5)
+    local = top_influential(query, train, sketch=there, **options)
+    assert_array_equal(found.proponents.rows, local.proponents.rows)
+    close(found.opponents.scores, local.opponents.scores)
+    assert found.search == local.search
 
 
 def topics(client):

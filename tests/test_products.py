@@ -72,7 +72,7 @@ def test_no_score_is_further_off_than_its_bound(form, k, kinds, seed, piece):
         stored.encode_into(rows, raw, scale)
     as_stored = stored.as_stored
     queries = adversarial(kinds[1], (5, stored.stored_columns if as_stored else k), seed + 1)
-    queries /= search._units([queries])[:, None]
+    queries /= search.query_units([queries])[:, None]
     decoded = np.empty((24, queries.shape[1]), np.float32)
     read = stored.read_stored_into if as_stored else stored.decode_into
     read(raw, scale, decoded)
@@ -148,7 +148,7 @@ def brute_force(query, train, top):
     scoring = ScoreRequest.open(query, train, {"curvature": False, "normalize": "none"}, lists=True)
     work = scoring.work(64)
     queries = work.read_as_rows(scoring.precondition(0, scoring.q).arrays)
-    units = search._units(queries)
+    units = search.query_units(queries)
     pairs = np.divmod(np.arange(scoring.q * scoring.n), scoring.n)
     scaled = [queries[0] / units[:, None]]
     scores = exact_scores(POOL, work, None, scaled, *pairs, batch=100).reshape(scoring.q, -1) * units[:, None]

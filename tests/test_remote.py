@@ -36,6 +36,7 @@ from ooc_influence import (
     merge_stores,
     reduce_store,
     self_influence,
+    sketch_store,
     top_influential,
 )
 from ooc_influence.compress import eigenbasis
@@ -120,6 +121,26 @@ def test_scores_are_those_of_a_local_copy(root, tmp_path):
     assert_array_equal(self_influence(remote[1], curvature=f"{root}/elsewhere"), self_influence(local[1]))
     again = pickle.loads(pickle.dumps(GradientStore.open(remote[1])))
     assert_array_equal(again.rows(), GradientStore.open(local[1]).rows())
+
+
+def test_a_sketch_asks_for_the_chunks_of_candidates_only(root, tmp_path):
+    """A sketch here of rows in object storage, and one beside them."""
+    rows = random_rows(4000, 8) * np.geomspace(1, 0.01, 8, dtype=np.float32)
+    write_store(f"{root}/train", rows, chunk_rows=20)
+    query = write_store(tmp_path / "query", rows[:3])
+    fit_fisher(f"{root}/train")
+    options = {"top": 5, "damping": 10.0, "normalize": "none"}
+    expected = top_influential(query, f"{root}/train", **options)
+    for path in (str(tmp_path / "sketch"), f"{root}/sketch"):
+        sketch_store(f"{root}/train", path, 4)
+        top_influential(query, f"{root}/train", sketch=path, **options)  # measures
+        cache = ChunkCache(tmp_path / f"cache-{path.rpartition('/')[0].replace('/', '-')}", 2**30)
+        train = GradientStore.open(f"{root}/train", cache=cache)
+        found = top_influential(query, train, sketch=path, **options)
+        assert_array_equal(found.proponents.rows, expected.proponents.rows)
+        assert_allclose(found.opponents.scores, expected.opponents.scores, rtol=1e-5)
+        assert 0 < cache.misses <= 3 * 2 * found.search["candidates"]
+        assert cache.misses < 100  # of 200
 
 
 def test_interrupted_scores_and_lists_go_on(root, monkeypatch):

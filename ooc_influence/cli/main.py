@@ -35,6 +35,7 @@ ALL = (
     scoring.self_influence_command, scoring.groups, scoring.modules, scoring.report, scoring.serve,
     extraction.check, extraction.plan, cluster.cluster_script,
     stores.info, stores.verify, stores.ids, stores.drop, stores.compact, stores.merge, stores.reduce, stores.rewrite,
+    stores.sketch,
     stores.upgrade,
 )  # fmt: skip
 
@@ -92,7 +93,7 @@ def _resuming(arguments: list[str]) -> str:
     """Return how to continue after an interruption."""
     command = next((name for name in arguments if name in cli.commands), "")
     again = "run the same command again, it continues"
-    if command in ("extract", "init", "demo", "reduce", "rewrite"):
+    if command in ("extract", "init", "demo", "reduce", "rewrite", "sketch"):
         return f"what is committed stays; {again} where it was"
     if command == "fisher":
         return f"sums and passes saved so far stay; {again} from there"

@@ -135,7 +135,7 @@ def top(query: str, train: str, count: int, as_json: bool, **settings: Any) -> N
     model and the data that the stores were made of.
     """
     from ooc_influence import top_influential
-    from ooc_influence.report import describe_scoring
+    from ooc_influence.report import describe_scoring, describe_search
 
     again = {name: settings.pop(name) for name in _RERANKING}
     needless = [name for name in _RERANKING[3:] if options.given([name])]
@@ -144,10 +144,12 @@ def top(query: str, train: str, count: int, as_json: bool, **settings: Any) -> N
     pair = _paired(query, train, settings)
     lists = top_influential(**pair, top=count) if again["rerank"] is None else _reranked(pair, count, again)
     ranks = None if again["data"] is None else _lexical_ranks(lists, pair, again)
-    options.print_result(
-        as_json, _with_ranks(lists.to_dict(), ranks),
-        lambda: f"{_by_damping(lists, partial(_list_text, count, ranks))}\n\n{describe_scoring(lists.settings)}",
-    )  # fmt: skip
+
+    def text() -> str:
+        ends = [describe_scoring(lists.settings), describe_search(lists.search)]
+        return "\n\n".join([_by_damping(lists, partial(_list_text, count, ranks)), "\n".join(filter(None, ends))])
+
+    options.print_result(as_json, _with_ranks(lists.to_dict(), ranks), text)
 
 
 def _reranked(pair: dict[str, Any], count: int, settings: dict[str, Any]) -> Any:

@@ -9,7 +9,7 @@ import click
 
 from ooc_influence.cli import options
 from ooc_influence.errors import InputError, counted
-from ooc_influence.options import ReduceOptions, RewriteOptions
+from ooc_influence.options import ReduceOptions, RewriteOptions, SketchOptions
 
 
 @click.command()
@@ -241,6 +241,26 @@ def rewrite(store: str, codec: str | None, cache: str | None, cache_size: str, a
     opened = options.open_train(store, cache, cache_size)
     storage = None if codec is None else Storage(codec=codec)
     result = rewrite_store(opened, storage=storage, progress=options.show_progress(), **settings)
+    options.print_result(as_json, store_facts(result), lambda: describe(result))
+
+
+@click.command()
+@click.argument("train", type=options.PATH)
+@click.argument("out", type=options.PATH, required=False)
+@click.option("--dims", "r", type=int, metavar="R", help="Numbers stored a row. Default: 256.")
+@options.flags(SketchOptions)
+@options.where
+def sketch(train: str, out: str | None, cache: str | None, cache_size: str, as_json: bool, **settings: Any) -> None:
+    """Write a sketch of TRAIN to OUT: a small store of the same rows that finds candidates for 'top --sketch'.
+
+    Without OUT, beside TRAIN: train.sketch.zarr for train.zarr. After an interruption, the same command continues where
+    it was; after rows were added to TRAIN, it adds them.
+    """
+    from ooc_influence import sketch_store
+    from ooc_influence.report import describe, store_facts
+
+    opened = options.open_train(train, cache, cache_size)
+    result = sketch_store(opened, out, progress=options.show_progress(), **settings)
     options.print_result(as_json, store_facts(result), lambda: describe(result))
 
 

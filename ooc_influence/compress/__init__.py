@@ -18,6 +18,7 @@ from ooc_influence.compress.projection import (
 )
 from ooc_influence.compress.reduce import reduce_store
 from ooc_influence.compress.representation import rewrite_store
+from ooc_influence.compress.sketch import SKETCH_DIMS, check_sketch, query_turn, write_sketch
 from ooc_influence.store import PilotMoments
 
 BASELINES = {kind.name: kind for kind in (Gaussian, Rademacher, Sjlt, Grass, LoGra, Pca, Identity)}
@@ -25,6 +26,7 @@ BASELINES = {kind.name: kind for kind in (Gaussian, Rademacher, Sjlt, Grass, LoG
 __all__ = [
     "BASELINES",
     "LARGEST_STORE",
+    "SKETCH_DIMS",
     "WIDE",
     "Compressor",
     "DefaultDropout",
@@ -46,9 +48,12 @@ __all__ = [
     "WhitenedEnergy",
     "all_entries",
     "basis_weights",
+    "check_sketch",
     "fit_eigenbasis",
     "kronecker_basis",
+    "query_turn",
     "reduce_store",
     "rewrite_store",
     "variance_factors",
+    "write_sketch",
 ]

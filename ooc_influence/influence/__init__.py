@@ -12,10 +12,11 @@ from ooc_influence.influence.ranking import Ranking, TopInfluential
 from ooc_influence.influence.request import ScoreRequest
 from ooc_influence.influence.scores import influence_scores, module_influence
 from ooc_influence.influence.self_scores import self_influence, self_scores
+from ooc_influence.influence.sketch import sketch_store
 from ooc_influence.influence.topk import top_influential
 
 __all__ = [
     "CheckpointMemory", "GroupInfluence", "Ranking", "ScoreRequest", "ScoringMemory", "TileMemory",
     "TopInfluential", "group_influence", "influence_scores", "module_influence", "self_influence", "self_scores",
-    "top_influential", "top_tiles", "written_tiles",
+    "sketch_store", "top_influential", "top_tiles", "written_tiles",
 ]  # fmt: skip

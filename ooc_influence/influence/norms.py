@@ -36,15 +36,16 @@ class ColumnNorms(RowNorms):
 
 @dataclass(frozen=True)
 class SavedNorms(RowNorms):
-    """A Zarr array (L, n) beside a sketch."""
+    """A Zarr array (L, n) beside a sketch; ``digest`` is of all that its values depend on."""
 
     path: StorePath
+    digest: str
 
     @override
     def squares(self, store: GradientStore, start: int, stop: int) -> Floats:
-        return np.asarray(_open(self.path)[:, start:stop], np.float32)
+        return np.asarray(_open(self.path, self.digest)[:, start:stop], np.float32)
 
 
 @lru_cache(4)
-def _open(path: StorePath) -> zarr.Array[Any]:
+def _open(path: StorePath, digest: str) -> zarr.Array[Any]:
     return zarr.open_array(array_store(path, read_only=True), mode="r")

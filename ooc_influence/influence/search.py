@@ -83,7 +83,7 @@ class _Search:
         queries: Sequence[Floats],
     ) -> None:
         self._engine, self._stripe, self._work, self._seen = engine, stripe, work, seen
-        self._units = _units(queries)
+        self._units = query_units(queries)
         self._queries = [array / self._units[:, None] for array in queries]
         self._q = len(queries[0])
         self._exact = 0
@@ -189,7 +189,7 @@ class _Search:
         return np.asarray(weighted)
 
 
-def _units(queries: Sequence[Floats]) -> Floats:
+def query_units(queries: Sequence[Floats]) -> Floats:
     """Return the powers of two that bring the largest number of each query into [1, 2), (L · q,) float32."""
     largest = np.max([np.abs(array).max(axis=1, initial=0) for array in queries], axis=0)
     exponents = np.frexp(np.where(np.isfinite(largest), largest, 0))[1] - 1

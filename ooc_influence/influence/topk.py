@@ -9,6 +9,7 @@ from ooc_influence.influence.checkpoints import Stores
 from ooc_influence.influence.lists import ListPass, Lists, check_rows, top_tiles
 from ooc_influence.influence.ranking import TopInfluential
 from ooc_influence.influence.request import ScoreRequest
+from ooc_influence.influence.sketch import sketched_lists
 from ooc_influence.influence.tiles import Columns, ScoreParts
 from ooc_influence.options import TopOptions, takes
 from ooc_influence.parallel import check_workers
@@ -65,6 +66,8 @@ def find_top(
     """Return the best lists of every query, for every λ and module."""
     if top < 1:
         raise InputError(f"expected top >= 1; received {top}")
+    if options["sketch"] is not None and columns is None:
+        return sketched_lists(scoring, top, options)
     slots, top = check_workers(options["workers"]), min(top, scoring.n)
     modules = 1 if columns is None else len(columns[0])
     parts = ScoreParts(options["resume"], scoring.digest(kind="top", top=top, modules=modules))

@@ -6,6 +6,7 @@ from ooc_influence.report.facts import (
     curvature_states,
     describe,
     describe_scoring,
+    describe_search,
     draw_images,
     layer_facts,
     read_decisions,
@@ -16,6 +17,6 @@ from ooc_influence.report.lexical import ranks_of_lists
 from ooc_influence.report.write import write_report
 
 __all__ = [
-    "Corpus", "Decision", "curvature_states", "describe", "describe_scoring", "draw_images", "layer_facts",
-    "ranks_of_lists", "read_decisions", "store_facts", "table", "write_report",
+    "Corpus", "Decision", "curvature_states", "describe", "describe_scoring", "describe_search", "draw_images",
+    "layer_facts", "ranks_of_lists", "read_decisions", "store_facts", "table", "write_report",
 ]  # fmt: skip

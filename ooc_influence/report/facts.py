@@ -80,6 +80,16 @@ def describe_scoring(settings: Mapping[str, Any]) -> str:
     return f"scores: curvature {used}, {settings['damping_mode']} damping {dampings}, {unit}"
 
 
+def describe_search(search: Mapping[str, Any]) -> str | None:
+    """Return in a line how a sketch found the rows of lists, from :attr:`TopInfluential.search`; None without one."""
+    if "sketch" not in search:
+        return None
+    return (
+        f"candidates: {search['candidates']:,} for each list, by {search['sketch']}: {search['recall']:.1%} of the "
+        f"best rows are among them, measured on {search['measured']}"
+    )
+
+
 def verification_facts(store: GradientStore) -> dict[str, Any] | None:
     """Return how a store's rows were compared with autograd, and what they do not cover; None where unrecorded."""
     record = store.attrs.get("verification")
