@@ -41,6 +41,8 @@ _LEAST_SQUARES = 2.0**-90  # of a sum of squares that has hardly lost any
 _UNDERFLOW = 2.0**-120  # what numbers too small for float32 take from a product, for each column
 _SAFETY = 1.001  # for the rounding of the bound itself
 _FEW, _WIDE = 128, 1024  # queries, or parts of them, and columns: of fewer and more, products are rows times queries
+_UNSHIFTED = 2**31 // (127 * 128 * 257)  # columns: the products of both parts of a query add up to 32 bits
+_PRODUCTS_AT_ONCE = 2**20  # whole numbers of 32 bits: they stay in cache
 _PIECE_ROWS = 512  # multiplied at once: fewer are slow
 _TILE_BYTES = 2**19  # float32 bytes converted at a time: they stay in cache
 _LEVELS = 32_639  # whole numbers of 16 bits, x = 256 h + l with both parts of 8: |x| at most 127 · 256 + 127
@@ -412,19 +414,11 @@ class Int8Product(Product):
     @override
     def multiply(self, raw: npt.NDArray[Any], scale: Floats, out: Floats) -> Found:
         torch: Any = sys.modules["torch"]
-        codes, sums = self._codes(raw), iter(self._sums)
-        q, signs = len(self._queries), self._form.name == "sign"
-        for module, pieces in enumerate(self._modules):
-            target = torch.from_numpy(out[module])
-            for number, piece in enumerate(pieces):
-                product = self._whole_products(codes, piece)
-                part = torch.from_numpy(self._buffer("part", q, len(raw), np.float32))
-                part.copy_(product[:q]).mul_(256).add_(product[q:])
-                total = next(sums)
-                if signs:  # they are 2 b − 1 of bits b
-                    part.mul_(2).sub_(total)
-                target.copy_(part) if number == 0 else target.add_(part)
-            target.mul_(self._steps).mul_(torch.from_numpy(np.ascontiguousarray(scale)))
+        codes, scales = self._codes(raw), torch.from_numpy(np.ascontiguousarray(scale))
+        step = max(_PIECE_ROWS, _PRODUCTS_AT_ONCE // len(self._parts))
+        for start in range(0, len(raw), step):
+            part = slice(start, min(len(raw), start + step))
+            self._multiply(codes[part], scales[part], torch.from_numpy(out[:, :, part]))
         factors = scale.astype(np.float64)
         factors += np.where(factors < 2.0**-90, self._queries.shape[1] * 2.0**-100, 0)
         if self._form.name == "sign":
@@ -433,6 +427,24 @@ class Int8Product(Product):
             ones = np.flatnonzero(scale == 1)  # of rows of zeros, among others
             factors[ones[~raw[ones].any(axis=1)]] = 0
         return Found(factors[:, None])
+
+    def _multiply(self, codes: Any, scales: Any, out: Any) -> None:
+        """Write scores of some rows, given as codes (b, width), into ``out`` (M, q, b)."""
+        torch: Any = sys.modules["torch"]
+        q, signs, sums = len(self._queries), self._form.name == "sign", iter(self._sums)
+        for target, pieces in zip(out, self._modules, strict=True):
+            for number, piece in enumerate(pieces):
+                high, low = self._whole_products(codes, piece).split(q)
+                part = torch.from_numpy(self._buffer("part", q, len(codes), np.float32))
+                if piece.stop - piece.start <= _UNSHIFTED:  # the sum fits 32 bits
+                    part.copy_(low.add_(high, alpha=256))
+                else:
+                    part.copy_(high).mul_(256).add_(low)
+                total = next(sums)
+                if signs:  # they are 2 b − 1 of bits b
+                    part.mul_(2).sub_(total)
+                target.copy_(part) if number == 0 else target.add_(part)
+            target.mul_(self._steps).mul_(scales)
 
     def _whole_products(self, codes: Any, piece: slice) -> Any:
         """Return the products of both parts of the queries with rows, (2 q, b) int32."""

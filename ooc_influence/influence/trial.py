@@ -21,7 +21,7 @@ _KINDS: dict[ProductName, type[Product]] = {
     "float32": Float32Product, "bfloat16": BFloat16Product, "int8": Int8Product
 }  # fmt: skip
 _WORTH_TRYING = 2**34  # numbers multiplied, a conversion counted as 64: below, a pass takes about as long as the trial
-_WORTH_LOADING = 2**40  # the same, for PyTorch to be loaded
+_WORTH_LOADING = 2**38  # the same, for PyTorch to be loaded: float32 takes seconds
 # columns: scores of rows with little in common are ‖q‖ ‖g‖ / √k, and bfloat16's bound of .004 ‖q‖ ‖g‖ tells few apart
 _WIDEST = 2**14
 _TRIAL_ROWS, _TRIAL_NUMBERS = 2048, 2**24

@@ -392,10 +392,25 @@ def _parse_column(name: str, dtype: str, values: Any) -> npt.NDArray[Any]:
     return np.asarray(values, numpy_dtype(dtype))
 
 
+_SUM_COLUMNS = 512  # fewer than a BLAS divides among threads: the same bits whatever their number
+_SAFE = 1e-30, 1e30  # squared norms that float32 sums are good for
+
+
 def row_norms(rows: FloatRows) -> npt.NDArray[np.float64]:
-    """Return the norms of rows (b, k), (b,): in float64, since float32 squares under- and overflow."""
-    norms: npt.NDArray[np.float64] = np.sqrt(np.einsum("ij,ij->i", rows, rows, dtype=np.float64))
-    return norms
+    """Return the norms of rows (b, k), (b,): summed in float64 where float32 squares could under- or overflow."""
+    b, k = rows.shape
+    pieces = k // _SUM_COLUMNS
+    whole = pieces * _SUM_COLUMNS
+    with np.errstate(over="ignore", invalid="ignore"):
+        parts = rows[:, :whole].reshape(b, pieces, _SUM_COLUMNS)
+        squares = np.vecdot(parts, parts).sum(axis=1, dtype=np.float64)
+        if whole < k:
+            squares += np.vecdot(rows[:, whole:], rows[:, whole:])
+    again = ~((squares > _SAFE[0]) & (squares < _SAFE[1]))
+    if again.any():
+        some = rows[again]
+        squares[again] = np.einsum("ij,ij->i", some, some, dtype=np.float64)
+    return np.asarray(np.sqrt(squares))
 
 
 def refuse_nonfinite(first_row: int, norms: npt.NDArray[Any], losses: npt.NDArray[Any], ids: Any) -> None:
