@@ -32,6 +32,7 @@ Normalize = Literal["none", "cosine", "train"]
 Combine = Literal["mean", "query-margins", "margins"]
 Product = Literal["auto", "float32", "bfloat16", "int8"]
 ProductName = Literal["float32", "bfloat16", "int8"]
+ScoresDtype = Literal["float32", "float16"]
 Weighting = Literal["ggn", "trak"]
 Blocks = Literal["module", "diagonal"]
 OnNonFinite = Literal["raise", "skip"]
@@ -179,6 +180,17 @@ class PairOptions(ScoringOptions, Normalized, total=False):
         "margins of the queries, or of queries and rows as TRAK does (:mod:`ooc_influence.influence.checkpoints`).",
         "How checkpoints are combined: by the mean of their scores, by margins of the queries, or by margins of "
         "queries and rows as TRAK does.", choices=get_args(Combine))]
+
+
+class ScoreOptions(PairOptions, total=False):
+    """What scores of all rows take."""
+
+    scores_dtype: Annotated[ScoresDtype, Option(
+        "float32", '{"float32", "float16"}',
+        "Representation of scores that are written (``out``). float16 takes half the room and has three digits: scores "
+        "are then those stored times the array's attribute ``scale_factor``, a power of two.",
+        "Representation of the scores; float16 ones count times the attribute scale_factor.",
+        choices=get_args(ScoresDtype))]
 
 
 class ListOptions(PairOptions, Resumable, total=False):

@@ -19,8 +19,8 @@ from ooc_influence.options import (
     FisherOptions,
     ListOptions,
     LoadingOptions,
-    PairOptions,
     ReportOptions,
+    ScoreOptions,
     SelfInfluenceOptions,
     TopOptions,
 )
@@ -76,7 +76,7 @@ def _told(curvature: Any) -> str:
 @_pair
 @click.option("--out", required=True, type=options.PATH, metavar="PATH",
               help="The Zarr array (queries, rows) to write, or to continue.")  # fmt: skip
-@options.flags(PairOptions)
+@options.flags(ScoreOptions)
 @_pairing
 def score(query: str, train: str, out: str, as_json: bool, **settings: Any) -> None:
     """Write the influence of every row of TRAIN on every query of QUERY to a Zarr array.
@@ -97,6 +97,9 @@ def _print_scores(scores: Any, out: str, as_json: bool) -> None:
     more = "".join(f"{sizes[name]} {label} x " for name, label in (("damping", "dampings"), ("module", "modules"))
                    if name in sizes)  # fmt: skip
     size = f"{counted(sizes['query'], 'query', 'queries')} x {counted(sizes['train'], 'row')}"
+    scale = scores.attrs.get("scale_factor")
+    size += "" if scale is None else f", {scores.dtype}, times {scale:g}"
+    facts |= {"dtype": str(scores.dtype), "scale_factor": scale}
     from ooc_influence.report import describe_scoring
 
     settings = {name: scores.attrs[name] for name in ("curvature", "damping")}
@@ -330,7 +333,7 @@ def groups(query: str, train: str, by: str, count: int, as_json: bool, **setting
 @click.option("--top", "count", type=int, help="How many of each, by module.")
 @click.option("--out", type=options.PATH, metavar="PATH",
               help="Instead: the Zarr array (modules, queries, rows) to write.")  # fmt: skip
-@options.flags(PairOptions)
+@options.flags(ScoreOptions)
 @_pairing
 def modules(query: str, train: str, count: int | None, out: str | None, as_json: bool, **settings: Any) -> None:
     """Show or write the part of each score that each module contributes; the parts add up to the score."""

@@ -129,11 +129,14 @@ class PreconditionedQueries:
         Share of each query's squared gradient outside the span of the training spectrum; NaN without a curvature.
     dropped : (q,) bool
         Queries that are dropped.
+    norms : (q,) float64
+        √(qᵀ (F + λI)⁻¹ q) in the unit of the queries, the largest of all λ and checkpoints; NaN where dropped.
     """
 
     arrays: list[Floats]
     outside: npt.NDArray[np.float64]
     dropped: Marks
+    norms: npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -233,25 +236,27 @@ class ScoreRequest:
 
     def precondition(self, start: int, stop: int) -> PreconditionedQueries:
         """Return queries ``start`` to ``stop``, preconditioned."""
-        arrays, shares, dropped = [], [], np.zeros(stop - start, bool)
+        arrays, shares, dropped, largest = [], [], np.zeros(stop - start, bool), np.zeros(stop - start)
         for number, checkpoint in enumerate(self.checkpoints):
             rows, row_dropped, share = self._read_queries(number, start, stop)
             if checkpoint.curvature is None:
                 product = np.asarray(rows, np.float64)[None].copy()
             else:
                 product = checkpoint.curvature.precondition(rows, checkpoint.lambdas)
+            assert checkpoint.query is not None
+            squares = np.einsum("qk,lqk->lq", rows, product) * checkpoint.query.layout.encoding.energy
+            norms = np.sqrt(np.maximum(squares, 0))
             if self.normalize == "cosine":
-                assert checkpoint.query is not None
-                squares = np.einsum("qk,lqk->lq", rows, product) * checkpoint.query.layout.encoding.energy
-                norms = np.sqrt(np.maximum(squares, 0))
                 product /= np.where(norms > 0, norms, 1)[:, :, None]
+                norms = np.ones_like(norms)
+            largest = np.maximum(largest, norms.max(axis=0))
             if self.seen is None:
                 product /= len(self.checkpoints)  # otherwise each train row has its own number of checkpoints
             product[:, row_dropped] = np.nan
             dropped |= row_dropped
             shares.append(share)
             arrays.append(product.reshape(-1, product.shape[-1]).astype(np.float32))
-        return PreconditionedQueries(arrays, np.mean(shares, axis=0), dropped)
+        return PreconditionedQueries(arrays, np.mean(shares, axis=0), dropped, np.where(dropped, np.nan, largest))
 
     def outside(self, start: int, stop: int) -> npt.NDArray[np.float64]:
         """Return the share of queries ``start`` to ``stop`` outside the span, (q,)."""

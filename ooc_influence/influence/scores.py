@@ -10,7 +10,7 @@ import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +30,7 @@ from ooc_influence.influence.tiles import (
     score_tiles,
 )
 from ooc_influence.influence.topk import find_top
-from ooc_influence.options import PairOptions, TopOptions, complete, takes
+from ooc_influence.options import PairOptions, ScoreOptions, ScoresDtype, TopOptions, complete, select, takes
 from ooc_influence.parallel import (
     Stripe,
     check_workers,
@@ -48,6 +48,7 @@ from ooc_influence.store import (
     array_store,
     create_array,
     parse_path,
+    row_norms,
     writable_array,
 )
 
@@ -55,12 +56,12 @@ if TYPE_CHECKING:
     import dask.array as da
 
 
-@takes(PairOptions)
+@takes(ScoreOptions)
 def influence_scores(
     query: Stores,
     train: Stores,
     out: PathLike | None = None,
-    **options: Unpack[PairOptions],
+    **options: Unpack[ScoreOptions],
 ) -> da.Array | zarr.Array[Any]:
     """Return score(q, i) = g_qᵀ (F + λI)⁻¹ g_i for all queries and train rows.
 
@@ -74,19 +75,19 @@ def influence_scores(
     out : path, optional
         Write the scores to a Zarr array there, in bounded memory, instead of returning a lazy array. The same call,
         interrupted or killed, continues with the chunks that are missing.
-    **options : PairOptions
+    **options : ScoreOptions
         See :mod:`ooc_influence.options`. ``workers`` and ``progress`` count with ``out``.
 
     Returns
     -------
-    (q, n) float32, or (L, q, n) for a list of dampings
+    (q, n) float32 (or float16, where it is written), or (L, q, n) for a list of dampings
         A lazy Dask array, or the Zarr array written, whose attributes hold λ, the settings and each query's share of
         squared gradient outside the span of the training spectrum. Positive: proponents. Dropped rows are NaN.
 
     Raises
     ------
     InputError
-        For settings that do not go together.
+        For settings that do not go together, or scores beyond float16 where that was asked for.
     MismatchError
         If masks, models or checkpoints' rows differ.
     CurvatureNotFoundError, StaleCurvatureError
@@ -98,8 +99,10 @@ def influence_scores(
     MemoryBudgetError
         If the budget is too small.
     """
-    scoring = ScoreRequest.open(query, train, options)
+    scoring = ScoreRequest.open(query, train, select(PairOptions, options))
     if out is None:
+        if options["scores_dtype"] != "float32":
+            raise InputError("expected out= with scores_dtype='float16'; received none: lazy scores are float32")
         return _lazy_scores(scoring, options["memory"])
     return write_scores(scoring, parse_path(out), None, options)
 
@@ -145,13 +148,14 @@ def write_scores(
     scoring: ScoreRequest,
     out: StorePath,
     columns: Columns | None,
-    options: PairOptions,
+    options: ScoreOptions,
     **facts: Any,
 ) -> zarr.Array[Any]:
     """Write all tiles to a Zarr array, or those of its chunks that are missing."""
     slots = check_workers(options["workers"])
     modules = 1 if columns is None else len(columns[0])
-    digest = scoring.digest(kind="scores", modules=modules)
+    dtype = _parse_dtype(options["scores_dtype"], scoring)
+    digest = scoring.digest(kind="scores", modules=modules, **({} if dtype == "float32" else {"dtype": dtype}))
     with writing(f"to write scores to {out}", ", then run the same call again: it resumes"):
         output = ResumableArray.find(out, "scores", digest)
         if output is not None and output.complete:
@@ -161,12 +165,53 @@ def write_scores(
         if output is None:
             leading = ([scoring.lambdas] if scoring.several else []) + ([modules] if columns else [])
             shape = (*leading, scoring.q, scoring.n)
-            output = _create(out, digest, shape, (blocks[0][1], block_rows), _facts(scoring, len(leading)) | facts)
+            facts |= _facts(scoring, len(leading))
+            if dtype == "float16":
+                facts["scale_factor"] = _scale_factor(scoring, blocks)
+            output = _create(out, digest, shape, (blocks[0][1], block_rows), facts)
         _check_queries(output, blocks[0][1])
         outside = _fill(scoring, output, blocks, scoring.work(output.chunks[-1], columns), slots, options["progress"])
         output.finish(outside_share=[None if np.isnan(value) else value for value in outside.tolist()])
     scoring.warn_outside(outside)
     return output.open()
+
+
+def _parse_dtype(dtype: str, scoring: ScoreRequest) -> str:
+    """Return the representation of written scores, checked."""
+    if dtype not in get_args(ScoresDtype):
+        raise InputError(f"expected scores_dtype {', '.join(map(repr, get_args(ScoresDtype)))}; received {dtype!r}")
+    if dtype == "float16" and scoring.combine == "margins":
+        raise InputError(
+            "expected scores_dtype='float32' with combine='margins'; received 'float16': their scores have no known "
+            "limit"
+        )
+    return dtype
+
+
+_SLACK = 4.0  # of norms that are estimates, such as those of quantised rows
+_LARGEST_HALF = float(np.finfo(np.float16).max)
+
+
+def _scale_factor(scoring: ScoreRequest, blocks: Sequence[tuple[int, int]]) -> float:
+    """Return the power of two by which no score is too large for float16: Cauchy-Schwarz bounds them.
+
+    |qᵀ P g| ≤ ‖P q‖ ‖g‖, and in the units of norms, |qᵀ P g| / √(gᵀ P g) ≤ √(qᵀ P q).
+    """
+    largest = 0.0
+    largest_rows = [_largest_norm(checkpoint.train) for checkpoint in scoring.checkpoints]
+    for start, stop in blocks:
+        queries = scoring.precondition(start, stop)
+        limits = [row_norms(array) for array in queries.arrays]
+        total = sum(float(np.nanmax(each, initial=0)) * norm for each, norm in zip(limits, largest_rows, strict=True))
+        largest = max(largest, total if scoring.normalize is None else float(np.nanmax(queries.norms, initial=0)))
+    return float(2.0 ** math.ceil(math.log2(_SLACK * largest / _LARGEST_HALF))) if largest > 0 else 1.0
+
+
+def _largest_norm(store: GradientStore) -> float:
+    """Return the largest norm of a store's rows."""
+    step = store.layout.group_rows
+    parts = (store.small("grad_norm", start, min(store.n, start + step)) for start in range(0, store.n, step))
+    return max(float(np.nanmax(part, initial=0)) for part in parts)
 
 
 def _create(
@@ -180,8 +225,10 @@ def _create(
     height = max(1, min(block[0], 1 << (CHUNK_TARGET // (4 * width)).bit_length() - 1))
     chunks = (1,) * (len(shape) - 2) + (height, width)
 
+    dtype = "float16" if "scale_factor" in facts else "float32"
+
     def make(parent: Any) -> Any:
-        return create_array(parent, None, shape, chunks, "float32", fill=float("nan"), dims=facts["dims"])
+        return create_array(parent, None, shape, chunks, dtype, fill=float("nan"), dims=facts["dims"])
 
     return ResumableArray.create(path, "scores", digest, facts, make)
 
@@ -294,6 +341,8 @@ class OutputWriter:
         self._files = array_store(output.path)
         self._array = writable_array(self._files)
         self._leading, self._first = output.shape[:-2], first_query
+        scale: Any = self._array.attrs.get("scale_factor")
+        self._inverse = None if scale is None else np.float32(1 / scale)
         self._thread = ThreadPoolExecutor(1, "ooc_influence-scores")
         self._task: Future[None] | None = None
 
@@ -303,7 +352,20 @@ class OutputWriter:
         queries, rows = tile.shape[-2:]
         region = (slice(self._first, self._first + queries), slice(first_row, first_row + rows))
         whole = tile.reshape(*self._leading, queries, rows)
-        self._task = self._thread.submit(self._array.__setitem__, (..., *region), whole)
+        self._task = self._thread.submit(self._write, (..., *region), whole)
+
+    def _write(self, region: tuple[Any, ...], tile: Floats) -> None:
+        if self._inverse is None:
+            self._array[region] = tile
+            return
+        with np.errstate(over="ignore", under="ignore"):
+            halves = np.multiply(tile, self._inverse, out=tile).astype(np.float16)
+        if np.isinf(halves).any():
+            raise InputError(
+                "expected scores within the bound of their norms to write them as float16; received some beyond it: "
+                "write them as float32"
+            )
+        self._array[region] = halves
 
     def wait(self) -> None:
         """Wait until the last tile is written."""
@@ -321,14 +383,14 @@ class OutputWriter:
         self._files.sync_folders()
 
 
-@takes(PairOptions)
+@takes(ScoreOptions)
 def module_influence(
     query: Stores,
     train: Stores,
     *,
     top: int | None = None,
     out: PathLike | None = None,
-    **options: Unpack[PairOptions],
+    **options: Unpack[ScoreOptions],
 ) -> Mapping[str, TopInfluential] | zarr.Array[Any]:
     """Return the influence that runs through each module, as top lists or as scores on disk.
 
@@ -342,7 +404,7 @@ def module_influence(
         Return this many proponents and opponents of each query by each module.
     out : path, optional
         Write all scores there instead; resumable, as for :func:`influence_scores`.
-    **options : PairOptions
+    **options : ScoreOptions
         See :mod:`ooc_influence.options`.
 
     Returns
@@ -360,12 +422,12 @@ def module_influence(
     """
     if (top is None) == (out is None):
         raise InputError("expected either top= or out= (--top or --out); received both or neither")
-    scoring = ScoreRequest.open(query, train, options, lists=top is not None)
+    scoring = ScoreRequest.open(query, train, select(PairOptions, options), lists=top is not None)
     names, columns = module_columns([checkpoint.train for checkpoint in scoring.checkpoints])
     if out is not None:
         return write_scores(scoring, parse_path(out), columns, options, modules=names)
     assert top is not None
-    lists = find_top(scoring, top, columns, complete(TopOptions, options))
+    lists = find_top(scoring, top, columns, complete(TopOptions, select(PairOptions, options)))
     return {name: lists.ranked(scoring, number) for number, name in enumerate(names)}
 
 

@@ -50,7 +50,8 @@ from ooc_influence.store import GradientStore, PathLike, StorePath, as_store, pa
 logger = logging.getLogger("ooc_influence")
 _MEASURED = 32  # queries that recall is measured with
 _MEASURED_TOP = 100  # their best rows that are looked for, at least
-_LONGEST = 64  # candidates of a measured list, for each of those rows
+_LONGEST = 64  # candidates of a measured list at most, for each of those rows, or a thousandth of all
+_MOST_CANDIDATES = 2**15
 Read = Callable[[int, int], PreconditionedQueries]
 
 
@@ -296,7 +297,7 @@ class SketchSearch:
         asked, slots = self.options, self._slots()
         sized = replace(self.scoring, queries=Queries(np.empty(len(numbers)), None))
         top = min(top + 1, sized.n)  # a train row's own best is itself
-        longest = min(sized.n, max(1024, _LONGEST * top))
+        longest = min(sized.n, max(1024, _LONGEST * top, min(_MOST_CANDIDATES, sized.n // 1000)))
         parts = ScoreParts(None, "")
 
         def some(start: int, stop: int) -> PreconditionedQueries:
@@ -353,8 +354,10 @@ def _score_pairs(
 def _joined(queries: list[PreconditionedQueries]) -> PreconditionedQueries:
     """Return single queries as one set, λ by λ."""
     arrays = np.stack([query.arrays[0] for query in queries], axis=1)
-    outside, dropped = (np.concatenate([getattr(query, name) for query in queries]) for name in ("outside", "dropped"))
-    return PreconditionedQueries([arrays.reshape(-1, arrays.shape[-1])], outside, dropped)
+    rest = {
+        name: np.concatenate([getattr(query, name) for query in queries]) for name in ("outside", "dropped", "norms")
+    }
+    return PreconditionedQueries([arrays.reshape(-1, arrays.shape[-1])], **rest)
 
 
 def _flat(rows: Numbers) -> Numbers:
