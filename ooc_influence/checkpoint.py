@@ -234,10 +234,12 @@ class ClaimedOutput(ResumableOutput):
         Where the result will be.
     settings : mapping
         All that the result depends on: JSON values.
+    what : str
+        What the parts are of, for messages.
     """
 
-    def __init__(self, target: StorePath, settings: Settings) -> None:
-        path = _beside(target)
+    def __init__(self, target: StorePath, settings: Settings, what: str = "the curvature") -> None:
+        path = partial_path(target)
         super().__init__(path, settings)
         self._claim: Claim | None = None
         try:
@@ -246,12 +248,10 @@ class ClaimedOutput(ResumableOutput):
                 self._clear()
                 self.begin()
         except StoreBusyError:
-            logger.info("another process is fitting %s: this one keeps no partial results", target)
+            logger.info("another process is making %s: this one keeps no partial results", target)
             self.path = None
         except OSError as error:
-            raise StoreWriteError(
-                refused(f"to write the curvature to {target}", error, ", or give another path with out= (--out)")
-            ) from error
+            raise StoreWriteError(refused(f"to write {what} to {target}", error, ", or choose another path")) from error
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ResumableOutput, (self.path, self.settings), {"_interval": self._interval}
@@ -288,11 +288,12 @@ class ClaimedOutput(ResumableOutput):
 
 def kept_groups(target: StorePath, settings: Settings) -> dict[str, StorePath]:
     """Return the groups that an earlier :class:`ClaimedOutput` with the same settings kept, by name: to plan by."""
-    output = ResumableOutput(_beside(target), settings)
+    output = ResumableOutput(partial_path(target), settings)
     return output.groups() if output.kept_settings == output.settings else {}
 
 
-def _beside(target: StorePath) -> StorePath:
+def partial_path(target: StorePath) -> StorePath:
+    """Return the folder of the parts of what is to be at a path."""
     return target.parent / f".{target.name}.partial"
 
 

@@ -18,7 +18,7 @@ QUICK = {
     "retraining": [],
     "sources": [],
 }
-NEEDS_DATA = {"facts", "fidelity", "bytes_a_row", "finetuned", "finetuning", "reranked"}  # or a model
+NEEDS_DATA = {"facts", "fidelity", "bytes_a_row", "finetuned", "finetuning", "reranked", "sketches"}  # or a model
 SLOW = {"compression_cost", "errors", "mislabel", "retraining", "sources", "weightings"}
 SHARED = {"baselines", "common", "dense", "rivals", "tasks"}
 

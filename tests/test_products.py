@@ -322,7 +322,7 @@ def test_the_quickest_accurate_product_is_chosen(monkeypatch, caplog):
     pool = SimpleNamespace(divide=POOL.divide, threads=1)
     monkeypatch.setattr(trial, "_chosen", {})
     taken = {"float32": 1.0, "bfloat16": 0.5, "int8": 0.1}
-    monkeypatch.setattr(trial._Trial, "_timed", lambda self, product: taken[product.name])
+    monkeypatch.setattr(trial._Trial, "time", lambda self, product: taken[product.name])
     choose = lambda: trial.choose_product(form, 64, 100, 2**30, pool, as_stored=True)  # noqa: E731
     assert choose() == "int8"
     assert trial.choose_product(form, 64, 1, 1000, pool, as_stored=True) == "float32"  # not worth a trial
@@ -338,7 +338,7 @@ def test_the_quickest_accurate_product_is_chosen(monkeypatch, caplog):
         assert choose() == "bfloat16"
     assert "less accurate" in caplog.text
     monkeypatch.undo()
-    monkeypatch.setattr(trial._Trial, "_timed", lambda self, product: taken[product.name])
+    monkeypatch.setattr(trial._Trial, "time", lambda self, product: taken[product.name])
     monkeypatch.setattr(trial, "_chosen", {})
     monkeypatch.delattr(torch, "_int_mm")
     assert choose() == "bfloat16"

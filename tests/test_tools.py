@@ -35,6 +35,7 @@ SMALL = {
     "quality": ["--quick", "--data", ".", "--folder", "out", "--workers", "1"],
     "representations": ["--mib", "1", "--k", "100", "--repeats", "1"],
     "rows_memory": ["--rows", "1000,3000"],
+    "scale": ["--rows", "20000", "--dims", "64", "--sketch-dims", "16", "--queries", "1,4", "--damping", "1"],
     "selfcheck": ["--small", "--rounds", "1", "--models", "decoder", "--tokens", "8"],
     "signs": ["--rows", "100", "--mib", "1", "--repeats", "1", "--k", "1000"],
     "store": ["--mib", "32", "--chunks", "100", "--repeats", "1"],

@@ -16,6 +16,7 @@ from ooc_influence.extract.losses import (
     LabelDraws,
     binary_cross_entropy,
     cross_entropy,
+    cross_entropy_at,
     sampled_labels,
     token_cross_entropy,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "AdamMetric", "BasisPlan", "Batches", "Batching", "BudgetBatches", "CheckpointSource", "FullBasis",
     "LabelDraws", "ModelSetup", "ModuleSelection", "PerSampleLoss", "Pilot", "Recipe", "RowChoice", "Samples",
     "Split", "binary_cross_entropy", "by_path", "check_model", "choose_split", "count_rows", "cross_entropy",
+    "cross_entropy_at",
     "even_numbers", "exact_scores", "extract_gradients", "extract_shards", "factors_path",
     "init_store", "keep_factors", "load_recipe", "loaded", "open_checkpoints", "parse_device", "part_of",
     "recorded_checkpoints", "row_types", "run_shards", "running", "sampled_labels", "to_device",

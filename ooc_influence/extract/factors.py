@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -199,6 +199,11 @@ class _Factors(NamedTuple):
     cols: Tensor
     tokens: int
 
+    def plus(self, rows: Tensor, cols: Tensor, tokens: int) -> _Factors:
+        """Return them with those of a batch, in place; where the batch is, if they were restored elsewhere."""
+        of_rows, of_cols = self.rows.to(rows.device).add_(rows), self.cols.to(cols.device).add_(cols)
+        return _Factors(of_rows, of_cols, self.tokens + tokens)
+
 
 class FactorSums:
     """Sums of second moments over a pilot's batches, of the layers ``group``."""
@@ -250,9 +255,30 @@ class FactorSums:
             if total is None:
                 self._sums[key] = _Factors(rows.double(), cols.double(), tokens)
             else:
-                self._sums[key] = _Factors(total.rows.add_(rows), total.cols.add_(cols), total.tokens + tokens)
+                self._sums[key] = total.plus(rows, cols, tokens)
         self._batch = {}
         return True
+
+    @property
+    def identity(self) -> Any:
+        """See :class:`ooc_influence.extract.pilot_sums.PilotSums`."""
+        return sorted(self._group)
+
+    def state(self) -> tuple[Any, dict[str, npt.NDArray[Any]]]:
+        """See :class:`ooc_influence.extract.pilot_sums.PilotSums`."""
+        arrays: dict[str, npt.NDArray[Any]] = {}
+        for number, (rows, cols, _) in enumerate(self._sums.values()):
+            arrays |= {f"rows{number}": rows.cpu().numpy(), f"cols{number}": cols.cpu().numpy()}
+        return [[*key, sums.tokens] for key, sums in self._sums.items()], arrays
+
+    def restore(self, facts: Any, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        """See :class:`ooc_influence.extract.pilot_sums.PilotSums`."""
+        self._sums = {
+            (layer, name): _Factors(
+                torch.from_numpy(arrays[f"rows{number}"]), torch.from_numpy(arrays[f"cols{number}"]), tokens
+            )
+            for number, (layer, name, tokens) in enumerate(facts)
+        }
 
     def solve(self, factors: KroneckerFactors) -> None:
         """Compute the eigenvectors of this group's layers, and the moments in their basis."""

@@ -1,8 +1,7 @@
 """Per-sample losses that are exact where the model is confident, with labels of the data or drawn from the model.
 
-Cross-entropy is computed as ℓ = log(1 + Σ_{c≠y} exp(z_c − z_y)) = softplus(logsumexp_{c≠y} z_c − z_y). Log-softmax
-returns ℓ = 0 once p_y rounds to 1; this form keeps ℓ's relative precision down to 1e-38, which row weights such as
-1/expm1(ℓ) need.
+Cross-entropy keeps its relative precision down to 1e-38, which row weights such as 1/expm1(ℓ) need, and logits are not
+copied (:mod:`ooc_influence.extract.chunked_loss`).
 
 Inside :func:`sampled_labels` these losses replace the labels they are given by draws from softmax(logits), so that rows
 estimate the true Fisher matrix instead of the empirical one (Martens 2020, arXiv 1412.1193, section 5). A draw inverts
@@ -25,6 +24,7 @@ import torch.nn.functional as F  # noqa: N812 - the community's name
 from torch import Tensor
 
 from ooc_influence.errors import InputError, UnsupportedModelError
+from ooc_influence.extract.chunked_loss import chunked_cross_entropy
 
 Numbers = npt.NDArray[np.int64]
 # probabilities worked on at once while labels are drawn, 12 bytes each: on a CPU few, for its cache
@@ -63,14 +63,25 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, sample: Tensor | None = Non
         samples = len(labels) if sample is None else None
         numbers = np.arange(len(labels)) if sample is None else sample.cpu().numpy().astype(np.int64)
         labels = draws.labels(logits, numbers, samples)
-    return _cross_entropy(logits, labels)
+    return chunked_cross_entropy(logits, labels)
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    chosen = labels.long().unsqueeze(1)
-    others = torch.logsumexp(logits.scatter(1, chosen, float("-inf")), 1)
-    return F.softplus(others - logits.gather(1, chosen).squeeze(1))
+def cross_entropy_at(logits: Tensor, index: Tensor, labels: Tensor, sample: Tensor) -> Tensor:
+    """Return the cross-entropy of some tokens, (m,), without a copy of their logits.
+
+    Parameters
+    ----------
+    logits : (tokens, classes) float
+        Scores before the softmax.
+    index, labels : (m,) int
+        Which tokens, and their targets.
+    sample : (m,) int
+        As for :func:`cross_entropy`.
+    """
+    draws = _active()
+    if draws is not None:
+        labels = draws.labels(logits, sample.cpu().numpy().astype(np.int64), None, index)
+    return chunked_cross_entropy(logits, labels, index)
 
 
 def token_cross_entropy(
@@ -110,7 +121,7 @@ def token_cross_entropy(
         index = counted.flatten().nonzero().squeeze(1)
         sample = index.cpu().numpy() // max(1, labels.shape[1])
         targets = targets.long().index_copy(0, index, draws.labels(tokens, sample, len(labels), index))
-    losses = _cross_entropy(tokens, targets).view(labels.shape)
+    losses = chunked_cross_entropy(tokens, targets).view(labels.shape)
     total = losses.masked_fill(~counted, 0.0).sum(1)
     return total / counted.sum(1).clamp(min=1) if reduction == "mean" else total
 

@@ -12,11 +12,13 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 
+from ooc_influence.checkpoint import ClaimedOutput, ResumableOutput, partial_path
 from ooc_influence.compress import Compressor, KroneckerBasis, PilotMoments, fit_eigenbasis
 from ooc_influence.errors import InputError, MismatchError, NonFiniteError, StoreNotFoundError
 from ooc_influence.extract.data import (
@@ -43,11 +45,13 @@ from ooc_influence.extract.factors import (
 )
 from ooc_influence.extract.gather import MaskGatherer
 from ooc_influence.extract.layers import Use, find_uses
-from ooc_influence.extract.losses import rows_of_batch, sampled_labels
+from ooc_influence.extract.losses import rows_of_batch, run_loss, sampled_labels
 from ooc_influence.extract.metric import AdamMetric
 from ooc_influence.extract.passes import ModelSetup, fill
+from ooc_influence.extract.pilot_sums import Arrays, PilotParts, PilotSums, Position
 from ooc_influence.extract.sink import Sink, StorePlan
 from ooc_influence.extract.taps import tapped
+from ooc_influence.fingerprint import json_digest
 from ooc_influence.memory import MemoryBudget, parse_bytes
 from ooc_influence.progress import Progress
 from ooc_influence.store import (
@@ -72,6 +76,7 @@ class Pilot:
     setup: ModelSetup
     batches: Batches | BudgetBatches
     memory: int | str | None = None  # budget for fitting the eigenbasis of the pilot's rows
+    parts: PilotParts = field(default_factory=lambda: PilotParts(ResumableOutput()))  # what keeps unfinished passes
     verification: dict[str, Any] = field(default_factory=dict)  # result of the comparison with autograd, after a pass
 
     def __post_init__(self) -> None:
@@ -93,7 +98,8 @@ class Pilot:
         plan = replace(plan, attributes=plan.attributes | {"compressor": wide.to_dict()})
         earlier = self._earlier(path, wide, layers, metric)
         if earlier is None:
-            plan = replace(plan, mask=self.draw(wide, layers)).weighted_by(metric, self.setup.model)
+            with self._resumable(store, plan, layers) as pilot:
+                plan = replace(plan, mask=pilot.draw(wide, layers)).weighted_by(metric, self.setup.model)
         else:
             facts = earlier.attrs.get("metric")
             plan = replace(plan, mask=earlier.mask, attributes=plan.attributes | {"metric": facts})
@@ -110,6 +116,17 @@ class Pilot:
             GradientStore.open(path), basis.r, weights=basis.weights, memory=self.memory, progress=self.setup.progress
         )
         return replace(plan, reduction=reduction, attributes=plan.attributes | {"compressor": compressor.to_dict()})
+
+    @contextmanager
+    def _resumable(self, store: PathLike, plan: StorePlan, layers: list[LayerShape]) -> Iterator[Pilot]:
+        """Keep sums of unfinished passes beside ``store``, until :func:`remove_pilot`."""
+        facts = {name: plan.attributes[name] for name in ("model", "compressor", "labels", "sample")}
+        settings = {"digest": json_digest({**facts, "layers": [repr(layer) for layer in layers]})}
+        output = ClaimedOutput(_sums_path(store), settings, "what a pilot has summed")
+        try:
+            yield replace(self, parts=PilotParts(output))
+        finally:
+            output.close(finished=False)
 
     def _earlier(
         self, path: StorePath, wide: Compressor, layers: list[LayerShape], metric: AdamMetric | None
@@ -191,27 +208,54 @@ class Pilot:
 
         Batches with NaN or Inf do not count: the extraction that follows names the samples, or skips them.
         """
-        skipped, check = 0, self.setup.check and not self.verification
+        position, batches = self._resume(label, samples, sums, at_once)
+        check = self.setup.check and not self.verification
         with (
             tapped(self.setup.model, layers, self.setup.device, probe=True, check=check) as taps,
             Progress(label, samples, self.setup.progress) as bar,
         ):
-            seen = 0
-            taken = take_evenly(self.batches, samples)
-            for batch in taken if at_once is None else (cut for each in taken for _, cut in cut_batches(each, at_once)):
-                with rows_of_batch(seen):
+            bar.advance(position.seen)
+            for batch in batches:
+                with rows_of_batch(position.seen):
                     losses = taps.run(self.setup.per_sample_loss, to_device(batch, self.setup.device), sums.receiver)
-                seen += len(losses)
-                if not sums.finish_batch(len(losses)):
-                    skipped += len(losses)
+                position.add(losses, finite=sums.finish_batch(len(losses)))
                 bar.advance(len(losses))
+                if self.parts.clock.due():
+                    self.parts.clock.run(partial(self.parts.save, label, position, sums))
             self.verification.update(taps.verification() or {})
-        if skipped:
+        if self.parts.clock.due():
+            self.parts.clock.run(partial(self.parts.save, label, position, sums))
+        if position.skipped:
             if not sums.samples:
                 raise NonFiniteError(
                     "expected finite pilot gradients; received NaN or Inf in every batch: check data and loss", []
                 )
-            logger.warning("batches with NaN or Inf, of %d samples, do not count in the pilot", skipped)
+            logger.warning("batches with NaN or Inf, of %d samples, do not count in the pilot", position.skipped)
+
+    def _resume(self, label: str, samples: int, sums: PilotSums, at_once: int | None) -> tuple[Position, Iterator[Any]]:
+        """Return how far a killed run was with a pass, its sums restored, and the batches that are left."""
+
+        def batches() -> Iterator[Any]:
+            taken = take_evenly(self.batches, samples)
+            return taken if at_once is None else (cut for each in taken for _, cut in cut_batches(each, at_once))
+
+        fresh, rest, last = sums.state(), batches(), None
+        position = self.parts.resume(label, sums)
+        for _ in range(position.batches):
+            last = next(rest, None)
+        if not position.batches:
+            return position, rest
+        if last is not None:
+            with torch.no_grad(), rows_of_batch(position.seen - len(position.losses or ())):
+                moved = to_device(last, self.setup.device)
+                losses = run_loss(self.setup.per_sample_loss, self.setup.model, moved)
+            if position.has(losses):
+                logger.info("%s: %d samples were summed before", label, position.seen)
+                return position, rest
+        logger.warning("%s: what was summed before is of other data or another loss, and not used", label)
+        sums.restore(*fresh)
+        sums.samples = 0
+        return Position(), batches()
 
     def verify(self, layers: Sequence[LayerShape]) -> None:
         """Compare the entries gathered of a first batch with autograd."""
@@ -270,26 +314,6 @@ def _spread(batches: Batches | BudgetBatches, samples: int) -> Iterable[Any]:
     return batches(0) if callable(batches) else batches
 
 
-class PilotSums(Protocol):
-    """What a pass over the pilot's batches sums.
-
-    Attributes
-    ----------
-    samples : int
-        Of the batches that count.
-    """
-
-    samples: int
-
-    def receiver(self, b: int) -> Callable[[Use, Any, Any], None]:
-        """Return the receiver of a batch of ``b`` samples, without what an earlier attempt at it added."""
-        ...
-
-    def finish_batch(self, b: int) -> bool:
-        """Add the sums of a batch of ``b`` samples; return False, without adding them, if they are not finite."""
-        ...
-
-
 class MomentSums:
     """Sums of squares of layers' inputs and output gradients, in the product form of the entries."""
 
@@ -317,6 +341,25 @@ class MomentSums:
             _add(self._sums, key, moments)
         return True
 
+    @property
+    def identity(self) -> Any:
+        """See :class:`PilotSums`."""
+        return "moments"
+
+    def state(self) -> tuple[Any, Arrays]:
+        """See :class:`PilotSums`."""
+        arrays: dict[str, Any] = {}
+        for number, (rows, cols, _) in enumerate(self._sums.values()):
+            arrays |= {f"rows{number}": rows, f"cols{number}": cols}
+        return [[*key, tokens] for key, (_, _, tokens) in self._sums.items()], arrays
+
+    def restore(self, facts: Any, arrays: Arrays) -> None:
+        """See :class:`PilotSums`."""
+        self._sums = {
+            (layer, name): [arrays[f"rows{number}"], arrays[f"cols{number}"], tokens]
+            for number, (layer, name, tokens) in enumerate(facts)
+        }
+
     def result(self) -> list[PilotMoments]:
         """Return the moments of every layer that received gradients; of a tied weight, those of each of its uses."""
         check_samples(self.samples)
@@ -336,6 +379,7 @@ class SquareSums:
 
     def __init__(self, mask: Mask, device: torch.device) -> None:
         self.samples, self.squares = 0, np.zeros(mask.k)
+        self.identity = mask.digest
         self._gatherer, self._device, self._k = MaskGatherer(mask, device), device, mask.k
         self._rows = torch.empty(0)
 
@@ -353,6 +397,14 @@ class SquareSums:
         self.squares += squares
         return True
 
+    def state(self) -> tuple[Any, Arrays]:
+        """See :class:`PilotSums`."""
+        return None, {"squares": self.squares}
+
+    def restore(self, facts: Any, arrays: Arrays) -> None:
+        """See :class:`PilotSums`."""
+        self.squares = arrays["squares"].copy()
+
 
 def pilot_path(store: PathLike) -> StorePath:
     """Return where the pilot's wide rows are kept until ``store`` has their basis."""
@@ -360,8 +412,14 @@ def pilot_path(store: PathLike) -> StorePath:
     return path.with_name(f"{path.name}.pilot")
 
 
+def _sums_path(store: PathLike) -> StorePath:
+    """Return beside what the sums of a pilot's passes are kept (:class:`ClaimedOutput`)."""
+    path = parse_path(store)
+    return path.with_name(f"{path.name}.pilot-sums")
+
+
 def remove_pilot(store: PathLike) -> None:
-    """Remove the pilot's wide rows, now that the store has their basis."""
-    path = pilot_path(store)
-    if exists(path):
-        remove_tree(path)
+    """Remove the pilot's wide rows and sums, now that the store has what was made of them."""
+    for path in (pilot_path(store), partial_path(_sums_path(store))):
+        if exists(path):
+            remove_tree(path)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ooc_influence.extract import binary_cross_entropy, cross_entropy
+from ooc_influence.extract import binary_cross_entropy, cross_entropy, cross_entropy_at
 from ooc_influence.hf.labels import LabelLoss
 from ooc_influence.hf.padding import IGNORED, PAD, padding_token
 
@@ -20,7 +20,8 @@ def _token_losses(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
     targets = batch["labels"][:, 1:]
     sample, position = torch.nonzero(targets != IGNORED, as_tuple=True)
-    return cross_entropy(logits[sample, position], targets[sample, position], sample=sample), sample
+    index = sample * logits.shape[1] + position
+    return cross_entropy_at(logits.flatten(0, 1), index, targets[sample, position], sample), sample
 
 
 class CausalLoss:

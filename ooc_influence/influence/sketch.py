@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ooc_influence.compress import SKETCH_DIMS, check_sketch, query_turn, write_sketch
-from ooc_influence.errors import CurvatureNotFoundError, InputError, StaleCurvatureError, warn
+from ooc_influence.errors import CurvatureNotFoundError, InputError, StaleCurvatureError, StoreWriteError, warn
 from ooc_influence.fingerprint import json_digest
 from ooc_influence.influence.checkpoints import Checkpoint, Marks
 from ooc_influence.influence.costs import TileMemory
@@ -199,7 +199,10 @@ class SketchSearch:
         if kept is not None and kept.ranks.shape[-1] >= min(top, self.scoring.n):
             return kept
         found = self._measure(max(top, _MEASURED_TOP))
-        keep_recall(path, digest, found)
+        try:
+            keep_recall(path, digest, found)
+        except StoreWriteError as error:  # a sketch of somebody else's: measured again by the next search
+            logger.warning("%s", error)
         return found
 
     def run(self, top: int) -> Lists:

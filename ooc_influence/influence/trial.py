@@ -24,8 +24,9 @@ _WORTH_TRYING = 2**34  # numbers multiplied, a conversion counted as 64: below, 
 _WORTH_LOADING = 2**38  # the same, for PyTorch to be loaded: float32 takes seconds
 # columns: scores of rows with little in common are ‖q‖ ‖g‖ / √k, and bfloat16's bound of .004 ‖q‖ ‖g‖ tells few apart
 _WIDEST = 2**14
-_TRIAL_ROWS, _TRIAL_NUMBERS = 2048, 2**24
-_TRIALS = 3
+# rows at most, their numbers, and scores: of fewer narrow rows, the calls themselves would be timed
+_TRIAL_ROWS, _TRIAL_NUMBERS, _TRIAL_SCORES = 2**14, 2**23, 2**24
+_TRIALS = 5  # rounds, each of all products: others may use the machine meanwhile
 _GAIN = 1.2  # times as fast as float32's must another product be
 _lock = threading.Lock()
 _chosen: dict[tuple[str, int, int, int], ProductName] = {}
@@ -92,7 +93,7 @@ class _Trial:
 
     def __init__(self, form: Encoding, width: int, queries: int, pool: Pool, as_stored: bool) -> None:
         generator = np.random.default_rng(0)
-        rows = max(16, min(_TRIAL_ROWS, _TRIAL_NUMBERS // (width + queries)))
+        rows = max(16, min(_TRIAL_ROWS, _TRIAL_NUMBERS // width, _TRIAL_SCORES // queries))
         self._raw, self._scale = np.empty((rows, form.columns), form.dtype), np.empty(rows, np.float32)
         form.encode_into(generator.standard_normal((rows, form.k), np.float32), self._raw, self._scale)
         left = generator.uniform(-1, 1, (queries, width)).astype(np.float32)
@@ -100,14 +101,15 @@ class _Trial:
         self._as_stored = as_stored
         self._out = np.empty((1, queries, rows), np.float32)
 
-    def run(self, name: ProductName) -> tuple[float, Floats, npt.NDArray[np.float64]]:
-        """Return the seconds of a product, its scores and their bounds."""
+    def run(self, name: ProductName) -> tuple[Product, Floats, npt.NDArray[np.float64]]:
+        """Return a product, its scores and their bounds."""
         product = make_product(name, *self._args, as_stored=self._as_stored)
         errors = product.multiply(self._raw, self._scale, self._out).errors
         scores = self._out.copy()
-        return min(self._timed(product) for _ in range(_TRIALS)), scores, product.bounds(errors, scores)
+        return product, scores, product.bounds(errors, scores)
 
-    def _timed(self, product: Product) -> float:
+    def time(self, product: Product) -> float:
+        """Return the seconds that a product takes."""
         began = time.perf_counter()
         product.multiply(self._raw, self._scale, self._out)
         return time.perf_counter() - began
@@ -117,19 +119,21 @@ def _quickest(
     names: list[ProductName], form: Encoding, width: int, queries: int, pool: Pool, as_stored: bool
 ) -> ProductName:
     trial = _Trial(form, width, queries, pool, as_stored)
-    first, exact, slack = trial.run(names[0])
-    seconds = {names[0]: first}
+    reference, exact, slack = trial.run(names[0])
+    products = {names[0]: reference}
     for name in names[1:]:
         try:
-            taken, scores, bounds = trial.run(name)
+            product, scores, bounds = trial.run(name)
         except (ImportError, AttributeError, RuntimeError) as error:
             logger.info("no %s products here: %s", name, str(error).splitlines()[0])
             continue
         if (np.abs(scores - exact) <= bounds + slack).all():
-            seconds[name] = taken
+            products[name] = product
         else:
             logger.info("no %s products here: they are less accurate than they should be", name)
-    best = min(seconds, key=lambda name: seconds[name])
+    rounds = [{name: trial.time(product) for name, product in products.items()} for _ in range(_TRIALS)]
+    seconds = {name: min(each[name] for each in rounds) for name in products}
+    best, first = min(products, key=lambda name: seconds[name]), seconds[names[0]]
     if _GAIN * seconds[best] > first:
         best = names[0]
     speed = ", ".join(f"{name} {first / taken:.1f}" for name, taken in seconds.items())

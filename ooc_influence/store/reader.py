@@ -27,6 +27,7 @@ from ooc_influence.store.paths import is_local
 from ooc_influence.store.view import StoreView
 
 _PAGE = 4096
+_ASKED_AHEAD = 64  # chunks of which single rows are asked for: a disk answers many questions at once
 RowNumbers = npt.NDArray[np.int64]
 Columns = Sequence[tuple[int, int]]  # ranges of columns
 
@@ -143,12 +144,24 @@ class ChunkStream:
         if not parts:
             return
         depth = 2 if self._mapped else 1  # what is not mapped is held in memory
+        self._ask_for_rows(parts[:_ASKED_AHEAD])
         pending = deque(self._thread.submit(self._fetch, *part) for part in parts[:depth])
-        for part in [*parts[depth:], *[None] * min(depth, len(parts))]:
+        for number, part in enumerate([*parts[depth:], *[None] * min(depth, len(parts))]):
             piece = pending.popleft().result()
+            self._ask_for_rows(parts[number + _ASKED_AHEAD : number + _ASKED_AHEAD + 1])
             if part is not None:
                 pending.append(self._thread.submit(self._fetch, *part))
             yield piece
+
+    def _ask_for_rows(self, parts: Sequence[tuple[int, int]]) -> None:
+        """Ask the kernel to read the rows wanted of some chunks, where they are mapped and not all are wanted."""
+        if not self._mapped or self._numbers is None:
+            return
+        size, row_bytes = self._store.layout.chunk_rows, self._store.layout.encoding.row_bytes
+        for low, high in parts:
+            chunk = int(self._numbers[low]) // size
+            offsets = (self._numbers[low:high] - chunk * size) * row_bytes
+            ask_for_bytes(self._store, chunk, [(offset, row_bytes) for offset in offsets.tolist()])
 
     def _fetch(self, low: int, high: int) -> Piece:
         store, size = self._store, self._store.layout.chunk_rows
@@ -193,6 +206,11 @@ class ChunkStream:
 
 def ask_for_chunk(store: StoreView, chunk: int) -> None:
     """Ask the kernel to read a chunk into the page cache; returns at once."""
+    ask_for_bytes(store, chunk, [(0, 0)])
+
+
+def ask_for_bytes(store: StoreView, chunk: int, ranges: Sequence[tuple[int, int]]) -> None:
+    """Ask the kernel to read ranges of a chunk, (offset, bytes; 0: to the end), into the page cache."""
     if not hasattr(os, "posix_fadvise"):  # macOS: only the kernel's own read-ahead
         return
     try:
@@ -200,7 +218,8 @@ def ask_for_chunk(store: StoreView, chunk: int) -> None:
     except OSError:
         return  # the read itself will report a missing chunk
     try:
-        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_WILLNEED)
+        for offset, length in ranges:
+            os.posix_fadvise(handle, offset, length, os.POSIX_FADV_WILLNEED)
     finally:
         os.close(handle)
 

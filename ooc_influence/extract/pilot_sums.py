@@ -1,0 +1,120 @@
+"""What passes over a pilot's batches sum, and keeping it beside the store to be made, so that a killed run resumes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ooc_influence.checkpoint import ResumableOutput, read_facts
+from ooc_influence.extract.layers import Use
+from ooc_influence.store import array_store, create_array, open_group
+
+Arrays = Mapping[str, npt.NDArray[Any]]
+
+
+class PilotSums(Protocol):
+    """What a pass over the pilot's batches sums.
+
+    Attributes
+    ----------
+    samples : int
+        Of the batches that count.
+    """
+
+    samples: int
+
+    def receiver(self, b: int) -> Callable[[Use, Any, Any], None]:
+        """Return the receiver of a batch of ``b`` samples, without what an earlier attempt at it added."""
+        ...
+
+    def finish_batch(self, b: int) -> bool:
+        """Add the sums of a batch of ``b`` samples; return False, without adding them, if they are not finite."""
+        ...
+
+    @property
+    def identity(self) -> Any:
+        """What is summed, as JSON values: sums of another are of no use."""
+        ...
+
+    def state(self) -> tuple[Any, Arrays]:
+        """Return the sums so far: JSON values, and arrays."""
+        ...
+
+    def restore(self, facts: Any, arrays: Arrays) -> None:
+        """Take what :meth:`state` returned in place of the sums so far."""
+        ...
+
+
+@dataclass
+class Position:
+    """How far a pass is.
+
+    Attributes
+    ----------
+    batches, seen, skipped : int
+        Batches finished, the samples in them, and those of them with NaN or Inf.
+    losses : list of float
+        Of the last batch.
+    """
+
+    batches: int = 0
+    seen: int = 0
+    skipped: int = 0
+    losses: list[float] | None = None
+
+    def add(self, losses: torch.Tensor, *, finite: bool) -> None:
+        """Count a batch, by its losses (b,)."""
+        self.batches += 1
+        self.seen += len(losses)
+        self.skipped += 0 if finite else len(losses)
+        self.losses = losses.detach().double().tolist()
+
+    def has(self, losses: torch.Tensor) -> bool:
+        """Whether these are the losses of the last batch: of the same data, model and loss."""
+        kept = np.array(self.losses or ())
+        found = losses.detach().double().cpu().numpy()
+        return found.shape == kept.shape and np.allclose(found, kept, rtol=1e-2, atol=1e-6, equal_nan=True)
+
+
+class PilotParts:
+    """Sums of a pilot's passes in a folder, by the pass's name; without a folder, none are kept."""
+
+    def __init__(self, output: ResumableOutput) -> None:
+        self._output = output
+        self.clock = output.clock()
+
+    def save(self, name: str, position: Position, sums: PilotSums) -> None:
+        """Write the sums so far."""
+        if self._output.path is None:
+            return
+        facts, arrays = sums.state()
+
+        def write(group: Any) -> None:
+            for key, values in arrays.items():
+                size = max(1, 2**21 // max(1, values[:1].size))
+                create_array(group, key, values.shape, (size, *values.shape[1:]), values.dtype, codec="crc32c")[...] = (
+                    values
+                )
+
+        whole = {"position": position.__dict__, "samples": sums.samples, "identity": sums.identity, "sums": facts}
+        self._output.put_group(_part(name), position.batches, whole, write)
+
+    def resume(self, name: str, sums: PilotSums) -> Position:
+        """Restore the sums of a pass, if some were kept, and return how far it was."""
+        path = self._output.groups().get(_part(name))
+        facts = None if path is None else read_facts(path)
+        if path is None or facts is None or facts["identity"] != sums.identity:
+            return Position()
+        group = open_group(array_store(path, read_only=True), "r")
+        sums.restore(facts["sums"], {key: np.asarray(values[...]) for key, values in group.arrays()})
+        sums.samples = facts["samples"]
+        return Position(**facts["position"])
+
+
+def _part(name: str) -> str:
+    return name.replace(" ", "-").replace("/", "-of-")
