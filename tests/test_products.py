@@ -116,7 +116,7 @@ def test_a_heap_of_bounded_scores_finds_the_exact_list(seed, top, width, step, t
     for start in range(0, 400, step):
         part = slice(start, start + step)
         tile = (scores[:, part] + error[:, part]).astype(np.float32)
-        bounds = Bounds(lists * 1.001 + 1e-6, np.zeros(3, np.int64), rows[:, part], 0.0)
+        bounds = Bounds.make(lists * 1.001 + 1e-6, np.zeros(3, np.int64), rows[:, part], 0.0)
         heap.add(tile, start, POOL, 1, bounds)
     numbers, which = heap.entries()
     if width == 0.01 and not ties:
@@ -130,7 +130,7 @@ def test_a_heap_of_bounded_scores_finds_the_exact_list(seed, top, width, step, t
 def test_bounds_of_entries_are_those_of_the_tile():
     generator = np.random.default_rng(0)
     lists, rows = generator.uniform(size=(6, 2)), generator.uniform(size=(2, 5, 2))
-    bounds = Bounds(lists, np.array([0, 0, 1, 1, 0, 1]), rows, 0.5)
+    bounds = Bounds.make(lists, np.array([0, 0, 1, 1, 0, 1]), rows, 0.5)
     entries = Entries(np.array([2, 4]), np.array([3, 1]), np.array([-2.0, 4.0], np.float32))
     expected = [lists[2] @ rows[1, 3] + 1, lists[4] @ rows[0, 1] + 2]
     np.testing.assert_allclose(bounds.of(entries), expected, rtol=1e-5)

@@ -50,21 +50,32 @@ class Bounds(NamedTuple):
         F.
     relative : float
         ρ.
+    most : (G, t) float64
+        The largest F of all columns, or more.
     """
 
     lists: npt.NDArray[np.float64]
     groups: Numbers
     rows: npt.NDArray[np.float64]
     relative: float
+    most: npt.NDArray[np.float64]
+
+    @classmethod
+    def make(
+        cls, lists: npt.NDArray[np.float64], groups: Numbers, rows: npt.NDArray[np.float64], relative: float
+    ) -> Bounds:
+        """Return the bounds of a tile."""
+        columns = [rows[:, :, number].max(axis=1, initial=0) for number in range(rows.shape[2])]  # along b: quicker
+        return cls(lists, groups, rows, relative, np.stack(columns, axis=1))
 
     def cut(self, low: int, high: int) -> Bounds:
         """Return those of columns ``low`` to ``high``."""
         return self._replace(rows=self.rows[:, low:high])
 
     def largest(self) -> npt.NDArray[np.float64]:
-        """Return the most that Σ_t is in each list, (m,); NaN for a list that has no scores."""
+        """Return the most that Σ_t is in each list, or more, (m,); NaN for a list that has no scores."""
         with np.errstate(invalid="ignore"):
-            return np.asarray(np.einsum("mt,mt->m", self.lists, self.rows.max(axis=1, initial=0)[self.groups]))
+            return np.asarray(np.einsum("mt,mt->m", self.lists, self.most[self.groups]))
 
     def of(self, entries: Entries) -> npt.NDArray[np.float64]:
         """Return those of some entries, (c,)."""

@@ -165,7 +165,7 @@ class _Search:
                 factors[:, absent] = 0
             groups = np.arange(self._q) * len(factors) // self._q
             relative = self._products[0].relative + self._products[0].square_error
-            bounds = Bounds(self._list_errors, np.tile(groups, work.modules), factors, relative)
+            bounds = Bounds.make(self._list_errors, np.tile(groups, work.modules), factors, relative)
             yield BoundedTile(start, stop, total.reshape(-1, stop - start), bounds)
             tick(key, stop - start)
 

@@ -83,6 +83,9 @@ def numpy_dtype(name: str) -> Any:
     return object if name == "str" else np.dtype(name)
 
 
+_CHUNK_ROWS = _GROUP_ROWS = 2**16  # at most, however narrow they are
+
+
 @dataclass(frozen=True)
 class Storage:
     """How rows are laid out on disk.
@@ -122,12 +125,12 @@ class Storage:
         of a planned store it is smaller still, and a small planned store has smaller chunks, so that many writers can
         share it.
         """
-        rows = self.chunk_rows or max(1, min(16384, CHUNK_TARGET // Encoding.of(dtype, k).row_bytes))
+        rows = self.chunk_rows or max(1, min(_CHUNK_ROWS, CHUNK_TARGET // Encoding.of(dtype, k).row_bytes))
         if self.chunk_rows is None and planned_rows is not None:
             rows = min(rows, max(64, -(-planned_rows // 64)))
         if self.group_chunks is not None:
             return rows, self.group_chunks
-        group = max(1, min(64, 65536 // rows))
+        group = max(1, min(64, _GROUP_ROWS // rows))
         if planned_rows is not None:
             group = max(1, min(group, -(-planned_rows // rows) // 64))
         return rows, group
