@@ -234,11 +234,17 @@ class ClaimedOutput(ResumableOutput):
         Where the result will be.
     settings : mapping
         All that the result depends on: JSON values.
-    what : str
-        What the parts are of, for messages.
+    what, then : str
+        What the parts are of, and what else can be done, for messages.
     """
 
-    def __init__(self, target: StorePath, settings: Settings, what: str = "the curvature") -> None:
+    def __init__(
+        self,
+        target: StorePath,
+        settings: Settings,
+        what: str = "the curvature",
+        then: str = ", or give another path with out= (--out)",
+    ) -> None:
         path = partial_path(target)
         super().__init__(path, settings)
         self._claim: Claim | None = None
@@ -251,7 +257,7 @@ class ClaimedOutput(ResumableOutput):
             logger.info("another process is making %s: this one keeps no partial results", target)
             self.path = None
         except OSError as error:
-            raise StoreWriteError(refused(f"to write {what} to {target}", error, ", or choose another path")) from error
+            raise StoreWriteError(refused(f"to write {what} to {target}", error, then)) from error
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ResumableOutput, (self.path, self.settings), {"_interval": self._interval}

@@ -122,7 +122,7 @@ class Pilot:
         """Keep sums of unfinished passes beside ``store``, until :func:`remove_pilot`."""
         facts = {name: plan.attributes[name] for name in ("model", "compressor", "labels", "sample")}
         settings = {"digest": json_digest({**facts, "layers": [repr(layer) for layer in layers]})}
-        output = ClaimedOutput(_sums_path(store), settings, "what a pilot has summed")
+        output = ClaimedOutput(_sums_path(store), settings, "what a pilot has summed", ", or choose another path")
         try:
             yield replace(self, parts=PilotParts(output))
         finally:
