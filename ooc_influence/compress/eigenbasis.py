@@ -240,6 +240,7 @@ def fit_eigenbasis(
     workers: int | None = None,
     memory: int | str | None = None,
     progress: bool | None = None,
+    quickest: bool = False,
 ) -> StoredReduction:
     """Return the top-r eigenbasis of a store's live rows: of whitened ones, where they are in a Kronecker basis.
 
@@ -255,6 +256,8 @@ def fit_eigenbasis(
         Row weights.
     workers, memory, progress
         As for :func:`fit_fisher`.
+    quickest : bool
+        Whether the last directions may be inexact (:func:`ooc_influence.linalg.spectrum.choose_solver`).
 
     Raises
     ------
@@ -265,7 +268,7 @@ def fit_eigenbasis(
     whitening = Whitening.of(store)
     chosen = replace(WeightedRows.of(store, even_ranges(store.n, rows), weighting), whitening=whitening)
     means: Any = {"workers": workers, "memory": memory, "progress": progress}
-    spectrum = top_spectrum(chosen, r, **means)
+    spectrum = top_spectrum(chosen, r, quickest=quickest, **means)
     mean_square = spectrum.eigenvalues
     if weighting is not None:
         mean_square = mean_squares(replace(chosen, weighting=None), spectrum.vectors, **means)

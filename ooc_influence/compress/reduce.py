@@ -278,7 +278,7 @@ def _make_basis(job: Job, means: dict[str, Any]) -> tuple[StoredReduction, dict[
     live = WeightedRows.of(source, even_ranges(source.n, rows)).live
     r = job.r or min(most, source.k, max(1, live))
     _check_memory(source, r, means)
-    basis = fit_eigenbasis(source, r, rows=rows, weights=job.weights, **means)
+    basis = fit_eigenbasis(source, r, rows=rows, weights=job.weights, quickest=job.sketch, **means)
     settings = dict(source.attrs.get("compressor") or {})
     if job.rotate:
         basis = _compose(source, basis)
