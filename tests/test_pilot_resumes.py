@@ -9,11 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from models import Mlp, batches, data, loss, make
 from numpy.testing import assert_array_equal
 
 from ooc_influence import Dropout, Eigenbasis, KroneckerBasis, extract_gradients
+from ooc_influence.checkpoint import ResumableOutput
 from ooc_influence.extract import pilot as pilot_module
+from ooc_influence.extract.pilot import MomentSums
+from ooc_influence.extract.pilot_sums import PilotParts, Position
 
 N, BATCH = 96, 8
 COMPRESSORS = {
@@ -96,6 +100,20 @@ def test_nothing_is_left_of_a_short_one(tmp_path):
     with pytest.raises(RuntimeError, match="interrupted"):
         extract(tmp_path / "s", Counted(5), COMPRESSORS["kronecker"])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_sums_and_losses_are_kept_as_they_are(tmp_path):
+    """Losses that are not finite, and sums of nothing yet."""
+    sums, output = MomentSums(()), ResumableOutput(tmp_path / "parts", {})
+    parts, position = PilotParts(output), Position()
+    position.add(torch.tensor([1.0, float("nan"), float("inf")]), finite=False)
+    parts.save("factors 1/2", position, sums)
+    found = parts.resume("factors 1/2", sums)
+    assert (found.batches, found.seen, found.skipped) == (1, 3, 3)
+    assert found.has(torch.tensor([1.0, float("nan"), float("inf")]))
+    assert not found.has(torch.tensor([1.1, float("nan"), float("inf")]))
+    assert not found.has(torch.tensor([1.0, float("nan")]))
+    assert parts.resume("factors 2/2", sums) == Position()
 
 
 KILLED = textwrap.dedent(f"""

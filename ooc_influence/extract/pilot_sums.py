@@ -15,6 +15,7 @@ from ooc_influence.extract.layers import Use
 from ooc_influence.store import array_store, create_array, open_group
 
 Arrays = Mapping[str, npt.NDArray[Any]]
+_LOSSES = "losses"
 
 
 class PilotSums(Protocol):
@@ -93,15 +94,16 @@ class PilotParts:
         if self._output.path is None:
             return
         facts, arrays = sums.state()
+        arrays = {**arrays, _LOSSES: np.array(position.losses or (), np.float64)}
 
         def write(group: Any) -> None:
             for key, values in arrays.items():
-                size = max(1, 2**21 // max(1, values[:1].size))
-                create_array(group, key, values.shape, (size, *values.shape[1:]), values.dtype, codec="crc32c")[...] = (
-                    values
-                )
+                chunks = (max(1, 2**21 // max(1, values[:1].size)), *values.shape[1:])
+                array = create_array(group, key, values.shape, chunks, values.dtype, codec="crc32c")
+                array[...] = values
 
-        whole = {"position": position.__dict__, "samples": sums.samples, "identity": sums.identity, "sums": facts}
+        done = {"batches": position.batches, "seen": position.seen, "skipped": position.skipped}
+        whole = {"position": done, "samples": sums.samples, "identity": sums.identity, "sums": facts}
         self._output.put_group(_part(name), position.batches, whole, write)
 
     def resume(self, name: str, sums: PilotSums) -> Position:
@@ -111,9 +113,11 @@ class PilotParts:
         if path is None or facts is None or facts["identity"] != sums.identity:
             return Position()
         group = open_group(array_store(path, read_only=True), "r")
-        sums.restore(facts["sums"], {key: np.asarray(values[...]) for key, values in group.arrays()})
+        arrays = {key: np.asarray(values[...]) for key, values in group.arrays()}
+        losses = arrays.pop(_LOSSES).tolist()  # which may be NaN: not in JSON
+        sums.restore(facts["sums"], arrays)
         sums.samples = facts["samples"]
-        return Position(**facts["position"])
+        return Position(**facts["position"], losses=losses)
 
 
 def _part(name: str) -> str:
