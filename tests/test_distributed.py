@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -50,8 +51,10 @@ HERE = str(Path(__file__).parent)
 
 @pytest.fixture(scope="module")
 def cluster():
-    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as started:
-        yield started
+    started = distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None)
+    yield started
+    with contextlib.suppress(KeyError):  # of its own record of workers, which lacks one killed as soon as it came
+        started.close()
 
 
 def wait_for_two_workers(client, without=()):
