@@ -206,8 +206,6 @@ class TopOptions(ListOptions, total=False):
         "all. Default: the quickest on this machine. ``int8`` is for rows of ``int8-linear`` and ``sign``.",
         "Product that finds the rows of lists, which are the same for all. Default: the quickest here.",
         choices=get_args(Product))]
-
-
     sketch: Annotated["GradientStore | PathLike | None", Option(
         None, "GradientStore or path, optional",
         "A sketch of the train rows (:func:`sketch_store`), which names the candidates for lists; their scores are "

@@ -35,8 +35,7 @@ ALL = (
     scoring.self_influence_command, scoring.groups, scoring.modules, scoring.report, scoring.serve,
     extraction.check, extraction.plan, cluster.cluster_script,
     stores.info, stores.verify, stores.ids, stores.drop, stores.compact, stores.merge, stores.reduce, stores.rewrite,
-    stores.sketch,
-    stores.upgrade,
+    stores.sketch, stores.upgrade,
 )  # fmt: skip
 
 

@@ -12,7 +12,6 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -220,11 +219,9 @@ class Pilot:
                     losses = taps.run(self.setup.per_sample_loss, to_device(batch, self.setup.device), sums.receiver)
                 position.add(losses, finite=sums.finish_batch(len(losses)))
                 bar.advance(len(losses))
-                if self.parts.clock.due():
-                    self.parts.clock.run(partial(self.parts.save, label, position, sums))
+                self.parts.save_if_due(label, position, sums)
             self.verification.update(taps.verification() or {})
-        if self.parts.clock.due():
-            self.parts.clock.run(partial(self.parts.save, label, position, sums))
+        self.parts.save_if_due(label, position, sums)
         if position.skipped:
             if not sums.samples:
                 raise NonFiniteError(

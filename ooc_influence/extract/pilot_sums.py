@@ -87,7 +87,12 @@ class PilotParts:
 
     def __init__(self, output: ResumableOutput) -> None:
         self._output = output
-        self.clock = output.clock()
+        self._clock = output.clock()
+
+    def save_if_due(self, name: str, position: Position, sums: PilotSums) -> None:
+        """Write the sums so far, if the last were written some time ago."""
+        if self._clock.due():
+            self._clock.run(lambda: self.save(name, position, sums))
 
     def save(self, name: str, position: Position, sums: PilotSums) -> None:
         """Write the sums so far."""

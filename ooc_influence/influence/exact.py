@@ -1,8 +1,8 @@
 """Scores of single pairs of a query and a train row, in float32 and in one fixed order of sums.
 
-The score of a pair does not depend on what else is scored beside it, on threads or on blocks of rows: it is the sum, in
-float64, of the BLAS's dot products of :data:`SUM_COLUMNS` columns each. It is what lists are made of, whichever product
-found their rows.
+The score of a pair does not depend on what else is scored beside it, on threads or on blocks of rows: it is made of sums
+in one order (:func:`ooc_influence.store.row_products`). It is what lists are made of, whichever product found their
+rows.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ import numpy.typing as npt
 from ooc_influence.influence.checkpoints import Marks
 from ooc_influence.influence.engine import Floats, HostEngine
 from ooc_influence.influence.tiles import ScoreTask, row_shares, row_weights
-from ooc_influence.store import RowSpan
+from ooc_influence.store import RowSpan, row_products
 
 Numbers = npt.NDArray[np.int64]
-SUM_COLUMNS = 512  # fewer than a BLAS divides among threads, and few enough to know the error of their sum well
 _ROOM = 2**21  # numbers of a side gathered at a time, by all threads: fewer are slow where they wait for each other
 PAIR_BYTES = 64  # of a pair: its list and row, their indices and order twice, its score
 _SPAN = 2**16  # rows whose weights are read at once, for those of them that are wanted
@@ -125,25 +124,14 @@ def _dots(
             queries.take(numbers[cut], axis=0, out=left, mode="clip")  # the default mode buffers
             rows.take(pairs.indices[cut], axis=0, out=right, mode="clip")
             if len(columns) == 1:
-                products[cut] = _sums(left, right)
+                products[cut] = row_products(left, right)
                 continue
             for module in np.unique(modules[cut]):
                 mine = modules[cut] == module
-                products[cut][mine] = _sums(left[mine, columns[module]], right[mine, columns[module]])
+                products[cut][mine] = row_products(left[mine, columns[module]], right[mine, columns[module]])
 
     engine.divide(work, len(products), max(1, -(-len(products) // engine.threads)))
     return products
-
-
-def _sums(left: Floats, right: Floats) -> npt.NDArray[np.float64]:
-    """Return the products of rows (c, k), each with one of the other rows."""
-    c, k = left.shape
-    whole = k // SUM_COLUMNS * SUM_COLUMNS
-    first, second = (part[:, :whole].reshape(c, -1, SUM_COLUMNS) for part in (left, right))
-    total = np.vecdot(first, second).sum(axis=1, dtype=np.float64)
-    if whole < k:
-        total += np.vecdot(left[:, whole:], right[:, whole:])
-    return np.asarray(total)
 
 
 def _weights(

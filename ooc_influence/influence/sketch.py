@@ -295,8 +295,7 @@ class SketchSearch:
 
     def _measure(self, top: int) -> Recall:
         """Find the best rows of some queries among all train rows, and their ranks in the sketch."""
-        numbers, read, measured = self._sample()
-        own = np.full(len(numbers), -1) if read == self.scoring.precondition else numbers
+        numbers, own, read, measured = self._sample()
         asked, slots = self.options, self._slots()
         sized = replace(self.scoring, queries=Queries(np.empty(len(numbers)), None))
         top = min(top + 1, sized.n)  # a train row's own best is itself
@@ -318,20 +317,25 @@ class SketchSearch:
         shape = len(SIDES), sized.lambdas, len(numbers), -1
         return Recall(np.reshape(ranks, shape), longest, measured)
 
-    def _sample(self) -> tuple[Numbers, Read, str]:
-        """Return queries to measure with: numbers, how to read one, and what they are in words."""
+    def _sample(self) -> tuple[Numbers, Numbers, Read, str]:
+        """Return queries to measure with: numbers, their own train rows or -1, how to read one, and a description."""
         if self.scoring.q >= _MEASURED:
             numbers = np.linspace(0, self.scoring.q - 1, _MEASURED).astype(np.int64)
             query = self._checkpoint.query
             assert query is not None
-            return numbers, self.scoring.precondition, f"{len(numbers)} queries of {query.path}"
+            return (
+                numbers,
+                np.full(len(numbers), -1),
+                self.scoring.precondition,
+                f"{len(numbers)} queries of {query.path}",
+            )
         train = self._checkpoint.train
         numbers = np.unique(np.linspace(0, train.n - 1, _MEASURED).astype(np.int64))
         live = np.array([self._seen is None or bool(self._seen[0, number]) for number in numbers])
         numbers = numbers[live]
         rows = Queries(np.broadcast_to(np.int64(0), train.n), None)
         request = replace(self.scoring, checkpoints=(replace(self._checkpoint, query=train),), queries=rows)
-        return numbers, request.precondition, f"{len(numbers)} train rows"
+        return numbers, numbers, request.precondition, f"{len(numbers)} train rows"
 
 
 def _within(stripe: Stripe, rows: Numbers) -> slice:

@@ -75,6 +75,7 @@ from ooc_influence.store.writer import (
     missing_spans,
     refuse_nonfinite,
     row_norms,
+    row_products,
     writing_bytes,
 )
 
@@ -89,6 +90,6 @@ __all__ = [
     "mark_dropped", "merge_stores", "missing_spans", "names", "not_free", "open_group", "parse_numbers", "parse_path",
     "parse_representation", "read_array", "read_blocks", "read_bytes", "read_claims", "read_into", "read_part",
     "read_raw_blocks", "read_stored_blocks", "refuse_nonfinite", "remove_empty", "remove_partial_files", "remove_tree",
-    "row_norms", "sign_flips", "square_chunks", "transform_size", "tree_bytes", "upgrade_store", "verify_memory",
-    "wait_for", "writable_array", "write_bytes", "writing_bytes",
+    "row_norms", "row_products", "sign_flips", "square_chunks", "transform_size", "tree_bytes", "upgrade_store",
+    "verify_memory", "wait_for", "writable_array", "write_bytes", "writing_bytes",
 ]  # fmt: skip

@@ -392,20 +392,30 @@ def _parse_column(name: str, dtype: str, values: Any) -> npt.NDArray[Any]:
     return np.asarray(values, numpy_dtype(dtype))
 
 
-_SUM_COLUMNS = 512  # fewer than a BLAS divides among threads: the same bits whatever their number
+SUM_COLUMNS = 512  # fewer than a BLAS divides among threads, and few enough to know the error of their sum well
 _SAFE = 1e-30, 1e30  # squared norms that float32 sums are good for
+
+
+def row_products(left: FloatRows, right: FloatRows) -> npt.NDArray[np.float64]:
+    """Return the products of rows (b, k), each with one of the other rows, (b,).
+
+    The sum, in float64, of the BLAS's dot products of :data:`SUM_COLUMNS` columns each: the same bits whatever rows are
+    beside them, and in any number of threads.
+    """
+    b, k = left.shape
+    pieces = k // SUM_COLUMNS
+    whole = pieces * SUM_COLUMNS
+    first, second = (part[:, :whole].reshape(b, pieces, SUM_COLUMNS) for part in (left, right))
+    total = np.vecdot(first, second).sum(axis=1, dtype=np.float64)
+    if whole < k:
+        total += np.vecdot(left[:, whole:], right[:, whole:])
+    return np.asarray(total)
 
 
 def row_norms(rows: FloatRows) -> npt.NDArray[np.float64]:
     """Return the norms of rows (b, k), (b,): summed in float64 where float32 squares could under- or overflow."""
-    b, k = rows.shape
-    pieces = k // _SUM_COLUMNS
-    whole = pieces * _SUM_COLUMNS
     with np.errstate(over="ignore", invalid="ignore"):
-        parts = rows[:, :whole].reshape(b, pieces, _SUM_COLUMNS)
-        squares = np.vecdot(parts, parts).sum(axis=1, dtype=np.float64)
-        if whole < k:
-            squares += np.vecdot(rows[:, whole:], rows[:, whole:])
+        squares = row_products(rows, rows)
     again = ~((squares > _SAFE[0]) & (squares < _SAFE[1]))
     if again.any():
         some = rows[again]
