@@ -1,8 +1,8 @@
 """Scores of single pairs of a query and a train row, in float32 and in one fixed order of sums.
 
-The score of a pair does not depend on what else is scored beside it, on threads or on blocks of rows: it is made of sums
-in one order (:func:`ooc_influence.store.row_products`). It is what lists are made of, whichever product found their
-rows.
+The score of a pair does not depend on what else is scored beside it, on threads or on blocks of rows: it is made of
+sums in one order (:func:`ooc_influence.store.row_products`). It is what lists are made of, whichever product found
+their rows.
 """
 
 from __future__ import annotations
