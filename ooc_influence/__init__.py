@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         top_influential,
     )
     from ooc_influence.influence.rerank import rerank
+    from ooc_influence.influence.tokens import TokenInfluence, token_influence
     from ooc_influence.planning import plan
     from ooc_influence.store import ChunkCache, GradientStore, Storage, compact_store, merge_stores, upgrade_store
 
@@ -64,7 +65,8 @@ _EXPORTS = {
         "TopInfluential", "group_influence", "influence_scores", "module_influence", "self_influence",
         "sketch_store", "top_influential",
     ],
-    "influence.rerank": ["rerank"],  # apart from the package: it runs the model
+    "influence.rerank": ["rerank"],  # apart from the package, as the next one: they run the model
+    "influence.tokens": ["TokenInfluence", "token_influence"],
     "planning": ["plan"],
     "store": ["ChunkCache", "GradientStore", "Storage", "compact_store", "merge_stores", "upgrade_store"],
 }  # fmt: skip
@@ -74,11 +76,12 @@ _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in nam
 __all__ = [
     "AdamMetric", "Batching", "BudgetBatches", "ChunkCache", "Curvature", "Dropout", "Eigenbasis", "Gaussian",
     "GradientStore", "Grass", "Identity", "KroneckerBasis", "LoGra", "OocInfluenceError", "OocInfluenceWarning",
-    "Pca", "Rademacher", "Recipe", "RowBudget", "Sjlt", "Split", "Storage", "TopInfluential", "__version__",
+    "Pca", "Rademacher", "Recipe", "RowBudget", "Sjlt", "Split", "Storage", "TokenInfluence", "TopInfluential",
+    "__version__",
     "compact_store", "cross_entropy", "extract_gradients", "extract_shards", "fit_curvature", "fit_fisher",
     "fit_gram", "fit_kronecker", "gram_matrix", "group_influence", "influence_scores", "init_store", "merge_stores",
     "module_influence", "plan", "reduce_store", "rerank", "rewrite_store", "self_influence", "sketch_store",
-    "token_cross_entropy", "top_influential", "upgrade_store",
+    "token_cross_entropy", "token_influence", "top_influential", "upgrade_store",
 ]  # fmt: skip
 
 

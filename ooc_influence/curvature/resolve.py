@@ -36,7 +36,7 @@ def resolve_curvature(train: GradientStore, curvature: Curvature | PathLike | No
         return _usual_curvature(train)
     if not isinstance(curvature, Curvature):
         text = str(curvature)
-        if text == PRIOR and has_prior(train):
+        if (text == PRIOR or parse_path(curvature) == curvature_path(train, PRIOR)) and has_prior(train):
             return KroneckerPrior(train)
         paths = ([] if "/" in text else [curvature_path(train, text)]) + [parse_path(curvature)]
         path = next((path for path in paths if complete_attributes(path) is not None), None)

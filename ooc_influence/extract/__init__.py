@@ -1,7 +1,18 @@
 """Extraction: the torch models' side. Taps on layers, sampled per-sample gradients, the loop that fills a store."""
 
 from ooc_influence.extract.checkpoints import CheckpointSource, open_checkpoints, recorded_checkpoints
-from ooc_influence.extract.data import Batches, Batching, BudgetBatches, RowChoice, count_rows, even_numbers, to_device
+from ooc_influence.extract.data import (
+    Batches,
+    Batching,
+    BudgetBatches,
+    RowChoice,
+    batches_of_rows,
+    count_rows,
+    even_numbers,
+    numbered_batches,
+    to_device,
+)
+from ooc_influence.extract.direction import Derivatives, PartLosses, directional_derivatives, parameter_direction
 from ooc_influence.extract.extraction import extract_gradients, init_store, parse_device, row_types
 from ooc_influence.extract.factors import BasisPlan
 from ooc_influence.extract.full_basis import (
@@ -35,15 +46,15 @@ from ooc_influence.extract.recipe import (
     running,
 )
 from ooc_influence.extract.selection import ModuleSelection
-from ooc_influence.extract.taps import PerSampleLoss
+from ooc_influence.extract.taps import PerSampleLoss, tapped
 
 __all__ = [
-    "AdamMetric", "BasisPlan", "Batches", "Batching", "BudgetBatches", "CheckpointSource", "FullBasis",
-    "LabelDraws", "ModelSetup", "ModuleSelection", "PerSampleLoss", "Pilot", "Recipe", "RowChoice", "Samples",
-    "Split", "binary_cross_entropy", "by_path", "check_model", "choose_split", "count_rows", "cross_entropy",
-    "cross_entropy_at",
-    "even_numbers", "exact_scores", "extract_gradients", "extract_shards", "factors_path",
-    "init_store", "keep_factors", "load_recipe", "loaded", "open_checkpoints", "parse_device", "part_of",
-    "recorded_checkpoints", "row_types", "run_shards", "running", "sampled_labels", "to_device",
-    "token_cross_entropy",
+    "AdamMetric", "BasisPlan", "Batches", "Batching", "BudgetBatches", "CheckpointSource", "Derivatives",
+    "FullBasis", "LabelDraws", "ModelSetup", "ModuleSelection", "PartLosses", "PerSampleLoss", "Pilot", "Recipe",
+    "RowChoice", "Samples", "Split", "batches_of_rows", "binary_cross_entropy", "by_path", "check_model",
+    "choose_split", "count_rows", "cross_entropy", "cross_entropy_at", "directional_derivatives", "even_numbers",
+    "exact_scores", "extract_gradients", "extract_shards", "factors_path",
+    "init_store", "keep_factors", "load_recipe", "loaded", "numbered_batches", "open_checkpoints",
+    "parameter_direction", "parse_device", "part_of", "recorded_checkpoints", "row_types", "run_shards", "running",
+    "sampled_labels", "tapped", "to_device", "token_cross_entropy",
 ]  # fmt: skip

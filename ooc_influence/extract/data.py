@@ -539,6 +539,12 @@ class RowChoice:
         return np.tile(chosen, self.draws)
 
 
+def batches_of_rows(attributes: Mapping[str, Any], batches: Batches | BudgetBatches) -> Batches | BudgetBatches:
+    """Return the batches of a store's rows, by its attributes: they may be of some samples of the data only."""
+    total = len(batches) if isinstance(batches, BudgetBatches) else count_rows(batches)
+    return RowChoice(attributes.get("sample")).batches(batches, total)
+
+
 class _ChosenBatches:
     """Batches of some samples, all of them where ``numbers`` is None, to be read several times over."""
 

@@ -6,10 +6,10 @@ from ooc_influence.hf.losses import CausalLoss, ClassificationLoss, SignedLoss
 from ooc_influence.hf.models import Loaded, load, load_shapes, open_documents
 from ooc_influence.hf.padding import ClassifierCollator, Collator, context_length
 from ooc_influence.hf.samples import Samples
-from ooc_influence.hf.tokens import Fields
+from ooc_influence.hf.tokens import Fields, token_texts
 
 __all__ = [
     "CausalLoss", "ClassificationLoss", "ClassifierCollator", "Collator", "Fields", "Job", "Labels", "Loaded",
     "Samples", "SignedLoss", "context_length", "extract", "extract_shards", "job_of", "load",
-    "load_shapes", "open_documents", "prepare",
+    "load_shapes", "open_documents", "prepare", "token_texts",
 ]  # fmt: skip

@@ -40,9 +40,19 @@ class CausalLoss:
         """Return the losses, (b,) float32; 0 for a sample without target tokens."""
         losses, sample = _token_losses(model, batch)
         total = losses.new_zeros(len(batch["labels"])).index_add(0, sample, losses)
-        if not self._mean:
-            return total
-        return total / (batch["labels"][:, 1:] != IGNORED).sum(1).clamp(min=1)
+        return total / self._divisor(batch) if self._mean else total
+
+    def of_tokens(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+        """Return what each token adds to its sample's loss, (b, t) float32, at the token itself; 0 at others."""
+        losses, sample = _token_losses(model, batch)
+        labels = batch["labels"]
+        position = torch.nonzero(labels[:, 1:] != IGNORED, as_tuple=True)[1] + 1
+        found = losses.new_zeros(labels.shape).index_put((sample, position), losses)
+        return found / self._divisor(batch).unsqueeze(1) if self._mean else found
+
+    @staticmethod
+    def _divisor(batch: dict[str, Tensor]) -> Tensor:
+        return (batch["labels"][:, 1:] != IGNORED).sum(1).clamp(min=1)
 
 
 class SignedLoss:

@@ -72,6 +72,30 @@ class Fields:
         return [name for name in dict.fromkeys(named) if name is not None]
 
 
+_PART = "\ufffd"  # what decoding shows of a character that is not complete
+_LONGEST = 8  # tokens that a character may be made of, and more
+
+
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """Return the text that each token adds to those before it; joined, they are the decoded text.
+
+    A character made of several tokens is the text of its last one, the others' is empty.
+    """
+
+    def decoded(tokens: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    texts: list[str] = []
+    start = done = 0  # of a short window: decoding a token needs the one before it, for its space
+    for stop in range(1, len(ids) + 1):
+        before, now = decoded(ids[start:done]), decoded(ids[start:stop])
+        unfinished = now.endswith(_PART) and stop - done < _LONGEST and stop < len(ids)
+        texts.append("" if unfinished else now[len(before) :])
+        if not unfinished:
+            start, done = done, stop
+    return texts
+
+
 _REPLIES = ("assistant", "model")  # roles of what is learned
 _ADVICE = "write prompt and completion yourself (--prompt, --completion)"
 

@@ -24,10 +24,9 @@ from ooc_influence.extract import (
     ModelSetup,
     PerSampleLoss,
     Pilot,
-    RowChoice,
     Samples,
+    batches_of_rows,
     check_model,
-    count_rows,
     exact_scores,
     factors_path,
     keep_factors,
@@ -183,7 +182,7 @@ class _Exact:
     ) -> npt.NDArray[np.float32]:  # fmt: skip
         """Return exact scores of rows, (q, m), in the unit asked for; the samples must be those of the stores."""
         chosen = [
-            Samples(_rows_of(store, batches), numbers)
+            Samples(batches_of_rows(store.attrs, batches), numbers)
             for store, batches, numbers in zip(self.stores, self.data, (queries, rows), strict=True)
         ]
         found = exact_scores(
@@ -202,12 +201,6 @@ class _Exact:
         if self.normalize == "cosine":
             scores = scores / np.sqrt(np.where(found.query_squares > 0, found.query_squares, 1))[:, None]
         return scores.astype(np.float32)
-
-
-def _rows_of(store: GradientStore, batches: Batches | BudgetBatches) -> Batches | BudgetBatches:
-    """Return the batches of a store's rows, which may be of some samples of the data only."""
-    total = len(batches) if isinstance(batches, BudgetBatches) else count_rows(batches)
-    return RowChoice(store.attrs.get("sample")).batches(batches, total)
 
 
 def _stored_scores(stored: Sequence[Ranking], rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
