@@ -9,7 +9,9 @@ block of 16 columns has a code e, which brings its largest entry to within 9 % o
 in each row, a byte each. (On masked gradients of the digits, blocks of 32 made a quarter more of the ranking's error.)
 
 Formats 1 and 2 had neither: number = q · |q| · row scale. And ``int8-linear`` rows have equal steps, number = q · row
-scale, so that products can be taken of q itself; they are for columns that matter alike, by their column scales.
+scale, so that products can be taken of q itself; they are for columns that matter alike, by their column scales. Their
+scales are rounded up to a grid, eight to a factor of two, so that many rows share one and the sum of their squares
+needs products of whole numbers only (:mod:`ooc_influence.linalg.whole`). It adds 9 % to the squared error of rounding.
 
 Rows of signs, one bit a number, are those of :mod:`ooc_influence.store.signs`.
 """
@@ -30,6 +32,7 @@ Floats = npt.NDArray[np.float32]
 BLOCK = 16
 _STEPS = 8  # codes to a factor of two
 FACTORS = np.exp2(-np.arange(256) / _STEPS).astype(np.float32)  # of the codes
+_GRID = FACTORS[_STEPS::-1].copy()  # of scales, between 1/2 and 1
 _SMALLEST = np.float32(np.finfo(np.float32).tiny)  # a smaller scale would lose its own bits
 
 
@@ -394,9 +397,11 @@ class Encoding:
 
 
 def _round_evenly(tile: FloatRows, raw: RawRows, top: int, buffer: FloatRows) -> FloatRows:
-    """Round rows (b, k) to whole numbers in -top..top, in equal steps; return the steps, (b,)."""
+    """Round rows (b, k) to whole numbers in -top..top, in equal steps of the grid; return the steps, (b,)."""
     largest = np.abs(tile, out=buffer).max(axis=1)
     scale = np.where(largest > 0, np.maximum(largest / top, _SMALLEST), np.float32(1)).astype(np.float32)
+    fraction, exponent = np.frexp(scale)
+    scale = np.ldexp(_GRID[np.minimum(np.searchsorted(_GRID, fraction), _STEPS)], exponent)  # Inf: refused elsewhere
     np.multiply(tile, (1 / scale)[:, None], out=buffer)  # at most top, to rounding
     np.copyto(raw, np.rint(buffer, out=buffer), casting="unsafe")
     return scale
