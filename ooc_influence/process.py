@@ -10,6 +10,7 @@ import contextlib
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import threadpoolctl
@@ -105,6 +106,25 @@ def limit_blas(threads: int) -> Iterator[None]:
     finally:
         for library, own_threads in before:
             library.set_num_threads(own_threads)
+
+
+@contextlib.contextmanager
+def limit_openmp(threads: int) -> Iterator[None]:
+    """Let PyTorch, and whatever else uses OpenMP, use a number of threads in the calling one while it is open."""
+    _torch().get_num_threads()  # the first call in a thread sets how many it uses
+    before = [(library, library.num_threads) for library in _openmp()]
+    try:
+        for library, _ in before:
+            library.set_num_threads(threads)
+        yield
+    finally:
+        for library, own_threads in before:
+            library.set_num_threads(own_threads)
+
+
+@cache
+def _openmp() -> list[Any]:
+    return list(threadpoolctl.ThreadpoolController().select(user_api="openmp").lib_controllers)
 
 
 # what a product of float32 tensors may round its factors to: another thread's must not round ours

@@ -52,7 +52,7 @@ def test_a_stopwatch_does_not_choose_between_equals(monkeypatch, gain):
     def timed(engine, total, block, team):
         return (1.0 if isinstance(engine, backend.NumpyEngine) else gain) * noise.uniform(1, 1.2)
 
-    monkeypatch.setattr(backend, "_timed", timed)
+    monkeypatch.setattr(backend, "timed_square", timed)
     monkeypatch.setattr(backend, "_TRIAL", (16, 32))
     with Team() as team:
         chosen = {type(backend._fastest(False, team)) for _ in range(30)}

@@ -14,7 +14,7 @@ from ooc_influence.checkpoint import ResumableOutput, read_facts
 from ooc_influence.curvature.costs import Preferred
 from ooc_influence.curvature.curvature import Curvature
 from ooc_influence.curvature.rows import FittedRows, Staleness, fit_attributes
-from ooc_influence.curvature.sums import ROWS, Summing, Sums, bfloat16_holds, sum_name, sum_rows
+from ooc_influence.curvature.sums import ROWS, Summing, Sums, choose_engines, sum_name, sum_rows
 from ooc_influence.errors import InputError, NonFiniteError, StoreBusyError, writing
 from ooc_influence.linalg import (
     Matrix,
@@ -25,7 +25,6 @@ from ooc_influence.linalg import (
     TriangleTiles,
     WeightedRows,
     block_moments,
-    choose_engine,
     partition_rows,
     tile_side,
 )
@@ -223,14 +222,19 @@ class TileSum:
         cuts = [slice(start, min(k, start + self.side)) for start in range(0, k, self.side)]
         return [(rows, columns) for number, rows in enumerate(cuts) for columns in cuts[: number + 1]]
 
-    def blocks(self, columns: Sequence[Range], threads: int) -> Iterator[tuple[Any, float]]:
-        """Yield blocks of those columns, and the sign with which they count."""
-        for low, high in self.ranges:
-            for block in self.chosen.blocks(low, high, self.block_rows, columns=columns, threads=threads):
-                yield block, 1.0
-        if self.removed is not None:
-            rows = self.removed.blocks(0, self.removed.count, self.block_rows, columns=columns, threads=threads)
-            yield from ((block, -1.0) for block in rows)
+    def rows(self) -> list[tuple[WeightedRows, Range, float]]:
+        """Return which rows are summed, by their indices, and the sign with which they count."""
+        added = [(self.chosen, part, 1.0) for part in self.ranges]
+        return added + ([] if self.removed is None else [(self.removed, (0, self.removed.count), -1.0)])
+
+    def blocks(self, columns: Sequence[Range], threads: int, *, grouped: bool) -> Iterator[tuple[Any, float]]:
+        """Yield blocks of those columns, grouped by their scales or as numbers, and the sign with which they count."""
+        for rows, (low, high), sign in self.rows():
+            if grouped:
+                blocks = rows.grouped_blocks(low, high, self.block_rows, columns=columns)
+            else:
+                blocks = rows.blocks(low, high, self.block_rows, columns=columns, threads=threads)
+            yield from ((block, sign) for block in blocks)
 
 
 def sum_tiles(fit: Fitting, side: int) -> SummedTiles:
@@ -316,7 +320,8 @@ def _sum_tile(stripe: Stripe, key: str, how: TileSum) -> None:
 def _sum_with(team: Team, number: int, key: str, how: TileSum) -> None:
     rows, columns = how.regions()[number]
     k, width = how.chosen.store.k, columns.stop - columns.start
-    engine = choose_engine(width, bfloat16=bfloat16_holds(how.chosen), team=team)
+    parts = [source.part(*part) for source, part, _ in how.rows()]
+    (engine,), grouped = choose_engines(parts, [width], how.block_rows, team)
     on_diagonal = rows == columns
     total = MatrixAccumulator(rows.stop - rows.start, None if on_diagonal else width, engine, team)
     if how.bases:
@@ -326,7 +331,7 @@ def _sum_with(team: Team, number: int, key: str, how: TileSum) -> None:
         total.restore(np.ascontiguousarray(earlier.T) if on_diagonal else earlier, 0)
     panels = [(columns.start, columns.stop)] + ([] if on_diagonal else [(rows.start, rows.stop)])
     live, clipped = how.base_counts
-    for block, sign in how.blocks(panels, team.threads):
+    for block, sign in how.blocks(panels, team.threads, grouped=grouped):
         if on_diagonal:
             total.add(block.rows, sign=sign)
         else:

@@ -16,6 +16,7 @@ import numpy as np
 from ooc_influence.checkpoint import ResumableOutput, read_facts
 from ooc_influence.linalg import (
     DiagonalAccumulator,
+    Engine,
     Matrix,
     MatrixAccumulator,
     Range,
@@ -24,6 +25,7 @@ from ooc_influence.linalg import (
     TriangleTiles,
     WeightedRows,
     choose_engine,
+    choose_whole_engine,
     partition_rows,
     row_squares,
 )
@@ -171,6 +173,23 @@ def bfloat16_holds(rows: WeightedRows) -> bool:
     return plain and rows.weights is None and rows.weighting is None
 
 
+def choose_engines(
+    rows: Sequence[WeightedRows], sides: Sequence[int], block_rows: int, team: Team, *, grouped: bool = True
+) -> tuple[list[Engine], bool]:
+    """Return the engine for sums of each number of columns, and whether they take rows grouped by their scales.
+
+    ``grouped``: whether the caller can read them so.
+    """
+    exact = all(bfloat16_holds(part) for part in rows)
+    engines = [choose_engine(side, bfloat16=exact, team=team) for side in sides]
+    if not grouped or not rows:
+        return engines, False
+    shared = min(part.rows_per_scale(block_rows) for part in rows)
+    count = sum(part.count for part in rows)
+    whole = choose_whole_engine(engines[0], sides, count, shared, team)
+    return (engines, False) if whole is None else ([whole] * len(sides), True)
+
+
 def _fourth_powers(rows: Any, diagonal: bool) -> float:
     """Return Σ‖g gᵀ‖² over rows, of the diagonals of g gᵀ where only those are summed."""
     if not diagonal:
@@ -184,6 +203,7 @@ class _RunningSums:
 
     def __init__(self, partition: RowPartition, how: Summing, team: Team) -> None:
         self._partition, self._how, self._team = partition, how, team
+        self.grouped = False  # whether rows are added grouped by their scales
         self._squares = self._accumulators()
         self._counts = (0, 0, 0.0)
         self._folded = (0, self._counts)  # rows in the float64 sums, and the counts that go with them
@@ -197,9 +217,10 @@ class _RunningSums:
             return [DeviceAccumulator(side, side, self._how.device) for side in sides]
         if self._how.diagonal:
             return [DiagonalAccumulator(side, self._team) for side in sides]
-        exact = all(bfloat16_holds(rows) for _, rows in self._partition.parts)
-        team = self._team
-        return [MatrixAccumulator(side, None, choose_engine(side, bfloat16=exact, team=team), team) for side in sides]
+        rows = [rows for _, rows in self._partition.parts]
+        able = not self._how.fourth  # which take the rows as numbers
+        engines, self.grouped = choose_engines(rows, sides, self._how.block_rows, self._team, grouped=able)
+        return [MatrixAccumulator(side, None, each, self._team) for side, each in zip(sides, engines, strict=True)]
 
     def _resume(self) -> int:
         """Continue from what this task saved before it was killed; return the rows that it had summed."""
@@ -264,7 +285,12 @@ def _sum_partition(partition: RowPartition, key: str, how: Summing) -> Sums:
             for _, rows in partition.parts:
                 start, skip = min(skip, rows.count), max(0, skip - rows.count)
                 tick(key, start)
-                for block in rows.blocks(start, rows.count, how.block_rows, threads=team.threads, device=how.device):
+                part = (start, rows.count, how.block_rows)
+                if running.grouped:
+                    blocks = rows.grouped_blocks(*part)
+                else:
+                    blocks = rows.blocks(*part, threads=team.threads, device=how.device)
+                for block in blocks:
                     running.add(block.rows, block.live, block.clipped)
                     if clock.due():
                         clock.run(running.save)

@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import override
 
+from ooc_influence.linalg import multiply_whole
 from ooc_influence.options import ProductName
 from ooc_influence.store import Encoding
 
@@ -478,16 +479,3 @@ def _whole_queries(queries: Floats) -> tuple[npt.NDArray[np.float64], npt.NDArra
     with np.errstate(invalid="ignore"):
         whole = np.rint(queries / steps[:, None])
     return steps, np.nan_to_num(whole).astype(np.int64)
-
-
-def multiply_whole(left: Any, right: Any, out: Any) -> None:
-    """Write left @ rightᵀ of int8 tensors (a, k) and (b, k) to ``out`` (a, b) int32, exactly.
-
-    By a function of PyTorch that is not public: nothing else of the package calls it, and it is tried before it is
-    used (:func:`ooc_influence.influence.trial.choose_product`).
-    """
-    torch: Any = sys.modules["torch"]
-    if left.shape[1] == 1:  # of one column, whose strides say nothing, it gives other numbers
-        torch.mul(left.int(), right.T.int(), out=out)
-    else:
-        torch._int_mm(left.contiguous(), right.T, out=out)

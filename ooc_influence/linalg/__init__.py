@@ -11,6 +11,7 @@ from ooc_influence.linalg.accumulate import (
     tile_side,
 )
 from ooc_influence.linalg.backend import (
+    Engine,
     Floats,
     Matrix,
     Team,
@@ -62,14 +63,16 @@ from ooc_influence.linalg.whitening import (
     storage_scale,
     whitening_damping,
 )
+from ooc_influence.linalg.whole import choose_whole_engine, multiply_whole
 
 __all__ = [
-    "ONE_LABEL", "TILE", "TOLERANCE", "DiagonalAccumulator", "Eigenpairs", "Floats", "KeptNorms", "LayerMoments",
-    "Matrix", "MatrixAccumulator", "Numbers", "Range", "RowPartition", "Solver", "Spectrum", "Team", "Tile",
-    "TriangleTiles", "WeightedBlock", "WeightedRows", "Whitening", "basis_settings", "block_moments",
-    "check_device_memory", "check_one_label", "choose_engine", "choose_solver", "damping_scope", "is_token_loss",
-    "iteration_bytes", "iteration_memory", "kept_dampings", "kronecker_damping", "kronecker_dampings", "list_tiles",
-    "mean_moments", "mirror", "multiply_rows", "orthonormal_slabs", "parse_device", "parse_weighting", "partition_rows",
-    "row_errors", "row_squares", "row_weights", "sign_energy", "spectrum_solvers", "start_basis", "storage_scale",
-    "subspace_iteration", "symmetric_eigen", "tile_side", "top_spectrum", "whitening_damping",
+    "ONE_LABEL", "TILE", "TOLERANCE", "DiagonalAccumulator", "Eigenpairs", "Engine", "Floats", "KeptNorms",
+    "LayerMoments", "Matrix", "MatrixAccumulator", "Numbers", "Range", "RowPartition", "Solver", "Spectrum", "Team",
+    "Tile", "TriangleTiles", "WeightedBlock", "WeightedRows", "Whitening", "basis_settings", "block_moments",
+    "check_device_memory", "check_one_label", "choose_engine", "choose_solver", "choose_whole_engine",
+    "damping_scope", "is_token_loss", "iteration_bytes", "iteration_memory", "kept_dampings", "kronecker_damping",
+    "kronecker_dampings", "list_tiles", "mean_moments", "mirror", "multiply_rows", "multiply_whole",
+    "orthonormal_slabs", "parse_device", "parse_weighting", "partition_rows", "row_errors", "row_squares",
+    "row_weights", "sign_energy", "spectrum_solvers", "start_basis", "storage_scale", "subspace_iteration",
+    "symmetric_eigen", "tile_side", "top_spectrum", "whitening_damping",
 ]  # fmt: skip

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import override
 
-from ooc_influence.linalg.backend import Engine, Floats, Matrix, Team, choose_engine, product_pieces, square_pieces
+from ooc_influence.linalg.backend import Engine, Matrix, Rows, Team, choose_engine, product_pieces, square_pieces
 from ooc_influence.store import (
     StorePath,
     array_store,
@@ -232,11 +232,11 @@ class HostAccumulator(Accumulator):
         self._team = team or Team()
 
     @abstractmethod
-    def pieces(self, left: Floats, right: Floats | None = None, sign: float = 1.0) -> list[Callable[[], None]]:
+    def pieces(self, left: Rows, right: Rows | None = None, sign: float = 1.0) -> list[Callable[[], None]]:
         """Return calls that together add a block, in any order or at once; afterwards, call :meth:`added`."""
 
-    def add(self, left: Floats, right: Floats | None = None, sign: float = 1.0) -> None:
-        """Add a float32 block, or a range of a wider one's columns; ``sign`` -1 subtracts it."""
+    def add(self, left: Rows, right: Rows | None = None, sign: float = 1.0) -> None:
+        """Add a block of rows as the engine takes them, or some of its columns; ``sign`` -1 subtracts it."""
         self._team.run(self.pieces(left, right, sign))
         self.added(len(left))
 
@@ -267,7 +267,7 @@ class MatrixAccumulator(HostAccumulator):
         return 12 * a * (a if b is None else b)
 
     @override
-    def pieces(self, left: Floats, right: Floats | None = None, sign: float = 1.0) -> list[Callable[[], None]]:
+    def pieces(self, left: Rows, right: Rows | None = None, sign: float = 1.0) -> list[Callable[[], None]]:
         if right is None:
             return square_pieces(self._engine, self._single, left, sign, self._team.threads)
         return product_pieces(self._engine, self._single, left, right, sign, self._team.threads)
@@ -312,7 +312,7 @@ class DiagonalAccumulator(HostAccumulator):
         return 16 * k
 
     @override
-    def pieces(self, left: Floats, right: Floats | None = None, sign: float = 1.0) -> list[Callable[[], None]]:
+    def pieces(self, left: Rows, right: Rows | None = None, sign: float = 1.0) -> list[Callable[[], None]]:
         def piece(columns: slice) -> None:
             for start in range(0, len(left), _FOLD_TILE):
                 tile = left[start : start + _FOLD_TILE, columns]

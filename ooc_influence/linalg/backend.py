@@ -29,6 +29,7 @@ from ooc_influence.process import MATMUL_PRECISION
 
 Floats = npt.NDArray[np.float32]
 Matrix = npt.NDArray[np.float64]
+Rows = Any  # float32, or those of ooc_influence.linalg.whole for its engine
 logger = logging.getLogger("ooc_influence")
 _LARGEST = 2**31 - 1  # BLAS counts in 32 bits
 
@@ -134,7 +135,7 @@ class Team:
 
 
 class Engine(Protocol):
-    """What adds products of float32 rows to a float32 sum, in place.
+    """What adds products of rows to a float32 sum, in place.
 
     Attributes
     ----------
@@ -147,10 +148,10 @@ class Engine(Protocol):
     name: str
     own_threads: bool
 
-    def add_square(self, total: Floats, block: Floats, sign: float = 1.0) -> None:
+    def add_square(self, total: Floats, block: Rows, sign: float = 1.0) -> None:
         """Add ``sign`` XᵀX to the upper triangle of ``total`` (k, k)."""
 
-    def add_product(self, total: Floats, left: Floats, right: Floats, sign: float = 1.0) -> None:
+    def add_product(self, total: Floats, left: Rows, right: Rows, sign: float = 1.0) -> None:
         """Add ``sign`` leftᵀ right to ``total`` (k, c)."""
 
 
@@ -216,7 +217,7 @@ class TorchEngine(_Tiled):
             torch.addmm(out, torch.from_numpy(left).T, torch.from_numpy(right), alpha=sign, out=out)
 
 
-def square_pieces(engine: Engine, total: Floats, block: Floats, sign: float, threads: int) -> list[Callable[[], None]]:
+def square_pieces(engine: Engine, total: Floats, block: Rows, sign: float, threads: int) -> list[Callable[[], None]]:
     """Return calls that together do ``engine.add_square``, the work divided evenly among ``threads``, largest first.
 
     The triangle is cut into as many bands as threads: rectangles beside the diagonal, twice the work of the triangles
@@ -234,7 +235,7 @@ def square_pieces(engine: Engine, total: Floats, block: Floats, sign: float, thr
 
 
 def product_pieces(
-    engine: Engine, total: Floats, left: Floats, right: Floats, sign: float, threads: int
+    engine: Engine, total: Floats, left: Rows, right: Rows, sign: float, threads: int
 ) -> list[Callable[[], None]]:
     """Return calls that together do ``engine.add_product``, the work divided evenly among ``threads``."""
     bands = 1 if engine.own_threads else max(1, min(threads, len(total)))
@@ -280,7 +281,7 @@ def _fastest(bfloat16: bool, team: Team) -> Engine:
         expected = upper if expected is None else expected
         if np.abs(upper - expected).max() <= _AGREEMENT * expected.max():
             agreeing.append(engine)
-    rounds = [[_timed(engine, total, block, team) for engine in agreeing] for _ in range(_TRIALS)]
+    rounds = [[timed_square(engine, total, block, team) for engine in agreeing] for _ in range(_TRIALS)]
     seconds = dict(zip(agreeing, np.min(rounds, axis=0).tolist(), strict=True))
     best = min(agreeing, key=lambda engine: seconds[engine])
     if _GAIN * seconds[best] > seconds[first]:
@@ -293,7 +294,8 @@ def _fastest(bfloat16: bool, team: Team) -> Engine:
     return best
 
 
-def _timed(engine: Engine, total: Floats, block: Floats, team: Team) -> float:
+def timed_square(engine: Engine, total: Floats, block: Rows, team: Team) -> float:
+    """Return the seconds in which a team adds the square of a block."""
     began = time.perf_counter()
     team.run(square_pieces(engine, total, block, 1.0, team.threads))
     return time.perf_counter() - began

@@ -30,6 +30,7 @@ import numpy.typing as npt
 from ooc_influence.errors import InputError
 from ooc_influence.fingerprint import array_digest
 from ooc_influence.linalg.whitening import Whitening
+from ooc_influence.linalg.whole import LEAST_SCALE, MOST_SCALE, RowGrouper
 from ooc_influence.options import Weighting
 from ooc_influence.parallel import Stripe
 from ooc_influence.store import Block, GradientStore, RawBlock, read_blocks, read_raw_blocks
@@ -38,6 +39,7 @@ Numbers = npt.NDArray[np.int64]
 Range = tuple[int, int]  # of rows or columns: the first, and the one after the last
 LOSS_FLOOR = 1e-6  # smaller losses count as this one: their weights would rest on a loss's last bits
 ONE_LABEL = "cross_entropy"  # the loss_kind the formulas hold for
+_FEWEST_PER_SCALE = 16  # rows: of fewer, products of whole numbers are slower than float32's
 _TOKENS = "token_cross_entropy"  # how the loss_kind of language models begins
 
 
@@ -95,7 +97,7 @@ def row_errors(losses: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
 class WeightedBlock(NamedTuple):
     """Rows ``start`` to ``stop`` of :class:`WeightedRows`, times √w; how many are live, and have a clipped loss.
 
-    Their values are those of an array, or a tensor on a device, that the next block overwrites.
+    Their values are those of an array, a tensor on a device, or :class:`.GroupedRows`, that the next block overwrites.
     """
 
     start: int
@@ -229,6 +231,52 @@ class WeightedRows:
         s, norm = live, norm / live**2
         spread = max(0.0, fourth / s - norm) / (s - 1)
         return float(np.sqrt((1 - s / int(self.selection["population"])) * spread / norm)) if norm > 0 else 0.0
+
+    def rows_per_scale(self, block_rows: int) -> int:
+        """Return how many rows of a block share a scale, on average; 0 unless they are whole numbers times few scales.
+
+        Such rows can be read grouped by their scales (:meth:`grouped_blocks`).
+        """
+        if not self.store.layout.encoding.linear or self.weights is not None or self.weighting is not None:
+            return 0
+        dropped, rows, groups = self.dropped(), 0, 0
+        for start in range(0, self.count, block_rows):
+            stop = min(self.count, start + block_rows)
+            kept = self._scales(start, stop)[slice(None) if self.dropped_too else ~dropped[start:stop]]
+            distinct = np.unique(kept)
+            rows, groups = rows + len(kept), groups + len(distinct)
+            far = len(distinct) and not (distinct[0] >= LEAST_SCALE and distinct[-1] <= MOST_SCALE)
+            if far or rows < _FEWEST_PER_SCALE * groups:
+                return 0
+        return rows // max(1, groups)
+
+    def _scales(self, start: int, stop: int) -> npt.NDArray[np.float32]:
+        if self.numbers is None:
+            return self.store.small("row_scale", self.first + start, self.first + stop)
+        first = int(self.numbers[start])
+        scales = self.store.small("row_scale", first, int(self.numbers[stop - 1]) + 1)
+        return np.asarray(scales[self.numbers[start:stop] - first])
+
+    def grouped_blocks(
+        self, start: int, stop: int, block_rows: int, *, columns: Sequence[Range] | None = None
+    ) -> Iterator[WeightedBlock]:
+        """Yield the blocks that :meth:`blocks` yields as :class:`.GroupedRows`: unweighted whole numbers and scales."""
+        numbers = None if self.numbers is None else self.numbers[start:stop]
+        base = self.first if numbers is None else 0
+        wanted = [(0, self.store.k)] if columns is None else columns
+        grouper = RowGrouper(max(1, min(block_rows, stop - start)), wanted, self._column_factors(wanted))
+        part = (self.store, base + start, base + stop, block_rows)
+        for block in read_raw_blocks(*part, numbers=numbers, columns=columns):
+            weighted, _, dropped = self._weighted(block, None, base)
+            yield weighted._replace(rows=grouper.group(block.parts, dropped))
+
+    def _column_factors(self, columns: Sequence[Range]) -> npt.NDArray[np.float32] | None:
+        """Return what some ranges of columns are multiplied by, beside the rows' scales; None for nothing."""
+        inverse, scale = self._inverse(columns), self.store.column_scale
+        if scale is None:
+            return inverse
+        scale = np.concatenate([scale[first:last] for first, last in columns])
+        return np.asarray(scale if inverse is None else scale * inverse)
 
     def record(self) -> dict[str, Any]:
         """Return what is written in a curvature's attributes about their weights."""

@@ -317,10 +317,14 @@ def read_raw_blocks(
     *,
     numbers: RowNumbers | None = None,
     loss: bool = False,
+    columns: Columns | None = None,
 ) -> Iterator[RawBlock]:
-    """Yield the same blocks as :func:`read_blocks`, as they are stored, to be decoded elsewhere."""
+    """Yield the same blocks as :func:`read_blocks`, as they are stored, to be decoded elsewhere.
+
+    Their rows are whole; ``columns`` are those that will be looked at.
+    """
     pieces: list[Piece] = []
-    for first, last, piece in _block_pieces(store, start, stop, block_rows, numbers, loss, None):
+    for first, last, piece in _block_pieces(store, start, stop, block_rows, numbers, loss, columns):
         pieces.append(piece)
         if piece.stop == last:
             dropped = np.concatenate(
