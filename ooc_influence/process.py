@@ -110,9 +110,13 @@ def limit_blas(threads: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def limit_openmp(threads: int) -> Iterator[None]:
-    """Let PyTorch, and whatever else uses OpenMP, use a number of threads in the calling one while it is open."""
-    _torch().get_num_threads()  # the first call in a thread sets how many it uses
-    before = [(library, library.num_threads) for library in _openmp()]
+    """Let PyTorch, called by this thread, use a number of threads while the context is open.
+
+    ``torch.set_num_threads`` would set it for threads that others start meanwhile, too. Of a PyTorch without OpenMP,
+    nothing is limited.
+    """
+    _torch().get_num_threads()  # PyTorch sets OpenMP's number when a thread first asks for it: not after us
+    before = [(library, library.num_threads) for library in _openmp_libraries()]
     try:
         for library, _ in before:
             library.set_num_threads(threads)
@@ -123,7 +127,7 @@ def limit_openmp(threads: int) -> Iterator[None]:
 
 
 @cache
-def _openmp() -> list[Any]:
+def _openmp_libraries() -> list[Any]:
     return list(threadpoolctl.ThreadpoolController().select(user_api="openmp").lib_controllers)
 
 

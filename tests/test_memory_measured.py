@@ -46,6 +46,8 @@ CHILD = f"import sys; sys.path.insert(0, {HERE!r})\n" + textwrap.dedent("""
                              rows=None if stage == "rotate" else 2000, weights="ggn", dtype="int4", **options)
         elif stage == "top":
             ooc.top_influential(query, train, top=top, **options)
+        elif stage == "top-int8":
+            ooc.top_influential(query, train, top=top, product="int8", **options)
         elif stage == "cosine":
             ooc.top_influential(query, train, top=top, normalize="cosine", damping=[0.1, 1.0], **options)
         elif stage == "groups":
@@ -66,10 +68,10 @@ def independent(n, k, seed):
     return np.random.default_rng(seed).standard_normal((n, k), np.float32)
 
 
-def write(path, rows, k, value=None):
-    """A float16 store of random rows, of independent entries where k is large, or of one row over and over."""
+def write(path, rows, k, value=None, dtype="float16"):
+    """A store of random rows, of independent entries where k is large, or of one row over and over."""
     make = random_rows if k <= 1024 else independent
-    with GradientStore.create(path, whole_mask(k), attributes={"loss_kind": "cross_entropy"}) as store:
+    with GradientStore.create(path, whole_mask(k), dtype=dtype, attributes={"loss_kind": "cross_entropy"}) as store:
         for start in range(0, rows, 1000):
             size = min(1000, rows - start)
             block = np.full((size, k), value, np.float32) if value is not None else make(size, k, start)
@@ -144,4 +146,15 @@ def test_peak_does_not_grow_with_rows(tmp_path, stage):
         if stage != "reduce":
             fit_fisher(train)
         peaks.append(measure(stage, query, train, top=256)["peak"])
+    assert peaks[1] <= 1.05 * peaks[0]
+
+
+@pytest.mark.slow
+def test_peak_of_lists_by_whole_numbers_does_not_grow_with_rows(tmp_path):
+    """At n and 16n rows, by the same product: below some number of rows, PyTorch is not loaded."""
+    query, peaks = write(tmp_path / "query.zarr", 256, 256), []
+    for rows in (65_536, 16 * 65_536):
+        train = write(tmp_path / f"{rows}.zarr", rows, 256, dtype="int8-linear")
+        fit_fisher(train, sample=20_000)
+        peaks.append(min(measure("top-int8", query, train, top=100)["peak"] for _ in range(2)))
     assert peaks[1] <= 1.05 * peaks[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,12 +22,14 @@ from ooc_influence import (
     fit_fisher,
     influence_scores,
     module_influence,
+    parallel,
     top_influential,
 )
 from ooc_influence.errors import InputError
 from ooc_influence.influence.engine import Entries, HostEngine
 from ooc_influence.influence.exact import exact_scores
 from ooc_influence.influence.heap import Bounds, TopKHeap
+from ooc_influence.influence.lists import _TILE_SCORES
 from ooc_influence.influence.request import ScoreRequest
 from ooc_influence.store import Encoding, LayerShape, Mask, ModuleMask, Storage
 
@@ -345,6 +348,46 @@ def test_the_quickest_accurate_product_is_chosen(monkeypatch, caplog):
     trial._chosen.clear()
     taken["bfloat16"] = 0.95  # hardly quicker
     assert choose() == "float32"
+
+
+def test_a_trial_holds_little_more_than_a_tile(monkeypatch):
+    """As a pass does: whatever the number of queries, at most two sets of scores and some parts of them."""
+    form, tile = Encoding.of("int8-linear", 64), 4 * _TILE_SCORES
+    monkeypatch.setattr(trial._Trial, "time", lambda self, product: 1.0)
+    for queries in (256, 2048):
+        tracemalloc.start()
+        trial._quickest(trial.product_names(True), form, 64, queries, POOL, True)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 4 * tile
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("name", ["bfloat16", "int8"])
+def test_pytorch_has_one_thread_in_each_of_ours(monkeypatch, name, threads):
+    """And as many as before in the caller's, also where there is a single piece."""
+    form, rows = Encoding.of("int8-linear", 64), random_rows(3000, 64)
+    raw, scale = np.empty((3000, 64), form.dtype), np.empty(3000, np.float32)
+    form.encode_into(rows, raw, scale)
+    monkeypatch.setattr(parallel._task, "threads", threads, raising=False)
+    pool = HostEngine()
+    product = trial.make_product(name, form, None, random_rows(5, 64), (slice(None),), pool, as_stored=True)
+    seen, before = [], torch.get_num_threads()
+    for method in ("_products", "_multiply"):
+        if hasattr(product, method):
+            inner = getattr(product, method)
+            watched = lambda *args, inner=inner: (seen.append(torch.get_num_threads()), inner(*args))[1]  # noqa: E731
+            monkeypatch.setattr(product, method, watched)
+    torch.set_num_threads(3)
+    try:
+        for count in (3000, 7, 1):
+            product.multiply(raw[:count], scale[:count], np.empty((1, 5, count), np.float32))
+        assert len(seen) > 3
+        assert set(seen) == {1}
+        assert torch.get_num_threads() == 3
+    finally:
+        pool.__exit__()
+        torch.set_num_threads(before)
 
 
 def test_products_that_rows_cannot_have(tmp_path):

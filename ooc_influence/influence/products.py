@@ -29,6 +29,7 @@ from typing_extensions import override
 
 from ooc_influence.linalg import multiply_whole
 from ooc_influence.options import ProductName
+from ooc_influence.process import limit_openmp
 from ooc_influence.store import Encoding
 
 Floats = npt.NDArray[np.float32]
@@ -45,6 +46,7 @@ _FEW, _WIDE = 128, 1024  # queries, or parts of them, and columns: of fewer and 
 _UNSHIFTED = 2**31 // (127 * 128 * 257)  # columns: the products of both parts of a query add up to 32 bits
 _PRODUCTS_AT_ONCE = 2**20  # whole numbers of 32 bits: they stay in cache
 _PIECE_ROWS = 512  # multiplied at once: fewer are slow
+_PIECES = 4  # of each thread, where there are rows for them: one that has to wait for its core holds up little
 _TILE_BYTES = 2**19  # float32 bytes converted at a time: they stay in cache
 _LEVELS = 32_639  # whole numbers of 16 bits, x = 256 h + l with both parts of 8: |x| at most 127 · 256 + 127
 
@@ -146,6 +148,21 @@ class Product(ABC):
             setattr(self._room, name, held)
         whole: npt.NDArray[Any] = held[: rows * columns].reshape(rows, columns)
         return whole
+
+    def _divide(self, work: Callable[[slice], object], count: int) -> None:
+        """Do ``work`` on pieces of ``count`` rows, in threads of our own, in each of which PyTorch has one.
+
+        PyTorch's own threads wait for each other after each of many short steps, spinning: where the reader or another
+        process has a core meanwhile, all of them stand still.
+        """
+
+        def alone(part: slice) -> None:
+            with limit_openmp(1), np.errstate(over="ignore", invalid="ignore"):  # a thread has its own
+                work(part)
+
+        share = -(-count // self._pool.threads)
+        step = max(min(_PIECE_ROWS, share), -(-share // _PIECES))
+        self._pool.divide(alone, count, max(1, min(step, max(_PIECE_ROWS, _PRODUCTS_AT_ONCE // len(self._queries)))))
 
     @abstractmethod
     def _errors(self, part: slice) -> npt.NDArray[np.float64]:
@@ -291,15 +308,20 @@ class BFloat16Product(Product):
         torch: Any = sys.modules["torch"]
         norms, lost = np.empty((2, len(raw)))
         squares = None if self._norm_weights is None else np.empty((len(self._norm_weights), len(raw)))
-        with np.errstate(over="ignore", invalid="ignore"):
-            rows = self._rounded_rows(raw, scale, norms, lost, squares)
+
+        def work(part: slice) -> None:
+            some = None if squares is None else squares[:, part]
+            rows = self._rounded_rows(raw[part], scale[part], norms[part], lost[part], some)
             for module, pieces in enumerate(self._modules):
-                target = torch.from_numpy(out[module])
+                target = torch.from_numpy(out[module][:, part])
                 for number, piece in enumerate(pieces):
                     product = self._products(rows, piece)
                     target.copy_(product) if number == 0 else target.add_(product)
                 if self._scaled:
-                    target.mul_(torch.from_numpy(np.ascontiguousarray(scale)))
+                    target.mul_(torch.from_numpy(np.ascontiguousarray(scale[part])))
+
+        self._divide(work, len(raw))
+        with np.errstate(over="ignore", invalid="ignore"):
             least = np.sqrt(self._queries.shape[1]) * _LEAST
             norms += least
             lost += 0 if self._exact else least
@@ -344,7 +366,7 @@ class BFloat16Product(Product):
         step = max(1, _CONVERTED_AT_ONCE // width)
         tile = torch.from_numpy(self._buffer("tile", step, width, np.float32))
         measured = len(self._queries) > _FEW and not self._exact
-        for start in range(0, len(raw), step):  # PyTorch divides each tile among its threads
+        for start in range(0, len(raw), step):
             part = slice(start, start + step)
             values = tile[: len(numbers[part])].copy_(numbers[part])
             rounded[part].copy_(values)
@@ -361,14 +383,13 @@ class BFloat16Product(Product):
     def _decoded(self, raw: npt.NDArray[Any], scale: Floats) -> Floats:
         """Return rows as numbers, (b, width): of signs and whole numbers as they are stored, before their scale."""
         rows = self._buffer("rows", len(raw), self._queries.shape[1], np.float32)
-
-        def work(part: slice) -> None:
+        step = _tile_rows(rows.shape[1])
+        for start in range(0, len(raw), step):
+            part = slice(start, start + step)
             if self._as_stored:
                 self._form.read_codes_into(raw[part], rows[part])
             else:
                 self._read(raw[part], scale[part], rows[part])
-
-        self._pool.divide(work, len(raw), max(1, min(_PIECE_ROWS, -(-len(raw) // 8))))
         return rows
 
 
@@ -415,11 +436,12 @@ class Int8Product(Product):
     @override
     def multiply(self, raw: npt.NDArray[Any], scale: Floats, out: Floats) -> Found:
         torch: Any = sys.modules["torch"]
-        codes, scales = self._codes(raw), torch.from_numpy(np.ascontiguousarray(scale))
-        step = max(_PIECE_ROWS, _PRODUCTS_AT_ONCE // len(self._parts))
-        for start in range(0, len(raw), step):
-            part = slice(start, min(len(raw), start + step))
-            self._multiply(codes[part], scales[part], torch.from_numpy(out[:, :, part]))
+        scales = torch.from_numpy(np.ascontiguousarray(scale))
+
+        def work(part: slice) -> None:
+            self._multiply(self._codes(raw[part]), scales[part], torch.from_numpy(out[:, :, part]))
+
+        self._divide(work, len(raw))
         factors = scale.astype(np.float64)
         factors += np.where(factors < 2.0**-90, self._queries.shape[1] * 2.0**-100, 0)
         if self._form.name == "sign":
@@ -464,11 +486,10 @@ class Int8Product(Product):
         if self._form.name != "sign":
             return torch.from_numpy(np.ascontiguousarray(raw))
         bits = self._buffer("bits", len(raw), self._form.stored_columns, np.uint8)
-
-        def work(part: slice) -> None:
+        step = max(1, _TILE_BYTES // bits.shape[1])
+        for start in range(0, len(raw), step):
+            part = slice(start, start + step)
             bits[part] = np.unpackbits(raw[part], axis=1, count=bits.shape[1])
-
-        self._pool.divide(work, len(raw), max(1, -(-len(raw) // 16)))
         return torch.from_numpy(bits.view(np.int8))
 
 

@@ -6,13 +6,14 @@ import logging
 import sys
 import threading
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from ooc_influence.errors import InputError
 from ooc_influence.influence.products import BFloat16Product, Float32Product, Floats, Int8Product, Pool, Product
+from ooc_influence.memory import release_freed
 from ooc_influence.options import ProductName
 from ooc_influence.store import Encoding
 
@@ -24,8 +25,10 @@ _WORTH_TRYING = 2**34  # numbers multiplied, a conversion counted as 64: below, 
 _WORTH_LOADING = 2**38  # the same, for PyTorch to be loaded: float32 takes seconds
 # columns: scores of rows with little in common are ‖q‖ ‖g‖ / √k, and bfloat16's bound of .004 ‖q‖ ‖g‖ tells few apart
 _WIDEST = 2**14
-# rows at most, their numbers, and scores: of fewer narrow rows, the calls themselves would be timed
-_TRIAL_ROWS, _TRIAL_NUMBERS, _TRIAL_SCORES = 2**14, 2**23, 2**24
+# rows at most, their numbers, and scores, which are those of a pass's tile: of fewer narrow rows, the calls themselves
+# would be timed; of more, the trial would take more memory than the pass
+_TRIAL_ROWS, _TRIAL_NUMBERS, _TRIAL_SCORES = 2**14, 2**23, 2**22
+_COMPARED = 2**18  # scores whose bounds are looked at at a time
 _TRIALS = 5  # rounds, each of all products: others may use the machine meanwhile
 _GAIN = 1.2  # times as fast as float32's must another product be
 _lock = threading.Lock()
@@ -85,7 +88,21 @@ def choose_product(form: Encoding, width: int, queries: int, rows: int, pool: Po
         if key not in _chosen:
             names = [name for name in product_names(as_stored) if name != "bfloat16" or width <= _WIDEST]
             _chosen[key] = _quickest(names, form, width, queries, pool, as_stored)
+            release_freed()  # otherwise what the trial held would be kept beside what the pass holds
         return _chosen[key]
+
+
+class _Scored(NamedTuple):
+    """A product, its scores (1, q, b), and its F of the rows (b, t)."""
+
+    product: Product
+    scores: Floats
+    errors: npt.NDArray[np.float64]
+
+    def part(self, rows: slice) -> tuple[Floats, npt.NDArray[np.float64]]:
+        """Return the scores of some rows, and what they may be off by."""
+        scores = self.scores[..., rows]
+        return scores, self.product.bounds(self.errors[rows], scores)
 
 
 class _Trial:
@@ -101,12 +118,19 @@ class _Trial:
         self._as_stored = as_stored
         self._out = np.empty((1, queries, rows), np.float32)
 
-    def run(self, name: ProductName) -> tuple[Product, Floats, npt.NDArray[np.float64]]:
-        """Return a product, its scores and their bounds."""
+    def run(self, name: ProductName) -> _Scored:
+        """Return a product's scores, which the next one overwrites."""
         product = make_product(name, *self._args, as_stored=self._as_stored)
-        errors = product.multiply(self._raw, self._scale, self._out).errors
-        scores = self._out.copy()
-        return product, scores, product.bounds(errors, scores)
+        return _Scored(product, self._out, product.multiply(self._raw, self._scale, self._out).errors)
+
+    def agree(self, one: _Scored, other: _Scored) -> bool:
+        """Return whether scores of two products differ by no more than their bounds."""
+        step = max(1, _COMPARED // self._out.shape[1])
+        for start in range(0, len(self._raw), step):
+            (scores, bounds), (others, more) = (each.part(slice(start, start + step)) for each in (one, other))
+            if not (np.abs(scores - others) <= bounds + more).all():
+                return False
+        return True
 
     def time(self, product: Product) -> float:
         """Return the seconds that a product takes."""
@@ -119,16 +143,17 @@ def _quickest(
     names: list[ProductName], form: Encoding, width: int, queries: int, pool: Pool, as_stored: bool
 ) -> ProductName:
     trial = _Trial(form, width, queries, pool, as_stored)
-    reference, exact, slack = trial.run(names[0])
-    products = {names[0]: reference}
+    reference = trial.run(names[0])
+    reference = reference._replace(scores=reference.scores.copy())
+    products = {names[0]: reference.product}
     for name in names[1:]:
         try:
-            product, scores, bounds = trial.run(name)
+            found = trial.run(name)
         except (ImportError, AttributeError, RuntimeError) as error:
             logger.info("no %s products here: %s", name, str(error).splitlines()[0])
             continue
-        if (np.abs(scores - exact) <= bounds + slack).all():
-            products[name] = product
+        if trial.agree(reference, found):
+            products[name] = found.product
         else:
             logger.info("no %s products here: they are less accurate than they should be", name)
     rounds = [{name: trial.time(product) for name, product in products.items()} for _ in range(_TRIALS)]
