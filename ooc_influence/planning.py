@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import median
@@ -43,6 +44,7 @@ _EIGEN_SIDE = 448
 _FILE = 128 * 2**20
 _STEP = 8 * 2**20
 _SECONDS = 0.3  # for each rate
+_READ_SECONDS, _READ_MOST = 1.0, 2**30  # of stores' files
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ class Rates:
     @classmethod
     def measure(cls, folder: str | Path = ".", *, gflops: float | None = None, read: float | None = None) -> Rates:
         """Measure the rates that are not given, on the disk of ``folder``: a file is written there, read and removed.
+
+        Where ``folder`` is a store, or holds stores, of 128 MiB and more, some of their chunks are read instead.
 
         Raises
         ------
@@ -134,19 +138,37 @@ def _disk(folder: Path) -> tuple[float, float, float]:
             size += file.write(raw[:_STEP].data)
         os.fsync(file.fileno())
         write = size / (time.perf_counter() - began)
-        if hasattr(os, "posix_fadvise"):
-            with contextlib.suppress(OSError):
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        file.seek(0)
-        buffer = bytearray(_STEP)
-        began = time.perf_counter()
-        while file.readinto(buffer):
-            pass
-        read = size / (time.perf_counter() - began)
+        read = _read_rate(_chunk_files(folder) or [Path(file.name)])
         half = map_file(file.name).view(np.float16).reshape(-1, 1024)
         rows, scale = np.empty(half.shape, np.float32), np.ones(len(half), np.float32)
         convert = rows.nbytes / _repeated(lambda: Encoding("float16", 1024).decode_into(half, scale, rows))
     return read, write, convert
+
+
+def _chunk_files(folder: Path) -> list[Path]:
+    """Return the chunks of the store that a folder is, or of those in it; none where they are few bytes.
+
+    A file that was just written may be read faster than a disk can: another cache may have it, such as a host's.
+    """
+    files = [*folder.glob("gradients/c.*"), *folder.glob("*/gradients/c.*")]
+    return files if sum(file.stat().st_size for file in files) >= _FILE else []
+
+
+def _read_rate(files: Sequence[Path]) -> float:
+    """Return the bytes read in a second, of some files by chance, none of which is in the page cache."""
+    buffer, size, seconds = bytearray(_STEP), 0, 0.0
+    for path in random.Random().sample(files, len(files)):
+        with path.open("rb", buffering=0) as file:
+            if hasattr(os, "posix_fadvise"):
+                with contextlib.suppress(OSError):
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            began = time.perf_counter()
+            while count := file.readinto(buffer):
+                size += count
+            seconds += time.perf_counter() - began
+        if seconds > _READ_SECONDS or size > _READ_MOST:
+            break
+    return size / seconds
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from ooc_influence import (
     fit_fisher,
     fit_gram,
     influence_scores,
+    planning,
     self_influence,
     top_influential,
 )
@@ -152,6 +153,20 @@ def test_a_machine_is_measured_in_seconds(tmp_path):
     assert not list(tmp_path.iterdir())
     given = Rates.measure(tmp_path, gflops=7, read=3e8)
     assert (given.gemm, given.syrk, given.read) == (7e9, 7e9, 3e8)
+
+
+def test_a_disk_is_read_where_stores_are(tmp_path, monkeypatch):
+    """Some of their chunks, not a file that was just written; of small stores there is too little to read."""
+    train = write_store(tmp_path / "train.zarr", random_rows(200, 16), chunk_rows=10)
+    read, rate = [], planning._read_rate
+    monkeypatch.setattr(planning, "_read_rate", lambda files: (read.append(set(files)), rate(files))[1])
+    Rates.measure(tmp_path, gflops=7)
+    chunks = set((train.path / "gradients").glob("c.*"))
+    assert not read[0] & chunks
+    monkeypatch.setattr(planning, "_FILE", 1000)
+    for folder in (tmp_path, train.path):
+        assert Rates.measure(folder, gflops=7).read > 1e4
+    assert read[1:] == [chunks, chunks]
 
 
 @pytest.mark.parametrize(

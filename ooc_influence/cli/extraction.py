@@ -262,7 +262,8 @@ def init(rows: int | None, as_json: bool, **settings: Any) -> None:
 def plan(as_json: bool, read_rate: str | None, **settings: Any) -> int:
     """Show what each stage will take: disk, memory, arithmetic, time. Exit code 1 where one does not fit the budget.
 
-    Nothing is written but a file of 128 MiB for the two seconds in which the machine is measured.
+    Nothing is written but a file of 128 MiB for the seconds in which the machine is measured. Where the folder holds
+    stores, chunks of them are read.
     """
     from ooc_influence.memory import parse_bytes
     from ooc_influence.planning import plan as make_plan

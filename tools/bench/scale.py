@@ -9,7 +9,7 @@ products (sgemm) of the same shape. Everything is kept in the folder, so a run t
 been measured is listed.
 
 Run: python tools/bench/scale.py [--rows 1000000] [--dims 256] [--dtype int8-linear] [--sketch-dims 32]
-[--damping D] [--queries 1,16,256] [--workers 2] [--folder DIR]. The last line is JSON.
+[--damping D] [--queries 1,16,256,2048] [--workers 2] [--folder DIR]. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -244,7 +244,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="int8-linear")
     parser.add_argument("--sketch-dims", type=int, default=32)
     parser.add_argument("--damping", type=float, help="of lists; default that of the curvature")
-    parser.add_argument("--queries", type=lambda text: [int(part) for part in text.split(",")], default=[1, 16, 256])
+    counts = lambda text: [int(part) for part in text.split(",")]  # noqa: E731
+    parser.add_argument("--queries", type=counts, default=[1, 16, 256, 2048])
     parser.add_argument("--workers", type=int, default=1, help="2: also two Dask workers")
     parser.add_argument("--memory", default="4GiB", help="budget of the calls")
     parser.add_argument("--folder", help="where to write, and to resume; default a temporary folder")

@@ -5,9 +5,12 @@ the rival. Appending: rows to a store of signs, packed as extraction hands them 
 packed on the way, against as many bytes written to one plain file and synced. Scoring: 32 queries against rows that are
 in the page cache, signs of k entries against int8 rows of k and of k/8 entries, which take as many bytes. Errors of
 <q, x̂>, for random queries q, over |q||x|/√k, root mean squares: of rows of normal numbers, of Student's t with two
-degrees of freedom, and with one entry alone, as they are and rotated.
+degrees of freedom, and with one entry alone, as they are and rotated. Lists: the passes of the top 100 of 1 and 16
+queries over random rows, cold against one sequential read of the same files, nothing of which is in the page cache
+(before and after; posix_fadvise, void where pages stayed), and warm against touching every byte with all cores.
 
-Run: python tools/bench/signs.py [--rows 1000] [--mib 128] [--repeats 5] [--k 65536 262144]. The last line is JSON.
+Run: python tools/bench/signs.py [--rows 1000] [--mib 128] [--list-mib 1024] [--repeats 5] [--k 65536 262144]
+[--only rates,lists,errors]. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -24,6 +27,9 @@ from statistics import median
 os.environ.pop("OPENBLAS_CORETYPE", None)
 
 import numpy as np
+from engine import ours, share
+from limits import Limits
+from store import drop_cache
 
 import ooc_influence as ooc
 from ooc_influence.store import Encoding, LayerShape, Mask
@@ -97,6 +103,35 @@ def rates(folder: Path, k: int, count: int, mib: int, repeats: int) -> dict[str,
     }
 
 
+def lists(folder: Path, k: int, mib: int, repeats: int) -> dict[str, float | None]:
+    generator, row_bytes = np.random.default_rng(4), Encoding.of("sign", k).row_bytes
+    count, train = mib * 2**20 // row_bytes, folder / "train"
+    with ooc.GradientStore.create(train, mask(k), dtype="sign") as store:
+        step = max(1, 2**26 // row_bytes)
+        for first in range(0, count, step):
+            packed = generator.integers(0, 256, (min(step, count - first), row_bytes), np.uint8)
+            ones = np.ones(len(packed), np.float32)
+            store.append_encoded(packed, ones, loss=ones, grad_norm=ones)
+    found: dict[str, float | None] = {}
+    for q in (1, 16):
+        query = folder / f"query{q}"
+        append(query, k, "float32", generator.standard_normal((q, k), np.float32), q)
+        limits = Limits(train, folder, q)
+
+        def find(query: Path = query, cold: bool = False) -> float:
+            if cold and not drop_cache(train):
+                return float("nan")
+            return ours(lambda: ooc.top_influential(query, train, top=100, curvature=False, normalize="none"))
+
+        read, touch = (lambda limits=limits: limits.plain_read(train)), (lambda limits=limits: limits.touched(train))
+        found[f"lists_{q}_cold_over_read"] = share(read, lambda find=find: find(cold=True), repeats)
+        find()
+        found[f"lists_{q}_warm_over_touch"] = share(touch, find, repeats)
+    for path in folder.iterdir():
+        shutil.rmtree(path)
+    return found
+
+
 def errors(form: Encoding) -> dict[str, float]:
     k = form.k
     generator = np.random.default_rng(2)
@@ -121,18 +156,26 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rows", type=int, default=1000, help="to be scored")
     parser.add_argument("--mib", type=int, default=128, help="to be appended")
+    parser.add_argument("--list-mib", type=int, default=1024, help="rows that lists are found in")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--k", type=int, nargs="+", default=[65_536, 262_144], help="entries a row")
+    parser.add_argument("--only", default="rates,lists,errors", help="some of these")
+    parser.add_argument("--folder", help="where to write; default a temporary folder")
     options = parser.parse_args()
     result: dict[str, object] = {"bench": "signs", "rows": options.rows}
-    with tempfile.TemporaryDirectory() as name:
+    parts = options.only.split(",")
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
         for k in options.k:
-            found = rates(Path(name), k, options.rows, options.mib, options.repeats)
+            found: dict[str, float | None] = {}
+            if "rates" in parts:
+                found |= rates(Path(name), k, options.rows, options.mib, options.repeats)
+            if "lists" in parts:
+                found |= lists(Path(name), k, options.list_mib, options.repeats)
             for what, value in found.items():
-                print(f"k = {k}: {what.replace('_', ' ')}: {value:.3g}")
-                result[f"{what}_{k}"] = round(value, 3)
+                print(f"k = {k}: {what.replace('_', ' ')}: {'void' if value is None else f'{value:.3g}'}", flush=True)
+                result[f"{what}_{k}"] = None if value is None else round(value, 3)
     for way, form in (("plain", Encoding("sign", options.k[0], 1)), ("rotated", Encoding.of("sign", options.k[0]))):
-        for kind, error in errors(form).items():
+        for kind, error in errors(form).items() if "errors" in parts else ():
             print(f"error over |q||x|/sqrt(k), {kind}, {way}: {error:.3f}")
             result[f"error_{kind}_{way}"] = round(error, 3)
     print(json.dumps(result))
