@@ -84,6 +84,8 @@ def test_no_score_is_further_off_than_its_bound(form, k, kinds, seed, piece):
     for name in products_of(form):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(trial._KINDS[name], "piece", piece)
+            patch.setattr(products_module, "_UNPACKED_AT_ONCE", 24 * piece)
+            patch.setattr(products_module, "_LEAST_UNPACKED", 8)
             product = trial.make_product(name, stored, None, queries, (slice(None),), POOL, as_stored=as_stored)
             found = np.full((1, 5, 24), np.nan, np.float32)
             errors = product.multiply(raw, scale, found).errors

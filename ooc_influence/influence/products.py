@@ -45,6 +45,7 @@ _SAFETY = 1.001  # for the rounding of the bound itself
 _FEW, _WIDE = 128, 1024  # queries, or parts of them, and columns: of fewer and more, products are rows times queries
 _UNSHIFTED = 2**31 // (127 * 128 * 257)  # columns: the products of both parts of a query add up to 32 bits
 _PRODUCTS_AT_ONCE = 2**20  # whole numbers of 32 bits: they stay in cache
+_UNPACKED_AT_ONCE, _LEAST_UNPACKED = 2**21, 2**11  # bits, and columns of them
 _PIECE_ROWS = 512  # multiplied at once: fewer are slow
 _PIECES = 4  # of each thread, where there are rows for them: one that has to wait for its core holds up little
 _TILE_BYTES = 2**19  # float32 bytes converted at a time: they stay in cache
@@ -439,7 +440,7 @@ class Int8Product(Product):
         scales = torch.from_numpy(np.ascontiguousarray(scale))
 
         def work(part: slice) -> None:
-            self._multiply(self._codes(raw[part]), scales[part], torch.from_numpy(out[:, :, part]))
+            self._multiply(raw[part], scales[part], torch.from_numpy(out[:, :, part]))
 
         self._divide(work, len(raw))
         factors = scale.astype(np.float64)
@@ -451,14 +452,14 @@ class Int8Product(Product):
             factors[ones[~raw[ones].any(axis=1)]] = 0
         return Found(factors[:, None])
 
-    def _multiply(self, codes: Any, scales: Any, out: Any) -> None:
-        """Write scores of some rows, given as codes (b, width), into ``out`` (M, q, b)."""
+    def _multiply(self, raw: npt.NDArray[Any], scales: Any, out: Any) -> None:
+        """Write scores of some stored rows (b, ·) into ``out`` (M, q, b)."""
         torch: Any = sys.modules["torch"]
         q, signs, sums = len(self._queries), self._form.name == "sign", iter(self._sums)
         for target, pieces in zip(out, self._modules, strict=True):
             for number, piece in enumerate(pieces):
-                high, low = self._whole_products(codes, piece).split(q)
-                part = torch.from_numpy(self._buffer("part", q, len(codes), np.float32))
+                high, low = self._whole_products(raw, piece).split(q)
+                part = torch.from_numpy(self._buffer("part", q, len(raw), np.float32))
                 if piece.stop - piece.start <= _UNSHIFTED:  # the sum fits 32 bits
                     part.copy_(low.add_(high, alpha=256))
                 else:
@@ -469,28 +470,37 @@ class Int8Product(Product):
                 target.copy_(part) if number == 0 else target.add_(part)
             target.mul_(self._steps).mul_(scales)
 
-    def _whole_products(self, codes: Any, piece: slice) -> Any:
+    def _whole_products(self, raw: npt.NDArray[Any], piece: slice) -> Any:
         """Return the products of both parts of the queries with rows, (2 q, b) int32."""
         torch: Any = sys.modules["torch"]
         count, few = len(self._parts), len(self._parts) <= _FEW and self._queries.shape[1] >= _WIDE
-        shape = (len(codes), count) if few else (count, len(codes))
-        product = torch.from_numpy(self._buffer("product", *shape, dtype=np.int32))
-        if few:  # quicker this way round
-            multiply_whole(codes[:, piece], self._parts[:, piece], product)
-            return product.T
-        multiply_whole(self._parts[:, piece], codes[:, piece], product)
-        return product
+        shape = (len(raw), count) if few else (count, len(raw))
+        total = torch.from_numpy(self._buffer("product", *shape, dtype=np.int32))
+        for codes, columns in self._codes(raw, piece):
+            first = columns.start == piece.start
+            product = total if first else torch.from_numpy(self._buffer("further", *shape, dtype=np.int32))
+            parts = self._parts[:, columns]
+            if few:  # quicker this way round
+                multiply_whole(codes, parts, product)
+            else:
+                multiply_whole(parts, codes, product)
+            if not first:
+                total.add_(product)
+        return total.T if few else total
 
-    def _codes(self, raw: npt.NDArray[Any]) -> Any:
+    def _codes(self, raw: npt.NDArray[Any], piece: slice) -> Iterator[tuple[Any, slice]]:
+        """Yield some columns of rows as whole numbers, and which: of signs, as many as stay in cache while they are."""
         torch: Any = sys.modules["torch"]
         if self._form.name != "sign":
-            return torch.from_numpy(np.ascontiguousarray(raw))
-        bits = self._buffer("bits", len(raw), self._form.stored_columns, np.uint8)
-        step = max(1, _TILE_BYTES // bits.shape[1])
-        for start in range(0, len(raw), step):
-            part = slice(start, start + step)
-            bits[part] = np.unpackbits(raw[part], axis=1, count=bits.shape[1])
-        return torch.from_numpy(bits.view(np.int8))
+            yield torch.from_numpy(np.ascontiguousarray(raw))[:, piece], piece
+            return
+        step = max(_LEAST_UNPACKED, _UNPACKED_AT_ONCE // len(raw)) // 8 * 8
+        for start in range(piece.start, piece.stop, step):
+            columns = slice(start, min(piece.stop, start + step))
+            before = start % 8
+            packed = raw[:, start // 8 : -(-columns.stop // 8)]
+            bits = np.unpackbits(packed, axis=1, count=before + columns.stop - start)
+            yield torch.from_numpy(bits.view(np.int8))[:, before:], columns
 
 
 def _whole_queries(queries: Floats) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
