@@ -1,8 +1,9 @@
 """Striped Dask tasks: one task for each worker slot, which loops over its own contiguous rows.
 
 A task carries paths, row numbers and small arrays and folds its rows into one result; only that result travels, and
-sums are added in a tree. Without a ``dask.distributed`` client the local scheduler runs the tasks: one slot with all
-BLAS threads by default, since that is the fastest way to use one node and holds one accumulator. With a client they run
+sums are added in a tree. Without a ``dask.distributed`` client they run here: in one slot with all BLAS threads by
+default, since that is the fastest way to use one node and holds one accumulator; in several by Dask's scheduler of
+threads, which is loaded only then: loading Dask takes about as long as a query of a small store. With a client they run
 on its workers, which share the cores of their host; a task whose worker dies runs again on another, and an interrupted
 call cancels the tasks it started.
 """
@@ -13,18 +14,13 @@ import contextlib
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from dask import config
-from dask.base import compute
-from dask.delayed import delayed
-from dask.local import get_sync
-from dask.threaded import get as get_threaded
 
 from ooc_influence.errors import ClusterError, InputError
 from ooc_influence.memory import DEFAULT_SHARE, cpu_share
@@ -130,6 +126,8 @@ def _sent_once(arg: Any) -> Any:
     """
     if not isinstance(arg, np.ndarray) or arg.nbytes < SENT_ONCE:
         return arg
+    from dask.delayed import delayed
+
     return delayed(_same, pure=False, traverse=False)(arg)
 
 
@@ -213,6 +211,8 @@ def tree_sum(parts: Sequence[Any], add: Callable[[Any, Any], Any]) -> Any:
 
     ``add`` must not change its arguments: a task may run again where a worker died.
     """
+    from dask.delayed import delayed
+
     level = list(parts)
     combine = delayed(add, pure=False)
     while len(level) > 1:
@@ -275,15 +275,41 @@ def run_stripes(
         function, sharing = function if on_result is None else _calling(function, on_result), slots
     else:
         args, sharing = tuple(_sent_once(arg) for arg in args), _slots_on_a_host(client)
-    task = delayed(_sharing, pure=False, traverse=False)
-    parts = [task(function, sharing, own_threads, stripe, progress.key, *args) for stripe in stripes]
-    tasks = [tree_sum(parts, reduce)] if reduce is not None else parts
-    if client is None:
-        with limit_blas(1 if own_threads else max(1, cores() // slots)):  # once, not for each of many tasks
-            results = _compute(tasks, progress, slots)
-    else:
-        results = _compute_on_cluster(client, tasks, on_result and (on_result, stripes))
-    return results[0] if reduce is not None else list(results)
+    calls = [(function, sharing, own_threads, stripe, progress.key, *args) for stripe in stripes]
+    with contextlib.ExitStack() as limits:
+        if client is None:  # once, not for each of many tasks
+            limits.enter_context(limit_blas(1 if own_threads else max(1, cores() // slots)))
+        if client is None and slots == 1:
+            results = (_sharing(*call) for call in calls)
+            return list(results) if reduce is None else _tree_sum_in_turn(results, reduce)
+        from dask.delayed import delayed
+
+        task = delayed(_sharing, pure=False, traverse=False)
+        parts = [task(*call) for call in calls]
+        tasks = [tree_sum(parts, reduce)] if reduce is not None else parts
+        if client is None:
+            done = _compute(tasks, progress, slots)
+        else:
+            done = _compute_on_cluster(client, tasks, on_result and (on_result, stripes))
+        return done[0] if reduce is not None else list(done)
+
+
+def _tree_sum_in_turn(parts: Iterable[Any], add: Callable[[Any, Any], Any]) -> Any:
+    """Return what :func:`tree_sum` would be of parts that come one after the other, by the same sums.
+
+    Of n parts, at most log₂ n + 1 partial sums are held: each of a power of two of them, the largest first.
+    """
+    sums: list[tuple[int, Any]] = []
+    for total in parts:
+        count = 1
+        while sums and sums[-1][0] == count:
+            total = add(sums.pop()[1], total)
+            count *= 2
+        sums.append((count, total))
+    _, total = sums.pop()
+    while sums:
+        total = add(sums.pop()[1], total)
+    return total
 
 
 def _calling(function: Callable[..., Any], on_result: Callable[[Stripe, Any], None]) -> Callable[..., None]:
@@ -299,8 +325,9 @@ def _calling(function: Callable[..., Any], on_result: Callable[[Stripe, Any], No
 
 
 def _compute(tasks: list[Any], progress: Progress, slots: int) -> Any:
-    if slots == 1:  # functions, not names: looking up a name loads distributed
-        return compute(*tasks, scheduler=get_sync, optimize_graph=False)
+    from dask.base import compute
+    from dask.threaded import get as get_threaded  # not its name: looking that up loads distributed
+
     with ThreadPoolExecutor(slots) as pool:  # leaving it waits for tasks that are running
         try:
             return compute(*tasks, scheduler=get_threaded, pool=pool, num_workers=slots, optimize_graph=False)
@@ -331,6 +358,7 @@ def _unwatch(client: Any) -> None:
 
 
 def _compute_on_cluster(client: Any, tasks: list[Any], on_result: Any) -> list[Any]:
+    from dask import config
     from distributed import CancelledError, as_completed
     from distributed.scheduler import KilledWorker
 

@@ -7,6 +7,7 @@ later one saves the setting of the earlier.
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -57,6 +58,13 @@ class ProcessSetting:
                     self._change.notify_all()
                 elif self._holders[-1] != current:
                     self._write(self._holders[-1])
+
+    def include_new(self) -> None:
+        """Set what is held of parts that came later, too, and restore theirs at the end; values are dicts by part."""
+        with self._change:
+            if self._holders:
+                self._before = self._read() | self._before
+                self._write(self._holders[-1])
 
 
 def _torch() -> Any:
@@ -129,6 +137,20 @@ def limit_openmp(threads: int) -> Iterator[None]:
 @cache
 def _openmp_libraries() -> list[Any]:
     return list(threadpoolctl.ThreadpoolController().select(user_api="openmp").lib_controllers)
+
+
+@cache
+def scipy_linalg() -> Any:
+    """Return ``scipy.linalg``, whose BLAS has the limit that is held at the moment, as if it had been loaded before.
+
+    It is loaded on first use: with what it imports, it takes longer to load than a query of a small store to answer.
+    (SciPy's packages have a BLAS of their own where its threads are limited for the process; an OpenBLAS with a limit
+    for each thread is NumPy's too, so loaded already.)
+    """
+    import scipy.linalg
+
+    _BLAS_THREADS.include_new()
+    return scipy.linalg
 
 
 # what a product of float32 tensors may round its factors to: another thread's must not round ours

@@ -323,6 +323,34 @@ def test_help_loads_nothing_heavy():
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+HEAVY = ("torch", "scipy", "dask", "distributed", "pandas", "xarray", "pyarrow", "jinja2", "matplotlib", "transformers")
+
+
+@pytest.mark.parametrize(
+    ("line", "needed"),
+    [
+        ("top test.zarr train.zarr", []),
+        ("top test.zarr train.zarr --dot", []),
+        ("self-influence train.zarr", []),
+        ("info train.zarr", []),
+        ("fisher train.zarr --refit", ["scipy"]),  # eigenvectors
+    ],
+)
+def test_commands_load_what_they_need(run, stores, line, needed):
+    """A query of a small store takes less time than libraries that it does not need take to load."""
+    script = f"""
+    import sys
+    from ooc_influence.cli.main import main
+    try:
+        main({line.split()!r})
+    except SystemExit as stopped:
+        assert not stopped.code
+    print([name for name in {HEAVY!r} if name in sys.modules])
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == str(needed)
+
+
 def test_no_warning_on_import_and_one_version():
     code = "import ooc_influence, ooc_influence.cli.main, torch, ooc_influence.extract, ooc_influence.evaluate"
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)

@@ -112,6 +112,39 @@ def test_results_in_order_and_summed(slots):
         assert run_stripes(_rows, stripes, bar, slots=slots, reduce=lambda a, b: a + b) == 10
 
 
+@pytest.mark.parametrize("count", range(1, 18))
+def test_sums_are_added_in_the_same_order_in_one_slot_as_in_several(count):
+    stripes = [Stripe(number, number + 1) for number in range(count)]
+    orders = []
+    with Progress("test", count, False) as bar:
+        for slots in (1, 2):
+            orders.append(
+                run_stripes(
+                    lambda stripe, key: str(stripe.start), stripes, bar, slots=slots, reduce=lambda a, b: f"({a} {b})"
+                )
+            )
+    assert orders[0] == orders[1]
+
+
+def test_one_slot_holds_few_results_at_a_time():
+    """Of 64 parts that are added, no more than log₂ of their number, and the one that is made."""
+
+    class Part:
+        held = most = 0
+
+        def __init__(self):
+            Part.held += 1
+            Part.most = max(Part.most, Part.held)
+
+        def __del__(self):
+            Part.held -= 1
+
+    with Progress("test", 64, False) as bar:
+        stripes = [Stripe(number, number + 1) for number in range(64)]
+        run_stripes(lambda stripe, key: Part(), stripes, bar, slots=1, reduce=lambda a, b: Part())
+    assert Part.most <= 8
+
+
 def test_progress_counts_shows_and_stops(capsys):
     with Progress("rows", 10, True) as bar:
         tick(bar.key, 4)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -81,6 +83,32 @@ def test_overlapping_runs_leave_the_threads_of_the_blas(monkeypatch):
     assert threads == {"first": 2, "second": 1, "later": 1}
     assert threads_of_blas() == before
     assert parallel.task_threads() == 1
+
+
+@pytest.mark.skipif(parallel.cores() < 2, reason="a BLAS has one thread here")
+def test_a_blas_that_is_loaded_later_has_the_limit_too():
+    """And its own threads again at the end: SciPy is loaded by the first task that needs it."""
+    script = """
+import sys, threadpoolctl, numpy
+from ooc_influence.process import limit_blas, scipy_linalg
+
+def threads():
+    return {part["filepath"]: part["num_threads"] for part in threadpoolctl.threadpool_info()}
+
+before = threads()
+with limit_blas(1):
+    assert "scipy" not in sys.modules
+    linalg = scipy_linalg()
+    assert set(threads().values()) == {1}, threads()
+    with limit_blas(2):
+        assert set(threads().values()) == {2}, threads()
+    assert set(threads().values()) == {1}, threads()
+after = threads()
+assert set(after.values()) == set(before.values()) != {1}, (before, after)
+assert linalg is sys.modules["scipy.linalg"] is scipy_linalg()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("slots", [1, 2])

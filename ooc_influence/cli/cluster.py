@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import re
@@ -64,6 +63,8 @@ def _check_answers(scheduler: str) -> None:
 
     A client that cannot connect stays Dask's default one until it is collected, and says then that it cannot be closed.
     """
+    import asyncio
+
     from distributed.comm.core import connect
     from distributed.security import Security
 

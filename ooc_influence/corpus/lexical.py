@@ -10,10 +10,13 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-from scipy.sparse import csr_matrix
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
 
 Floats = npt.NDArray[np.float64]
 _WORD = re.compile(r"\w+")
@@ -101,6 +104,8 @@ def _blocks(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _sparse(counts: Sequence[Counter[int]], width: int) -> csr_matrix:
+    from scipy.sparse import csr_matrix
+
     ends = np.cumsum([0, *(len(each) for each in counts)])
     indices = np.array([term for each in counts for term in each], np.int64)
     values = np.array([value for each in counts for value in each.values()], np.float64)

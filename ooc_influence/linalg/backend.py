@@ -25,7 +25,7 @@ from typing_extensions import override
 
 from ooc_influence.errors import InputError, MemoryBudgetError, MissingExtraError
 from ooc_influence.memory import format_bytes
-from ooc_influence.process import MATMUL_PRECISION
+from ooc_influence.process import MATMUL_PRECISION, scipy_linalg
 
 Floats = npt.NDArray[np.float32]
 Matrix = npt.NDArray[np.float64]
@@ -36,6 +36,7 @@ _LARGEST = 2**31 - 1  # BLAS counts in 32 bits
 
 @cache
 def _blas(name: str, arguments: int) -> Any:
+    scipy_linalg()
     from scipy.linalg import cython_blas
 
     capsule = cython_blas.__pyx_capi__[name]

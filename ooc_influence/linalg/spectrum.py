@@ -15,7 +15,6 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
-import scipy.linalg
 
 from ooc_influence.errors import InputError, NonFiniteError
 from ooc_influence.linalg.accumulate import MatrixAccumulator
@@ -23,6 +22,7 @@ from ooc_influence.linalg.backend import Floats, Matrix, Team, add_product, row_
 from ooc_influence.linalg.rows import RowPartition, WeightedBlock, WeightedRows, partition_rows
 from ooc_influence.memory import PRODUCT_ROWS, MemoryBudget, MemoryModel, ProblemSize, block_limit
 from ooc_influence.parallel import Stripe, check_workers, cut_stripes, run_stripes, slots_per_process, task_threads
+from ooc_influence.process import scipy_linalg
 from ooc_influence.progress import Progress, tick
 
 TOLERANCE = 1e-4  # relative growth of the sum of eigenvalues in a pass below which the iteration ends
@@ -40,7 +40,7 @@ def symmetric_eigen(matrix: Matrix, r: int | None = None) -> tuple[Matrix, Matri
     """
     d = len(matrix)
     part = {"driver": "evd"} if r is None else {"driver": "evr", "subset_by_index": (d - r, d - 1)}
-    values, vectors = scipy.linalg.eigh(matrix.T, lower=True, overwrite_a=True, check_finite=False, **part)
+    values, vectors = scipy_linalg().eigh(matrix.T, lower=True, overwrite_a=True, check_finite=False, **part)
     return np.maximum(values[::-1], 0.0), vectors[:, ::-1]
 
 
@@ -89,7 +89,7 @@ def start_basis(k: int, columns: int, seed: int) -> Floats:
 
 def _orthonormal(product: Matrix) -> Floats:
     """Return orthonormal columns (k, c) with the span of the rows of ``product`` (c, k), which is overwritten."""
-    basis = scipy.linalg.qr(product.T, mode="economic", overwrite_a=True, check_finite=False)[0]
+    basis = scipy_linalg().qr(product.T, mode="economic", overwrite_a=True, check_finite=False)[0]
     return np.asarray(basis, np.float32, order="F")
 
 
@@ -124,7 +124,7 @@ def subspace_iteration(
         product = multiply(basis)
         done += 1
         small = cross(basis, product)
-        values, turn = scipy.linalg.eigh((small + small.T) / 2, check_finite=False)
+        values, turn = scipy_linalg().eigh((small + small.T) / 2, check_finite=False)
         before, explained = explained, float(values[-r:].sum())
         # any basis of everything spans all there is
         converged = columns == k or (done > 1 and explained - before <= TOLERANCE * explained)
@@ -169,9 +169,9 @@ def orthonormal_slabs(vectors: Floats, step: int = _SLAB) -> Iterator[tuple[slic
     for rows in _slabs(len(vectors)):
         part = vectors[rows].astype(np.float64)
         small += part.T @ part
-    factor = scipy.linalg.cholesky(small, lower=True, overwrite_a=True, check_finite=False)
+    factor = scipy_linalg().cholesky(small, lower=True, overwrite_a=True, check_finite=False)
     for rows in _slabs(len(vectors), step):
-        yield rows, scipy.linalg.solve_triangular(factor, vectors[rows].T.astype(np.float64), lower=True).T
+        yield rows, scipy_linalg().solve_triangular(factor, vectors[rows].T.astype(np.float64), lower=True).T
 
 
 def _slabs(k: int, step: int = _SLAB) -> list[slice]:
@@ -410,7 +410,7 @@ def _by_gram(rows: WeightedRows, r: int, step: int, slots: int, bar: Progress) -
     del vectors
     stripes = cut_stripes(0, m, step, slots)
     lifted = run_stripes(_lift_stripe, stripes, bar, rows, step, turned, slots=slots, reduce=np.add)
-    basis = scipy.linalg.qr(lifted, mode="economic", overwrite_a=True, check_finite=False)[0]
+    basis = scipy_linalg().qr(lifted, mode="economic", overwrite_a=True, check_finite=False)[0]
     return values / rows.live, np.ascontiguousarray(basis), trace
 
 
