@@ -12,8 +12,8 @@ from numpy.testing import assert_allclose
 from ooc_influence import fit_curvature, fit_fisher, fit_gram
 from ooc_influence.curvature import Curvature, eigen
 from ooc_influence.curvature.eigen import BlockSpectrum, EigenBlock, EigenVectors
-from ooc_influence.errors import InputError
-from ooc_influence.store import create_array, open_group
+from ooc_influence.errors import InputError, StoreDamagedError
+from ooc_influence.store import create_array, map_chunk, open_group
 
 RANKS = {"whole": (7, 5, 9), "low rank": (3, 2, 4), "gram": (3, 2, 4), "mixed": (7, 2, 9)}
 
@@ -116,6 +116,69 @@ def test_fits_are_of_the_formula(tmp_path, fit):
                              strict=True):  # fmt: skip
         expected = np.linalg.solve(dense + value * np.eye(30), rows.T.astype(np.float64)).T
         assert_allclose(answer, expected, rtol=1e-9, atol=1e-9 * np.abs(expected).max())
+
+
+def streamed(path, monkeypatch, rank=None):
+    """A curvature of rows of 30 numbers whose eigenvectors are in chunks of 4 rows, none of them kept in memory."""
+    monkeypatch.setattr(eigen, "HELD_BYTES", 0)
+    monkeypatch.setattr(eigen, "CHUNK_TARGET", 8 * 4 * (rank or 30))
+    return fit_fisher(write_store(path, random_rows(18, 30)), rank=rank)
+
+
+@pytest.mark.parametrize("rank", [None, 6])
+def test_eigenvectors_are_mapped_twice_a_query_and_checked_once(tmp_path, monkeypatch, rank):
+    """There and back; how much of a row is outside their span is known on the way."""
+    kept = fit_fisher(write_store(tmp_path / "k.zarr", random_rows(18, 30)), rank=rank)
+    curvature, mapped, queries = streamed(tmp_path / "t.zarr", monkeypatch, rank), [], random_rows(3, 30, 1)
+
+    def recorded(array, number, *, check):
+        mapped.append((number, check))
+        return map_chunk(array, number, check=check)
+
+    monkeypatch.setattr(eigen, "map_chunk", recorded)
+    monkeypatch.setattr(eigen, "read_part", None)
+    monkeypatch.setattr(eigen, "read_array", None)
+    for number in range(2):
+        shares = np.full(3, np.nan)
+        found = curvature.precondition(queries, curvature.lambdas(), shares)
+        assert mapped == [(chunk, number == 0 and time == 0) for time in range(2) for chunk in range(8)]
+        mapped.clear()
+        monkeypatch.undo() if number else None
+    assert_allclose(found, kept.precondition(queries, kept.lambdas()), rtol=1e-9, atol=1e-9 * np.abs(found).max())
+    assert_allclose(shares, kept.outside_share(queries), atol=1e-9)
+    assert shares.max() > 0.1
+
+
+@pytest.mark.parametrize("harm", ["bit", "short", "missing"])
+def test_damaged_eigenvectors_are_refused(tmp_path, monkeypatch, harm):
+    curvature = streamed(tmp_path / "t.zarr", monkeypatch)
+    file = curvature.path / "eigenvectors" / "c.3.0"
+    data = file.read_bytes()
+    if harm == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(data[:-8] if harm == "short" else bytes([data[0] ^ 1]) + data[1:])
+    for _ in range(2):
+        with pytest.raises(StoreDamagedError, match=r"eigenvectors/c\.3\.0"):
+            curvature.precondition(random_rows(2, 30), curvature.lambdas())
+
+
+@pytest.mark.parametrize("kind", ["whole", "diagonal", "low rank", "gram", "mixed"])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_shares_of_a_pass_are_those_asked_for_alone(tmp_path, held, kind, scaled):
+    rng, group = np.random.default_rng(0), open_group(str(tmp_path / "v.zarr"), "w")
+    edges = [0, 7, 12, 21]
+    blocks = [
+        write_block(group, number, slice(a, b), kind, b - a if kind == "diagonal" else RANKS[kind][number], rng)[0]
+        for number, (a, b) in enumerate(pairwise(edges))
+    ]
+    spectrum = BlockSpectrum(blocks, rng.uniform(0.2, 4, 21) if scaled else None)
+    rows, shares = rng.standard_normal((20, 21)).astype(np.float32), np.empty(20)
+    rows[3] = 0
+    found = spectrum.precondition(rows, np.array([0.1, 3.0]), shares)
+    assert_allclose(found, spectrum.precondition(rows, np.array([0.1, 3.0])), rtol=1e-12)
+    assert_allclose(shares, spectrum.outside_share(rows), atol=1e-12)
+    assert shares[3] == 0
 
 
 def test_lambdas_must_be_one_or_one_for_each_block(tmp_path):

@@ -23,6 +23,7 @@ from models import Mlp, batches, data, loss, make
 from test_cli import run  # noqa: F401 - a fixture
 
 import ooc_influence as ooc
+from ooc_influence.curvature import Curvature, eigen
 from ooc_influence.errors import InputError, OocInfluenceWarning
 from ooc_influence.progress import Progress, watched
 from ooc_influence.report import Corpus
@@ -117,6 +118,24 @@ def test_an_answer_is_the_librarys(server, train, tmp_path):
         assert scores == pytest.approx(ranking.scores[0].tolist(), rel=1e-4)
         assert all(job["result"]["examples"][str(row)]["text"] == f"vector {row}" for row in rows)
     assert job["result"]["query"]["text"] == typed(70)
+
+
+def test_queries_share_what_was_opened_until_it_is_replaced(server, train, monkeypatch):
+    """The curvature and its eigenvectors are not read again with every query; a later fit is noticed."""
+    opened, read = [], []
+    open_one, read_one = Curvature.open.__func__, eigen.read_array
+    monkeypatch.setattr(Curvature, "open", classmethod(lambda *asked: opened.append(asked) or open_one(*asked)))
+    monkeypatch.setattr(eigen, "read_array", lambda *asked: read.append(asked) or read_one(*asked))
+    for _ in range(3):
+        assert finish(server, submit(server, {"text": typed(3)}))["state"] == "done"
+    assert opened == []
+    assert len(read) <= 1  # another test may have asked before
+    ooc.fit_fisher(train, refit=True)
+    opened.clear()
+    read.clear()
+    for _ in range(3):
+        assert finish(server, submit(server, {"text": typed(3)}))["state"] == "done"
+    assert len(opened) == len(read) == 1
 
 
 def test_bad_queries_are_said_in_one_line(server):

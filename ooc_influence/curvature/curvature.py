@@ -326,13 +326,6 @@ class Curvature(BlockSpectrum):
             raise InputError("expected a damping with damping_mode='absolute'; received none: the default is relative")
         return self.damping if damping is None else damping
 
-    def outside_share(self, gradients: npt.NDArray[Any]) -> Matrix:
-        """Return the share of each row's squared norm outside the span of F's eigenvectors, (q,).
-
-        0 for a zero row; and with a prior, which is in every direction.
-        """
-        return np.zeros(len(gradients)) if self.has_prior else super().outside_share(gradients)
-
     def check(self, train: GradientStore) -> None:
         """Check that this curvature may be used for ``train``.
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,12 +29,14 @@ from ooc_influence.errors import InputError, SingularFisherError
 from ooc_influence.linalg import Floats, Matrix
 from ooc_influence.options import DampingMode
 from ooc_influence.parallel import cores
-from ooc_influence.store import CHUNK_TARGET, create_array, find_array, read_array, read_part
+from ooc_influence.process import limit_blas
+from ooc_influence.store import CHUNK_TARGET, create_array, find_array, map_chunk, read_array, read_part
 
 DEFAULT_DAMPING = 0.1  # relative; near the best in the evaluation that accompanied the design
 HELD_BYTES = 256 * 2**20  # of a block's eigenvectors: up to here they are kept in memory once they were read
 _ROTATED_BYTES = 32 * 2**20  # of rotated rows held at a time by self-influence in float32
 _PANEL = 256  # rows rotated in float64 at a time by each thread of self-influence
+_FEW_ROWS = 16  # that are multiplied by slabs of V in one thread
 _PART = 2**20  # numbers in a chunk of a long array
 _CACHED_BYTES = 2**20  # of squared rows at a time where V = I: they stay in cache
 
@@ -67,7 +70,9 @@ def resolved(eigenvalues: Matrix) -> npt.NDArray[np.bool_]:
 
 
 class EigenVectors:
-    """V of a block, (w, r) float64, on disk: kept in memory once it was read where it is small, else read in slabs.
+    """V of a block, (w, r) float64, on disk: kept in memory once it was read where it is small, else mapped in slabs.
+
+    A slab is compared with its checksum when it is first read; from object storage it is read each time.
 
     Parameters
     ----------
@@ -83,6 +88,7 @@ class EigenVectors:
         self.shape, self._group, self._name, self._check = shape, group, name, check
         self._whole: Matrix | None = None
         self._single: Floats | None = None
+        self._checked: set[int] = set()  # chunks
         self._lock = threading.Lock()  # threads read it once
 
     @property
@@ -108,18 +114,29 @@ class EigenVectors:
                 self._single = single
         return self._single
 
+    @property
+    def in_slabs(self) -> bool:
+        """Whether it is too large to be kept, and not in memory."""
+        return self._whole is None and 8 * self.shape[0] * self.shape[1] > HELD_BYTES
+
     def slabs(self) -> Iterator[tuple[slice, Matrix]]:
         """Yield it by rows; at once where it is small or in memory already."""
-        if self._whole is not None or 8 * self.shape[0] * self.shape[1] <= HELD_BYTES:
-            yield slice(0, self.shape[0]), self.whole()
-        else:
+        if self.in_slabs:
             yield from self._read()
+        else:
+            yield slice(0, self.shape[0]), self.whole()
 
     def _read(self) -> Iterator[tuple[slice, Matrix]]:
         array = find_array(self._group(), self._name)
-        for start in range(0, self.shape[0], array.chunks[0]):
-            rows = slice(start, min(self.shape[0], start + array.chunks[0]))
-            yield rows, read_part(array, rows)
+        step = array.chunks[0]
+        for number in range(-(-self.shape[0] // step)):
+            rows = slice(number * step, min(self.shape[0], (number + 1) * step))
+            mapped = map_chunk(array, number, check=number not in self._checked)
+            if mapped is None:
+                yield rows, read_part(array, rows)
+            else:
+                self._checked.add(number)
+                yield rows, mapped[: rows.stop - rows.start]
         self._check()
 
 
@@ -294,25 +311,40 @@ class EigenBlock:
         most = tail / (tail / self.unknown + value) if self.unknown > 0 else 0.0
         return exact + tail / (float(self.eigenvalues[-1]) + value), exact + most
 
-    def precondition(self, gradients: npt.NDArray[Any], lambdas: Matrix, out: Matrix) -> None:
-        """Write (· + λI)⁻¹ g of rows (q, w) for each λ, (L,), into ``out`` (L, q, w)."""
+    def precondition(
+        self, gradients: npt.NDArray[Any], lambdas: Matrix, out: Matrix, inside: Matrix | None = None
+    ) -> None:
+        """Write (· + λI)⁻¹ g of rows (q, w) for each λ, (L,), into ``out`` (L, q, w).
+
+        What :meth:`inside` returns of the rows is added to ``inside`` (q,).
+        """
         if self.vectors is None:
+            if inside is not None:
+                inside += self.inside(gradients)
             for part, value in zip(out, lambdas, strict=True):
                 np.divide(gradients, self.eigenvalues + value, out=part)
             return
         gradients = np.asarray(gradients, np.float64)
-        rotated = self._rotate(gradients)
-        scaled = np.empty_like(rotated)
-        for rows, vectors in self.vectors.slabs():
-            for all_columns, value in zip(out, lambdas, strict=True):
-                part, damped = all_columns[:, rows], self.eigenvalues + value
-                if self.shape.complete:
-                    np.matmul(np.divide(rotated, damped, out=scaled), vectors.T, out=part)
-                    continue
-                np.multiply(rotated, (self.eigenvalues - self.rest) / damped, out=scaled)
-                np.matmul(scaled, vectors.T, out=part)
-                np.subtract(gradients[:, rows], part, out=part)
-                part /= self.rest + value
+        with self._few_threads(len(gradients)):
+            rotated = self._rotate(gradients)
+            scaled = np.empty_like(rotated)
+            if inside is not None:
+                inside += self._squares_inside(gradients, rotated, scaled)
+            for rows, vectors in self.vectors.slabs():
+                for all_columns, value in zip(out, lambdas, strict=True):
+                    part, damped = all_columns[:, rows], self.eigenvalues + value
+                    if rows.start == 0 or len(lambdas) > 1:
+                        kept = 1 if self.shape.complete else self.eigenvalues - self.rest
+                        np.multiply(rotated, kept / damped, out=scaled)
+                    np.matmul(scaled, vectors.T, out=part)
+                    if not self.shape.complete:
+                        np.subtract(gradients[:, rows], part, out=part)
+                        part /= self.rest + value
+
+    def _few_threads(self, rows: int) -> AbstractContextManager[None]:
+        """Return a context for products of ``rows`` rows with V: few wait for memory, and threads for each other."""
+        assert self.vectors is not None
+        return limit_blas(1) if rows <= _FEW_ROWS and self.vectors.in_slabs else nullcontext()
 
     def _rotate(self, gradients: npt.NDArray[Any]) -> Matrix:
         """Return Vᵀg of some rows, (b, r) float64: most of a norm may be within the span, and the rest a difference."""
@@ -365,12 +397,20 @@ class EigenBlock:
 
     def inside(self, gradients: Matrix) -> Matrix:
         """Return the squared norm of rows (b, w) within the span of eigenvectors above rounding, (b,)."""
-        span = self.eigenvalues > 0 if self.vectors is None else resolved(self.eigenvalues)
-        if self.shape.complete and span.all():
-            return np.asarray(np.square(gradients).sum(1))
         if self.vectors is None:  # sums of squares: however small, no rounding of others
-            return np.asarray(np.square(gradients[:, span]).sum(1))
-        return np.asarray(np.square(self._rotate(gradients)[:, span]).sum(1))
+            return _squares(gradients, self.eigenvalues > 0)
+        if self.shape.complete and resolved(self.eigenvalues).all():
+            return _squares(gradients)
+        with self._few_threads(len(gradients)):
+            rotated = self._rotate(gradients)
+        return self._squares_inside(gradients, rotated, rotated)
+
+    def _squares_inside(self, gradients: Matrix, rotated: Matrix, out: Matrix) -> Matrix:
+        """Return :meth:`inside` of rows whose rotation is known, whose squares are written into ``out``."""
+        span = resolved(self.eigenvalues)
+        if self.shape.complete and span.all():
+            return _squares(gradients)
+        return np.asarray(np.square(rotated, out=out).sum(1, where=span))
 
     def matrix(self) -> Matrix:
         """Return the block itself, (w, w)."""
@@ -380,6 +420,17 @@ class EigenBlock:
         square = (vectors * (self.eigenvalues - self.rest)) @ vectors.T
         square[np.diag_indices_from(square)] += self.rest
         return square
+
+
+def _squares(rows: npt.NDArray[Any], columns: npt.NDArray[np.bool_] | None = None) -> Matrix:
+    """Return the squared norm of rows (b, w), or that of some columns, (b,), without a matrix of squares."""
+    if columns is None:
+        return np.asarray(np.einsum("bw,bw->b", rows, rows, dtype=np.float64))
+    return np.asarray(np.einsum("bw,bw,w->b", rows, rows, columns.astype(np.float64), dtype=np.float64))
+
+
+def _share_outside(inside: Matrix, total: Matrix) -> Matrix:
+    return np.where(total > 0, np.clip(1 - inside / np.where(total > 0, total, 1), 0, 1), 0.0)
 
 
 class BlockSpectrum:
@@ -425,7 +476,12 @@ class BlockSpectrum:
             first = columns.stop
         return matrix
 
-    def precondition(self, gradients: npt.NDArray[Any], lambdas: npt.ArrayLike) -> Matrix:
+    @property
+    def is_everywhere(self) -> bool:
+        """Whether F has a part in every direction, whatever the rows that it was fitted on."""
+        return False
+
+    def precondition(self, gradients: npt.NDArray[Any], lambdas: npt.ArrayLike, shares: Matrix | None = None) -> Matrix:
         """Return the damped inverse of F times each row.
 
         Parameters
@@ -434,6 +490,8 @@ class BlockSpectrum:
             Rows.
         lambdas : (L,) or (L, B)
             λ for all blocks, or for each of them: what :meth:`Curvature.lambdas` returns.
+        shares : (q,) float64, optional
+            Where to write :meth:`outside_share` of the rows, which takes no further pass over the eigenvectors here.
 
         Returns
         -------
@@ -442,14 +500,18 @@ class BlockSpectrum:
         """
         values = self._of_blocks(lambdas)
         result = np.empty((len(values), *gradients.shape))
+        inside, total = None if shares is None else np.zeros(len(gradients)), np.zeros(len(gradients))
         for block, block_lambdas in zip(self.blocks, values.T, strict=True):
             part, out = gradients[:, block.columns], result[:, :, block.columns]
-            if self.column_scale is None:
-                block.precondition(part, block_lambdas, out)
-                continue
-            scale = self.column_scale[block.columns]
-            block.precondition(part / scale, block_lambdas, out)
-            out /= scale
+            scale = None if self.column_scale is None else self.column_scale[block.columns]
+            part = part if scale is None else part / scale
+            block.precondition(part, block_lambdas, out, inside)
+            if scale is not None:
+                out /= scale
+            if shares is not None:
+                total += _squares(part)
+        if shares is not None and inside is not None:
+            shares[...] = 0 if self.is_everywhere else _share_outside(inside, total)
         return result
 
     def block_lambdas(self, damping: float, mode: DampingMode = "relative") -> Matrix:
@@ -502,11 +564,12 @@ class BlockSpectrum:
 
     def outside_share(self, gradients: npt.NDArray[Any]) -> Matrix:
         """Return the share of each row's squared norm outside the span of F's eigenvectors, (q,); 0 for a zero row."""
+        if self.is_everywhere:
+            return np.zeros(len(gradients))
         rows = np.asarray(gradients, np.float64)
         rows = rows if self.column_scale is None else rows / self.column_scale
         total = np.square(rows).sum(1)
-        inside = sum(block.inside(rows[:, block.columns]) for block in self.blocks)
-        return np.where(total > 0, np.clip(1 - inside / np.where(total > 0, total, 1), 0, 1), 0.0)
+        return _share_outside(np.sum([block.inside(rows[:, block.columns]) for block in self.blocks], axis=0), total)
 
     def effective_dimension(self, value: float | Matrix) -> float:
         """Return d(λ) = Σ e/(e + λ), the number of directions the damping leaves, at λ or the λ of each block, (B,).

@@ -238,11 +238,13 @@ class ScoreRequest:
         """Return queries ``start`` to ``stop``, preconditioned."""
         arrays, shares, dropped, largest = [], [], np.zeros(stop - start, bool), np.zeros(stop - start)
         for number, checkpoint in enumerate(self.checkpoints):
-            rows, row_dropped, share = self._read_queries(number, start, stop)
+            rows, row_dropped = self._read_queries(number, start, stop)
+            share = np.full(len(rows), np.nan)
             if checkpoint.curvature is None:
                 product = np.asarray(rows, np.float64)[None].copy()
             else:
-                product = checkpoint.curvature.precondition(rows, checkpoint.lambdas)
+                product = checkpoint.curvature.precondition(rows, checkpoint.lambdas, share)
+                share[row_dropped] = np.nan
             assert checkpoint.query is not None
             squares = np.einsum("qk,lqk->lq", rows, product) * checkpoint.query.layout.encoding.energy
             norms = np.sqrt(np.maximum(squares, 0))
@@ -260,13 +262,16 @@ class ScoreRequest:
 
     def outside(self, start: int, stop: int) -> npt.NDArray[np.float64]:
         """Return the share of queries ``start`` to ``stop`` outside the span, (q,)."""
-        shares = [self._read_queries(number, start, stop)[2] for number in range(len(self.checkpoints))]
+        shares = []
+        for number, checkpoint in enumerate(self.checkpoints):
+            rows, dropped = self._read_queries(number, start, stop)
+            curvature = checkpoint.curvature
+            share = np.full(len(rows), np.nan) if curvature is None else curvature.outside_share(rows)
+            shares.append(np.where(dropped, np.nan, share))
         return np.asarray(np.mean(shares, axis=0))
 
-    def _read_queries(
-        self, number: int, start: int, stop: int
-    ) -> tuple[npt.NDArray[Any], Marks, npt.NDArray[np.float64]]:
-        """Return a checkpoint's queries (q, k), which are dropped (q,), and their shares outside the span (q,)."""
+    def _read_queries(self, number: int, start: int, stop: int) -> tuple[npt.NDArray[Any], Marks]:
+        """Return a checkpoint's queries (q, k), and which of them are dropped (q,)."""
         checkpoint, factors = self.checkpoints[number], None
         assert checkpoint.query is not None
         if self.combine != "mean":
@@ -275,11 +280,7 @@ class ScoreRequest:
             def factors(first: int, last: int) -> npt.NDArray[np.float64]:
                 return np.asarray(margin_factors(stores, first, last)[number])
 
-        rows, dropped = self.queries.read(checkpoint.query, start, stop, factors)
-        share = np.full(len(rows), np.nan)
-        if checkpoint.curvature is not None:
-            share = np.where(dropped, share, checkpoint.curvature.outside_share(rows))
-        return rows, dropped, share
+        return self.queries.read(checkpoint.query, start, stop, factors)
 
     def work(
         self,

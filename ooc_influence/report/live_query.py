@@ -268,8 +268,7 @@ class LiveQuery:
     """Answers typed queries from a report's train store, with a model, and with examples from where they are."""
 
     def __init__(self, report: Report, model: Model, data: Corpus, pictures: ImageFolder, *, bm25: bool = True) -> None:
-        quiet = report.settings.scoring | {"progress": None}
-        self._report, self._model, self._settings = report, model, replace(report.settings, scoring=quiet)
+        self._report, self._model = report, model
         self._shown, self._bm25 = Examples(report.train, data, np.arange(report.train.n), pictures), bm25
 
     def answer(self, values: Mapping[str, str]) -> dict[str, Any]:
@@ -288,7 +287,9 @@ class LiveQuery:
         report = self._report
         with tempfile.TemporaryDirectory(prefix="ooc_influence-") as folder:
             store = self._model.extract(values, report.train, Path(folder) / "query.zarr")
-            top = self._settings.find_top(store, report.train, average_queries=store.n > 1)
+            settings = report.kept_settings()
+            quiet = replace(settings, scoring=settings.scoring | {"progress": None})
+            top = quiet.find_top(store, report.train, average_queries=store.n > 1)
             loss, norm = float(store.loss.mean()), float(store.grad_norm.mean())
         entry = report.entry(top, 0)
         text = "\n\n".join(values[name] for name in fields if name != "label")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Unpack
@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from ooc_influence._version import __version__
 from ooc_influence.curvature import Curvature, resolve_curvature
-from ooc_influence.errors import InputError, counted, warn
+from ooc_influence.errors import InputError, StaleCurvatureError, counted, warn
 from ooc_influence.influence import GroupInfluence, TopInfluential, group_influence, self_influence, top_influential
 from ooc_influence.options import DampingMode, ReportOptions, takes
 from ooc_influence.progress import Progress, optional_library
@@ -82,6 +82,19 @@ class Report:
         self.curvature: Curvature | None = None
         if settings.curvature is not False:
             self.curvature = resolve_curvature(train, settings.curvature)
+
+    def kept_settings(self) -> Settings:
+        """Return the settings with the curvature that is open, which keeps what it read.
+
+        Once another fit has replaced it, that one is opened.
+        """
+        if self.curvature is None:
+            return self.settings
+        try:
+            self.curvature.check_fit()
+        except StaleCurvatureError:
+            self.curvature = resolve_curvature(self.train, self.settings.curvature)
+        return replace(self.settings, curvature=self.curvature)
 
     @cached_property
     def self_influence(self) -> npt.NDArray[np.float32]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,13 +17,14 @@ import crc32c
 import numpy as np
 import numpy.typing as npt
 import zarr
-from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, ZstdCodec
+from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, ZstdCodec
 
 from ooc_influence.errors import InputError, StoreDamagedError
 from ooc_influence.store import local
 from ooc_influence.store.local import LocalArrayStore
 
 CHUNK_TARGET = 16 * 2**20  # bytes; the measured sweet spot of writing and reading
+_CHECKSUM = 4  # bytes of one
 _CODECS: dict[str, Callable[[int], Any]] = {  # by name, given the bytes of a number
     "zstd": lambda size: ZstdCodec(level=3),
     "blosc": lambda size: BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle", typesize=size),
@@ -179,7 +181,45 @@ def read_part(array: Any, key: Any) -> npt.NDArray[Any]:
         raise StoreDamagedError(_unreadable(array.store_path, error)) from error
 
 
-def _unreadable(where: object, error: Exception) -> str:
+def map_chunk(array: Any, number: int, *, check: bool) -> npt.NDArray[Any] | None:
+    """Return a chunk of whole rows as a memory map, which reads nothing but what is looked at.
+
+    Parameters
+    ----------
+    array : zarr.Array
+        (rows, columns), with a checksum for each chunk and no other codec.
+    number : int
+        Which chunk; the last one may have more rows than are left.
+    check : bool
+        Compare it with its checksum, for which all of it is read.
+
+    Returns
+    -------
+    (rows of a chunk, columns), or None
+        None for an array that is stored otherwise, or on object storage.
+
+    Raises
+    ------
+    StoreDamagedError
+        If the checksum fails, or the file is missing or of another size.
+    """
+    plain = [type(codec) for codec in array.metadata.codecs] == [BytesCodec, Crc32cCodec]
+    if not plain or not isinstance(array.store, LocalArrayStore) or array.chunks[1:] != array.shape[1:]:
+        return None
+    key = array.metadata.encode_chunk_key((number, *(0 for _ in array.shape[1:])))
+    stored = array.store.map_chunk(f"{array.path}/{key}".lstrip("/"))
+    if stored is None:  # where it may be: of zeros
+        return None
+    size = array.dtype.itemsize * math.prod(array.chunks)
+    damage = f"{len(stored)} bytes, not {size + _CHECKSUM}" if len(stored) != size + _CHECKSUM else ""
+    if check and not damage and crc32c.crc32c(stored[:size].data) != int.from_bytes(stored[size:].tobytes(), "little"):
+        damage = "another checksum"
+    if damage:
+        raise StoreDamagedError(_unreadable(f"{array.store_path}/{key}", damage))
+    return np.asarray(stored[:size].view(array.dtype.newbyteorder("<")).reshape(array.chunks))
+
+
+def _unreadable(where: object, error: object) -> str:
     return (
         f"expected a readable array {where}; received: {error}: see 'ooc-influence verify', or restore it from a backup"
     )

@@ -1,7 +1,8 @@
 """From a fresh clone to the demo's result: seconds, megabytes, and commands.
 
 The repository as it is committed is cloned to a temporary folder, where ``./tools/demo`` makes its own .venv. What that
-takes depends on the package index, on pip's cache and on the machine; the demo alone is timed by a second run of it.
+takes depends on the package index, on pip's cache and on the machine; the demo alone is timed by a second run of it,
+and a query of its stores by the command ``top``: seconds of the clock and of the processor, medians of several runs.
 Installed bytes are those of .venv with what the demo needs. Arguments go to the demo.
 
 Run: python tools/bench/first_contact.py [--folder DIR]. The last line is JSON.
@@ -12,6 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -19,6 +22,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
+QUERIES = 9  # runs of one, of which the median counts
 COMMANDS = ("git clone REPOSITORY", "cd ooc_influence", "./tools/demo")
 
 
@@ -34,6 +38,18 @@ def timed(command: list[object], folder: Path) -> tuple[float, str]:
     if done.returncode:
         sys.exit(f"expected {command[0]} to run; received exit code {done.returncode}")
     return seconds, done.stdout
+
+
+def query_seconds(command: Path, folder: Path) -> tuple[float, float]:
+    """Return the medians of what ``top`` takes on the demo's stores: seconds, and user and system time."""
+    (train,), (query,) = (list(folder.glob(f"{name}-k*.zarr")) for name in ("train", "test"))
+    elapsed, used = [], []
+    for _ in range(QUERIES):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        elapsed.append(timed([command, "top", query, train, "--top", "1", "--average-queries", "--json"], folder)[0])
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        used.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
+    return statistics.median(elapsed), statistics.median(used)
 
 
 def mebibytes(folder: Path) -> int:
@@ -54,12 +70,15 @@ def main() -> None:
         cloning, _ = timed(["git", "clone", "--quiet", ROOT, clone], Path(temporary))
         first, said = timed(["./tools/demo", "--out", "first", "--json", *rest], clone)
         again, _ = timed(["./tools/demo", "--out", "second", "--json", *rest], clone)
+        query, query_cpu = query_seconds(clone / ".venv" / "bin" / "ooc-influence", clone / "first")
         result = json.loads(said.splitlines()[-1])
         facts = {
             "bench": "first_contact",
             "commands": len(COMMANDS),
             "seconds": round(cloning + first),
             "seconds_of_the_demo": round(again),
+            "seconds_of_a_query": round(query, 2),
+            "cpu_seconds_of_a_query": round(query_cpu, 2),
             "installing_over_demo": round((first - again) / again, 1),
             "venv_MiB": mebibytes(clone / ".venv"),
             "clone_MiB": mebibytes(clone / ".git"),
