@@ -215,8 +215,10 @@ class TopOptions(ListOptions, total=False):
     recall: Annotated[float, Option(
         0.99, "float",
         "With ``sketch``: the share of the best rows that its candidates should hold. How many candidates that takes "
-        "is measured with some queries, once for each setting of curvature, damping and unit.",
-        "With --sketch: the share of the best rows that candidates should hold.", kind=float, metavar="SHARE")]
+        "is measured with some queries, once for each setting of curvature, damping and unit. With 1, every row that "
+        "can be in a list is scored, and lists are those without a sketch.",
+        "With --sketch: the share of the best rows that candidates should hold; with 1, lists are proven complete.",
+        kind=float, metavar="SHARE")]
 
 
 class SelfInfluenceOptions(ScoringOptions, Resumable, total=False):

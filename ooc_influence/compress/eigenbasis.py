@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ooc_influence.compress.residuals import RESIDUALS, Residuals, coordinates
 from ooc_influence.linalg import (
     ONE_LABEL,
     Floats,
@@ -102,16 +103,20 @@ def basis_weights(attributes: Any, facts: Any) -> Weighting | None:
     return weighting if attributes.get("loss_kind") == ONE_LABEL else None
 
 
-def fill_memory(size: ProblemSize, r: int, writing: int = 0, fixed: int = 0) -> MemoryModel:
+def fill_memory(
+    size: ProblemSize, r: int, writing: int = 0, fixed: int = 0, *, measured: bool = False
+) -> MemoryModel:  # fmt: skip
     """Return the memory model of :func:`fill`.
 
     ``writing`` bytes are held by a task to write, and ``fixed`` by the matrix (k, r) where it is not in memory yet.
+    ``measured`` says whether the rows of a sketch are measured (:class:`Residuals`).
     """
     return MemoryModel(
         f"reducing {size.k} numbers to {r}",
         fixed,
         size.reading_bytes + writing,
-        4 * (size.k + 2 * r),  # a block, its product, and a copy of that while it is encoded
+        # a block, its product, and a copy of that while it is encoded
+        4 * (size.k + 2 * r) + (8 * size.k + 32 * r if measured else 0),
         size.workers,
         max_rows=block_limit(size.k, least=PRODUCT_ROWS),
         advice="reduce to fewer dims",
@@ -128,12 +133,19 @@ def fill(
     memory: int | str | None,
     progress: bool | None,
 ) -> RetainedEnergy:
-    """Write source rows times ``basis`` (k, r), with metadata, to missing rows of ``target``; return their energy."""
+    """Write source rows times ``basis`` (k, r), with metadata, to missing rows of ``target``; return their energy.
+
+    Of a sketch (:func:`ooc_influence.compress.sketch.write_sketch`), rows are measured as well: the column
+    :data:`RESIDUALS`.
+    """
     damping = None if source.is_reduced else target.attrs["reduction"].get("whitened")
     scale = None if damping is None else LayerMoments.of(source.mask).scale(damping)
+    measure = Residuals(target.layout.encoding, target.column_scale, scale) if has_residuals(target) else None
     slots, size = check_workers(workers), target.layout.group_rows
     source_size = source.problem_size(slots_per_process(slots))
-    step = MemoryBudget.of(memory).plan(fill_memory(source_size, target.k, writing_bytes(target.layout, target.path)))
+    writing = writing_bytes(target.layout, target.path)
+    step = MemoryBudget.of(memory).plan(fill_memory(source_size, target.k, writing, measured=measure is not None))
+    filling = _Filling(source, target.path, basis, step, weights, scale, measure)
     spans = [(start, stop or source.n) for start, stop in missing_spans(target.records, target.layout, 0, source.n)]
     groups = sorted({group for start, stop in spans for group in range(start // size, -(-stop // size))})
     stripes = [
@@ -143,30 +155,49 @@ def fill(
     ]
     with Progress("reduce", source.n, progress) as bar:
         bar.advance(source.n - sum(stop - start for start, stop in spans))
-        parts = run_stripes(_fill_stripe, stripes, bar, source, target.path, basis, step, weights, scale, slots=slots)
+        parts = run_stripes(_fill_stripe, stripes, bar, filling, slots=slots)
     return reduce(RetainedEnergy.plus, parts, RetainedEnergy())
 
 
-def _fill_stripe(
-    stripe: Stripe, key: str, source: GradientStore, out: StorePath, basis: Floats, step: int,
-    weights: Weighting | None, scale: Matrix | None,
-) -> RetainedEnergy:  # fmt: skip
+def has_residuals(store: GradientStore) -> bool:
+    """Whether a store is a sketch that has the norms of what it leaves out of each row."""
+    return RESIDUALS in store.layout.columns and bool((store.attrs.get("reduced") or {}).get("residuals"))
+
+
+class _Filling(NamedTuple):
+    """What tasks of :func:`fill` need."""
+
+    source: GradientStore
+    out: StorePath
+    basis: Floats
+    step: int  # rows at a time
+    weights: Weighting | None
+    scale: Matrix | None  # D of whitened rows
+    measure: Residuals | None
+
+
+def _fill_stripe(stripe: Stripe, key: str, filling: _Filling) -> RetainedEnergy:
     """Write what is missing of a stripe's groups."""
+    source, basis, step, scale, measure = filling.source, filling.basis, filling.step, filling.scale, filling.measure
     energy, product = RetainedEnergy(), np.empty((step, basis.shape[1]), np.float32)
-    with GradientStore.open(out, "a") as target:
+    with GradientStore.open(filling.out, "a") as target:
         writer = _claim(target, stripe)
         while writer.rows_left:  # a gap at a time
             first = writer.next_row
             for low, high, start in _grid(first, first + writer.rows_left, target.layout.group_rows, step):
                 metadata = {name: np.array(source.small(name, low, high)) for name in _carried(source)}
                 for block in read_blocks(source, start, high, step):
-                    rows = np.matmul(block.gradients, basis, out=product[: block.stop - block.start])
-                    begin = max(low, block.start)
-                    if scale is not None:
-                        norms = _whitened_norms(block.gradients[begin - block.start :], scale)
-                        metadata["grad_norm"][begin - low : block.stop - low] = norms
+                    room, begin = product[: block.stop - block.start], max(low, block.start)
                     part = {name: values[begin - low : block.stop - low] for name, values in metadata.items()}
-                    energy = energy.plus(_append(target, rows[begin - block.start :], part, weights))
+                    if measure is None:
+                        rows = np.matmul(block.gradients, basis, out=room)
+                    else:
+                        rows, fresh = coordinates(block.gradients, basis, room), slice(begin - block.start, None)
+                        measured = measure.of_rows(block.gradients[fresh], basis, rows[fresh])
+                        part[f"columns/{RESIDUALS}"] = measured
+                    if scale is not None:
+                        part["grad_norm"] = _whitened_norms(block.gradients[begin - block.start :], scale)
+                    energy = energy.plus(_append(target, rows[begin - block.start :], part, filling.weights))
                     tick(key, block.stop - begin)
     return energy
 

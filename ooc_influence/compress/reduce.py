@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Unpack
 
 import numpy as np
+import numpy.typing as npt
 
 from ooc_influence.compress.compressor import Eigenbasis
 from ooc_influence.compress.eigenbasis import (
@@ -28,6 +29,7 @@ from ooc_influence.compress.eigenbasis import (
     fill_memory,
     fit_eigenbasis,
 )
+from ooc_influence.compress.residuals import RESIDUALS
 from ooc_influence.errors import InputError, MismatchError, StoreNotFoundError
 from ooc_influence.fingerprint import check_same, check_same_rows
 from ooc_influence.linalg import Floats, LayerMoments, WeightedRows, parse_weighting, row_weights, storage_scale
@@ -52,6 +54,7 @@ from ooc_influence.store import (
 )
 
 logger = logging.getLogger("ooc_influence")
+_TURNED = 4096  # rows of bases multiplied in float64 at a time
 
 
 @takes(ReduceOptions)
@@ -200,6 +203,7 @@ class Job:
             "weights": self.weights,
             "like": None if self.like is None else self.like.columns_digest,
             "rows": self.rows,
+            **({"residuals": True} if self.sketch else {}),
         }
 
 
@@ -243,7 +247,7 @@ def _create(
     source, basis_path, reduction = job.source, None, None
     representation = parse_representation(dtype or (source.layout.dtype if source.is_reduced else "float16"))
     if job.like is not None:
-        _check_memory(source, job.like.k, means)
+        _check_memory(job, job.like.k, means)
         like = GradientStore.open(job.like.path)  # opened again: an open store keeps what it reads in memory
         reduction, basis_path = like.reduction, like.basis_path
         attributes = {name: like.attrs.get(name) for name in ("compressor", "covered")}
@@ -257,6 +261,7 @@ def _create(
         dtype=representation,
         storage=_chunking(storage or Storage(), reduction.columns, representation, source.n),
         planned_rows=source.n,
+        columns=source.layout.columns | ({RESIDUALS: "int64"} if job.sketch else {}),
         reduction=reduction if basis_path is None else {**reduction.facts, "path": basis_path},
         column_scale=storage_scale(representation, source.mask, reduction, attributes),
         attributes=attributes | {"reduced": job.record},
@@ -277,7 +282,7 @@ def _make_basis(job: Job, means: dict[str, Any]) -> tuple[StoredReduction, dict[
     rows = None if every else job.rows or max(ALL_ROWS, ROWS_FOR_EACH * (job.r or most))
     live = WeightedRows.of(source, even_ranges(source.n, rows)).live
     r = job.r or min(most, source.k, max(1, live))
-    _check_memory(source, r, means)
+    _check_memory(job, r, means)
     basis = fit_eigenbasis(source, r, rows=rows, weights=job.weights, quickest=job.sketch, **means)
     settings = dict(source.attrs.get("compressor") or {})
     if job.rotate:
@@ -288,11 +293,12 @@ def _make_basis(job: Job, means: dict[str, Any]) -> tuple[StoredReduction, dict[
     return basis, {"compressor": settings}
 
 
-def _check_memory(source: GradientStore, r: int, means: dict[str, Any]) -> None:
+def _check_memory(job: Job, r: int, means: dict[str, Any]) -> None:
     """Check, before the basis is made, that there will be memory to use it."""
+    source = job.source
     budget = MemoryBudget.of(means["memory"])
     size = source.problem_size(slots_per_process(check_workers(means["workers"])))
-    budget.plan(fill_memory(size, r, fixed=4 * size.k * r))
+    budget.plan(fill_memory(size, r, fixed=4 * size.k * r, measured=job.sketch))
     reduction = source.attrs.get("reduction")
     if reduction is not None:
         entries = reduction["rows"]
@@ -344,7 +350,13 @@ def _trace(store: GradientStore, weights: Weighting | None) -> float:
 
 def turn(source: GradientStore, target: GradientStore) -> Floats:
     """Return what source rows are multiplied by: the new basis, or its coordinates in the source's basis."""
-    return orthonormal(source).T @ orthonormal(target) if source.is_reduced else _vectors(target)
+    if not source.is_reduced:
+        return _vectors(target)
+    old, new = orthonormal(source), orthonormal(target)
+    total: npt.NDArray[np.float64] = np.zeros((old.shape[1], new.shape[1]))
+    for first in range(0, len(old), _TURNED):  # in float64: what is found again is the same but for its last bit
+        total += old[first : first + _TURNED].T.astype(np.float64) @ new[first : first + _TURNED].astype(np.float64)
+    return total.astype(np.float32)
 
 
 def _finish(path: StorePath, job: Job, retained: RetainedEnergy) -> None:

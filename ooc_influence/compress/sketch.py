@@ -7,14 +7,19 @@ of the sketch by :func:`query_turn`, so that curvature, damping and unit are tho
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 
+from ooc_influence.compress.eigenbasis import has_residuals
 from ooc_influence.compress.reduce import Job, orthonormal, turn, write_reduced
+from ooc_influence.compress.residuals import query_factors
 from ooc_influence.errors import InputError, MismatchError
-from ooc_influence.linalg import Floats, LayerMoments
+from ooc_influence.linalg import Floats, LayerMoments, Matrix
 from ooc_influence.options import ReduceOptions
 from ooc_influence.store import GradientStore, PathLike, as_store, check_finished
 
+logger = logging.getLogger("ooc_influence")
 SKETCH_DIMS = 256
 
 
@@ -35,7 +40,13 @@ def write_sketch(train: GradientStore | PathLike, out: PathLike, r: int, options
     if not 1 <= r <= source.k:
         raise InputError(f"expected 1 <= r <= {source.k}, the numbers of a row in {source.path}; received {r}")
     job = Job(source, None, r, options["rows"], None, source.is_reduced, sketch=True)
-    return write_reduced(job, out, options)
+    sketch = write_reduced(job, out, options)
+    if not has_residuals(sketch):
+        logger.info(
+            "%s has no norms of what it leaves out of each row, and lists by it cannot be proven complete: "
+            "for that, make a sketch at another path, or remove this one first", sketch.path,
+        )  # fmt: skip
+    return sketch
 
 
 def check_sketch(sketch: GradientStore, train: GradientStore) -> None:
@@ -71,3 +82,15 @@ def query_turn(sketch: GradientStore, train: GradientStore) -> Floats:
     if damping is None:
         return vectors
     return np.asarray(vectors * LayerMoments.of(train.mask).scale(damping)[:, None], np.float32)
+
+
+def residual_factors(
+    sketch: GradientStore, train: GradientStore, turn: Floats, queries: Floats, norm_units: float
+) -> Matrix:
+    """Return E of preconditioned queries (q, k) of a sketch (:func:`ooc_influence.compress.residuals.query_factors`).
+
+    ``turn`` is :func:`query_turn`, by which queries become the sketch's.
+    """
+    damping = None if train.is_reduced else sketch.attrs["reduction"].get("whitened")
+    whitening = None if damping is None else LayerMoments.of(train.mask).scale(damping)
+    return query_factors(queries, queries @ turn, turn, whitening, sketch.column_scale, norm_units)

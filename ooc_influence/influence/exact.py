@@ -99,7 +99,7 @@ def exact_scores(
             products = _dots(engine, work.columns[number], queries[number], block.gradients, part)
             by_number = by_norm[number]
             squares = None if by_number is None else _squares(block.gradients, by_number)
-            weights = _weights(engine, work, seen, number, part.rows, squares)
+            weights = pair_weights(engine, work, seen, number, part.rows, squares)
             if weights is not None:
                 level = part.lists % len(queries[0]) * work.lambdas // len(queries[0])
                 products *= weights[level % len(weights), part.indices]
@@ -134,15 +134,15 @@ def _dots(
     return products
 
 
-def _weights(
+def pair_weights(
     engine: HostEngine,
     work: ScoreTask,
     seen: Marks | None,
     number: int,
     rows: Numbers,
-    squares: npt.NDArray[np.float64] | None,
+    squares: npt.NDArray[np.float64] | None = None,
 ) -> npt.NDArray[np.float32] | None:
-    """Return what a checkpoint's scores of some rows are multiplied by, (L or 1, b); None for one.
+    """Return what a checkpoint's scores of some rows, ascending, are multiplied by, (L or 1, b); None for one.
 
     ``squares`` are their squared norms, (L, b), where they are found from the rows.
     """

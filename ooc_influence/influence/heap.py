@@ -118,7 +118,7 @@ class TopKHeap:
         while waiting:
             low, high = waiting.pop()
             part = None if bounds is None else bounds.cut(low, high)
-            limits = self._limits if part is None else _lowered(self._limits, part)
+            limits = self._limits if part is None else lowered(self._limits, part)
             found = engine.above(tile[:, low:high], limits, max(_CANDIDATES, len(self._counts)), sign)
             if found is None or not self._append(found, first_row + low, part):
                 middle = (low + high) // 2  # the first half raises the limits for the second
@@ -239,7 +239,7 @@ def _first_limits(scores: Floats, bounds: Bounds | None) -> Floats:
     return np.nextafter(scores, np.float32(-np.inf))
 
 
-def _lowered(limits: Floats, bounds: Bounds) -> Floats:
+def lowered(limits: Floats, bounds: Bounds) -> Floats:
     """Return what s̃ must exceed for s to be able to exceed the limits, (m,), rounded down."""
     least = limits - bounds.largest()
     relative = bounds.relative + _ROUNDING

@@ -16,7 +16,7 @@ from ooc_influence.influence.exact import PAIR_BYTES
 from ooc_influence.influence.heap import ENTRY_BYTES, NO_ROW, Best, list_bytes, merge
 from ooc_influence.influence.ranking import Ranking, TopInfluential
 from ooc_influence.influence.request import PreconditionedQueries, ScoreRequest
-from ooc_influence.influence.search import SIDES, best_of_stripe
+from ooc_influence.influence.search import BOUND_SIDES, SIDES, best_of_stripe
 from ooc_influence.influence.tiles import Part, ScoreParts, ScoreTask
 from ooc_influence.influence.trial import check_product
 from ooc_influence.parallel import Stripe
@@ -36,12 +36,18 @@ class Lists(NamedTuple):
         See :class:`TopInfluential`.
     search : mapping
         See :class:`TopInfluential`.
+    bounds : (scores, rows) or None
+        Of a sketch's rows: in the same form, the rows whose wide scores have the largest upper bounds.
+    proven : (L, q) bool or None
+        See :class:`TopInfluential`.
     """
 
     scores: Floats
     rows: npt.NDArray[np.int64]
     outside: npt.NDArray[np.float64]
     search: Mapping[str, Any]
+    bounds: tuple[Floats, npt.NDArray[np.int64]] | None = None
+    proven: npt.NDArray[np.bool_] | None = None
 
     def ranked(self, scoring: ScoreRequest, module: int) -> TopInfluential:
         """Return one module's lists, cut to the longest."""
@@ -57,25 +63,31 @@ class Lists(NamedTuple):
         )
         names = scoring.queries.names
         found = (names, scoring.damping, self.outside, scoring.settings, self.search)
-        return TopInfluential(proponents, opponents, *found)
+        proven = None if self.proven is None else scoring.squeeze(self.proven)
+        return TopInfluential(proponents, opponents, *found, proven)
 
 
 _TILE_SCORES = 2**22  # scores found at a time: more gain nothing
 
 
-def top_tiles(top: int, query_rows: int, n: int, modules: int = 1, *, bounded: bool = True) -> TileMemory:
+def top_tiles(
+    top: int, query_rows: int, n: int, modules: int = 1, *, bounded: bool = True, upper: bool = False
+) -> TileMemory:  # fmt: skip
     """Return what a pass for lists of ``top`` of ``n`` rows holds, for ``query_rows`` preconditioned queries in all.
 
-    ``bounded`` says whether rows are found by a quick product (:attr:`ScoreTask.bounded`).
+    ``bounded`` says whether rows are found by a quick product (:attr:`ScoreTask.bounded`), ``upper`` whether there are
+    lists by upper bounds as well.
     """
-    both = 2 * ENTRY_BYTES * top  # a query's two lists
-    lists = 2 * list_bytes(top, n) + 3 * both  # of the stripe; of those before, of one more, and merged
+    sides = 4 if upper else 2
+    both = sides * ENTRY_BYTES * top  # a query's lists
+    lists = sides * list_bytes(top, n) + 3 * both  # of the stripe; of those before, of one more, and merged
     fixed = 4 * both * query_rows * modules  # with what looking up the ids takes
+    bounds = 4 + 2 * 4 if upper else 0
     if not bounded:
-        return TileMemory(per_score=4 + 1, per_query=lists, fixed=fixed, modules=modules)
-    lists += 2 * PAIR_BYTES * 2 * top  # where both are scored exactly
+        return TileMemory(per_score=4 + 1 + bounds, per_query=lists, fixed=fixed, modules=modules)
+    lists += 2 * PAIR_BYTES * sides * top  # where all are scored exactly
     # a tile, its products in whole numbers and as numbers, which of them are looked at; rows, rounded
-    sizes = {"per_score": 4 + 8 + 4 + 1, "per_number": 4 + 2, "most_scores": _TILE_SCORES}
+    sizes = {"per_score": 4 + 8 + 4 + 1 + bounds, "per_number": 4 + 2, "most_scores": _TILE_SCORES}
     return TileMemory(per_query=lists, fixed=fixed, modules=modules, **sizes)
 
 
@@ -94,6 +106,8 @@ class ListPass(NamedTuple):
         What keeps results of stripes.
     slots : int
         Tasks at a time.
+    name : str
+        What names of parts begin with.
     """
 
     work: ScoreTask
@@ -101,36 +115,47 @@ class ListPass(NamedTuple):
     blocks: Sequence[tuple[int, int]]
     parts: ScoreParts
     slots: int
+    name: str = ""
 
     def run(self, read: Callable[[int, int], PreconditionedQueries], top: int, bar: Progress) -> Lists:
         """Return the lists of all queries; ``read(start, stop)`` gives some of them, preconditioned."""
         work, q = self.work, self.blocks[-1][1]
-        shape = (len(SIDES), work.lambdas, work.modules, q, top)
-        scores, numbers, outside = np.empty(shape, np.float32), np.empty(shape, np.int64), np.empty(q)
+        shape, outside = (work.lambdas, work.modules, q, top), np.empty(q)
+        found: dict[str, Best] = {}
         products: set[str] = set()
         exact = 0
         for start, stop in self.blocks:
             queries = read(start, stop)
             outside[start:stop] = queries.outside
+            names = SIDES if queries.bounds is None else (*SIDES, *BOUND_SIDES)
             lists: dict[str, Best] = {}
 
-            def add(stripe: Stripe, part: Part, lists: dict[str, Best] = lists) -> None:
+            def add(
+                stripe: Stripe, part: Part, lists: dict[str, Best] = lists, names: Sequence[str] = names
+            ) -> None:  # fmt: skip
                 nonlocal exact
                 products.add(str(part["product"]))
                 exact += int(part["exact"])
-                for name in SIDES:
+                for name in names:
                     lists[name] = merge(lists.get(name), (part[f"{name}_scores"], part[f"{name}_rows"]))
 
             self.parts.run(
-                f"{start}-{stop}", best_of_stripe, work, bar, top, self.seen, *work.read_as_rows(queries.arrays),
-                slots=self.slots, on_result=add,
+                f"{self.name}{start}-{stop}", best_of_stripe, work, bar, top, self.seen, queries.bounds,
+                *work.read_as_rows(queries.arrays), slots=self.slots, on_result=add,
             )  # fmt: skip
-            for side, name in enumerate(SIDES):
-                block = (part.reshape(*shape[1:3], stop - start, top) for part in lists[name])
-                scores[side, :, :, start:stop], numbers[side, :, :, start:stop] = block
+            for name in names:
+                scores, rows = found.setdefault(name, (np.empty(shape, np.float32), np.empty(shape, np.int64)))
+                block = (*shape[:2], stop - start, top)
+                scores[:, :, start:stop], rows[:, :, start:stop] = (part.reshape(block) for part in lists[name])
         total = work.lambdas * work.modules * q * work.rows
         search = {"product": " and ".join(sorted(products)), "rescored": exact / total if work.bounded else None}
-        return Lists(scores, numbers, outside, search)
+        bounds = _stacked(found, BOUND_SIDES) if BOUND_SIDES[0] in found else None
+        return Lists(*_stacked(found, SIDES), outside, search, bounds)
+
+
+def _stacked(found: Mapping[str, Best], names: Sequence[str]) -> Best:
+    """Return lists by side as one, (2, ...)."""
+    return np.stack([found[name][0] for name in names]), np.stack([found[name][1] for name in names])
 
 
 def check_rows(work: ScoreTask) -> None:

@@ -72,7 +72,11 @@ class TopInfluential:
         What was asked for or taken by default: the curvature's path, damping and its mode, and ``normalize``.
     search : mapping
         How the rows were found, which changes nothing in the lists: ``product``, and ``rescored``, the share of all
-        scores that were computed again, exactly; None where the scores of the product are those of the lists.
+        scores that were computed again, exactly; None where the scores of the product are those of the lists. With
+        ``sketch=``, see [influence](influence.md#lists-by-a-sketch).
+    proven : (q,) bool, or None
+        With ``sketch=``: of which queries both lists are proven complete, no other row having scores that high; (L, q)
+        for a list of dampings. False for dropped queries. None without a sketch, or with one that proves nothing.
     """
 
     proponents: Ranking
@@ -82,6 +86,7 @@ class TopInfluential:
     outside_share: npt.NDArray[np.float64]
     settings: Mapping[str, Any]
     search: Mapping[str, Any] = field(default_factory=dict)
+    proven: npt.NDArray[np.bool_] | None = None
 
     @property
     def dampings(self) -> int | None:
@@ -100,7 +105,7 @@ class TopInfluential:
         proponents, opponents = self.proponents.at(number), self.opponents.at(number)
         settings = {**self.settings, "damping": self.settings["damping"][number]}
         found = (self.query_ids, damping, self.outside_share, settings, self.search)
-        return TopInfluential(proponents, opponents, *found)
+        return TopInfluential(proponents, opponents, *found, None if self.proven is None else self.proven[number])
 
     def _lists(self, number: int) -> dict[str, list[tuple[int, Any, float]]]:
         """Return all of a query's proponents and opponents."""
@@ -125,7 +130,7 @@ class TopInfluential:
             return {"by_damping": levels, "settings": self.settings, "search": self.search}
         queries = []
         for number, name in enumerate(self.query_ids.tolist()):
-            lists = {
+            lists: dict[str, Any] = {
                 side: [{"row": row, "id": row_id, "score": score} for row, row_id, score in entries]
                 for side, entries in self._lists(number).items()
             }
@@ -133,6 +138,8 @@ class TopInfluential:
                 stored = ranking.stored_scores(number)
                 if stored is not None:
                     lists[side] = [entry | {"stored_score": stored[entry["row"]]} for entry in lists[side]]
+            if self.proven is not None:
+                lists["proven"] = bool(self.proven[number])
             outside = self.outside_share[number].item()
             queries.append(
                 {"query": number, "id": name, "outside_share": None if np.isnan(outside) else outside, **lists}

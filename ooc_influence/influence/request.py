@@ -25,6 +25,7 @@ from ooc_influence.influence.checkpoints import (
 from ooc_influence.influence.costs import CheckpointMemory, ScoringMemory, TileMemory
 from ooc_influence.influence.engine import Floats, Grouping, parse_groups, weighted_sums
 from ooc_influence.influence.tiles import Columns, ScoreTask, whole_rows
+from ooc_influence.influence.upper import UpperBounds
 from ooc_influence.linalg import is_token_loss, parse_device
 from ooc_influence.memory import MemoryBudget, ProblemSize, block_limit
 from ooc_influence.options import Combine, Normalize, PairOptions, Product, ScoringOptions, complete
@@ -131,12 +132,15 @@ class PreconditionedQueries:
         Queries that are dropped.
     norms : (q,) float64
         √(qᵀ (F + λI)⁻¹ q) in the unit of the queries, the largest of all λ and checkpoints; NaN where dropped.
+    bounds : UpperBounds or None
+        Of queries of a sketch: what the scores of the wide rows can be at most.
     """
 
     arrays: list[Floats]
     outside: npt.NDArray[np.float64]
     dropped: Marks
     norms: npt.NDArray[np.float64]
+    bounds: UpperBounds | None = None
 
 
 @dataclass(frozen=True, eq=False)

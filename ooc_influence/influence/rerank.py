@@ -111,7 +111,7 @@ def rerank(
         basis = exact.basis(stack)
         proponents, opponents = exact.ordered(basis, first, top)
     settings = {**first.settings, "rerank": {"candidates": candidates, "damping": damping}}
-    return replace(first, proponents=proponents, opponents=opponents, settings=settings)
+    return replace(first, proponents=proponents, opponents=opponents, settings=settings, proven=None)
 
 
 def _check(train: GradientStore, candidates: int, top: int, options: dict[str, Any]) -> None:

@@ -3,11 +3,14 @@
 Where rows are mapped, a quick product finds what can be in a list, and those few pairs are scored again, exactly: the
 lists do not depend on the product (:mod:`ooc_influence.influence.products`). Elsewhere, rows are decoded and the scores
 of the one float32 product are those of the lists.
+
+Of a sketch, there are lists by upper bounds of the wide rows' scores as well (:mod:`ooc_influence.influence.upper`):
+what is not in a list by scores is at most as good as the first in the list by bounds that the former lacks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ooc_influence.influence.checkpoints import Marks
-from ooc_influence.influence.engine import Floats, HostEngine
-from ooc_influence.influence.exact import exact_scores
-from ooc_influence.influence.heap import NO_ROW, Bounds, Numbers, TopKHeap
+from ooc_influence.influence.engine import Engine, Entries, Floats, HostEngine
+from ooc_influence.influence.exact import exact_scores, pair_weights
+from ooc_influence.influence.heap import NO_ROW, Bounds, Numbers, TopKHeap, lowered
 from ooc_influence.influence.products import Product
 from ooc_influence.influence.tiles import (
     Part,
@@ -29,40 +32,147 @@ from ooc_influence.influence.tiles import (
     score_tiles,
 )
 from ooc_influence.influence.trial import choose_product, make_product
+from ooc_influence.influence.upper import BEYOND, ROUNDING, UpperBounds, residual_norms, residuals_of
 from ooc_influence.options import ProductName
 from ooc_influence.parallel import Stripe
 from ooc_influence.progress import tick
-from ooc_influence.store import RawBlock, read_raw_blocks
+from ooc_influence.store import RawBlock, RowSpan, read_raw_blocks
 
 SIDES = ("proponents", "opponents")
+BOUND_SIDES = tuple(f"{side}_bounds" for side in SIDES)
+_SIGNS = (1, -1)
 
 
-def best_of_stripe(stripe: Stripe, key: str, work: ScoreTask, top: int, seen: Marks | None, *queries: Floats) -> Part:
+def best_of_stripe(
+    stripe: Stripe, key: str, work: ScoreTask, top: int, seen: Marks | None, bounds: UpperBounds | None,
+    *queries: Floats,
+) -> Part:  # fmt: skip
     """Return the best lists of a stripe: largest scores, and largest negated scores.
 
     Scores and rows of lists (L · M · q, top) by side, with the name of the product, and how many scores were
-    found exactly.
+    found exactly. With ``bounds``, also the lists of the largest upper bounds, of scores and of negated ones.
     """
     with make_engine(work.device) as engine:
         if work.bounded and isinstance(engine, HostEngine):
-            return _Search(engine, stripe, work, top, seen, queries).run(key)
-        lists = [TopKHeap(len(queries[0]) * work.modules, top, stripe.stop - stripe.start) for _ in SIDES]
+            return _Search(engine, stripe, work, top, seen, queries, bounds).run(key)
+        count = 0 if bounds is None else len(SIDES)
+        lists = [
+            TopKHeap(len(queries[0]) * work.modules, top, stripe.stop - stripe.start)
+            for _ in range(len(SIDES) + count)
+        ]  # fmt: skip
         for tile in score_tiles(engine, stripe, key, work, seen, queries):
             scores = tile.scores.reshape(-1, tile.stop - tile.start)
-            for heap, sign in zip(lists, (1, -1), strict=True):
+            for heap, sign in zip(lists[: len(SIDES)], _SIGNS, strict=True):
                 heap.add(scores, tile.start, engine, sign)
-    return _part([heap.best() for heap in lists], "float32", 0)
+            if bounds is not None:
+                slack = bounds.tile(engine, *_row_factors(engine, work, seen, bounds, tile.start, tile.stop))
+                for heap, most in zip(lists[len(SIDES) :], _raised(scores, slack), strict=True):
+                    heap.add(most, tile.start, engine)
+    found = [heap.best() for heap in lists]
+    found[len(SIDES) :] = [
+        (_unknown(np.nextafter(most, np.float32(np.inf))), rows) for most, rows in found[len(SIDES) :]
+    ]
+    return _part(found, "float32", 0)
+
+
+def reaching_rows(
+    stripe: Stripe, key: str, work: ScoreTask, limits: Floats, most: int, seen: Marks | None, bounds: UpperBounds,
+    *queries: Floats,
+) -> Part:  # fmt: skip
+    """Return the pairs of a list and a row of a stripe whose upper bounds are above limits, (2, L · q), by side.
+
+    ``lists`` are indices of limits, ``counts`` how many pairs each has; more than ``most`` are not returned.
+    """
+    with make_engine(work.device) as engine:
+        least: Floats = np.where(limits == np.inf, limits, np.nextafter(limits, np.float32(-np.inf)))
+        if work.bounded and isinstance(engine, HostEngine):
+            search = _Search(engine, stripe, work, 1, seen, queries, bounds)
+            reached = _Reached(engine, least / search.units, most)
+            for tile in search.tiles(key):
+                reached.add(tile.start, search.raised(tile))
+        else:
+            reached = _Reached(engine, least, most)
+            for each in score_tiles(engine, stripe, key, work, seen, queries):
+                scores = each.scores.reshape(-1, each.stop - each.start)
+                slack = bounds.tile(engine, *_row_factors(engine, work, seen, bounds, each.start, each.stop))
+                reached.add(each.start, ((most, None) for most in _raised(scores, slack)))
+    return reached.part()
+
+
+class _Reached:
+    """Pairs above limits, tile by tile; none of lists that have more than ``most``."""
+
+    def __init__(self, engine: Engine, limits: Floats, most: int) -> None:
+        known = np.nextafter(np.float32(BEYOND), np.float32(0))  # a bound that says nothing is above every limit
+        self._limits: Floats = np.where(limits == np.inf, limits, np.minimum(limits, known)).reshape(-1)
+        self._engine, self._most = engine, most
+        self._counts = np.zeros(len(self._limits), np.int64)
+        self._pairs: list[tuple[Numbers, Numbers]] = [(self._counts[:0], self._counts[:0])]
+
+    def add(self, start: int, sides: Iterable[tuple[Any, Bounds | None]]) -> None:
+        """Take in a tile's upper bounds, for each side, from row ``start`` on."""
+        for number, (tile, bounds) in enumerate(sides):
+            lists = slice(number * len(tile), (number + 1) * len(tile))
+            limits = self._limits[lists]
+            least = limits if bounds is None else lowered(limits, bounds)
+            found = self._engine.above(tile, least, max(self._most, len(tile)), 1)
+            parts = [found] if found is not None else [
+                each for each in (self._of_list(tile, least, lists, at) for at in range(len(tile))) if each is not None
+            ]  # fmt: skip
+            for part in parts:
+                if bounds is not None and len(part.rows):
+                    part = part.where(part.values + bounds.of(part) > limits[part.rows])
+                self._counts[lists] += np.bincount(part.rows, minlength=len(tile))
+                self._pairs.append((lists.start + part.rows, start + part.columns))
+        self._limits[self._counts > self._most] = np.inf
+
+    def _of_list(self, tile: Any, least: Floats, lists: slice, at: int) -> Entries | None:
+        """Return a list's entries; None for too many."""
+        room = self._most - int(self._counts[lists.start + at])
+        found = self._engine.above(tile[at : at + 1], least[at : at + 1], max(0, room), 1)
+        if found is None:
+            self._counts[lists.start + at] = self._most + 1
+            return None
+        return found._replace(rows=found.rows + at)
+
+    def part(self) -> Part:
+        """Return what :func:`reaching_rows` does."""
+        lists, rows = (np.concatenate(values) for values in zip(*self._pairs, strict=True))
+        kept = self._counts[lists] <= self._most
+        return {"lists": lists[kept], "rows": rows[kept], "counts": self._counts}
+
+
+def _row_factors(
+    engine: Engine, work: ScoreTask, seen: Marks | None, bounds: UpperBounds, start: int, stop: int
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
+    """Return :meth:`UpperBounds.rows` of the rows of a tile."""
+    weights = row_weights(engine, work, row_shares(work, seen, start, stop), 0, RowSpan(start, stop, None, None))
+    return bounds.rows(residual_norms(work.stores[0], start, stop), weights)
+
+
+def _raised(scores: Any, slack: Any) -> Iterator[Any]:
+    """Yield upper bounds of a tile's scores, and of their negatives."""
+    for sign in _SIGNS:
+        yield (slack + scores if sign > 0 else slack - scores).clip(max=BEYOND)
+
+
+def _unknown(most: Floats) -> Floats:
+    """Return upper bounds, infinite where they say nothing."""
+    return np.asarray(np.where(most >= np.float32(BEYOND), np.float32(np.inf), most))
 
 
 def _part(lists: Sequence[tuple[Floats, Numbers]], product: ProductName, exact: int) -> Part:
     part: dict[str, npt.NDArray[Any]] = {"product": np.array(product), "exact": np.array(exact)}
-    for name, (scores, rows) in zip(SIDES, lists, strict=True):
+    for name, (scores, rows) in zip((*SIDES, *BOUND_SIDES), lists, strict=False):
         part[f"{name}_scores"], part[f"{name}_rows"] = scores, rows
     return part
 
 
 class BoundedTile(NamedTuple):
-    """Scores of train rows ``start`` to ``stop``, (M · L · q, rows), and bounds; the next tile overwrites them."""
+    """Scores of train rows ``start`` to ``stop``, (M · L · q, rows), and what the scores may be off by.
+
+    The next tile overwrites them.
+    """
 
     start: int
     stop: int
@@ -81,14 +191,19 @@ class _Search:
         top: int,
         seen: Marks | None,
         queries: Sequence[Floats],
+        upper: UpperBounds | None,
     ) -> None:
         self._engine, self._stripe, self._work, self._seen = engine, stripe, work, seen
-        self._units = query_units(queries)
-        self._queries = [array / self._units[:, None] for array in queries]
+        self.units = query_units(queries)
+        self._queries = [array / self.units[:, None] for array in queries]
+        self._upper = None if upper is None else upper.divided(self.units)
         self._q = len(queries[0])
         self._exact = 0
         rows, lists = stripe.stop - stripe.start, self._q * work.modules
-        self._lists = [TopKHeap(lists, top, rows, partial(self._rescore, sign)) for sign in (1, -1)]
+        self._lists = [TopKHeap(lists, top, rows, partial(self._rescore, sign)) for sign in _SIGNS]
+        self._bounds = [] if upper is None else [
+            TopKHeap(lists, top, rows, partial(self._most, sign)) for sign in _SIGNS
+        ]  # fmt: skip
         self._products = self._make_products()
         errors = [product.query_errors.reshape(lists, -1) for product in self._products]
         self._list_errors = np.concatenate(errors, axis=1)
@@ -109,22 +224,57 @@ class _Search:
 
     def run(self, key: str) -> Part:
         """Return the lists; see :func:`best_of_stripe`."""
-        for tile in self._tiles(key):
-            for heap, sign in zip(self._lists, (1, -1), strict=True):
+        for tile in self.tiles(key):
+            for heap, sign in zip(self._lists, _SIGNS, strict=True):
                 heap.add(tile.scores, tile.start, self._engine, sign, tile.bounds)
+            if self._bounds:
+                for heap, (most, bounds) in zip(self._bounds, self.raised(tile), strict=True):
+                    heap.add(most, tile.start, self._engine, 1, bounds)
+        for heap, sign in zip(self._bounds, _SIGNS, strict=False):
+            heap.replace(None, self._most(sign, *heap.entries()))
         entries = [heap.entries() for heap in self._lists]
         lists, rows = (np.concatenate(part) for part in zip(*entries, strict=True))
         scores = self._scores(lists, rows)
         self._lists[0].replace(None, scores[: len(entries[0][0])])
         self._lists[1].replace(None, -scores[len(entries[0][0]) :])
-        return _part([self._best(heap) for heap in self._lists], self._products[0].name, self._exact)
+        found = [self._best(heap.best()) for heap in self._lists]
+        for heap in self._bounds:
+            most, numbers = heap.best()
+            most, numbers = self._best((_unknown(most), numbers))
+            found.append((np.nextafter(most, np.float32(np.inf)), numbers))
+        return _part(found, self._products[0].name, self._exact)
 
-    def _best(self, heap: TopKHeap) -> tuple[Floats, Numbers]:
+    def raised(self, tile: BoundedTile) -> Iterator[tuple[Floats, Bounds]]:
+        """Yield upper bounds of a tile's scores, and of their negatives, and what these may be off by."""
+        assert self._upper is not None
+        factors, unknown = _row_factors(self._engine, self._work, self._seen, self._upper, tile.start, tile.stop)
+        slack = self._upper.tile(self._engine, factors, unknown)
+        bounds, relative = tile.bounds, tile.bounds.relative
+        levels = max(len(bounds.rows), len(factors))
+        rows = [np.broadcast_to(each, (levels, *each.shape[1:])) for each in (bounds.rows, factors)]
+        own = (ROUNDING + 2 * relative) * np.where(self._upper.beyond[:, None], 0, self._upper.factors)
+        groups = np.arange(len(own)) * levels // len(own)
+        lists = np.concatenate([bounds.lists, own], axis=1)
+        found = Bounds.make(lists, groups, np.concatenate(rows, axis=2), relative)
+        for most in _raised(tile.scores, slack):
+            yield most, found
+
+    def _most(self, sign: int, lists: Numbers, rows: Numbers) -> Floats:
+        """Return upper bounds of ``sign`` · scores of pairs, (c,)."""
+        assert self._upper is not None
+        unique, indices = np.unique(rows, return_inverse=True)
+        if not len(unique):
+            return np.empty(0, np.float32)
+        weights = pair_weights(self._engine, self._work, self._seen, 0, unique)
+        factors, unknown = self._upper.rows(residuals_of(self._work.stores[0], unique), weights)
+        return self._upper.above(self._rescore(sign, lists, rows), lists, factors[:, indices], unknown[:, indices])
+
+    def _best(self, found: tuple[Floats, Numbers]) -> tuple[Floats, Numbers]:
         """Return a side's lists in the order (L, M, q), in the units of the queries."""
-        scores, rows = heap.best()
+        scores, rows = found
         shape = (self._work.modules, self._work.lambdas, -1, scores.shape[1])
         with np.errstate(over="ignore"):
-            scores = np.where(rows == NO_ROW, -np.inf, scores * np.tile(self._units, self._work.modules)[:, None])
+            scores = np.where(rows == NO_ROW, -np.inf, scores * np.tile(self.units, self._work.modules)[:, None])
 
         def ordered(part: Any) -> Any:
             return part.reshape(shape).swapaxes(0, 1).reshape(part.shape)
@@ -139,7 +289,7 @@ class _Search:
         args = (self._engine, self._work, self._seen, self._queries, lists, rows)
         return exact_scores(*args, batch=max(1, self._work.block_rows // 4))  # fewer rows at a time are no slower
 
-    def _tiles(self, key: str) -> Iterator[BoundedTile]:
+    def tiles(self, key: str) -> Iterator[BoundedTile]:
         """Yield the tiles of the stripe."""
         work, stripe, rows = self._work, self._stripe, self._work.block_rows
         shape = (work.modules, self._q)

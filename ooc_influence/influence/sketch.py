@@ -10,7 +10,7 @@ lists are those of the wide rows, by the same arithmetic as without a sketch.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Unpack, cast
@@ -18,7 +18,14 @@ from typing import Any, Unpack, cast
 import numpy as np
 import numpy.typing as npt
 
-from ooc_influence.compress import SKETCH_DIMS, check_sketch, query_turn, write_sketch
+from ooc_influence.compress import (
+    SKETCH_DIMS,
+    check_sketch,
+    has_residuals,
+    query_turn,
+    residual_factors,
+    write_sketch,
+)
 from ooc_influence.errors import CurvatureNotFoundError, InputError, StaleCurvatureError, StoreWriteError, warn
 from ooc_influence.fingerprint import json_digest
 from ooc_influence.influence.checkpoints import Checkpoint, Marks
@@ -28,11 +35,13 @@ from ooc_influence.influence.exact import PAIR_BYTES, exact_scores
 from ooc_influence.influence.heap import ENTRY_BYTES, NO_ROW, Numbers
 from ooc_influence.influence.lists import ListPass, Lists, check_rows, top_tiles
 from ooc_influence.influence.norms import RowNorms
+from ooc_influence.influence.proof import Proof, Read, chosen, highest_outside, list_ends
 from ooc_influence.influence.recall import Recall, keep_norms, keep_recall, kept_norms, kept_recall, list_ranks
 from ooc_influence.influence.request import PreconditionedQueries, Queries, ScoreRequest
-from ooc_influence.influence.search import SIDES, query_units
+from ooc_influence.influence.search import SIDES, query_units, reaching_rows
 from ooc_influence.influence.self_scores import self_scores
 from ooc_influence.influence.tiles import Part, ScoreParts, ScoreTask
+from ooc_influence.influence.upper import UpperBounds
 from ooc_influence.options import (
     ReduceOptions,
     SelfInfluenceOptions,
@@ -52,7 +61,9 @@ _MEASURED = 32  # queries that recall is measured with
 _MEASURED_TOP = 100  # their best rows that are looked for, at least
 _LONGEST = 64  # candidates of a measured list at most, for each of those rows, or a thousandth of all
 _MOST_CANDIDATES = 2**15
-Read = Callable[[int, int], PreconditionedQueries]
+_FIRST, _FIRST_TIMES = 256, 8  # candidates of a list that is to be proven, at least, and for each of its rows
+# further rows of such a list that are scored one by one: this part of all at most; more, and all rows are searched
+_LEAST_REACHED, _REACHED_OF = 1024, 20
 
 
 @takes(SketchOptions)
@@ -208,7 +219,36 @@ class SketchSearch:
     def run(self, top: int) -> Lists:
         """Return the lists of all queries."""
         asked, top = self.options, min(top, self.scoring.n)
-        recall = self.recall(top)
+        proving, complete = has_residuals(self.sketch), asked["recall"] == 1
+        if complete and not proving:
+            raise InputError(
+                f"expected recall < 1 (--recall) with {self.sketch.path}, which cannot prove lists complete: it has no "
+                "norms of what it leaves out of rows. Remove it and run 'ooc-influence sketch' again, or make another"
+            )
+        if complete:
+            count, found = min(self.scoring.n, max(_FIRST, _FIRST_TIMES * top)), {"recall": 1.0, "measured": None}
+        else:
+            count, found = self._measured_count(top)
+        facts: dict[str, Any] = {"sketch": str(self.sketch.path), "candidates": count, **found}
+        of_parts = {"top": top, "candidates": count, "sketch": self.sketch.identity, "proving": proving}
+        parts = ScoreParts(asked["resume"], self.scoring.digest(kind="sketched", **of_parts))
+        with parts.claimed():
+            first = self._candidates(self.scoring, self.scoring.precondition, count, parts, proving=proving)
+            lists = self._exact(first, top, parts)
+            if first.bounds is not None:
+                outside = highest_outside(first.bounds, first.rows)[:, :, 0]
+                proof = Proof.of(lists.scores[:, :, 0], lists.rows[:, :, 0], outside)
+                facts |= proof.facts
+                lists = lists._replace(proven=proof.queries)
+                if complete:
+                    lists, more = self._complete(lists, proof, first.rows, parts)
+                    facts |= more
+        self.scoring.warn_outside(lists.outside)
+        return lists._replace(search={**lists.search, **facts})
+
+    def _measured_count(self, top: int) -> tuple[int, dict[str, Any]]:
+        """Return how many candidates lists take, by what was measured, and what :attr:`Lists.search` says of it."""
+        asked, recall = self.options, self.recall(top)
         count = min(self.scoring.n, recall.candidates(top, asked["recall"]))
         expected = recall.of(count, top)
         if expected < asked["recall"]:
@@ -217,40 +257,48 @@ class SketchSearch:
                 f"measured on {recall.measured}, and not {asked['recall']:.1%}: make a sketch of more numbers a row "
                 "(--dims), or search without"
             )
-        facts = {"top": top, "candidates": count, "sketch": self.sketch.identity}
-        parts = ScoreParts(asked["resume"], self.scoring.digest(kind="sketched", **facts))
-        with parts.claimed():
-            first = self._candidates(self.scoring, self.scoring.precondition, count, parts)
-            lists = self._exact(first, top, parts)
-        self.scoring.warn_outside(lists.outside)
-        return lists._replace(search={
-            **lists.search, "sketch": str(self.sketch.path), "candidates": count, "recall": expected,
-            "measured": recall.measured,
-        })  # fmt: skip
+        return count, {"recall": expected, "measured": recall.measured}
 
     def _slots(self) -> int:
         return check_workers(self.options["workers"])
 
-    def _candidates(self, sized: ScoreRequest, read: Read, count: int, parts: ScoreParts) -> Lists:
-        """Return the lists of ``count`` by the sketch, for as many queries as ``sized`` has."""
-        asked, slots, k = self.options, self._slots(), self._checkpoint.train.k
+    def _sketched(self, sized: ScoreRequest) -> tuple[ScoreRequest, ScoreTask]:
+        """Return the request and the task of the sketch's rows, for as many queries as ``sized`` has."""
         request = replace(sized, checkpoints=(replace(self._checkpoint, train=self.sketch),))
         task = replace(
-            request.work(1, normalized=False, product=asked["product"]),
+            request.work(1, normalized=False, product=self.options["product"]),
             curvatures=None if self.norms is None else (None,), norms=(self.norms,),
         )  # fmt: skip
         check_rows(task)
-        tile = top_tiles(count, sized.lambdas * sized.q, sized.n, bounded=task.bounded)
-        tile = tile._replace(per_query=tile.per_query + 32 * k)  # the query in the columns of the train rows
-        blocks, rows = request.plan("candidates", asked["memory"], slots, tile, queries=parts.queries)
+        return request, task
+
+    def _turned(self, read: Read, *, proving: bool) -> Read:
+        """Return what reads queries of the sketch; ``proving`` asks for :attr:`PreconditionedQueries.bounds`."""
+        train = self._checkpoint.train
+        weights = self._wide(1).norm_weights(0) if proving else None
+        units = 8 if weights is None else train.k + 16  # of norms, or of the sums that both are
 
         def turned(start: int, stop: int) -> PreconditionedQueries:
-            queries = read(start, stop)
-            return replace(queries, arrays=[array @ self._turn for array in queries.arrays])
+            queries, bounds = read(start, stop), None
+            if proving:
+                factors = residual_factors(self.sketch, train, self._turn, queries.arrays[0], units)
+                bounds = UpperBounds.of(factors, weights)
+            return replace(queries, arrays=[array @ self._turn for array in queries.arrays], bounds=bounds)
 
+        return turned
+
+    def _candidates(
+        self, sized: ScoreRequest, read: Read, count: int, parts: ScoreParts, *, proving: bool = False
+    ) -> Lists:  # fmt: skip
+        """Return the lists of ``count`` by the sketch, for as many queries as ``sized`` has."""
+        asked, slots, k = self.options, self._slots(), self._checkpoint.train.k
+        request, task = self._sketched(sized)
+        tile = top_tiles(count, sized.lambdas * sized.q, sized.n, bounded=task.bounded, upper=proving)
+        tile = tile._replace(per_query=tile.per_query + 32 * k)  # the query in the columns of the train rows
+        blocks, rows = request.plan("candidates", asked["memory"], slots, tile, queries=parts.queries)
         found = ListPass(replace(task, block_rows=rows), self._seen, blocks, parts, slots)
         with Progress("candidates", len(blocks) * sized.n, asked["progress"]) as bar:
-            return found.run(turned, count, bar)
+            return found.run(self._turned(read, proving=proving), count, bar)
 
     def _wide(self, block_rows: int) -> ScoreTask:
         """Return the task of the train rows, with kept norms where they cannot be found of single rows."""
@@ -259,11 +307,9 @@ class SketchSearch:
 
     def _exact(self, first: Lists, top: int, parts: ScoreParts) -> Lists:
         """Return the lists of the best candidates by their exact scores."""
-        scoring, slots = self.scoring, self._slots()
+        scoring = self.scoring
         lambdas, q, count = scoring.lambdas, scoring.q, first.rows.shape[-1]
-        per_query = len(SIDES) * count * (3 * PAIR_BYTES + ENTRY_BYTES)
-        tile = TileMemory(per_score=0, per_query=per_query, fixed=per_query * lambdas * q)
-        blocks, block_rows = scoring.plan("exact scores", self.options["memory"], slots, tile)
+        blocks, block_rows = self._plan_pairs(scoring, count)
         work = self._wide(block_rows)
         scores = np.full(first.rows.shape, -np.inf, np.float32)
         with Progress("exact scores", len(blocks) * scoring.n, self.options["progress"]) as bar:
@@ -272,39 +318,138 @@ class SketchSearch:
                 block = first.rows[..., start:stop, :].reshape(len(SIDES), lambdas * (stop - start), count)
                 where = np.nonzero(block != NO_ROW)
                 where = tuple(part[np.argsort(block[where], kind="stable")] for part in where)
-                lists, rows = where[1], block[where]
-                exact = np.empty(len(rows), np.float32)
-
-                def put(stripe: Stripe, part: Part, rows: Numbers = rows, exact: Floats = exact) -> None:
-                    exact[_within(stripe, rows)] = part["scores"]
-
-                parts.run(
-                    f"{start}-{stop}-pairs", _score_pairs, work, bar, self._seen, lists, rows, *queries,
-                    slots=slots, on_result=put,
-                )  # fmt: skip
+                pairs = where[1], block[where]
+                exact = self._score(work, queries, pairs, parts, f"{start}-{stop}-pairs", bar)
                 of_block = np.full(block.shape, -np.inf, np.float32)
-                sign = np.where(where[0] == 0, np.float32(1), np.float32(-1))
-                of_block[where] = np.where(np.isnan(exact), -np.inf, sign * exact)
+                of_block[where] = _signed(exact, where[0])
                 scores[..., start:stop, :] = of_block.reshape(*scores.shape[:3], stop - start, count)
-        rows = np.where(scores == -np.inf, NO_ROW, first.rows)
-        order = np.lexsort((rows, -scores))[..., :top]
-        scores, rows = np.take_along_axis(scores, order, -1), np.take_along_axis(rows, order, -1)
-        pairs = int((first.rows != NO_ROW).sum())
-        search = {**first.search, "rescored": pairs / (lambdas * q * scoring.n)}
+        scores, rows = _best(scores, first.rows, top)
+        pairs_scored = int((first.rows != NO_ROW).sum())
+        search = {**first.search, "rescored": pairs_scored / (lambdas * q * scoring.n)}
         return Lists(scores, rows, first.outside, search)
+
+    def _plan_pairs(self, sized: ScoreRequest, count: int) -> tuple[list[tuple[int, int]], int]:
+        """Return blocks of queries and of rows to score ``count`` rows of each list with."""
+        per_query = len(SIDES) * count * (3 * PAIR_BYTES + ENTRY_BYTES)
+        tile = TileMemory(per_score=0, per_query=per_query, fixed=per_query * sized.lambdas * sized.q)
+        return sized.plan("exact scores", self.options["memory"], self._slots(), tile)
+
+    def _score(
+        self, work: ScoreTask, queries: list[Floats], pairs: tuple[Numbers, Numbers], parts: ScoreParts, name: str,
+        bar: Progress,
+    ) -> Floats:  # fmt: skip
+        """Return the exact scores of pairs of a list and a row, ascending by row, (c,)."""
+        lists, rows = pairs
+        exact = np.empty(len(rows), np.float32)
+
+        def put(stripe: Stripe, part: Part) -> None:
+            exact[_within(stripe, rows)] = part["scores"]
+
+        parts.run(
+            name, _score_pairs, work, bar, self._seen, lists, rows, *queries, slots=self._slots(), on_result=put
+        )  # fmt: skip
+        return exact
+
+    def _complete(
+        self, lists: Lists, proof: Proof, candidates: Numbers, parts: ScoreParts
+    ) -> tuple[Lists, dict[str, Any]]:  # fmt: skip
+        """Return lists that are proven complete, and facts of the search.
+
+        Of lists that the first candidates do not prove, every row whose upper bound reaches the last entry is scored as
+        well. Where these are too many, all rows are.
+        """
+        scoring, asked = self.scoring, self.options
+        numbers = np.flatnonzero(~proof.lists.all((0, 1)) & proof.live)
+        most = max(_LEAST_REACHED, min(_MOST_CANDIDATES, scoring.n // _REACHED_OF))
+        limits = np.where(proof.lists, np.inf, list_ends(lists.scores[:, :, 0], lists.rows[:, :, 0])).astype("f4")
+        sized, read = self._some(numbers), chosen(scoring.precondition, numbers)
+        turned, pairs, scanned = self._turned(read, proving=True), 0, [numbers[:0]]
+        scores, rows = lists.scores.copy(), lists.rows.copy()
+        blocks, block_rows = self._plan_pairs(sized, most) if len(numbers) else ([], 1)
+        work = self._wide(block_rows)
+        with Progress("proof", 2 * len(blocks) * scoring.n, asked["progress"]) as bar:
+            for start, stop in blocks:
+                some = numbers[start:stop]
+                reached, over = self._reach(
+                    turned(start, stop), limits[:, :, some], most, parts, f"{start}-{stop}", bar
+                )
+                reached = _without_candidates(reached, candidates[:, :, 0, some])
+                scanned.append(some[over])
+                queries = work.read_as_rows(read(start, stop).arrays)
+                per_side = scoring.lambdas * len(some)
+                sides, of_side = np.divmod(reached[0], per_side)
+                exact = self._score(work, queries, (of_side, reached[1]), parts, f"more-{start}-{stop}", bar)
+                own = np.ascontiguousarray(scores[:, :, 0, some]), np.ascontiguousarray(rows[:, :, 0, some])
+                _add_pairs(*own, reached, _signed(exact, sides))
+                scores[:, :, 0, some], rows[:, :, 0, some] = own
+                pairs += len(exact)
+        whole = np.concatenate(scanned)
+        if len(whole):
+            found = self._scan(whole, rows.shape[-1], parts)
+            scores[:, :, :, whole], rows[:, :, :, whole] = found.scores, found.rows
+        share = pairs / (scoring.lambdas * scoring.q * scoring.n)
+        logger.info(
+            "%s: %d of %d queries were not proven by the first candidates; %.2g of all scores were computed for them, "
+            "and %d were compared with all rows", self.sketch.path, len(numbers), proof.live.sum(), share, len(whole),
+        )  # fmt: skip
+        proven = np.broadcast_to(proof.live, proof.queries.shape)
+        search = {**lists.search, "rescored": lists.search["rescored"] + share}
+        facts = {"proven_queries": int(proof.live.sum()), "proven_share": 1.0, "scanned_queries": len(whole)}
+        return lists._replace(scores=scores, rows=rows, search=search, proven=proven), facts
+
+    def _some(self, numbers: Numbers) -> ScoreRequest:
+        """Return a request of as many queries."""
+        return replace(self.scoring, queries=Queries(np.empty(len(numbers)), None))
+
+    def _reach(
+        self, queries: PreconditionedQueries, limits: Floats, most: int, parts: ScoreParts, name: str, bar: Progress
+    ) -> tuple[tuple[Numbers, Numbers], npt.NDArray[np.bool_]]:
+        """Return pairs whose upper bounds reach limits (2, L, m), ascending by row, and which queries have too many.
+
+        Of a query with a list of more than ``most``, none are returned.
+        """
+        count = limits.shape[-1]
+        sized, slots = self._some(np.empty(count, np.int64)), self._slots()
+        request, task = self._sketched(sized)
+        tile = top_tiles(1, sized.lambdas * count, sized.n, bounded=task.bounded, upper=True)
+        _, rows = request.plan("proof", self.options["memory"], slots, tile, queries=count)
+        work, counts = replace(task, block_rows=rows), np.zeros(limits.size, np.int64)
+        found: list[Part] = []
+
+        def add(stripe: Stripe, part: Part) -> None:
+            counts[:] += part["counts"]
+            found.append({each: part[each][counts[part["lists"]] <= most] for each in ("lists", "rows")})
+
+        parts.run(
+            f"reached-{name}", reaching_rows, work, bar, limits.reshape(len(SIDES), -1), most, self._seen,
+            queries.bounds, *work.read_as_rows(queries.arrays), slots=slots, on_result=add,
+        )  # fmt: skip
+        many = counts.reshape(limits.shape) > most
+        over = np.asarray(many.any(axis=(0, 1)), np.bool_)
+        lists, numbers = (np.concatenate([part[each] for part in found]) for each in ("lists", "rows"))
+        kept = ~over[lists % count]
+        order = np.argsort(numbers[kept], kind="stable")
+        return (lists[kept][order], numbers[kept][order]), over
+
+    def _scan(self, numbers: Numbers, top: int, parts: ScoreParts) -> Lists:
+        """Return the lists of some queries among all train rows."""
+        sized, task, asked, slots = self._some(numbers), self._wide(1), self.options, self._slots()
+        tile = top_tiles(top, sized.lambdas * sized.q, sized.n, bounded=task.bounded)
+        blocks, rows = sized.plan("top", asked["memory"], slots, tile)
+        whole = ListPass(replace(task, block_rows=rows), self._seen, blocks, parts, slots, "all-")
+        with Progress("top", len(blocks) * sized.n, asked["progress"]) as bar:
+            return whole.run(chosen(self.scoring.precondition, numbers), top, bar)
 
     def _measure(self, top: int) -> Recall:
         """Find the best rows of some queries among all train rows, and their ranks in the sketch."""
         numbers, own, read, measured = self._sample()
         asked, slots = self.options, self._slots()
-        sized = replace(self.scoring, queries=Queries(np.empty(len(numbers)), None))
+        sized = self._some(numbers)
         top = min(top + 1, sized.n)  # a train row's own best is itself
         longest = min(sized.n, max(1024, _LONGEST * top, min(_MOST_CANDIDATES, sized.n // 1000)))
         parts = ScoreParts(None, "")
 
-        def some(start: int, stop: int) -> PreconditionedQueries:
-            return _joined([read(number, number + 1) for number in numbers[start:stop].tolist()])
-
+        some = chosen(read, numbers)
         task = self._wide(1)
         tile = top_tiles(top, sized.lambdas * sized.q, sized.n, bounded=task.bounded)
         blocks, rows = sized.plan("recall", asked["memory"], slots, tile)
@@ -358,13 +503,44 @@ def _score_pairs(
         return {"scores": scores * units[lists[inside]]}
 
 
-def _joined(queries: list[PreconditionedQueries]) -> PreconditionedQueries:
-    """Return single queries as one set, λ by λ."""
-    arrays = np.stack([query.arrays[0] for query in queries], axis=1)
-    rest = {
-        name: np.concatenate([getattr(query, name) for query in queries]) for name in ("outside", "dropped", "norms")
-    }
-    return PreconditionedQueries([arrays.reshape(-1, arrays.shape[-1])], **rest)
+def _signed(scores: Floats, sides: Numbers) -> Floats:
+    """Return scores, negated of the second side; -inf for NaN."""
+    signed = np.where(sides == 0, np.float32(1), np.float32(-1)) * scores
+    return np.asarray(np.where(np.isnan(signed), np.float32(-np.inf), signed), np.float32)
+
+
+def _best(scores: Floats, rows: Numbers, top: int) -> tuple[Floats, Numbers]:
+    """Return the best of lists (..., c), in order."""
+    rows = np.where(scores == -np.inf, NO_ROW, rows)
+    order = np.lexsort((rows, -scores))[..., :top]
+    return np.take_along_axis(scores, order, -1), np.take_along_axis(rows, order, -1)
+
+
+def _without_candidates(pairs: tuple[Numbers, Numbers], candidates: Numbers) -> tuple[Numbers, Numbers]:
+    """Return the pairs of a list and a row that are not among the candidates of lists (2, L, m, c)."""
+    lists, rows = pairs
+    fresh = np.ones(len(rows), np.bool_)
+    flat = _flat(candidates)
+    for number, mine in _by_list(lists):
+        fresh[mine] = ~np.isin(rows[mine], flat[number])
+    return lists[fresh], rows[fresh]
+
+
+def _by_list(lists: Numbers) -> Iterator[tuple[int, Numbers]]:
+    """Yield each list that there are pairs of, and their indices."""
+    order = np.argsort(lists, kind="stable")
+    numbers, starts = np.unique(lists[order], return_index=True)
+    yield from zip(numbers.tolist(), np.split(order, starts[1:]) if len(numbers) else [], strict=True)
+
+
+def _add_pairs(list_scores: Floats, list_rows: Numbers, pairs: tuple[Numbers, Numbers], scores: Floats) -> None:
+    """Put pairs of a list and a row with these scores into lists (2, L, m, top), in place, where they are better."""
+    top = list_rows.shape[-1]
+    best_scores, best_rows = list_scores.reshape(-1, top), list_rows.reshape(-1, top)
+    for number, mine in _by_list(pairs[0]):
+        all_scores = np.concatenate([best_scores[number], scores[mine]])
+        all_rows = np.concatenate([best_rows[number], pairs[1][mine]])
+        best_scores[number], best_rows[number] = _best(all_scores, all_rows, top)
 
 
 def _flat(rows: Numbers) -> Numbers:

@@ -84,10 +84,21 @@ def describe_search(search: Mapping[str, Any]) -> str | None:
     """Return in a line how a sketch found the rows of lists, from :attr:`TopInfluential.search`; None without one."""
     if "sketch" not in search:
         return None
-    return (
-        f"candidates: {search['candidates']:,} for each list, by {search['sketch']}: {search['recall']:.1%} of the "
-        f"best rows are among them, measured on {search['measured']}"
+    found = f"candidates: {search['candidates']:,} for each list, by {search['sketch']}: "
+    if search["measured"] is None:
+        scanned = search["scanned_queries"]
+        return (
+            f"{found}all lists are proven complete; {search['rescored']:.2%} of the scores were computed for it, and "
+            f"{scanned} of {search['queries']} queries were compared with all rows"
+        )
+    measured = f"{search['recall']:.1%} of the best rows are among them, measured on {search['measured']}"
+    if "queries" not in search:
+        return found + measured
+    proven = (
+        f"recall is proven for {search['proven_queries']} of {search['queries']} queries "
+        f"({search['proven_share']:.1%} of listed rows)"
     )
+    return found + (proven if search["proven_queries"] == search["queries"] else f"{proven}; for the rest, {measured}")
 
 
 def verification_facts(store: GradientStore) -> dict[str, Any] | None:
