@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from ooc_influence.curvature import Curvature
-from ooc_influence.influence.engine import Codes, Engine, Entries, Floats
+from ooc_influence.influence.engine import BEYOND, Codes, Engine, Entries, Floats
 from ooc_influence.linalg import Matrix
 from ooc_influence.linalg.device import DeviceRows, send_array
 from ooc_influence.store import Block, GradientStore, read_raw_blocks
@@ -100,6 +100,13 @@ class DeviceEngine(Engine):
         numbers, columns = torch.nonzero(exceeding).unbind(1)
         values = self.host(tile[numbers, columns])
         return Entries(numbers.cpu().numpy(), columns.cpu().numpy(), values if sign > 0 else -values)
+
+    @override
+    def raised(self, tile: Tensor, sign: int, factors: tuple[Floats, Floats], out: Tensor) -> Tensor:
+        left, right = (self.array(each) for each in factors)
+        target = out[: tile.numel()].view(tile.shape)
+        torch.matmul(left.view(len(right), -1, left.shape[1]), right, out=target.view(len(right), -1, tile.shape[1]))
+        return target.add_(tile, alpha=sign).clamp_(max=BEYOND)
 
     @override
     def nth_largest(self, tile: Tensor, n: int, sign: int) -> Floats:

@@ -71,6 +71,7 @@ def weighted_sums(rows: Any, codes: Codes, weights: npt.NDArray[np.float32]) -> 
     return groups, csr_array((weights[weighted][order], weighted[order], ends), shape=shape) @ rows
 
 
+BEYOND = 2.0**100  # an upper bound that says nothing: of queries whose largest number is in [1, 2), scores are smaller
 _Result = TypeVar("_Result")
 _FEW = 256  # rows of the left factor up to which the product of the swapped factors, transposed, is quicker
 _PIECE = 512  # train rows multiplied at once, at least: fewer are slow
@@ -125,6 +126,13 @@ class Engine(ABC):
     @abstractmethod
     def above(self, tile: Any, limits: Floats, most: int, sign: int) -> Entries | None:
         """Return the entries of ``sign`` · tile (m, b) above their row's limit, (m,); None for more than ``most``."""
+
+    @abstractmethod
+    def raised(self, tile: Any, sign: int, factors: tuple[Floats, Floats], out: Any) -> Any:
+        """Return ``sign`` · tile (m, b) plus products of lists and columns, at most :data:`BEYOND`, in ``out``.
+
+        ``factors`` are (m, t), and (G, t, b) of each of G groups of lists, one after the other.
+        """
 
     @abstractmethod
     def nth_largest(self, tile: Any, n: int, sign: int) -> Floats:
@@ -248,6 +256,22 @@ class HostEngine(Engine):
         if any(part is None for part in parts) or sum(len(part.rows) for part in parts if part) > most:
             return None
         return Entries(*(np.concatenate(values) for values in zip(*(part for part in parts if part), strict=True)))
+
+    @override
+    def raised(self, tile: Any, sign: int, factors: tuple[Floats, Floats], out: Any) -> Any:
+        (left, right), target = factors, out[: tile.size].reshape(tile.shape)
+        group = len(tile) // len(right)
+
+        def work(part: slice) -> None:
+            with np.errstate(over="ignore", invalid="ignore"):
+                for row in range(part.start, part.stop):  # one at a time: they stay in cache
+                    some = target[row]
+                    np.matmul(left[row], right[row // group], out=some)
+                    np.add(some, tile[row], out=some) if sign > 0 else np.subtract(some, tile[row], out=some)
+                    np.minimum(some, np.float32(BEYOND), out=some)
+
+        self.divide(work, len(tile), self._share(len(tile)))
+        return target
 
     @override
     def nth_largest(self, tile: Any, n: int, sign: int) -> Floats:

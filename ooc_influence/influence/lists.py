@@ -82,7 +82,7 @@ def top_tiles(
     both = sides * ENTRY_BYTES * top  # a query's lists
     lists = sides * list_bytes(top, n) + 3 * both  # of the stripe; of those before, of one more, and merged
     fixed = 4 * both * query_rows * modules  # with what looking up the ids takes
-    bounds = 4 + 2 * 4 if upper else 0
+    bounds = 4 if upper else 0
     if not bounded:
         return TileMemory(per_score=4 + 1 + bounds, per_query=lists, fixed=fixed, modules=modules)
     lists += 2 * PAIR_BYTES * sides * top  # where all are scored exactly

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ooc_influence.influence.checkpoints import Marks
-from ooc_influence.influence.engine import Engine, Entries, Floats, HostEngine
+from ooc_influence.influence.engine import BEYOND, Engine, Entries, Floats, HostEngine
 from ooc_influence.influence.exact import exact_scores, pair_weights
 from ooc_influence.influence.heap import NO_ROW, Bounds, Numbers, TopKHeap, lowered
 from ooc_influence.influence.products import Product
@@ -32,7 +32,7 @@ from ooc_influence.influence.tiles import (
     score_tiles,
 )
 from ooc_influence.influence.trial import choose_product, make_product
-from ooc_influence.influence.upper import BEYOND, ROUNDING, UpperBounds, residual_norms, residuals_of
+from ooc_influence.influence.upper import ROUNDING, UpperBounds, residual_norms, residuals_of
 from ooc_influence.options import ProductName
 from ooc_influence.parallel import Stripe
 from ooc_influence.progress import tick
@@ -60,14 +60,16 @@ def best_of_stripe(
             TopKHeap(len(queries[0]) * work.modules, top, stripe.stop - stripe.start)
             for _ in range(len(SIDES) + count)
         ]  # fmt: skip
+        room: Any = None  # the first tile is the largest
         for tile in score_tiles(engine, stripe, key, work, seen, queries):
             scores = tile.scores.reshape(-1, tile.stop - tile.start)
             for heap, sign in zip(lists[: len(SIDES)], _SIGNS, strict=True):
                 heap.add(scores, tile.start, engine, sign)
             if bounds is not None:
-                slack = bounds.tile(engine, *_row_factors(engine, work, seen, bounds, tile.start, tile.stop))
-                for heap, most in zip(lists[len(SIDES) :], _raised(scores, slack), strict=True):
-                    heap.add(most, tile.start, engine)
+                factors = bounds.tile(*_row_factors(engine, work, seen, bounds, tile.start, tile.stop))
+                room = engine.empty(*scores.shape).reshape(-1) if room is None else room
+                for heap, sign in zip(lists[len(SIDES) :], _SIGNS, strict=True):
+                    heap.add(engine.raised(scores, sign, factors, room), tile.start, engine)
     found = [heap.best() for heap in lists]
     found[len(SIDES) :] = [
         (_unknown(np.nextafter(most, np.float32(np.inf))), rows) for most, rows in found[len(SIDES) :]
@@ -94,8 +96,9 @@ def reaching_rows(
             reached = _Reached(engine, least, most)
             for each in score_tiles(engine, stripe, key, work, seen, queries):
                 scores = each.scores.reshape(-1, each.stop - each.start)
-                slack = bounds.tile(engine, *_row_factors(engine, work, seen, bounds, each.start, each.stop))
-                reached.add(each.start, ((most, None) for most in _raised(scores, slack)))
+                factors = bounds.tile(*_row_factors(engine, work, seen, bounds, each.start, each.stop))
+                room = engine.empty(*scores.shape).reshape(-1)
+                reached.add(each.start, ((engine.raised(scores, sign, factors, room), None) for sign in _SIGNS))
     return reached.part()
 
 
@@ -150,12 +153,6 @@ def _row_factors(
     return bounds.rows(residual_norms(work.stores[0], start, stop), weights)
 
 
-def _raised(scores: Any, slack: Any) -> Iterator[Any]:
-    """Yield upper bounds of a tile's scores, and of their negatives."""
-    for sign in _SIGNS:
-        yield (slack + scores if sign > 0 else slack - scores).clip(max=BEYOND)
-
-
 def _unknown(most: Floats) -> Floats:
     """Return upper bounds, infinite where they say nothing."""
     return np.asarray(np.where(most >= np.float32(BEYOND), np.float32(np.inf), most))
@@ -201,6 +198,7 @@ class _Search:
         self._exact = 0
         rows, lists = stripe.stop - stripe.start, self._q * work.modules
         self._lists = [TopKHeap(lists, top, rows, partial(self._rescore, sign)) for sign in _SIGNS]
+        self._room: Floats | None = None
         self._bounds = [] if upper is None else [
             TopKHeap(lists, top, rows, partial(self._most, sign)) for sign in _SIGNS
         ]  # fmt: skip
@@ -245,10 +243,12 @@ class _Search:
         return _part(found, self._products[0].name, self._exact)
 
     def raised(self, tile: BoundedTile) -> Iterator[tuple[Floats, Bounds]]:
-        """Yield upper bounds of a tile's scores, and of their negatives, and what these may be off by."""
+        """Yield upper bounds of a tile's scores, and of their negatives, and what these may be off by.
+
+        The next ones overwrite them.
+        """
         assert self._upper is not None
         factors, unknown = _row_factors(self._engine, self._work, self._seen, self._upper, tile.start, tile.stop)
-        slack = self._upper.tile(self._engine, factors, unknown)
         bounds, relative = tile.bounds, tile.bounds.relative
         levels = max(len(bounds.rows), len(factors))
         rows = [np.broadcast_to(each, (levels, *each.shape[1:])) for each in (bounds.rows, factors)]
@@ -256,8 +256,11 @@ class _Search:
         groups = np.arange(len(own)) * levels // len(own)
         lists = np.concatenate([bounds.lists, own], axis=1)
         found = Bounds.make(lists, groups, np.concatenate(rows, axis=2), relative)
-        for most in _raised(tile.scores, slack):
-            yield most, found
+        if self._room is None:  # the first tile is the largest
+            self._room = np.empty(tile.scores.size, np.float32)
+        products = self._upper.tile(factors, unknown)
+        for sign in _SIGNS:
+            yield self._engine.raised(tile.scores, sign, products, self._room), found
 
     def _most(self, sign: int, lists: Numbers, rows: Numbers) -> Floats:
         """Return upper bounds of ``sign`` · scores of pairs, (c,)."""

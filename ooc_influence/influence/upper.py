@@ -9,18 +9,17 @@ tile, and those of rows that matter again, in float64: what is proven does not d
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
 from ooc_influence.compress import RESIDUALS, unpack_norms
-from ooc_influence.influence.engine import Engine, Floats
+from ooc_influence.influence.engine import BEYOND, Floats
 from ooc_influence.store import GradientStore
 
 Numbers = npt.NDArray[np.int64]
 Matrix = npt.NDArray[np.float64]
-BEYOND = 2.0**100  # a bound that says nothing; scores have queries whose largest number is in [1, 2)
 ROUNDING = 2.0**-20  # of bounds in float32, relative
 _MOST_WEIGHT, _LEAST_WEIGHT = 2.0**45, 2.0**-63
 
@@ -73,22 +72,17 @@ class UpperBounds:
         factors[unknown] = 0
         return factors, unknown
 
-    def tile(self, engine: Engine, factors: Matrix, unknown: npt.NDArray[np.bool_]) -> Any:
-        """Return what scores of a tile may be off by, (L · q, b), rounded; :data:`BEYOND` for unknown ones."""
-        shape = len(self.factors), factors.shape[1]
-        slack, per_level = engine.empty(*shape), shape[0] // len(factors)
-        single = np.minimum(np.where(np.isfinite(self.factors), self.factors, 0), BEYOND).astype(np.float32)
-        with np.errstate(over="ignore", invalid="ignore"):
-            for level, (of_level, lost) in enumerate(zip(factors, unknown, strict=True)):
-                part = slice(level * per_level, (level + 1) * per_level)
-                columns = np.minimum(of_level, np.finfo(np.float32).max).astype(np.float32)
-                slack[part] = engine.array(single[part]) @ engine.array(np.ascontiguousarray(columns.T))
-                if lost.any():
-                    slack[part, engine.array(np.flatnonzero(lost))] = BEYOND
-        lists = np.flatnonzero(self.beyond)
-        if len(lists):
-            slack[engine.array(lists)] = BEYOND
-        return slack
+    def tile(self, factors: Matrix, unknown: npt.NDArray[np.bool_]) -> tuple[Floats, Floats]:
+        """Return what to give :meth:`Engine.raised` for a tile, given :meth:`rows`: (L · q, t + 2), (L or 1, t + 2, b).
+
+        A factor more makes bounds of unknown rows say nothing, and another those of lists that nothing is known of.
+        """
+        lists, rows = len(self.factors), factors.shape[:2]
+        known = np.where(self.beyond[:, None], 0, self.factors)
+        left = np.concatenate([known, np.ones((lists, 1)), np.where(self.beyond, BEYOND, 0)[:, None]], axis=1)
+        right = np.concatenate([factors, np.where(unknown, BEYOND, 0)[:, :, None], np.ones((*rows, 1))], axis=2)
+        right = np.minimum(right, np.finfo(np.float32).max)
+        return left.astype(np.float32), np.ascontiguousarray(right.swapaxes(1, 2), np.float32)
 
     @property
     def beyond(self) -> npt.NDArray[np.bool_]:
