@@ -71,11 +71,11 @@ def check_bounds(query, train, sketch, damping, rate):
     search = SketchSearch.of(scoring, sketch, complete(TopOptions, {"sketch": sketch, **options}))
     wide = scoring.precondition(0, scoring.q)
     turned = search._turned(scoring.precondition, proving=True)(0, scoring.q)
-    factors, unknown = turned.bounds.rows(residual_norms(sketch, 0, sketch.n), None)
-    assert not unknown.any()
+    factors = turned.bounds.rows(residual_norms(sketch, 0, sketch.n), None)[0].astype(np.float64)
+    assert not factors[-2].any()
     rows, queries = train.rows().astype(np.float64), wide.arrays[0].astype(np.float64)
     error = np.abs(queries @ rows.T - turned.arrays[0].astype(np.float64) @ sketch.rows().astype(np.float64).T)
-    bounds = turned.bounds.factors @ factors[0].T
+    bounds = turned.bounds.lists @ factors
     assert (error <= bounds).all()
     sizes = np.linalg.norm(queries, axis=1)[:, None] * np.linalg.norm(rows, axis=1)
     assert np.median(bounds / np.maximum(sizes, 1e-300)) < rate
@@ -127,7 +127,7 @@ def test_bounds_hold_for_reduced_rows(tmp_path):
 
 def test_norms_are_rounded_up():
     norms = np.array([[0, 1, 1.0000001], [1e-20, 3e38, 1e39], [np.inf, np.nan, 1e-46]])
-    found = unpack_norms(pack_norms(norms))
+    found = unpack_norms(pack_norms(norms)).T
     assert (found >= np.nan_to_num(norms, nan=np.inf, posinf=np.inf)).all()
     assert (found[0] == [0, 1, np.float32(1 + 2**-13)]).all()
     assert found[1, 0] < 1.001e-20

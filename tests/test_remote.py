@@ -141,6 +141,9 @@ def test_a_sketch_asks_for_the_chunks_of_candidates_only(root, tmp_path):
         assert_allclose(found.opponents.scores, expected.opponents.scores, rtol=1e-5)
         assert 0 < cache.misses <= 3 * 2 * found.search["candidates"]
         assert cache.misses < 100  # of 200
+        whole = top_influential(query, train, sketch=path, recall=1, **options)
+        assert_array_equal(whole.opponents.rows, expected.opponents.rows)
+        assert whole.proven.all()
 
 
 def test_interrupted_scores_and_lists_go_on(root, monkeypatch):

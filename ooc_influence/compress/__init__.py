@@ -18,7 +18,7 @@ from ooc_influence.compress.projection import (
 )
 from ooc_influence.compress.reduce import reduce_store
 from ooc_influence.compress.representation import rewrite_store
-from ooc_influence.compress.residuals import FACTORS, RESIDUALS, unpack_norms
+from ooc_influence.compress.residuals import RESIDUALS, unpack_norms
 from ooc_influence.compress.sketch import SKETCH_DIMS, check_sketch, query_turn, residual_factors, write_sketch
 from ooc_influence.store import PilotMoments
 
@@ -26,7 +26,6 @@ BASELINES = {kind.name: kind for kind in (Gaussian, Rademacher, Sjlt, Grass, LoG
 
 __all__ = [
     "BASELINES",
-    "FACTORS",
     "LARGEST_STORE",
     "RESIDUALS",
     "SKETCH_DIMS",

@@ -6,7 +6,8 @@ p = D q − V c what they leave out of it. Then
 
     qᵀg − cᵀz = pᵀ (D⁻¹g − V z) + (Vᵀp)ᵀ z + cᵀ (Vᵀ D⁻¹g − z)
 
-whatever z and c are, so Cauchy-Schwarz gives |qᵀg − cᵀz| ≤ Σ_t E[q, t] F[g, t]. F is kept of each row:
+whatever z and c are, so Cauchy-Schwarz gives |qᵀg − cᵀz| ≤ Σ_t E[q, t] F[g, t]. One F is 1, for what underflows; the
+others are kept of each row:
 
 - the residual ‖D⁻¹g − V z‖,
 - the rounding ‖S⁻¹ (Mᵀg − z)‖, S being the sketch's column scales,
@@ -26,7 +27,6 @@ from ooc_influence.linalg import Floats, Matrix
 from ooc_influence.store import Encoding, row_norms
 
 RESIDUALS = "residual_norms"  # a sketch's column
-FACTORS = 4  # F of a row: those three, and one for what underflows
 _UNIT = 2.0**-24  # half a step of float32, relative
 _SCORE_UNITS = 2 * 640  # roundings of an exact score, twice over (influence/products.py)
 _SPARE_UNITS = 16  # of a basis that is turned or scaled again, of columns that are divided
@@ -50,9 +50,11 @@ def pack_norms(norms: Matrix) -> npt.NDArray[np.int64]:
 
 
 def unpack_norms(packed: npt.NDArray[np.int64]) -> Floats:
-    """Return what :func:`pack_norms` packed, (b, 3) float32."""
-    bits = [(packed >> shift) & ((1 << _BITS) - 1) for shift in (2 * _BITS, _BITS, 0)]
-    return np.asarray((np.stack(bits, axis=1).astype(np.uint32) << _DROPPED_BITS).view(np.float32))
+    """Return what :func:`pack_norms` packed, (3, b) float32."""
+    bits = np.empty((3, len(packed)), np.uint32)
+    for row, shift in zip(bits, (2 * _BITS, _BITS, 0), strict=True):
+        np.copyto(row, (packed >> shift) & ((1 << _BITS) - 1), casting="unsafe")
+    return np.asarray(np.left_shift(bits, _DROPPED_BITS, out=bits).view(np.float32))
 
 
 def coordinates(rows: Floats, basis: Floats, out: Floats) -> Floats:

@@ -120,12 +120,17 @@ class TopKHeap:
             part = None if bounds is None else bounds.cut(low, high)
             limits = self._limits if part is None else lowered(self._limits, part)
             found = engine.above(tile[:, low:high], limits, max(_CANDIDATES, len(self._counts)), sign)
-            if found is None or not self._append(found, first_row + low, part):
+            if found is None or not self.append(found, first_row + low, part):
                 middle = (low + high) // 2  # the first half raises the limits for the second
                 waiting += [(middle, high), (low, middle)]
 
-    def _append(self, found: Entries, first_row: int, bounds: Bounds | None) -> bool:
-        """Put candidates behind the lists; return False if one has no room for them."""
+    @property
+    def limits(self) -> Floats | None:
+        """What a score must exceed to be in each list, (q,); None before the first tile."""
+        return None if self._empty else self._limits
+
+    def append(self, found: Entries, first_row: int, bounds: Bounds | None) -> bool:
+        """Put entries of a tile behind the lists; return False if one has no room for them."""
         least = most = found.values
         if bounds is not None and len(found.rows):
             errors = bounds.of(found)
@@ -239,14 +244,15 @@ def _first_limits(scores: Floats, bounds: Bounds | None) -> Floats:
     return np.nextafter(scores, np.float32(-np.inf))
 
 
-def lowered(limits: Floats, bounds: Bounds) -> Floats:
+def lowered(limits: npt.NDArray[np.floating], bounds: Bounds) -> Floats:
     """Return what s̃ must exceed for s to be able to exceed the limits, (m,), rounded down."""
     least = limits - bounds.largest()
     relative = bounds.relative + _ROUNDING
     with np.errstate(invalid="ignore"):
         least = np.where(least > 0, least / (1 + relative), least / (1 - relative))
         least -= _ROUNDING * np.abs(least)
-    return np.asarray(np.where(np.isnan(least), -np.inf, least), np.float32)
+    least = np.where(np.isnan(least), -np.inf, least)
+    return np.asarray(np.where(limits == np.inf, np.inf, least), np.float32)
 
 
 Best = tuple[Floats, Numbers]

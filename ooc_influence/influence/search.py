@@ -10,7 +10,7 @@ what is not in a list by scores is at most as good as the first in the list by b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -41,6 +41,7 @@ from ooc_influence.store import RawBlock, RowSpan, read_raw_blocks
 SIDES = ("proponents", "opponents")
 BOUND_SIDES = tuple(f"{side}_bounds" for side in SIDES)
 _SIGNS = (1, -1)
+_FEW_ENTRIES, _FEW_OF = 1024, 128  # entries of a tile whose bounds are looked at one by one, at most: this part of it
 
 
 def best_of_stripe(
@@ -61,12 +62,13 @@ def best_of_stripe(
             for _ in range(len(SIDES) + count)
         ]  # fmt: skip
         room: Any = None  # the first tile is the largest
+        left = None if bounds is None else bounds.lists.astype(np.float32)
         for tile in score_tiles(engine, stripe, key, work, seen, queries):
             scores = tile.scores.reshape(-1, tile.stop - tile.start)
             for heap, sign in zip(lists[: len(SIDES)], _SIGNS, strict=True):
                 heap.add(scores, tile.start, engine, sign)
-            if bounds is not None:
-                factors = bounds.tile(*_row_factors(engine, work, seen, bounds, tile.start, tile.stop))
+            if bounds is not None and left is not None:
+                factors = left, _row_factors(engine, work, seen, bounds, tile.start, tile.stop)
                 room = engine.empty(*scores.shape).reshape(-1) if room is None else room
                 for heap, sign in zip(lists[len(SIDES) :], _SIGNS, strict=True):
                     heap.add(engine.raised(scores, sign, factors, room), tile.start, engine)
@@ -91,14 +93,21 @@ def reaching_rows(
             search = _Search(engine, stripe, work, 1, seen, queries, bounds)
             reached = _Reached(engine, least / search.units, most)
             for tile in search.tiles(key):
-                reached.add(tile.start, search.raised(tile))
+                upper = search.upper(tile)
+                for side, sign in enumerate(_SIGNS):
+                    found = upper.some(sign, reached.limits(side))
+                    if found is not None:
+                        reached.append(side, tile.start, found, upper.bounds)
+                    else:
+                        reached.add(side, tile.start, upper.whole(sign), upper.bounds)
         else:
-            reached = _Reached(engine, least, most)
+            reached, left = _Reached(engine, least, most), bounds.lists.astype(np.float32)
             for each in score_tiles(engine, stripe, key, work, seen, queries):
                 scores = each.scores.reshape(-1, each.stop - each.start)
-                factors = bounds.tile(*_row_factors(engine, work, seen, bounds, each.start, each.stop))
+                factors = left, _row_factors(engine, work, seen, bounds, each.start, each.stop)
                 room = engine.empty(*scores.shape).reshape(-1)
-                reached.add(each.start, ((engine.raised(scores, sign, factors, room), None) for sign in _SIGNS))
+                for side, sign in enumerate(_SIGNS):
+                    reached.add(side, each.start, engine.raised(scores, sign, factors, room))
     return reached.part()
 
 
@@ -112,31 +121,37 @@ class _Reached:
         self._counts = np.zeros(len(self._limits), np.int64)
         self._pairs: list[tuple[Numbers, Numbers]] = [(self._counts[:0], self._counts[:0])]
 
-    def add(self, start: int, sides: Iterable[tuple[Any, Bounds | None]]) -> None:
-        """Take in a tile's upper bounds, for each side, from row ``start`` on."""
-        for number, (tile, bounds) in enumerate(sides):
-            lists = slice(number * len(tile), (number + 1) * len(tile))
-            limits = self._limits[lists]
-            least = limits if bounds is None else lowered(limits, bounds)
-            found = self._engine.above(tile, least, max(self._most, len(tile)), 1)
-            parts = [found] if found is not None else [
-                each for each in (self._of_list(tile, least, lists, at) for at in range(len(tile))) if each is not None
-            ]  # fmt: skip
-            for part in parts:
-                if bounds is not None and len(part.rows):
-                    part = part.where(part.values + bounds.of(part) > limits[part.rows])
-                self._counts[lists] += np.bincount(part.rows, minlength=len(tile))
-                self._pairs.append((lists.start + part.rows, start + part.columns))
-        self._limits[self._counts > self._most] = np.inf
+    def _side(self, side: int) -> slice:
+        half = len(self._limits) // len(SIDES)
+        return slice(side * half, (side + 1) * half)
 
-    def _of_list(self, tile: Any, least: Floats, lists: slice, at: int) -> Entries | None:
-        """Return a list's entries; None for too many."""
-        room = self._most - int(self._counts[lists.start + at])
-        found = self._engine.above(tile[at : at + 1], least[at : at + 1], max(0, room), 1)
-        if found is None:
-            self._counts[lists.start + at] = self._most + 1
-            return None
-        return found._replace(rows=found.rows + at)
+    def limits(self, side: int) -> Floats:
+        """Return a side's limits, (L · q,); infinite for lists that have too many."""
+        return self._limits[self._side(side)]
+
+    def add(self, side: int, start: int, tile: Any, bounds: Bounds | None = None) -> None:
+        """Take in a tile's upper bounds of a side, from row ``start`` on."""
+        limits, counts = self.limits(side), self._counts[self._side(side)]
+        least = limits if bounds is None else lowered(limits, bounds)
+        found = self._engine.above(tile, least, max(self._most, len(tile)), 1)
+        if found is not None:
+            self.append(side, start, found, bounds)
+            return
+        for at in range(len(tile)):
+            of_list = self._engine.above(tile[at : at + 1], least[at : at + 1], max(0, self._most - int(counts[at])), 1)
+            if of_list is None:
+                counts[at], limits[at] = self._most + 1, np.inf
+            else:
+                self.append(side, start, of_list._replace(rows=of_list.rows + at), bounds)
+
+    def append(self, side: int, start: int, found: Entries, bounds: Bounds | None) -> None:
+        """Take in some entries of such a tile."""
+        limits, counts = self.limits(side), self._counts[self._side(side)]
+        if bounds is not None and len(found.rows):
+            found = found.where(found.values + bounds.of(found) > limits[found.rows])
+        counts += np.bincount(found.rows, minlength=len(counts))
+        self._pairs.append((self._side(side).start + found.rows, start + found.columns))
+        limits[counts > self._most] = np.inf
 
     def part(self) -> Part:
         """Return what :func:`reaching_rows` does."""
@@ -147,7 +162,7 @@ class _Reached:
 
 def _row_factors(
     engine: Engine, work: ScoreTask, seen: Marks | None, bounds: UpperBounds, start: int, stop: int
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
+) -> Floats:
     """Return :meth:`UpperBounds.rows` of the rows of a tile."""
     weights = row_weights(engine, work, row_shares(work, seen, start, stop), 0, RowSpan(start, stop, None, None))
     return bounds.rows(residual_norms(work.stores[0], start, stop), weights)
@@ -175,6 +190,47 @@ class BoundedTile(NamedTuple):
     stop: int
     scores: Floats
     bounds: Bounds
+
+
+class _UpperTile:
+    """Upper bounds of the scores of a tile, and of their negatives: of all, or of those that can be above limits."""
+
+    def __init__(
+        self, engine: HostEngine, tile: BoundedTile, upper: UpperBounds, factors: Floats, room: Floats
+    ) -> None:  # fmt: skip
+        self._engine, self._tile, self._upper, self._factors, self._room = engine, tile, upper, factors, room
+        left, bounds = upper.lists, tile.bounds
+        most = factors.max(axis=2, initial=0).astype(np.float64)
+        most = most[np.arange(len(left)) * len(factors) // len(left)]
+        self._slack = np.einsum("mt,mt->m", left, most)
+        # of the arithmetic with bounds in float32, but for those that say nothing
+        own = (ROUNDING + 2 * bounds.relative) * np.einsum("mt,mt->m", left[:, :-2], most[:, :-2])
+        rows = np.concatenate([bounds.rows, np.ones((*bounds.rows.shape[:2], 1))], axis=2)
+        ends = np.concatenate([bounds.most, np.ones((len(bounds.most), 1))], axis=1)
+        lists = np.concatenate([bounds.lists, own[:, None]], axis=1)
+        self.bounds = bounds._replace(lists=lists, rows=rows, most=ends)
+        self._left = left.astype(np.float32)
+
+    def whole(self, sign: int) -> Floats:
+        """Return the upper bounds of ``sign`` · scores; the next ones overwrite them."""
+        return self._engine.raised(self._tile.scores, sign, (self._left, self._factors), self._room)  # type: ignore[no-any-return]
+
+    def some(self, sign: int, limits: Floats) -> Entries | None:
+        """Return those that can be above limits, (m,); None where they are too many to look at one by one."""
+        tile = self._tile.scores
+        least = lowered(limits - self._slack, self.bounds)
+        found = self._engine.above(tile, least, max(_FEW_ENTRIES, tile.size // _FEW_OF), sign)
+        if found is None or not len(found.rows):
+            return found
+        slack = self._upper.slack(found.rows, found.columns, self._factors)
+        return found._replace(values=np.minimum(found.values + slack, BEYOND).astype(np.float32))
+
+    def add_to(self, heap: TopKHeap, sign: int) -> None:
+        """Take the bounds of ``sign`` · scores in to lists."""
+        limits = heap.limits
+        found = None if limits is None else self.some(sign, limits)
+        if found is None or not heap.append(found, self._tile.start, self.bounds):
+            heap.add(self.whole(sign), self._tile.start, self._engine, 1, self.bounds)
 
 
 class _Search:
@@ -226,8 +282,9 @@ class _Search:
             for heap, sign in zip(self._lists, _SIGNS, strict=True):
                 heap.add(tile.scores, tile.start, self._engine, sign, tile.bounds)
             if self._bounds:
-                for heap, (most, bounds) in zip(self._bounds, self.raised(tile), strict=True):
-                    heap.add(most, tile.start, self._engine, 1, bounds)
+                upper = self.upper(tile)
+                for heap, sign in zip(self._bounds, _SIGNS, strict=True):
+                    upper.add_to(heap, sign)
         for heap, sign in zip(self._bounds, _SIGNS, strict=False):
             heap.replace(None, self._most(sign, *heap.entries()))
         entries = [heap.entries() for heap in self._lists]
@@ -242,25 +299,13 @@ class _Search:
             found.append((np.nextafter(most, np.float32(np.inf)), numbers))
         return _part(found, self._products[0].name, self._exact)
 
-    def raised(self, tile: BoundedTile) -> Iterator[tuple[Floats, Bounds]]:
-        """Yield upper bounds of a tile's scores, and of their negatives, and what these may be off by.
-
-        The next ones overwrite them.
-        """
+    def upper(self, tile: BoundedTile) -> _UpperTile:
+        """Return the upper bounds of a tile's scores."""
         assert self._upper is not None
-        factors, unknown = _row_factors(self._engine, self._work, self._seen, self._upper, tile.start, tile.stop)
-        bounds, relative = tile.bounds, tile.bounds.relative
-        levels = max(len(bounds.rows), len(factors))
-        rows = [np.broadcast_to(each, (levels, *each.shape[1:])) for each in (bounds.rows, factors)]
-        own = (ROUNDING + 2 * relative) * np.where(self._upper.beyond[:, None], 0, self._upper.factors)
-        groups = np.arange(len(own)) * levels // len(own)
-        lists = np.concatenate([bounds.lists, own], axis=1)
-        found = Bounds.make(lists, groups, np.concatenate(rows, axis=2), relative)
         if self._room is None:  # the first tile is the largest
             self._room = np.empty(tile.scores.size, np.float32)
-        products = self._upper.tile(factors, unknown)
-        for sign in _SIGNS:
-            yield self._engine.raised(tile.scores, sign, products, self._room), found
+        factors = _row_factors(self._engine, self._work, self._seen, self._upper, tile.start, tile.stop)
+        return _UpperTile(self._engine, tile, self._upper, factors, self._room)
 
     def _most(self, sign: int, lists: Numbers, rows: Numbers) -> Floats:
         """Return upper bounds of ``sign`` · scores of pairs, (c,)."""
@@ -269,8 +314,8 @@ class _Search:
         if not len(unique):
             return np.empty(0, np.float32)
         weights = pair_weights(self._engine, self._work, self._seen, 0, unique)
-        factors, unknown = self._upper.rows(residuals_of(self._work.stores[0], unique), weights)
-        return self._upper.above(self._rescore(sign, lists, rows), lists, factors[:, indices], unknown[:, indices])
+        factors = self._upper.rows(residuals_of(self._work.stores[0], unique), weights)
+        return self._upper.above(self._rescore(sign, lists, rows), lists, indices, factors)
 
     def _best(self, found: tuple[Floats, Numbers]) -> tuple[Floats, Numbers]:
         """Return a side's lists in the order (L, M, q), in the units of the queries."""

@@ -52,60 +52,47 @@ class UpperBounds:
         """Return those of queries that are divided by ``units``, (L · q,)."""
         return replace(self, factors=self.factors / units[:, None])
 
-    def rows(
-        self, packed: npt.NDArray[np.int64], weights: Floats | None
-    ) -> tuple[Matrix, npt.NDArray[np.bool_]]:  # fmt: skip
-        """Return F of rows (b,), (L or 1, b, t), and whether they say nothing, (L or 1, b); F is zero there.
+    def rows(self, packed: npt.NDArray[np.int64], weights: Floats | None) -> Floats:
+        """Return F of rows (b,), (L or 1, t + 2, b): what to give :meth:`Engine.raised`, beside :attr:`lists`.
 
-        ``weights`` are what the rows' scores are multiplied by, (L or 1, b).
+        ``weights`` are what the rows' scores are multiplied by, (L or 1, b). One factor more makes the bounds of rows
+        of which nothing is known say nothing, and another those of such lists.
         """
         norms = unpack_norms(packed)
-        factors = np.concatenate([norms, np.ones((len(norms), 1), np.float32)], axis=1).astype(np.float64)[None]
-        known = np.isfinite(norms).all(axis=1, keepdims=True).T
-        if weights is not None:
-            sizes = np.abs(weights.astype(np.float64))
-            factors = factors * sizes[:, :, None]
-            if self.most_weight is not None:  # a row of zeros has no weight
-                plausible = (sizes >= _LEAST_WEIGHT) & (sizes <= self.most_weight)
-                known = known & (plausible | (norms[:, 2] == 0))
-        unknown = np.asarray(~(known & np.isfinite(factors).all(axis=2)), np.bool_)
-        factors[unknown] = 0
-        return factors, unknown
-
-    def tile(self, factors: Matrix, unknown: npt.NDArray[np.bool_]) -> tuple[Floats, Floats]:
-        """Return what to give :meth:`Engine.raised` for a tile, given :meth:`rows`: (L · q, t + 2), (L or 1, t + 2, b).
-
-        A factor more makes bounds of unknown rows say nothing, and another those of lists that nothing is known of.
-        """
-        lists, rows = len(self.factors), factors.shape[:2]
-        known = np.where(self.beyond[:, None], 0, self.factors)
-        left = np.concatenate([known, np.ones((lists, 1)), np.where(self.beyond, BEYOND, 0)[:, None]], axis=1)
-        right = np.concatenate([factors, np.where(unknown, BEYOND, 0)[:, :, None], np.ones((*rows, 1))], axis=2)
-        right = np.minimum(right, np.finfo(np.float32).max)
-        return left.astype(np.float32), np.ascontiguousarray(right.swapaxes(1, 2), np.float32)
+        sizes = np.ones((1, len(packed)), np.float32) if weights is None else np.abs(weights)
+        factors = np.empty((len(sizes), len(norms) + 3, len(packed)), np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):
+            np.multiply(norms, sizes[:, None], out=factors[:, : len(norms)])
+            factors[:, len(norms)] = sizes
+            known = np.asarray(np.isfinite(factors[:, : len(norms) + 1].sum(axis=1)), np.bool_)
+        if weights is not None and self.most_weight is not None:  # a row of zeros has no weight
+            plausible = (sizes >= _LEAST_WEIGHT) & (sizes <= self.most_weight)
+            known &= plausible | (norms[-1] == 0)
+        factors[:, -2], factors[:, -1] = np.where(known, 0, BEYOND), 1
+        if not known.all():
+            levels, lost = np.nonzero(np.logical_not(known))
+            factors[levels, :-2, lost] = 0
+        return factors
 
     @property
-    def beyond(self) -> npt.NDArray[np.bool_]:
-        """Of which lists nothing is known, (L · q,)."""
-        return np.asarray((~(self.factors <= BEYOND)).any(axis=1), np.bool_)
+    def lists(self) -> Matrix:
+        """E of lists, (L · q, t + 2): see :meth:`rows`."""
+        beyond = (~(self.factors <= BEYOND)).any(axis=1)
+        known = np.where(beyond[:, None], 0, self.factors)
+        return np.concatenate([known, np.ones((len(known), 1)), np.where(beyond, BEYOND, 0)[:, None]], axis=1)
 
-    def above(self, scores: Floats, lists: Numbers, factors: Matrix, unknown: npt.NDArray[np.bool_]) -> Floats:
-        """Return upper bounds of pairs, (c,), rounded up.
+    def slack(self, lists: Numbers, rows: Numbers, factors: Floats) -> Matrix:
+        """Return what scores of pairs may be off by, (c,), given their lists and their rows' indices in ``factors``."""
+        levels = lists * len(factors) // len(self.factors)
+        return np.asarray(np.einsum("ct,ct->c", self.lists[lists], factors[levels, :, rows], dtype=np.float64))
 
-        Parameters
-        ----------
-        scores : (c,) float32
-            Exact ones by the sketch, or their negatives.
-        lists : (c,) int64
-            Each pair's.
-        factors, unknown : (L or 1, c, t), (L or 1, c)
-            Of each pair's row: see :meth:`rows`.
+    def above(self, scores: Floats, lists: Numbers, rows: Numbers, factors: Floats) -> Floats:
+        """Return upper bounds of pairs, (c,), rounded up; see :meth:`slack`.
+
+        ``scores`` (c,) are exact ones by the sketch, or their negatives.
         """
-        levels, pairs = lists * len(factors) // len(self.factors), np.arange(len(lists))
-        with np.errstate(over="ignore", invalid="ignore"):
-            found = scores + np.einsum("ct,ct->c", self.factors[lists], factors[levels, pairs])
-        found[unknown[levels, pairs] | self.beyond[lists]] = BEYOND
-        single = np.minimum(found, BEYOND).astype(np.float32)
+        found = scores + self.slack(lists, rows, factors)
+        single = np.where(found < BEYOND, found, BEYOND).astype(np.float32)
         return np.asarray(np.nextafter(single, np.float32(np.inf)))
 
 
