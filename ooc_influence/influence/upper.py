@@ -77,7 +77,7 @@ class UpperBounds:
     @property
     def lists(self) -> Matrix:
         """E of lists, (L · q, t + 2): see :meth:`rows`."""
-        beyond = (~(self.factors <= BEYOND)).any(axis=1)
+        beyond = np.asarray(np.logical_not((self.factors <= BEYOND).all(axis=1)), np.bool_)
         known = np.where(beyond[:, None], 0, self.factors)
         return np.concatenate([known, np.ones((len(known), 1)), np.where(beyond, BEYOND, 0)[:, None]], axis=1)
 
