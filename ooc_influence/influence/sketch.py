@@ -222,8 +222,9 @@ class SketchSearch:
         proving, complete = has_residuals(self.sketch), asked["recall"] == 1
         if complete and not proving:
             raise InputError(
-                f"expected recall < 1 (--recall) with {self.sketch.path}, which cannot prove lists complete: it has no "
-                "norms of what it leaves out of rows. Remove it and run 'ooc-influence sketch' again, or make another"
+                f"expected a sketch with the norms of what it leaves out of rows, to prove lists complete; received "
+                f"{self.sketch.path}, which has none: remove it and run 'ooc-influence sketch' again, or give a recall "
+                "below 1 (--recall)"
             )
         if complete:
             count, found = min(self.scoring.n, max(_FIRST, _FIRST_TIMES * top)), {"recall": 1.0, "measured": None}
