@@ -7,7 +7,6 @@ later one saves the setting of the earlier.
 from __future__ import annotations
 
 import contextlib
-import functools
 import sys
 import threading
 from collections.abc import Callable, Iterator
