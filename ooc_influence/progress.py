@@ -1,4 +1,4 @@
-"""Progress of long work: rows done, rate and ETA on a terminal; silent in a library unless asked for.
+"""Progress of long work: rows done, rate and ETA on a terminal or in a log; silent in a library unless asked for.
 
 Block loops run inside Dask tasks, which cannot carry a progress bar. They call :func:`tick` with a key; a bar opened
 under that key in the same process shows it; on a Dask worker the tick travels as an event, with its key. A bar
@@ -12,6 +12,7 @@ import contextlib
 import importlib
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
@@ -26,6 +27,7 @@ _watcher: ContextVar[Watcher | None] = ContextVar("ooc_influence_watcher", defau
 _bars: dict[str, Progress] = {}
 _stopped: set[str] = set()
 _lock = threading.Lock()
+_EVERY = 30.0  # seconds between two lines of a log
 TOPIC = "ooc_influence"  # of events in which tasks on Dask workers report their progress
 
 
@@ -39,7 +41,8 @@ class Progress:
     total : int or None
         Rows in all, where known: an ETA needs it.
     show : bool or None
-        ``True`` draws on stderr; ``False`` and ``None`` (a library's default) stay silent.
+        ``True`` draws on stderr, or writes a line there every half a minute where it is no terminal; ``False`` and
+        ``None`` (a library's default) stay silent.
     unit : str
         What is counted.
     """
@@ -49,10 +52,12 @@ class Progress:
         self._bar: Any = None
         self._label, self._total, self._done, self._watcher = label, total, 0, _watcher.get()
         self._report(0)
-        if show:
+        if show and (sys.stderr.isatty() or "ipykernel" in sys.modules):
             from tqdm import tqdm
 
             self._bar = tqdm(desc=label, total=total, unit=f" {unit}", unit_scale=True, dynamic_ncols=True)
+        elif show:
+            self._bar = _Lines(label, total, unit)
 
     def advance(self, rows: int) -> None:
         """Count ``rows`` more as done; stop a cancelled task (InterruptedError)."""
@@ -91,6 +96,51 @@ class Progress:
             self.stop()
         if self._bar is not None:
             self._bar.close()
+
+
+class _Lines:
+    """The progress of long work in a log: a line every :data:`_EVERY` seconds. As ``tqdm`` is used here."""
+
+    def __init__(self, label: str, total: int | None, unit: str) -> None:
+        self._label, self._total, self._units = label, total, f"{unit[:-1]}ies" if unit.endswith("y") else f"{unit}s"
+        self._done, self._notes, self._began = 0, "", time.monotonic()
+        self._due = self._began + _EVERY
+
+    def update(self, rows: int) -> None:
+        """Count rows as done; write a line where it is time."""
+        self._done += rows
+        now = time.monotonic()
+        if now >= self._due:
+            self._due = now + _EVERY
+            sys.stderr.write(f"{self._line(now - self._began)}\n")
+            sys.stderr.flush()
+
+    def _line(self, seconds: float) -> str:
+        rate = self._done / seconds
+        of = "" if self._total is None else f" of {self._total:,}"
+        left = ""
+        if self._total is not None and 0 < self._done <= self._total:
+            left = f", {duration((self._total - self._done) / rate)} left"
+        return f"{self._label}: {self._done:,}{of} {self._units}, {rate:.3g} a second{left}{self._notes}"
+
+    def set_postfix(self, notes: dict[str, str], refresh: bool = False) -> None:
+        """Note further facts for the next line."""
+        self._notes = "".join(f", {name} {value}" for name, value in notes.items())
+
+    def close(self) -> None:
+        """Write nothing more."""
+
+
+def duration(seconds: float) -> str:
+    """Return a time in words of two parts at most, such as ``2 h 10 min``."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    minutes = round(seconds / 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours >= 48:
+        return f"{round(hours / 24)} days"
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 @contextlib.contextmanager

@@ -135,7 +135,7 @@ def _library_options(settings: dict[str, Any], *, divided: bool = False) -> dict
         "compressor": compressor,
         "modules": list(settings["modules"]) or None,
         "checkpoints": () if settings["checkpoints"] == ("none",) else list(settings["checkpoints"]) or None,
-        "progress": options.show_progress(),
+        "progress": True,
         "storage": Storage(codec=settings["codec"]),
         "metric": adam if adam is None or divided else AdamMetric(adam),
     }
@@ -326,7 +326,7 @@ def check(rows: int, dampings: tuple[float, ...], memory: str | None, as_json: b
         asked: Any = {"dampings": dampings} if dampings else {}
         agreement = run(
             settings["store"], *_model_and_batches(settings), rows=rows, device=settings["device"], memory=memory,
-            progress=options.show_progress(), **asked,
+            progress=True, **asked,
         )  # fmt: skip
     options.print_result(as_json, agreement.to_dict(), lambda: str(agreement))
 
@@ -344,5 +344,5 @@ def _model_and_batches(settings: dict[str, Any]) -> tuple[Any, Any, Any]:
     from ooc_influence import hf
 
     asked: Any = _named(DocumentOptions, settings) | {"device": settings["device"]}
-    job = hf.prepare(settings["model"], settings["data"], progress=options.show_progress(), **asked)
+    job = hf.prepare(settings["model"], settings["data"], progress=True, **asked)
     return job.model, job.per_sample_loss, job.batches

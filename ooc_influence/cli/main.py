@@ -25,7 +25,7 @@ def demo(out: str, rows: int | None, k: int, memory: str, as_json: bool) -> None
     """Find wrong labels among real handwritten digits, from training the model to the pictures."""
     from ooc_influence.cli.demo import run_demo
 
-    result = run_demo(out, rows=rows, k=k, memory=memory, progress=options.show_progress(), quiet=as_json)
+    result = run_demo(out, rows=rows, k=k, memory=memory, progress=True, quiet=as_json)
     if as_json:
         click.echo(json.dumps(result))
 

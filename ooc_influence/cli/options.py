@@ -158,11 +158,6 @@ building = several(
 )  # fmt: skip
 
 
-def show_progress() -> bool:
-    """Return whether somebody looks at stderr."""
-    return sys.stderr.isatty()
-
-
 def print_result(json_wanted: bool, result: Mapping[str, Any], text: Callable[[], str]) -> None:
     """Print a result as one line of JSON, or as text."""
     click.echo(json.dumps(result, default=str) if json_wanted else text())

@@ -61,7 +61,7 @@ def fisher(train: str, cache: str | None, cache_size: str, as_json: bool, **sett
     from ooc_influence import fit_curvature
 
     store = options.open_train(train, cache, cache_size)
-    curvature = fit_curvature(store, progress=options.show_progress(), **settings)
+    curvature = fit_curvature(store, progress=True, **settings)
     options.print_result(as_json, curvature.facts(), lambda: _told(curvature))
 
 
@@ -385,7 +385,7 @@ def _arguments(trains: tuple[str, ...], settings: dict[str, Any]) -> dict[str, A
         "curvature": None if not curvature else (list(curvature) if len(curvature) > 1 else curvature[0]),
         "damping": None if not damping else (list(damping) if len(damping) > 1 else damping[0]),
         "rows": None if not trained_on else (trained_on if several else trained_on[0]),
-        "progress": options.show_progress(),
+        "progress": True,
     }
 
 
@@ -523,7 +523,7 @@ def _report_arguments(store: str, settings: dict[str, Any]) -> dict[str, Any]:
         "data": Corpus(data, images=images, **(data_fields if data else {})),
         "query_data": Corpus(query_data, images=query_images, **(query_fields if query_data else {})),
         "by": list(settings["by"]) or None,
-        "progress": options.show_progress(),
+        "progress": True,
     }
 
 

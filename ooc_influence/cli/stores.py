@@ -47,7 +47,7 @@ def verify(store: str, repair: bool, workers: int | None, memory: str | None, as
 
     opened = GradientStore.open(store, "a" if repair else "r", damaged=True)
     checked = opened.committed
-    damage = opened.verify(repair=repair, workers=workers, memory=memory, progress=options.show_progress())
+    damage = opened.verify(repair=repair, workers=workers, memory=memory, progress=True)
 
     def text() -> str:
         if not damage:
@@ -172,7 +172,7 @@ def compact(store: str, out: str, as_json: bool) -> None:
     from ooc_influence import compact_store
     from ooc_influence.report import store_facts
 
-    result = compact_store(store, out, progress=options.show_progress())
+    result = compact_store(store, out, progress=True)
     options.print_result(as_json, store_facts(result), lambda: repr(result))
 
 
@@ -186,7 +186,7 @@ def merge(sources: tuple[str, ...], out: str, move: bool, as_json: bool) -> None
     from ooc_influence import merge_stores
     from ooc_influence.report import store_facts
 
-    result = merge_stores(sources, out, move=move, progress=options.show_progress())
+    result = merge_stores(sources, out, move=move, progress=True)
     options.print_result(as_json, store_facts(result), lambda: repr(result))
 
 
@@ -220,7 +220,7 @@ def reduce(wide: str, codec: str | None, cache: str | None, cache_size: str, as_
     from ooc_influence.report import describe, store_facts
 
     opened = options.open_train(wide, cache, cache_size)
-    result = reduce_store(opened, storage=Storage(codec=codec), progress=options.show_progress(), **settings)
+    result = reduce_store(opened, storage=Storage(codec=codec), progress=True, **settings)
     options.print_result(as_json, store_facts(result), lambda: describe(result))
 
 
@@ -240,7 +240,7 @@ def rewrite(store: str, codec: str | None, cache: str | None, cache_size: str, a
 
     opened = options.open_train(store, cache, cache_size)
     storage = None if codec is None else Storage(codec=codec)
-    result = rewrite_store(opened, storage=storage, progress=options.show_progress(), **settings)
+    result = rewrite_store(opened, storage=storage, progress=True, **settings)
     options.print_result(as_json, store_facts(result), lambda: describe(result))
 
 
@@ -260,7 +260,7 @@ def sketch(train: str, out: str | None, cache: str | None, cache_size: str, as_j
     from ooc_influence.report import describe, store_facts
 
     opened = options.open_train(train, cache, cache_size)
-    result = sketch_store(opened, out, progress=options.show_progress(), **settings)
+    result = sketch_store(opened, out, progress=True, **settings)
     options.print_result(as_json, store_facts(result), lambda: describe(result))
 
 
