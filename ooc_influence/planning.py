@@ -15,6 +15,7 @@ from typing import Any, Unpack
 
 import numpy as np
 
+from ooc_influence.compress import KroneckerBasis
 from ooc_influence.curvature import USUAL_PASSES, BlockShape, fisher_memory, gram_memory, largest_rank, plan_low_rank
 from ooc_influence.errors import InputError, MemoryBudgetError, counted
 from ooc_influence.influence import (
@@ -303,9 +304,11 @@ class _Planner:
 
         basis = BasisPlan.of(self.model, self.entries, self.budget)
         passes = "" if basis.passes is None else f"{counted(basis.passes, 'pass', 'passes')} to sum factors; "
+        samples = min(KroneckerBasis().samples, self.size.rows)
         note = (
             f"{passes}{format_bytes(basis.scratch)} of temporary files; rotation takes {basis.rotation:.1%} of the "
-            "multiplications of a forward pass"
+            f"multiplications of a forward pass; {counted(samples, 'row')} of the pilot kept until the store has them "
+            f"({format_bytes(4 * samples * self.entries)}), not computed twice"
         )
         stage = self.stage("Kronecker basis", basis.memory, disk=basis.kept, read=0, flops=0.0, seconds=0.0, note=note)
         return replace(stage, flops=None, seconds=None)

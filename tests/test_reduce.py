@@ -304,7 +304,7 @@ def test_a_pilot_without_a_finite_batch(tmp_path):
 
 def test_a_pilot_has_the_rows_asked_for():
     for n, size, samples in ((60, 8, 16), (60, 8, 60), (60, 7, 1), (61, 60, 10), (60, 8, 999)):
-        taken = [len(y) for _, y in pilot_module.take_evenly(batches(*data(Mlp, n), size), samples)]
+        taken = [len(y) for _, (_, y) in pilot_module.take_evenly(batches(*data(Mlp, n), size), samples)]
         assert min(samples, n) <= sum(taken) < samples + size + 1
 
 

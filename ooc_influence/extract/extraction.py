@@ -136,12 +136,15 @@ def extract_gradients(
     total = choice.count(total)
 
     def attempt(settings: Settings) -> None:
-        plan = plan_store(model, settings, store, None if writer else Pilot(setup, source, options["memory"]))
+        keeps_rows = settings.of_pilot and source is batches and not batching.first_row
+        pilot = None if writer else Pilot(setup, source, options["memory"], keeps_rows=keeps_rows)
+        plan = plan_store(model, settings, store, pilot)
         _check_factors(plan, settings, options["keep_factors"])
         sink = Sink(store, plan, metadata, batching, writer, total, options["on_nonfinite"])
         try:
             if not sink.finished:
-                fill(sink, plan, setup, batches, batching, total=total, checkpoints=settings.opened)
+                known = None if pilot is None else pilot.known_rows(plan, store)
+                fill(sink, setup, batches, batching, total=total, checkpoints=settings.opened, known=known)
         except LayersDisagreeError as error:
             error.final = sink.store is not None
             raise
@@ -379,6 +382,11 @@ class Settings:
     def seed_of_labels(self) -> int | None:
         """The seed of sampled labels; None for the data set's."""
         return self.label_seed if self.labels == "sampled" else None
+
+    @property
+    def of_pilot(self) -> bool:
+        """Whether rows are of the same labels, weights and model as those of a pilot."""
+        return self.labels == "dataset" and self.like is None and self.metric is None and not self.opened
 
     @property
     def labels_record(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -25,13 +27,17 @@ from ooc_influence.extract.data import (
 )
 from ooc_influence.extract.gather import MaskGatherer, make_reducer
 from ooc_influence.extract.losses import active_draws, rows_of_batch, sampled_labels
-from ooc_influence.extract.sink import Computed, Sink, StorePlan
+from ooc_influence.extract.pilot_rows import KnownRows, same_losses
+from ooc_influence.extract.sink import Computed, Sink
 from ooc_influence.extract.taps import PerSampleLoss, Taps, out_of_memory, tapped
 from ooc_influence.linalg import LayerMoments
 from ooc_influence.linalg.device import send_array
 from ooc_influence.memory import BATCH_COPIES, BLOCK_BYTES, available, format_bytes
 from ooc_influence.progress import Progress
 from ooc_influence.store import LograReduction, Mask, Reduction
+
+logger = logging.getLogger("ooc_influence")
+_LOOKED_UP = 4  # copies of known rows that are held together: as read, whitened, squared, stored
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,7 @@ class RowGatherer:
         checkpoints: Sequence[Checkpoint] = (),
     ) -> None:  # fmt: skip
         self._k, self._device, self._checkpoints = mask.k, device, checkpoints
+        self.row_bytes = 4 * mask.k  # of a row before the reduction
         logra = reduction if isinstance(reduction, LograReduction) else None
         self._gather = MaskGatherer(mask, device, logra)
         self._masked = logra is None
@@ -78,9 +85,13 @@ class RowGatherer:
                 rows += self._masked_rows(taps, per_sample_loss, batch)[1]
         if self._checkpoints:
             rows /= len(self._checkpoints) + 1
+        return losses, *self.reduced(rows)
+
+    def reduced(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return masked rows (b, k) times the reduction, (b, columns), and their norms (b,), on the device."""
         whole = rows if self._whitening is None else rows * self._whitening
         norms = torch.linalg.vector_norm(whole, dim=1, dtype=torch.float64)
-        return losses, rows if self._reduce is None else self._reduce(rows), norms
+        return rows if self._reduce is None else self._reduce(rows), norms
 
     def _masked_rows(self, taps: Taps, per_sample_loss: PerSampleLoss, batch: Any) -> tuple[Tensor, Tensor]:
         """Return losses (b,) and rows before the reduction (b, k) of a batch, with the model as it is."""
@@ -132,13 +143,18 @@ class PendingTransfer:
 
 
 class DataPass:
-    """What both kinds of passes share: running the model, the progress line."""
+    """What both kinds of passes share: running the model, rows that are known, the progress line."""
 
-    def __init__(self, sink: Sink, taps: Taps, gatherer: RowGatherer, setup: ModelSetup, bar: Progress) -> None:
+    def __init__(
+        self, sink: Sink, taps: Taps, gatherer: RowGatherer, setup: ModelSetup, bar: Progress,
+        known: KnownRows | None = None,
+    ) -> None:  # fmt: skip
         self._sink, self._taps, self._gatherer, self._bar = sink, taps, gatherer, bar
         self._loss, self._device = setup.per_sample_loss, setup.device
         self._packer = sink.packer(setup.device)
         self._tokens, self._began, self._labels_seen = 0, time.perf_counter(), False
+        self._known = known or KnownRows()
+        self._compared = self._computed = False  # whether losses of known rows were, whether a batch was
 
     def _compute(self, batch: Any) -> tuple[int, PendingTransfer]:
         """Run the model on a batch on the device; return its number of samples and the pending results."""
@@ -152,10 +168,33 @@ class DataPass:
         facts = self._taps.verification()
         if facts is not None:
             self._sink.verified(facts)
+        self._computed = True
+        return len(losses), self._transfer(losses, rows, norms)
+
+    def _transfer(self, losses: Tensor, rows: Tensor, norms: Tensor) -> PendingTransfer:
+        """Return what the sink takes of a batch's rows, on its way to the host."""
         sums = losses.new_empty((len(losses), 0), dtype=torch.float64)
         if self._packer is not None:
             rows, sums = self._packer(rows)
-        return len(losses), PendingTransfer(losses, rows, sums, norms)
+        return PendingTransfer(losses, rows, sums, norms)
+
+    def _look_up(self, numbers: Numbers) -> Computed | None:
+        """Return the results for samples whose rows are known; None where these cannot be read."""
+        rows = self._known.rows(numbers)
+        if rows is None:
+            return None
+        losses = torch.from_numpy(self._known.losses(numbers)).to(self._device)
+        return self._transfer(losses, *self._gatherer.reduced(torch.from_numpy(rows).to(self._device))).result()
+
+    def _still_known(self, numbers: Numbers, batch: Any) -> bool:
+        """Whether known rows are of this data: at first, the losses of a batch of known samples are compared."""
+        if not self._compared:
+            self._compared = True
+            losses = self._taps.losses(self._loss, to_device(batch, self._device))
+            if not same_losses(losses.float(), self._known.losses(numbers)):
+                logger.warning("the pilot's rows are of other data or another loss, and not used")
+                self._known = KnownRows()
+        return len(self._known.numbers) > 0
 
     def _report(self, rows: int, tokens: int | None) -> None:
         self._bar.advance(rows)
@@ -225,6 +264,8 @@ class BatchPass(DataPass):
         done = size is not None and row + size <= self._sink.next_row
         if done and self._sizes_agree:
             return size or 0
+        if size is not None and self._sizes_agree and self._computed and self._take_known(batch, row, size):
+            return size
         moved = to_device(batch, self._device)
         compare = done or (size is None and row < self._sink.next_row)
         losses = self._taps.losses(self._loss, moved) if compare else None
@@ -245,12 +286,45 @@ class BatchPass(DataPass):
         self._sizes_agree = size == count
         return count
 
+    def _take_known(self, batch: Any, row: int, size: int) -> bool:
+        """Store the rows of a batch if all of them are known; return whether they are."""
+        numbers = np.arange(row, row + size)
+        if not self._known.covers(numbers) or not self._still_known(numbers, batch):
+            return False
+        computed = self._look_up(numbers)
+        if computed is None:
+            return False
+        self._finish()
+        self._sink.take(batch, row, computed)
+        return True
+
     def _finish(self) -> None:
         """Store the rows of the previous batch, which were copied while this one ran."""
         waiting, self._waiting = self._waiting, None
         if waiting is not None:
             batch, row, pending = waiting
             self._sink.take(batch, row, pending.result())
+
+
+class _Block:
+    """The results for the missing samples ``low`` to ``end`` of a block ``first`` to ``last``, in the caller's order.
+
+    ``known`` says for each sample of the block whether its row is known: such a row is not replaced.
+    """
+
+    def __init__(self, first: int, last: int, low: int, end: int) -> None:
+        self.first, self.numbers, self.known = first, np.arange(first, last), np.zeros(last - first, bool)
+        self._low, self._end = low, end
+        self.rows: Computed | None = None
+
+    def missing(self, part: Numbers) -> npt.NDArray[np.bool_]:
+        """Return which samples of a part are missing, (b,)."""
+        return (part >= self._low) & (part < self._end) & ~self.known[part - self.first]
+
+    def put(self, part: Numbers, computed: Computed) -> None:
+        """Put in the results for a part, those that are missing."""
+        self.rows = computed.room(self._end - self._low) if self.rows is None else self.rows
+        self.rows.put(np.where(self.missing(part), part - self._low, -1), computed)
 
 
 class BudgetPass(DataPass):
@@ -281,20 +355,47 @@ class BudgetPass(DataPass):
         sink.check_same_data(None, first_row + int(finished[0]), losses)
 
     def _block(self, source: BudgetBatches, first: int, last: int, first_row: int) -> None:
-        """Compute a block's missing rows, and store them in the caller's order."""
+        """Compute a block's missing rows, and store them in the caller's order.
+
+        Batches are cut from the samples whose rows are not known, whether they are missing or not: so a resumed run
+        has the batches of one that was not interrupted.
+        """
         sink = self._sink
         low = max(first, sink.next_row - first_row)
         end = last if sink.stop is None else min(last, sink.stop - first_row)
-        numbers = np.arange(first, last)
-        block: Computed | None = None
+        block = _Block(first, last, low, end)
+        self._put_known(source, block, first_row)
+        todo = [part for part in source.cut(block.numbers[~block.known]) if block.missing(part).any()]
+        if not todo and not self._computed:  # a first batch, for what is checked on it
+            todo = source.cut(block.numbers[block.known][:2])[:1]
+        self._compute_parts(source, todo, block, first_row)
+        if block.rows is not None:
+            sink.take(None, first_row + low, block.rows)
+        if source.halved:
+            sink.record(batching=source.settings())
 
-        def finish(waiting: tuple[Numbers, PendingTransfer]) -> None:
-            nonlocal block
-            computed = waiting[1].result()
-            block = computed.room(end - low) if block is None else block
-            block.put(waiting[0] - low, computed)
+    def _put_known(self, source: BudgetBatches, block: _Block, first_row: int) -> None:
+        """Put the known rows of a block into it, a few at a time: the same ones together, whichever are missing."""
+        numbers = block.numbers[np.isin(block.numbers, self._known.numbers)]
+        missing = numbers[block.missing(numbers)]
+        if not len(missing):
+            block.known[numbers - block.first] = True
+            return
+        part = source.cut(missing[:4])[0]
+        with rows_of_batch(first_row + part):
+            if not self._still_known(part, source.load(part)):
+                return
+        size = max(1, BLOCK_BYTES // (_LOOKED_UP * self._gatherer.row_bytes))
+        for group in np.split(numbers, range(size, len(numbers), size)):
+            own = int(block.missing(group).sum())
+            computed = self._look_up(group) if own else None
+            if computed is not None:
+                block.put(group, computed)
+                self._report(own, None)
+            block.known[group - block.first] = computed is not None or not own
 
-        todo = [part for part in source.cut(numbers) if ((part >= low) & (part < end)).any()]
+    def _compute_parts(self, source: BudgetBatches, todo: list[Numbers], block: _Block, first_row: int) -> None:
+        """Run the model on batches, and on smaller ones where they do not fit; put their rows into a block."""
         waiting: tuple[Numbers, PendingTransfer] | None = None
         while todo:
             part = todo.pop(0)
@@ -312,16 +413,12 @@ class BudgetPass(DataPass):
             if count != len(part):
                 raise InputError(f"expected one loss for each of {len(part)} samples; received {count}")
             if waiting is not None:
-                finish(waiting)
+                block.put(waiting[0], waiting[1].result())
             waiting = (part, pending)
-            missing = (part >= low) & (part < end)
+            missing = block.missing(part)
             self._report(int(missing.sum()), int(source.lengths[part[missing]].sum()))
         if waiting is not None:
-            finish(waiting)
-        if block is not None:
-            sink.take(None, first_row + low, block)
-        if source.halved:
-            sink.record(batching=source.settings())
+            block.put(waiting[0], waiting[1].result())
 
     def _compute_or_none(self, batch: Any) -> tuple[int, PendingTransfer] | None:
         """Run the model on a batch; None if it does not fit. On return nothing refers to its tensors any more."""
@@ -347,10 +444,14 @@ def token_count(batch: Any) -> int | None:
 
 
 def fill(
-    sink: Sink, plan: StorePlan, setup: ModelSetup, batches: Batches | BudgetBatches, batching: Batching, *,
-    total: int | None, label: str = "extract", checkpoints: Sequence[Checkpoint] = (),
+    sink: Sink, setup: ModelSetup, batches: Batches | BudgetBatches, batching: Batching, *,
+    total: int | None, label: str = "extract", checkpoints: Sequence[Checkpoint] = (), known: KnownRows | None = None,
 ) -> None:  # fmt: skip
-    """Run the model over the batches whose rows are missing; ``total``: their samples, if that is known."""
+    """Run the model over the batches whose rows are missing; ``total``: their samples, if that is known.
+
+    Rows that are ``known``, by sample number, are stored as they are.
+    """
+    plan = sink.plan
     with (
         nullcontext() if setup.label_seed is None else sampled_labels(setup.label_seed),
         tapped(
@@ -364,7 +465,7 @@ def fill(
         ) as taps,
         Progress(label, total if sink.stop is None else sink.own_rows(0, sink.stop), setup.progress) as bar,
     ):
-        parts = (sink, taps, RowGatherer(plan.mask, setup.device, plan.reduction, checkpoints), setup, bar)
+        parts = (sink, taps, RowGatherer(plan.mask, setup.device, plan.reduction, checkpoints), setup, bar, known)
         if isinstance(batches, BudgetBatches):
             BudgetPass(*parts).read(batches, sink.row_bytes, batching.first_row)
         else:

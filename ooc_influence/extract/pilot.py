@@ -9,10 +9,10 @@ real store, and the pilot's rows are removed.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from ooc_influence.extract.data import (
     Batches,
     Batching,
     BudgetBatches,
+    Numbers,
     RowMetadata,
     batch_size,
     count_rows,
@@ -47,6 +48,7 @@ from ooc_influence.extract.layers import Use, find_uses
 from ooc_influence.extract.losses import rows_of_batch, run_loss, sampled_labels
 from ooc_influence.extract.metric import AdamMetric
 from ooc_influence.extract.passes import ModelSetup, fill
+from ooc_influence.extract.pilot_rows import KnownRows, RowKeeper
 from ooc_influence.extract.pilot_sums import Arrays, PilotParts, PilotSums, Position
 from ooc_influence.extract.sink import Sink, StorePlan
 from ooc_influence.extract.taps import tapped
@@ -77,6 +79,7 @@ class Pilot:
     memory: int | str | None = None  # budget for fitting the eigenbasis of the pilot's rows
     parts: PilotParts = field(default_factory=lambda: PilotParts(ResumableOutput()))  # what keeps unfinished passes
     verification: dict[str, Any] = field(default_factory=dict)  # result of the comparison with autograd, after a pass
+    keeps_rows: bool = False  # whether rows of the pilot's samples may be rows of the store: its labels, data, model
 
     def __post_init__(self) -> None:
         if self.memory is not None:
@@ -119,13 +122,19 @@ class Pilot:
     @contextmanager
     def _resumable(self, store: PathLike, plan: StorePlan, layers: list[LayerShape]) -> Iterator[Pilot]:
         """Keep sums of unfinished passes beside ``store``, until :func:`remove_pilot`."""
-        facts = {name: plan.attributes[name] for name in ("model", "compressor", "labels", "sample")}
-        settings = {"digest": json_digest({**facts, "layers": [repr(layer) for layer in layers]})}
+        settings = _sums_settings(plan, layers)
         output = ClaimedOutput(_sums_path(store), settings, "what a pilot has summed", ", or choose another path")
         try:
             yield replace(self, parts=PilotParts(output))
         finally:
             output.close(finished=False)
+
+    def known_rows(self, plan: StorePlan, store: PathLike) -> KnownRows:
+        """Return the rows of ``store`` that its pilot has computed, in this run or one that was killed."""
+        if not self.keeps_rows:
+            return KnownRows()
+        settings = _sums_settings(plan, [module.layer for module in plan.mask.modules])
+        return KnownRows(ResumableOutput(partial_path(_sums_path(store)), settings), plan.mask)
 
     def _earlier(
         self, path: StorePath, wide: Compressor, layers: list[LayerShape], metric: AdamMetric | None
@@ -144,7 +153,7 @@ class Pilot:
         setup = replace(self.setup, check=self.setup.check and not self.verification)
         try:
             total = min(rows, self.count() or rows)
-            fill(sink, plan, setup, part_of(self.batches, rows), Batching(), total=total, label="pilot rows")
+            fill(sink, setup, part_of(self.batches, rows), Batching(), total=total, label="pilot rows")
         finally:
             sink.close()
 
@@ -160,7 +169,10 @@ class Pilot:
         with self.labels(basis):
             factors = self.factors(layers, samples)
             mask = factors.apply(compressor.draw(layers, factors.moments), basis)
-            return self.measure(mask, samples, basis.damping_scope) if basis.moments == "measured" else mask
+            if basis.moments != "measured":
+                return mask
+            pilot = self if basis.labels == "dataset" else replace(self, keeps_rows=False)
+            return pilot.measure(mask, samples, basis.damping_scope)
 
     @contextmanager
     def labels(self, basis: KroneckerBasis) -> Iterator[None]:
@@ -197,31 +209,40 @@ class Pilot:
         Batches of more than ``at_once`` samples are cut.
         """
         sums = SquareSums(mask, self.setup.device)
-        self._run([module.layer for module in mask.modules], samples, "second moments", sums, at_once)
+        rows = self.parts.rows_of(mask, lambda: sums.rows) if self.keeps_rows else None
+        self._run([module.layer for module in mask.modules], samples, "second moments", sums, at_once, rows)
         return measured(mask, sums.squares, sums.samples, scope)
 
     def _run(
-        self, layers: Sequence[LayerShape], samples: int, label: str, sums: PilotSums, at_once: int | None = None
-    ) -> None:
-        """Run a pass over the pilot's samples, of at most ``at_once`` at a time.
+        self, layers: Sequence[LayerShape], samples: int, label: str, sums: PilotSums, at_once: int | None = None,
+        rows: RowKeeper | None = None,
+    ) -> None:  # fmt: skip
+        """Run a pass over the pilot's samples, of at most ``at_once`` at a time; ``rows`` keeps their rows.
 
         Batches with NaN or Inf do not count: the extraction that follows names the samples, or skips them.
         """
         position, batches = self._resume(label, samples, sums, at_once)
+        if rows is not None:
+            rows.begin(position.batches)
         check = self.setup.check and not self.verification
         with (
             tapped(self.setup.model, layers, self.setup.device, probe=True, check=check) as taps,
             Progress(label, samples, self.setup.progress) as bar,
         ):
             bar.advance(position.seen)
-            for batch in batches:
+            for numbers, batch in batches:
                 with rows_of_batch(position.seen):
                     losses = taps.run(self.setup.per_sample_loss, to_device(batch, self.setup.device), sums.receiver)
-                position.add(losses, finite=sums.finish_batch(len(losses)))
+                finite = sums.finish_batch(len(losses))
+                if rows is not None:
+                    rows.add(numbers, losses, finite=finite)
+                position.add(losses, finite=finite)
                 bar.advance(len(losses))
-                self.parts.save_if_due(label, position, sums)
+                self.parts.save_if_due(label, position, sums, rows)
             self.verification.update(taps.verification() or {})
-        self.parts.save_if_due(label, position, sums)
+        self.parts.save_if_due(label, position, sums, rows)
+        if rows is not None:
+            rows.write()
         if position.skipped:
             if not sums.samples:
                 raise NonFiniteError(
@@ -229,12 +250,16 @@ class Pilot:
                 )
             logger.warning("batches with NaN or Inf, of %d samples, do not count in the pilot", position.skipped)
 
-    def _resume(self, label: str, samples: int, sums: PilotSums, at_once: int | None) -> tuple[Position, Iterator[Any]]:
+    def _resume(
+        self, label: str, samples: int, sums: PilotSums, at_once: int | None
+    ) -> tuple[Position, Iterator[NumberedBatch]]:
         """Return how far a killed run was with a pass, its sums restored, and the batches that are left."""
 
-        def batches() -> Iterator[Any]:
+        def batches() -> Iterator[NumberedBatch]:
             taken = take_evenly(self.batches, samples)
-            return taken if at_once is None else (cut for each in taken for _, cut in cut_batches(each, at_once))
+            if at_once is None:
+                return taken
+            return (NumberedBatch(None, cut) for _, each in taken for _, cut in cut_batches(each, at_once))
 
         fresh, rest, last = sums.state(), batches(), None
         position = self.parts.resume(label, sums)
@@ -244,7 +269,7 @@ class Pilot:
             return position, rest
         if last is not None:
             with torch.no_grad(), rows_of_batch(position.seen - len(position.losses or ())):
-                moved = to_device(last, self.setup.device)
+                moved = to_device(last.batch, self.setup.device)
                 losses = run_loss(self.setup.per_sample_loss, self.setup.model, moved)
             if position.has(losses):
                 logger.info("%s: %d samples were summed before", label, position.seen)
@@ -257,7 +282,7 @@ class Pilot:
     def verify(self, layers: Sequence[LayerShape]) -> None:
         """Compare the entries gathered of a first batch with autograd."""
         with tapped(self.setup.model, layers, self.setup.device, check=True) as taps:
-            for batch in take_evenly(self.batches, 2):
+            for _, batch in take_evenly(self.batches, 2):
                 moved = to_device(batch, self.setup.device)
                 taps.run(self.setup.per_sample_loss, moved, lambda b: lambda use, x, delta: None)
                 break
@@ -276,10 +301,17 @@ class _Taken:
         self._batches, self._samples = batches, samples
 
     def __iter__(self) -> Iterator[Any]:
-        return take_evenly(self._batches, self._samples)
+        return (batch for _, batch in take_evenly(self._batches, self._samples))
 
 
-def take_evenly(batches: Batches | BudgetBatches, samples: int) -> Iterator[Any]:
+class NumberedBatch(NamedTuple):
+    """A batch, and the numbers of its samples in the data: None where they are not known."""
+
+    numbers: Numbers | None
+    batch: Any
+
+
+def take_evenly(batches: Batches | BudgetBatches, samples: int) -> Iterator[NumberedBatch]:
     """Yield batches that hold at least ``samples`` samples, evenly over the data or, of a stream, from its start."""
     if isinstance(batches, Iterator):
         raise InputError(
@@ -287,28 +319,36 @@ def take_evenly(batches: Batches | BudgetBatches, samples: int) -> Iterator[Any]
             "DataLoader or a callable start_row -> iterable, or the pilot's own batches with pilot="
         )
     count = 0
-    for batch in _spread(batches, samples):
+    for each in _spread(batches, samples):
         if count >= samples:
             return
-        count += batch_size(batch) or 1
-        yield batch
+        count += batch_size(each.batch) or 1
+        yield each
 
 
-def _spread(batches: Batches | BudgetBatches, samples: int) -> Iterable[Any]:
+def _spread(batches: Batches | BudgetBatches, samples: int) -> Iterator[NumberedBatch]:
     if isinstance(batches, (list, tuple)) and batches:
-        sizes = [batch_size(batch) or 1 for batch in batches]
+        found = [batch_size(batch) for batch in batches]
+        sizes = [size or 1 for size in found]
         count = max(1, -(-samples // max(sizes)))
         while count < len(batches) and sum(sizes[index] for index in even_numbers(len(batches), count)) < samples:
             count += 1  # the last batch, which is always among them, may be short
-        return [batches[index] for index in even_numbers(len(batches), count)]
+        ends = None if None in found else np.cumsum(sizes)
+        for index in even_numbers(len(batches), count):
+            yield NumberedBatch(
+                None if ends is None else np.arange(ends[index] - sizes[index], ends[index]), batches[index]
+            )
+        return
     if isinstance(batches, BudgetBatches):
         numbers = even_numbers(len(batches), samples)
-        return (batches.load(part) for part in (batches.cut(numbers) if len(numbers) else []))
+        yield from (NumberedBatch(part, batches.load(part)) for part in (batches.cut(numbers) if len(numbers) else []))
+        return
     if isinstance(batches, torch.utils.data.DataLoader) and hasattr(batches.dataset, "__len__"):
         loaded = load_samples(batches, even_numbers(len(batches.dataset), samples))
         if loaded is not None:
-            return loaded
-    return batches(0) if callable(batches) else batches
+            yield from (NumberedBatch(None, batch) for batch in loaded)
+            return
+    yield from (NumberedBatch(None, batch) for batch in (batches(0) if callable(batches) else batches))
 
 
 class MomentSums:
@@ -372,22 +412,22 @@ def _add(sums: dict[tuple[int, str], list[Any]], key: tuple[int, str], moments: 
 
 
 class SquareSums:
-    """Sums of the squares of a mask's entries, (k,) float64."""
+    """Sums of the squares of a mask's entries, (k,) float64; ``rows`` are those of the last batch, (b, k) float32."""
 
     def __init__(self, mask: Mask, device: torch.device) -> None:
         self.samples, self.squares = 0, np.zeros(mask.k)
         self.identity = mask.digest
         self._gatherer, self._device, self._k = MaskGatherer(mask, device), device, mask.k
-        self._rows = torch.empty(0)
+        self.rows = torch.empty(0)
 
     def receiver(self, b: int) -> Callable[[Use, Any, Any], None]:
         """Return the receiver of a batch of ``b`` samples, without what an earlier attempt at it added."""
-        self._rows = torch.zeros((b, self._k), device=self._device)
-        return lambda use, x, delta: self._gatherer.add(self._rows, use, x, delta)
+        self.rows = torch.zeros((b, self._k), device=self._device)
+        return lambda use, x, delta: self._gatherer.add(self.rows, use, x, delta)
 
     def finish_batch(self, b: int) -> bool:
         """Add the sums of a batch of ``b`` samples; return False, without adding them, if they are not finite."""
-        squares = self._rows.square().sum(0, dtype=torch.float64).cpu().numpy()
+        squares = self.rows.square().sum(0, dtype=torch.float64).cpu().numpy()
         if not np.isfinite(squares).all():
             return False
         self.samples += b
@@ -413,6 +453,13 @@ def _sums_path(store: PathLike) -> StorePath:
     """Return beside what the sums of a pilot's passes are kept (:class:`ClaimedOutput`)."""
     path = parse_path(store)
     return path.with_name(f"{path.name}.pilot-sums")
+
+
+def _sums_settings(plan: StorePlan, layers: Sequence[LayerShape]) -> dict[str, Any]:
+    """Return what the sums of a pilot's passes depend on, and rows too: not the reduction of these."""
+    facts = {name: plan.attributes[name] for name in ("model", "labels", "sample")}
+    facts["compressor"] = plan.attributes["compressor"] | {"reduce": None}
+    return {"digest": json_digest({**facts, "layers": [repr(layer) for layer in layers]})}
 
 
 def remove_pilot(store: PathLike) -> None:

@@ -12,7 +12,8 @@ import torch
 
 from ooc_influence.checkpoint import ResumableOutput, read_facts
 from ooc_influence.extract.layers import Use
-from ooc_influence.store import array_store, create_array, open_group
+from ooc_influence.extract.pilot_rows import RowKeeper, same_losses
+from ooc_influence.store import Mask, array_store, create_array, open_group
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 _LOSSES = "losses"
@@ -77,9 +78,7 @@ class Position:
 
     def has(self, losses: torch.Tensor) -> bool:
         """Whether these are the losses of the last batch: of the same data, model and loss."""
-        kept = np.array(self.losses or ())
-        found = losses.detach().double().cpu().numpy()
-        return found.shape == kept.shape and np.allclose(found, kept, rtol=1e-2, atol=1e-6, equal_nan=True)
+        return same_losses(losses, self.losses or ())
 
 
 class PilotParts:
@@ -89,10 +88,20 @@ class PilotParts:
         self._output = output
         self._clock = output.clock()
 
-    def save_if_due(self, name: str, position: Position, sums: PilotSums) -> None:
-        """Write the sums so far, if the last were written some time ago."""
+    def rows_of(self, mask: Mask, rows: Callable[[], torch.Tensor]) -> RowKeeper | None:
+        """Return what keeps the rows of a pass under a mask; None without a folder."""
+        return None if self._output.path is None else RowKeeper(self._output, mask, rows)
+
+    def save_if_due(self, name: str, position: Position, sums: PilotSums, rows: RowKeeper | None = None) -> None:
+        """Write the sums so far, after the rows that are kept of them, if the last were written some time ago."""
+
+        def save() -> None:
+            if rows is not None:
+                rows.write()
+            self.save(name, position, sums)
+
         if self._clock.due():
-            self._clock.run(lambda: self.save(name, position, sums))
+            self._clock.run(save)
 
     def save(self, name: str, position: Position, sums: PilotSums) -> None:
         """Write the sums so far."""

@@ -221,7 +221,7 @@ class Computed(NamedTuple):
 class Sink:
     """One writer's rows of a store, ``start`` to ``stop``, which is None for a store that grows.
 
-    ``store`` is None until the first batch of a new store has been computed.
+    ``store`` is None until the first batch of a new store has been computed; ``plan`` is what it will hold.
     """
 
     def __init__(
@@ -231,7 +231,7 @@ class Sink:
         if on_nonfinite not in ("raise", "skip"):
             raise InputError(f"expected on_nonfinite 'raise' or 'skip'; received {on_nonfinite!r}")
         self._skip, self._energy = on_nonfinite == "skip", RetainedEnergy()
-        self._path, self._plan, self._metadata = path, plan, metadata
+        self.plan, self._path, self._metadata = plan, path, metadata
         self._first_row, self._shard, self._total = batching.first_row, shard, total
         self.start: int = batching.first_row
         self.stop: int | None = None
@@ -251,10 +251,10 @@ class Sink:
 
     def _storage(self, rows: int | None) -> Storage:
         """Return the chunking of a new store: with groups small enough that every writer gets a share."""
-        storage = self._plan.storage
+        storage = self.plan.storage
         if self._shard is None or rows is None:
             return storage
-        chunk_rows, group_chunks = storage.sizes(self._plan.k, self._plan.dtype, rows)
+        chunk_rows, group_chunks = storage.sizes(self.plan.k, self.plan.dtype, rows)
         share = -(-rows // chunk_rows) // self._shard.count
         return replace(storage, group_chunks=max(1, min(group_chunks, share)))
 
@@ -327,19 +327,19 @@ class Sink:
         """The stored form of rows."""
         if self.store is not None:
             return self.store.layout.encoding
-        return Encoding.of(self._plan.dtype, self._plan.k)
+        return Encoding.of(self.plan.dtype, self.plan.k)
 
     @property
     def row_bytes(self) -> int:
         """Bytes of a row as :meth:`take` expects it."""
-        return self._encoding.row_bytes if self._plan.packs else 4 * self._plan.k
+        return self._encoding.row_bytes if self.plan.packs else 4 * self.plan.k
 
     def packer(self, device: torch.device) -> SignPacker | None:
         """Return what makes rows' stored form on a device; None where :meth:`take` expects the numbers."""
-        if not self._plan.packs:
+        if not self.plan.packs:
             return None
-        scale = self._plan.column_scale if self.store is None else self.store.column_scale
-        return SignPacker(self._encoding, scale, self._plan.kept_norms, device)
+        scale = self.plan.column_scale if self.store is None else self.store.column_scale
+        return SignPacker(self._encoding, scale, self.plan.kept_norms, device)
 
     @property
     def finished(self) -> bool:
@@ -363,8 +363,8 @@ class Sink:
 
     def verified(self, facts: Mapping[str, Any]) -> None:
         """Record the result of comparing gathered entries with autograd; of several writers, the first does."""
-        recorded = {**(self._plan.attributes.get("verification") or {}), **facts}
-        self._plan.attributes["verification"] = recorded
+        recorded = {**(self.plan.attributes.get("verification") or {}), **facts}
+        self.plan.attributes["verification"] = recorded
         if self.store is not None and (self._shard is None or self._shard.index == 0):
             self.store.record(verification=recorded)
 
@@ -378,7 +378,7 @@ class Sink:
         MismatchError
             If the rows of earlier runs have the data set's labels, and these do not.
         """
-        labels = self._plan.attributes["labels"]
+        labels = self.plan.attributes["labels"]
         if labels["kind"] != "sampled":
             return
         if drawn:
@@ -393,9 +393,9 @@ class Sink:
                 f"set's only: {advice}"
             )
         warn(f"the loss draws no labels, so rows have the data set's labels, which is recorded: {advice}")
-        self._plan.attributes["labels"] = {"kind": "dataset", "requested": labels}
+        self.plan.attributes["labels"] = {"kind": "dataset", "requested": labels}
         if self.store is not None and (self._shard is None or self._shard.index == 0):
-            self.store.record(labels=self._plan.attributes["labels"])
+            self.store.record(labels=self.plan.attributes["labels"])
 
     def take(self, batch: Any, row: int, computed: Computed) -> None:
         """Append the rows of a batch that are missing and belong to this writer; its first sample is store row ``row``.
@@ -432,15 +432,15 @@ class Sink:
         ids = columns.pop("example_id", None)
         skipped, first = new.norms == _SKIPPED, self.next_row
         small: dict[str, Any] = {"loss": new.losses, "grad_norm": new.norms, "ids": ids, "dropped": skipped}
-        if self._plan.packs:
-            columns |= dict(zip(self._plan.kept_norms.weights, new.sums.T[1:], strict=True))
+        if self.plan.packs:
+            columns |= dict(zip(self.plan.kept_norms.weights, new.sums.T[1:], strict=True))
             self.store.append_encoded(new.rows, new.sums[:, 0].astype(np.float32), columns=columns, **small)
         else:
             self.store.append(new.rows, columns=columns, **small)
         if skipped.any():
             logger.warning("rows %s are not finite: dropped", (first + np.flatnonzero(skipped)).tolist())
-        if isinstance(self._plan.reduction, StoredReduction):
-            weights = basis_weights(self._plan.attributes, self._plan.reduction.facts)
+        if isinstance(self.plan.reduction, StoredReduction):
+            weights = basis_weights(self.plan.attributes, self.plan.reduction.facts)
             self._energy = self._energy.plus(RetainedEnergy.of(new.rows, new.norms, new.losses, ~skipped, weights))
 
     def _drop_skipped(self) -> None:
@@ -458,22 +458,22 @@ class Sink:
 
     def _create(self, metadata: Mapping[str, list[Any]]) -> None:
         dtypes = {name.removeprefix("columns/"): dtype for name, dtype in self._metadata.dtypes(metadata).items()}
-        kept = dict.fromkeys(self._plan.kept_norms.weights, "float64")
+        kept = dict.fromkeys(self.plan.kept_norms.weights, "float64")
         if dtypes.keys() & kept:
             raise InputError(
                 f"expected no column called {', '.join(kept)}; received one: they are kept beside signs; rename it"
             )
         GradientStore.create(
             self._path,
-            self._plan.mask,
+            self.plan.mask,
             storage=self._storage(self._total),
             planned_rows=self._total if self._shard is not None else None,
             ids=dtypes.pop("example_id", None),
             columns=dtypes | kept,
             exist_ok=True,  # another writer may have been first: open_existing checks that it is the same store
-            **self._plan.create_options,
+            **self.plan.create_options,
         )
-        store = open_existing(self._path, self._plan)
+        store = open_existing(self._path, self.plan)
         assert store is not None
         self._claim(store)
         self.store = store
@@ -488,7 +488,7 @@ class Sink:
         advice = "the data or its order changed since; extract to another path"
         path = self.store.path
         # where the logits round differently, some tokens' labels are drawn differently
-        sampled = self._plan.attributes["labels"]["kind"] == "sampled"
+        sampled = self.plan.attributes["labels"]["kind"] == "sampled"
         rtol, agreeing = (5e-2, 0.5) if sampled else (1e-2, 1.0)
         received = losses[low - row : high - row]
         check_same_rows(path, low, {"losses": stored}, {"losses": received}, advice, rtol=rtol, agreeing=agreeing)
