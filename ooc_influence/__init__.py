@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from ooc_influence.influence.tokens import TokenInfluence, token_influence
     from ooc_influence.planning import plan
     from ooc_influence.store import ChunkCache, GradientStore, Storage, compact_store, merge_stores, upgrade_store
+    from ooc_influence.tracing import Trace, trace
 
 # Loaded on first use: opening a store and scoring never import torch.
 _EXPORTS = {
@@ -69,6 +70,7 @@ _EXPORTS = {
     "influence.tokens": ["TokenInfluence", "token_influence"],
     "planning": ["plan"],
     "store": ["ChunkCache", "GradientStore", "Storage", "compact_store", "merge_stores", "upgrade_store"],
+    "tracing": ["Trace", "trace"],
 }  # fmt: skip
 _MODULES = {"evaluate": "evaluate", "hf": "hf", "plot": "report.plot", "report": "report"}
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
@@ -77,11 +79,11 @@ __all__ = [
     "AdamMetric", "Batching", "BudgetBatches", "ChunkCache", "Curvature", "Dropout", "Eigenbasis", "Gaussian",
     "GradientStore", "Grass", "Identity", "KroneckerBasis", "LoGra", "OocInfluenceError", "OocInfluenceWarning",
     "Pca", "Rademacher", "Recipe", "RowBudget", "Sjlt", "Split", "Storage", "TokenInfluence", "TopInfluential",
-    "__version__",
+    "Trace", "__version__",
     "compact_store", "cross_entropy", "extract_gradients", "extract_shards", "fit_curvature", "fit_fisher",
     "fit_gram", "fit_kronecker", "gram_matrix", "group_influence", "influence_scores", "init_store", "merge_stores",
     "module_influence", "plan", "reduce_store", "rerank", "rewrite_store", "self_influence", "sketch_store",
-    "token_cross_entropy", "token_influence", "top_influential", "upgrade_store",
+    "token_cross_entropy", "token_influence", "top_influential", "trace", "upgrade_store",
 ]  # fmt: skip
 
 

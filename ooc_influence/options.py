@@ -579,7 +579,7 @@ class FieldOptions(TypedDict, total=False):
         metavar="FIELD", multiple=True)]
 
 
-class DocumentOptions(FieldOptions, LoadingOptions, total=False):
+class ReadingOptions(FieldOptions, LoadingOptions, total=False):
     """How rows are made of documents, and the model is loaded."""
 
     split: Annotated[str | None, Option(None, "str, optional", "Which split, of a folder that has several.")]
@@ -602,6 +602,14 @@ class DocumentOptions(FieldOptions, LoadingOptions, total=False):
         "auto", '{"auto", "float32", "bfloat16", "float16", "8bit"}',
         "Type of the model's weights; auto: as saved. 8bit needs ``bitsandbytes``.",
         "Type of the model's weights; auto: as saved.", choices=("auto", "float32", "bfloat16", "float16", "8bit"))]
+    documents: Annotated[int | None, Option(
+        None, "int, optional", "Use this many documents, spread evenly; default all.",
+        "Use N documents, spread evenly. Default: all.", kind=int, metavar="N")]
+
+
+class DocumentOptions(ReadingOptions, total=False):
+    """How rows are made of documents, and of what gradients."""
+
     output: Annotated[Literal["gradients", "curvature"], Option(
         "gradients", '{"gradients", "curvature"}',
         '``"curvature"``: rows of randomly signed token gradients (:class:`SignedLoss`), for a Gauss-Newton matrix; '
@@ -609,9 +617,6 @@ class DocumentOptions(FieldOptions, LoadingOptions, total=False):
         "``like``.",
         "curvature: rows of randomly signed token gradients, for a Gauss-Newton matrix; needs --like.",
         choices=("gradients", "curvature"))]
-    documents: Annotated[int | None, Option(
-        None, "int, optional", "Use this many documents, spread evenly; default all.",
-        "Use N documents, spread evenly. Default: all.", kind=int, metavar="N")]
     weights: Annotated[Literal["ggn"] | None, Option(
         None, '{"ggn"}, optional', "Weights of the tokens of curvature rows; default none.",
         "Weights of the tokens of curvature rows. Default: none.", choices=("ggn",), flag="--token-weights")]
@@ -628,6 +633,30 @@ class JobOptions(DocumentOptions, Reporting, total=False):
 
 class HuggingFaceOptions(DocumentOptions, ExtractionOptions, Sharded, total=False):
     """What an extraction from a Hugging Face model takes."""
+
+
+class TraceOptions(ReadingOptions, Budgeted, Reporting, total=False):
+    """What a run from a model and documents to pages takes."""
+
+    row_bytes: Annotated[int | str | None, Option(
+        None, "int or str, optional",
+        'Choose entries and representation for this size of a row, such as ``"8kB"`` (:class:`RowBudget`); default '
+        "65,536 float16 numbers.",
+        "Size of a row, such as 8kB. Default: 131 kB.", metavar="SIZE")]
+    damping: Annotated[float | None, Option(
+        None, "float, optional", "Relative damping of the scores; default the curvature's own for lists.",
+        "Relative damping of the scores. Default: the curvature's own for lists.", kind=float, metavar="X")]
+    top: Annotated[int, Option(
+        10, "int", "Proponents and opponents of each query.", "Proponents and opponents of a query.", kind=int,
+        least=1)]
+    token_rows: Annotated[int, Option(
+        5, "int", "Proponents, and opponents, of each query whose tokens are shown with their shares of the score; 0 "
+        "for none.",
+        "Proponents, and opponents, of a query whose tokens are shown with their shares of the score; 0: none.",
+        kind=int, least=0)]
+    device: Annotated["torch.device | str | None", Option(
+        None, "torch.device or str, optional", "Where the model runs; default the CPU.",
+        "Where the model runs, such as cuda. Default: the CPU.")]
 
 
 class RetrainOptions(Reporting, total=False):

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from ooc_influence._version import __version__
-from ooc_influence.cli import cluster, extraction, options, scoring, stores
+from ooc_influence.cli import cluster, extraction, options, scoring, stores, trace
 from ooc_influence.errors import InputError, OocInfluenceError, OocInfluenceWarning, refused
 
 
@@ -31,7 +31,7 @@ def demo(out: str, rows: int | None, k: int, memory: str, as_json: bool) -> None
 
 
 ALL = (
-    demo, extraction.init, extraction.extract, scoring.fisher, scoring.score, scoring.top,
+    trace.trace, demo, extraction.init, extraction.extract, scoring.fisher, scoring.score, scoring.top,
     scoring.self_influence_command, scoring.groups, scoring.modules, scoring.report, scoring.serve,
     extraction.check, extraction.plan, cluster.cluster_script,
     stores.info, stores.verify, stores.ids, stores.drop, stores.compact, stores.merge, stores.reduce, stores.rewrite,
@@ -92,7 +92,7 @@ def _resuming(arguments: list[str]) -> str:
     """Return how to continue after an interruption."""
     command = next((name for name in arguments if name in cli.commands), "")
     again = "run the same command again, it continues"
-    if command in ("extract", "init", "demo", "reduce", "rewrite", "sketch"):
+    if command in ("trace", "extract", "init", "demo", "reduce", "rewrite", "sketch"):
         return f"what is committed stays; {again} where it was"
     if command == "fisher":
         return f"sums and passes saved so far stay; {again} from there"

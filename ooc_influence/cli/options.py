@@ -6,7 +6,6 @@ import ctypes
 import functools
 import json
 import os
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar, get_args
 

@@ -46,6 +46,7 @@ from ooc_influence.extract.recipe import (
     running,
 )
 from ooc_influence.extract.selection import ModuleSelection
+from ooc_influence.extract.speed import measure_speed
 from ooc_influence.extract.taps import PerSampleLoss, tapped
 
 __all__ = [
@@ -54,7 +55,7 @@ __all__ = [
     "RowChoice", "Samples", "Split", "batches_of_rows", "binary_cross_entropy", "by_path", "check_model",
     "choose_split", "count_rows", "cross_entropy", "cross_entropy_at", "directional_derivatives", "even_numbers",
     "exact_scores", "extract_gradients", "extract_shards", "factors_path",
-    "init_store", "keep_factors", "load_recipe", "loaded", "numbered_batches", "open_checkpoints",
+    "init_store", "keep_factors", "load_recipe", "loaded", "measure_speed", "numbered_batches", "open_checkpoints",
     "parameter_direction", "parse_device", "part_of", "recorded_checkpoints", "row_types", "run_shards", "running",
     "sampled_labels", "tapped", "to_device", "token_cross_entropy",
 ]  # fmt: skip

@@ -227,7 +227,7 @@ class Pilot:
         check = self.setup.check and not self.verification
         with (
             tapped(self.setup.model, layers, self.setup.device, probe=True, check=check) as taps,
-            Progress(label, samples, self.setup.progress) as bar,
+            Progress(label, min(samples, self.count() or samples), self.setup.progress) as bar,
         ):
             bar.advance(position.seen)
             for numbers, batch in batches:

@@ -1,6 +1,6 @@
 """Showing results: facts of a store, text for a terminal, pages to look at, figures (:mod:`.plot`)."""
 
-from ooc_influence.report.examples import Corpus
+from ooc_influence.report.examples import Corpus, Examples, ImageFolder
 from ooc_influence.report.facts import (
     Decision,
     curvature_states,
@@ -17,6 +17,7 @@ from ooc_influence.report.lexical import ranks_of_lists
 from ooc_influence.report.write import write_report
 
 __all__ = [
-    "Corpus", "Decision", "curvature_states", "describe", "describe_scoring", "describe_search", "draw_images",
-    "layer_facts", "ranks_of_lists", "read_decisions", "store_facts", "table", "write_report",
+    "Corpus", "Decision", "Examples", "ImageFolder", "curvature_states", "describe", "describe_scoring",
+    "describe_search", "draw_images", "layer_facts", "ranks_of_lists", "read_decisions", "store_facts", "table",
+    "write_report",
 ]  # fmt: skip

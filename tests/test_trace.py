@@ -1,0 +1,175 @@
+"""A run from a model and documents to pages: every step once, resumed, repeated from its own settings."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from numpy.testing import assert_array_equal
+from test_cli import run  # noqa: F401 - a fixture
+from tiny_hf import MARKS, documents, make_model, texts, write
+
+import ooc_influence as ooc
+from ooc_influence import hf
+from ooc_influence.errors import InputError, StoreExistsError
+from ooc_influence.tracing import read_settings
+from ooc_influence.tracing import run as run_module
+from ooc_influence.tracing.run import find_fields
+
+pytest.importorskip("jinja2")
+pytestmark = MARKS
+N, Q = 14, 3
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """A model, documents of text with ids, and answers as prompt and completion."""
+    model = make_model(tmp_path / "model")
+    data = write(tmp_path / "corpus.jsonl", documents(N))
+    answers = [{"prompt": text, "completion": "w1 w2 w3"} for text in ("w4 w5", "w6", "w7 w8 w9")]
+    return model, data, write(tmp_path / "answers.jsonl", answers)
+
+
+def trace(sources, out, **options):
+    return ooc.trace(*sources, out, **({"token_rows": 2, "top": 4} | options))
+
+
+def test_what_a_run_leaves(tmp_path, sources):
+    found = trace(sources, tmp_path / "run")
+    assert (found.train.n, found.queries.n) == (len(found.train.ids()), Q)
+    assert {each.name for each in (tmp_path / "run").iterdir()} == {
+        "run.yaml", "train.zarr", "queries.zarr", "answers.jsonl", "page",
+    }  # fmt: skip
+    lists = ooc.top_influential(found.queries, found.train, 4)
+    assert_array_equal(lists.proponents.rows, found.lists.proponents.rows)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "answers.jsonl").read_text().splitlines()]
+    assert [line["text"] for line in lines] == [f"{p}\n\nw1 w2 w3" for p in ("w4 w5", "w6", "w7 w8 w9")]
+    for number, line in enumerate(lines):
+        assert [each["row"] for each in line["proponents"]] == lists.proponents.rows[number].tolist()
+        corpus = texts(N)
+        for each in line["proponents"] + line["opponents"]:
+            assert each["text"] in corpus[int(found.train.column("document")[each["row"]])]
+    assert found.page.is_file()
+
+
+def test_what_is_there_is_not_done_again(tmp_path, sources, monkeypatch, capsys):
+    first = trace(sources, tmp_path / "run")
+    capsys.readouterr()
+
+    def fails(*_, **__):
+        raise AssertionError
+
+    monkeypatch.setattr(run_module.hf, "extract", fails)
+    again = trace(sources, tmp_path / "run", progress=True, top=2)
+    assert_array_equal(again.lists.proponents.rows, first.lists.proponents.rows[:, :2])
+    shown = capsys.readouterr().err
+    assert "train.zarr" in shown
+    assert shown.index("about") < shown.index("1/4 ")
+
+
+@pytest.mark.parametrize("at", ["data", "queries", "page"])
+def test_it_resumes(tmp_path, sources, monkeypatch, at):
+    expected = trace(sources, tmp_path / "whole")
+    extract, calls = hf.extract, []
+
+    def interrupted(model, data, store, **how):
+        calls.append(store.name)
+        if calls == {"data": ["train.zarr"], "queries": ["train.zarr", "queries.zarr"]}.get(at):
+            raise KeyboardInterrupt
+        return extract(model, data, store, **how)
+
+    def no_page(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module.hf, "extract", interrupted)
+        if at == "page":
+            patch.setattr(run_module, "write_report", no_page)
+        with pytest.raises(KeyboardInterrupt):
+            trace(sources, tmp_path / "run")
+    found = trace(sources, tmp_path / "run")
+    assert_array_equal(found.train.rows(), expected.train.rows())
+    assert_array_equal(found.lists.proponents.scores, expected.lists.proponents.scores)
+
+
+def test_settings_are_a_file(tmp_path, sources):
+    found = trace(sources, tmp_path / "run", documents=10, id="name", keep=["source"])
+    settings = read_settings(tmp_path / "run" / "run.yaml")
+    assert settings == {
+        "model": str(sources[0]), "data": str(sources[1]), "queries": str(sources[2]), "id": "name",
+        "keep": ["source"], "documents": 10, "top": 4, "token_rows": 2,
+    }  # fmt: skip
+    named = [settings.pop(name) for name in ("model", "data", "queries")]
+    again = ooc.trace(*named, tmp_path / "again", **settings)
+    assert_array_equal(again.train.rows(), found.train.rows())
+    assert again.train.column("source").tolist() == found.train.column("source").tolist()
+    with pytest.raises(StoreExistsError, match="run with documents=9; received one with 10"):
+        trace(sources, tmp_path / "run", documents=9, id="name", keep=["source"])
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    with pytest.raises(StoreExistsError, match="to be new, empty or a run's"):
+        trace(sources, tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: a\ntopp: 3", "received 'topp'"),
+        ("top: many", "expected top as int in .*received 'many'"),
+        ("top: true", "received True"),
+        ("reduction: median", "received 'median'"),
+        ("keep: 3", "received 3"),
+        ("- a", "expected names and values"),
+        ("a: [", "expected the settings of a run"),
+    ],
+)
+def test_settings_that_are_wrong(tmp_path, text, message):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_settings(tmp_path / "run.yaml")
+
+
+def test_long_work_is_confirmed(tmp_path, sources, monkeypatch):
+    monkeypatch.setattr(run_module, "_LONG", -1.0)
+    asked = []
+    with pytest.raises(InputError, match="received no: confirm it"):
+        trace(sources, tmp_path / "run", confirm=lambda work: asked.append(work) is not None)
+    assert asked[0].startswith("about ")
+    assert not (tmp_path / "run" / "train.zarr").exists()
+    trace(sources, tmp_path / "run", confirm=lambda work: True)
+
+
+class Documents:
+    def __init__(self, *names):
+        self.column_names, self.name = list(names), "here"
+
+
+def test_fields_are_found():
+    assert find_fields(Documents("text", "messages"), {})["messages"] == "messages"
+    assert find_fields(Documents("completion", "prompt", "id"), {"id": "id"}) == {
+        "prompt": "prompt", "completion": "completion", "id": "id", "keep": (),
+    }  # fmt: skip
+    assert find_fields(Documents("body", "text"), {"text": "body"})["text"] == "body"
+    assert find_fields(Documents("text"), {"text": "body", "id": "name", "keep": ["a"]}) == {
+        "text": "text", "id": None, "keep": (),
+    }  # fmt: skip
+    with pytest.raises(InputError, match="expected documents with body in here; received words"):
+        find_fields(Documents("words"), {"text": "body"})
+
+
+def test_the_command(tmp_path, sources, run):  # noqa: F811
+    model, data, queries = map(str, sources)
+    code, _, error = run(f"trace --model {model} --data {data}")
+    assert code == 2
+    assert "expected --queries, --out" in error
+    out = tmp_path / "run"
+    how = f"--model {model} --data {data} --queries {queries} -o {out} --top 3 --token-rows 0"
+    found = json.loads(run(f"trace {how} --json")[1])
+    assert found == {"folder": str(out), "page": str(out / "page" / "index.html"), "rows": found["rows"], "queries": Q}
+    code, shown, error = run(f"trace {out}/run.yaml")
+    assert code == 0, error
+    assert "w4 w5" in shown
+    assert f"open {out / 'page' / 'index.html'}" in shown
+    code, _, error = run("trace none.yaml")
+    assert code == 2
+    assert "Traceback" not in error
