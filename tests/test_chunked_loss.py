@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch.func import grad, jvp, vmap
 
 from ooc_influence import cross_entropy
@@ -45,6 +46,26 @@ def test_losses_and_gradients_are_those_of_plain_operations(problem, some):
     close(found, wanted, logits.dtype)
     if some:
         assert not found[~torch.isin(torch.arange(N), index)].any()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # PyTorch's own use, for its decompositions
+@pytest.mark.parametrize("some", [False, True])
+def test_forward_mode_is_the_plain_operations_own(problem, some):
+    logits, labels = problem
+    index = torch.arange(N).flip(0)[3:-4:2] if some else None
+    chosen = labels if index is None else labels[index]
+    tangent = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(logits.dtype)
+    with torch.no_grad(), forward_ad.dual_level():
+        dual = forward_ad.make_dual(logits.detach(), tangent)
+        found = forward_ad.unpack_dual(chunked_cross_entropy(dual, chosen, index))
+        wanted = forward_ad.unpack_dual(_plain(dual if index is None else dual[index], chosen))
+    close(found.primal, wanted.primal, found.primal.dtype)
+    torch.testing.assert_close(found.tangent, wanted.tangent, rtol=1e-5, atol=1e-5 * float(wanted.tangent.abs().max()))
+    with forward_ad.dual_level():  # with a graph as well: both ways together
+        dual = forward_ad.make_dual(logits, tangent)
+        mixed = forward_ad.unpack_dual(chunked_cross_entropy(dual, chosen, index))
+        assert mixed.primal.requires_grad
+        torch.testing.assert_close(mixed.tangent.detach(), wanted.tangent, rtol=1e-5, atol=1e-4)
 
 
 def test_it_is_exact_where_the_model_is_confident():

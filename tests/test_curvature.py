@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from conftest import random_rows, write_store
-from numpy.testing import assert_allclose
+from numpy.testing import assert_allclose, assert_array_equal
 
 from ooc_influence import fit_curvature, fit_fisher, fit_gram
 from ooc_influence.curvature import Curvature, eigen
@@ -177,7 +177,7 @@ def test_shares_of_a_pass_are_those_asked_for_alone(tmp_path, held, kind, scaled
     rows[3] = 0
     found = spectrum.precondition(rows, np.array([0.1, 3.0]), shares)
     assert_allclose(found, spectrum.precondition(rows, np.array([0.1, 3.0])), rtol=1e-12)
-    assert_allclose(shares, spectrum.outside_share(rows), atol=1e-12)
+    assert_array_equal(shares, spectrum.outside_share(rows))  # a resumed call writes either into its result
     assert shares[3] == 0
 
 

@@ -38,6 +38,7 @@ SMALL = {
     "scale": ["--rows", "20000", "--dims", "64", "--sketch-dims", "16", "--queries", "1,4", "--damping", "1"],
     "selfcheck": ["--small", "--rounds", "1", "--models", "decoder", "--tokens", "8"],
     "signs": ["--rows", "100", "--mib", "1", "--repeats", "1", "--k", "1000"],
+    "tokens": ["--layers", "1", "--length", "8", "--rounds", "1", "--vocabulary", "512"],
     "vocabulary": ["--layers", "1", "--dtypes", "float32", "--vocabulary", "512"],
     "store": ["--mib", "32", "--chunks", "100", "--repeats", "1"],
 }

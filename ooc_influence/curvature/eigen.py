@@ -401,6 +401,7 @@ class EigenBlock:
             return _squares(gradients, self.eigenvalues > 0)
         if self.shape.complete and resolved(self.eigenvalues).all():
             return _squares(gradients)
+        gradients = np.asarray(gradients, np.float64)
         with self._few_threads(len(gradients)):
             rotated = self._rotate(gradients)
         return self._squares_inside(gradients, rotated, rotated)
@@ -424,9 +425,10 @@ class EigenBlock:
 
 def _squares(rows: npt.NDArray[Any], columns: npt.NDArray[np.bool_] | None = None) -> Matrix:
     """Return the squared norm of rows (b, w), or that of some columns, (b,), without a matrix of squares."""
+    rows = np.asarray(rows, np.float64)
     if columns is None:
-        return np.asarray(np.einsum("bw,bw->b", rows, rows, dtype=np.float64))
-    return np.asarray(np.einsum("bw,bw,w->b", rows, rows, columns.astype(np.float64), dtype=np.float64))
+        return np.asarray(np.einsum("bw,bw->b", rows, rows))
+    return np.asarray(np.einsum("bw,bw,w->b", rows, rows, columns.astype(np.float64)))
 
 
 def _share_outside(inside: Matrix, total: Matrix) -> Matrix:
@@ -502,12 +504,10 @@ class BlockSpectrum:
         result = np.empty((len(values), *gradients.shape))
         inside, total = None if shares is None else np.zeros(len(gradients)), np.zeros(len(gradients))
         for block, block_lambdas in zip(self.blocks, values.T, strict=True):
-            part, out = gradients[:, block.columns], result[:, :, block.columns]
-            scale = None if self.column_scale is None else self.column_scale[block.columns]
-            part = part if scale is None else part / scale
+            part, out = self._scaled(gradients, block), result[:, :, block.columns]
             block.precondition(part, block_lambdas, out, inside)
-            if scale is not None:
-                out /= scale
+            if self.column_scale is not None:
+                out /= self.column_scale[block.columns]
             if shares is not None:
                 total += _squares(part)
         if shares is not None and inside is not None:
@@ -566,10 +566,17 @@ class BlockSpectrum:
         """Return the share of each row's squared norm outside the span of F's eigenvectors, (q,); 0 for a zero row."""
         if self.is_everywhere:
             return np.zeros(len(gradients))
-        rows = np.asarray(gradients, np.float64)
-        rows = rows if self.column_scale is None else rows / self.column_scale
-        total = np.square(rows).sum(1)
-        return _share_outside(np.sum([block.inside(rows[:, block.columns]) for block in self.blocks], axis=0), total)
+        inside, total = np.zeros(len(gradients)), np.zeros(len(gradients))
+        for block in self.blocks:  # in the same order of sums as precondition()
+            part = self._scaled(gradients, block)
+            inside += block.inside(part)
+            total += _squares(part)
+        return _share_outside(inside, total)
+
+    def _scaled(self, gradients: npt.NDArray[Any], block: EigenBlock) -> npt.NDArray[Any]:
+        """Return a block's columns of rows, divided by its part of :attr:`column_scale`."""
+        part = gradients[:, block.columns]
+        return part if self.column_scale is None else part / self.column_scale[block.columns]
 
     def effective_dimension(self, value: float | Matrix) -> float:
         """Return d(λ) = Σ e/(e + λ), the number of directions the damping leaves, at λ or the λ of each block, (B,).

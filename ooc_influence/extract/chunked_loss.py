@@ -5,7 +5,8 @@ returns ℓ = 0 once p_y rounds to 1; this form keeps ℓ's relative precision d
 
 Its gradient is σ(o − z_y) exp(z_c − o) for c ≠ y, and −σ(o − z_y) for y. Logits of large vocabularies are the largest
 tensors of a language model's pass: as plain operations, the loss and its gradient hold half a dozen copies of them in
-float32. Here nothing is kept beside the logits but a number a token, and the gradient in the logits' own precision.
+float32. Here nothing is kept beside the logits but a number a token, and the gradient in the logits' own precision. The
+derivative in forward mode is found in the same way.
 """
 
 from __future__ import annotations
@@ -38,6 +39,10 @@ def chunked_cross_entropy(logits: Tensor, labels: Tensor, index: Tensor | None =
     (m,) float32 (float64 for float64 logits)
     """
     labels = labels.long()
+    dual = _dual(logits)
+    if dual is not None:
+        found: Tensor = forward_ad.make_dual(*_with_derivative(*dual, labels, index))
+        return found
     if _transformed(logits):
         return _plain(logits if index is None else logits[index], labels)
     losses: Tensor = _ChunkedCrossEntropy.apply(logits, labels, index)[0]
@@ -50,6 +55,27 @@ def _transformed(logits: Tensor) -> bool:
     return (
         functorch.is_functorch_wrapped_tensor(logits) or forward_ad._current_level >= 0 or torch.compiler.is_compiling()
     )
+
+
+def _dual(logits: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return logits and their derivative in forward mode; None for others, and where a graph is recorded as well."""
+    functorch: Any = torch._C._functorch
+    if forward_ad._current_level < 0 or functorch.is_functorch_wrapped_tensor(logits) or torch.is_grad_enabled():
+        return None
+    primal, tangent = forward_ad.unpack_dual(logits)
+    return None if tangent is None else (primal, tangent)
+
+
+def _with_derivative(logits: Tensor, tangent: Tensor, labels: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the losses, (m,), and their derivatives for those of the logits: σ(o − z_y) (Σ exp(z − o) ż − ż_y)."""
+    losses, along = (torch.empty(len(labels), dtype=_wide(logits), device=logits.device) for _ in range(2))
+    for part, where, values, chosen, own in _parts(logits, labels, index):
+        moving = tangent[where].to(values.dtype)
+        others = torch.logsumexp(values.scatter_(1, chosen, float("-inf")), 1)
+        losses[part] = F.softplus(others - own)
+        mean = values.sub_(others.unsqueeze(1)).exp_().mul_(moving).sum(1)  # 0 of the label's own
+        along[part] = torch.sigmoid(others - own) * (mean - moving.gather(1, chosen).squeeze(1))
+    return losses, along
 
 
 def _wide(logits: Tensor) -> torch.dtype:
