@@ -244,6 +244,11 @@ class ReportOptions(DampedOptions, Normalized, total=False):
         "read twice for it.",
         "Leave out where a search for a query's words (BM25) has each example, for which all documents are read "
         "twice.", flag="--no-bm25")]
+    token_rows: Annotated[int, Option(
+        5, "int",
+        "With a language model: rows of each list, proponents and opponents, that are shown token by token; 0: none.",
+        "With --model: rows of each list, proponents and opponents, that are shown token by token; 0: none.", kind=int,
+        metavar="N", least=0)]
     title: Annotated[str | None, Option(
         None, "str, optional", "Title of the pages; default the store's name.",
         "Title of the pages. Default: the store's name.")]

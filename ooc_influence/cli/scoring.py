@@ -427,10 +427,27 @@ _pages = options.several(
 )  # fmt: skip
 
 
+_loading = options.several(
+    options.flags(LoadingOptions, without=("task", "allow_pickle")),
+    options.flags(DocumentOptions, only=("model_dtype",)),
+    click.option("--device", help="Where the model runs, such as cuda. Default: the CPU."),
+)  # fmt: skip
+
+
+def _pop_loading(settings: dict[str, Any]) -> dict[str, Any]:
+    """Take from options how a model is loaded."""
+    loading = {name: settings.pop(name) for name in (*_LOADING, "device")}
+    return loading | {"dtype": settings.pop("model_dtype")}
+
+
 @click.command()
 @click.argument("store", type=options.PATH)
 @click.option("-o", "--out", required=True, type=options.PATH, metavar="DIR",
               help="The folder to write; an earlier report is replaced.")  # fmt: skip
+@click.option("--model", type=options.PATH, metavar="DIR|ID",
+              help="Show texts token by token, with each token's share of the score, by this Hugging Face language "
+              "model: the one that STORE was made with.")  # fmt: skip
+@_loading
 @_pages
 def report(store: str, out: str, as_json: bool, **settings: Any) -> None:
     """Write pages about STORE to a folder that opens from disk: examples, label errors, spectrum, groups.
@@ -439,7 +456,16 @@ def report(store: str, out: str, as_json: bool, **settings: Any) -> None:
     """
     from ooc_influence.report import write_report
 
-    folder = write_report(out=out, **_report_arguments(store, settings))
+    model, loading = settings.pop("model"), _pop_loading(settings)
+    arguments = _report_arguments(store, settings)
+    if model is None and (named := options.given([*_LOADING, "model_dtype", "device", "token_rows"])):
+        flags = " and ".join(f"--{name.replace('_', '-')}" for name in named)
+        raise InputError(f"expected --model with {flags}; received none: name the model that STORE was made with")
+    if model is not None and arguments["queries"] is not None and settings["token_rows"]:
+        from ooc_influence import hf
+
+        model = hf.load(model, **loading)
+    folder = write_report(out=out, model=model, **arguments)
     facts = {"report": str(folder), "open": str(folder / "index.html")}
     options.print_result(as_json, facts, lambda: f"open {facts['open']}")
 
@@ -453,9 +479,7 @@ def report(store: str, out: str, as_json: bool, **settings: Any) -> None:
 @click.option("--typed", type=click.Choice(["text", "prompt", "chat"]), default="text", show_default=True,
               help="What is typed, with --model: running text, or a prompt and a completion (chat: through the "
               "tokenizer's template).")  # fmt: skip
-@options.flags(LoadingOptions, without=("task", "allow_pickle"))
-@options.flags(DocumentOptions, only=("model_dtype",))
-@click.option("--device", help="Where the model runs, such as cuda. Default: the CPU.")
+@_loading
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; others than this machine's "
               "own let the network in.")  # fmt: skip
 @click.option("--port", type=click.IntRange(0, 65535), default=0, help="Default: a free one.")
@@ -469,8 +493,7 @@ def serve(store: str, host: str, port: int, no_token: bool, as_json: bool, **set
     from ooc_influence.report.server import live_report
     from ooc_influence.report.server import serve as run
 
-    loading = {name: settings.pop(name) for name in ("adapter", "tokenizer", "revision", "trust_remote_code", "device")}
-    loading["dtype"] = settings.pop("model_dtype")
+    loading = _pop_loading(settings)
     model = _query_model(settings.pop("model"), settings.pop("recipe"), settings.pop("typed"), loading)
 
     def started(url: str) -> None:

@@ -6,6 +6,7 @@ from ooc_influence.corpus.documents import (
     BETWEEN,
     USUAL,
     Documents,
+    answer_start,
     as_text,
     open_documents,
     open_records,
@@ -15,6 +16,6 @@ from ooc_influence.corpus.documents import (
 from ooc_influence.corpus.lexical import Bm25, bm25
 
 __all__ = [
-    "BETWEEN", "USUAL", "Bm25", "CachedFolder", "Documents", "as_text", "bm25", "cached_folder", "local_path",
-    "open_documents", "open_records", "text_digest", "text_of",
+    "BETWEEN", "USUAL", "Bm25", "CachedFolder", "Documents", "answer_start", "as_text", "bm25", "cached_folder",
+    "local_path", "open_documents", "open_records", "text_digest", "text_of",
 ]  # fmt: skip

@@ -69,6 +69,22 @@ def text_of(record: Mapping[str, Any], fields: Mapping[str, str | None]) -> str 
     return BETWEEN.join(f"{turn.get('role')}: {turn['content']}" for turn in turns)
 
 
+_REPLIES = ("assistant", "model")
+
+
+def answer_start(record: Mapping[str, Any], fields: Mapping[str, str | None]) -> int | None:
+    """Return where in a document's text its completion, or its last reply, begins; None for running text."""
+    text, last = text_of(record, fields), None
+    if text is None:
+        return None
+    if fields.get("messages") is not None:
+        turn = record[fields["messages"] or ""][-1:]
+        last = f"{turn[0].get('role')}: {turn[0]['content']}" if turn and turn[0].get("role") in _REPLIES else None
+    elif fields.get("prompt") is not None and fields.get("completion") is not None:
+        last = as_text(record[fields["completion"] or ""])
+    return None if last is None else len(text) - len(last)
+
+
 def text_digest(text: str) -> int:
     """Return the first 8 bytes of a text's BLAKE2b as a signed number, little-endian."""
     return int.from_bytes(

@@ -39,6 +39,11 @@ class Ranking:
         """Return the ranking of one of several dampings."""
         return Ranking(self.rows[number], self.scores[number], self.ids[number])
 
+    def first(self, count: int) -> Ranking:
+        """Return the first ``count`` rows of each query."""
+        stored = None if self.stored is None else self.stored[..., :count]
+        return Ranking(self.rows[..., :count], self.scores[..., :count], self.ids[..., :count], stored)
+
     def of_query(self, number: int) -> list[tuple[int, Any, float]]:
         """Return a query's train rows, (row, id, score) each."""
         columns = (self.rows[number], self.ids[number], self.scores[number])

@@ -140,6 +140,36 @@ def token_influence(
     >>> losses = lambda model, batch: F.cross_entropy(model(batch[0]).mT, batch[1], reduction="none")
     >>> found = ooc.token_influence("query.zarr", "train.zarr", model, losses, (queries, documents), top=5)
     """
+    shares = open_shares(query, train, model, token_losses, data, lists, top=top, **options)
+    return shares.of(range(shares.request.q) if queries is None else [int(number) for number in queries])
+
+
+@takes(TopOptions)
+def open_shares(
+    query: GradientStore | PathLike,
+    train: GradientStore | PathLike,
+    model: torch.nn.Module | Loaded,
+    token_losses: PartLosses | None = None,
+    data: tuple[Any, Any] | None = None,
+    lists: TopInfluential | None = None,
+    *,
+    top: int = 10,
+    **options: Unpack[TopOptions],
+) -> Shares:
+    """Return what computes the shares of single queries, opened and checked.
+
+    Parameters
+    ----------
+    query, train, model, token_losses, data, lists, top
+        As for :func:`token_influence`.
+    **options : TopOptions
+        See :mod:`ooc_influence.options`.
+
+    Raises
+    ------
+    OocInfluenceError
+        As for :func:`token_influence`.
+    """
     stores = as_store(query), as_store(train)
     asked: Any = dict(options)
     if asked["average_queries"] is not False:
@@ -156,15 +186,7 @@ def token_influence(
     request = ScoreRequest.open(*stores, asked, lists=True)
     source = _source(stores, model, token_losses, data)
     check_model(stores[1], source.model, "give the model that the stores were extracted with")
-    shares = _Shares(request, stores, source)
-    chosen = range(request.q) if queries is None else [int(number) for number in queries]
-    listed = [shares.listed(lists, number) for number in chosen]
-    total = sum(len(rows) + 1 for rows, _ in listed)
-    with Progress("tokens", total, asked["progress"]) as bar:
-        return [
-            shares.of_query(number, rows, scores, bar.advance)
-            for number, (rows, scores) in zip(chosen, listed, strict=True)
-        ]
+    return Shares(request, stores, source, lists, asked["progress"])
 
 
 class _Source(NamedTuple):
@@ -205,13 +227,28 @@ def _source(
 
 
 @dataclass(frozen=True)
-class _Shares:
+class Shares:
+    """The shares of tokens of any queries of opened stores, and of the rows that lists name for them."""
+
     request: ScoreRequest
     stores: tuple[GradientStore, GradientStore]
     source: _Source
+    lists: TopInfluential
+    progress: bool | None
 
-    def listed(self, lists: TopInfluential, number: int) -> tuple[npt.NDArray[np.int64], Floats]:
+    def of(self, queries: Sequence[int]) -> list[TokenInfluence]:
+        """Return the shares of some queries."""
+        listed = [self._listed(number) for number in queries]
+        total = sum(len(rows) + 1 for rows, _ in listed)
+        with Progress("tokens", total, self.progress) as bar:
+            return [
+                self._of_query(number, rows, scores, bar.advance)
+                for number, (rows, scores) in zip(queries, listed, strict=True)
+            ]
+
+    def _listed(self, number: int) -> tuple[npt.NDArray[np.int64], Floats]:
         """Return a query's listed rows and their scores by stored rows: proponents, then opponents."""
+        lists = self.lists
         if not 0 <= number < len(lists.query_ids):
             raise InputError(f"expected queries below {len(lists.query_ids)}; received {number}")
         sides = lists.of_query(number)
@@ -223,7 +260,7 @@ class _Shares:
         rows = np.array([row for row, _ in entries], np.int64)
         return rows, np.array([stored.get(row, score) for row, score in entries], np.float32)
 
-    def of_query(
+    def _of_query(
         self, number: int, rows: npt.NDArray[np.int64], scores: Floats, advance: Callable[[int], None]
     ) -> TokenInfluence:
         """Return the shares of the tokens of a query and of the rows listed for it."""

@@ -72,7 +72,17 @@ def _remove_listed(entry: Path, folder: Path, listed: frozenset[str]) -> None:
             entry.unlink()
 
 
-_SCRIPTS = ("core.js", "draw.js", "cards.js", "queries.js", "labels.js", "overview.js", "ask.js", "start.js")
+_SCRIPTS = (
+    "core.js",
+    "draw.js",
+    "tokens.js",
+    "cards.js",
+    "queries.js",
+    "labels.js",
+    "overview.js",
+    "ask.js",
+    "start.js",
+)
 _DIGITS = 6  # of a number in a page
 
 

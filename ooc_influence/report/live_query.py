@@ -21,8 +21,11 @@ import numpy as np
 from typing_extensions import override
 
 from ooc_influence.errors import InputError, OocInfluenceError
+from ooc_influence.influence import TopInfluential
+from ooc_influence.options import ReportOptions
 from ooc_influence.progress import optional_library, watched
 from ooc_influence.report.examples import TEXT_LIMIT, Corpus, Examples, ImageFolder
+from ooc_influence.report.tokens import documents_of
 from ooc_influence.report.write import Report
 from ooc_influence.store import GradientStore
 
@@ -183,6 +186,10 @@ class Model(ABC):
         first, self.checked = not self.checked, True
         return first
 
+    def tokenised(self, values: Mapping[str, str]) -> tuple[Any, list[dict[str, Any]]] | None:
+        """Return a loaded language model, and the document that a query is; None where tokens cannot be told apart."""
+        return None
+
     @abstractmethod
     def extract(self, values: Mapping[str, str], train: GradientStore, out: Path) -> GradientStore:
         """Write the rows of a query, made as those of ``train``, and return their store.
@@ -249,6 +256,11 @@ class HuggingFaceModel(Model):
         self.fields = FORMS[form] + (("label",) if self._loaded.task == "classification" else ())
 
     @override
+    def tokenised(self, values: Mapping[str, str]) -> tuple[Any, list[dict[str, Any]]] | None:
+        document = {name: values[name] for name in self.fields}
+        return (self._loaded, [document]) if self._loaded.task == "causal-lm" else None
+
+    @override
     def extract(self, values: Mapping[str, str], train: GradientStore, out: Path) -> GradientStore:
         from ooc_influence.hf import extract
 
@@ -267,9 +279,11 @@ class HuggingFaceModel(Model):
 class LiveQuery:
     """Answers typed queries from a report's train store, with a model, and with examples from where they are."""
 
-    def __init__(self, report: Report, model: Model, data: Corpus, pictures: ImageFolder, *, bm25: bool = True) -> None:
-        self._report, self._model = report, model
-        self._shown, self._bm25 = Examples(report.train, data, np.arange(report.train.n), pictures), bm25
+    def __init__(
+        self, report: Report, model: Model, data: Corpus, pictures: ImageFolder, options: ReportOptions
+    ) -> None:
+        self._report, self._model, self._data, self._options = report, model, data, options
+        self._shown = Examples(report.train, data, np.arange(report.train.n), pictures)
 
     def answer(self, values: Mapping[str, str]) -> dict[str, Any]:
         """Return a query and the examples of its lists, as a page takes them.
@@ -291,13 +305,31 @@ class LiveQuery:
             quiet = replace(settings, scoring=settings.scoring | {"progress": None})
             top = quiet.find_top(store, report.train, average_queries=store.n > 1)
             loss, norm = float(store.loss.mean()), float(store.grad_norm.mean())
+            tokens = self._tokens(store, top, values)
         entry = report.entry(top, 0)
         text = "\n\n".join(values[name] for name in fields if name != "label")
-        ranks = report.lexical_ranks(self._shown, [text], top) if self._bm25 else None
+        if "completion" in fields and len(text) - len(values["completion"]) < TEXT_LIMIT:
+            entry["answer"] = len(text) - len(values["completion"])
+        ranks = report.lexical_ranks(self._shown, [text], top) if self._options["bm25"] else None
         query = {
             "row": 0, "id": "typed", "loss": loss, "norm": norm, "dropped": False, "text": text[:TEXT_LIMIT],
             "cut": max(0, len(text) - TEXT_LIMIT), "label": values.get("label"), "source": None,
             "more": {"rows": store.n} if store.n > 1 else {}, "groups": {}, "bm25": ranks and ranks[0], **entry,
+            **tokens,
         }  # fmt: skip
         rows = [row for side in ("proponents", "opponents") for row, _ in entry[side]]
         return {"query": query, "examples": report.examples(self._shown, rows)}
+
+    def _tokens(self, store: GradientStore, top: TopInfluential, values: Mapping[str, str]) -> dict[str, Any]:
+        """Return the tokens of a query, or, where its lists alone can be shown, why, in the form of its page."""
+        tokenised = self._model.tokenised(values) if self._options["token_rows"] else None
+        if tokenised is None:
+            return {}
+        if store.n > 1:
+            return {"no_tokens": f"the query is longer than the model's context, and its {store.n} pieces are averaged"}
+        loaded, documents = tokenised
+        try:
+            pages = self._report.tokens(store, top, loaded, (documents, documents_of(self._data)), self._options)
+            return {"tokens": pages.of_query(0)}
+        except OocInfluenceError as error:  # the lists are an answer without
+            return {"no_tokens": " ".join(str(error).split())}

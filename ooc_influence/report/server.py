@@ -250,9 +250,7 @@ def live_report(
             ask = None if model is None else model.facts()
             write_pages(report, folder, corpus, examples, options, ask=ask)
         if model is not None:
-            server.jobs = Jobs(
-                LiveQuery(report, model, corpus, ImageFolder(path, "train"), bm25=options["bm25"]).answer
-            )
+            server.jobs = Jobs(LiveQuery(report, model, corpus, ImageFolder(path, "train"), options).answer)
             stack.callback(server.jobs.close)
         yield server
 

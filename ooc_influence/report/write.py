@@ -1,4 +1,4 @@
-"""A report: one folder of pages that opens from disk, written from stores alone, never with the model.
+"""A report: one folder of pages that opens from disk, written from stores alone; tokens' shares need the model too.
 
 Top lists, self-influence and group sums come from the public calls. Queries are written in files of
 :data:`QUERIES_A_FILE`, each with the examples that its lists name, so that a page loads only what it shows and memory
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +27,11 @@ from ooc_influence.report.examples import Corpus, Examples, ImageFolder
 from ooc_influence.report.facts import curvature_states, dimension_curve, layer_facts, resolved_eigenvalues, store_facts
 from ooc_influence.report.folder import LISTED_A_FILE, PageFolder, QueryList, replaceable_files
 from ooc_influence.report.lexical import lexical_ranks, texts_of
+from ooc_influence.report.tokens import TokenPages, documents_of, load_model
 from ooc_influence.store import GradientStore, PathLike, as_store
+
+if TYPE_CHECKING:
+    from ooc_influence.hf import Loaded
 
 QUERIES_A_FILE = 20
 SUSPECTS_A_FILE = 500
@@ -143,6 +147,16 @@ class Report:
         both = np.concatenate([top.proponents.rows, top.opponents.rows], axis=1)
         return lexical_ranks(queries, shown, [np.unique(own[own >= 0]) for own in both], self.settings.progress)
 
+    def tokens(
+        self, query: GradientStore, top: TopInfluential, loaded: Loaded, data: tuple[Any, Any], options: ReportOptions
+    ) -> TokenPages:
+        """Return what shows queries token by token; their own progress lines are in the pages' one."""
+        scoring = {**self.settings.scoring, "progress": None}
+        curvature = self.kept_settings().curvature if self.curvature is not None else None
+        return TokenPages.open(
+            (query, self.train), top, loaded, data, curvature, options["token_rows"], scoring,
+        )  # fmt: skip
+
     def examples(self, shown: Examples, rows: Any) -> dict[int, dict[str, Any]]:
         """Return train examples by row, with their self-influence."""
         distinct = np.unique(np.asarray(rows, np.int64))
@@ -158,6 +172,7 @@ def write_report(
     *,
     data: Corpus | str | Path | None = None,
     query_data: Corpus | str | Path | None = None,
+    model: Loaded | str | Path | None = None,
     **options: Unpack[ReportOptions],
 ) -> Path:
     """Write a folder of pages about a store and its influence on queries; ``index.html`` opens from disk.
@@ -172,6 +187,9 @@ def write_report(
         Whose proponents and opponents to show.
     data, query_data : Corpus or path, optional
         Where the texts or images of train rows and of queries are; without, ids alone are shown.
+    model : hf.Loaded, str or path, optional
+        The language model that the stores were extracted with: texts are shown token by token, with each token's share
+        of the score (:func:`ooc_influence.token_influence`), which takes a pass over every row shown so.
     **options : ReportOptions
         See :mod:`ooc_influence.options`; one curvature and one damping.
 
@@ -183,9 +201,10 @@ def write_report(
     Raises
     ------
     InputError
-        For several dampings, examples that cannot be read, or examples or groups of queries without ``queries``.
+        For several dampings, examples that cannot be read, or examples, groups or tokens of queries without
+        ``queries``.
     MismatchError
-        If records do not belong to the rows.
+        If records do not belong to the rows, or the model is not the stores'.
     StoreExistsError
         If something else is at ``out``.
     MissingExtraError
@@ -194,17 +213,20 @@ def write_report(
         See :func:`top_influential`.
     """
     replaceable_files(Path(out).resolve())
-    examples = check_queries(queries, query_data, options["by"])
+    examples = check_queries(queries, query_data, options["by"], model)
     report = open_report(store, queries, Settings.of(options))
+    loaded = load_model(model, report.train) if model is not None and options["token_rows"] else None
     with PageFolder(Path(out)) as folder:
-        write_pages(report, folder, Corpus.of(data), examples, options)
+        write_pages(report, folder, Corpus.of(data), examples, options, loaded=loaded)
     return Path(out)
 
 
-def check_queries(queries: Any, query_data: Corpus | str | Path | None, by: Sequence[str] | None) -> Corpus:
+def check_queries(
+    queries: Any, query_data: Corpus | str | Path | None, by: Sequence[str] | None, model: Any = None
+) -> Corpus:
     """Return where the examples of the queries are, after checking that nothing of queries is named without any."""
     examples = Corpus.of(query_data)
-    options = {"--query-data": examples.path, "--query-images": examples.images, "--by": by or None}
+    options = {"--query-data": examples.path, "--query-images": examples.images, "--by": by or None, "--model": model}
     named = [name for name, value in options.items() if value is not None]
     if queries is None and named:
         raise InputError(f"expected queries (--queries) with {' and '.join(named)}; received none: name their store")
@@ -230,8 +252,12 @@ def write_pages(
     options: ReportOptions,
     *,
     ask: dict[str, Any] | None = None,
+    loaded: Loaded | None = None,
 ) -> None:
-    """Write everything of a page into its folder; ``ask`` describes the model that a live page puts queries to."""
+    """Write everything of a page into its folder.
+
+    ``ask`` describes the model that a live page puts queries to; ``loaded`` is one that tells queries' tokens apart.
+    """
     train, query, top = report.train, report.query, report.top
     chosen = report.suspects(options["suspects"])
     lists = [] if top is None else [getattr(top, side).rows.ravel() for side in ("proponents", "opponents")]
@@ -243,7 +269,10 @@ def write_pages(
     if query is not None and top is not None:
         asked = Examples(query, query_data, np.arange(query.n), albums[1])
         ranks = report.lexical_ranks(shown, texts_of(asked, query.n), top) if options["bm25"] else None
-        texts = _write_queries(report, folder, top, shown, asked, sums, ranks)
+        tokens = None
+        if loaded is not None:
+            tokens = report.tokens(query, top, loaded, (documents_of(query_data), documents_of(data)), options)
+        texts = _write_queries(folder, Entries(report, top, shown, asked, sums, ranks, tokens))
     for first in range(0, max(1, len(chosen)), SUSPECTS_A_FILE):
         part = report.examples(shown, chosen[first : first + SUSPECTS_A_FILE])
         folder.write_data(f"suspects-{first // SUSPECTS_A_FILE}", list(part.values()))
@@ -258,30 +287,45 @@ def write_pages(
     folder.write_page(name, live=ask is not None)
 
 
-def _write_queries(
-    report: Report, folder: PageFolder, top: TopInfluential, shown: Examples, asked: Examples,
-    sums: dict[str, GroupInfluence], ranks: Sequence[Mapping[int, int | None]] | None,
-) -> int:  # fmt: skip
+@dataclass(frozen=True)
+class Entries:
+    """What the pages of queries are made of."""
+
+    report: Report
+    top: TopInfluential
+    shown: Examples
+    asked: Examples
+    sums: dict[str, GroupInfluence]
+    ranks: Sequence[Mapping[int, int | None]] | None
+    tokens: TokenPages | None
+
+    def of(self, number: int, example: dict[str, Any]) -> dict[str, Any]:
+        """Return a query in its page's form."""
+        entry = example | self.report.entry(self.top, number)
+        entry["bm25"] = None if self.ranks is None else self.ranks[number]
+        entry["groups"] = {name: _strongest(groups, number) for name, groups in self.sums.items()}
+        if self.tokens is not None:
+            entry["tokens"] = self.tokens.of_query(number)
+        return entry
+
+
+def _write_queries(folder: PageFolder, entries: Entries) -> int:
     """Write the queries and their list; return the number of files of texts that are too long for the list."""
-    query = report.query
-    assert query is not None
+    report, n = entries.report, entries.asked.store.n
     listing = QueryList(folder)
-    with Progress("pages", query.n, report.settings.progress, unit="query") as bar:
-        for first in range(0, query.n, QUERIES_A_FILE):
-            numbers = range(first, min(query.n, first + QUERIES_A_FILE))
-            entries = []
-            for number, example in zip(numbers, asked.describe(np.array(numbers)), strict=True):
-                entry = example | report.entry(top, number)
-                entry["bm25"] = None if ranks is None else ranks[number]
-                entry["groups"] = {name: _strongest(groups, number) for name, groups in sums.items()}
-                entries.append(entry)
-                listing.add(entry)
-            rows = [row for entry in entries for side in ("proponents", "opponents") for row, _ in entry[side]]
+    with Progress("pages", n, report.settings.progress, unit="query") as bar:
+        for first in range(0, n, QUERIES_A_FILE):
+            numbers = range(first, min(n, first + QUERIES_A_FILE))
+            written = []
+            for number, example in zip(numbers, entries.asked.describe(np.array(numbers)), strict=True):
+                written.append(entries.of(number, example))
+                listing.add(written[-1])
+                bar.advance(1)
+            rows = [row for entry in written for side in ("proponents", "opponents") for row, _ in entry[side]]
             folder.write_data(
                 f"queries-{first // QUERIES_A_FILE}",
-                {"queries": entries, "examples": report.examples(shown, rows)},
+                {"queries": written, "examples": report.examples(entries.shown, rows)},
             )
-            bar.advance(len(numbers))
     return listing.finish()
 
 

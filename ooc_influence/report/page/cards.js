@@ -27,7 +27,7 @@ ooc.cards = (() => {
   }
 
   function image(example, kind) {
-    if (!example.image) return example.unseen ? el("p", { class: "quiet unseen", text: example.unseen }) : null;
+    if (!example.image) return example.unseen ? el("p", { class: "quiet", text: example.unseen }) : null;
     const picture = el("img", { src: example.image, alt: `Image of ${kind} ${example.id}`, loading: "lazy" });
     picture.addEventListener("load", () => picture.classList.toggle("pixels", picture.naturalWidth < 96));
     return el("div", { class: "picture" }, picture);
@@ -57,21 +57,67 @@ ooc.cards = (() => {
   function lexical(ranks, row) {
     if (!ranks) return null;
     const rank = ranks[row];
-    return fact("BM25 rank", rank === null || rank === undefined ? "no word in common" : number(rank),
-      "rank of the document for the query's words, among all documents");
+    return el("span", { class: "lexical", title: "rank of the document for the query's words, among all documents",
+      text: rank === null || rank === undefined ? "BM25: no word in common" : `BM25 rank ${number(rank)}` });
+  }
+
+  // The text of an example or a query: token by token where that is known and asked for.
+  function passage(example, own, limit) {
+    if (!own) return text(example, limit);
+    if (ooc.tokens.shown()) return ooc.tokens.text(own, example.id);
+    return text(example.text === null || example.text === undefined ? { text: ooc.tokens.joined(own.pieces), cut: 0 } : example, limit);
+  }
+
+  // The question of a query and its answer, of which each has a heading; or its text.
+  function asked(query) {
+    const own = query.tokens && query.tokens.query;
+    if (query.answer === null || query.answer === undefined || !query.text) return passage(query, own, 1200);
+    const question = query.text.slice(0, query.answer).trim(), answer = query.text.slice(query.answer).trim();
+    return el("div", { class: "exchange" }, el("h3", { text: "Question" }), text({ text: question, cut: 0 }),
+      el("h3", { text: "Answer" }), own && ooc.tokens.shown() ? ooc.tokens.text(own, `the answer of ${query.id}`, ooc.tokens.prompt(own)) : text({ text: answer, cut: query.cut }, 1200));
+  }
+
+  const percent = (share) => {
+    const value = 100 * share;
+    return `${value > 99 && value < 100 ? value.toFixed(1) : value.toFixed(0)} %`;
+  };
+
+  // What scores mean, and what is known of how far they reach here; each fact leads to where it is explained.
+  function trust(query) {
+    const { settings, rows, facts: store } = ooc.index;
+    const link = (place, said) => el("a", { href: `#/${place}`, text: said });
+    const found = [];
+    const inside = query.outside === null || query.outside === undefined ? null : 1 - query.outside;
+    if (inside !== null) found.push([link("store/inside", `${percent(inside)} of its gradient’s energy`), " is within reach of the training rows"]);
+    const { verification } = store;
+    if (verification) {
+      found.push(verification.checked ? [link("store/verified", `${percent(verification.share)} of the trained parameters`), " were verified against autograd"]
+        : [link("store/verified", "gradients"), " were not compared with autograd"]);
+    }
+    if (settings.lambda !== null) {
+      found.push([link("store/damping", settings.damping === null || settings.damping === undefined ? "damping" : `damping ${settings.damping}`), ` is λ = ${number(settings.lambda)}`]);
+    } else if (!settings.curvature) found.push([link("store/damping", "no curvature"), " was used"]);
+    found.push([link("store/recall", rows === 1 ? "the one row" : `all ${ooc.count(rows, "row")}`), rows === 1 ? " was scored" : " were scored"]);
+    const listed = found.flatMap((parts, place) => [place === 0 ? "" : place === found.length - 1 ? ", and " : ", ", ...parts]);
+    return el("p", { class: "trust" }, "A score estimates how much training on a row lowered this query’s loss (▲) or raised it (▼). ",
+      inside !== null && inside < 0.5 ? el("strong", { text: "Read these with care: most of the query is beyond what the rows can explain. " }) : null,
+      "How far to trust them here: ", listed, ".");
   }
 
   function card(example, value, rank, largest, query) {
+    const own = query && query.tokens ? query.tokens.rows[example.row] : null;
     const other = query && query.label !== null && query.label !== undefined && example.label !== query.label;
     return el("li", {}, el("article", { class: "card", "aria-label": `${value >= 0 ? "Proponent" : "Opponent"} ${rank}: ${example.id}` },
       el("div", { class: "head" }, el("span", { class: "rank", text: String(rank) }), score(value, largest),
         el("code", { class: "id", text: example.id, title: `row ${example.row}` }),
+        lexical(query && query.bm25, example.row),
         example.label === null ? null : el("span", { class: `chip${other ? " other" : ""}`,
           title: other ? "another label than the query's" : null,
           text: `${other ? "≠ " : ""}${example.label}` }),
+        example.source === null ? null : el("span", { class: "chip", title: "source", text: example.source }),
         example.dropped ? el("span", { class: "chip other", text: "dropped" }) : null),
-      el("div", { class: "body" }, image(example, "example"), el("div", { class: "said" }, text(example),
-        facts({ ...example, label: null, norm: null }, [fact("self-influence", number(example.self)), lexical(query && query.bm25, example.row)])))));
+      el("div", { class: "body" }, image(example, "example"), el("div", { class: "said" }, passage(example, own),
+        facts({ ...example, label: null, source: null, norm: null }, [fact("self-influence", number(example.self))])))));
   }
 
   function legend(largest) {
@@ -135,20 +181,31 @@ ooc.cards = (() => {
           short ? el("p", { class: "quiet", text: short }) : null);
       }));
     };
-    draw();
+    const said = el("div", { class: "said" });
+    const tokens = query.tokens;
+    const say = () => {
+      const marked = tokens && ooc.tokens.shown();
+      const listed = marked ? Object.keys(tokens.rows).filter((row) => query.proponents.some((pair) => pair[0] === Number(row))).length : 0;
+      said.replaceChildren(...[asked(query), marked && listed
+        ? el("p", { class: "quiet small", text: `Marked above: each token’s share in the scores of the ${listed === 1 ? "strongest proponent" : `${listed} strongest proponents`}, ${signed(ooc.tokens.total(tokens.query))} together.` }) : null,
+      query.no_tokens ? el("p", { class: "quiet small", text: `Not shown token by token: ${query.no_tokens}` }) : null,
+      facts(query)].filter(Boolean));
+    };
+    const redraw = () => { say(); draw(); };
+    redraw();
     const set = (name) => (value) => { view[name] = value; draw(); };
     const labels = [["all", "all labels"], ["same", "the query's label"], ["other", "another label"]];
     const orders = [["score", "score"], ["loss", "loss, highest"], ["self", "self-influence, highest"]];
     return el("div", { class: "detail" },
-      el("div", { class: "query" }, heading,
-        el("div", { class: "body" }, image(query, "query"), el("div", { class: "said" }, text(query, 1200), facts(query, [fact("outside the training spectrum", query.outside === null || query.outside === undefined ? null
-          : `${(100 * query.outside).toFixed(0)} %`, "share of the query's squared gradient outside the span of the training rows")]))),
-        groupBars(query.groups)),
-      el("div", { class: "tools" },
+      el("div", { class: "query" }, heading, el("div", { class: "body" }, image(query, "query"), said), groupBars(query.groups)),
+      trust(query),
+      el("div", { class: "tools" }, ooc.fold("Filter and order"),
         ooc.field("Filter examples", { type: "search", value: view.find, class: "examples-filter" }, ooc.later(set("find"))),
         ooc.choice("Order", orders, view.order, set("order")),
         query.label === null || query.label === undefined ? null : ooc.choice("Labels", labels, view.label, set("label")),
+        tokens ? ooc.tokens.toggle(redraw) : null,
         legend(largest)),
+      tokens ? ooc.tokens.key() : null,
       columns);
   }
 

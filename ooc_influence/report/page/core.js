@@ -97,6 +97,13 @@ const ooc = (() => {
     return el("label", { class: "field" }, el("span", { text: label }), input);
   }
 
+  // A button that unfolds what comes after it in its parent, on narrow screens alone (report.css).
+  function fold(text) {
+    const button = el("button", { type: "button", class: "fold", "aria-expanded": "false", text,
+      on: { click: () => button.setAttribute("aria-expanded", String(button.getAttribute("aria-expanded") !== "true")) } });
+    return button;
+  }
+
   function later(act, wait = 120) {
     let timer = 0;
     return (...given) => {
@@ -115,5 +122,5 @@ const ooc = (() => {
     try { localStorage.setItem(key, JSON.stringify(value)); return true; } catch { return false; }
   }
 
-  return { receive, load, drop, el, svg, number, signed, count, say, choice, field, later, recall, keep, views, index: null };
+  return { receive, load, drop, el, svg, number, signed, count, say, choice, field, fold, later, recall, keep, views, index: null };
 })();

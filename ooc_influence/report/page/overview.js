@@ -4,7 +4,7 @@
 (() => {
   const { el, number, signed, count } = ooc;
 
-  const page = (title, ...children) => el("div", { class: "page" }, el("h2", { text: title }), children);
+  const page = (title, ...children) => el("div", { class: "page" }, el("h2", { text: title }), children.filter(Boolean));
   const figure = (title, plot, ...more) => el("figure", {}, el("figcaption", { text: title }), plot, more);
   const terms = (pairs) => el("dl", { class: "terms" }, pairs.filter((pair) => pair[1] !== null && pair[1] !== undefined && pair[1] !== "")
     .map(([name, value]) => el("div", {}, el("dt", { text: name }), el("dd", { text: value }))));
@@ -104,14 +104,40 @@
     return String(value);
   }
 
-  ooc.views.set("store", { name: "Store", open(main) {
+  // What a reader has to know of scores; a link to `#/store/<name>` leads to each.
+  function reading() {
+    const { settings, facts, rows, outside } = ooc.index;
+    const share = (value) => `${(100 * value).toFixed(1)} %`;
+    const verified = facts.verification;
+    const unit = { none: "Scores are not normalised.", train: "Scores are divided by the norm of the training row, so that rows of large gradients do not lead every list.",
+      cosine: "Scores are divided by the norms of both rows, and are between −1 and 1." }[settings.normalize];
+    return [
+      ["score", "score", "An estimate, to first order, of how much training on the row lowered the query’s loss (positive: proponents) or raised it (negative: opponents). Scores rank rows of one query; "
+        + "they are not probabilities, and a row that is like many others shares its influence with them."],
+      ["inside", "share within reach", "The part of a query’s squared gradient that is inside the span of the training rows: the rows can explain that part alone."
+        + (outside === null ? "" : ` Median over the queries: ${share(1 - outside)}.`)],
+      ["verified", "verified share", !verified ? "The store has no record of a comparison with autograd." : !verified.checked ? "Entries were not compared with autograd."
+        : `The share of the trained parameters whose stored entries were compared with autograd’s gradients of the same loss: ${share(verified.share)}. What it leaves out is in “verification” below.`],
+      ["damping", "damping", settings.lambda === null ? "There is no curvature: scores are plain dot products of gradients."
+        : `λ = ${number(settings.lambda, 5)} is added to every eigenvalue of the curvature. More of it makes scores more like dot products; less lets weak directions, which are noisier, count more.`],
+      ["recall", "recall", `Each query was compared with every one of the ${count(rows, "row")} of the store, so the recall of the lists is 100 %: no stronger row is missing.`],
+      ["normalised", "unit", unit ?? null],
+      ["lexical", "BM25 rank", "Where a search for the query’s words has the document. A strong row with a poor rank is one that a search would miss."],
+      ["tokens", "tokens", "With a model, each token’s share of the score: the score is the sum over the row’s tokens. For a query, the shares are of its strongest proponents’ scores together."],
+    ];
+  }
+
+  ooc.views.set("store", { name: "Store", open(main, rest) {
     const { facts, layers, curvatures, settings, queries, version, written } = ooc.index;
     const skip = new Set(["store", "writers", "created", "origin", "missing", "bytes"]);
     const lines = Object.entries(facts).filter(([name]) => !skip.has(name)).map(([name, value]) => [name.replaceAll("_", " "), plain(value)]);
     const table = (caption, header, rows) => el("div", { class: "scroll" }, el("table", {}, el("caption", { text: caption }),
       el("thead", {}, el("tr", {}, header.map((text) => el("th", { scope: "col", text })))),
       el("tbody", {}, rows.map((row) => el("tr", {}, row.map((value) => el("td", { text: plain(value) })))))));
-    main.replaceChildren(page("Store",
+    const explained = el("dl", { class: "terms reading" }, reading().filter((entry) => entry[2] !== null).map(([name, title, text]) =>
+      el("div", { id: `reading-${name}`, tabindex: "-1" }, el("dt", { text: title }), el("dd", {}, text, name === "damping" && ooc.index.spectrum
+        ? [" ", el("a", { href: "#/spectrum", text: "Try others on the page Spectrum" }), "."] : null))));
+    main.replaceChildren(page("Store", queries || rest ? el("section", {}, el("h3", { text: "How to read the scores" }), explained) : null,
       el("section", {}, el("h3", { text: "What is in it" }), terms([["path", facts.store], ...lines])),
       el("section", {}, el("h3", { text: "How it was made" }), terms(Object.entries({ ...facts.origin, ...facts.created }).map(([name, value]) => [name.replaceAll("_", " "), plain(value)]))),
       el("section", {}, el("h3", { text: "Layers" }), layers.length
@@ -122,5 +148,10 @@
         ["normalised", settings.normalize], ["proponents and opponents", String(settings.top)],
         ["median share of a query outside the training spectrum", ooc.index.outside === null ? null : `${(100 * ooc.index.outside).toFixed(1)} %`],
         ["written", `${written} by ooc-influence ${version}`]]))));
+    const asked = rest ? explained.querySelector(`[id="reading-${CSS.escape(rest)}"]`) : null;
+    if (asked) {
+      asked.focus({ preventScroll: true });
+      asked.scrollIntoView({ block: "center" });
+    }
   } });
 })();

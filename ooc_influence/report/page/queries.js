@@ -16,7 +16,7 @@ ooc.views.set("queries", (() => {
   let all = null;
   let shown = [];
   let chosen = 0;
-  let list, inner, pane, count;
+  let list, inner, pane, count, unfold;
   let texts = "unread"; // or "reading", "read", or what went wrong
 
   // What is searched: white space counts as one blank, as in the texts of the list.
@@ -79,7 +79,7 @@ ooc.views.set("queries", (() => {
 
   function option(line, place) {
     const node = el("div", { role: "option", id: `query-${line.number}`, class: "line-of-list", "aria-selected": String(line.number === chosen),
-      "aria-setsize": shown.length, "aria-posinset": place + 1, on: { click: () => choose(line.number) } },
+      "aria-setsize": shown.length, "aria-posinset": place + 1, on: { click: () => { unfold.setAttribute("aria-expanded", "false"); choose(line.number); } } },
     line.image ? el("img", { src: line.image, alt: "", loading: "lazy" }) : null,
     el("div", { class: "first" }, el("code", { text: line.id }),
       line.label === null ? null : el("span", { class: "chip", text: line.label }),
@@ -139,13 +139,14 @@ ooc.views.set("queries", (() => {
     list = el("div", { class: "list", role: "listbox", tabindex: "0", "aria-label": "Queries", on: { keydown: move, scroll: () => requestAnimationFrame(paint) } }, inner);
     count = el("p", { class: "quiet", id: "query-count", "aria-live": "polite" });
     pane = el("div", { class: "pane", id: "pane" });
+    unfold = ooc.fold(`Choose among ${ooc.count(all.length, "query", "queries")}`);
     const set = (name) => (value) => { state[name] = value; select(); };
     const chooser = (name, label) => {
       const found = values(name);
       return found.length ? ooc.choice(label, [["", "all"], ...found.map((value) => [value, value])], state[name], set(name)) : null;
     };
     main.replaceChildren(el("div", { class: "queries" },
-      el("section", { class: "side", "aria-label": "Choose a query" },
+      el("section", { class: "side", "aria-label": "Choose a query" }, unfold,
         ooc.field("Search queries", { type: "search", id: "search", value: state.find }, ooc.later(set("find"))),
         el("div", { class: "row" }, ooc.choice("Sort", Object.entries(ORDERS).map(([key, own]) => [key, own[0]]), state.order, set("order")),
           chooser("label", "Label"), chooser("source", "Source")),
