@@ -247,6 +247,7 @@ class ClaimedOutput(ResumableOutput):
     ) -> None:
         path = partial_path(target)
         super().__init__(path, settings)
+        self._of = "the fit" if what == "the curvature" else what
         self._claim: Claim | None = None
         try:
             self._claim = _claim_folder(path, "fit")
@@ -286,10 +287,14 @@ class ClaimedOutput(ResumableOutput):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        kept = bool(self.groups())
-        self.close(finished=kind is None)
-        if kind is not None and kept:
-            logger.warning("partial results of the fit are kept in %s: run it again to resume", self.path)
+        self.end(finished=kind is None)
+
+    def end(self, *, finished: bool) -> None:
+        """Release the folder, see :meth:`close`, and say where the parts of what is not finished are."""
+        kept = bool(self.groups() or self.part_names())
+        self.close(finished=finished)
+        if kept and not finished:
+            logger.warning("partial results of %s are kept in %s: run it again to resume", self._of, self.path)
 
 
 def kept_groups(target: StorePath, settings: Settings) -> dict[str, StorePath]:

@@ -150,6 +150,55 @@ def test_shares_add_up_to_the_scores_of_the_lists(traced, tmp_path):
         assert answer.split() == query["text"].split()[3:]
 
 
+def test_an_interrupted_report_continues_with_the_next_query(traced, tmp_path, monkeypatch):
+    from ooc_influence.influence.tokens import Shares
+
+    model, compute, done = traced[0] / "model", Shares.of, []
+
+    def interrupted(shares, queries):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.extend(queries)
+        return compute(shares, queries)
+
+    def counted(shares, queries):
+        done.extend(queries)
+        return compute(shares, queries)
+
+    monkeypatch.setattr(Shares, "of", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write(traced, tmp_path / "r", model=model)
+    assert [path.name for path in tmp_path.iterdir()] == [".r.partial"]
+    monkeypatch.setattr(Shares, "of", counted)
+    report = write(traced, tmp_path / "r", model=model)
+    assert done == [0, 1, 2, 3]
+    assert [path.name for path in tmp_path.iterdir()] == ["r"]
+    again = write(traced, tmp_path / "again", model=model)
+    name = "data/queries-0.js"
+    assert (again / name).read_bytes() == (report / name).read_bytes()
+
+
+def test_parts_of_other_settings_do_not_count(traced, tmp_path, monkeypatch):
+    from ooc_influence.influence.tokens import Shares
+
+    model, compute, done = traced[0] / "model", Shares.of, []
+
+    def interrupted(shares, queries):
+        done.extend(queries)
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        return compute(shares, queries)
+
+    monkeypatch.setattr(Shares, "of", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write(traced, tmp_path / "r", model=model)
+    report = write(traced, tmp_path / "r", model=model, damping=1.0)
+    assert done == [0, 1, 2, 0, 1, 2, 3]
+    fresh = write(traced, tmp_path / "fresh", model=model, damping=1.0)
+    name = "data/queries-0.js"
+    assert (fresh / name).read_bytes() == (report / name).read_bytes()
+
+
 def test_without_a_model_or_rows_pages_are_as_they_were(traced, tmp_path):
     plain = write(traced, tmp_path / "plain")
     none = write(traced, tmp_path / "none", model=traced[0] / "model", token_rows=0)
@@ -224,7 +273,7 @@ def test_typed_queries_come_with_tokens(traced):
     with live_report(train, model=model, data=folder / "corpus.jsonl", top=3, token_rows=2) as server:
         found = answer(server, {"prompt": "w1 w2", "completion": "w3 w4 w5"})
         scores = dict(map(tuple, [*found["proponents"][:2], *found["opponents"][:2]]))
-        assert {row: pytest.approx(total(own), rel=1e-3) for row, own in found["tokens"]["rows"].items()} == scores
+        assert {int(row): pytest.approx(total(own), rel=1e-3) for row, own in found["tokens"]["rows"].items()} == scores
         assert found["text"][found["answer"] :] == "w3 w4 w5"
         assert found["tokens"]["query"]["pieces"][0] == ["w1 w2", 0]
     with live_report(train, model=HuggingFaceModel(folder / "model"), top=3) as server:

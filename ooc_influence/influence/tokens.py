@@ -35,7 +35,7 @@ from ooc_influence.extract import (
     tapped,
     to_device,
 )
-from ooc_influence.fingerprint import check_same_rows
+from ooc_influence.fingerprint import array_digest, check_same_rows
 from ooc_influence.hf import CausalLoss, Job, Loaded, job_of, token_texts
 from ooc_influence.influence.ranking import TopInfluential
 from ooc_influence.influence.request import ScoreRequest
@@ -235,6 +235,12 @@ class Shares:
     source: _Source
     lists: TopInfluential
     progress: bool | None
+
+    @property
+    def digest(self) -> str:
+        """A digest of all that the shares depend on: stores, curvature, unit, and the rows in lists."""
+        rows = [array_digest(side.rows) for side in (self.lists.proponents, self.lists.opponents)]
+        return self.request.digest(kind="tokens", rows=rows)
 
     def of(self, queries: Sequence[int]) -> list[TokenInfluence]:
         """Return the shares of some queries."""

@@ -16,9 +16,10 @@ from types import TracebackType
 from typing import Any, Self
 
 from ooc_influence._version import __version__
+from ooc_influence.checkpoint import ClaimedOutput, ResumableOutput
 from ooc_influence.errors import StoreExistsError, writing
 from ooc_influence.progress import optional_library
-from ooc_influence.store import check_free
+from ooc_influence.store import check_free, parse_path
 
 NAME = "report.json"
 _KIND = "ooc-influence-report"
@@ -110,6 +111,7 @@ class PageFolder:
 
     def __init__(self, target: Path) -> None:
         self._target = target.resolve()
+        self._parts: ClaimedOutput | None = None
         with self._writing():
             replaceable_files(self._target)
             self._target.parent.mkdir(parents=True, exist_ok=True)
@@ -120,6 +122,14 @@ class PageFolder:
 
     def _writing(self) -> AbstractContextManager[None]:
         return writing(f"to write a report to {self._target}")
+
+    def keep_parts(self, settings: dict[str, Any]) -> ResumableOutput:
+        """Return where parts of the page that take long are kept until it is published, in a hidden folder beside it.
+
+        The same call, interrupted or killed, reads them; ``settings`` are all that they depend on.
+        """
+        self._parts = ClaimedOutput(parse_path(self._target), settings, "the report", ", or choose another folder")
+        return self._parts
 
     def write_data(self, name: str, value: Any) -> None:
         """Write JSON-ready values as ``data/<name>.js``."""
@@ -145,14 +155,16 @@ class PageFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None:
-            shutil.rmtree(self.path, ignore_errors=True)
-            return
+        done = False
         try:
-            with self._writing():
-                self._publish()
+            if error is None:
+                with self._writing():
+                    self._publish()
+                done = True
         finally:
             shutil.rmtree(self.path, ignore_errors=True)  # there still where that failed
+            if self._parts is not None:
+                self._parts.end(finished=done)
 
     def _publish(self) -> None:
         _write_manifest(self.path)

@@ -6,17 +6,21 @@ no share (a prompt, a template, padding). Of a text that is too long for a page,
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ooc_influence._version import __version__
+from ooc_influence.checkpoint import ResumableOutput
 from ooc_influence.curvature import Curvature
 from ooc_influence.influence import TopInfluential
 from ooc_influence.report.examples import TEXT_LIMIT, Corpus
+from ooc_influence.report.folder import PageFolder
 from ooc_influence.store import GradientStore
 
 if TYPE_CHECKING:
@@ -101,9 +105,13 @@ def _strongest_part(
 
 @dataclass(frozen=True)
 class TokenPages:
-    """The tokens of queries in a page's form: of one query at a time, so that memory holds those of one."""
+    """The tokens of queries in a page's form: of one query at a time, so that memory holds those of one.
+
+    ``parts`` keeps those of finished queries.
+    """
 
     shares: Shares
+    parts: ResumableOutput = field(default_factory=ResumableOutput)
 
     @classmethod
     def open(
@@ -128,15 +136,29 @@ class TokenPages:
         options: Any = {name: scoring[name] for name in ("memory", "progress") if name in scoring}
         return cls(open_shares(*stores, loaded, data=data, lists=lists, **options))
 
+    def kept(self, folder: PageFolder) -> TokenPages:
+        """Return the same, with parts that the folder keeps until its page is published."""
+        return replace(self, parts=folder.keep_parts({"digest": self.shares.digest, "version": __version__}))
+
     def of_query(self, number: int) -> dict[str, Any] | None:
-        """Return ``query``, the tokens of a query, and ``rows``, by row those of its lists; None without lists."""
+        """Return ``query``, a query's tokens, and ``rows``, by row (as text) those of its lists; None without lists."""
+        name = f"tokens-{number}-{number + 1}"
+        part = self.parts.get(name)
+        if part is not None:
+            read: dict[str, Any] | None = json.loads(part["json"].tobytes())
+            return read
+        found = self._compute(number)
+        self.parts.put(name, {"json": np.frombuffer(json.dumps(found).encode(), np.uint8)})
+        return found
+
+    def _compute(self, number: int) -> dict[str, Any] | None:
         (found,) = self.shares.of([number])
         if not len(found.rows) or found.texts is None or found.query_text is None:
             return None
         rows = zip(found.rows.tolist(), found.texts, found.tokens, strict=True)
         return {
             "query": token_pieces(found.query_text, found.query_tokens, _SHOWN["query"]),
-            "rows": {row: token_pieces(texts, shares, _SHOWN["row"]) for row, texts, shares in rows},
+            "rows": {str(row): token_pieces(texts, shares, _SHOWN["row"]) for row, texts, shares in rows},
         }
 
 

@@ -189,7 +189,8 @@ def write_report(
         Where the texts or images of train rows and of queries are; without, ids alone are shown.
     model : hf.Loaded, str or path, optional
         The language model that the stores were extracted with: texts are shown token by token, with each token's share
-        of the score (:func:`ooc_influence.token_influence`), which takes a pass over every row shown so.
+        of the score (:func:`ooc_influence.token_influence`), which takes a pass over every row shown so. Finished
+        queries are kept in a hidden folder beside ``out``: the same call, interrupted or killed, continues from them.
     **options : ReportOptions
         See :mod:`ooc_influence.options`; one curvature and one damping.
 
@@ -271,7 +272,8 @@ def write_pages(
         ranks = report.lexical_ranks(shown, texts_of(asked, query.n), top) if options["bm25"] else None
         tokens = None
         if loaded is not None:
-            tokens = report.tokens(query, top, loaded, (documents_of(query_data), documents_of(data)), options)
+            places = documents_of(query_data), documents_of(data)
+            tokens = report.tokens(query, top, loaded, places, options).kept(folder)
         texts = _write_queries(folder, Entries(report, top, shown, asked, sums, ranks, tokens))
     for first in range(0, max(1, len(chosen)), SUSPECTS_A_FILE):
         part = report.examples(shown, chosen[first : first + SUSPECTS_A_FILE])
