@@ -124,7 +124,8 @@ def job_of(store: GradientStore, loaded: Loaded, data: Any = None, *, progress: 
             "(--data, --query-data), or give the recipe (--recipe)"
         )
     names = definitions(JobOptions)
-    recorded = {name: value for name, value in (origin | fields).items() if name in names and name != "documents"}
+    recorded = {name: value for name, value in (origin | fields).items() if name in names}
+    recorded["documents"] = origin.get("chosen_documents")  # "documents" are all that the file has
     defaults = {name: option.default for name, option in names.items()}
     return _make_job(loaded, path, Fields(**fields), cast(JobOptions, {**defaults, **recorded, "progress": progress}))
 
@@ -331,13 +332,15 @@ def _extract(model: str, data: str, store: StorePath, options: dict[str, Any], *
 
 def _origin(model: Any, data: Any, job: Job, options: HuggingFaceOptions) -> dict[str, Any]:
     """Return the record of a store's model and documents, by which a row's text is found again."""
-    samples, recorded = job.samples, ("split", "adapter", "revision", "reduction", "output", "weights", "sign_seed")
+    samples = job.samples
+    recorded = ("split", "adapter", "revision", "reduction", "output", "weights", "sign_seed", "on_missing")
     asked: Mapping[str, Any] = options
     defaults = {name: option.default for name, option in definitions(HuggingFaceOptions).items()}
     return {
         "model": str(getattr(job.model, "name_or_path", "")) if isinstance(model, Loaded) else str(model),
         "data": str(data) if isinstance(data, (str, Path)) else None,
         "documents": samples.documents, "fields": samples.fields.all, "max_length": samples.max_length,
+        **({} if asked["documents"] is None else {"chosen_documents": asked["documents"]}),
         **{name: asked[name] for name in recorded if asked[name] != defaults[name]},
     }  # fmt: skip
 

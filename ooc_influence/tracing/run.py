@@ -283,9 +283,11 @@ class _Run:
     def _write(self) -> None:
         self._write_answers()
         how: Any = {name: self._options[name] for name in ("memory", "progress", "damping", "top")}
+        rows = self._token_rows
         write_report(
             self._path("data"), self._folder / "page", self._path("queries"), data=self._corpus("data"),
-            query_data=self._corpus("queries"), title=self._folder.name, **how,
+            query_data=self._corpus("queries"), title=self._folder.name, model=self._loaded if rows else None,
+            token_rows=rows, **how,
         )  # fmt: skip
 
     def _write_answers(self) -> None:
