@@ -119,11 +119,11 @@ def test_lists_by_a_sketch_on_two_workers(tmp_path, long_pair, client):
     options = {"top": 20, "damping": [0.1, 3.0], "normalize": "train"}
     with client.as_current():
         there = sketch_store(train, tmp_path / "there.zarr", 12)
-        found = top_influential(query, train, sketch=there, **options)
+        found = top_influential(query, train, sketch=there, prove=True, **options)
         whole = top_influential(query, train, sketch=there, recall=1, **options)
     here = sketch_store(train, tmp_path / "here.zarr", 12, workers=1)
     close(there.rows(), here.rows(), 1e-5)
-    local = top_influential(query, train, sketch=there, **options)
+    local = top_influential(query, train, sketch=there, prove=True, **options)
     assert_array_equal(found.proponents.rows, local.proponents.rows)
     close(found.opponents.scores, local.opponents.scores)
     assert found.search == local.search

@@ -115,7 +115,7 @@ def test_bounds_hold_in_a_kronecker_basis(tmp_path, dtype):
             check_same(found, expected)
         else:  # norms of signs are kept at some dampings only: one float32 product gives the scores of all rows
             assert_array_equal(found.proponents.rows, expected.proponents.rows)
-        check_sound(top_influential(query, train, sketch=sketch, recall=0.8, **options), expected)
+        check_sound(top_influential(query, train, sketch=sketch, recall=0.8, prove=True, **options), expected)
 
 
 def test_bounds_hold_for_reduced_rows(tmp_path):
@@ -144,7 +144,7 @@ def test_lists_of_recall_one_are_those_of_all_rows(tmp_path, unit):
     options = {"curvature": False, "normalize": unit}
     expected = top_influential(query, train, **options)
     for recall in (0.3, 0.9, 1):
-        found = top_influential(query, train, sketch=sketch, recall=recall, **options)
+        found = top_influential(query, train, sketch=sketch, recall=recall, prove=True, **options)
         check_sound(found, expected)
         assert found.search["proven_queries"] == found.proven.sum()
     check_same(found, expected)
@@ -155,7 +155,7 @@ def test_lists_of_recall_one_are_those_of_all_rows(tmp_path, unit):
 
 def test_low_rank_rows_are_proven_without_measuring(tmp_path, monkeypatch):
     query, train, sketch = pair(tmp_path, low_rank(N, 1), low_rank(Q, 2))
-    found = top_influential(query, train, sketch=sketch, damping=1.0)
+    found = top_influential(query, train, sketch=sketch, damping=1.0, prove=True)
     assert found.search["proven_share"] > 0.8
     assert "recall is proven for" in describe_search(found.search)
     monkeypatch.setattr(SketchSearch, "_measure", None)
@@ -188,7 +188,7 @@ def test_a_row_hidden_from_the_sketch_is_found(tmp_path, monkeypatch):
     expected = top_influential(query, train, **options)
     assert expected.proponents.rows[2, 0] == 777
     monkeypatch.setattr(Recall, "candidates", lambda self, top, wanted: 5)
-    found = top_influential(query, train, sketch=sketch, recall=0.9, **options)
+    found = top_influential(query, train, sketch=sketch, recall=0.9, prove=True, **options)
     assert 777 not in found.proponents.rows[2]
     assert not found.proven[2]
     check_sound(found, expected)
@@ -219,7 +219,7 @@ def test_zero_rows_ties_and_a_huge_range(tmp_path):
         options = {"curvature": False, "normalize": unit, "top": 20}
         expected = top_influential(query, train, **options)
         check_same(top_influential(query, train, sketch=sketch, recall=1, **options), expected)
-        check_sound(top_influential(query, train, sketch=sketch, recall=0.5, **options), expected)
+        check_sound(top_influential(query, train, sketch=sketch, recall=0.5, prove=True, **options), expected)
 
 
 def test_appended_and_dropped_rows(tmp_path):
@@ -241,7 +241,7 @@ def test_appended_and_dropped_rows(tmp_path):
             fit_fisher(train)
         expected = top_influential(query, train, **more)
         check_same(top_influential(query, train, sketch=sketch, recall=1, **more), expected)
-        check_sound(top_influential(query, train, sketch=sketch, recall=0.9, **more), expected)
+        check_sound(top_influential(query, train, sketch=sketch, recall=0.9, prove=True, **more), expected)
 
 
 def test_few_rows_are_all_candidates(tmp_path):
@@ -260,7 +260,9 @@ def test_what_is_proven_does_not_depend_on_the_product(tmp_path):
     for product in ("float32", "bfloat16", "int8"):
         rows = {"product": "auto" if product == "int8" else product}
         for workers in (1, 2):
-            found = top_influential(query, train, sketch=sketch, recall=0.9, damping=3.0, workers=workers, **rows)
+            found = top_influential(
+                query, train, sketch=sketch, recall=0.9, prove=True, damping=3.0, workers=workers, **rows
+            )
             facts.append((found.proven.tolist(), found.search["proven_share"]))
     assert all(each == facts[0] for each in facts)
     assert 0 < facts[0][1] < 1
@@ -268,7 +270,7 @@ def test_what_is_proven_does_not_depend_on_the_product(tmp_path):
 
 def test_on_a_device(tmp_path):
     query, train, sketch = pair(tmp_path, low_rank(N, 1, noise=0.1), low_rank(Q, 2))
-    options = {"curvature": False, "sketch": sketch}
+    options = {"curvature": False, "sketch": sketch, "prove": True}
     expected = top_influential(query, train, curvature=False)
     for recall in (0.9, 1):
         found = top_influential(query, train, device="cpu", recall=recall, **options)
@@ -287,8 +289,10 @@ def test_sketches_without_norms_prove_nothing(tmp_path):
     assert "proven_queries" not in found.search
     assert "measured on" in describe_search(found.search)
     assert "proven" not in found.to_dict()["queries"][0]
-    with pytest.raises(InputError, match=r"expected a sketch with the norms .* run 'ooc-influence sketch' again"):
-        top_influential(query, train, sketch=older, recall=1)
+    assert top_influential(query, train, sketch=sketch).proven is None  # nor where it is not asked for
+    for asked in ({"recall": 1}, {"prove": True}):
+        with pytest.raises(InputError, match=r"expected a sketch with the norms .* run 'ooc-influence sketch' again"):
+            top_influential(query, train, sketch=older, **asked)
     # a store made of a sketch's rows inherits the column, of other rows
     again = reduce_store(sketch, tmp_path / "again.zarr", R, rotate=True)
     assert RESIDUALS in again.layout.columns

@@ -219,12 +219,13 @@ class SketchSearch:
     def run(self, top: int) -> Lists:
         """Return the lists of all queries."""
         asked, top = self.options, min(top, self.scoring.n)
-        proving, complete = has_residuals(self.sketch), asked["recall"] == 1
-        if complete and not proving:
+        complete = asked["recall"] == 1
+        proving = complete or asked["prove"]
+        if proving and not has_residuals(self.sketch):
             raise InputError(
                 f"expected a sketch with the norms of what it leaves out of rows, to prove lists complete; received "
                 f"{self.sketch.path}, which has none: remove it and run 'ooc-influence sketch' again, or give a recall "
-                "below 1 (--recall)"
+                "below 1 (--recall) without prove (--prove)"
             )
         if complete:
             count, found = min(self.scoring.n, max(_FIRST, _FIRST_TIMES * top)), {"recall": 1.0, "measured": None}

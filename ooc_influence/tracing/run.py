@@ -35,7 +35,7 @@ from ooc_influence.tracing.settings import claim_folder, source_name
 logger = logging.getLogger("ooc_influence")
 
 _LONG, _LARGE = 600.0, 10 * 2**30  # seconds and bytes of a run that is confirmed before it starts
-_PILOT_PASSES, _PILOT_SAMPLES = 2, 256  # of the Kronecker basis: factors and second moments
+_PILOT_PASSES, _PILOT_SAMPLES = 1, 256  # of the Kronecker basis: factors; rows of the second pass are kept
 _FORMS = ("text", "prompt", "completion", "messages", "label")
 _ENTRIES = 65536  # kept of a row
 
