@@ -25,6 +25,7 @@ from ooc_influence.extract.full_basis import (
 )
 from ooc_influence.extract.losses import (
     LabelDraws,
+    active_draws,
     binary_cross_entropy,
     cross_entropy,
     cross_entropy_at,
@@ -52,9 +53,9 @@ from ooc_influence.extract.taps import PerSampleLoss, tapped
 __all__ = [
     "AdamMetric", "BasisPlan", "Batches", "Batching", "BudgetBatches", "CheckpointSource", "Derivatives",
     "FullBasis", "LabelDraws", "ModelSetup", "ModuleSelection", "PartLosses", "PerSampleLoss", "Pilot", "Recipe",
-    "RowChoice", "Samples", "Split", "batches_of_rows", "binary_cross_entropy", "by_path", "check_model",
-    "choose_split", "count_rows", "cross_entropy", "cross_entropy_at", "directional_derivatives", "even_numbers",
-    "exact_scores", "extract_gradients", "extract_shards", "factors_path",
+    "RowChoice", "Samples", "Split", "active_draws", "batches_of_rows", "binary_cross_entropy", "by_path",
+    "check_model", "choose_split", "count_rows", "cross_entropy", "cross_entropy_at", "directional_derivatives",
+    "even_numbers", "exact_scores", "extract_gradients", "extract_shards", "factors_path",
     "init_store", "keep_factors", "load_recipe", "loaded", "measure_speed", "numbered_batches", "open_checkpoints",
     "parameter_direction", "parse_device", "part_of", "recorded_checkpoints", "row_types", "run_shards", "running",
     "sampled_labels", "tapped", "to_device", "token_cross_entropy",

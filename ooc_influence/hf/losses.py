@@ -10,18 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ooc_influence.extract import binary_cross_entropy, cross_entropy, cross_entropy_at
+from ooc_influence.extract import binary_cross_entropy, cross_entropy
 from ooc_influence.hf.labels import LabelLoss
 from ooc_influence.hf.padding import IGNORED, PAD, padding_token
-
-
-def _token_losses(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the loss of every target token, (T,), and which sample it belongs to, (T,)."""
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-    targets = batch["labels"][:, 1:]
-    sample, position = torch.nonzero(targets != IGNORED, as_tuple=True)
-    index = sample * logits.shape[1] + position
-    return cross_entropy_at(logits.flatten(0, 1), index, targets[sample, position], sample), sample
+from ooc_influence.hf.unembedding import Targets, target_losses
 
 
 class CausalLoss:
@@ -38,16 +30,16 @@ class CausalLoss:
 
     def __call__(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
         """Return the losses, (b,) float32; 0 for a sample without target tokens."""
-        losses, sample = _token_losses(model, batch)
-        total = losses.new_zeros(len(batch["labels"])).index_add(0, sample, losses)
+        targets = Targets.of(batch["labels"], IGNORED)
+        losses = target_losses(model, batch, targets)
+        total = losses.new_zeros(len(batch["labels"])).index_add(0, targets.sample, losses)
         return total / self._divisor(batch) if self._mean else total
 
     def of_tokens(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
         """Return what each token adds to its sample's loss, (b, t) float32, at the token itself; 0 at others."""
-        losses, sample = _token_losses(model, batch)
-        labels = batch["labels"]
-        position = torch.nonzero(labels[:, 1:] != IGNORED, as_tuple=True)[1] + 1
-        found = losses.new_zeros(labels.shape).index_put((sample, position), losses)
+        targets = Targets.of(batch["labels"], IGNORED)
+        losses = target_losses(model, batch, targets)
+        found = losses.new_zeros(batch["labels"].shape).index_put((targets.sample, targets.position), losses)
         return found / self._divisor(batch).unsqueeze(1) if self._mean else found
 
     @staticmethod
@@ -74,14 +66,15 @@ class SignedLoss:
 
     def __call__(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
         """Return the signed sums, (b,) float32."""
-        losses, sample = _token_losses(model, batch)
-        targets = batch["labels"][:, 1:] != IGNORED
-        factor = batch["signs"][:, 1:][targets]
+        targets = Targets.of(batch["labels"], IGNORED)
+        losses = target_losses(model, batch, targets)
+        factor = batch["signs"][targets.sample, targets.position]
         if self._ggn:
             factor = factor * torch.expm1(losses.detach().clamp(min=1e-6)).rsqrt()
         if self._mean:
-            factor = factor * targets.sum(1).clamp(min=1).rsqrt()[sample]
-        return losses.new_zeros(len(targets)).index_add(0, sample, losses * factor)
+            counts = (batch["labels"][:, 1:] != IGNORED).sum(1).clamp(min=1)
+            factor = factor * counts.rsqrt()[targets.sample]
+        return losses.new_zeros(len(batch["labels"])).index_add(0, targets.sample, losses * factor)
 
 
 def class_logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
