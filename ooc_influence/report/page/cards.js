@@ -91,7 +91,7 @@ ooc.cards = (() => {
     if (inside !== null) found.push([link("store/inside", `${percent(inside)} of its gradient’s energy`), " is within reach of the training rows"]);
     const { verification } = store;
     if (verification) {
-      found.push(verification.checked ? [link("store/verified", `${percent(verification.share)} of the trained parameters`), " were verified against autograd"]
+      found.push(verification.checked ? [link("store/verified", `${percent(verification.share)} of the parameters`), " were verified against autograd"]
         : [link("store/verified", "gradients"), " were not compared with autograd"]);
     }
     if (settings.lambda !== null) {
@@ -99,9 +99,9 @@ ooc.cards = (() => {
     } else if (!settings.curvature) found.push([link("store/damping", "no curvature"), " was used"]);
     found.push([link("store/recall", rows === 1 ? "the one row" : `all ${ooc.count(rows, "row")}`), rows === 1 ? " was scored" : " were scored"]);
     const listed = found.flatMap((parts, place) => [place === 0 ? "" : place === found.length - 1 ? ", and " : ", ", ...parts]);
-    return el("p", { class: "trust" }, "A score estimates how much training on a row lowered this query’s loss (▲) or raised it (▼). ",
+    return el("p", { class: "trust" }, "A score estimates how much training on a row lowered (▲) or raised (▼) this query’s loss. ",
       inside !== null && inside < 0.5 ? el("strong", { text: "Read these with care: most of the query is beyond what the rows can explain. " }) : null,
-      "How far to trust them here: ", listed, ".");
+      "To judge them here: ", listed, ".");
   }
 
   function card(example, value, rank, largest, query) {
@@ -187,7 +187,7 @@ ooc.cards = (() => {
       const marked = tokens && ooc.tokens.shown();
       const listed = marked ? Object.keys(tokens.rows).filter((row) => query.proponents.some((pair) => pair[0] === Number(row))).length : 0;
       said.replaceChildren(...[asked(query), marked && listed
-        ? el("p", { class: "quiet small", text: `Marked above: each token’s share in the scores of the ${listed === 1 ? "strongest proponent" : `${listed} strongest proponents`}, ${signed(ooc.tokens.total(tokens.query))} together.` }) : null,
+        ? el("p", { class: "quiet small", text: `Marked: shares in the scores of the ${listed === 1 ? "strongest proponent" : `${listed} strongest proponents`}, ${signed(ooc.tokens.total(tokens.query))} together` }) : null,
       query.no_tokens ? el("p", { class: "quiet small", text: `Not shown token by token: ${query.no_tokens}` }) : null,
       facts(query)].filter(Boolean));
     };
@@ -204,8 +204,7 @@ ooc.cards = (() => {
         ooc.choice("Order", orders, view.order, set("order")),
         query.label === null || query.label === undefined ? null : ooc.choice("Labels", labels, view.label, set("label")),
         tokens ? ooc.tokens.toggle(redraw) : null,
-        legend(largest)),
-      tokens ? ooc.tokens.key() : null,
+        legend(largest), tokens ? ooc.tokens.key() : null),
       columns);
   }
 

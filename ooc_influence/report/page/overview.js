@@ -120,7 +120,7 @@
         : `The share of the trained parameters whose stored entries were compared with autograd’s gradients of the same loss: ${share(verified.share)}. What it leaves out is in “verification” below.`],
       ["damping", "damping", settings.lambda === null ? "There is no curvature: scores are plain dot products of gradients."
         : `λ = ${number(settings.lambda, 5)} is added to every eigenvalue of the curvature. More of it makes scores more like dot products; less lets weak directions, which are noisier, count more.`],
-      ["recall", "recall", `Each query was compared with every one of the ${count(rows, "row")} of the store, so the recall of the lists is 100 %: no stronger row is missing.`],
+      ["recall", "recall", `Each query was compared with every one of the ${count(rows, "row")} of the store, so the recall of the lists is 100\u00a0%: no stronger row is missing.`],
       ["normalised", "unit", unit ?? null],
       ["lexical", "BM25 rank", "Where a search for the query’s words has the document. A strong row with a poor rank is one that a search would miss."],
       ["tokens", "tokens", "With a model, each token’s share of the score: the score is the sum over the row’s tokens. For a query, the shares are of its strongest proponents’ scores together."],

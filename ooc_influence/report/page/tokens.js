@@ -146,7 +146,7 @@ ooc.tokens = (() => {
   }
 
   // What the marks mean.
-  const key = () => el("p", { class: "quiet small tokens" }, el("span", { class: "t pro l2", vars: { share: "0.7" }, text: "raises" }), " or ",
+  const key = () => el("p", { class: "quiet small tokens key" }, el("span", { class: "t pro l2", vars: { share: "0.7" }, text: "raises" }), " or ",
     el("span", { class: "t con l2", vars: { share: "0.7" }, text: "lowers" }), " the score; point at a token, or focus a text and press arrow keys, for its share");
 
   return { text, joined, prompt, shown, toggle, key, total };
