@@ -494,3 +494,15 @@ def test_a_missing_file_is_said(page, plain, tmp_path):
     (tmp_path / "copy" / "data" / "index.js").unlink()
     page.open(address(tmp_path / "copy"))
     assert "data/index.js is missing" in page.text(".notice")
+
+
+def test_why_an_image_is_not_shown_can_be_read(page, tmp_path):
+    pytest.importorskip("PIL")
+    train = make_store(tmp_path / "train.zarr", random_rows(20, 6))
+    records = ({"text": f"row {row}", "picture": "nowhere.png"} for row in range(20))
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    with pytest.warns(UserWarning, match="not shown"):
+        report = write_report(train, tmp_path / "r", data=Corpus(tmp_path / "train.jsonl", image="picture"))
+    page.open(address(report), "labels")
+    reason = "[...document.querySelectorAll('.suspects p')].find((own) => own.innerText.includes('no such file'))"
+    assert page.wait(f"return {reason}?.getBoundingClientRect().width") > 50
