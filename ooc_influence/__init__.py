@@ -36,10 +36,12 @@ if TYPE_CHECKING:
         token_cross_entropy,
     )
     from ooc_influence.influence import (
+        Selection,
         TopInfluential,
         group_influence,
         influence_scores,
         module_influence,
+        select_rows,
         self_influence,
         sketch_store,
         top_influential,
@@ -63,8 +65,8 @@ _EXPORTS = {
         "extract_shards", "init_store", "token_cross_entropy",
     ],
     "influence": [
-        "TopInfluential", "group_influence", "influence_scores", "module_influence", "self_influence",
-        "sketch_store", "top_influential",
+        "Selection", "TopInfluential", "group_influence", "influence_scores", "module_influence", "select_rows",
+        "self_influence", "sketch_store", "top_influential",
     ],
     "influence.rerank": ["rerank"],  # apart from the package, as the next one: they run the model
     "influence.tokens": ["TokenInfluence", "token_influence"],
@@ -78,12 +80,12 @@ _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in nam
 __all__ = [
     "AdamMetric", "Batching", "BudgetBatches", "ChunkCache", "Curvature", "Dropout", "Eigenbasis", "Gaussian",
     "GradientStore", "Grass", "Identity", "KroneckerBasis", "LoGra", "OocInfluenceError", "OocInfluenceWarning",
-    "Pca", "Rademacher", "Recipe", "RowBudget", "Sjlt", "Split", "Storage", "TokenInfluence", "TopInfluential",
-    "Trace", "__version__",
+    "Pca", "Rademacher", "Recipe", "RowBudget", "Selection", "Sjlt", "Split", "Storage", "TokenInfluence",
+    "TopInfluential", "Trace", "__version__",
     "compact_store", "cross_entropy", "extract_gradients", "extract_shards", "fit_curvature", "fit_fisher",
     "fit_gram", "fit_kronecker", "gram_matrix", "group_influence", "influence_scores", "init_store", "merge_stores",
-    "module_influence", "plan", "reduce_store", "rerank", "rewrite_store", "self_influence", "sketch_store",
-    "token_cross_entropy", "token_influence", "top_influential", "trace", "upgrade_store",
+    "module_influence", "plan", "reduce_store", "rerank", "rewrite_store", "select_rows", "self_influence",
+    "sketch_store", "token_cross_entropy", "token_influence", "top_influential", "trace", "upgrade_store",
 ]  # fmt: skip
 
 

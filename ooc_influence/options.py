@@ -230,6 +230,46 @@ class SelfInfluenceOptions(ScoringOptions, Resumable, total=False):
     """What self-influence takes."""
 
 
+class SelectOptions(ScoringOptions, Resumable, total=False):
+    """What a selection of train rows takes."""
+
+    tasks: Annotated[str | None, Option(
+        None, "str, optional",
+        "A column of the query store whose values are tasks. Queries of a task count as one, the mean of their "
+        "gradients, and a row's score is its highest over the tasks. Default: all queries are one task.",
+        "Column of the targets whose values are tasks: a row's score is its highest over the tasks. Default: one "
+        "task.", metavar="COLUMN")]
+    normalize: Annotated[Normalize, Option(
+        "cosine", '{"none", "cosine", "train"}',
+        "The unit of scores, as of :func:`influence_scores`; here ``\"cosine\"`` is the default, so that tasks are "
+        "compared in one unit and rows of large gradients are not preferred.",
+        "cosine: scores in [-1, 1]; train: divide by the train row's norm; none: neither.",
+        choices=get_args(Normalize))]
+    redundancy: Annotated[float, Option(
+        0.0, "float",
+        "How much a row counts for less that resembles rows chosen before, from 0 (not at all) to 1: its gain is "
+        "its score times 1 - redundancy · c, with c its largest cosine, in the inner product of the scores, with a "
+        "row chosen before it (0 where that is negative).",
+        "From 0 to 1: how much a row counts for less that resembles rows already chosen.", kind=float,
+        metavar="SHARE")]
+    quotas: Annotated["Mapping[str, Any] | None", Option(
+        None, "mapping, optional",
+        "A column of the train store and what its values may have of the rows chosen: a share for each (0.3 or "
+        '``"30%"``), a mapping of values to shares, or ``"proportional"``: the shares they have of the rows there '
+        "are.")]
+    unit: Annotated[str | None, Option(
+        None, "str, optional",
+        "A column of the train store, such as ``\"document\"``: rows of the same value are chosen together, by the "
+        "score of the best of them. Default: every row by itself.",
+        "Column of TRAIN whose equal values are chosen together, by the best of them. Default: document, where "
+        "there is one.", metavar="COLUMN")]
+    drop: Annotated[bool, Option(
+        False, "bool",
+        "Choose what to remove: a row's (or unit's) score is then its lowest, over tasks, and the rows left out are "
+        "those that harm a task most.",
+        "Choose what to remove instead: leave out the rows that harm a task most.")]
+
+
 class ReportOptions(DampedOptions, Normalized, total=False):
     """What a report takes."""
 
