@@ -249,9 +249,9 @@ def test_results_as_tables(stores):
 @pytest.mark.parametrize(
     ("keep", "options", "message"),
     [
-        (0, {}, "or a share such as 0.1 or '10%', at most 300"),
-        (301, {}, "at most 300, which have a score; received 301"),
-        ("ten", {}, "received 'ten'"),
+        (0, {}, "expected 1 to 300 rows to keep, of those that have a score; received 0"),
+        (301, {}, "received 301"),
+        ("ten", {}, "a number of rows to keep, or a share such as 0.3 or '30%'; received 'ten'"),
         ("110%", {}, "received '110%'"),
         (-0.1, {}, "received -0.1"),
         (True, {}, "received True"),
@@ -262,7 +262,7 @@ def test_results_as_tables(stores):
         (5, {"unit": "label"}, "to group"),
         (5, {"quotas": {"label": 0.5}}, "to group"),
         (5, {"quotas": {}}, "quotas by one column"),
-        (5, {"quotas": {"source": "most"}}, "or 'proportional'; received 'most'"),
+        (5, {"quotas": {"source": "most"}}, "'proportional', or a share such as 0.3 or '30%'; received 'most'"),
         (5, {"quotas": {"source": {"press": 0.5}}}, "quotas of book, code, web, wiki; received one of 'press'"),
         (200, {"quotas": {"source": 0.3}}, "allow the 200 to keep; received ones that allow"),
     ],

@@ -32,7 +32,7 @@ def demo(out: str, rows: int | None, k: int, memory: str, as_json: bool) -> None
 
 ALL = (
     trace.trace, demo, extraction.init, extraction.extract, scoring.fisher, scoring.score, scoring.top,
-    scoring.self_influence_command, scoring.groups, scoring.modules, scoring.report, scoring.serve,
+    scoring.self_influence_command, scoring.groups, scoring.modules, scoring.select, scoring.report, scoring.serve,
     extraction.check, extraction.plan, cluster.cluster_script,
     stores.info, stores.verify, stores.ids, stores.drop, stores.compact, stores.merge, stores.reduce, stores.rewrite,
     stores.sketch, stores.upgrade,
@@ -98,7 +98,7 @@ def _resuming(arguments: list[str]) -> str:
         return f"sums and passes saved so far stay; {again} from there"
     if command == "score" or (command == "modules" and "--out" in " ".join(arguments)):
         return f"finished chunks stay; {again} with those that are missing"
-    if command in ("top", "self-influence", "groups"):
+    if command in ("top", "self-influence", "groups", "select"):
         if any(argument.startswith("--resume") for argument in arguments):
             return f"finished parts stay; {again} with those that are missing"
         return "run the same command again, it starts again; with --resume DIR it would continue where it was"

@@ -136,16 +136,18 @@ class _Checked(io.RawIOBase):
         return len(data)
 
 
-def open_file(source: Source) -> _LineFile | _ParquetFile:
+def open_file(source: Source) -> _LineFile | ParquetFile:
     """Return the records of a file, by number; errors are those of :func:`ooc_influence.corpus.open_documents`.
 
     ``column_names`` are its fields; of JSON, those of the first 1024 records.
     """
     if source.kind == ".parquet":
-        return _ParquetFile(source)
+        return ParquetFile(source)
     return _CsvFile(source) if source.kind in (".csv", ".tsv") else _LineFile(source)
 
 
+_JSON_LINES = (".jsonl", ".ndjson", ".json")
+_BOM = b"\xef\xbb\xbf"
 _SMALL = 2**22  # bytes of a file whose offsets are found each time it is opened, in no time, rather than kept
 _OFFSETS_AT_ONCE = 2**16  # written together
 
@@ -196,6 +198,17 @@ class _LineFile:
 
     def read(self, numbers: Sequence[int], fields: Sequence[str] | None) -> Iterator[dict[str, Any]]:
         """Yield these fields (None: all) of some records, those that each has."""
+        for start, data in self._bytes(numbers):
+            yield select(self._parse(data, start), fields)
+
+    def lines(self, numbers: Sequence[int]) -> Iterator[bytes] | None:
+        """Yield the lines of some records as they are in the file; None where these are not JSON."""
+        if self._plain.kind not in _JSON_LINES:
+            return None
+        return (data.removeprefix(_BOM).partition(b"\n")[0] + b"\n" for _, data in self._bytes(numbers))
+
+    def _bytes(self, numbers: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+        """Yield where some records begin, and their bytes up to the next record."""
         with _opened(self._plain, io.DEFAULT_BUFFER_SIZE) as file:  # for a few records, here and there
             for number in numbers:
                 start, stop = self._offsets[number : number + 2].tolist()
@@ -204,7 +217,7 @@ class _LineFile:
                 data = file.read(stop - start)
                 if len(data) < stop - start:
                     raise InputError(f"expected {self._source.path} as it was; received a shorter file: it has changed")
-                yield select(self._parse(data, start), fields)
+                yield start, data
 
     def _parse(self, data: bytes, offset: int) -> dict[str, Any]:
         try:
@@ -354,7 +367,7 @@ def _json_list(path: Path, file: Any) -> Iterator[dict[str, Any]]:
 _BATCH = 512  # Parquet records read at a time
 
 
-class _ParquetFile:
+class ParquetFile:
     """A Parquet file: the columns that are used, copied to an Arrow file that is mapped."""
 
     def __init__(self, source: Source) -> None:
@@ -393,6 +406,25 @@ class _ParquetFile:
             batch = int(np.searchsorted(starts, number, side="right")) - 1
             yield reader.get_batch(batch).slice(number - int(starts[batch]), 1).to_pylist()[0]
 
+    def lines(self, numbers: Sequence[int]) -> Iterator[bytes] | None:
+        """Return None: records are not lines."""
+        return None
+
+    def batches(self, numbers: npt.NDArray[np.int64]) -> Iterator[Any]:
+        """Yield some records, ascending, as Arrow record batches with all that the file's schema says."""
+        first = 0
+        for batch in self._batches(tuple(self.column_names)):
+            low, high = np.searchsorted(numbers, (first, first + batch.num_rows)).tolist()
+            if low < high:
+                yield batch.take((numbers[low:high] - first).tolist())
+            first += batch.num_rows
+
+    @property
+    def schema(self) -> Any:
+        """The Arrow schema of the file."""
+        with self._parquet() as file:
+            return file.schema_arrow
+
     def _map(self, columns: tuple[str, ...]) -> tuple[Any, npt.NDArray[np.int64], CachedFolder]:
         """Return some columns' Arrow file, the first record of each of its batches, and the folder it is in."""
         if columns not in self._mapped:
@@ -414,6 +446,28 @@ class _ParquetFile:
             writer.write_batch(plain)
         if writer is not None:
             writer.close()
+
+
+_GROUP_BYTES, _GROUP_ROWS = 2**26, 2**20  # of a row group that is written
+
+
+def write_batches(path: Path, schema: Any, batches: Iterable[Any]) -> None:
+    """Write Arrow record batches to a Parquet file; memory holds a row group."""
+    arrow = optional_library("pyarrow", "Parquet files")
+    parquet = optional_library("pyarrow.parquet", "Parquet files")
+    with parquet.ParquetWriter(str(path), schema) as writer:
+        group: list[Any] = []
+
+        def write() -> None:
+            if group:
+                writer.write_table(arrow.Table.from_batches(group, schema))
+                group.clear()
+
+        for batch in batches:
+            group.append(batch)
+            if sum(b.nbytes for b in group) > _GROUP_BYTES or sum(b.num_rows for b in group) > _GROUP_ROWS:
+                write()
+        write()
 
 
 def field_names(records: Iterable[Mapping[str, Any]]) -> list[str]:

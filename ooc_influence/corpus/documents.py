@@ -21,9 +21,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from typing_extensions import override
 
-from ooc_influence.corpus.corpus_file import FIRST, Source, field_names, find_sources, local_path, open_file, select
+from ooc_influence.corpus.corpus_file import (
+    FIRST,
+    ParquetFile,
+    Source,
+    field_names,
+    find_sources,
+    local_path,
+    open_file,
+    select,
+    write_batches,
+)
 from ooc_influence.errors import InputError
 from ooc_influence.progress import optional_library
 
@@ -141,6 +152,30 @@ class Documents(ABC):
         for low in range(0, len(self), _AT_ONCE):
             yield from self.read(range(low, min(len(self), low + _AT_ONCE)), fields)
 
+    def lines(self, numbers: npt.NDArray[np.int64]) -> Iterator[bytes]:
+        """Yield some documents as lines of JSON: of a file of such lines, the lines themselves.
+
+        Raises
+        ------
+        InputError
+            If a document has values that JSON cannot hold.
+        """
+        for low in range(0, len(numbers), _AT_ONCE):
+            for record in self.read(numbers[low : low + _AT_ONCE].tolist(), None):
+                yield _json_line(record, self.name)
+
+    def write_parquet(self, numbers: npt.NDArray[np.int64], path: Path) -> None:
+        """Write some documents, ascending numbers, to a Parquet file.
+
+        Raises
+        ------
+        InputError
+            If they are not in Parquet, nor a ``datasets`` folder.
+        """
+        raise InputError(
+            f"expected documents in Parquet to write such a file; received {self.name}: name a .jsonl file"
+        )
+
     def has_field(self, field: str) -> bool:
         """Return whether any document has a field; all of them are read if the first ones lack it."""
         return field in self.column_names or any(field in record for record in self.read_all([field]))
@@ -240,6 +275,16 @@ def _choose(splits: Mapping[str, Any], split: str | None, name: str) -> Any:
     return splits[split]
 
 
+def _json_line(record: Mapping[str, Any], name: str) -> bytes:
+    def text_of_value(value: Any) -> str:
+        if isinstance(value, (bytes, bytearray, memoryview)):
+            raise InputError(f"expected documents that JSON can hold; received bytes in {name}: name a .parquet file")
+        return as_text(value)
+
+    line = json.dumps(record, ensure_ascii=False, default=text_of_value)
+    return line.encode("utf-8", "backslashreplace") + b"\n"  # half a surrogate pair as JSON writes it
+
+
 class _Columns(Documents):
     """Documents whose fields are columns."""
 
@@ -274,6 +319,10 @@ class _Dataset(_Columns):
             self._selected = self._dataset.select_columns(names)  # other fields are not even decoded
         batch = self._selected[numbers]
         return [batch[name] for name in names]
+
+    @override
+    def write_parquet(self, numbers: npt.NDArray[np.int64], path: Path) -> None:
+        self._dataset.select(numbers).to_parquet(path)
 
 
 class _Table(_Columns):
@@ -339,12 +388,33 @@ class _Files(Documents):
 
     @override
     def read(self, numbers: Sequence[int], fields: Sequence[str] | None) -> list[dict[str, Any]]:
-        wanted = np.asarray(numbers, np.int64)
         records: list[dict[str, Any]] = []
-        files = np.searchsorted(self._starts, wanted, side="right") - 1
-        edges = [0, *(np.flatnonzero(np.diff(files)) + 1).tolist(), len(wanted)]
+        for file, part in self._by_file(np.asarray(numbers, np.int64)):
+            records += self._files[file].read(part.tolist(), fields)
+        return records
+
+    def _by_file(self, numbers: npt.NDArray[np.int64]) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
+        """Yield the file of some documents, and their numbers in it, as long as they are of one file."""
+        files = np.searchsorted(self._starts, numbers, side="right") - 1
+        edges = [0, *(np.flatnonzero(np.diff(files)) + 1).tolist(), len(numbers)]
         for low, high in pairwise(edges):
             if low < high:
                 file = int(files[low])
-                records += self._files[file].read((wanted[low:high] - self._starts[file]).tolist(), fields)
-        return records
+                yield file, numbers[low:high] - self._starts[file]
+
+    @override
+    def lines(self, numbers: npt.NDArray[np.int64]) -> Iterator[bytes]:
+        for file, part in self._by_file(numbers):
+            lines = self._files[file].lines(part.tolist())
+            yield from super().lines(part + self._starts[file]) if lines is None else lines
+
+    @override
+    def write_parquet(self, numbers: npt.NDArray[np.int64], path: Path) -> None:
+        sources = [file for file in self._files if isinstance(file, ParquetFile)]
+        if len(sources) < len(self._files):
+            super().write_parquet(numbers, path)
+        schema = sources[0].schema
+        if any(not file.schema.equals(schema) for file in sources):
+            raise InputError(f"expected files of one schema to write as one; received {self.name}: name a .jsonl file")
+        parts = ((sources[file], part) for file, part in self._by_file(numbers))
+        write_batches(path, schema, (batch for file, part in parts for batch in file.batches(part)))

@@ -6,6 +6,7 @@ from ooc_influence.influence.costs import (
     TileMemory,
     written_tiles,
 )
+from ooc_influence.influence.engine import parse_groups
 from ooc_influence.influence.groups import GroupInfluence, group_influence
 from ooc_influence.influence.lists import top_tiles
 from ooc_influence.influence.ranking import Ranking, TopInfluential
@@ -18,6 +19,6 @@ from ooc_influence.influence.topk import top_influential
 
 __all__ = [
     "CheckpointMemory", "GroupInfluence", "Ranking", "ScoreRequest", "ScoringMemory", "Selection", "TileMemory",
-    "TopInfluential", "group_influence", "influence_scores", "module_influence", "select_rows", "self_influence",
-    "self_scores", "sketch_store", "top_influential", "top_tiles", "written_tiles",
+    "TopInfluential", "group_influence", "influence_scores", "module_influence", "parse_groups", "select_rows",
+    "self_influence", "self_scores", "sketch_store", "top_influential", "top_tiles", "written_tiles",
 ]  # fmt: skip

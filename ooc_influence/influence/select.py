@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Unpack, cast, get_args
 
 import numpy as np
@@ -50,12 +50,12 @@ class Selection:
         What each added when it was chosen: its score, less what rows chosen before had of it.
     tasks : (m,)
         The task that gave each its score.
-    kept : (n,) bool
-        The train rows that are chosen: with ``unit=``, all rows of the units.
     row_scores : (n,) float32
         The scores of all rows; NaN where a row has none.
     candidates : Candidates
         The c rows that could be chosen, and the quotas.
+    units : (n,) int64, or None
+        The unit of each row; None where rows are chosen by themselves.
     settings : mapping
         What was asked for or taken by default, as JSON values.
     """
@@ -65,14 +65,27 @@ class Selection:
     scores: npt.NDArray[np.float32]
     gains: npt.NDArray[np.float32]
     tasks: npt.NDArray[Any]
-    kept: npt.NDArray[np.bool_]
     row_scores: npt.NDArray[np.float32]
     candidates: Candidates
+    units: Numbers | None
     settings: Mapping[str, Any]
 
     def alike(self, scores: npt.NDArray[np.float64]) -> Numbers:
         """Return the rows of as large a choice, under the same quotas, by other scores of the candidates, (c,)."""
         return np.asarray(self.candidates.rows[self.candidates.best(scores)])
+
+    @cached_property
+    def kept(self) -> npt.NDArray[np.bool_]:
+        """The train rows that are chosen, (n,): with ``unit=``, all rows of the units."""
+        return self.with_units(self.rows)
+
+    def with_units(self, rows: Numbers) -> npt.NDArray[np.bool_]:
+        """Return which train rows are some rows, or have a score and are of the same unit as one of them, (n,)."""
+        kept = np.zeros(len(self.row_scores), bool)
+        kept[rows] = True
+        if self.units is not None:
+            kept = np.isin(self.units, self.units[rows]) & ~np.isnan(self.row_scores)
+        return kept
 
     def to_dict(self) -> Mapping[str, Any]:
         """Return the result as JSON-ready values."""
@@ -156,15 +169,12 @@ def select_rows(
     candidates = Candidates(rows, quotas.codes, quotas.caps(count), count)
     order, gains = _choose(scoring, candidates, scores[rows], options)
     chosen = rows[order]
-    kept = np.zeros(store.n, bool)
-    kept[chosen] = True
-    if units is not None:
-        kept = np.isin(units.codes, units.codes[chosen]) & ~np.isnan(scores)
     names = scoring.queries.names
     settings = {**scoring.settings, "keep": keep, "tasks": options["tasks"], "redundancy": options["redundancy"],
                 "quotas": options["quotas"], "unit": options["unit"], "drop": options["drop"]}  # fmt: skip
+    codes = None if units is None else units.codes
     return Selection(
-        chosen, store.ids(chosen), scores[chosen], gains, names[tasks[chosen]], kept, scores, candidates, settings
+        chosen, store.ids(chosen), scores[chosen], gains, names[tasks[chosen]], scores, candidates, codes, settings
     )
 
 
@@ -187,27 +197,26 @@ def parse_keep(keep: float | str, candidates: int) -> int:
     InputError
         If it is none of these, or more than there are.
     """
-    expected = "expected rows to keep as a number, or a share such as 0.1 or '10%'"
     if isinstance(keep, str) and not keep.strip().endswith("%") and keep.strip().isdigit():
         keep = int(keep)
     if isinstance(keep, (int, np.integer)) and not isinstance(keep, bool):
         count = int(keep)
     else:
-        count = max(1, round(parse_share(keep, expected) * candidates))
+        count = max(1, round(parse_share(keep, "a number of rows to keep") * candidates))
     if not 1 <= count <= candidates:
-        raise InputError(f"{expected}, at most {candidates}, which have a score; received {keep!r}")
+        raise InputError(f"expected 1 to {candidates} rows to keep, of those that have a score; received {keep!r}")
     return count
 
 
-def parse_share(value: Any, expected: str) -> float:
-    """Return a share, (0, 1], of a number or a percentage; ``expected`` begins the message of a refusal."""
+def parse_share(value: Any, other: str) -> float:
+    """Return a share, (0, 1], of a number or a percentage; ``other`` is what else it could have been, for a refusal."""
     try:
         text = str(value).strip()
         share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
         share = math.nan
     if isinstance(value, bool) or not 0 < share <= 1:
-        raise InputError(f"{expected}; received {value!r}")
+        raise InputError(f"expected {other}, or a share such as 0.3 or '30%'; received {value!r}")
     return share
 
 
@@ -277,6 +286,9 @@ def _candidates(scores: Floats, units: Grouping | None, *, lowest: bool) -> Numb
     return np.sort(order[first])
 
 
+_QUOTA = "a mapping of values to quotas, 'proportional'"
+
+
 @dataclass(frozen=True, eq=False)
 class _Quotas:
     """The values that quotas count by, (c,) codes of (V,) names, and what they may have."""
@@ -301,15 +313,14 @@ class _Quotas:
         if self.shares == "proportional":
             return _apportion(present, count)
         caps = np.full(len(self.names), count)
-        expected = "expected quotas as shares such as 0.3 or '30%', by value, or 'proportional'"
         if isinstance(self.shares, Mapping):
             index = {str(name): number for number, name in enumerate(self.names.tolist())}
             for name, share in self.shares.items():
                 if str(name) not in index:
                     raise InputError(f"expected quotas of {listed(index, 8)}; received one of {name!r}")
-                caps[index[str(name)]] = _part(parse_share(share, expected), count)
+                caps[index[str(name)]] = _part(parse_share(share, _QUOTA), count)
         else:
-            caps[:] = _part(parse_share(self.shares, expected), count)
+            caps[:] = _part(parse_share(self.shares, _QUOTA), count)
         allowed = int(np.minimum(caps, present).sum())
         if allowed < count:
             raise InputError(

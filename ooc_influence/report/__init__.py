@@ -14,10 +14,11 @@ from ooc_influence.report.facts import (
     table,
 )
 from ooc_influence.report.lexical import ranks_of_lists
+from ooc_influence.report.selection import SelectionFiles, check_kind, selection_counts, write_selection
 from ooc_influence.report.write import write_report
 
 __all__ = [
-    "Corpus", "Decision", "Examples", "ImageFolder", "curvature_states", "describe", "describe_scoring",
-    "describe_search", "draw_images", "layer_facts", "ranks_of_lists", "read_decisions", "store_facts", "table",
-    "write_report",
+    "Corpus", "Decision", "Examples", "ImageFolder", "SelectionFiles", "check_kind", "curvature_states", "describe",
+    "describe_scoring", "describe_search", "draw_images", "layer_facts", "ranks_of_lists", "read_decisions",
+    "selection_counts", "store_facts", "table", "write_report", "write_selection",
 ]  # fmt: skip

@@ -141,6 +141,12 @@ class Examples:
         """How many documents there are; 0 without a corpus of texts."""
         return 0 if self._documents is None else len(self._documents)
 
+    @property
+    def opened(self) -> Documents:
+        """The documents, of a corpus that has some."""
+        assert self._documents is not None
+        return self._documents
+
     def texts(self) -> Iterator[str]:
         """Yield the texts of all documents."""
         assert self._documents is not None

@@ -23,7 +23,7 @@ from ooc_influence.store.gradient_store import (
     parse_numbers,
 )
 from ooc_influence.store.layout import Layout, Storage, column_dtype
-from ooc_influence.store.local import map_file, remove_partial_files
+from ooc_influence.store.local import map_file, remove_partial_files, replacing
 from ooc_influence.store.mask import LayerShape, Mask, ModuleBasis, ModuleMask, PilotMoments
 from ooc_influence.store.paths import (
     NewFolder,
@@ -91,6 +91,6 @@ __all__ = [
     "map_file", "mark_dropped", "merge_stores", "missing_spans", "names", "not_free", "open_group", "parse_numbers",
     "parse_path", "parse_representation", "read_array", "read_blocks", "read_bytes", "read_claims", "read_into",
     "read_part", "read_raw_blocks", "read_stored_blocks", "refuse_nonfinite", "remove_empty", "remove_partial_files",
-    "remove_tree", "row_norms", "row_products", "sign_flips", "square_chunks", "transform_size", "tree_bytes",
-    "upgrade_store", "verify_memory", "wait_for", "writable_array", "write_bytes", "writing_bytes",
+    "remove_tree", "replacing", "row_norms", "row_products", "sign_flips", "square_chunks", "transform_size",
+    "tree_bytes", "upgrade_store", "verify_memory", "wait_for", "writable_array", "write_bytes", "writing_bytes",
 ]  # fmt: skip

@@ -46,6 +46,20 @@ def write_file(path: Path, data: Any) -> None:
         os.replace(temporary, path)  # noqa: PTH105
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside a file, which takes its place at the end: whole and on the disk, or not at all."""
+    temporary = _temporary_name(path)
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)  # noqa: PTH105
+        _sync(path.absolute().parent)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)  # noqa: PTH108
+
+
 def create_file(path: Path, data: bytes) -> bool:
     """Write ``data`` to a new file; return False where one is there. Not synced: it is for claims."""
     with _temporary_file(path, data, sync=False) as temporary:
