@@ -78,6 +78,13 @@ def _flag(name: str, option: Option, changes: dict[str, Any]) -> Callable[[Any],
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as one line of JSON.")
 memory = flags(ExtractionOptions, only=("memory",))
 dot = click.option("--dot", is_flag=True, help="No curvature: plain dot products of gradients.")
+table = click.option(
+    "-o",
+    "--output",
+    type=PATH,
+    metavar="FILE",
+    help="Also write the result as a table, .parquet, .csv or .jsonl: a line a row, with ids, columns and texts.",
+)
 codec = click.option(
     "--codec", type=click.Choice(["zstd", "blosc", "lz4", "gzip"]),
     help="Compress chunks; they cannot be memory-mapped then. Default: none.",

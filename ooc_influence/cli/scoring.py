@@ -77,17 +77,42 @@ def _told(curvature: Any) -> str:
 @_pair
 @click.option("--out", required=True, type=options.PATH, metavar="PATH",
               help="The Zarr array (queries, rows) to write, or to continue.")  # fmt: skip
+@options.table
 @options.flags(ScoreOptions)
 @_pairing
-def score(query: str, train: str, out: str, as_json: bool, **settings: Any) -> None:
+def score(query: str, train: str, out: str, output: str | None, as_json: bool, **settings: Any) -> None:
     """Write the influence of every row of TRAIN on every query of QUERY to a Zarr array.
 
     Chunks that are written stay: the same command continues with those that are missing.
     """
     from ooc_influence import influence_scores
 
-    scores: Any = influence_scores(**_paired(query, train, settings), out=out)
+    pair = _paired(query, train, settings)
+    target = None if output is None else _pairs_table(output, query, pair)
+    scores: Any = influence_scores(**pair, out=out)
+    if target is not None:
+        from ooc_influence.report import write_scores_table
+
+        write_scores_table(target, scores, options.open_train(query, None, "0"), _first(pair["train"]))
     _print_scores(scores, out, as_json)
+
+
+def _pairs_table(output: str, query: str, pair: dict[str, Any]) -> Path:
+    """Return where to write scores as lines, checked: that there are not too many."""
+    from ooc_influence.influence import parse_groups
+    from ooc_influence.report import check_pairs, check_table
+
+    if isinstance(pair["damping"], list):
+        raise InputError("expected one --damping with --output; received several: leave --output out, or give one")
+    average, store = pair["average_queries"], options.open_train(query, None, "0")
+    queries = store.n if average is False else 1 if average is True else len(parse_groups(average, store).names)
+    check_pairs(queries, _first(pair["train"]).n)
+    return check_table(output)
+
+
+def _first(stores: Any) -> Any:
+    """Return the store, or the first of several checkpoints' stores, which have the same rows."""
+    return stores[0] if isinstance(stores, list) else stores
 
 
 def _print_scores(scores: Any, out: str, as_json: bool) -> None:
@@ -129,18 +154,20 @@ _RERANKING = ("rerank", "data", "query_data", "model", "recipe", "model_dtype", 
 @click.command()
 @_pair
 @click.option("--top", "count", type=int, default=10, show_default=True, help="How many of each.")
+@options.table
 @options.flags(TopOptions)
 @_pairing
 @_reranking
-def top(query: str, train: str, count: int, as_json: bool, **settings: Any) -> None:
+def top(query: str, train: str, count: int, output: str | None, as_json: bool, **settings: Any) -> None:
     """Show each query's strongest proponents and opponents among the rows of TRAIN.
 
     With --rerank, in the order of exact scores: whole gradients of the strongest rows are computed again, with the
     model and the data that the stores were made of.
     """
     from ooc_influence import top_influential
-    from ooc_influence.report import describe_scoring, describe_search
+    from ooc_influence.report import check_table, describe_scoring, describe_search, list_blocks, write_table
 
+    target = None if output is None else check_table(output)
     again = {name: settings.pop(name) for name in _RERANKING}
     needless = [name for name in _RERANKING[3:] if options.given([name])]
     if again["rerank"] is None and needless:
@@ -148,6 +175,8 @@ def top(query: str, train: str, count: int, as_json: bool, **settings: Any) -> N
     pair = _paired(query, train, settings)
     lists = top_influential(**pair, top=count) if again["rerank"] is None else _reranked(pair, count, again)
     ranks = None if again["data"] is None else _lexical_ranks(lists, pair, again)
+    if target is not None:
+        write_table(target, list_blocks(lists, _first(pair["train"]), again["data"]))
 
     def text() -> str:
         ends = [describe_scoring(lists.settings), describe_search(lists.search)]
@@ -258,20 +287,28 @@ def _shown(ranking: Any, number: int, entries: list[Any], ranks: Any) -> list[tu
 @click.option("--top", "count", type=click.IntRange(min=1), default=20, show_default=True,
               help="How many rows to show.")  # fmt: skip
 @click.option("--out", type=click.Path(dir_okay=False), help="Write all values to this .npy file.")
+@options.table
 @options.flags(SelfInfluenceOptions)
 @options.dot
 @options.where
 def self_influence_command(
-    train: str, also: tuple[str, ...], count: int, out: str | None, as_json: bool, **settings: Any
+    train: str,
+    also: tuple[str, ...],
+    count: int,
+    out: str | None,
+    output: str | None,
+    as_json: bool,
+    **settings: Any,
 ) -> None:
     """Show the rows of TRAIN with the largest self-influence: candidates for wrong labels."""
     import numpy as np
 
     from ooc_influence.influence import ScoreRequest, self_scores
     from ooc_influence.options import complete, select
-    from ooc_influence.report import describe_scoring, table
+    from ooc_influence.report import check_table, describe_scoring, table
     from ooc_influence.store import check_writable
 
+    target = None if output is None else check_table(output)
     if out is not None:
         check_writable(Path(out), missing_folders=False)
     arguments = _arguments((train, *also), settings)
@@ -281,14 +318,17 @@ def self_influence_command(
     if out is not None:
         with writing(f"to write {out}"), Path(out).open("wb") as file:
             np.save(file, values)
-    store = arguments["train"][0] if also else arguments["train"]
-    levels = []
+    store = _first(arguments["train"])
+    levels, orders = [], []
     for level in np.atleast_2d(values):
         order = np.argsort(np.where(np.isnan(level), np.inf, -level), kind="stable")[:count]
         order = order[~np.isnan(level[order])]
+        orders.append(order)
         columns = (order.tolist(), store.ids(order).tolist(), level[order].tolist())
         lines = zip(*columns, strict=True)
         levels.append([{"row": row, "id": name, "self_influence": value} for row, name, value in lines])
+    if target is not None:
+        _write_self_influence(target, store, orders, np.atleast_2d(values), arguments["damping"])
     tables = [table(("row", "id", "self-influence"), [tuple(row.values()) for row in rows]) for rows in levels]
     facts: dict[str, Any] = {"n": store.n, "rows": levels[0], "settings": scoring.settings}
     if values.ndim == 2:
@@ -297,21 +337,44 @@ def self_influence_command(
     options.print_result(as_json, facts, lambda: "\n\n".join([*tables, describe_scoring(scoring.settings)]))
 
 
+def _write_self_influence(target: Path, store: Any, orders: list[Any], values: Any, dampings: Any) -> None:
+    """Write the rows listed to a table, those of one damping after the other."""
+    import numpy as np
+
+    from ooc_influence.report import RowTable, row_blocks, write_table
+
+    rows = RowTable(store, None, np.concatenate(orders))
+    several = isinstance(dampings, list)
+
+    def blocks() -> Any:
+        for number, (order, level) in enumerate(zip(orders, values, strict=True)):
+            more = {"damping": np.full(len(order), dampings[number])} if several else {}
+            yield from row_blocks(rows, order, {"self_influence": level[order], **more})
+
+    write_table(target, blocks())
+
+
 @click.command()
 @_pair
 @click.option("--by", required=True, metavar="COLUMN", help="The column of TRAIN whose values are groups, or 'id'.")
 @click.option("--top", "count", type=click.IntRange(min=1), default=20, show_default=True,
               help="How many groups of each query to show, largest sums first.")  # fmt: skip
+@options.table
 @options.flags(ListOptions)
 @_pairing
-def groups(query: str, train: str, by: str, count: int, as_json: bool, **settings: Any) -> None:
+def groups(
+    query: str, train: str, by: str, count: int, output: str | None, as_json: bool, **settings: Any
+) -> None:  # fmt: skip
     """Show the influence of groups of rows of TRAIN (labels, sources, documents) on each query: sums and means."""
     import numpy as np
 
     from ooc_influence import group_influence
-    from ooc_influence.report import describe_scoring, table
+    from ooc_influence.report import check_table, describe_scoring, group_blocks, table, write_table
 
+    target = None if output is None else check_table(output)
     influence = group_influence(**_paired(query, train, settings), by=by)
+    if target is not None:
+        write_table(target, group_blocks(influence))
 
     def text() -> str:
         parts = []
@@ -376,20 +439,32 @@ def modules(query: str, train: str, count: int | None, out: str | None, as_json:
 @click.option("--no-controls", is_flag=True,
               help="Do not write a random and a BM25 choice of the same size beside it.")  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the random choice.")
+@options.table
 @options.flags(SelectOptions)
 @click.option("--also", nargs=2, multiple=True, type=options.PATH, metavar="QUERY TRAIN",
               help="Another checkpoint's stores of the same rows; scores are averaged. May be repeated.")  # fmt: skip
 @options.dot
 @options.where
-def select(train: str, query: str, keep: str, out: str, as_json: bool, **settings: Any) -> None:
+def select(
+    train: str, query: str, keep: str, out: str, output: str | None, as_json: bool, **settings: Any
+) -> None:  # fmt: skip
     """Choose the rows of TRAIN to keep for some targets, and write the documents they were made from.
 
     Documents are copied as they are, in their order. Beside them: as many chosen at random, and by BM25.
     """
     from ooc_influence import select_rows
-    from ooc_influence.report import Corpus, check_kind, selection_counts, write_selection
+    from ooc_influence.report import (
+        Corpus,
+        check_kind,
+        check_table,
+        selection_blocks,
+        selection_counts,
+        write_selection,
+        write_table,
+    )
 
     check_kind(Path(out))
+    target = None if output is None else check_table(output)
     also, by, seed = settings.pop("also"), settings.pop("by"), settings.pop("seed")
     data, query_data, id_field = (settings.pop(name) for name in ("data", "query_data", "id_field"))
     seed = None if settings.pop("no_controls") else seed
@@ -397,17 +472,19 @@ def select(train: str, query: str, keep: str, out: str, as_json: bool, **setting
         raise InputError("expected --data with --id; received none: it names a field of these documents")
     settings["quotas"] = _parse_quotas(settings.pop("quota"))
     arguments = _arguments((train, *(pair[1] for pair in also)), settings)
-    stores = arguments["train"]
-    first = stores[0] if also else stores
+    first = _first(arguments["train"])
     if arguments["unit"] is None and first.layout.columns.get("document") == "int64":
         arguments["unit"] = "document"
     queries = [query, *(pair[0] for pair in also)] if also else query
     selection = select_rows(queries, keep=keep, **arguments)
     targets = options.open_train(query, None, "0")
+    corpus = None if data is None else Corpus(data, id=id_field)
     written = write_selection(
-        selection, targets, first, out, data=None if data is None else Corpus(data, id=id_field),
+        selection, targets, first, out, data=corpus,
         query_data=query_data, seed=seed, progress=arguments["progress"],
     )  # fmt: skip
+    if target is not None:
+        write_table(target, selection_blocks(selection, first, corpus))
     others = {name: control.rows for name, control in written.controls.items()}
     facts = {
         "out": out, "kept": len(selection.rows), "candidates": len(selection.candidates.rows),

@@ -99,13 +99,22 @@ def ids(store: str, ids: tuple[str, ...], as_json: bool) -> int:
 @click.option("--ids", "by_id", is_flag=True, help="ROWS are example ids, not row numbers.")
 @click.option("--file", "file", type=click.File(), help="Read further rows, one a line ('-': standard input).")
 @click.option("--from", "decisions", type=options.PATH, metavar="FILE",
-              help="Drop what was ticked on a report's page of label errors: "
-              "its exported .csv or .jsonl. Rows to relabel stay.")  # fmt: skip
+              help="Drop the rows in a file: a table that 'top', 'self-influence' or 'select' wrote (-o; .parquet, "
+              ".csv or .jsonl with a column row or id), ids in a .txt file, or what was ticked on a report's page of "
+              "label errors, of which rows to relabel stay.")  # fmt: skip
+@click.option("--others", is_flag=True, help="Drop all other rows: those named stay.")
 @click.option("--relabelled", is_flag=True, help="With --from: drop rows to relabel too; their gradients are of the "
               "old label.")  # fmt: skip
 @options.as_json
 def drop(
-    store: str, rows: tuple[str, ...], by_id: bool, file: Any, decisions: str | None, relabelled: bool, as_json: bool
+    store: str,
+    rows: tuple[str, ...],
+    by_id: bool,
+    file: Any,
+    decisions: str | None,
+    others: bool,
+    relabelled: bool,
+    as_json: bool,
 ) -> None:
     """Mark ROWS of STORE (numbers or ranges such as 10-20, both ends included) as removed.
 
@@ -113,7 +122,6 @@ def drop(
     without them.
     """
     from ooc_influence import GradientStore
-    from ooc_influence.report import read_decisions
 
     named = [*rows, *(line.strip() for line in file or () if line.strip())]
     if not named and decisions is None:
@@ -129,9 +137,12 @@ def drop(
                 raise InputError(f"expected ids of {store}; received {missing[:5]}, which no row has")
         else:
             numbers = [number for text in named for number in _parse_range(text)]
-        made = [] if decisions is None else read_decisions(decisions, opened)
-        kept = [each.row for each in made if each.action == "relabel" and not relabelled]
-        numbers += [each.row for each in made if each.action == "drop" or relabelled]
+        more, kept = ([], []) if decisions is None else _read_file(decisions, opened, relabelled)
+        numbers += more
+        if others:
+            if decisions is not None and kept:
+                raise InputError("expected rows to stay with --others; received rows to relabel: leave --others out")
+            numbers = _others(numbers, opened.n)
         before = int(opened.dropped.sum())
         opened.drop(numbers)
         total = int(opened.dropped.sum())
@@ -143,6 +154,31 @@ def drop(
         were, them = ("was left as it is", "it") if len(kept) == 1 else ("were left as they are", "them")
         text += f"\n{counted(len(kept), 'row')} to relabel {were} (--relabelled drops {them} too)"
     options.print_result(as_json, facts, lambda: text)
+
+
+def _others(rows: list[int], n: int) -> list[int]:
+    """Return all other rows of ``n``."""
+    import numpy as np
+
+    beyond = [row for row in rows if row >= n]
+    if not rows or beyond:
+        raise InputError(f"expected rows of {n} that stay, with --others; received {beyond[:5] or 'none'}")
+    numbers: list[int] = np.setdiff1d(np.arange(n), rows).tolist()
+    return numbers
+
+
+def _read_file(path: str, store: Any, relabelled: bool) -> tuple[list[int], list[int]]:
+    """Return the rows that a file names, and those that it says are to be relabelled, which stay."""
+    from ooc_influence.corpus import open_records
+    from ooc_influence.report import read_decisions, read_rows
+
+    if "action" not in next(iter(open_records(path)), {}):
+        if relabelled:
+            raise InputError(f"expected a report's export with --relabelled; received {path}, which relabels nothing")
+        return read_rows(path, store).tolist(), []
+    made = read_decisions(path, store)
+    kept = [each.row for each in made if each.action == "relabel" and not relabelled]
+    return [each.row for each in made if each.action == "drop" or relabelled], kept
 
 
 def _parse_ids(store: Any, names: Any) -> list[Any]:

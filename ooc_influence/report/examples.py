@@ -188,6 +188,17 @@ class Examples:
             for index, row in enumerate(rows.tolist())
         ]  # fmt: skip
 
+    def passages(self, rows: npt.NDArray[np.int64]) -> list[str | None]:
+        """Return the whole text that each of some rows is made from; None where a row has no document."""
+        wanted = [name for name in ("text_digest", "char_start", "char_stop") if name in self.store.layout.columns]
+        columns = {name: self.store.values(f"columns/{name}", rows).tolist() for name in wanted}
+        texts: list[str | None] = []
+        for index, (row, number) in enumerate(zip(rows.tolist(), self.document_numbers(rows), strict=True)):
+            own: dict[str, Any] = {name: values[index] for name, values in columns.items()}
+            record = {} if number is None else self.opened.read([number], self._fields)[0]
+            texts.append(None if number is None else self._passage(row, own, record, number)[0])
+        return texts
+
     def _details(self, row: int, columns: dict[str, Any], number: int | None) -> dict[str, Any]:
         corpus = self._corpus
         record: dict[str, Any] = {}

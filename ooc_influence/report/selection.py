@@ -21,6 +21,7 @@ from ooc_influence.influence import Selection, parse_groups
 from ooc_influence.progress import Progress
 from ooc_influence.report.examples import Corpus, Examples, ImageFolder
 from ooc_influence.report.lexical import texts_of
+from ooc_influence.report.tables import recorded_corpus
 from ooc_influence.store import GradientStore, check_writable, replacing
 
 Numbers = npt.NDArray[np.int64]
@@ -106,13 +107,13 @@ def write_selection(
     """
     path = Path(out)
     check_kind(path)
-    writer = _Writer.of(selection, train, path, _corpus(train, data))
+    writer = _Writer.of(selection, train, path, _corpus_of(train, data))
     documents = writer.write(selection.rows, path)
     controls: dict[str, Control] = {}
     missing: dict[str, str] = {}
     if seed is not None:
         of_random = np.random.default_rng(seed).random(len(selection.candidates.rows))
-        of_words = writer.lexical_scores(query, _corpus(query, query_data), progress)
+        of_words = writer.lexical_scores(query, _corpus_of(query, query_data), progress)
         for name, scores in (("random", of_random), ("bm25", of_words)):
             if isinstance(scores, str):
                 missing[name] = scores
@@ -136,12 +137,8 @@ def check_kind(path: Path) -> None:
     check_writable(path, missing_folders=False)
 
 
-def _corpus(store: GradientStore, data: Corpus | str | Path | None) -> Corpus:
-    """Return where a store's documents are: as given, or as it recorded."""
-    if data is not None:
-        return Corpus.of(data)
-    origin = store.attrs.get("origin") or {}
-    return Corpus(origin.get("data"), split=origin.get("split"))
+def _corpus_of(store: GradientStore, data: Corpus | str | Path | None) -> Corpus:
+    return recorded_corpus(store) if data is None else Corpus.of(data)
 
 
 class _Writer:
