@@ -154,16 +154,19 @@ def test_counts(stores, tmp_path):
     query, train = stores
     chosen = select_rows(query, train, 10, quotas={"source": "proportional"}, **OPTIONS)
     files = write_selection(chosen, query, train, tmp_path / "kept.jsonl")
-    counts = selection_counts(chosen, train, others={"random": files.controls["random"].rows})["source"]
-    source = train.column("source")
-    assert sum(entry["rows"] for entry in counts) == train.n
+    random = files.controls["random"].rows
+    counts = selection_counts(chosen, train, others={"random": random})["source"]
+    source, candidates = train.column("source"), chosen.candidates.rows
+    assert sum(entry["candidates"] for entry in counts) == 30
+    assert sum(entry["share"] for entry in counts) == pytest.approx(1)
     for entry in counts:
-        own = source == entry["value"]
-        assert (entry["rows"], entry["kept"]) == (own.sum(), (own & chosen.kept).sum())
+        own = candidates[source[candidates] == entry["value"]]
+        assert entry["candidates"] == len(own)
+        assert entry["kept"] == np.isin(chosen.rows, own).sum() == 10 * entry["share"]
+        assert entry["random"] == np.isin(random, own).sum() == entry["kept"]  # under the same quotas
         assert entry["score"] == pytest.approx(chosen.row_scores[own].mean(), rel=1e-4)
-        random = chosen.with_units(files.controls["random"].rows)
-        assert entry["random"] == (own & random).sum()
-    assert [entry["rows"] for entry in counts] == sorted((entry["rows"] for entry in counts), reverse=True)
+    sizes = [entry["candidates"] for entry in counts]
+    assert sizes == sorted(sizes, reverse=True)
     with pytest.raises(InputError, match="to group"):
         selection_counts(chosen, train, ["kind"])
 
@@ -202,7 +205,7 @@ def test_the_command(made, tmp_path, run):  # noqa: F811 - the fixture
 
     code, out, err = run(f"{base} --keep 6 --out few.txt --quota source:a=2% --quota source:b=50% --no-controls")
     assert (code, err) == (0, "")
-    assert out.startswith("few.txt: 6 of 30 values of 'document', ")
+    assert out.startswith("few.txt: 6 of 30 documents, ")
     assert "no curvature" in out.splitlines()[-1] or "dot" in out.splitlines()[-1]
     kept = Path("few.txt").read_text().split()
     assert set(train.column("source")[train.find(kept)].tolist()) <= {"b", "c"}

@@ -517,8 +517,10 @@ def _selection_text(facts: dict[str, Any]) -> str:
     from ooc_influence.report import describe_scoring, table
 
     unit = facts["settings"]["unit"]
-    what = "rows" if unit is None else f"values of {unit!r}"
-    lines = [f"{facts['out']}: {facts['kept']} of {facts['candidates']} {what}, {counted(facts['kept_rows'], 'row')}"]
+    what = {None: "rows", "document": "documents"}.get(unit, f"values of {unit!r}")
+    lines = [f"{facts['out']}: {facts['kept']} of {facts['candidates']} {what}"]
+    if unit is not None:
+        lines[0] += f", {counted(facts['kept_rows'], 'row')} of the store"
     lines += [f"{path}: as many, {name}" for name, path in facts["controls"].items()]
     lines += [f"no {name} choice: {reason}" for name, reason in facts["missing"].items()]
     parts = ["\n".join(lines)]

@@ -271,8 +271,9 @@ def selection_counts(
     Returns
     -------
     dict of list
-        By column, an entry a value: ``value``, ``rows`` that have a score, ``kept`` ones, their ``share`` of all that
-        are kept, the value's mean ``score``, and how many each other choice has.
+        By column, an entry a value: ``value``, how many ``candidates`` have it (rows, or units by the row of their
+        score), ``kept`` ones, their ``share`` of all that are kept, the mean ``score`` of the candidates, and how many
+        each other choice has.
 
     Raises
     ------
@@ -280,22 +281,22 @@ def selection_counts(
         If there is no such column.
     """
     columns = [name for name in _USUAL if name in train.layout.columns] if by is None else by
-    scores = selection.row_scores
-    live = ~np.isnan(scores)
-    choices = {"kept": selection.kept} | {name: selection.with_units(rows) for name, rows in (others or {}).items()}
+    candidates = selection.candidates.rows
+    scores = selection.row_scores[candidates].astype(np.float64)
+    choices = {"kept": selection.rows} | dict(others or {})
     found = {}
     for column in columns:
         names, codes = parse_groups(column, train)
-        rows = np.bincount(codes[live], minlength=len(names))
-        counts = {name: np.bincount(codes[rows_of], minlength=len(names)) for name, rows_of in choices.items()}
-        sums = np.bincount(codes[live], scores[live].astype(np.float64), len(names))
-        order = [index for index in np.argsort(-rows, kind="stable").tolist() if rows[index]][:_VALUES]
-        total = max(1, int(counts["kept"].sum()))
+        size, total = len(names), len(selection.rows)
+        present = np.bincount(codes[candidates], minlength=size)
+        counts = {name: np.bincount(codes[rows], minlength=size).tolist() for name, rows in choices.items()}
+        sums = np.bincount(codes[candidates], scores, size)
+        order = [index for index in np.argsort(-present, kind="stable").tolist() if present[index]][:_VALUES]
+        values = names.tolist()
         found[column] = [
-            {"value": names[index].item() if hasattr(names[index], "item") else str(names[index]),
-             "rows": int(rows[index]), "kept": int(counts["kept"][index]),
-             "share": int(counts["kept"][index]) / total, "score": float(sums[index] / rows[index]),
-             **{name: int(counts[name][index]) for name in choices if name != "kept"}}
+            {"value": values[index], "candidates": int(present[index]), "kept": counts["kept"][index],
+             "share": counts["kept"][index] / total, "score": float(sums[index] / present[index]),
+             **{name: counts[name][index] for name in choices if name != "kept"}}
             for index in order
         ]  # fmt: skip
     return found
