@@ -241,4 +241,22 @@ def test_documents_by_id_and_targets_without_documents(made, stores, tmp_path):
     assert [json.loads(line) for line in lines_of(files.path)] == [records[number] for number in numbers]
     alone = write_selection(chosen, query, train, tmp_path / "kept.jsonl", data=named, query_data=Corpus())
     assert list(alone.controls) == ["random"]
-    assert "records no documents to search for (--query-data)" in alone.missing["bm25"]
+    assert "q.zarr to search for (--query-data)" in alone.missing["bm25"]
+
+
+def test_recorded_documents_that_are_gone(made, stores, tmp_path, monkeypatch):
+    """Ids are written without them, and what needs them is refused; patterns of files are found."""
+    query, train = stores
+    chosen = select_rows(query, train, 8, **OPTIONS)
+    origin = dict(train.attrs["origin"])
+    monkeypatch.setitem(train.attrs, "origin", origin | {"data": str(made / "gone.jsonl")})
+    files = write_selection(chosen, query, train, tmp_path / "kept.txt")
+    assert (files.documents, list(files.controls)) == (0, ["random"])
+    assert "t.zarr to search (--data)" in files.missing["bm25"]
+    with pytest.raises(InputError, match=r"records .*gone.jsonl, where there are none: name them \(--data\)"):
+        write_selection(chosen, query, train, tmp_path / "kept.jsonl")
+    monkeypatch.setitem(train.attrs, "origin", origin | {"data": str(made / "d*.jsonl")})
+    assert write_selection(chosen, query, train, tmp_path / "kept.jsonl", seed=None).documents == 8
+    monkeypatch.setitem(train.attrs, "origin", {})
+    with pytest.raises(InputError, match="the store records none"):
+        write_selection(chosen, query, train, tmp_path / "kept.jsonl")

@@ -151,9 +151,11 @@ class _Writer:
     def of(cls, selection: Selection, train: GradientStore, out: Path, corpus: Corpus) -> _Writer:
         if corpus.path is None:
             if out.suffix.lower() != ".txt":
+                path = (train.attrs.get("origin") or {}).get("data")
+                where = "records none" if path is None else f"records {path}, where there are none"
                 raise InputError(
                     f"expected the documents that rows of {train.path} were made from, to write them; received none, "
-                    "and the store records none: name them (--data), or a .txt file for the ids of rows"
+                    f"and the store {where}: name them (--data), or a .txt file for the ids of rows"
                 )
             return cls(selection, train, None)
         rows = selection.candidates.rows
@@ -204,9 +206,9 @@ class _Writer:
     ) -> npt.NDArray[np.float64] | str:
         """Return candidates' BM25 scores, the highest over tasks of the mean of its targets; or why there are none."""
         if self._shown is None:
-            return f"{self._train.path} records no documents to search (--data)"
+            return f"no documents of {self._train.path} to search (--data)"
         if corpus.path is None:
-            return f"{query.path} records no documents to search for (--query-data)"
+            return f"no documents of {query.path} to search for (--query-data)"
         live = np.flatnonzero(~query.dropped) if query.has_dropped else np.arange(query.n)
         asked = Examples(query, corpus, np.arange(query.n), ImageFolder(Path(), "none"))
         texts = texts_of(asked, query.n)

@@ -6,6 +6,7 @@ A table is written block by block, under a temporary name until it is whole: mem
 from __future__ import annotations
 
 import csv
+import glob
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -16,7 +17,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from ooc_influence.corpus import open_records
+from ooc_influence.corpus import local_path, open_records
 from ooc_influence.errors import InputError, MismatchError, writing
 from ooc_influence.influence import GroupInfluence, Selection, TopInfluential
 from ooc_influence.progress import optional_library
@@ -160,7 +161,7 @@ class RowTable:
         self._store = store
         self._shown: Examples | None = None
         found = recorded_corpus(store) if corpus is None else Corpus.of(corpus)
-        if found.path is not None and (corpus is not None or Path(found.path).exists()):
+        if found.path is not None:
             self._shown = Examples(store, found, np.unique(rows[rows >= 0]), ImageFolder(Path(), "none"))
 
     def block(self, rows: Numbers, **values: Any) -> Block:
@@ -177,9 +178,12 @@ class RowTable:
 
 
 def recorded_corpus(store: GradientStore) -> Corpus:
-    """Return where the documents of a store's rows were when it was made."""
+    """Return where the documents of a store's rows were when it was made; without a path, where none are there now."""
     origin = store.attrs.get("origin") or {}
-    return Corpus(origin.get("data"), split=origin.get("split"))
+    path = origin.get("data")
+    if path is None or not (local_path(path).exists() or glob.glob(path, recursive=True)):  # noqa: PTH207
+        return Corpus()
+    return Corpus(path, split=origin.get("split"))
 
 
 def row_blocks(table: RowTable, rows: Numbers, values: Mapping[str, npt.NDArray[Any]]) -> Iterator[Block]:
