@@ -33,6 +33,7 @@ from ooc_influence import (
     group_influence,
     influence_scores,
     reduce_store,
+    select_rows,
     self_influence,
     sketch_store,
     top_influential,
@@ -97,6 +98,7 @@ def test_two_workers_same_numbers(tmp_path, long_pair, client, monkeypatch):
         "top": lambda: top_influential(query, train, top=20, damping=dampings, normalize="cosine").proponents.scores,
         "self": lambda: self_influence(train, damping=dampings),
         "group": lambda: group_influence(query, train, np.arange(train.n) % 9, damping=dampings).sums,
+        "select": lambda: select_rows(query, train, "1%", redundancy=0.5).row_scores,
         "lazy": lambda: influence_scores(query, train).compute(),
     }
     with client.as_current():

@@ -50,6 +50,8 @@ CHILD = f"import sys; sys.path.insert(0, {HERE!r})\n" + textwrap.dedent("""
             ooc.top_influential(query, train, top=top, product="int8", **options)
         elif stage == "cosine":
             ooc.top_influential(query, train, top=top, normalize="cosine", damping=[0.1, 1.0], **options)
+        elif stage == "select":
+            ooc.select_rows(query, train, top, redundancy=1.0, **options)
         elif stage == "groups":
             by = range(ooc.GradientStore.open(train).n)
             ooc.group_influence(query, train, [row // 9 for row in by], average_queries="id", **options)
@@ -117,6 +119,8 @@ def stores(tmp_path_factory):
         ("rotate", "reduced", 1, 0),
         ("cosine", "wide", 2, 10),
         ("groups", "wide", 1, 0),
+        ("select", "wide", 1, 3000),
+        ("select", "narrow", 2, 8000),
     ],
 )
 def test_measured_is_within_projected(stores, stage, which, workers, top):
