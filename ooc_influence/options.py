@@ -39,6 +39,7 @@ OnNonFinite = Literal["raise", "skip"]
 LabelKind = Literal["dataset", "sampled"]
 DampingScope = Literal["layer", "model"]
 Task = Literal["causal-lm", "classification"]
+Turns = Literal["last", "all"]
 DTYPES = ("float16", "bfloat16", "float32", "int8", "int8-linear", "int4", "sign")
 _DTYPES = "{" + ", ".join(f'"{name}"' for name in DTYPES) + "}"
 
@@ -612,9 +613,19 @@ class FieldOptions(TypedDict, total=False):
         metavar="FIELD")]
     messages: Annotated[str | None, Option(
         None, "str, optional",
-        "Field with a chat, put through the tokenizer's template; the tokens of the assistant's last reply are "
-        "targets.",
-        "Field with a chat: the tokens of the assistant's last reply are targets.", metavar="FIELD")]
+        "Field with a chat, put through the tokenizer's template; the tokens of the assistant's replies that ``turns`` "
+        "names are targets.",
+        "Field with a chat: the tokens of the assistant's last reply are targets, or of all (--turns).",
+        metavar="FIELD")]
+    turns: Annotated[Turns, Option(
+        "last", '{"last", "all"}',
+        "With ``messages``: whether the assistant's last reply is learned, or all of its replies but those with "
+        '``"weight": 0``.',
+        "With --messages: whether the assistant's last reply is learned, or all of them.", choices=get_args(Turns))]
+    tools: Annotated[str | None, Option(
+        None, "str, optional",
+        "With ``messages``: field with the tools that the chat template shows, a list of objects or its JSON.",
+        "With --messages: field with the tools that the chat template shows.", metavar="FIELD")]
     label: Annotated[str | None, Option(
         None, "str, optional", "With ``text``: field with the class, for sequence classification.",
         "With --text: field with the class, for sequence classification.", metavar="FIELD")]

@@ -25,6 +25,7 @@ from tiny_hf import (
 
 from ooc_influence import Dropout, Eigenbasis, GradientStore, Storage, hf, influence_scores
 from ooc_influence.errors import InputError, MissingExtraError
+from ooc_influence.hf import job_of
 from ooc_influence.hf.padding import IGNORED
 
 pytestmark = MARKS
@@ -161,6 +162,29 @@ def test_rows_of_a_language_model(tmp_path, reduction):
         assert_allclose(store.loss[row], value.item(), rtol=1e-5)
         norm = np.sqrt(sum(float((p.grad**2).sum()) for p in loaded.model.parameters()))
         assert_allclose(store.grad_norm[row], norm, rtol=1e-4)
+
+
+@pytest.mark.parametrize("turns", ["last", "all"])
+def test_rows_of_chats(tmp_path, turns):
+    """The loss is the mean over the replies' tokens, all of them or the last one's; origin says which."""
+    folder = make_model(tmp_path / "model", template=True)
+    loaded = hf.load(folder)
+    chat = [{"role": role, "content": text} for role, text in
+            (("user", "w1 w2"), ("assistant", "w3"), ("user", "w4"), ("assistant", "w5 w6"))]  # fmt: skip
+    data = write(tmp_path / "d.jsonl", [{"m": chat}, {"m": chat[2:]}])
+    store = hf.extract(loaded, data, tmp_path / "s.zarr", messages="m", turns=turns, compressor=whole(loaded.model),
+                       dtype="float32")  # fmt: skip
+    ids = torch.tensor(loaded.tokenizer("user: w1 w2 <eos> bot: w3 <eos> user: w4 <eos> bot: w5 w6 <eos>")["input_ids"])
+    learned = [5, 6, 11, 12, 13] if turns == "all" else [11, 12, 13]
+    loaded.model.zero_grad()
+    value = F.cross_entropy(loaded.model(ids[None]).logits[0, [at - 1 for at in learned]], ids[learned])
+    value.backward()
+    assert_allclose(store.loss[0], value.item(), rtol=1e-5)
+    norm = np.sqrt(sum(float((p.grad**2).sum()) for p in loaded.model.parameters()))
+    assert_allclose(store.grad_norm[0], norm, rtol=1e-4)
+    assert store.column("n_tokens").tolist() == [len(learned), 3]
+    assert store.attrs["origin"]["fields"] == {"messages": "m"} | ({"turns": "all"} if turns == "all" else {})
+    assert_array_equal(job_of(store, loaded).samples.n_tokens, store.column("n_tokens"))
 
 
 @pytest.mark.filterwarnings("ignore:.* has an effective dimension")

@@ -26,7 +26,7 @@ from ooc_influence.corpus import CachedFolder, Documents, as_text, cached_folder
 from ooc_influence.errors import InputError
 from ooc_influence.hf.labels import FieldKind, Labels, as_kind
 from ooc_influence.hf.padding import IGNORED
-from ooc_influence.hf.tokens import Fields, Tokeniser, Tokens
+from ooc_influence.hf.tokens import Fields, Span, Tokeniser, Tokens
 from ooc_influence.progress import Progress
 from ooc_influence.scratch import ArrayFile, Repeats, map_array
 
@@ -162,7 +162,7 @@ class RowMaker:
 
     def _cut(self, number: int, tokens: Tokens, counts: Counts) -> list[tuple[int, int, int, int]]:
         """Return the rows (piece, start, length, targets) of a document."""
-        length, first, most = len(tokens.ids), tokens.first, self._max_length
+        length, most = len(tokens.ids), self._max_length
         if self._fields.label is not None:
             if not length:
                 raise InputError(
@@ -174,7 +174,7 @@ class RowMaker:
         pieces = []
         for start in range(0, max(1, length - 1), most - 1):
             stop = min(length, start + most)
-            targets = stop - max(start + 1, first)
+            targets = tokens.targets_in(start, stop)
             if targets > 0:
                 pieces.append((start // (most - 1) if length > most else -1, start, stop - start, targets))
         counts.without_target += not pieces
@@ -337,7 +337,7 @@ class Samples:
         self.char_start, self.char_stop = columns["char_start"], columns["char_stop"]
         self.text_digest = columns["text_digest"]
         self.without_target, self.truncated, self.missing = counts.without_target, counts.truncated, counts.missing
-        self._token_cache: OrderedDict[int, tuple[npt.NDArray[np.int32], int]] = OrderedDict()
+        self._token_cache: OrderedDict[int, tuple[npt.NDArray[np.int32], tuple[Span, ...]]] = OrderedDict()
         self._cached_tokens = 0
         self._last_read: tuple[bytes, list[dict[str, Any]]] = (b"", [])
         if not len(self):
@@ -388,21 +388,24 @@ class Samples:
 
     def __getitem__(self, row: Any) -> dict[str, Any]:
         number, start, length = int(self.document[row]), int(self._start[row]), int(self.lengths[row])
-        ids, first = self._tokens(number, int(self.text_digest[row]), start + length)
+        ids, targets = self._tokens(number, int(self.text_digest[row]), start + length)
         piece = ids[start : start + length].tolist()
         sample: dict[str, Any] = {"row": int(row), "input_ids": piece}
         if self._labels is not None:
             return sample | {"label": self._labels(self._labels_of(self.document[row : row + 1])[0], number)}
-        unseen = max(1, first - start)  # the first token has nothing to be predicted from
-        return sample | {"labels": [IGNORED] * min(unseen, length) + piece[unseen:]}
+        labels = [IGNORED] * length
+        for low, high in targets:
+            inside = slice(max(1, low - start), max(1, high - start))  # the first has nothing to be predicted from
+            labels[inside] = piece[inside]
+        return sample | {"labels": labels}
 
     def _labels_of(self, documents: npt.NDArray[np.int64]) -> list[Any]:
         """Return what the file says of some documents' labels."""
         field = self.fields.label or ""
         return [record.get(field) for record in self._documents.read(documents.tolist(), [field])]
 
-    def _tokens(self, number: int, digest: int, least: int) -> tuple[npt.NDArray[np.int32], int]:
-        """Return a document's tokens and the first target, checked against what its rows were made from."""
+    def _tokens(self, number: int, digest: int, least: int) -> tuple[npt.NDArray[np.int32], tuple[Span, ...]]:
+        """Return a document's tokens and the spans of its targets, checked against what its rows were made from."""
         if number in self._token_cache:
             self._token_cache.move_to_end(number)
             return self._token_cache[number]
@@ -414,7 +417,7 @@ class Samples:
                 f"expected document {number} of {self._documents.name} to be as it was when its rows were counted; "
                 "received another text or other tokens: leave the file as it is, and run again"
             )
-        self._token_cache[number] = np.array(tokens.ids, np.int32), tokens.first
+        self._token_cache[number] = np.array(tokens.ids, np.int32), tokens.targets
         self._cached_tokens += len(tokens.ids)
         while len(self._token_cache) > 1 and self._cached_tokens > _CACHED:
             self._cached_tokens -= len(self._token_cache.popitem(last=False)[1][0])

@@ -81,7 +81,8 @@ class Examples:
         self._images = open_images(corpus.images, store.n)
         self._origin = store.attrs.get("origin") or {}
         usual = [name for form in USUAL for name in form.values()]
-        extracted = [name for name in self._origin.get("fields", {}).values() if isinstance(name, str)]
+        recorded = self._origin.get("fields", {})
+        extracted = [name for kind, name in recorded.items() if isinstance(name, str) and kind != "turns"]
         asked = [name for name in (corpus.text, corpus.label, corpus.source, corpus.image) if name is not None]
         self._fields = list(dict.fromkeys([*asked, *extracted, *usual, "label", *_SOURCES]))
         self._by_document = corpus.id is None and store.layout.columns.get("document") == "int64"
