@@ -626,6 +626,23 @@ class FieldOptions(TypedDict, total=False):
         None, "str, optional",
         "With ``messages``: field with the tools that the chat template shows, a list of objects or its JSON.",
         "With --messages: field with the tools that the chat template shows.", metavar="FIELD")]
+    input_ids: Annotated[str | None, Option(
+        None, "str, optional",
+        "Field with tokens, a list of the model's token numbers without padding on the left: all but the first are "
+        "targets.",
+        "Field with a list of tokens, made beforehand: all but the first are targets.", metavar="FIELD")]
+    input_labels: Annotated[str | None, Option(
+        None, "str, optional",
+        "With ``input_ids``: field with a label for each token, the token itself (not shifted), or -100 where it is no "
+        "target.",
+        "With --input-ids: field with a label for each token: the token itself, or -100 where it is no target.",
+        metavar="FIELD")]
+    doc_ids: Annotated[str | None, Option(
+        None, "str, optional",
+        "With ``input_ids``: field with a whole number for each token that says which of several documents packed "
+        "together it is of. Each is a row of its own, and the number a column, ``doc_id``.",
+        "With --input-ids: field with a whole number for each token, which of several documents packed together it is "
+        "of. Each is a row of its own.", metavar="FIELD")]
     label: Annotated[str | None, Option(
         None, "str, optional", "With ``text``: field with the class, for sequence classification.",
         "With --text: field with the class, for sequence classification.", metavar="FIELD")]

@@ -7,7 +7,7 @@ from tiny_hf import MARKS, tokenizers, transformers, write
 
 from ooc_influence import hf
 from ooc_influence.errors import InputError
-from ooc_influence.hf.padding import IGNORED
+from ooc_influence.hf.pretokenised import IGNORED
 
 pytestmark = MARKS
 

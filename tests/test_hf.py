@@ -26,7 +26,7 @@ from tiny_hf import (
 from ooc_influence import Dropout, Eigenbasis, GradientStore, Storage, hf, influence_scores
 from ooc_influence.errors import InputError, MissingExtraError
 from ooc_influence.hf import job_of
-from ooc_influence.hf.padding import IGNORED
+from ooc_influence.hf.pretokenised import IGNORED
 
 pytestmark = MARKS
 

@@ -88,7 +88,7 @@ def prepare(model: str | Path | Loaded, data: Any, **options: Unpack[JobOptions]
         For settings that do not go together, or data that cannot be read.
     """
     asked: dict[str, Any] = dict(select(FieldOptions, options))
-    if all(asked[name] is None for name in ("text", "prompt", "completion", "messages")):
+    if all(asked[name] is None for name in ("text", "prompt", "completion", "messages", "input_ids")):
         asked["text"] = "text"
     fields = Fields(**{**asked, "keep": tuple(asked["keep"])})
     if not isinstance(model, Loaded):

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ooc_influence.extract import binary_cross_entropy, cross_entropy
 from ooc_influence.hf.labels import LabelLoss
-from ooc_influence.hf.padding import IGNORED, PAD, padding_token
+from ooc_influence.hf.padding import PAD, padding_token
+from ooc_influence.hf.pretokenised import IGNORED
 from ooc_influence.hf.unembedding import Targets, target_losses
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ooc_influence.errors import InputError
 from ooc_influence.extract import to_device
+from ooc_influence.hf.pretokenised import IGNORED
 
 Side = Literal["right", "left"]
 PAD = "pad_token_id"  # of a batch: the padding token to set in the model's configuration
@@ -132,9 +133,6 @@ def choose_side(
         "expected a classifier whose outputs for a text do not change with padding; received one where they change by "
         f"{min(differences):.2g} beside a longer text: run texts one at a time (batch_size=1, --batch-size 1)"
     )
-
-
-IGNORED = -100  # the label of a token that is no target
 
 
 class Collator:

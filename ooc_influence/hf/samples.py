@@ -24,9 +24,10 @@ import numpy.typing as npt
 
 from ooc_influence.corpus import CachedFolder, Documents, as_text, cached_folder, text_digest, text_of
 from ooc_influence.errors import InputError
+from ooc_influence.hf.chats import Chats, Span
 from ooc_influence.hf.labels import FieldKind, Labels, as_kind
-from ooc_influence.hf.padding import IGNORED
-from ooc_influence.hf.tokens import Fields, Span, Tokeniser, Tokens
+from ooc_influence.hf.pretokenised import IGNORED, pretokenised
+from ooc_influence.hf.tokens import Fields, Tokeniser, Tokens
 from ooc_influence.progress import Progress
 from ooc_influence.scratch import ArrayFile, Repeats, map_array
 
@@ -59,7 +60,7 @@ class RowIndex:
 @cache
 def _code_digest() -> str:
     """Return a digest of the modules that decide what rows are: other versions of them make other rows."""
-    modules = dict.fromkeys(inspect.getfile(code) for code in (RowMaker, Tokeniser, FieldKind, text_of))
+    modules = dict.fromkeys(inspect.getfile(code) for code in _MAKERS)
     return _digest(b"".join(Path(file).read_bytes() for file in modules))
 
 
@@ -148,7 +149,7 @@ class RowMaker:
         """Return a document's rows: the columns of the index."""
         number, record = document
         text = text_of(record, self._fields.parts) or ""
-        digest, last = text_digest(text), len(tokens.ids)
+        digest, last = document_digest(record, self._fields), len(tokens.ids)
         rows: list[Row] = []
         for piece, start, length, targets in self._cut(number, tokens, counts):
             low, high = tokens.passage or (
@@ -171,12 +172,15 @@ class RowMaker:
                 )
             counts.truncated += tokens.passage is not None
             return [(-1, 0, length, 1)]
-        pieces = []
-        for start in range(0, max(1, length - 1), most - 1):
-            stop = min(length, start + most)
-            targets = tokens.targets_in(start, stop)
-            if targets > 0:
-                pieces.append((start // (most - 1) if length > most else -1, start, stop - start, targets))
+        rows = []
+        for low, high in tokens.packed or ((0, length),):
+            for start in range(low, max(low + 1, high - 1), most - 1):
+                rows.append((start, min(high, start + most)))
+        pieces = [
+            (piece if len(rows) > 1 else -1, start, stop - start, targets)
+            for piece, (start, stop) in enumerate(rows)
+            if (targets := tokens.targets_in(start, stop)) > 0
+        ]
         counts.without_target += not pieces
         return pieces
 
@@ -214,6 +218,12 @@ def row_names(names: Iterable[Any], pieces: Sequence[int]) -> list[str]:
     return [str(name) if piece < 0 else f"{name}#{piece}" for name, piece in zip(names, pieces, strict=True)]
 
 
+def document_digest(record: dict[str, Any], fields: Fields) -> int:
+    """Return a digest of a document's text; where it has none, of the fields that it is made from."""
+    text = text_of(record, fields.parts)
+    return text_digest(as_text([record.get(name) for name in fields.parts.values()]) if text is None else text)
+
+
 def _groups(documents: Sequence[Numbered]) -> Iterator[list[Numbered]]:
     """Yield documents in groups of a bounded number of characters, a document at least."""
     group: list[Numbered] = []
@@ -229,6 +239,7 @@ def _groups(documents: Sequence[Numbered]) -> Iterator[list[Numbered]]:
         yield group
 
 
+_MAKERS = (RowMaker, Tokeniser, Chats, pretokenised, FieldKind, text_of)  # in these modules it is decided what rows are
 _CACHED = 2**22  # tokens of documents that are kept in memory for further rows of theirs
 SPANS = ("char_start", "char_stop", "text_digest")  # columns that find a row's passage in its document
 
@@ -288,7 +299,7 @@ class Samples:
         The characters of its document's text (:mod:`ooc_influence.corpus`) that it is made from; -1 for a chat,
         or where the tokenizer has no offsets.
     text_digest : (n,) int64
-        A digest of its document's text.
+        A digest of its document's text; of its tokens, where it has these only.
     documents, max_length : int
         Documents of the file, and tokens a row may have.
     without_target, truncated, missing : int
@@ -380,7 +391,15 @@ class Samples:
         kept: dict[str, Any] = {
             "document": self.document, "n_tokens": self.n_tokens, **{name: getattr(self, name) for name in SPANS},
         }  # fmt: skip
+        if self.fields.doc_ids is not None:
+            kept["doc_id"] = RowColumn(len(self), self._doc_ids)
         return kept | {name: RowColumn(len(self), partial(self._kept, name)) for name in self.fields.keep}
+
+    def _doc_ids(self, rows: slice) -> list[int]:
+        """Return which document of its packed row each row is."""
+        name = str(self.fields.doc_ids)
+        documents = self._documents.read(self.document[rows].tolist(), [name])
+        return [int(record[name][start]) for record, start in zip(documents, self._start[rows].tolist(), strict=True)]
 
     def _kept(self, name: str, rows: slice) -> list[Any]:
         kind = self._index.counts.kinds[name]
@@ -410,8 +429,8 @@ class Samples:
             self._token_cache.move_to_end(number)
             return self._token_cache[number]
         record = self._documents.read([number], self.fields.used)[0]
-        text = text_of(record, self.fields.parts) or ""
-        tokens = None if text_digest(text) != digest else self._tokenise([(number, record)])[0]
+        same = document_digest(record, self.fields) == digest
+        tokens = self._tokenise([(number, record)])[0] if same else None
         if tokens is None or len(tokens.ids) < least:
             raise InputError(
                 f"expected document {number} of {self._documents.name} to be as it was when its rows were counted; "
