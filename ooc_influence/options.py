@@ -39,6 +39,7 @@ OnNonFinite = Literal["raise", "skip"]
 LabelKind = Literal["dataset", "sampled"]
 DampingScope = Literal["layer", "model"]
 Task = Literal["causal-lm", "classification"]
+Preference = Literal["dpo", "log-odds"]
 Turns = Literal["last", "all"]
 DTYPES = ("float16", "bfloat16", "float32", "int8", "int8-linear", "int4", "sign")
 _DTYPES = "{" + ", ".join(f'"{name}"' for name in DTYPES) + "}"
@@ -617,15 +618,23 @@ class FieldOptions(TypedDict, total=False):
         "names are targets.",
         "Field with a chat: the tokens of the assistant's last reply are targets, or of all (--turns).",
         metavar="FIELD")]
+    chosen: Annotated[str | None, Option(
+        None, "str, optional",
+        "Field with the preferred one of two completions of ``prompt``, or of two chats; with ``rejected``. A row is a "
+        "pair, its loss :class:`ooc_influence.hf.PreferenceLoss`.",
+        "Field with the preferred one of two completions of --prompt, or of two chats; with --rejected.",
+        metavar="FIELD")]
+    rejected: Annotated[str | None, Option(
+        None, "str, optional", "Field with the other one.", "Field with the other one.", metavar="FIELD")]
     turns: Annotated[Turns, Option(
         "last", '{"last", "all"}',
-        "With ``messages``: whether the assistant's last reply is learned, or all of its replies but those with "
+        "With chats: whether the assistant's last reply is learned, or all of its replies but those with "
         '``"weight": 0``.',
-        "With --messages: whether the assistant's last reply is learned, or all of them.", choices=get_args(Turns))]
+        "With chats: whether the assistant's last reply is learned, or all of them.", choices=get_args(Turns))]
     tools: Annotated[str | None, Option(
         None, "str, optional",
-        "With ``messages``: field with the tools that the chat template shows, a list of objects or its JSON.",
-        "With --messages: field with the tools that the chat template shows.", metavar="FIELD")]
+        "With chats: field with the tools that the chat template shows, a list of objects or its JSON.",
+        "With chats: field with the tools that the chat template shows.", metavar="FIELD")]
     input_ids: Annotated[str | None, Option(
         None, "str, optional",
         "Field with tokens, a list of the model's token numbers without padding on the left: all but the first are "
@@ -646,6 +655,12 @@ class FieldOptions(TypedDict, total=False):
     label: Annotated[str | None, Option(
         None, "str, optional", "With ``text``: field with the class, for sequence classification.",
         "With --text: field with the class, for sequence classification.", metavar="FIELD")]
+    advantage: Annotated[str | None, Option(
+        None, "str, optional",
+        "Field with the advantage A of a rollout: the loss is -A times the mean, or sum, of the target tokens' "
+        "log-probabilities (:class:`ooc_influence.hf.PolicyGradientLoss`).",
+        "Field with the advantage of a rollout: the loss is minus it times the mean (or sum) of the targets' "
+        "log-probabilities.", metavar="FIELD")]
     chat: Annotated[bool, Option(
         False, "bool", "Put prompt and completion through the chat template, as a user's and an assistant's turn.",
         "Put prompt and completion through the tokenizer's chat template.")]
@@ -676,6 +691,17 @@ class ReadingOptions(FieldOptions, LoadingOptions, total=False):
         "mean", '{"mean", "sum"}', "Whether a row's loss is the mean or the sum of its tokens' losses.",
         "Whether a row's loss is the mean or the sum of its tokens' losses.", choices=("mean", "sum"),
         flag="--loss-reduction")]
+    preference: Annotated[Preference, Option(
+        "dpo", '{"dpo", "log-odds"}',
+        "Loss of ``chosen`` and ``rejected``: DPO's, or its form without a reference, -log σ(β (log p(chosen) - "
+        "log p(rejected))). Log-probabilities are sums over targets.",
+        "Loss of --chosen and --rejected: DPO's, or its form without a reference.", choices=get_args(Preference))]
+    beta: Annotated[float, Option(
+        0.1, "float", "The factor β of that loss.", "The factor β of that loss.", kind=float)]
+    reference: Annotated["str | Path | None", Option(
+        None, "str or path, optional",
+        "DPO's reference model; default the model without its PEFT adapter.",
+        "DPO's reference model. Default: the model without its adapter.", kind="path", metavar="DIR|ID")]
     model_dtype: Annotated[str, Option(
         "auto", '{"auto", "float32", "bfloat16", "float16", "8bit"}',
         "Type of the model's weights; auto: as saved. 8bit needs ``bitsandbytes``.",

@@ -57,7 +57,14 @@ class Separation:
         self._spread_now.add(number)
         if x.dim() == 1:
             x, output = x.unsqueeze(0), output.unsqueeze(0)
-        return x.expand(b, *x.shape[1:]), output.expand(b, *output.shape[1:])
+        copies = self._sequences(b, x.shape[1])
+        return x.expand(copies, *x.shape[1:]), output.expand(copies, *output.shape[1:])
+
+    def _sequences(self, b: int, length: int) -> int:
+        """Return how many sequences of a length this forward pass has so far: b, or more where samples have several."""
+        shapes = (shape for number, shape in reversed(self.shapes) if self.uses[number].kind is EmbeddingEntries)
+        counts = (shape[0] for shape in shapes if len(shape) == 2 and shape[1] == length)
+        return next((count for count in counts if count > b and count % b == 0), b)
 
     def give_up_spreading(self) -> bool:
         """Leave shared positions as they are, where copies of them changed the model; return whether there were any."""

@@ -26,9 +26,10 @@ from ooc_influence.extract import (
     run_shards,
 )
 from ooc_influence.hf.labels import Labels
-from ooc_influence.hf.losses import CausalLoss, ClassificationLoss, SignedLoss, class_logits
+from ooc_influence.hf.losses import CausalLoss, ClassificationLoss, PolicyGradientLoss, SignedLoss, class_logits
 from ooc_influence.hf.models import Loaded, load, open_documents
 from ooc_influence.hf.padding import ClassifierCollator, Collator, choose_side, context_length, longest_row
+from ooc_influence.hf.preference import PairCollator, PreferenceLoss
 from ooc_influence.hf.samples import SPANS, Samples
 from ooc_influence.hf.tokens import Fields
 from ooc_influence.options import (
@@ -88,7 +89,9 @@ def prepare(model: str | Path | Loaded, data: Any, **options: Unpack[JobOptions]
         For settings that do not go together, or data that cannot be read.
     """
     asked: dict[str, Any] = dict(select(FieldOptions, options))
-    if all(asked[name] is None for name in ("text", "prompt", "completion", "messages", "input_ids")):
+    if all(
+        asked[name] is None for name in ("text", "prompt", "completion", "messages", "chosen", "rejected", "input_ids")
+    ):
         asked["text"] = "text"
     fields = Fields(**{**asked, "keep": tuple(asked["keep"])})
     if not isinstance(model, Loaded):
@@ -132,7 +135,7 @@ def job_of(store: GradientStore, loaded: Loaded, data: Any = None, *, progress: 
 
 def _make_job(loaded: Loaded, data: Any, fields: Fields, options: JobOptions) -> Job:
     output, batch_size, max_length = options["output"], options["batch_size"], options["max_length"]
-    documents, reduction, weights = options["documents"], options["reduction"], options["weights"]
+    documents = options["documents"]
     if output not in ("gradients", "curvature"):
         raise InputError(f"expected output 'gradients' or 'curvature'; received {output!r}")
     if (loaded.task == "classification") != (fields.label is not None):
@@ -144,6 +147,12 @@ def _make_job(loaded: Loaded, data: Any, fields: Fields, options: JobOptions) ->
         raise InputError(
             "expected a language model for output='curvature'; received a classifier, whose rows are curvature already"
         )
+    if output == "curvature" and (fields.chosen is not None or fields.advantage is not None):
+        raise InputError(
+            "expected texts, completions, chats or tokens for output='curvature'; received "
+            f"{'preferences' if fields.advantage is None else 'advantages'}: it is of token losses"
+        )
+    per_sample_loss, kind = _loss(loaded, fields, options)
     source = open_documents(data, options["split"])
     numbers = None
     if documents is not None and documents < len(source):
@@ -176,19 +185,58 @@ def _make_job(loaded: Loaded, data: Any, fields: Fields, options: JobOptions) ->
     tokens_to_pad = (getattr(loaded.tokenizer, f"{name}_token_id", None) for name in ("pad", "eos", "unk"))
     pad = next((token for token in tokens_to_pad if token is not None), 0)
     collate: Any = Collator(int(pad), options["sign_seed"] if output == "curvature" else None)
+    if fields.chosen is not None:
+        collate = PairCollator(int(pad))
     if labels is not None:
         collate = _classifier_collator(loaded, samples, batch_size)
     tokens = options["tokens"]
     if tokens is None:
         tokens = _TOKENS_CPU if loaded.model.device.type == "cpu" else _TOKENS
     batches = BudgetBatches(samples, collate, lengths=samples.lengths, tokens=tokens, batch_size=batch_size)
-    kind: str = "cross_entropy" if labels is None else labels.loss
-    loss: Any = None if labels is None else ClassificationLoss(labels.loss)
-    if loaded.task == "causal-lm":
-        loss, kind = CausalLoss(reduction), f"token_cross_entropy_{reduction}"
-        if output == "curvature":
-            loss, kind = SignedLoss(weights, mean=reduction == "mean"), f"signed_tokens_{weights or 'plain'}"
-    return Job(loaded.model, loss, batches, samples, kind)
+    if labels is not None:
+        per_sample_loss, kind = ClassificationLoss(labels.loss), labels.loss
+    return Job(loaded.model, per_sample_loss, batches, samples, kind)
+
+
+def _loss(loaded: Loaded, fields: Fields, options: JobOptions) -> tuple[Any, str]:
+    """Return the loss of a language model, and its kind."""
+    preference, reference, beta = options["preference"], options["reference"], options["beta"]
+    reduction, weights = options["reduction"], options["weights"]
+    if fields.chosen is None:
+        default = {name: option.default for name, option in definitions(JobOptions).items()}
+        foreign = [name for name in ("preference", "beta", "reference") if cast(Any, options)[name] != default[name]]
+        if foreign:
+            raise InputError(
+                f"expected {foreign[0]} (--{foreign[0]}) with chosen and rejected; received it without: name their "
+                "fields (--chosen, --rejected)"
+            )
+        if options["output"] == "curvature":
+            return SignedLoss(weights, mean=reduction == "mean"), f"signed_tokens_{weights or 'plain'}"
+        if fields.advantage is not None:
+            return PolicyGradientLoss(reduction), f"policy_gradient_{reduction}"
+        return CausalLoss(reduction), f"token_cross_entropy_{reduction}"
+    if preference == "log-odds":
+        if reference is not None:
+            raise InputError("expected --preference dpo with a reference; received log-odds, which has none")
+        return PreferenceLoss(beta), f"preference_log_odds_{beta:g}"
+    if preference != "dpo":
+        raise InputError(f"expected preference 'dpo' or 'log-odds' (--preference); received {preference!r}")
+    if reference is None:
+        if not hasattr(loaded.model, "disable_adapter"):
+            raise InputError(
+                "expected a reference for DPO's loss of a model without an adapter; received none: give the model that "
+                "training began with (--reference), or leave the reference out of the loss (--preference log-odds)"
+            )
+        return PreferenceLoss(beta, "adapter"), f"preference_dpo_{beta:g}"
+    other = load(reference, dtype=options["model_dtype"], trust_remote_code=options["trust_remote_code"],
+                 allow_pickle=options["allow_pickle"], task="causal-lm").model  # fmt: skip
+    sizes = [int(model.get_input_embeddings().weight.shape[0]) for model in (other, loaded.model)]
+    if sizes[0] < sizes[1]:
+        raise InputError(
+            f"expected a reference with the model's vocabulary of {sizes[1]} tokens; received {reference} with "
+            f"{sizes[0]}: give the model that training began with (--reference)"
+        )
+    return PreferenceLoss(beta, other), f"preference_dpo_{beta:g}"
 
 
 def _classifier_collator(loaded: Loaded, samples: Samples, batch_size: int | None) -> ClassifierCollator:
@@ -250,6 +298,11 @@ def extract(
         raise InputError(
             "expected either output='curvature' or labels='sampled' (--output curvature, --labels sampled); received "
             "both: random signs already stand for the labels' distribution"
+        )
+    if options["labels"] == "sampled" and (options["chosen"] is not None or options["advantage"] is not None):
+        raise InputError(
+            "expected labels='dataset' (--labels) for preferences and advantages; received 'sampled': their losses are "
+            "no log-probability of a label that could be drawn"
         )
     job = prepare(model, data, **select(JobOptions, options))
     settings = select(ExtractionOptions, options)
@@ -333,7 +386,10 @@ def _extract(model: str, data: str, store: StorePath, options: dict[str, Any], *
 def _origin(model: Any, data: Any, job: Job, options: HuggingFaceOptions) -> dict[str, Any]:
     """Return the record of a store's model and documents, by which a row's text is found again."""
     samples = job.samples
-    recorded = ("split", "adapter", "revision", "reduction", "output", "weights", "sign_seed", "on_missing")
+    recorded = (
+        "split", "adapter", "revision", "reduction", "output", "weights", "sign_seed", "on_missing", "preference",
+        "beta", "reference",
+    )  # fmt: skip
     asked: Mapping[str, Any] = options
     defaults = {name: option.default for name, option in definitions(HuggingFaceOptions).items()}
     return {
@@ -341,8 +397,12 @@ def _origin(model: Any, data: Any, job: Job, options: HuggingFaceOptions) -> dic
         "data": str(data) if isinstance(data, (str, Path)) else None,
         "documents": samples.documents, "fields": samples.fields.all, "max_length": samples.max_length,
         **({} if asked["documents"] is None else {"chosen_documents": asked["documents"]}),
-        **{name: asked[name] for name in recorded if asked[name] != defaults[name]},
+        **{name: _as_json(asked[name]) for name in recorded if asked[name] != defaults[name]},
     }  # fmt: skip
+
+
+def _as_json(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
 
 
 def _columns(samples: Samples, store: PathLike) -> dict[str, Any]:

@@ -48,6 +48,24 @@ class CausalLoss:
         return (batch["labels"][:, 1:] != IGNORED).sum(1).clamp(min=1)
 
 
+class PolicyGradientLoss(CausalLoss):
+    """-A Σ_t log π(y_t) of each sample, with its advantage A: the loss whose descent is the policy gradient's ascent.
+
+    Williams 1992 (REINFORCE), at the policy that the rollouts are of, where an importance ratio is 1. With
+    ``reduction="mean"``, divided by the sample's own target tokens, as GRPO does (arXiv 2402.03300).
+    """
+
+    def __call__(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+        """Return the losses, (b,) float32, of either sign."""
+        losses = super().__call__(model, batch)
+        return losses * batch["advantage"].to(losses.dtype)
+
+    def of_tokens(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+        """Return what each token adds to its sample's loss, (b, t) float32, at the token itself; 0 at others."""
+        losses = super().of_tokens(model, batch)
+        return losses * batch["advantage"].to(losses.dtype).unsqueeze(1)
+
+
 class SignedLoss:
     """Σ_t s_t √(w_t/T) ℓ_t with random signs s_t: rows whose outer products estimate Σ_t (w_t/T) ∇ℓ_t ∇ℓ_tᵀ.
 

@@ -150,12 +150,14 @@ class Collator:
         self._pad, self._seed = pad, sign_seed
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Return ``input_ids``, ``attention_mask`` and ``labels`` (b, t)."""
+        """Return ``input_ids``, ``attention_mask`` and ``labels`` (b, t); ``advantage`` (b,) where rows have one."""
         ids, mask = pad_right([row["input_ids"] for row in rows], self._pad)
         labels = torch.full_like(ids, IGNORED)
         for index, row in enumerate(rows):
             labels[index, : len(row["labels"])] = torch.tensor(row["labels"])
         batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        if "advantage" in rows[0]:
+            batch["advantage"] = torch.tensor([row["advantage"] for row in rows], dtype=torch.float32)
         if self._seed is not None:
             signs = np.ones(tuple(ids.shape), np.float32)
             for index, row in enumerate(rows):

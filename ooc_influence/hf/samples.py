@@ -10,14 +10,15 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -148,6 +149,8 @@ class RowMaker:
     def _rows(self, document: Numbered, tokens: Tokens, counts: Counts) -> list[Row]:
         """Return a document's rows: the columns of the index."""
         number, record = document
+        if self._fields.advantage is not None:
+            finite_number(record.get(self._fields.advantage), number)
         text = text_of(record, self._fields.parts) or ""
         digest, last = document_digest(record, self._fields), len(tokens.ids)
         rows: list[Row] = []
@@ -172,6 +175,8 @@ class RowMaker:
                 )
             counts.truncated += tokens.passage is not None
             return [(-1, 0, length, 1)]
+        if tokens.split:
+            return self._pair(number, tokens, counts)
         rows = []
         for low, high in tokens.packed or ((0, length),):
             for start in range(low, max(low + 1, high - 1), most - 1):
@@ -183,6 +188,19 @@ class RowMaker:
         ]
         counts.without_target += not pieces
         return pieces
+
+    def _pair(self, number: int, tokens: Tokens, counts: Counts) -> list[tuple[int, int, int, int]]:
+        """Return the row of a preference, whose two sequences cannot be cut."""
+        split, stop = tokens.split, len(tokens.ids)
+        longest = max(split, stop - split)
+        if longest > self._max_length:
+            raise InputError(
+                f"expected chosen and rejected of at most {self._max_length} tokens; received {longest} in document "
+                f"{number}: raise max_length (--max-length) up to the model's context, or leave it out"
+            )
+        targets = tokens.targets_in(0, split), tokens.targets_in(split, stop)
+        counts.without_target += not all(targets)
+        return [(-1, 0, tokens.padded, sum(targets))] if all(targets) else []
 
     def _names(self, records: dict[int, dict[str, Any]], table: Numbers) -> list[str]:
         """Return the names of rows by their documents' ids."""
@@ -216,6 +234,18 @@ class RowMaker:
 def row_names(names: Iterable[Any], pieces: Sequence[int]) -> list[str]:
     """Return rows' names: the document's, with ``#piece`` where it has several rows."""
     return [str(name) if piece < 0 else f"{name}#{piece}" for name, piece in zip(names, pieces, strict=True)]
+
+
+def finite_number(value: Any, number: int) -> float:
+    """Return the advantage that a document says, in CSV as text."""
+    wrong = isinstance(value, bool) or not isinstance(value, (int, float, str))
+    with suppress(ValueError):
+        if not wrong and math.isfinite(float(value)):
+            return float(value)
+    raise InputError(
+        f"expected a finite number as the advantage (--advantage) of document {number}; received "
+        f"{'none' if value is None else repr(value)}"
+    )
 
 
 def document_digest(record: dict[str, Any], fields: Fields) -> int:
@@ -264,6 +294,14 @@ class RowColumn(Sequence[Any]):
             return self[key : key + 1][0]
         start, stop, _ = key.indices(self._n)
         return self._read(slice(start, stop))
+
+
+class _Kept(NamedTuple):
+    """What is kept in memory of a document's :class:`Tokens`."""
+
+    ids: npt.NDArray[np.int32]
+    targets: tuple[Span, ...]
+    split: int
 
 
 class Samples:
@@ -330,7 +368,7 @@ class Samples:
         if on_missing not in ("raise", "skip"):
             raise InputError(f"expected on_missing 'raise' or 'skip'; received {on_missing!r}")
         texts = list(fields.parts.values())
-        named = [field for field in (fields.label, fields.id) if field is not None]
+        named = [field for field in (fields.label, fields.advantage, fields.id) if field is not None]
         missing = on_missing == "skip"  # then the first documents may lack their texts
         _check_fields(documents, named if missing else texts + named, [*(texts if missing else ()), *fields.keep])
         self._documents, self.fields, self._tokenise = documents, fields, Tokeniser(tokenizer, fields, max_length)
@@ -348,7 +386,7 @@ class Samples:
         self.char_start, self.char_stop = columns["char_start"], columns["char_stop"]
         self.text_digest = columns["text_digest"]
         self.without_target, self.truncated, self.missing = counts.without_target, counts.truncated, counts.missing
-        self._token_cache: OrderedDict[int, tuple[npt.NDArray[np.int32], tuple[Span, ...]]] = OrderedDict()
+        self._token_cache: OrderedDict[int, _Kept] = OrderedDict()
         self._cached_tokens = 0
         self._last_read: tuple[bytes, list[dict[str, Any]]] = (b"", [])
         if not len(self):
@@ -369,7 +407,8 @@ class Samples:
 
     def _read(self, documents: list[int]) -> list[dict[str, Any]]:
         """Return what documents have beside their texts, which are long."""
-        texts = set(self.fields.parts.values()) - {self.fields.id, self.fields.label, *self.fields.keep}
+        fields = self.fields
+        texts = set(fields.parts.values()) - {fields.id, fields.label, fields.advantage, *fields.keep}
         return [
             {name: value for name, value in record.items() if name not in texts}
             for low in range(0, len(documents), AT_ONCE)
@@ -391,6 +430,8 @@ class Samples:
         kept: dict[str, Any] = {
             "document": self.document, "n_tokens": self.n_tokens, **{name: getattr(self, name) for name in SPANS},
         }  # fmt: skip
+        if self.fields.advantage is not None:
+            kept["advantage"] = RowColumn(len(self), self._advantages)
         if self.fields.doc_ids is not None:
             kept["doc_id"] = RowColumn(len(self), self._doc_ids)
         return kept | {name: RowColumn(len(self), partial(self._kept, name)) for name in self.fields.keep}
@@ -401,45 +442,61 @@ class Samples:
         documents = self._documents.read(self.document[rows].tolist(), [name])
         return [int(record[name][start]) for record, start in zip(documents, self._start[rows].tolist(), strict=True)]
 
+    def _advantages(self, rows: slice) -> list[float]:
+        numbers, field = self.document[rows], self.fields.advantage or ""
+        return [
+            finite_number(value, number) for value, number in zip(self._field(field, numbers), numbers, strict=True)
+        ]
+
     def _kept(self, name: str, rows: slice) -> list[Any]:
         kind = self._index.counts.kinds[name]
         return [as_kind(value, kind) for value in self._field(name, self.document[rows])]
 
     def __getitem__(self, row: Any) -> dict[str, Any]:
         number, start, length = int(self.document[row]), int(self._start[row]), int(self.lengths[row])
-        ids, targets = self._tokens(number, int(self.text_digest[row]), start + length)
-        piece = ids[start : start + length].tolist()
+        kept = self._tokens(number, int(self.text_digest[row]), start + length)
+        piece = kept.ids[start : start + length].tolist()
         sample: dict[str, Any] = {"row": int(row), "input_ids": piece}
         if self._labels is not None:
-            return sample | {"label": self._labels(self._labels_of(self.document[row : row + 1])[0], number)}
-        labels = [IGNORED] * length
-        for low, high in targets:
+            return sample | {"label": self._labels(self._values(self.fields.label, number), number)}
+        if self.fields.advantage is not None:
+            sample["advantage"] = finite_number(self._values(self.fields.advantage, number), number)
+        labels = [IGNORED] * len(piece)
+        for low, high in kept.targets:
             inside = slice(max(1, low - start), max(1, high - start))  # the first has nothing to be predicted from
             labels[inside] = piece[inside]
+        if kept.split:
+            labels[kept.split] = IGNORED
+            halves = slice(kept.split), slice(kept.split, None)
+            return sample | {"input_ids": [piece[half] for half in halves], "labels": [labels[half] for half in halves]}
         return sample | {"labels": labels}
+
+    def _values(self, field: str | None, number: int) -> Any:
+        """Return what the file says in a field of a document."""
+        return self._documents.read([number], [field or ""])[0].get(field or "")
 
     def _labels_of(self, documents: npt.NDArray[np.int64]) -> list[Any]:
         """Return what the file says of some documents' labels."""
         field = self.fields.label or ""
         return [record.get(field) for record in self._documents.read(documents.tolist(), [field])]
 
-    def _tokens(self, number: int, digest: int, least: int) -> tuple[npt.NDArray[np.int32], tuple[Span, ...]]:
-        """Return a document's tokens and the spans of its targets, checked against what its rows were made from."""
+    def _tokens(self, number: int, digest: int, least: int) -> _Kept:
+        """Return a document's tokens, checked against what its rows were made from."""
         if number in self._token_cache:
             self._token_cache.move_to_end(number)
             return self._token_cache[number]
         record = self._documents.read([number], self.fields.used)[0]
         same = document_digest(record, self.fields) == digest
         tokens = self._tokenise([(number, record)])[0] if same else None
-        if tokens is None or len(tokens.ids) < least:
+        if tokens is None or tokens.padded < least:
             raise InputError(
                 f"expected document {number} of {self._documents.name} to be as it was when its rows were counted; "
                 "received another text or other tokens: leave the file as it is, and run again"
             )
-        self._token_cache[number] = np.array(tokens.ids, np.int32), tokens.targets
+        self._token_cache[number] = _Kept(np.array(tokens.ids, np.int32), tokens.targets, tokens.split)
         self._cached_tokens += len(tokens.ids)
         while len(self._token_cache) > 1 and self._cached_tokens > _CACHED:
-            self._cached_tokens -= len(self._token_cache.popitem(last=False)[1][0])
+            self._cached_tokens -= len(self._token_cache.popitem(last=False)[1].ids)
         return self._token_cache[number]
 
 

@@ -26,12 +26,16 @@ class Fields:
     messages : str or None
         A chat, through the tokenizer's template; the tokens of the assistant's replies that ``turns`` names are
         targets.
+    chosen, rejected : str or None
+        A preference: two completions of ``prompt``, or two chats (which ``prompt``, a list of messages, may begin).
     tools : str or None
-        With ``messages``: the tools that the template shows, a list of objects or its JSON.
+        With chats: the tools that the template shows, a list of objects or its JSON.
     input_ids, input_labels, doc_ids : str or None
         Tokens; which of them are targets (the token itself, or -100); and which document of a packed row each is of.
     label : str or None
         With ``text``: the class, for sequence classification.
+    advantage : str or None
+        A number for each document, of a policy gradient's loss.
     id : str or None
         The document's name; default its number.
     keep : tuple of str
@@ -39,37 +43,45 @@ class Fields:
     chat : bool
         Put prompt and completion through the chat template, as a user's and an assistant's turn.
     turns : {"last", "all"}
-        With ``messages``: whether the assistant's last reply is learned, or all of them.
+        With chats: whether the assistant's last reply is learned, or all of them.
     """
 
     text: str | None = None
     prompt: str | None = None
     completion: str | None = None
     messages: str | None = None
+    chosen: str | None = None
+    rejected: str | None = None
     tools: str | None = None
     input_ids: str | None = None
     input_labels: str | None = None
     doc_ids: str | None = None
     label: str | None = None
+    advantage: str | None = None
     id: str | None = None
     keep: tuple[str, ...] = ()
     chat: bool = False
     turns: Turns = "last"
 
     def __post_init__(self) -> None:
-        pair = (self.prompt, self.completion)
-        forms = [self.text is not None, any(pair), self.messages is not None, self.input_ids is not None]
-        if sum(forms) != 1 or (any(pair) and not all(pair)) or (self.label is not None and self.text is None):
+        preference = (self.chosen, self.rejected)
+        pair = (self.prompt, self.completion) if not any(preference) else (self.completion,)
+        forms = [self.text is not None, any(pair), self.messages is not None, self.input_ids is not None,
+                 any(preference)]  # fmt: skip
+        halves = any(any(both) and not all(both) for both in (pair, preference))
+        if sum(forms) != 1 or halves or (self.label is not None and self.text is None):
+            kinds = ("text", "prompt", "completion", "messages", "chosen", "rejected", "input_ids", "label")
+            received = (f"{kind}={getattr(self, kind)!r}" for kind in kinds if getattr(self, kind) is not None)
             raise InputError(
-                "expected one of text, prompt and completion, text and label, messages, or input_ids; received "
-                f"text={self.text!r}, prompt={self.prompt!r}, completion={self.completion!r}, "
-                f"messages={self.messages!r}, input_ids={self.input_ids!r}, label={self.label!r}"
+                "expected one of text, prompt and completion, text and label, messages, chosen and rejected, or "
+                f"input_ids; received {', '.join(received) or 'none'}"
             )
-        if self.turns not in get_args(Turns):
-            raise InputError(f"expected turns 'last' or 'all' (--turns); received {self.turns!r}")
-        if self.messages is None and (self.turns != "last" or self.tools is not None):
-            named = "tools (--tools)" if self.turns == "last" else "turns='all' (--turns all)"
-            raise InputError(f"expected {named} with messages (--messages); received it without: name the chat's field")
+        if self.advantage is not None and (self.label is not None or any(preference)):
+            raise InputError(
+                "expected advantage (--advantage) with a text, a completion, a chat or tokens; received it with "
+                f"{'label' if self.label is not None else 'chosen and rejected'}: leave it out"
+            )
+        self._check_chats()
         further = "input_labels" if self.input_labels is not None else "doc_ids"
         if self.input_ids is None and getattr(self, further) is not None:
             raise InputError(
@@ -77,10 +89,19 @@ class Fields:
                 "without: name the field of the tokens"
             )
 
+    def _check_chats(self) -> None:
+        if self.turns not in get_args(Turns):
+            raise InputError(f"expected turns 'last' or 'all' (--turns); received {self.turns!r}")
+        chats = self.messages is not None or self.chosen is not None
+        if not chats and (self.turns != "last" or self.tools is not None):
+            named = "tools (--tools)" if self.turns == "last" else "turns='all' (--turns all)"
+            raise InputError(f"expected {named} with messages (--messages); received it without: name the chat's field")
+
     @property
     def parts(self) -> dict[str, str]:
         """The fields that make up a document's text, by what they are."""
-        kinds = ("text", "prompt", "completion", "messages", "input_ids", "input_labels", "doc_ids")
+        kinds = ("text", "prompt", "completion", "messages", "chosen", "rejected", "input_ids", "input_labels",
+                 "doc_ids")  # fmt: skip
         return {kind: getattr(self, kind) for kind in kinds if getattr(self, kind) is not None}
 
     @property
@@ -91,7 +112,7 @@ class Fields:
     @property
     def used(self) -> list[str]:
         """All fields that are read, each once."""
-        named = (*self.parts.values(), self.tools, self.label, self.id, *self.keep)
+        named = (*self.parts.values(), self.tools, self.label, self.advantage, self.id, *self.keep)
         return [name for name in dict.fromkeys(named) if name is not None]
 
 
@@ -125,6 +146,7 @@ class Tokens(NamedTuple):
     ``spans`` map tokens to characters: from which encoding, which token and which character on; empty if not known.
     ``passage`` is, of a text to be classified that was cut, the characters left, from and to; (-1, -1) if not known.
     ``packed`` are the spans of the documents that a packed row is made of; empty where all tokens are of one.
+    ``split`` is, of a preference, how many tokens the chosen one has, which the rejected one's follow; else 0.
     """
 
     ids: list[int]
@@ -132,6 +154,12 @@ class Tokens(NamedTuple):
     spans: tuple[tuple[Any, int, int], ...] = ()
     passage: tuple[int, int] | None = None
     packed: tuple[Span, ...] = ()
+    split: int = 0
+
+    @property
+    def padded(self) -> int:
+        """Tokens, of a preference those of both after padding to the longer."""
+        return 2 * max(self.split, len(self.ids) - self.split) if self.split else len(self.ids)
 
     def targets_in(self, start: int, stop: int) -> int:
         """Return how many targets a row of the tokens ``start`` to ``stop`` has, whose first is never one."""
@@ -166,8 +194,8 @@ class Tokeniser:
         for name in self._parts.values():
             if record.get(name) is None:
                 return f"{'null in' if name in record else 'no'} field {name!r}"
-        messages = self._fields.messages
-        return None if messages is None else self._chats.lacking(record[messages])
+        chats = (self._parts[kind] for kind in ("messages", "chosen", "rejected") if kind in self._parts)
+        return next((lack for name in chats if (lack := self._chats.lacking(record[name])) is not None), None)
 
     def __call__(self, documents: Sequence[tuple[int, dict[str, Any]]]) -> list[Tokens]:
         """Return the tokens of documents, numbers and records, that lack nothing.
@@ -181,6 +209,8 @@ class Tokeniser:
                     for number, record in documents]  # fmt: skip
         if "input_ids" in parts:
             return [self._pretokenised(number, record) for number, record in documents]
+        if "chosen" in parts:
+            return [self._preference(number, record) for number, record in documents]
         for number, record in documents:
             for name in parts.values():
                 _check_text(number, name, record[name])
@@ -222,6 +252,39 @@ class Tokeniser:
         if spans:
             passage = (spans[0][0], len(text)) if words.truncation_side == "left" else (0, spans[-1][1])
         return Tokens(ids, ((1, len(ids)),), passage=passage)
+
+    def _preference(self, number: int, record: dict[str, Any]) -> Tokens:
+        """Return the tokens of the chosen completion or chat, and after them those of the rejected one."""
+        names = [name for kind, name in self._parts.items() if kind != "prompt"]
+        prompt = self._parts.get("prompt")
+        values = [record[name] for name in names] + ([] if prompt is None else [record[prompt]])
+        if not any(isinstance(value, str) for value in values):
+            before = list(record[prompt]) if prompt is not None and isinstance(record[prompt], Sequence) else []
+            tools = record.get(self._fields.tools or "")
+            chats = (record[name] for name in names)
+            both = [Tokens(*self._chats.tokens(number, [*before, *chat] if before else chat, tools)) for chat in chats]
+        elif prompt is None or not all(isinstance(value, str) for value in values):
+            kinds = (
+                f"{name} {type(record[name]).__name__}" for name in [*names, *([] if prompt is None else [prompt])]
+            )
+            raise InputError(
+                f"expected texts with a prompt (--prompt), or lists of messages, in document {number}; received "
+                f"{', '.join(kinds)}"
+            )
+        else:
+            for name in (prompt, *names):
+                _check_text(number, name, record[name])
+            both = [self._pair(number, record[prompt], record[name]) for name in names]
+        chosen, rejected = both
+        begins = [each.ids[: each.targets[-1][0]] if each.targets else each.ids for each in both]
+        if self._fields.turns == "last" and begins[0] != begins[1]:
+            raise InputError(
+                f"expected chosen and rejected chats that differ in the last reply in document {number}; received "
+                "ones that differ before it: learn all replies (--turns all)"
+            )
+        split = len(chosen.ids)
+        further = tuple((split + low, split + high) for low, high in rejected.targets)
+        return Tokens([*chosen.ids, *rejected.ids], (*chosen.targets, *further), passage=(-1, -1), split=split)
 
     def _pretokenised(self, number: int, record: dict[str, Any]) -> Tokens:
         parts = self._parts
