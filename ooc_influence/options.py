@@ -176,6 +176,12 @@ class PairOptions(ScoringOptions, Normalized, total=False):
         False, "bool or str",
         "True: one query, the mean of all. A column of the query store: one query for each of its values.",
         "One query: the mean of all.")]
+    minus: Annotated["GradientStore | PathLike | Sequence[GradientStore | PathLike] | None", Option(
+        None, "GradientStore or path, or a list with one for each checkpoint, optional",
+        "A store of controls, extracted like the queries: the mean of its rows is subtracted from every query, or mean "
+        "of queries. A score is then the difference of a row's influence on both, before any norm.",
+        "A store of controls, whose mean gradient is subtracted from every query. With --also, once for each "
+        "checkpoint.", kind="path", metavar="CONTROLS", multiple=True)]
     combine: Annotated[Combine, Option(
         "mean", '{"mean", "query-margins", "margins"}',
         "How several checkpoints are combined: by the mean of their scores; or, for one-label cross-entropy, by "

@@ -130,6 +130,7 @@ def _print_scores(scores: Any, out: str, as_json: bool) -> None:
 
     settings = {name: scores.attrs[name] for name in ("curvature", "damping")}
     settings |= {"damping_mode": "absolute", "normalize": scores.attrs["normalize"] or "none"}
+    settings |= {"minus": scores.attrs["minus"]} if "minus" in scores.attrs else {}
     options.print_result(as_json, facts, lambda: f"{out}: {more}{size}\n{describe_scoring(settings)}")
 
 
@@ -534,12 +535,14 @@ def _selection_text(facts: dict[str, Any]) -> str:
 
 def _paired(query: str, train: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of a library call that the options of a command stand for."""
-    also, column = settings.pop("also"), settings.pop("average_by")
+    also, column, minus = settings.pop("also"), settings.pop("average_by"), settings.pop("minus")
     if settings["average_queries"] and column is not None:
         raise InputError("expected --average-queries or --average-by; received both")
     queries = [query, *(pair[0] for pair in also)] if also else query
     arguments = _arguments((train, *(pair[1] for pair in also)), settings)
-    return {"query": queries, **arguments} | ({} if column is None else {"average_queries": column})
+    controls = None if not minus else (list(minus) if len(minus) > 1 else minus[0])
+    averaged = {} if column is None else {"average_queries": column}
+    return {"query": queries, **arguments, "minus": controls} | averaged
 
 
 def _arguments(trains: tuple[str, ...], settings: dict[str, Any]) -> dict[str, Any]:

@@ -71,10 +71,7 @@ class Checkpoint:
         rows = open_store(train)
         queries = None if query is None else open_store(query)
         if queries is not None:
-            check_same(
-                rows.path, rows.fingerprints, queries.fingerprints,
-                "extract the queries with like= (--like) the train store, with its model", other=queries.path,
-            )  # fmt: skip
+            _check_like(rows, queries)
         if curvature is False:
             if damping is not None:
                 raise InputError(f"expected no damping without a curvature; received {damping}: leave it out")
@@ -161,6 +158,31 @@ def open_checkpoints(
         if first.query is not None and other.query is not None:
             _check_same_rows(first.query, other.query)
     return tuple(checkpoints)
+
+
+def open_controls(minus: Stores, checkpoints: Sequence[Checkpoint]) -> list[GradientStore]:
+    """Return the store of controls of each checkpoint, whose rows are those of its train store's mask and model.
+
+    Raises
+    ------
+    InputError, MismatchError
+        For another number of stores than checkpoints, stores without rows, or of another mask or model.
+    """
+    stores = [open_store(store) for store in _listed(minus)]
+    if len(stores) != len(checkpoints):
+        raise InputError(
+            f"expected a store of controls (--minus) for each of {len(checkpoints)} checkpoints; received {len(stores)}"
+        )
+    for store, checkpoint in zip(stores, checkpoints, strict=True):
+        _check_like(checkpoint.train, store)
+    return stores
+
+
+def _check_like(train: GradientStore, queries: GradientStore) -> None:
+    check_same(
+        train.path, train.fingerprints, queries.fingerprints,
+        "extract the queries with like= (--like) the train store, with its model", other=queries.path,
+    )  # fmt: skip
 
 
 def _listed(stores: Stores) -> list[Store]:

@@ -19,6 +19,7 @@ from ooc_influence.influence.checkpoints import (
     Stores,
     margin_factors,
     open_checkpoints,
+    open_controls,
     parse_combine,
     parse_marks,
 )
@@ -101,6 +102,23 @@ class Queries:
         return sums / np.maximum(counts, 1)[:, None], counts == 0
 
 
+def _control_means(minus: Stores | None, checkpoints: Sequence[Checkpoint], combine: Combine) -> tuple[Floats, ...]:
+    """Return the mean row of each checkpoint's store of controls, (k,) float32; none without such stores."""
+    if minus is None:
+        return ()
+    if combine != "mean":
+        raise InputError(
+            f"expected minus (--minus) with combine='mean'; received {combine!r}: a mean of controls has no margin"
+        )
+    means = []
+    for store in open_controls(minus, checkpoints):
+        (row,), (empty,) = Queries.of(store, True).read(store, 0, 1)
+        if empty:
+            raise InputError(f"expected rows of controls that are not dropped in {store.path}; received none (--minus)")
+        means.append(row.astype(np.float32))
+    return tuple(means)
+
+
 def _settings(checkpoints: Sequence[Checkpoint], asked: PairOptions, lists: bool) -> dict[str, Any]:
     """Return curvature and damping, of one checkpoint or a list with those of each, as JSON values."""
     curves = [each.curvature for each in checkpoints]
@@ -165,6 +183,8 @@ class ScoreRequest:
         How checkpoints are combined.
     settings : mapping
         What was asked for or taken by default: curvature, damping and its mode, and the unit.
+    controls : tuple of (k,) float32
+        For each checkpoint, what is subtracted from its queries; empty where nothing is.
     """
 
     checkpoints: tuple[Checkpoint, ...]
@@ -175,6 +195,7 @@ class ScoreRequest:
     several: bool
     combine: Combine
     settings: Mapping[str, Any]
+    controls: tuple[Floats, ...] = ()
 
     @classmethod
     def open(cls, query: Stores | None, train: Stores, options: ScoringOptions, *, lists: bool = False) -> ScoreRequest:
@@ -197,8 +218,12 @@ class ScoreRequest:
             tokens = is_token_loss(first.train.attrs.get("loss_kind"))
             unit = "train" if lists and tokens and combine == "mean" else "none"
         settings = _settings(checkpoints, asked, lists) | {"normalize": unit}
+        controls = _control_means(asked["minus"], checkpoints, combine)
+        if asked["minus"] is not None:
+            settings["minus"] = _paths(asked["minus"])
         normalize = None if unit == "none" else unit
-        return cls(checkpoints, queries, seen, normalize, parse_device(asked["device"]), several, combine, settings)
+        device = parse_device(asked["device"])
+        return cls(checkpoints, queries, seen, normalize, device, several, combine, settings, controls)
 
     @property
     def q(self) -> int:
@@ -234,6 +259,7 @@ class ScoreRequest:
             "seen": None if self.seen is None else array_digest(np.packbits(self.seen)),
             "normalize": self.normalize,
             **({} if self.combine == "mean" else {"combine": self.combine}),
+            **({"minus": [array_digest(row) for row in self.controls]} if self.controls else {}),
             **more,
         }
         return json_digest(facts)
@@ -284,7 +310,8 @@ class ScoreRequest:
             def factors(first: int, last: int) -> npt.NDArray[np.float64]:
                 return np.asarray(margin_factors(stores, first, last)[number])
 
-        return self.queries.read(checkpoint.query, start, stop, factors)
+        rows, dropped = self.queries.read(checkpoint.query, start, stop, factors)
+        return rows - self.controls[number] if self.controls else rows, dropped
 
     def work(
         self,
@@ -357,6 +384,13 @@ class ScoreRequest:
                 f"{beyond.sum()} of {self.q} queries have more than {OUTSIDE_WARNING:.0%} of their squared gradient "
                 f"outside the span of the training spectrum (up to {np.nanmax(outside):.0%}): {advice}"
             )
+
+
+def _paths(stores: Stores) -> str | list[str]:
+    """Return the path of a store, or those of several."""
+    if isinstance(stores, (list, tuple)):
+        return [str(_paths(store)) for store in stores]
+    return str(stores.path if isinstance(stores, GradientStore) else stores)
 
 
 def _fit_size(train: GradientStore) -> ProblemSize:

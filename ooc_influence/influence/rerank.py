@@ -115,6 +115,8 @@ def rerank(
 
 
 def _check(train: GradientStore, candidates: int, top: int, options: dict[str, Any]) -> None:
+    if options["minus"] is not None:
+        raise InputError("expected queries alone to rank again; received ones minus controls (--minus)")
     if not train.mask.has_basis:
         raise InputError(
             f"expected stores in a Kronecker basis to rank again; received {train.path}, in the parameters' own: "

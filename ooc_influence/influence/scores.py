@@ -275,6 +275,7 @@ def _facts(scoring: ScoreRequest, leading: int) -> dict[str, Any]:
         "damping": None if first.curvature is None else scoring.damping,
         "normalize": scoring.normalize,
         "combine": scoring.combine if several else None,
+        **({"minus": scoring.settings["minus"]} if scoring.controls else {}),
         "averaged": None if scoring.queries.groups is None else scoring.queries.names.tolist(),
     }
 

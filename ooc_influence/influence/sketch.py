@@ -481,7 +481,8 @@ class SketchSearch:
         live = np.array([self._seen is None or bool(self._seen[0, number]) for number in numbers])
         numbers = numbers[live]
         rows = Queries(np.broadcast_to(np.int64(0), train.n), None)
-        request = replace(self.scoring, checkpoints=(replace(self._checkpoint, query=train),), queries=rows)
+        as_queries = (replace(self._checkpoint, query=train),)
+        request = replace(self.scoring, checkpoints=as_queries, queries=rows, controls=())
         return numbers, numbers, request.precondition, f"{len(numbers)} train rows"
 
 

@@ -174,6 +174,8 @@ def open_shares(
     asked: Any = dict(options)
     if asked["average_queries"] is not False:
         raise InputError("expected single queries to look at token by token; received averaged ones")
+    if asked["minus"] is not None or (lists is not None and "minus" in lists.settings):
+        raise InputError("expected queries alone to look at token by token; received ones minus controls (--minus)")
     if lists is None:
         lists = top_influential(*stores, top, **asked)
     if lists.dampings is not None:

@@ -70,7 +70,9 @@ _UNITS = {
 
 def describe_scoring(settings: Mapping[str, Any]) -> str:
     """Return in a line what scores were computed with, defaults included: :attr:`TopInfluential.settings`."""
-    unit, curvature = _UNITS[settings["normalize"]], settings["curvature"]
+    unit, curvature, minus = _UNITS[settings["normalize"]], settings["curvature"], settings.get("minus")
+    if minus is not None:
+        unit += f", queries minus the mean of {', '.join(minus) if isinstance(minus, list) else minus}"
     curvatures = curvature if isinstance(curvature, list) else [curvature]
     if all(each is None for each in curvatures):
         return f"scores: no curvature (dot products), {unit}"
