@@ -610,13 +610,19 @@ class FieldOptions(TypedDict, total=False):
     """Which fields of a document are what."""
 
     text: Annotated[str | None, Option(
-        None, "str, optional", "Field with running text; default the field ``text``, where no other form is named.",
-        "Field with running text. Default: 'text'.", metavar="FIELD")]
+        None, "str, optional",
+        "Field with running text. Where no form is named, the first of these that documents have: ``text``; "
+        "``prompt`` and ``completion``; ``messages`` or ``prompt`` with a server's ``choices`` or ``outputs``; "
+        "``messages``.",
+        "Field with running text. Default: 'text', or what documents have.", metavar="FIELD")]
     prompt: Annotated[str | None, Option(
         None, "str, optional", "Field with a prompt: only the tokens of ``completion`` are targets.",
         "Field with a prompt, with --completion: only the completion's tokens are targets.", metavar="FIELD")]
     completion: Annotated[str | None, Option(
-        None, "str, optional", "Field with the completion of ``prompt``.", "Field with the completion.",
+        None, "str, optional",
+        "Field with the completion of ``prompt``, or with the last reply of ``messages``: a text, or answers as "
+        "servers write them, of which the first counts (:func:`ooc_influence.corpus.first_answer`).",
+        "Field with the completion of --prompt, or the last reply of --messages: a text, or a server's answers.",
         metavar="FIELD")]
     messages: Annotated[str | None, Option(
         None, "str, optional",

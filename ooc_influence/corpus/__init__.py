@@ -7,15 +7,19 @@ from ooc_influence.corpus.documents import (
     USUAL,
     Documents,
     answer_start,
+    answer_text,
     as_text,
+    first_answer,
     open_documents,
     open_records,
     text_digest,
     text_of,
+    usual_form,
 )
 from ooc_influence.corpus.lexical import Bm25, bm25
 
 __all__ = [
-    "BETWEEN", "USUAL", "Bm25", "CachedFolder", "Documents", "answer_start", "as_text", "bm25", "cached_folder",
-    "local_path", "open_documents", "open_records", "text_digest", "text_of",
+    "BETWEEN", "USUAL", "Bm25", "CachedFolder", "Documents", "answer_start", "answer_text", "as_text", "bm25",
+    "cached_folder", "first_answer", "local_path", "open_documents", "open_records", "text_digest", "text_of",
+    "usual_form",
 ]  # fmt: skip

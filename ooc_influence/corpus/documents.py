@@ -2,9 +2,11 @@
 
     text                     as it is
     prompt and completion    the prompt, two line breaks, the completion
-    messages                 ``<role>: <content>`` of each turn, two line breaks between them
+    messages                 ``<role>: <content>`` of each turn, two line breaks between them, and of a completion
+    chosen and rejected      those of a preference, after its prompt
 
-A row that is a piece of a document is a span of characters of this text.
+A completion may be a list of answers as servers write them (:func:`first_answer`), of which the first counts. A row
+that is a piece of a document is a span of characters of this text.
 """
 
 from __future__ import annotations
@@ -42,6 +44,9 @@ BETWEEN = "\n\n"  # prompt and completion, and turns of a chat
 USUAL: tuple[dict[str, str], ...] = (
     {"text": "text"},
     {"prompt": "prompt", "completion": "completion"},
+    {"messages": "messages", "completion": "choices"},
+    {"prompt": "prompt", "completion": "choices"},
+    {"prompt": "prompt", "completion": "outputs"},
     {"messages": "messages"},
 )  # fields looked for where none is named
 
@@ -57,6 +62,32 @@ def as_text(value: Any) -> str:
     return str(value)
 
 
+def first_answer(value: Any) -> Any:
+    """Return the first of a server's answers as an assistant's turn; None if there is none; other values as they are.
+
+    That is ``choices`` as OpenAI's and vLLM's servers write them, with a ``message`` or a ``text``, and ``outputs`` as
+    vLLM's ``LLM.generate`` does. ``finish_reason`` is kept.
+    """
+    if not isinstance(value, (list, tuple)) or not all(isinstance(answer, Mapping) for answer in value):
+        return value
+    if not value:
+        return None
+    message, text = value[0].get("message"), value[0].get("text")
+    if isinstance(message, Mapping):
+        said = {"role": "assistant", **{name: part for name, part in message.items() if part is not None}}
+        turn = {"content": message.get("content") or "", **said}
+        return None if len(said) == 1 else turn | {"finish_reason": value[0].get("finish_reason")}
+    if text is None:
+        return value
+    return {"role": "assistant", "content": text, "finish_reason": value[0].get("finish_reason")}
+
+
+def answer_text(value: Any) -> Any:
+    """Return the text of a completion: of a server's answers the first one's, of others themselves."""
+    answer = first_answer(value)
+    return answer.get("content") if isinstance(answer, Mapping) and "finish_reason" in answer else answer
+
+
 def text_of(record: Mapping[str, Any], fields: Mapping[str, str | None]) -> str | None:
     """Return the text of a document; None where one of the fields is missing, or its messages are not of text.
 
@@ -65,14 +96,27 @@ def text_of(record: Mapping[str, Any], fields: Mapping[str, str | None]) -> str 
     record : mapping
         The document.
     fields : mapping
-        Names of its fields by what they are: ``text``, or ``prompt`` and ``completion``, or ``messages``.
+        Names of its fields by what they are: ``text``, or ``prompt`` and ``completion``, or ``messages``, or ``chosen``
+        and ``rejected``.
     """
-    names = [fields[kind] for kind in ("text", "prompt", "completion", "messages") if fields.get(kind) is not None]
-    if not names or any(name is None or record.get(name) is None for name in names):
+    kinds = ("text", "prompt", "messages", "completion", "chosen", "rejected")
+    names = {kind: str(fields[kind]) for kind in kinds if fields.get(kind) is not None}
+    if not names or any(record.get(name) is None for name in names.values()):
         return None
-    if fields.get("messages") is None:
-        return BETWEEN.join(as_text(record[name]) for name in names if name is not None)
-    turns = record[fields["messages"] or ""]
+    parts = []
+    for kind, name in names.items():
+        value = answer_text(record[name]) if kind == "completion" else record[name]
+        turns = _turns_text(value)
+        if value is None or (turns is None and kind == "messages"):
+            return None
+        text = as_text(value) if turns is None else turns
+        prefix = {"chosen": "chosen: ", "rejected": "rejected: ", "completion": "assistant: "}.get(kind, "")
+        parts.append(text if kind == "completion" and "messages" not in names else prefix + text)
+    return BETWEEN.join(parts)
+
+
+def _turns_text(turns: Any) -> str | None:
+    """Return the text of messages; None where they are none, or not of text."""
     if not isinstance(turns, list) or not all(
         isinstance(turn, Mapping) and isinstance(turn.get("content"), str) for turn in turns
     ):
@@ -223,12 +267,20 @@ def open_documents(data: Any, split: str | None = None) -> Documents:
     return documents
 
 
+def usual_form(documents: Documents) -> dict[str, str]:
+    """Return which fields are what, where nobody says it: the first of ``USUAL`` that is there, else ``text``."""
+    present = set(documents.column_names)
+    return dict(next((form for form in USUAL if present.issuperset(form.values())), USUAL[0]))
+
+
 def open_records(path: str | Path) -> Iterator[dict[str, Any]]:
     """Yield the records of files (see :func:`open_documents`), of which there may be none."""
     return _open(path, None).read_all()
 
 
 def _open(data: Any, split: str | None) -> Documents:
+    if isinstance(data, Documents):
+        return data
     if not isinstance(data, (str, os.PathLike)):
         return _of_object(data, split, f"the {type(data).__name__} given")
     path = local_path(data)

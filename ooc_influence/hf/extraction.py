@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Unpack, cast
 import numpy as np
 
 from ooc_influence.compress import DefaultDropout, RowBudget
-from ooc_influence.corpus import local_path
+from ooc_influence.corpus import local_path, usual_form
 from ooc_influence.errors import InputError, StoreNotFoundError, counted
 from ooc_influence.extract import (
     BudgetBatches,
@@ -89,10 +89,13 @@ def prepare(model: str | Path | Loaded, data: Any, **options: Unpack[JobOptions]
         For settings that do not go together, or data that cannot be read.
     """
     asked: dict[str, Any] = dict(select(FieldOptions, options))
-    if all(
-        asked[name] is None for name in ("text", "prompt", "completion", "messages", "chosen", "rejected", "input_ids")
-    ):
-        asked["text"] = "text"
+    forms = ("text", "prompt", "completion", "messages", "chosen", "rejected", "input_ids")
+    if all(asked[name] is None for name in forms):
+        data = open_documents(data, options["split"])
+        form = {"text": "text"} if asked["label"] is not None else usual_form(data)
+        asked |= form
+        if form != {"text": "text"}:
+            logger.info("fields of %s: %s", data.name, ", ".join(f"{kind} {name}" for kind, name in form.items()))
     fields = Fields(**{**asked, "keep": tuple(asked["keep"])})
     if not isinstance(model, Loaded):
         device = None if options["device"] is None else str(options["device"])

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, get_args
 
-from ooc_influence.corpus import BETWEEN
+from ooc_influence.corpus import BETWEEN, answer_text, first_answer
 from ooc_influence.errors import InputError
 from ooc_influence.hf.chats import Chats, Span
 from ooc_influence.hf.pretokenised import pretokenised
@@ -22,10 +22,11 @@ class Fields:
     text : str or None
         Running text.
     prompt, completion : str or None
-        A pair of which only the completion's tokens are targets.
+        A pair of which only the completion's tokens are targets. A completion is a text, or a list of answers as
+        servers write them, of which the first counts (:func:`ooc_influence.corpus.first_answer`).
     messages : str or None
         A chat, through the tokenizer's template; the tokens of the assistant's replies that ``turns`` names are
-        targets.
+        targets. With ``completion``, that is its last reply.
     chosen, rejected : str or None
         A preference: two completions of ``prompt``, or two chats (which ``prompt``, a list of messages, may begin).
     tools : str or None
@@ -65,7 +66,9 @@ class Fields:
 
     def __post_init__(self) -> None:
         preference = (self.chosen, self.rejected)
-        pair = (self.prompt, self.completion) if not any(preference) else (self.completion,)
+        pair: tuple[str | None, ...] = (self.prompt, self.completion) if not any(preference) else (self.completion,)
+        if self.messages is not None and self.prompt is None:
+            pair = ()  # a completion follows the messages
         forms = [self.text is not None, any(pair), self.messages is not None, self.input_ids is not None,
                  any(preference)]  # fmt: skip
         halves = any(any(both) and not all(both) for both in (pair, preference))
@@ -194,7 +197,12 @@ class Tokeniser:
         for name in self._parts.values():
             if record.get(name) is None:
                 return f"{'null in' if name in record else 'no'} field {name!r}"
-        chats = (self._parts[kind] for kind in ("messages", "chosen", "rejected") if kind in self._parts)
+        completion = self._parts.get("completion")
+        if completion is not None and first_answer(record[completion]) is None:
+            return f"no answer in field {completion!r}"
+        answered = completion is not None and "messages" in self._parts
+        kinds = () if answered else ("messages", "chosen", "rejected")
+        chats = (self._parts[kind] for kind in kinds if kind in self._parts)
         return next((lack for name in chats if (lack := self._chats.lacking(record[name])) is not None), None)
 
     def __call__(self, documents: Sequence[tuple[int, dict[str, Any]]]) -> list[Tokens]:
@@ -204,16 +212,14 @@ class Tokeniser:
         """
         parts = self._parts
         if "messages" in parts:
-            tools = self._fields.tools or ""
-            return [Tokens(*self._chats.tokens(number, record[parts["messages"]], record.get(tools)))
-                    for number, record in documents]  # fmt: skip
+            return [self._chat(number, record) for number, record in documents]
         if "input_ids" in parts:
             return [self._pretokenised(number, record) for number, record in documents]
         if "chosen" in parts:
             return [self._preference(number, record) for number, record in documents]
         for number, record in documents:
-            for name in parts.values():
-                _check_text(number, name, record[name])
+            for kind, name in parts.items():
+                _check_text(number, name, answer_text(record[name]) if kind == "completion" else record[name])
         if "prompt" in parts:
             return [self._pair(number, record[parts["prompt"]], record[parts["completion"]])
                     for number, record in documents]  # fmt: skip
@@ -252,6 +258,19 @@ class Tokeniser:
         if spans:
             passage = (spans[0][0], len(text)) if words.truncation_side == "left" else (0, spans[-1][1])
         return Tokens(ids, ((1, len(ids)),), passage=passage)
+
+    def _chat(self, number: int, record: dict[str, Any]) -> Tokens:
+        """Return the tokens of a chat, which a completion may follow."""
+        messages, tools = record[self._parts["messages"]], record.get(self._fields.tools or "")
+        completion = self._parts.get("completion")
+        if completion is not None and isinstance(messages, Sequence) and not isinstance(messages, str):
+            answer = first_answer(record[completion])
+            if not isinstance(answer, Mapping):
+                _check_text(number, completion, answer)
+                answer = {"role": "assistant", "content": answer}
+            turn = {name: part for name, part in answer.items() if name != "finish_reason"}
+            messages = [*messages, turn]
+        return Tokens(*self._chats.tokens(number, messages, tools))
 
     def _preference(self, number: int, record: dict[str, Any]) -> Tokens:
         """Return the tokens of the chosen completion or chat, and after them those of the rejected one."""
@@ -292,7 +311,9 @@ class Tokeniser:
         ids, targets, packed = pretokenised(self._tokenizer, number, record, *names)
         return Tokens(ids, targets, passage=(-1, -1), packed=packed)
 
-    def _pair(self, number: int, prompt: str, completion: str) -> Tokens:
+    def _pair(self, number: int, prompt: str, answer: Any) -> Tokens:
+        completion, whole = answer_text(answer), first_answer(answer)
+        cut = isinstance(whole, Mapping) and whole.get("finish_reason") == "length"  # then no end was generated
         if self._fields.chat:
             turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
             return Tokens(*self._chats.tokens(number, turns))
@@ -304,7 +325,7 @@ class Tokeniser:
         if eos is not None and before and before[-1] == eos:
             before = before[:-1]  # some tokenizers end every text
         spans = (first, 0, 0), (second, len(before), len(prompt) + len(BETWEEN))
-        ids = [*before, *after, *([] if eos is None else [eos])]
+        ids = [*before, *after, *([] if eos is None or cut else [eos])]
         return Tokens(ids, ((len(before), len(ids)),), spans)
 
 
