@@ -688,6 +688,13 @@ class ReadingOptions(FieldOptions, LoadingOptions, total=False):
     """How rows are made of documents, and the model is loaded."""
 
     split: Annotated[str | None, Option(None, "str, optional", "Which split, of a folder that has several.")]
+    config: Annotated[str | None, Option(
+        None, "str, optional", "Which configuration of a data set of the hub, or of a copy of it in a folder.",
+        "Which configuration of a data set of the hub.", metavar="NAME")]
+    streaming: Annotated[bool, Option(
+        False, "bool",
+        "Read a data set of the hub as a stream, of which only the first ``documents`` are downloaded.",
+        "Read a data set of the hub as a stream: only the first --documents are downloaded.")]
     on_missing: Annotated[OnNonFinite, Option(
         "raise", '{"raise", "skip"}', "Documents whose text is missing: name the first and stop, or leave them out.",
         "Documents whose text is missing: name the first and stop, or leave them out.", choices=get_args(OnNonFinite))]
@@ -719,8 +726,8 @@ class ReadingOptions(FieldOptions, LoadingOptions, total=False):
         "Type of the model's weights; auto: as saved. 8bit needs ``bitsandbytes``.",
         "Type of the model's weights; auto: as saved.", choices=("auto", "float32", "bfloat16", "float16", "8bit"))]
     documents: Annotated[int | None, Option(
-        None, "int, optional", "Use this many documents, spread evenly; default all.",
-        "Use N documents, spread evenly. Default: all.", kind=int, metavar="N")]
+        None, "int, optional", "Use this many documents, spread evenly, or the first of a stream; default all.",
+        "Use N documents, spread evenly, or the first of a stream. Default: all.", kind=int, metavar="N")]
 
 
 class DocumentOptions(ReadingOptions, total=False):

@@ -120,10 +120,10 @@ source = several(
                  help="A function that returns (model, per_sample_loss, splits) or an ooc_influence.Recipe."),
     click.option("--model", type=PATH, metavar="DIR|ID",
                  help="Instead: a Hugging Face model, or a PEFT adapter; with --data."),
-    click.option("--data", type=PATH, metavar="FILE",
+    click.option("--data", type=PATH, metavar="FILE|DIR|ID",
                  help="Documents: .jsonl, .csv, .tsv, .parquet, .json, .txt (or .gz, .zst of these), 'dir/*.jsonl', a "
-                 "datasets folder."),
-    click.option("--split", metavar="NAME", help="Which split, of a recipe or a datasets folder that has several."),
+                 "folder of one kind of these, a datasets folder, or a data set of the hub as org/name."),
+    click.option("--split", metavar="NAME", help="Which split, of a recipe, a folder or a data set that has several."),
 )  # fmt: skip
 documents = flags(DocumentOptions)
 

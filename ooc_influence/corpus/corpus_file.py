@@ -65,6 +65,16 @@ def local_path(data: str | os.PathLike[str]) -> Path:
     return path if path.exists() else expand_home(data)
 
 
+_HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+def is_hub_id(data: Any) -> bool:
+    """Return whether a name is like that of a data set on the hub, ``org/name``, and like none of a file or folder."""
+    if not isinstance(data, str) or not _HUB.fullmatch(data):
+        return False
+    return not Path(data).exists() and not Path(data).parent.exists() and _kind(Path(data))[0] not in KINDS
+
+
 def find_sources(path: Path) -> list[Source]:
     """Return the file of this name; of a pattern, such as ``dir/*.jsonl``, all that match, sorted by name."""
     if path.exists() or not glob.has_magic(str(path)):
@@ -80,10 +90,38 @@ def find_sources(path: Path) -> list[Source]:
     return files
 
 
-def _source(path: Path) -> Source:
+def find_in_folder(folder: Path) -> list[Source]:
+    """Return all files of documents in a folder and those below it, sorted by name, which must be of one kind.
+
+    Raises
+    ------
+    InputError
+        If there is none, or if they are of several kinds.
+    """
+    inside = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
+    shown = (folder / path for path in inside if not any(part.startswith((".", "_")) for part in path.parts))
+    files = [_source(path) for path in shown if _kind(path)[0] in KINDS]
+    kinds = sorted({file.kind for file in files})
+    if len(kinds) != 1:
+        received = f"files of {', '.join(kinds)}" if kinds else "none"
+        raise InputError(
+            f"expected a folder written by Dataset.save_to_disk, or with files of documents of one kind; received "
+            f"{folder} with {received}: give a pattern, such as '{folder}/*.jsonl'"
+        )
+    names = listed((source.path for source in files), _NAMED)
+    logger.info("%s in %s: %s", counted(len(files), "file"), folder, names)
+    return files
+
+
+def _kind(path: Path) -> tuple[str, str]:
+    """Return a file's kind and its compression, by its name; empty where it has none."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     compression = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSIONS else ""
-    kind = suffixes[-1] if suffixes else ""
+    return suffixes[-1] if suffixes else "", compression
+
+
+def _source(path: Path) -> Source:
+    kind, compression = _kind(path)
     if kind not in KINDS:
         raise InputError(f"expected documents as {', '.join(KINDS)} (or .gz or .zst of these) or a datasets folder; "
                          f"received {path}")  # fmt: skip

@@ -18,7 +18,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date, time
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,15 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import override
 
+from ooc_influence.corpus.cache import CachedFolder, cached_folder
 from ooc_influence.corpus.corpus_file import (
     FIRST,
     ParquetFile,
     Source,
     field_names,
+    find_in_folder,
     find_sources,
+    is_hub_id,
     local_path,
     open_file,
     select,
@@ -233,7 +236,10 @@ class Documents(ABC):
         return self.read([key % len(self)], None)[0]
 
 
-def open_documents(data: Any, split: str | None = None) -> Documents:
+def open_documents(
+    data: Any, split: str | None = None, *, config: str | None = None, streaming: bool = False,
+    first: int | None = None,
+) -> Documents:  # fmt: skip
     """Return documents by number and field.
 
     Parameters
@@ -242,10 +248,17 @@ def open_documents(data: Any, split: str | None = None) -> Documents:
         A file: ``.jsonl``, ``.ndjson``, ``.json`` (a list of objects, or an object a line), ``.csv``, ``.tsv``,
         ``.parquet``, ``.txt`` with one document a line; also ``.gz`` and ``.zst`` of these. A pattern such as
         ``dir/*.jsonl``, where no file has that very name: all files that match, sorted by name. A folder written by
-        ``Dataset.save_to_disk``. Or an object: a ``datasets.Dataset`` or ``DatasetDict``, a pandas DataFrame, a PyArrow
-        Table, a list of dictionaries.
+        ``Dataset.save_to_disk``, or with files of one kind, also in folders below it. The name of a data set on the
+        hub, ``org/name``, where there is no folder ``org``. Or an object: a ``datasets.Dataset``, ``DatasetDict`` or
+        ``IterableDataset``, a pandas DataFrame, a PyArrow Table, a list of dictionaries; or what was returned here.
     split : str, optional
-        Which split of a folder or ``DatasetDict`` that has several.
+        Which split of a folder, a data set or a ``DatasetDict`` that has several.
+    config : str, optional
+        Which configuration of a data set on the hub, or of a copy of it in a folder.
+    streaming : bool
+        Read a data set of the hub as a stream, of which only the ``first`` documents are downloaded.
+    first : int, optional
+        How many documents of a stream to take; needed there, and for nothing else. They are copied to the cache.
 
     Returns
     -------
@@ -261,7 +274,7 @@ def open_documents(data: Any, split: str | None = None) -> Documents:
     MissingExtraError
         Without the library that reads it.
     """
-    documents = _open(data, split)
+    documents = _open(data, split, config, streaming=streaming, first=first)
     if not len(documents):
         raise InputError(f"expected documents in {documents.name}; received none: it is empty")
     return documents
@@ -278,35 +291,72 @@ def open_records(path: str | Path) -> Iterator[dict[str, Any]]:
     return _open(path, None).read_all()
 
 
-def _open(data: Any, split: str | None) -> Documents:
+def _open(
+    data: Any, split: str | None, config: str | None = None, *, streaming: bool = False, first: int | None = None
+) -> Documents:
     if isinstance(data, Documents):
         return data
-    if not isinstance(data, (str, os.PathLike)):
-        return _of_object(data, split, f"the {type(data).__name__} given")
-    path = local_path(data)
-    if not path.is_dir():
-        return _Files(str(path), find_sources(path))
+    hub = is_hub_id(data)
+    folder = None if hub or not isinstance(data, (str, os.PathLike)) else local_path(data)
+    if (streaming or config is not None) and not hub and not (folder is not None and folder.is_dir()):
+        option = "streaming" if streaming else "config"
+        raise InputError(
+            f"expected a data set of the hub, or a copy of it in a folder, with {option} (--{option}); received "
+            f"{data if folder else type(data).__name__}"
+        )
+    if folder is None and not hub:
+        return _of_object(data, split, f"the {type(data).__name__} given", first)
+    if hub or streaming or config is not None:
+        return _of_hub(str(data if hub else folder), split, config, streaming, first)
+    assert folder is not None
+    if not folder.is_dir():
+        return _Files(str(folder), find_sources(folder))
+    if not any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        return _of_hub(str(folder), split, None, False, None) if split else _Files(str(folder), find_in_folder(folder))
     library = optional_library("datasets", "folders of datasets", "hf")
     try:
-        dataset = library.load_from_disk(str(path))
+        dataset = library.load_from_disk(str(folder))
     except (FileNotFoundError, ValueError) as error:
+        raise InputError(f"expected a folder written by Dataset.save_to_disk; received {folder}: {error}") from error
+    return _of_object(dataset, split, str(folder), None)
+
+
+def _of_hub(name: str, split: str | None, config: str | None, streaming: bool, first: int | None) -> Documents:
+    """Return the documents of a data set of the hub, or of a copy of it in a folder."""
+    library = optional_library("datasets", "data sets of the hub", "hf")
+    try:
+        data = library.load_dataset(name, config, split=split, streaming=streaming)
+    except (OSError, ValueError, RuntimeError, NotImplementedError) as error:  # the library's are of these families
+        reason = " ".join(str(error).split())
         raise InputError(
-            f"expected a folder written by Dataset.save_to_disk; received {path}: {error}. For files in a folder "
-            f"give a pattern, such as '{path}/*.jsonl'"
+            f"expected a file, a folder or a pattern of documents, or a data set of the hub with its split and "
+            f"configuration (--split, --config); received {name}: {type(error).__name__}: {reason}"
         ) from error
-    return _of_object(dataset, split, str(path))
+    return _of_object(data, split, name, first)
 
 
-def _of_object(data: Any, split: str | None, name: str) -> Documents:
+def _of_stream(data: Any, name: str, first: int | None) -> Documents:
+    """Return the first documents of a stream, copied to the cache."""
+    if first is None:
+        raise InputError(
+            f"expected the number of documents to take (--documents) of {name}, which can only be read in order; "
+            "received none: state it"
+        )
+
+    def make(folder: Path) -> None:
+        with (folder / "copy.jsonl").open("w", encoding="utf-8") as copy:
+            for record in islice(data, first):
+                copy.write(json.dumps(record, default=as_text) + "\n")
+
+    return _Copied(name, cached_folder("stream", None, make))
+
+
+def _of_object(data: Any, split: str | None, name: str, first: int | None) -> Documents:
     """Return the documents that an object of a program holds; ``name`` is what messages call it."""
     kind, module = type(data).__name__, type(data).__module__.partition(".")[0]
-    if module == "datasets" and kind.startswith("Iterable"):
-        raise InputError(
-            f"expected documents by number; received {name}, which can only be read in order: load it without "
-            "streaming=True, or make a Dataset of it with datasets.Dataset.from_generator(lambda: iter(data))"
-        )
     if module == "datasets":
-        return _Dataset(_choose(data, split, name) if isinstance(data, Mapping) else data, name)
+        chosen = _choose(data, split, name) if isinstance(data, Mapping) else data
+        return _of_stream(chosen, name, first) if type(chosen).__name__ == "IterableDataset" else _Dataset(chosen, name)
     if module == "pandas" and hasattr(data, "iloc"):
         return _Frame(data, name)
     if module == "pyarrow" and hasattr(data, "to_pylist"):
@@ -470,3 +520,11 @@ class _Files(Documents):
             raise InputError(f"expected files of one schema to write as one; received {self.name}: name a .jsonl file")
         parts = ((sources[file], part) for file, part in self._by_file(numbers))
         write_batches(path, schema, (batch for file, part in parts for batch in file.batches(part)))
+
+
+class _Copied(_Files):
+    """The documents of a stream, in a file that is removed with this object."""
+
+    def __init__(self, name: str, folder: CachedFolder) -> None:
+        super().__init__(name, [Source(folder.path / "copy.jsonl", ".jsonl")])
+        self._folder, self.fingerprint = folder, None

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Unpack, cast
 import numpy as np
 
 from ooc_influence.compress import DefaultDropout, RowBudget
-from ooc_influence.corpus import local_path, usual_form
+from ooc_influence.corpus import Documents, is_hub_id, local_path, usual_form
 from ooc_influence.errors import InputError, StoreNotFoundError, counted
 from ooc_influence.extract import (
     BudgetBatches,
@@ -91,7 +91,7 @@ def prepare(model: str | Path | Loaded, data: Any, **options: Unpack[JobOptions]
     asked: dict[str, Any] = dict(select(FieldOptions, options))
     forms = ("text", "prompt", "completion", "messages", "chosen", "rejected", "input_ids")
     if all(asked[name] is None for name in forms):
-        data = open_documents(data, options["split"])
+        data = _open(data, options)
         form = {"text": "text"} if asked["label"] is not None else usual_form(data)
         asked |= form
         if form != {"text": "text"}:
@@ -156,7 +156,7 @@ def _make_job(loaded: Loaded, data: Any, fields: Fields, options: JobOptions) ->
             f"{'preferences' if fields.advantage is None else 'advantages'}: it is of token losses"
         )
     per_sample_loss, kind = _loss(loaded, fields, options)
-    source = open_documents(data, options["split"])
+    source = _open(data, options)
     numbers = None
     if documents is not None and documents < len(source):
         numbers = even_numbers(len(source), documents)
@@ -199,6 +199,12 @@ def _make_job(loaded: Loaded, data: Any, fields: Fields, options: JobOptions) ->
     if labels is not None:
         per_sample_loss, kind = ClassificationLoss(labels.loss), labels.loss
     return Job(loaded.model, per_sample_loss, batches, samples, kind)
+
+
+def _open(data: Any, options: JobOptions) -> Documents:
+    return open_documents(
+        data, options["split"], config=options["config"], streaming=options["streaming"], first=options["documents"]
+    )
 
 
 def _loss(loaded: Loaded, fields: Fields, options: JobOptions) -> tuple[Any, str]:
@@ -272,7 +278,7 @@ def extract(
     model : str, path or Loaded
         A folder or hub id (of a model, or a PEFT adapter); or what :func:`load` returned.
     data : path or object
-        A file, a pattern such as ``dir/*.jsonl``, a folder saved by ``datasets``, or an object:
+        A file, a pattern such as ``dir/*.jsonl``, a folder, a data set of the hub, or an object:
         :func:`ooc_influence.corpus.open_documents`.
     store : path
         The store to write, or to resume.
@@ -377,7 +383,9 @@ def extract_shards(
         raise InputError("expected paths of the model and the data for shards; received objects: workers load them")
     path = parse_path(store)
     source = str(Path(model).absolute()) if Path(model).exists() else str(model)  # or a name on the hub
-    documents = os.path.abspath(local_path(data))  # noqa: PTH100 - of a pattern, too
+    documents = str(data)
+    if not is_hub_id(data):
+        documents = os.path.abspath(local_path(data))  # noqa: PTH100 - of a pattern, too
     write = partial(_extract, source, documents, path, by_path(options))
     return run_shards(path, partial(write, rows_only=True), write, shards, progress)
 
@@ -390,8 +398,8 @@ def _origin(model: Any, data: Any, job: Job, options: HuggingFaceOptions) -> dic
     """Return the record of a store's model and documents, by which a row's text is found again."""
     samples = job.samples
     recorded = (
-        "split", "adapter", "revision", "reduction", "output", "weights", "sign_seed", "on_missing", "preference",
-        "beta", "reference",
+        "split", "config", "streaming", "adapter", "revision", "reduction", "output", "weights", "sign_seed",
+        "on_missing", "preference", "beta", "reference",
     )  # fmt: skip
     asked: Mapping[str, Any] = options
     defaults = {name: option.default for name, option in definitions(HuggingFaceOptions).items()}

@@ -23,7 +23,7 @@ def _library(name: str) -> Any:
     return optional_library(name, "Hugging Face models", "hf")
 
 
-def open_documents(data: Any, split: str | None = None) -> Documents:
+def open_documents(data: Any, split: str | None = None, **options: Any) -> Documents:
     """Return documents by number and field; see :func:`ooc_influence.corpus.open_documents`.
 
     Raises
@@ -34,7 +34,7 @@ def open_documents(data: Any, split: str | None = None) -> Documents:
         Without ``datasets``.
     """
     _library("datasets")  # its cache is where an index of the documents is kept
-    return corpus.open_documents(data, split)
+    return corpus.open_documents(data, split, **options)
 
 
 _TASKS: dict[str, Task] = {"CAUSAL_LM": "causal-lm", "SEQ_CLS": "classification"}
