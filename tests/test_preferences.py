@@ -112,6 +112,8 @@ def test_dpo_with_a_reference(tmp_path):
     loaded.model.save_pretrained(tmp_path / "model")
     loaded.tokenizer.save_pretrained(tmp_path / "model")
     reference = hf.load(tmp_path / "reference").model
+    for file in (tmp_path / "reference").glob("token*"):  # it takes the model's tokens
+        file.unlink()
     store = extract(loaded, PAIRS, tmp_path, **TEXTS, beta=0.5, reference=tmp_path / "reference")
     with torch.no_grad():
         known = [margin(reference, pair) for pair in PAIRS]
@@ -121,8 +123,19 @@ def test_dpo_with_a_reference(tmp_path):
     batch = job.batches.load(np.arange(3))
     assert batch["input_ids"].shape == (3, 2, 6)
     assert_allclose(job.per_sample_loss(loaded.model, batch).detach(), store.loss, rtol=1e-5)
+    with pytest.raises(InputError, match=r"language model as the reference; received .*bert, for classification"):
+        extract(loaded, PAIRS, tmp_path, **TEXTS, reference=make_model(tmp_path / "bert", "bert"))
     with pytest.raises(InputError, match=r"expected a reference for DPO's loss .* \(--reference\)"):
         extract(loaded, PAIRS, tmp_path, **TEXTS)
+
+
+def test_a_reference_of_fewer_tokens_is_refused(tmp_path):
+    loaded = hf.load(make_model(tmp_path / "model"))
+    small = hf.load(make_model(tmp_path / "small")).model
+    small.resize_token_embeddings(40)
+    small.save_pretrained(tmp_path / "small")
+    with pytest.raises(InputError, match=r"vocabulary of 45 tokens; received .*small with 40"):
+        extract(loaded, PAIRS, tmp_path, **TEXTS, reference=tmp_path / "small")
 
 
 def test_in_float64(tmp_path):

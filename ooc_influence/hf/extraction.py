@@ -27,7 +27,7 @@ from ooc_influence.extract import (
 )
 from ooc_influence.hf.labels import Labels
 from ooc_influence.hf.losses import CausalLoss, ClassificationLoss, PolicyGradientLoss, SignedLoss, class_logits
-from ooc_influence.hf.models import Loaded, load, open_documents
+from ooc_influence.hf.models import Loaded, load, load_reference, open_documents
 from ooc_influence.hf.padding import ClassifierCollator, Collator, choose_side, context_length, longest_row
 from ooc_influence.hf.preference import PairCollator, PreferenceLoss
 from ooc_influence.hf.samples import SPANS, Samples
@@ -237,8 +237,10 @@ def _loss(loaded: Loaded, fields: Fields, options: JobOptions) -> tuple[Any, str
                 "training began with (--reference), or leave the reference out of the loss (--preference log-odds)"
             )
         return PreferenceLoss(beta, "adapter"), f"preference_dpo_{beta:g}"
-    other = load(reference, dtype=options["model_dtype"], trust_remote_code=options["trust_remote_code"],
-                 allow_pickle=options["allow_pickle"], task="causal-lm").model  # fmt: skip
+    other = load_reference(
+        reference, dtype=options["model_dtype"], trust_remote_code=options["trust_remote_code"],
+        allow_pickle=options["allow_pickle"],
+    )  # fmt: skip
     sizes = [int(model.get_input_embeddings().weight.shape[0]) for model in (other, loaded.model)]
     if sizes[0] < sizes[1]:
         raise InputError(

@@ -163,6 +163,40 @@ def load(
     MissingExtraError
         Without the libraries.
     """
+    model, task, paths = _load_named(str(name), dtype, device, options)
+    tokenizer = options["tokenizer"]
+    common = {"revision": options["revision"] if len(paths) == 1 else None,
+              "trust_remote_code": options["trust_remote_code"]}  # fmt: skip
+    words = _load_tokenizer(paths if tokenizer is None else [str(tokenizer)], common)
+    return Loaded(model.eval(), words, task)
+
+
+@takes(LoadingOptions)
+def load_reference(name: str | Path, *, dtype: str = "auto", **options: Unpack[LoadingOptions]) -> Any:
+    """Return a causal language model, such as one that another is compared with, without a tokenizer of its own.
+
+    Parameters
+    ----------
+    name : str or path
+        As for :func:`load`.
+    dtype : {"auto", "float32", "bfloat16", "float16", "8bit"}
+        Of the weights; auto is the one they were saved in.
+    **options : LoadingOptions
+        See :mod:`ooc_influence.options`.
+
+    Raises
+    ------
+    InputError
+        As for :func:`load`, and for a classifier.
+    """
+    model, task, _ = _load_named(str(name), dtype, None, options)
+    if task != "causal-lm":
+        raise InputError(f"expected a causal language model as the reference; received {name}, for {task}")
+    return model.eval()
+
+
+def _load_named(name: str, dtype: str, device: str | None, options: LoadingOptions) -> tuple[Any, Task, list[str]]:
+    """Return a model with its adapter, what it does, and where its tokenizer may be: its base, its adapter."""
     if dtype not in ("auto", "8bit", *_DTYPES):
         raise InputError(f"expected dtype one of auto, 8bit, {', '.join(_DTYPES)}; received {dtype!r}")
     named = Adapter.read(name)  # where the model that is named is an adapter
@@ -172,18 +206,16 @@ def load(
             "--adapter"
         )
     base = str(name) if named is None or named.base is None else named.base
-    adapter, tokenizer = options["adapter"], options["tokenizer"]
+    adapter = options["adapter"]
     chosen = named if adapter is None else Adapter.read(adapter) or Adapter(str(adapter), None, None, {})
     common = {"revision": None if named else options["revision"], "trust_remote_code": options["trust_remote_code"]}
     with _explained(base, named, options["allow_pickle"]):
         model, task = _load_model(base, chosen, options["task"], dtype, device, options["allow_pickle"], common)
-    paths = [str(tokenizer)] if tokenizer is not None else [base, *([named.path] if named else [])]
-    words = _load_tokenizer(paths, common)
     if chosen is not None:
         model = _with_adapter(model, chosen.path)
     if device not in (None, "auto") and dtype != "8bit":
         model = model.to(device)
-    return Loaded(model.eval(), words, task)
+    return model, task, [base, *([named.path] if named else [])]
 
 
 def load_shapes(name: str | Path, *, trust_remote_code: bool = False) -> Any:
