@@ -139,22 +139,24 @@ def test_long_work_is_confirmed(tmp_path, sources, monkeypatch):
     trace(sources, tmp_path / "run", confirm=lambda work: True)
 
 
-class Documents:
-    def __init__(self, *names):
-        self.column_names, self.name = list(names), "here"
-
-
 def test_fields_are_found():
-    assert find_fields(Documents("text", "messages"), {})["messages"] == "messages"
-    assert find_fields(Documents("completion", "prompt", "id"), {"id": "id"}) == {
-        "prompt": "prompt", "completion": "completion", "id": "id", "keep": (),
-    }  # fmt: skip
-    assert find_fields(Documents("body", "text"), {"text": "body"})["text"] == "body"
-    assert find_fields(Documents("text"), {"text": "body", "id": "name", "keep": ["a"]}) == {
-        "text": "text", "id": None, "keep": (),
-    }  # fmt: skip
-    with pytest.raises(InputError, match="expected documents with body in here; received words"):
-        find_fields(Documents("words"), {"text": "body"})
+    columns = {"data": ["text", "name"], "queries": ["question", "answer"]}
+    asked = {"prompt": "question", "completion": "answer", "id": "name", "keep": ["name", "other"], "chat": True}
+    assert find_fields(columns, asked) == {
+        "data": {"id": "name", "keep": ("name",), "chat": True},
+        "queries": {"prompt": "question", "completion": "answer", "id": None, "keep": (), "chat": True},
+    }
+    for wrong in ({"text": "body"}, {"id": "number"}):
+        with pytest.raises(InputError, match="to be a field of the data or of the queries; received data with text, n"):
+            find_fields(columns, wrong)
+
+
+def test_usual_fields_need_no_name(tmp_path, sources):
+    answers = [{"prompt": "w4 w5", "outputs": [{"text": "w1 w2 w3"}]}]  # as a server writes them
+    path = write(tmp_path / "served.jsonl", answers)
+    found = ooc.trace(*sources[:2], path, tmp_path / "run", token_rows=0)
+    whole = ooc.trace(*sources, tmp_path / "whole", token_rows=0)
+    assert_array_equal(found.queries.rows(), whole.queries.rows(0, 1))
 
 
 def test_the_command(tmp_path, sources, run):  # noqa: F811

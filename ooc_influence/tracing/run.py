@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,13 +20,13 @@ import numpy as np
 
 from ooc_influence import hf
 from ooc_influence.compress import RowBudget
-from ooc_influence.corpus import USUAL, open_documents
+from ooc_influence.corpus import open_documents
 from ooc_influence.curvature import fit_curvature
 from ooc_influence.errors import InputError, StoreNotFoundError, counted, writing
 from ooc_influence.extract import ModelSetup, measure_speed, parse_device
 from ooc_influence.influence import TopInfluential, top_influential
 from ooc_influence.memory import format_bytes
-from ooc_influence.options import FieldOptions, LoadingOptions, TraceOptions, select, takes
+from ooc_influence.options import FieldOptions, LoadingOptions, TraceOptions, definitions, select, takes
 from ooc_influence.progress import duration, optional_library
 from ooc_influence.report import Corpus, Examples, ImageFolder, write_report
 from ooc_influence.store import Encoding, GradientStore, parse_representation
@@ -36,7 +36,7 @@ logger = logging.getLogger("ooc_influence")
 
 _LONG, _LARGE = 600.0, 10 * 2**30  # seconds and bytes of a run that is confirmed before it starts
 _PILOT_PASSES, _PILOT_SAMPLES = 1, 256  # of the Kronecker basis: factors; rows of the second pass are kept
-_FORMS = ("text", "prompt", "completion", "messages", "label")
+_FORMS = tuple(name for name in definitions(FieldOptions) if name not in ("id", "keep", "chat", "turns"))
 _ENTRIES = 65536  # kept of a row
 
 
@@ -145,30 +145,32 @@ def trace(
     return run.result()
 
 
-def find_fields(documents: Any, asked: FieldOptions) -> dict[str, Any]:
-    """Return the fields of documents: those that are named and there, or the usual ones.
+def find_fields(columns: Mapping[str, Sequence[str]], asked: FieldOptions) -> dict[str, dict[str, Any]]:
+    """Return the fields of the documents of each side, which have some columns: those that are named and there.
+
+    A side that lacks a field of the form that is named has the usual one (:func:`ooc_influence.hf.extract`).
 
     Raises
     ------
     InputError
-        If there are neither.
+        If a field that is named is in neither.
     """
-    columns = documents.column_names
-    named = {name: asked.get(name) for name in _FORMS if asked.get(name) is not None}
-    rest = {name: value for name, value in asked.items() if name not in _FORMS}
-    rest["keep"] = tuple(name for name in asked.get("keep", ()) if name in columns)
-    if rest.get("id") not in columns:
-        rest["id"] = None
-    if named and all(field in columns for field in named.values()):
-        return rest | named
-    for form in reversed(USUAL):
-        if all(field in columns for field in form.values()):
-            return rest | form
-    wanted = " and ".join(map(str, named.values())) or "messages, prompt and completion, or text"
-    raise InputError(
-        f"expected documents with {wanted} in {documents.name}; received {', '.join(columns)}: name the fields "
-        "(--text, --prompt and --completion, or --messages)"
-    )
+    values: Mapping[str, Any] = asked
+    named = {name: values[name] for name in _FORMS if values.get(name) is not None}
+    for name, field in [*named.items(), *((("id", values["id"]),) if values.get("id") else ())]:
+        if not any(field in present for present in columns.values()):
+            received = "; ".join(f"{side} with {', '.join(present)}" for side, present in columns.items())
+            raise InputError(
+                f"expected {name}={field!r} to be a field of the data or of the queries; received {received}"
+            )
+    found = {}
+    for side, present in columns.items():
+        form: dict[str, Any] = named if all(field in present for field in named.values()) else {}
+        rest = {name: value for name, value in values.items() if name not in _FORMS}
+        rest["keep"] = tuple(name for name in values.get("keep", ()) if name in present)
+        rest["id"] = rest.get("id") if rest.get("id") in present else None
+        found[side] = rest | form
+    return found
 
 
 class _Run:
@@ -197,13 +199,26 @@ class _Run:
     def _jobs(self) -> dict[str, hf.Job]:
         return {side: hf.prepare(self._loaded, source, **self._how(side)) for side, source in self._sources.items()}
 
+    @cached_property
+    def _fields(self) -> dict[str, dict[str, Any]]:
+        documents = {side: open_documents(source, **self._opening(side)) for side, source in self._sources.items()}
+        columns = {side: each.column_names for side, each in documents.items()}
+        return find_fields(columns, select(FieldOptions, self._options))
+
+    def _opening(self, side: str) -> dict[str, Any]:
+        """Return how a side's documents are opened: options are those of the data."""
+        if side == "queries":
+            return {}
+        asked: Any = self._options
+        opening = {name: asked[name] for name in ("split", "config", "streaming")}
+        return opening | ({"first": asked["documents"]} if asked["streaming"] else {})
+
     def _how(self, side: str) -> dict[str, Any]:
         """Return how the documents of a side are read."""
         asked: Any = self._options
-        names = ("max_length", "tokens", "batch_size", "reduction", "on_missing", "progress")
-        how = {name: asked[name] for name in names} | {"split": asked["split"] if side == "data" else None}
-        how["documents"] = asked["documents"] if side == "data" else None
-        return how | find_fields(open_documents(self._sources[side], how["split"]), select(FieldOptions, asked))
+        names = ["max_length", "tokens", "batch_size", "reduction", "on_missing", "progress"]
+        names += ["split", "config", "streaming", "documents"] if side == "data" else []
+        return {name: asked[name] for name in names} | self._fields[side]
 
     def _path(self, side: str) -> Path:
         return self._folder / ("train.zarr" if side == "data" else "queries.zarr")
@@ -278,7 +293,7 @@ class _Run:
         return top_influential(self._path("queries"), self._path("data"), self._options["top"], **how)
 
     def _corpus(self, side: str) -> Corpus:
-        return Corpus(self._sources[side], split=self._how(side)["split"])
+        return Corpus(self._sources[side], split=self._options["split"] if side == "data" else None)
 
     def _write(self) -> None:
         self._write_answers()
