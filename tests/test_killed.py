@@ -265,6 +265,7 @@ from conftest import random_rows, write_store
 from ooc_influence import GradientStore
 from ooc_influence.errors import StoreWriteError
 import ooc_influence.store.claim, ooc_influence.store.writer
+import dask.delayed  # now: another user may not be allowed to read this Python
 path = sys.argv[1] + "/s"
 rows = random_rows(20, 4)
 write_store(path, rows)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import sys
 import tracemalloc
 
 import numpy as np
@@ -145,7 +146,8 @@ def test_one_slot_holds_few_results_at_a_time():
     assert Part.most <= 8
 
 
-def test_progress_counts_shows_and_stops(capsys):
+def test_progress_counts_shows_and_stops(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     with Progress("rows", 10, True) as bar:
         tick(bar.key, 4)
         assert bar._bar.n == 4

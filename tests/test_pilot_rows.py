@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -205,9 +206,9 @@ def test_a_process_killed_among_its_rows(tmp_path, small_blocks, looked_up):
     whole = Counted()
     expected = extract(tmp_path / "whole", as_budget(), whole)
     looked_up.clear()
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path / "s"), str(whole.calls - 1)], capture_output=True, check=False
-    )
+    alike = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # bits are those of as many threads
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "s"), str(whole.calls - 1)]
+    done = subprocess.run(command, capture_output=True, check=False, env=alike)
     assert done.returncode == -9, done.stderr
     found = extract(tmp_path / "s", as_budget())
     assert 0 < len(looked_up) < SAMPLES

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
-from numpy.testing import assert_array_equal
+from numpy.testing import assert_allclose, assert_array_equal
 from test_cli import run  # noqa: F401 - a fixture
 from tiny_hf import MARKS, documents, make_model, texts, write
 
 import ooc_influence as ooc
 from ooc_influence import hf
-from ooc_influence.errors import InputError, StoreExistsError
+from ooc_influence.errors import InputError, MismatchError, StoreExistsError
 from ooc_influence.tracing import read_settings
 from ooc_influence.tracing import run as run_module
 from ooc_influence.tracing.run import find_fields
@@ -52,19 +52,39 @@ def test_what_a_run_leaves(tmp_path, sources):
     assert found.page.is_file()
 
 
-def test_what_is_there_is_not_done_again(tmp_path, sources, monkeypatch, capsys):
+def test_what_is_there_is_not_done_again(tmp_path, sources, capsys):
     first = trace(sources, tmp_path / "run")
+    chunks = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "train.zarr").rglob("c.*")}
     capsys.readouterr()
-
-    def fails(*_, **__):
-        raise AssertionError
-
-    monkeypatch.setattr(run_module.hf, "extract", fails)
     again = trace(sources, tmp_path / "run", progress=True, top=2)
     assert_array_equal(again.lists.proponents.rows, first.lists.proponents.rows[:, :2])
+    assert {path: path.stat().st_mtime_ns for path in chunks} == chunks
     shown = capsys.readouterr().err
     assert "train.zarr" in shown
     assert shown.index("about") < shown.index("1/4 ")
+
+
+def test_what_is_there_must_be_of_this_model_and_data(tmp_path, sources):
+    trace(sources, tmp_path / "run")
+    write(sources[1], [{**each, "text": " ".join(reversed(each["text"].split()))} for each in documents(N)])
+    with pytest.raises(MismatchError, match="losses"):
+        trace(sources, tmp_path / "run")
+    write(sources[1], documents(N))
+    trace(sources, tmp_path / "run")
+    model = hf.load(sources[0])
+    model.model.lm_head.weight.data += 0.1
+    model.model.save_pretrained(sources[0])
+    with pytest.raises(MismatchError, match="model"):
+        trace(sources, tmp_path / "run")
+
+
+def test_losses_without_tokens_of_their_own(tmp_path, sources):
+    """Rollouts: pages without shares of tokens."""
+    data = write(
+        tmp_path / "rollouts.jsonl", [{"prompt": "w1", "completion": "w2 w3", "advantage": a} for a in (1, -1)]
+    )
+    found = ooc.trace(sources[0], data, data, tmp_path / "run", advantage="advantage")
+    assert found.page.is_file()
 
 
 @pytest.mark.parametrize("at", ["data", "queries", "page"])
@@ -156,7 +176,7 @@ def test_usual_fields_need_no_name(tmp_path, sources):
     path = write(tmp_path / "served.jsonl", answers)
     found = ooc.trace(*sources[:2], path, tmp_path / "run", token_rows=0)
     whole = ooc.trace(*sources, tmp_path / "whole", token_rows=0)
-    assert_array_equal(found.queries.rows(), whole.queries.rows(0, 1))
+    assert_allclose(found.queries.rows(), whole.queries.rows(0, 1), rtol=1e-3, atol=1e-6)
 
 
 def test_the_command(tmp_path, sources, run):  # noqa: F811

@@ -266,12 +266,13 @@ class _Run:
 
     @property
     def _token_rows(self) -> int:
-        return self._options["token_rows"] if self._loaded.task == "causal-lm" else 0
+        losses = self._jobs["data"].per_sample_loss  # of other ones, tokens have no shares
+        return self._options["token_rows"] if isinstance(losses, hf.CausalLoss) else 0
 
     def _extraction(self, side: str, what: str, seconds: float) -> Step:
         done = self._finished(side)
-        if done is not None:
-            return Step(f"{what}: there, in {done.path}", 0.0, lambda: None)
+        if done is not None:  # that it is of this model and these documents is checked all the same
+            what, seconds = f"{what}: there, in {done.path}", 0.0
         return Step(what, seconds, lambda: self._extract(side))
 
     def _extract(self, side: str) -> None:
