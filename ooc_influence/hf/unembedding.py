@@ -1,7 +1,7 @@
 """Losses of a language model without its logits: the unembedding is applied to some positions at a time.
 
 Logits of a whole batch are the largest tensor of many a model: positions times vocabulary. The model runs without them
-(``logits_to_keep=1``), the last hidden states are taken from its backbone, and the unembedding, the loss and their
+(``logits_to_keep``), the last hidden states are taken from its backbone, and the unembedding, the loss and their
 gradients are computed for a stretch of positions after the other; a backward pass computes a stretch's logits again
 (:func:`torch.utils.checkpoint.checkpoint`). So memory holds the logits of one stretch, whatever the batch.
 
@@ -84,7 +84,8 @@ def _without_logits(
 
     handle = backbone.register_forward_hook(keep)
     try:
-        how = {"use_cache": False, "logits_to_keep": 1}
+        place = torch.tensor([batch["input_ids"].shape[1] - 1], device=batch["input_ids"].device)
+        how = {"use_cache": False, "logits_to_keep": place}  # picked, and so contiguous: see below
         last = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **how).logits
     finally:
         handle.remove()
@@ -100,7 +101,7 @@ def _without_logits(
             index = part.sample * states.shape[1] + part.position - 1 - start
             return cross_entropy_at(head(states).flatten(0, 1), index, part.token, part.sample)
 
-        states_here = hidden[:, start:stop]
+        states_here = hidden[:, start:stop].contiguous()  # others are multiplied sample by sample, slowly
         again = torch.is_grad_enabled() and states_here.requires_grad
         of_part = checkpoint(losses, states_here, use_reentrant=False) if again else losses(states_here)
         found = found.index_copy(0, chosen, of_part.to(found.dtype))
@@ -110,7 +111,7 @@ def _without_logits(
 def _agree(head: nn.Module, hidden: Tensor, last: Tensor) -> bool:
     """Return whether the last position's logits are the head's."""
     with torch.no_grad():
-        own, theirs = head(hidden[:, -1:].detach()), last.detach()
+        own, theirs = head(hidden[:, -1:].detach().contiguous()), last.detach()
     if own.shape != theirs.shape:
         return False
     rtol = 1e-4 if own.dtype in (torch.float32, torch.float64) else 2e-2
