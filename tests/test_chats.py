@@ -230,7 +230,7 @@ def test_all_replies_of_one_are_the_last(tmp_path):
 
 
 def test_a_template_that_ends_the_text_after_the_last_turn(tmp_path):
-    """What both turns end with is told apart by special tokens only."""
+    """Only special tokens show where a reply ends and what follows every turn begins."""
     found, _ = learned(tmp_path, [USER, SAYS, USER, LAST], special(ENDS_ONCE))
     assert found == ["one<end>\n", "two<end>\n<eos>"]
     with pytest.raises(InputError, match=r"ends every reply as it ends the last in document 0; .* \(--turns last\)"):

@@ -172,7 +172,7 @@ class DataPass:
         return len(losses), self._transfer(losses, rows, norms)
 
     def _transfer(self, losses: Tensor, rows: Tensor, norms: Tensor) -> PendingTransfer:
-        """Return what the sink takes of a batch's rows, on its way to the host."""
+        """Start copying a batch's results to the host, in the form that the sink takes."""
         sums = losses.new_empty((len(losses), 0), dtype=torch.float64)
         if self._packer is not None:
             rows, sums = self._packer(rows)
