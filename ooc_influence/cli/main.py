@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from ooc_influence._version import __version__
-from ooc_influence.cli import cluster, extraction, options, scoring, stores, trace
+from ooc_influence.cli import cluster, extraction, lists, options, pages, scoring, selection, stores, trace
 from ooc_influence.errors import InputError, OocInfluenceError, OocInfluenceWarning, refused
 
 
@@ -31,8 +31,8 @@ def demo(out: str, rows: int | None, k: int, memory: str, as_json: bool) -> None
 
 
 ALL = (
-    trace.trace, demo, extraction.init, extraction.extract, scoring.fisher, scoring.score, scoring.top,
-    scoring.self_influence_command, scoring.groups, scoring.modules, scoring.select, scoring.report, scoring.serve,
+    trace.trace, demo, extraction.init, extraction.extract, scoring.fisher, scoring.score, lists.top,
+    scoring.self_influence_command, scoring.groups, lists.modules, selection.select, pages.report, pages.serve,
     extraction.check, extraction.plan, cluster.cluster_script,
     stores.info, stores.verify, stores.ids, stores.drop, stores.compact, stores.merge, stores.reduce, stores.rewrite,
     stores.sketch, stores.upgrade,

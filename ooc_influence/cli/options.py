@@ -12,7 +12,15 @@ from typing import Any, TypeVar, get_args
 import click
 from click.shell_completion import CompletionItem
 
-from ooc_influence.options import DampingScope, DocumentOptions, ExtractionOptions, Option, Weighting, definitions
+from ooc_influence.options import (
+    DampingScope,
+    DocumentOptions,
+    ExtractionOptions,
+    LoadingOptions,
+    Option,
+    Weighting,
+    definitions,
+)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -126,6 +134,15 @@ source = several(
     click.option("--split", metavar="NAME", help="Which split, of a recipe, a folder or a data set that has several."),
 )  # fmt: skip
 documents = flags(DocumentOptions)
+LOADING = ("adapter", "tokenizer", "revision", "trust_remote_code", "model_dtype")
+loading = several(flags(LoadingOptions, only=LOADING), flags(DocumentOptions, only=LOADING[-1:]))
+
+
+def pop_loading(settings: dict[str, Any]) -> dict[str, Any]:
+    """Take from options how a Hugging Face model is loaded (:func:`ooc_influence.hf.load`)."""
+    found = {name: settings.pop(name) for name in LOADING}
+    return {("dtype" if name == "model_dtype" else name): value for name, value in found.items()}
+
 
 building = several(
     source,
