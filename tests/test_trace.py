@@ -104,7 +104,7 @@ def test_it_resumes(tmp_path, sources, monkeypatch, at):
     with monkeypatch.context() as patch:
         patch.setattr(run_module.hf, "extract", interrupted)
         if at == "page":
-            patch.setattr(run_module, "write_report", no_page)
+            patch.setattr(run_module, "save_report", no_page)
         with pytest.raises(KeyboardInterrupt):
             trace(sources, tmp_path / "run")
     found = trace(sources, tmp_path / "run")
