@@ -11,13 +11,17 @@ from typing import Any
 import click
 
 from ooc_influence.cli import options
+from ooc_influence.cli.help import EXTRACTION, SectionedCommand
 from ooc_influence.errors import InputError
 from ooc_influence.options import TraceOptions
 
 _SHOWN_QUERIES, _SHOWN_ROWS, _SHOWN_TEXT = 3, 3, 100  # of the answer in the terminal: queries, rows, characters
 
 
-@click.command()
+@click.command(
+    cls=SectionedCommand, sections=EXTRACTION,
+    first=("model", "data", "queries", "out", "messages", "prompt", "completion", "id", "documents", "yes"),
+)  # fmt: skip
 @click.argument("run", type=options.PATH, required=False)
 @click.option("--model", type=options.PATH, metavar="DIR|ID", help="The fine-tuned model, or a PEFT adapter.")
 @click.option("--data", type=options.PATH, metavar="FILE", help="The documents it was trained on: .jsonl, .csv, .tsv, "
