@@ -40,6 +40,7 @@ def trace(run: str | None, out: str | None, yes: bool, open_page: bool, as_json:
     tokens that carry a score light up. The same command continues an interrupted run; RUN, the run.yaml that every run
     leaves in its folder, repeats one.
     """
+    click.echo("loading PyTorch", err=True)
     from ooc_influence.tracing import read_settings
     from ooc_influence.tracing import trace as run_trace
 

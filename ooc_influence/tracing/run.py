@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Unpack
 import numpy as np
 
 from ooc_influence import hf
-from ooc_influence.compress import RowBudget
+from ooc_influence.compress import DefaultDropout, RowBudget
 from ooc_influence.corpus import open_documents
 from ooc_influence.curvature import fit_curvature
 from ooc_influence.errors import InputError, StoreNotFoundError, counted, writing
@@ -46,7 +46,7 @@ logger = logging.getLogger("ooc_influence")
 _LONG, _LARGE = 600.0, 10 * 2**30  # seconds and bytes of a run that is confirmed before it starts
 _PILOT_PASSES, _PILOT_SAMPLES = 1, 256  # of the Kronecker basis: factors; rows of the second pass are kept
 _FORMS = tuple(name for name in definitions(FieldOptions) if name not in ("id", "keep", "chat", "turns"))
-_ENTRIES = 65536  # kept of a row
+_DTYPE = "float16"  # of rows, where no size of them is asked for
 
 
 class Step(NamedTuple):
@@ -182,6 +182,16 @@ def find_fields(columns: Mapping[str, Sequence[str]], asked: FieldOptions) -> di
     return found
 
 
+def store_bytes(counts: Sequence[int], entries: int, loss_kind: str | None, budget: RowBudget | None) -> int:
+    """Return the bytes of the rows of a train and a query store, of a model with some entries."""
+    make = budget or DefaultDropout().sized(counts[0], _DTYPE, loss_kind)
+    kept = make(entries)
+    columns = kept.reduce.r if kept.reduce else kept.k
+    dtypes = (_DTYPE if budget is None else budget.dtype), _DTYPE
+    sizes = [Encoding.of(parse_representation(dtype), columns).row_bytes for dtype in dtypes]
+    return sum(count * size for count, size in zip(counts, sizes, strict=True))
+
+
 class _Run:
     """The steps of a run, with what they share."""
 
@@ -248,9 +258,10 @@ class _Run:
     @property
     def disk(self) -> int:
         """About how many bytes the stores take."""
-        budget, counts = self._row_budget, [len(self._jobs[side].samples) for side in ("data", "queries")]
-        row = Encoding.of(parse_representation("float16"), _ENTRIES).row_bytes
-        return counts[0] * (row if budget is None else budget.size) + counts[1] * row
+        train = self._jobs["data"]
+        entries = sum(each.numel() for each in train.model.parameters())  # at most: of an adapter, fewer are kept
+        counts = [len(job.samples) for job in self._jobs.values()]
+        return store_bytes(counts, entries, train.loss_kind, self._row_budget)
 
     def steps(self) -> list[Step]:
         """Return the steps, with the time that each takes."""
