@@ -36,7 +36,7 @@ def told(tmp_path_factory):
     texts = [{"text": f"The text of row {row}"} for row in range(60)]
     (folder / "train.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
     report = write_report(train, folder / "report", query, data=folder / "train.jsonl",
-                          query_data=folder / "answers.jsonl", top=4)  # fmt: skip
+                          query_data=folder / "answers.jsonl", top=4, suspects=8)  # fmt: skip
     file = data_of(report, "queries-0")
     rows = [row for row, _ in file["queries"][0]["proponents"]]
     clean = [text.encode("utf-8", "replace").decode() for text in HOSTILE]
@@ -69,7 +69,7 @@ def keys(page, selector, *pressed):
 def test_question_answer_and_marks(opened):
     assert opened.texts(".query .exchange h3") == ["QUESTION", "ANSWER"]
     assert [text.strip() for text in opened.texts(".query .exchange .text")] == ["Why?", "Because of rain."]
-    assert opened.texts(".query .t") == [" Because", " of", " rain", "."]
+    assert opened.texts(".query .t") == ["Because", "of", "rain", "."]
     shares = opened.run("return [...document.querySelectorAll('.query .t')].map((own) => [own.className, "
                         "own.style.getPropertyValue('--share')])")  # fmt: skip
     assert shares == [["t pro l3", "1.000"], ["t con l2", "0.750"], ["t pro l0", "0.125"], ["t pro l0", "0.000"]]
@@ -85,7 +85,7 @@ def test_numbers_by_keys(opened):
     body = ".query .tokens"
     assert keys(opened, body, RIGHT) == "“Because”: +4"
     assert keys(opened, body, RIGHT, RIGHT) == "“rain”: +0.500"
-    assert opened.texts(".active") == [" rain"]
+    assert opened.texts(".active") == ["rain"]
     assert keys(opened, body, END, LEFT) == "“rain”: +0.500"
     opened.driver.switch_to.active_element.send_keys(ESCAPE)
     assert opened.count(".tip") == 0

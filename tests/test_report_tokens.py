@@ -12,7 +12,7 @@ from test_cli import run  # noqa: F401 - a fixture
 from test_report import data_of
 
 import ooc_influence as ooc
-from ooc_influence.corpus import answer_start
+from ooc_influence.corpus import answer_start, question_start
 from ooc_influence.errors import InputError, MismatchError
 from ooc_influence.report import Corpus, write_report
 from ooc_influence.report.examples import TEXT_LIMIT
@@ -101,6 +101,12 @@ def test_where_answers_begin():
     assert answer_start(record, {"messages": "chat"}) is None  # nobody replied
     record["chat"].append({"role": "assistant", "content": "Hello"})
     assert answer_start(record, {"messages": "chat"}) == len("user: Hi\n\n")
+    assert question_start(record, {"messages": "chat"}) == len("user: ")
+    assert question_start(record, prompt) is None  # no chat: the prompt is all of the question
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+    as_turns = {"q": turns, "a": "Because."}
+    assert question_start(as_turns, prompt) == len("system: Be brief.\n\nuser: ")
+    assert question_start({"chat": record["chat"][1:]}, {"messages": "chat"}) is None  # nothing was asked
 
 
 @pytest.fixture(scope="module")

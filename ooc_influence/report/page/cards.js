@@ -38,7 +38,7 @@ ooc.cards = (() => {
       : el("div", { class: "fact", title }, el("dt", { text: name }), el("dd", { text: value })));
 
   function facts(example, extra = []) {
-    const more = Object.entries(example.more || {}).map(([name, value]) => fact(name, String(value)));
+    const more = Object.entries(example.more || {}).map(([name, value]) => fact(name === "n_tokens" ? "tokens" : name.replaceAll("_", " "), String(value)));
     return el("dl", { class: "facts" }, fact("label", example.label), fact("source", example.source),
       fact("loss", number(example.loss)), example.norm === null ? null : fact("gradient norm", number(example.norm)), extra, more);
   }

@@ -3,7 +3,9 @@
 
 ooc.draw = (() => {
   const { el, svg, number } = ooc;
-  const W = 560, H = 300, LEFT = 62, RIGHT = 16, TOP = 14, BOTTOM = 42;
+  // On a narrow screen drawn small, for its words are not to shrink with it.
+  const W = window.innerWidth < 560 ? 340 : 560, H = window.innerWidth < 560 ? 240 : 300;
+  const LEFT = 62, RIGHT = 16, TOP = 14, BOTTOM = 42;
 
   function scale(low, high, from, to, log) {
     const map = log ? Math.log10 : (value) => value;
@@ -79,7 +81,7 @@ ooc.draw = (() => {
         shape.setAttribute("cx", at(x));
         shape.setAttribute("cy", up(y));
         const right = at(x) > W - 130; // curves fall: above and to the right of a point there is room
-        fillIn(label, { x: at(x) + (right ? -10 : 10), y: up(y) - 8, "text-anchor": right ? "end" : "start" });
+        fillIn(label, { x: at(x) + (right ? 8 : 10), y: Math.max(TOP + 8, up(y) - (right ? 26 : 8)), "text-anchor": right ? "end" : "start" });
       } else {
         const high = Math.min(H - BOTTOM, Math.max(TOP, up(y)));
         const outside = up(y) > H - BOTTOM + 0.5 ? "↓ " : up(y) < TOP - 0.5 ? "↑ " : "";
@@ -112,7 +114,7 @@ ooc.draw = (() => {
 
   function numbers(caption, header, rows) {
     return el("details", { class: "numbers" }, el("summary", { text: "Show the numbers" }),
-      el("div", { class: "scroll" }, el("table", {}, el("caption", { text: caption }),
+      ooc.scrolled(`${caption} in numbers`, el("table", {}, el("caption", { text: caption }),
         el("thead", {}, el("tr", {}, header.map((text) => el("th", { scope: "col", text })))),
         el("tbody", {}, rows.map((row) => el("tr", {}, row.map((value) => el("td", { text: number(value) }))))))));
   }

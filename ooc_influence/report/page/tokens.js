@@ -35,11 +35,13 @@ ooc.tokens = (() => {
 
   function mark(own, place, largest) {
     const [text, share] = own.pieces[place];
-    if (share === 0) return document.createTextNode(text);
+    if (share === 0) return place < prompt(own) ? el("span", { class: "lead-in", text }) : document.createTextNode(text);
     const part = Math.abs(share) / largest;
     const level = LEVELS.filter((edge) => part >= edge).length;
     const blank = text.trim() ? "" : text.includes("\n") ? " broken" : " blank";
-    return el("span", { class: `t ${share > 0 ? "pro" : "con"} l${level}${blank}`, vars: { share: part.toFixed(3) }, "data-place": place, text });
+    const shown = text.trim() ? text.trimStart() : text; // the blank before a word is its token's, but not marked
+    return [text.slice(0, text.length - shown.length),
+      el("span", { class: `t ${share > 0 ? "pro" : "con"} l${level}${blank}`, vars: { share: part.toFixed(3) }, "data-place": place, text: shown })];
   }
 
   function hide() {
@@ -109,7 +111,7 @@ ooc.tokens = (() => {
     const body = el("div", { class: "text tokens", dir: "auto", tabindex: "0", role: "group", "aria-label": `Tokens of ${label}`, "aria-describedby": id });
     const draw = ([low, high]) => {
       hide();
-      const marks = own.pieces.slice(low, high).map((_, place) => mark(own, low + place, largest));
+      const marks = own.pieces.slice(low, high).flatMap((_, place) => mark(own, low + place, largest));
       body.replaceChildren(...(low > start || own.before ? ["… "] : []), ...marks, ...(high < own.pieces.length || own.after ? [" …"] : []));
     };
     const over = (event) => {
