@@ -81,6 +81,29 @@ def test_question_answer_and_marks(opened):
     assert opened.logs() == []
 
 
+def test_tokens_of_an_answer_alone_are_beside_its_question(opened):
+    """In cards too; whole where earlier replies have shares, so that nothing is shown twice or left out."""
+    draw = """
+        const [pieces, text, answer] = arguments;
+        const own = { pieces, first: [0, pieces.length], before: 0, after: 0, left_out: 0 };
+        const query = { row: 0, id: 'q', text, answer, cut: 0, proponents: [[7, 1]], opponents: [], outside: 0,
+          tokens: { query: own, rows: { 7: own } } };
+        const example = { row: 7, id: 'e', text, answer, cut: 0, label: null, source: null };
+        document.querySelector('.pane').replaceChildren(ooc.cards.detail(query, { 7: example }, 'Q'));
+    """
+    template = [["<system>Be brief.<user>Why?<bot>", 0], ["Because", 4], [" of", -3], [" rain.", 1], ["<end>", 0]]
+    text = "system: Be brief.\n\nuser: Why?\n\nassistant: Because of rain."
+    opened.run(draw, template, text, text.index("assistant"))
+    for place in (".query", ".card"):
+        assert opened.text(f"{place} .exchange > :not(h3):not(.token-text)") == "system: Be brief.\n\nuser: Why?"
+        assert opened.text(f"{place} .tokens") == "Because of rain.<end>"
+    opened.run(draw, [["<bot>", 0], ["Hi", 2], ["<user>Why?<bot>", 0], *template[1:]],
+               f"assistant: Hi\n\n{text}", text.index("assistant") + 15)  # fmt: skip
+    for place in (".query", ".card"):
+        assert opened.count(f"{place} .exchange") == 0
+        assert opened.text(f"{place} .tokens") == "<bot>Hi<user>Why?<bot>Because of rain.<end>"
+
+
 def test_numbers_by_keys(opened):
     body = ".query .tokens"
     assert keys(opened, body, RIGHT) == "“Because”: +4"

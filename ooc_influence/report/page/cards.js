@@ -64,17 +64,27 @@ ooc.cards = (() => {
   // The text of an example or a query: token by token where that is known and asked for.
   function passage(example, own, limit) {
     if (!own) return text(example, limit);
-    if (ooc.tokens.shown()) return ooc.tokens.text(own, example.id);
+    if (ooc.tokens.shown()) {
+      const parts = split(example), from = parts && ooc.tokens.answerFrom(own, parts.answer);
+      return from ? el("div", { class: "exchange" }, el("div", { class: "lead-in" }, text({ text: parts.question, cut: 0 })), ooc.tokens.text(own, example.id, from))
+        : ooc.tokens.text(own, example.id);
+    }
     return text(example.text === null || example.text === undefined ? { text: ooc.tokens.joined(own.pieces), cut: 0 } : example, limit);
+  }
+
+  // A text's question and its answer; null where it has none.
+  function split(example) {
+    if (example.answer === null || example.answer === undefined || !example.text) return null;
+    return { question: example.text.slice(0, example.answer).trim(), answer: example.text.slice(example.answer).trim() };
   }
 
   // The question of a query and its answer, of which each has a heading; or its text.
   function asked(query) {
-    const own = query.tokens && query.tokens.query;
-    if (query.answer === null || query.answer === undefined || !query.text) return passage(query, own, 1200);
-    const question = query.text.slice(0, query.answer).trim(), answer = query.text.slice(query.answer).trim();
-    return el("div", { class: "exchange" }, el("h3", { text: "Question" }), text({ text: question, cut: 0 }),
-      el("h3", { text: "Answer" }), own && ooc.tokens.shown() ? ooc.tokens.text(own, `the answer of ${query.id}`, ooc.tokens.prompt(own)) : text({ text: answer, cut: query.cut }, 1200));
+    const own = ooc.tokens.shown() && query.tokens ? query.tokens.query : null;
+    const parts = split(query), from = parts && own ? ooc.tokens.answerFrom(own, parts.answer) : 0;
+    if (!parts || (own && !from)) return passage(query, query.tokens && query.tokens.query, 1200);
+    return el("div", { class: "exchange" }, el("h3", { text: "Question" }), text({ text: parts.question, cut: 0 }),
+      el("h3", { text: "Answer" }), own ? ooc.tokens.text(own, `the answer of ${query.id}`, from) : text({ text: parts.answer, cut: query.cut }, 1200));
   }
 
   const percent = (share) => {

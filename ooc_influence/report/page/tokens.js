@@ -140,6 +140,15 @@ ooc.tokens = (() => {
   // How many pieces come before the first that has a share: the prompt, where there is one.
   const prompt = (own) => Math.max(0, own.pieces.findIndex((piece) => piece[1] !== 0));
 
+  // How many pieces come before an answer, if the tokens that have a share begin with it; else 0: earlier replies of a
+  // chat may have shares too.
+  function answerFrom(own, answer) {
+    const from = prompt(own), plain = (text) => text.replace(/\s+/g, " ").trim();
+    const begin = plain(joined(own.pieces.slice(from, from + 40))), wanted = [answer, answer.replace(/^[\w-]+: /, "")].map(plain);
+    const same = (text) => text && (begin.startsWith(text.slice(0, 12)) || (begin && text.startsWith(begin)));
+    return wanted.some(same) ? from : 0;
+  }
+
   const shown = () => ooc.recall(KEY) ?? true;
 
   function toggle(act) {
@@ -151,5 +160,5 @@ ooc.tokens = (() => {
   const key = () => el("p", { class: "quiet small tokens key" }, el("span", { class: "t pro l2", vars: { share: "0.7" }, text: "raises" }), " or ",
     el("span", { class: "t con l2", vars: { share: "0.7" }, text: "lowers" }), " the score; point at a token, or focus a text and press arrow keys, for its share");
 
-  return { text, joined, prompt, shown, toggle, key, total };
+  return { text, joined, answerFrom, shown, toggle, key, total };
 })();
