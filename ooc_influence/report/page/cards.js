@@ -206,16 +206,19 @@ ooc.cards = (() => {
     const set = (name) => (value) => { view[name] = value; draw(); };
     const labels = [["all", "all labels"], ["same", "the query's label"], ["other", "another label"]];
     const orders = [["score", "score"], ["loss", "loss, highest"], ["self", "self-influence, highest"]];
-    return el("div", { class: "detail" },
+    const ask = !tokens && !query.no_tokens && ooc.index.ask?.tokens
+      ? ooc.ask.tokens(query, () => { if (node.isConnected) node.replaceWith(detail(query, examples, heading)); }) : null;
+    const node = el("div", { class: "detail" },
       el("div", { class: "query" }, heading, el("div", { class: "body" }, image(query, "query"), said), groupBars(query.groups)),
       trust(query),
       el("div", { class: "tools" }, ooc.fold("Filter and order"),
         ooc.field("Filter examples", { type: "search", value: view.find, class: "examples-filter" }, ooc.later(set("find"))),
         ooc.choice("Order", orders, view.order, set("order")),
         query.label === null || query.label === undefined ? null : ooc.choice("Labels", labels, view.label, set("label")),
-        tokens ? ooc.tokens.toggle(redraw) : null,
+        tokens ? ooc.tokens.toggle(redraw) : ask,
         legend(largest), tokens ? ooc.tokens.key() : null),
       columns);
+    return node;
   }
 
   return { detail, text, image, score, fact, facts, legend };

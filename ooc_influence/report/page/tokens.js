@@ -151,6 +151,8 @@ ooc.tokens = (() => {
 
   const shown = () => ooc.recall(KEY) ?? true;
 
+  const show = () => ooc.keep(KEY, true);
+
   function toggle(act) {
     return el("label", { class: "check" }, el("input", { type: "checkbox", id: "show-tokens", checked: shown(),
       on: { change: (event) => { ooc.keep(KEY, event.target.checked); act(); } } }), "Show tokens");
@@ -160,5 +162,5 @@ ooc.tokens = (() => {
   const key = () => el("p", { class: "quiet small tokens key" }, el("span", { class: "t pro l2", vars: { share: "0.7" }, text: "raises" }), " or ",
     el("span", { class: "t con l2", vars: { share: "0.7" }, text: "lowers" }), " the score; point at a token, or focus a text and press arrow keys, for its share");
 
-  return { text, joined, answerFrom, shown, toggle, key, total };
+  return { text, joined, answerFrom, shown, show, toggle, key, total };
 })();
