@@ -293,6 +293,19 @@ def test_an_axis_reaches_to_the_damping(page, plain, tmp_path, damping, side):
     assert page.logs() == []
 
 
+def test_ticks_of_a_narrow_axis_differ(page, plain):
+    page.open(address(plain[2]), "distributions")
+    bars = (
+        "const node = ooc.draw.bars('', { edges: arguments[0], counts: [1, 1], log: false, name: 'x' });"
+        "return [...node.querySelectorAll('text[text-anchor=middle]:not(.name)')].map((own) => own.textContent)"
+    )
+    assert page.run(bars, [3.78, 3.82, 3.86]) == ["3.78", "3.80", "3.82", "3.84", "3.86"]
+    assert page.run(bars, [-2000, 0, 2000]) == ["−2,000", "−1,000", "0", "1,000", "2,000"]
+    assert page.run(bars, [0, 0.5, 1])[1] == "0.2"
+    flat = "return ooc.draw.line('', [[1, 0], [2, 0]], { name: 'x' }, { low: 0 }).node.textContent"
+    assert "0" in page.run(flat)  # one value alone
+
+
 def test_hostile_text_stays_text(page, hostile):
     _, train, report = hostile
     page.open(address(report))

@@ -91,17 +91,20 @@ def test_tokens_of_an_answer_alone_are_beside_its_question(opened):
         const example = { row: 7, id: 'e', text, answer, cut: 0, label: null, source: null };
         document.querySelector('.pane').replaceChildren(ooc.cards.detail(query, { 7: example }, 'Q'));
     """
-    template = [["<system>Be brief.<user>Why?<bot>", 0], ["Because", 4], [" of", -3], [" rain.", 1], ["<end>", 0]]
+    template = [["<system>Be brief.<user>Why?<bot>", 0], [" Because", 4], [" of", -3], [" rain.", 1], ["<end>", 0]]
     text = "system: Be brief.\n\nuser: Why?\n\nassistant: Because of rain."
     opened.run(draw, template, text, text.index("assistant"))
     for place in (".query", ".card"):
         assert opened.text(f"{place} .exchange > :not(h3):not(.token-text)") == "system: Be brief.\n\nuser: Why?"
-        assert opened.text(f"{place} .tokens") == "Because of rain.<end>"
+        assert (
+            opened.run("return document.querySelector(arguments[0]).textContent", f"{place} .tokens")
+            == "Because of rain.<end>"
+        )
     opened.run(draw, [["<bot>", 0], ["Hi", 2], ["<user>Why?<bot>", 0], *template[1:]],
                f"assistant: Hi\n\n{text}", text.index("assistant") + 15)  # fmt: skip
     for place in (".query", ".card"):
         assert opened.count(f"{place} .exchange") == 0
-        assert opened.text(f"{place} .tokens") == "<bot>Hi<user>Why?<bot>Because of rain.<end>"
+        assert opened.text(f"{place} .tokens") == "<bot>Hi<user>Why?<bot> Because of rain.<end>"
 
 
 def test_numbers_by_keys(opened):

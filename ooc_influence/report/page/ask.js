@@ -104,7 +104,7 @@
       stop.disabled = bar.hidden = true;
     } } }, fields.map((name) => el("label", { class: "field" }, el("span", { text: NAMES[name] }), inputs[name])), el("div", { class: "row" }, button, stop, bar), told);
     main.replaceChildren(el("div", { class: "page ask" }, el("h2", { text: "Ask" }),
-      el("p", { class: "lead", text: `Its gradient is computed by ${model} and scored against ${ooc.index.rows === 1 ? "the row" : `the ${ooc.count(ooc.index.rows, "row")}`} of the store.` }),
+      el("p", { class: "lead", text: `What is typed becomes a query: its gradient is computed by ${model} and scored against ${ooc.index.rows === 1 ? "the row" : `the ${ooc.count(ooc.index.rows, "row")}`} of the store.` }),
       el("datalist", { id: "known-labels" }, ooc.index.labels.map((value) => el("option", { value }))), form, result));
     show();
     inputs[fields[0]].focus();

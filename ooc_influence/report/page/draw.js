@@ -29,19 +29,27 @@ ooc.draw = (() => {
   }
 
   const power = (value) => (value >= 1e5 || value < 1e-3 ? value.toExponential(0).replace("-", "−").replace("e+", "e") : String(Number(value.toPrecision(2))));
-  const tick = (value, log) => (log ? power(value) : value === 0 ? "0" : number(value, 2));
+
+  // The values of an axis with their words: on even axes, as many digits as tell neighbours apart.
+  function marked(low, high, log) {
+    const found = ticks(low, high, log), step = found[1] - found[0];
+    const digits = step > 0 ? Math.max(0, -Math.floor(Math.log10(step) + 1e-9)) : 2;
+    const even = (value) => (value === 0 ? "0" : Math.abs(value) >= 1e7 || digits > 6 ? number(value, 3)
+      : value.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits }).replace("-", "−"));
+    return found.map((value) => [value, log ? power(value) : even(value)]);
+  }
 
   function frame(title, x, y) {
     const at = scale(x.low, x.high, LEFT, W - RIGHT, x.log);
     const up = scale(y.low, y.high, H - BOTTOM, TOP, y.log);
     const node = svg("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": title, class: "plot" });
-    for (const value of ticks(y.low, y.high, y.log)) {
+    for (const [value, text] of marked(y.low, y.high, y.log)) {
       node.append(svg("line", { x1: LEFT, x2: W - RIGHT, y1: up(value), y2: up(value), class: "grid" }),
-        svg("text", { x: LEFT - 8, y: up(value) + 4, "text-anchor": "end", text: tick(value, y.log) }));
+        svg("text", { x: LEFT - 8, y: up(value) + 4, "text-anchor": "end", text }));
     }
-    for (const value of ticks(x.low, x.high, x.log)) {
+    for (const [value, text] of marked(x.low, x.high, x.log)) {
       node.append(svg("line", { x1: at(value), x2: at(value), y1: H - BOTTOM, y2: H - BOTTOM + 4, class: "axis" }),
-        svg("text", { x: at(value), y: H - BOTTOM + 18, "text-anchor": "middle", text: tick(value, x.log) }));
+        svg("text", { x: at(value), y: H - BOTTOM + 18, "text-anchor": "middle", text }));
     }
     node.append(svg("line", { x1: LEFT, x2: W - RIGHT, y1: H - BOTTOM, y2: H - BOTTOM, class: "axis" }),
       svg("text", { x: (LEFT + W - RIGHT) / 2, y: H - 6, "text-anchor": "middle", class: "name", text: x.name }));

@@ -112,6 +112,7 @@ ooc.tokens = (() => {
     const draw = ([low, high]) => {
       hide();
       const marks = own.pieces.slice(low, high).flatMap((_, place) => mark(own, low + place, largest));
+      if (start > 0 && low === start && typeof marks[0] === "string") marks[0] = marks[0].trimStart(); // between a question and its answer
       body.replaceChildren(...(low > start || own.before ? ["… "] : []), ...marks, ...(high < own.pieces.length || own.after ? [" …"] : []));
     };
     const over = (event) => {
