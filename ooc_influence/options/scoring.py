@@ -20,8 +20,8 @@ ScoresDtype = Literal["float32", "float16"]
 
 
 # fmt: off
-class DampedOptions(Striped, total=False):
-    """Which curvature and λ scores are computed with."""
+class Damped(TypedDict, total=False):
+    """Which curvature and λ there are."""
 
     curvature: Annotated["AnyCurvature | Sequence[AnyCurvature]", Option(
         None, "Curvature, str, path or False, or a list with one for each checkpoint",
@@ -38,6 +38,11 @@ class DampedOptions(Striped, total=False):
     damping_mode: Annotated[DampingMode, Option(
         "relative", '{"relative", "absolute"}', "What ``damping`` means.",
         "relative: λ = damping · tr(F)/min(d, m); absolute: λ = damping.", choices=get_args(DampingMode))]
+
+
+class DampedOptions(Damped, Striped, total=False):
+    """Which curvature and λ scores are computed with, and where."""
+
     device: Annotated[str | None, Option(
         None, "str, optional", 'Multiply there with torch, such as ``"cuda"``; default NumPy\'s BLAS.',
         "Multiply there, such as cuda. Default: NumPy's BLAS.")]
