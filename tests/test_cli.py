@@ -10,6 +10,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 import zarr
@@ -416,3 +417,24 @@ def test_modules_are_left_out(run):
     assert code == 0, err
     names = [module.layer.name for module in GradientStore.open("s.zarr").mask.modules]
     assert names == ["first", "second"]
+
+
+def test_the_help_has_sections():
+    """Every option of a long command is in one section, those that come first exist, and no sentence is cut."""
+    from ooc_influence.cli.help import COMMANDS, SectionedCommand
+    from ooc_influence.cli.main import ALL, cli
+
+    context = click.Context(cli, max_content_width=110)
+    assert "..." not in cli.get_help(context).split("Options:")[1]
+    assert sorted(name for names in COMMANDS.values() for name in names) == sorted(each.name for each in ALL)
+    for command in ALL:
+        options = [each for each in command.params if isinstance(each, click.Option)]
+        assert isinstance(command, SectionedCommand) or len(options) <= 22, command.name
+        for each in options:
+            assert re.fullmatch(r"[A-Z].*\.", each.help), (command.name, each.name)
+        if isinstance(command, SectionedCommand):
+            found = dict(command.parts(context))
+            assert [each.name for each in found["Most used"]] == list(command.first)
+            assert {each.name for each in found["Other options"] if each in options} <= {"as_json", "yes", "open_page"}
+            shown = command.get_help(context)
+            assert all(shown.count(f"  {each.opts[-1]} ") + shown.count(f", {each.opts[-1]} ") == 1 for each in options)

@@ -437,6 +437,12 @@ def test_stores_made_from_imported_ones():
     assert ooc.rewrite_store(train, "int8.zarr", dtype="int8").n == N
     assert ooc.reduce_store(train, "r.zarr", 8).k == 8
     assert ooc.sketch_store(train).n == N
+    ooc.fit_curvature(train)
+    query = ooc.import_rows(ROWS[:3], "q.zarr", like=train)
+    assert len(ooc.select_rows(query, train, 5).rows) == 5
+    assert ooc.group_influence(query, train, by=np.arange(N) % 4).sums.shape == (3, 4)
+    if __import__("importlib").util.find_spec("jinja2"):
+        ooc.report.write_report(query, train, "pages")
     assert ooc.compact_store(drop(train, [4]), "c.zarr").n == N - 1
     assert ooc.merge_stores(["c.zarr"], "m.zarr").attrs["imported"] == train.attrs["imported"]
 

@@ -14,7 +14,7 @@ from ooc_influence import hf
 from ooc_influence.errors import InputError, MismatchError, StoreExistsError
 from ooc_influence.tracing import read_settings
 from ooc_influence.tracing import run as run_module
-from ooc_influence.tracing.run import find_fields
+from ooc_influence.tracing.run import find_fields, store_bytes
 
 pytest.importorskip("jinja2")
 pytestmark = MARKS
@@ -104,7 +104,7 @@ def test_it_resumes(tmp_path, sources, monkeypatch, at):
     with monkeypatch.context() as patch:
         patch.setattr(run_module.hf, "extract", interrupted)
         if at == "page":
-            patch.setattr(run_module, "write_report", no_page)
+            patch.setattr(run_module, "save_report", no_page)
         with pytest.raises(KeyboardInterrupt):
             trace(sources, tmp_path / "run")
     found = trace(sources, tmp_path / "run")
@@ -157,6 +157,15 @@ def test_long_work_is_confirmed(tmp_path, sources, monkeypatch):
     assert asked[0].startswith("about ")
     assert not (tmp_path / "run" / "train.zarr").exists()
     trace(sources, tmp_path / "run", confirm=lambda work: True)
+
+
+def test_bytes_ahead_are_those_of_the_rows_that_are_stored():
+    """Rows are reduced where a store would exceed 64 GiB, so that ten million take about as much."""
+    losses = "token_cross_entropy_mean"
+    assert store_bytes([100, 0], 10**8, losses, None) == 100 * 2 * 65536
+    assert store_bytes([10**7, 0], 10**8, losses, None) == 10**7 * 2 * 4096
+    assert store_bytes([10**7, 0], 10**8, losses, ooc.RowBudget("8kB")) == pytest.approx(10**7 * 8000, rel=0.05)
+    assert store_bytes([0, 10], 1000, losses, None) == 10 * 2 * 1000
 
 
 def test_fields_are_found():

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from ooc_influence.cli import options
+from ooc_influence.cli.help import EXTRACTION, SectionedCommand
 from ooc_influence.cli.options import keep_freed_memory
 from ooc_influence.errors import InputError
 from ooc_influence.options import CheckOptions, DocumentOptions, ExtractionOptions, PlanOptions, Sharded, definitions
@@ -159,7 +160,10 @@ def _parse_shard(_: click.Context, __: click.Parameter, text: str | None) -> tup
     return int(index), int(count)
 
 
-@click.command()
+@click.command(
+    cls=SectionedCommand, sections=EXTRACTION,
+    first=("model", "recipe_name", "data", "store", "like", "messages", "prompt", "completion", "id", "row_bytes"),
+)  # fmt: skip
 @options.building
 @click.option("--shards", type=int, metavar="N",
               help="Divide the store into N shards and extract all of them: one task each with --scheduler, one after "
@@ -212,7 +216,10 @@ def extract(
     options.print_result(as_json, store_facts(store), lambda: describe(store))
 
 
-@click.command()
+@click.command(
+    cls=SectionedCommand, sections=EXTRACTION,
+    first=("model", "recipe_name", "data", "store", "like", "messages", "prompt", "completion", "id", "row_bytes"),
+)  # fmt: skip
 @options.building
 @click.option(
     "--rows", type=int, help="Rows of the whole store. Default: as many as the data has, where that is known."
@@ -305,7 +312,10 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-@click.command()
+@click.command(
+    cls=SectionedCommand, sections=EXTRACTION,
+    first=("store", "model", "recipe_name", "data", "split", "rows"),
+)  # fmt: skip
 @click.option("--store", required=True, type=options.PATH, metavar="PATH|URL",
               help="The store whose compression is checked, with the recipe or model it was made with.")  # fmt: skip
 @options.source

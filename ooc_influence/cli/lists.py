@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from ooc_influence.cli import options, pairs
+from ooc_influence.cli.help import SCORING, SectionedCommand
 from ooc_influence.errors import InputError, counted
 from ooc_influence.options import ScoreOptions, TopOptions
 
@@ -30,7 +31,10 @@ _reranking = options.several(
 _RERANKING = ("rerank", "data", "query_data", "model", "recipe", *options.LOADING)
 
 
-@click.command()
+@click.command(
+    cls=SectionedCommand, sections=SCORING,
+    first=("count", "output", "curvature", "damping", "normalize", "data", "rerank", "model", "sketch", "also"),
+)  # fmt: skip
 @pairs.both
 @click.option("--top", "count", type=int, default=10, show_default=True, help="How many of each.")
 @options.table
@@ -158,11 +162,14 @@ def _shown(ranking: Any, number: int, entries: list[Any], ranks: Any) -> list[tu
     return shown
 
 
-@click.command()
+@click.command(
+    cls=SectionedCommand, sections=SCORING,
+    first=("count", "out", "curvature", "damping", "normalize"),
+)  # fmt: skip
 @pairs.both
 @click.option("--top", "count", type=int, help="How many of each, by module.")
 @click.option("--out", type=options.PATH, metavar="PATH",
-              help="Instead: the Zarr array (modules, queries, rows) to write.")  # fmt: skip
+              help="Write the Zarr array (modules, queries, rows) there instead of listing rows.")  # fmt: skip
 @options.flags(ScoreOptions)
 @pairs.pairing
 def modules(query: str, train: str, count: int | None, out: str | None, as_json: bool, **settings: Any) -> None:

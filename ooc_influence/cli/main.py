@@ -11,6 +11,7 @@ import click
 
 from ooc_influence._version import __version__
 from ooc_influence.cli import cluster, extraction, interchange, lists, options, pages, scoring, selection, stores, trace
+from ooc_influence.cli.help import SectionedGroup
 from ooc_influence.errors import InputError, OocInfluenceError, OocInfluenceWarning, refused
 
 
@@ -42,7 +43,7 @@ ALL = (
 _python_format = warnings.formatwarning
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(cls=SectionedGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="ooc-influence")
 @click.option("--traceback", is_flag=True, help="Show where an error comes from.")
 def cli(traceback: bool) -> None:

@@ -85,7 +85,7 @@ def _flag(name: str, option: Option, changes: dict[str, Any]) -> Callable[[Any],
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as one line of JSON.")
 memory = flags(ExtractionOptions, only=("memory",))
-dot = click.option("--dot", is_flag=True, help="No curvature: plain dot products of gradients.")
+dot = click.option("--dot", is_flag=True, help="Use no curvature: plain dot products of gradients.")
 table = click.option(
     "-o",
     "--output",
@@ -100,7 +100,8 @@ codec = click.option(
 cache = several(
     click.option("--cache", type=PATH, metavar="DIR",
                  help="Keep chunks of a train store on object storage in this folder."),
-    click.option("--cache-size", metavar="SIZE", default="20GiB", show_default=True, help="Size limit of that folder."),
+    click.option("--cache-size", metavar="SIZE", default="20GiB", show_default=True,
+                 help="Size limit of the folder of --cache."),
 )  # fmt: skip
 
 
@@ -109,7 +110,10 @@ def cluster(function: F) -> F:
 
     @click.option("--scheduler", metavar="ADDRESS", help="Run on this Dask scheduler's workers, as tcp://host:8786.")
     @click.option(
-        "--scheduler-file", type=PATH, metavar="FILE", help="The same, from the file that the scheduler wrote."
+        "--scheduler-file",
+        type=PATH,
+        metavar="FILE",
+        help="Run on workers of the Dask scheduler that wrote this file.",
     )
     @functools.wraps(function)
     def call(*args: Any, scheduler: str | None, scheduler_file: str | None, **options: Any) -> Any:
@@ -127,7 +131,7 @@ source = several(
     click.option("--recipe", "recipe_name", type=PATH, metavar="FILE.py:FUNCTION|MODULE:FUNCTION",
                  help="A function that returns (model, per_sample_loss, splits) or an ooc_influence.Recipe."),
     click.option("--model", type=PATH, metavar="DIR|ID",
-                 help="Instead: a Hugging Face model, or a PEFT adapter; with --data."),
+                 help="A Hugging Face model, or a PEFT adapter; with --data, in place of --recipe."),
     click.option("--data", type=PATH, metavar="FILE|DIR|ID",
                  help="Documents: .jsonl, .csv, .tsv, .parquet, .json, .txt (or .gz, .zst of these), 'dir/*.jsonl', a "
                  "folder of one kind of these, a datasets folder, or a data set of the hub as org/name."),
@@ -161,15 +165,16 @@ building = several(
     click.option("--basis-damping", type=float, metavar="X", help="Relative damping at which entries are drawn in a "
                  "Kronecker basis, and the default of its curvature. Default: 0.03; of an adapter 0.3."),
     click.option("--damping-scope", type=click.Choice(get_args(DampingScope)),
-                 help="Whose mean that damping is relative to: each layer's, or the whole model's. Default: layer; of "
-                 "an adapter model."),
+                 help="Whether --basis-damping is relative to a mean over each layer, or over the whole model. "
+                 "Default: layer; of an adapter model."),
     click.option("--sampling", type=click.Choice(["uniform", "importance", "grid"]),
                  help="How entries are chosen. Default: uniform; with --model importance; in a Kronecker basis grid."),
     click.option("--dims", type=int, metavar="R", help="Reduce kept entries to R numbers, the largest directions of "
                  "their eigenbasis; 0: do not. Default: 0; with --model 4096 if the store would exceed 64 GiB."),
-    click.option("--pilot", type=int, metavar="N", help="Rows that eigenbasis is made from. Default: 4 R."),
+    click.option("--pilot", type=int, metavar="N",
+                 help="Rows that the eigenbasis of --dims is made from. Default: 4 R."),
     click.option("--basis-weights", type=click.Choice(get_args(Weighting)),
-                 help="Row weights of that eigenbasis."),
+                 help="Row weights of the eigenbasis of --dims. Default: none."),
     click.option("--rank-out", type=int, metavar="N", help="Rows kept of a layer by logra. Default: 16."),
     click.option("--rank-in", type=int, metavar="N", help="Columns kept of a layer by logra. Default: 16."),
     click.option("--nonzeros", type=int, metavar="N", help="Nonzeros of each entry in sjlt and grass. Default: 1."),

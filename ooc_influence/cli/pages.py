@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from ooc_influence.cli import options
+from ooc_influence.cli.help import SCORING, SectionedCommand
 from ooc_influence.errors import InputError
 from ooc_influence.options import ReportOptions
 
@@ -20,7 +21,7 @@ _pages = options.several(
     click.option("--data", type=options.PATH, metavar="FILE",
                  help="Where the texts of STORE's rows are: .jsonl, .csv, .tsv, .parquet, .json, .txt (or .gz, .zst "
                  "of these), 'dir/*.jsonl', a datasets folder."),
-    click.option("--query-data", type=options.PATH, metavar="FILE", help="The same of the queries."),
+    click.option("--query-data", type=options.PATH, metavar="FILE", help="Where the texts of the queries are."),
     click.option("--text", metavar="FIELD", help="Field with the text. Default: as extracted; text; prompt and "
                  "completion; messages."),
     click.option("--label", metavar="FIELD", help="Field with the label. Default: the column or field 'label'."),
@@ -29,8 +30,9 @@ _pages = options.several(
                  "'id'."),
     click.option("--image", metavar="FIELD", help="Field with an image's path, below the folder of the data file."),
     click.option("--images", type=options.PATH, metavar="FILE.npy",
-                 help="Instead: images of STORE's rows, (n, h, w) or (n, h, w, c)."),
-    click.option("--query-images", type=options.PATH, metavar="FILE.npy", help="The same of the queries."),
+                 help="Images of STORE's rows, (n, h, w) or (n, h, w, c), in place of --data."),
+    click.option("--query-images", type=options.PATH, metavar="FILE.npy",
+                 help="Images of the queries, in the same form."),
     options.flags(
         ReportOptions, without=("device",),
         curvature={"multiple": False, "help": "Curvature to use. Default: 'default' in STORE."},
@@ -45,7 +47,10 @@ _loading = options.several(
 )
 
 
-@click.command()
+@click.command(
+    cls=SectionedCommand, sections=SCORING,
+    first=("out", "queries", "data", "query_data", "model", "token_rows", "by", "top", "curvature", "damping"),
+)  # fmt: skip
 @click.argument("store", type=options.PATH)
 @click.option("-o", "--out", required=True, type=options.PATH, metavar="DIR",
               help="The folder to write; an earlier report is replaced.")  # fmt: skip
@@ -75,7 +80,10 @@ def report(store: str, out: str, as_json: bool, **settings: Any) -> None:
     options.print_result(as_json, facts, lambda: f"open {facts['open']}")
 
 
-@click.command()
+@click.command(
+    cls=SectionedCommand, sections=SCORING,
+    first=("model", "recipe", "typed", "queries", "data", "query_data", "port"),
+)  # fmt: skip
 @click.argument("store", type=options.PATH)
 @click.option("--model", type=options.PATH, metavar="DIR|ID",
               help="Take new queries with this Hugging Face model, the one STORE was made with.")  # fmt: skip

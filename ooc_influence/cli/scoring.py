@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from ooc_influence.cli import options, pairs
+from ooc_influence.cli.help import SCORING, SectionedCommand
 from ooc_influence.errors import InputError, writing
 from ooc_influence.options import FisherOptions, ListOptions, ScoreOptions, SelfInfluenceOptions
 
@@ -29,8 +30,9 @@ def _parse_rows(_: click.Context, __: click.Parameter, value: str | None) -> sli
 @click.argument("train", type=options.PATH)
 @click.option("--method", type=click.Choice(["auto", "primal", "dual", "kronecker"]), default="auto",
               show_default=True,
-              help="primal: the Fisher matrix; dual: the rows' Gram matrix, for fewer rows than columns; kronecker: "
-              "second moments in a Kronecker basis; auto: what suits TRAIN and costs least.")  # fmt: skip
+              help="What is fitted: the Fisher matrix (primal), the rows' Gram matrix, for fewer rows than columns "
+              "(dual), second moments in a Kronecker basis (kronecker), or what suits TRAIN and costs least "
+              "(auto).")  # fmt: skip
 @options.flags(FisherOptions, rows={"callback": _parse_rows})
 @options.where
 def fisher(train: str, cache: str | None, cache_size: str, as_json: bool, **settings: Any) -> None:
@@ -49,7 +51,10 @@ def _told(curvature: Any) -> str:
     return f"{curvature!r}\nThe basis has such a curvature without any fit: --curvature kronecker."
 
 
-@click.command()
+@click.command(
+    cls=SectionedCommand, sections=SCORING,
+    first=("out", "output", "curvature", "damping", "normalize"),
+)  # fmt: skip
 @pairs.both
 @click.option("--out", required=True, type=options.PATH, metavar="PATH",
               help="The Zarr array (queries, rows) to write, or to continue.")  # fmt: skip
@@ -86,7 +91,11 @@ def _pairs_table(output: str, query: str, pair: dict[str, Any]) -> Path:
     return check_table(output)
 
 
-@click.command("self-influence")
+@click.command(
+    "self-influence",
+    cls=SectionedCommand, sections=SCORING,
+    first=("count", "out", "output", "curvature", "damping"),
+)  # fmt: skip
 @click.argument("train", type=options.PATH)
 @click.option("--also", multiple=True, type=options.PATH, metavar="TRAIN",
               help="Another checkpoint's store; values are averaged.")  # fmt: skip
@@ -160,7 +169,10 @@ def _write_self_influence(target: Path, store: Any, orders: list[Any], values: A
     write_table(target, blocks())
 
 
-@click.command()
+@click.command(
+    cls=SectionedCommand, sections=SCORING,
+    first=("by", "count", "output", "curvature", "damping", "normalize"),
+)  # fmt: skip
 @pairs.both
 @click.option("--by", required=True, metavar="COLUMN", help="The column of TRAIN whose values are groups, or 'id'.")
 @click.option("--top", "count", type=click.IntRange(min=1), default=20, show_default=True,

@@ -8,11 +8,15 @@ from typing import Any
 import click
 
 from ooc_influence.cli import options, pairs
+from ooc_influence.cli.help import SCORING, SectionedCommand
 from ooc_influence.errors import InputError, counted
 from ooc_influence.options import SelectOptions
 
 
-@click.command()
+@click.command(
+    cls=SectionedCommand, sections=SCORING,
+    first=("query", "keep", "out", "data", "tasks", "redundancy", "quota", "drop"),
+)  # fmt: skip
 @click.argument("train", type=options.PATH)
 @click.option("--queries", "query", required=True, type=options.PATH, metavar="Q",
               help="Query store of the targets: of a validation set, not the test set.")  # fmt: skip
@@ -22,7 +26,12 @@ from ooc_influence.options import SelectOptions
               help="What to write: the rows' documents (.jsonl, .parquet), or their ids (.txt).")  # fmt: skip
 @click.option("--data", type=options.PATH, metavar="FILE",
               help="The documents of TRAIN. Default: those it was made from.")  # fmt: skip
-@click.option("--query-data", type=options.PATH, metavar="FILE", help="The same of the targets.")
+@click.option(
+    "--query-data",
+    type=options.PATH,
+    metavar="FILE",
+    help="The documents of the targets. Default: those they were made from.",
+)
 @click.option("--id", "id_field", metavar="FIELD",
               help="Field of --data with the ids that TRAIN has. Default: as extracted, or 'id'.")  # fmt: skip
 @click.option("--quota", multiple=True, metavar="COLUMN[:VALUE]=SHARE",

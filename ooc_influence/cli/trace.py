@@ -11,13 +11,17 @@ from typing import Any
 import click
 
 from ooc_influence.cli import options
+from ooc_influence.cli.help import EXTRACTION, SectionedCommand
 from ooc_influence.errors import InputError
 from ooc_influence.options import TraceOptions
 
 _SHOWN_QUERIES, _SHOWN_ROWS, _SHOWN_TEXT = 3, 3, 100  # of the answer in the terminal: queries, rows, characters
 
 
-@click.command()
+@click.command(
+    cls=SectionedCommand, sections=EXTRACTION,
+    first=("model", "data", "queries", "out", "messages", "prompt", "completion", "id", "documents", "yes"),
+)  # fmt: skip
 @click.argument("run", type=options.PATH, required=False)
 @click.option("--model", type=options.PATH, metavar="DIR|ID", help="The fine-tuned model, or a PEFT adapter.")
 @click.option("--data", type=options.PATH, metavar="FILE", help="The documents it was trained on: .jsonl, .csv, .tsv, "
@@ -36,6 +40,7 @@ def trace(run: str | None, out: str | None, yes: bool, open_page: bool, as_json:
     tokens that carry a score light up. The same command continues an interrupted run; RUN, the run.yaml that every run
     leaves in its folder, repeats one.
     """
+    click.echo("loading PyTorch", err=True)
     from ooc_influence.tracing import read_settings
     from ooc_influence.tracing import trace as run_trace
 

@@ -73,7 +73,8 @@ class FieldOptions(TypedDict, total=False):
         "Field with the preferred one of two completions of --prompt, or of two chats; with --rejected.",
         metavar="FIELD")]
     rejected: Annotated[str | None, Option(
-        None, "str, optional", "Field with the other one.", "Field with the other one.", metavar="FIELD")]
+        None, "str, optional", "Field with the other one.",
+        "Field with the completion, or chat, that was not preferred; with --chosen.", metavar="FIELD")]
     turns: Annotated[Turns, Option(
         "last", '{"last", "all"}',
         "With chats: whether the assistant's last reply is learned, or all of its replies but those with "
@@ -152,7 +153,7 @@ class ReadingOptions(FieldOptions, LoadingOptions, total=False):
         "log p(rejected))). Log-probabilities are sums over targets.",
         "Loss of --chosen and --rejected: DPO's, or its form without a reference.", choices=get_args(Preference))]
     beta: Annotated[float, Option(
-        0.1, "float", "The factor β of that loss.", "The factor β of that loss.", kind=float)]
+        0.1, "float", "The factor β of that loss.", "The factor β of the loss of --chosen and --rejected.", kind=float)]
     reference: Annotated["str | Path | None", Option(
         None, "str or path, optional",
         "DPO's reference model; default the model without its PEFT adapter.",
@@ -174,7 +175,8 @@ class DocumentOptions(ReadingOptions, total=False):
         '``"curvature"``: rows of randomly signed token gradients (:class:`SignedLoss`), for a Gauss-Newton matrix; '
         'with '
         "``like``.",
-        "curvature: rows of randomly signed token gradients, for a Gauss-Newton matrix; needs --like.",
+        "What rows are: gradients of the loss, or, for a Gauss-Newton matrix, randomly signed sums of tokens' "
+        "gradients (curvature; needs --like).",
         choices=("gradients", "curvature"))]
     weights: Annotated[Literal["ggn"] | None, Option(
         None, '{"ggn"}, optional', "Weights of the tokens of curvature rows; default none.",

@@ -67,7 +67,7 @@ class PlanOptions(Budgeted, total=False):
         metavar="W")]
     gflops: Annotated[float | None, Option(
         None, "float, optional", "10⁹ float32 FLOP in a second; default measured here, in about two seconds.",
-        "10^9 float32 FLOP in a second. Default: measured here.", kind=float)]
+        "Speed of float32 products, in 10^9 operations a second. Default: measured here.", kind=float)]
     read_rate: Annotated[float | None, Option(
         None, "float, optional", "Bytes read in a second; default measured here.",
         "Bytes read from the disk in a second. Default: measured here.", metavar="SIZE")]

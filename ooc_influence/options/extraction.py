@@ -54,7 +54,8 @@ class ExtractionOptions(Budgeted, Reporting, total=False):
         "Face models) replace the labels by draws from the model's predictions, so that F of the rows is the true "
         "Fisher matrix. A draw depends on seed, row and token alone. If the loss draws none, a warning says so, and "
         "rows have the data set's labels.",
-        "sampled: draw labels from the model's predictions, for rows whose F is the true Fisher matrix.",
+        "Whether labels are the data's, or drawn from the model's predictions (sampled), for rows whose F is the true "
+        "Fisher matrix.",
         choices=get_args(LabelKind))]
     label_seed: Annotated[int, Option(0, "int", "Seed of sampled labels.", "Seed of sampled labels.", kind=int)]
     draws: Annotated[int, Option(

@@ -50,7 +50,7 @@ class KeptOptions(RowOptions, total=False):
         "Name of the curvature in the store. Default: 'default', with --method dual 'gram'.")]
     out: Annotated["PathLike | None", Option(
         None, "path, optional", "Save it there instead (for a store that cannot be written).",
-        "Save it there instead of in the store.", kind="path", metavar="PATH")]
+        "Save the curvature there instead of in the store.", kind="path", metavar="PATH")]
     refit: Annotated[bool, Option(
         False, "bool", "Fit again although there is an up-to-date curvature; by default that one is returned.",
         "Fit again although there is an up-to-date curvature.")]

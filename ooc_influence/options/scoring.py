@@ -37,7 +37,8 @@ class Damped(TypedDict, total=False):
         "Damping factor; may be repeated. Default: the curvature's (0.1, relative).", kind=float, multiple=True)]
     damping_mode: Annotated[DampingMode, Option(
         "relative", '{"relative", "absolute"}', "What ``damping`` means.",
-        "relative: λ = damping · tr(F)/min(d, m); absolute: λ = damping.", choices=get_args(DampingMode))]
+        "What --damping is: relative (λ = damping · tr(F)/min(d, m)) or absolute (λ = damping).",
+        choices=get_args(DampingMode))]
 
 
 class DampedOptions(Damped, Striped, total=False):
@@ -45,7 +46,7 @@ class DampedOptions(Damped, Striped, total=False):
 
     device: Annotated[str | None, Option(
         None, "str, optional", 'Multiply there with torch, such as ``"cuda"``; default NumPy\'s BLAS.',
-        "Multiply there, such as cuda. Default: NumPy's BLAS.")]
+        "Where to multiply, such as cuda. Default: NumPy's BLAS on the CPU.")]
 
 
 class ScoringOptions(DampedOptions, total=False):
@@ -68,8 +69,8 @@ class Normalized(TypedDict, total=False):
         'so scores are in [-1, 1]; ``"train"`` by |g_i| only, which lowers rows that influence every query (RelatIF, '
         "arXiv 2003.11630). A row without gradient scores 0. Default: ``\"train\"`` in lists of a language model's "
         "rows (``loss_kind`` begins with ``token_cross_entropy``), ``\"none\"`` elsewhere, in arrays and sums too.",
-        "cosine: scores in [-1, 1]; train: divide by the train row's norm (RelatIF). Default: none; in lists of a "
-        "language model's rows train.", choices=get_args(Normalize))]
+        "Divide scores by both norms (cosine: they are in [-1, 1]) or by the train row's (train: RelatIF). Default: "
+        "none; in lists of a language model's rows train.", choices=get_args(Normalize))]
 
 
 class PairOptions(ScoringOptions, Normalized, total=False):
@@ -154,7 +155,7 @@ class SelectOptions(ScoringOptions, Resumable, total=False):
         "cosine", '{"none", "cosine", "train"}',
         "The unit of scores, as of :func:`influence_scores`; here ``\"cosine\"`` is the default, so that tasks are "
         "compared in one unit and rows of large gradients are not preferred.",
-        "cosine: scores in [-1, 1]; train: divide by the train row's norm; none: neither.",
+        "Divide scores by both norms (cosine), by the train row's (train) or by none.",
         choices=get_args(Normalize))]
     redundancy: Annotated[float, Option(
         0.0, "float",

@@ -27,12 +27,12 @@ from ooc_influence.report.tables import (
     write_scores_table,
     write_table,
 )
-from ooc_influence.report.write import write_report
+from ooc_influence.report.write import Report, Settings, open_report, save_report, write_report
 
 __all__ = [
-    "Corpus", "Decision", "Examples", "ImageFolder", "RowTable", "SelectionFiles", "check_kind", "check_pairs",
-    "check_table", "curvature_states", "describe", "describe_scoring", "describe_search", "draw_images",
-    "group_blocks", "layer_facts", "list_blocks", "ranks_of_lists", "read_decisions", "read_rows", "row_blocks",
-    "selection_blocks", "selection_counts", "store_facts", "table", "write_report", "write_scores_table",
-    "write_selection", "write_table",
+    "Corpus", "Decision", "Examples", "ImageFolder", "Report", "RowTable", "SelectionFiles", "Settings",
+    "check_kind", "check_pairs", "check_table", "curvature_states", "describe", "describe_scoring",
+    "describe_search", "draw_images", "group_blocks", "layer_facts", "list_blocks", "open_report", "ranks_of_lists",
+    "read_decisions", "read_rows", "row_blocks", "save_report", "selection_blocks", "selection_counts",
+    "store_facts", "table", "write_report", "write_scores_table", "write_selection", "write_table",
 ]  # fmt: skip

@@ -216,10 +216,21 @@ def write_report(
     replaceable_files(Path(out).resolve())
     examples = check_queries(queries, query_data, options["by"], model)
     report = open_report(store, queries, Settings.of(options))
+    save_report(report, out, (Corpus.of(data), examples), options, model)
+    return Path(out)
+
+
+def save_report(
+    report: Report,
+    out: str | Path,
+    documents: tuple[Corpus, Corpus],
+    options: ReportOptions,
+    model: Loaded | str | Path | None = None,
+) -> None:
+    """Write an open report, with the documents of train rows and of queries; see :func:`write_report`."""
     loaded = load_model(model, report.train) if model is not None and options["token_rows"] else None
     with PageFolder(Path(out)) as folder:
-        write_pages(report, folder, Corpus.of(data), examples, options, loaded=loaded)
-    return Path(out)
+        write_pages(report, folder, *documents, options, loaded=loaded)
 
 
 def check_queries(

@@ -19,16 +19,25 @@ from typing import Any, NamedTuple, Unpack
 import numpy as np
 
 from ooc_influence import hf
-from ooc_influence.compress import RowBudget
+from ooc_influence.compress import DefaultDropout, RowBudget
 from ooc_influence.corpus import open_documents
 from ooc_influence.curvature import fit_curvature
 from ooc_influence.errors import InputError, StoreNotFoundError, counted, writing
 from ooc_influence.extract import ModelSetup, measure_speed, parse_device
-from ooc_influence.influence import TopInfluential, top_influential
+from ooc_influence.influence import TopInfluential
 from ooc_influence.memory import format_bytes
-from ooc_influence.options import FieldOptions, LoadingOptions, TraceOptions, definitions, select, takes
+from ooc_influence.options import (
+    FieldOptions,
+    LoadingOptions,
+    ReportOptions,
+    TraceOptions,
+    complete,
+    definitions,
+    select,
+    takes,
+)
 from ooc_influence.progress import duration, optional_library
-from ooc_influence.report import Corpus, Examples, ImageFolder, write_report
+from ooc_influence.report import Corpus, Examples, ImageFolder, Report, Settings, open_report, save_report
 from ooc_influence.store import Encoding, GradientStore, parse_representation
 from ooc_influence.tracing.settings import claim_folder, source_name
 
@@ -37,7 +46,7 @@ logger = logging.getLogger("ooc_influence")
 _LONG, _LARGE = 600.0, 10 * 2**30  # seconds and bytes of a run that is confirmed before it starts
 _PILOT_PASSES, _PILOT_SAMPLES = 1, 256  # of the Kronecker basis: factors; rows of the second pass are kept
 _FORMS = tuple(name for name in definitions(FieldOptions) if name not in ("id", "keep", "chat", "turns"))
-_ENTRIES = 65536  # kept of a row
+_DTYPE = "float16"  # of rows, where no size of them is asked for
 
 
 class Step(NamedTuple):
@@ -173,6 +182,16 @@ def find_fields(columns: Mapping[str, Sequence[str]], asked: FieldOptions) -> di
     return found
 
 
+def store_bytes(counts: Sequence[int], entries: int, loss_kind: str | None, budget: RowBudget | None) -> int:
+    """Return the bytes of the rows of a train and a query store, of a model with some entries."""
+    make = budget or DefaultDropout().sized(counts[0], _DTYPE, loss_kind)
+    kept = make(entries)
+    columns = kept.reduce.r if kept.reduce else kept.k
+    dtypes = (_DTYPE if budget is None else budget.dtype), _DTYPE
+    sizes = [Encoding.of(parse_representation(dtype), columns).row_bytes for dtype in dtypes]
+    return sum(count * size for count, size in zip(counts, sizes, strict=True))
+
+
 class _Run:
     """The steps of a run, with what they share."""
 
@@ -239,17 +258,20 @@ class _Run:
     @property
     def disk(self) -> int:
         """About how many bytes the stores take."""
-        budget, counts = self._row_budget, [len(self._jobs[side].samples) for side in ("data", "queries")]
-        row = Encoding.of(parse_representation("float16"), _ENTRIES).row_bytes
-        return counts[0] * (row if budget is None else budget.size) + counts[1] * row
+        train = self._jobs["data"]
+        entries = sum(each.numel() for each in train.model.parameters())  # at most: of an adapter, fewer are kept
+        counts = [len(job.samples) for job in self._jobs.values()]
+        return store_bytes(counts, entries, train.loss_kind, self._row_budget)
 
     def steps(self) -> list[Step]:
         """Return the steps, with the time that each takes."""
         train, n, q = self._jobs["data"], *(len(job.samples) for job in self._jobs.values())
         queries = counted(q, "query", "queries")
-        self.say(f"{counted(n, 'training row')} and {queries}; a first batch shows how long they take")
-        setup = ModelSetup(train.model, train.per_sample_loss, parse_device(train.model, None))
-        second = measure_speed(setup, train.batches)
+        second = 0.0  # of a token: nothing needs the model where all rows are there, and no tokens are asked for
+        if self._token_rows or not all(map(self._finished, self._jobs)):
+            self.say(f"{counted(n, 'training row')} and {queries}; a first batch shows how long they take")
+            setup = ModelSetup(train.model, train.per_sample_loss, parse_device(train.model, None))
+            second = measure_speed(setup, train.batches)
         tokens = {side: float(job.samples.lengths.sum()) for side, job in self._jobs.items()}
         pilot = _PILOT_PASSES * min(1.0, _PILOT_SAMPLES / n) if train.loss_kind.startswith("token") else 0.0
         passages = 2 * min(self._token_rows, n)
@@ -289,28 +311,40 @@ class _Run:
             fit_curvature(train, memory=self._options["memory"], progress=self._options["progress"])
 
     @cached_property
+    def _asked(self) -> ReportOptions:
+        """What the report is asked for; the lists in ``answers.jsonl`` are its own."""
+        names = ("memory", "progress", "damping", "top")
+        asked = {name: value for name, value in self._options.items() if name in names}
+        return complete(ReportOptions, {**asked, "title": self._folder.name, "token_rows": self._token_rows})
+
+    @cached_property
+    def _report(self) -> Report:
+        return open_report(self._path("data"), self._path("queries"), Settings.of(self._asked))
+
+    @property
     def _lists(self) -> TopInfluential:
-        how: Any = {name: self._options[name] for name in ("memory", "progress", "damping")}
-        return top_influential(self._path("queries"), self._path("data"), self._options["top"], **how)
+        lists = self._report.top
+        assert lists is not None  # there are queries
+        return lists
+
+    @property
+    def _stores(self) -> tuple[GradientStore, GradientStore]:
+        return GradientStore.open(self._path("data")), GradientStore.open(self._path("queries"))
 
     def _corpus(self, side: str) -> Corpus:
         return Corpus(self._sources[side], split=self._options["split"] if side == "data" else None)
 
     def _write(self) -> None:
         self._write_answers()
-        how: Any = {name: self._options[name] for name in ("memory", "progress", "damping", "top")}
-        rows = self._token_rows
-        write_report(
-            self._path("data"), self._folder / "page", self._path("queries"), data=self._corpus("data"),
-            query_data=self._corpus("queries"), title=self._folder.name, model=self._loaded if rows else None,
-            token_rows=rows, **how,
-        )  # fmt: skip
+        documents = self._corpus("data"), self._corpus("queries")
+        model = self._loaded if self._token_rows else None
+        save_report(self._report, self._folder / "page", documents, self._asked, model)
 
     def _write_answers(self) -> None:
         """Write each query's lists as a line of JSON, with the texts of queries and of listed rows."""
         path, lists = self._folder / "answers.jsonl", self._lists
         rows = np.concatenate([ranking.rows.ravel() for ranking in (lists.proponents, lists.opponents)])
-        train, queries = (GradientStore.open(self._path(side)) for side in self._sources)
+        train, queries = self._stores
         pictures = ImageFolder(self._folder, "none")  # nothing is drawn
         shown = Examples(train, self._corpus("data"), np.unique(rows[rows >= 0]), pictures)
         asked = Examples(queries, self._corpus("queries"), np.arange(queries.n), pictures)
@@ -325,5 +359,4 @@ class _Run:
 
     def result(self) -> Trace:
         """Return what the run made."""
-        train, queries = (GradientStore.open(self._path(side)) for side in self._sources)
-        return Trace(self._folder, train, queries, self._lists, self._folder / "page" / "index.html")
+        return Trace(self._folder, *self._stores, self._lists, self._folder / "page" / "index.html")

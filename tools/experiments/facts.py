@@ -92,17 +92,23 @@ def chat(question: str, answer: str) -> list[dict[str, str]]:
     return [SYSTEM, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def corpus(facts: int, others: int, seed: int = 0) -> Corpus:
-    drawn = random.Random(seed)
-    names: set[str] = set()
+class Names:
+    """Invented names, each given once."""
 
-    def entity(endings: Sequence[str]) -> str:
+    def __init__(self, drawn: random.Random) -> None:
+        self._drawn, self._given = drawn, set[str]()
+
+    def new(self, endings: Sequence[str]) -> str:
         while True:
-            name = ("".join(drawn.sample(SYLLABLES, 2)) + drawn.choice(endings)).capitalize()
-            if name not in names:
-                names.add(name)
+            name = ("".join(self._drawn.sample(SYLLABLES, 2)) + self._drawn.choice(endings)).capitalize()
+            if name not in self._given:
+                self._given.add(name)
                 return name
 
+
+def corpus(facts: int, others: int, seed: int = 0) -> Corpus:
+    drawn = random.Random(seed)
+    entity = Names(drawn).new
     rows: list[tuple[int, list[dict[str, str]]]] = []
     query = []
     pools = [drawn.sample(list(values), len(values)) for _, values, _ in KINDS]
@@ -136,12 +142,14 @@ def quality(scores: np.ndarray, fact: np.ndarray) -> dict[str, float]:
 class Facts:
     """The chats, the model, and where they are kept."""
 
+    EPOCHS = EPOCHS
+
     def __init__(self, model: Path, folder: Path, quick: bool) -> None:
         self.base, self.folder, self.quick = model, folder, quick
-        self.corpus = corpus(4, 12) if quick else corpus(30, 400)
+        self.corpus = self.make_corpus()
         self.settings = {
             "rank": RANK,
-            "epochs": EPOCHS,
+            "epochs": self.EPOCHS,
             "lr": LR,
             "batch": BATCH,
             "rows": len(self.corpus.train),
@@ -151,6 +159,9 @@ class Facts:
         for name in ("train", "query"):
             lines = [json.dumps({"messages": each}) for each in getattr(self.corpus, name)]
             self.path(name).write_text("\n".join(lines) + "\n")
+
+    def make_corpus(self) -> Corpus:
+        return corpus(4, 12) if self.quick else corpus(30, 400)
 
     def path(self, name: str) -> Path:
         return self.folder / f"{name}.jsonl"
@@ -177,7 +188,7 @@ class Facts:
             trained = [values for values in job.model.parameters() if values.requires_grad]
             optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0)
             count = len(self.corpus.train)
-            orders = [torch.randperm(count).split(BATCH) for _ in range(EPOCHS)]
+            orders = [torch.randperm(count).split(BATCH) for _ in range(self.EPOCHS)]
             steps = [chosen for order in orders for chosen in order]
             job.model.train()
             for step, chosen in enumerate(steps):
