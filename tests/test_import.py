@@ -231,6 +231,37 @@ def test_more_rows_are_added_and_others_refused(small_blocks):
         ooc.import_rows(ROWS, "file")
 
 
+def test_fewer_rows_than_an_interrupted_import_had(small_blocks, monkeypatch):
+    append, storage, left = GradientStore.append, Storage(chunk_rows=16, group_chunks=2), [4]
+
+    def failing(self, *args, **more):
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        return append(self, *args, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GradientStore, "append", failing)
+        with pytest.raises(KeyboardInterrupt):
+            ooc.import_rows(ROWS, "s.zarr", storage=storage)
+    assert GradientStore.open("s.zarr").n == 96
+    for rows in (ROWS[:100], ROWS):
+        store = ooc.import_rows(rows, "s.zarr", storage=storage)
+        assert_array_equal(store.rows(), rows)
+        assert not store.verify()
+
+
+def test_row_weights_need_losses_of_a_known_kind():
+    plain = ooc.import_rows(ROWS, "plain.zarr")
+    with pytest.raises(InputError, match="one-label cross-entropy"):
+        ooc.fit_fisher(plain, weights="ggn")
+    losses = np.linspace(0.1, 3, N)
+    store = ooc.import_rows(ROWS, "s.zarr", loss=losses, loss_kind="cross_entropy")
+    weights = 1 / np.expm1(losses)
+    expected = (ROWS.T.astype(np.float64) * weights) @ ROWS / N
+    assert_allclose(ooc.fit_fisher(store, weights="ggn").fisher(), expected, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("of", ["row", "loss"])
 def test_rows_that_are_not_finite(small_blocks, of):
     rows, loss = ROWS.copy(), np.ones(N)
@@ -340,6 +371,11 @@ def test_describing_a_mask_by_itself():
         ([], {}, "expected blocks of rows to import; received none"),
         ([ROWS[:4], ROWS[:4, :3]], {}, r"expected rows of numbers \(b, 24\) from row 4 on; received float32 of shape"),
         ("absent.npy", {}, "expected an array of rows in absent.npy"),
+        (
+            "s3://bucket/rows.npy",
+            {},
+            "expected a local file of rows; received s3://bucket/rows.npy: copy it here first",
+        ),
         ("rows.csv", {}, "expected rows in a .npy or .parquet file; received rows.csv"),
         (ROWS, {"ids": range(4)}, "expected ids for 300 rows; received 4"),
         (ROWS, {"ids": np.ones(N)}, "expected ids that are whole numbers or strings; received float64"),
@@ -442,7 +478,7 @@ def test_stores_made_from_imported_ones():
     assert len(ooc.select_rows(query, train, 5).rows) == 5
     assert ooc.group_influence(query, train, by=np.arange(N) % 4).sums.shape == (3, 4)
     if __import__("importlib").util.find_spec("jinja2"):
-        ooc.report.write_report(query, train, "pages")
+        ooc.report.write_report(train, "pages", query)
     assert ooc.compact_store(drop(train, [4]), "c.zarr").n == N - 1
     assert ooc.merge_stores(["c.zarr"], "m.zarr").attrs["imported"] == train.attrs["imported"]
 

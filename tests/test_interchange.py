@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import zarr
 from conftest import random_rows, whole_mask
+from models import Mlp, batches, data, make
+from models import loss as model_loss
 from numpy.testing import assert_allclose, assert_array_equal
 from test_cli import run  # noqa: F401 - a fixture
 
 import ooc_influence as ooc
-from ooc_influence import GradientStore, Storage, fit_fisher
+from ooc_influence import Dropout, GradientStore, KroneckerBasis, Storage, fit_fisher
 from ooc_influence.errors import (
     InputError,
     MemoryBudgetError,
@@ -189,6 +191,21 @@ def test_rows_of_every_representation_are_those_that_scores_use(stores, tmp_path
     scores = ooc.influence_scores(query, train, normalize="train", curvature=curvature, damping=0.1).compute()
     expected = scores[np.ix_(live(Q, [2]), live(N, DROPPED))]
     assert_allclose(np.load("q.npy") @ np.load("t.npy").T, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("dtype", ["float16", "sign"])
+def test_rows_in_a_kronecker_basis(tmp_path, monkeypatch, dtype):
+    monkeypatch.chdir(tmp_path)
+    x, y = data(Mlp, 60)
+    kept = Dropout(200, "grid", basis=KroneckerBasis())
+    settings = {"compressor": kept, "dtype": dtype}
+    train = ooc.extract_gradients(make(Mlp), model_loss, batches(x[:50], y[:50], 8), "t.zarr", **settings)
+    query = ooc.extract_gradients(make(Mlp), model_loss, batches(x[50:], y[50:], 8), "q.zarr", like=train)
+    options = {"curvature": "kronecker", "damping": 0.3, "normalize": "train"}
+    ooc.export_rows(train, "t.npy", **options)
+    ooc.export_rows(query, "q.npy", precondition=train, **options)
+    scores = ooc.influence_scores(query, train, **options).compute()
+    assert_allclose(np.load("q.npy") @ np.load("t.npy").T, scores, rtol=1e-3, atol=1e-5 * np.abs(scores).max())
 
 
 def test_exports_do_not_depend_on_chunks_or_memory(stores, tmp_path):

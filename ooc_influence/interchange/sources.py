@@ -17,7 +17,7 @@ from ooc_influence.interchange.arrays import ArrayRows, StreamedRows
 from ooc_influence.interchange.blocks import Source
 from ooc_influence.interchange.parquet import ParquetRows
 from ooc_influence.options import ImportOptions
-from ooc_influence.store import expand_home
+from ooc_influence.store import expand_home, is_local, parse_path
 
 
 def open_source(rows: Any, options: ImportOptions) -> Source:
@@ -31,6 +31,8 @@ def open_source(rows: Any, options: ImportOptions) -> Source:
         For a Parquet file without pyarrow.
     """
     if isinstance(rows, (str, Path)):
+        if not is_local(parse_path(str(rows))):
+            raise InputError(f"expected a local file of rows; received {rows}: copy it here first")
         path = expand_home(rows)
         if path.suffix.lower() == ".parquet":
             return ParquetRows(path, options)
