@@ -69,37 +69,48 @@ def export_rows(store: GradientStore | PathLike, out: str | Path, **options: Unp
         As for :func:`influence_scores`.
     """
     path = _parse_out(out, _ROWS)
-    kind = path.suffix.lower()
-    for name, asked, known in (("dtype", options["dtype"], ExportDtype), ("index", options["index"], IndexKind)):
-        if asked not in (*get_args(known), None):
-            raise InputError(f"expected {name} {', '.join(map(repr, get_args(known)))}; received {asked!r}")
-    if options["index"] is not None and kind != ".faiss":
-        raise InputError(f"expected index (--index) with a .faiss file; received {path}: leave it out")
+    _check_kinds(path, options)
     exported = ExportedRows.open(store, options)
     source, shape, dtype = exported.store, (exported.count, exported.store.k), options["dtype"]
     facts: dict[str, Any] = {"store": str(source.path), "rows": shape[0], "columns": shape[1], "dtype": dtype}
     facts["settings"] = dict(exported.settings)
-    memory, passes, held = options["memory"], 1, 0
-    index = None
-    if kind == ".faiss":
-        load_faiss()
-        index = FaissIndex(options["index"] or "flat", *shape, dtype)
-        index.check_memory(memory)
-        facts["index"] = {"factory": index.factory, "memory": index.nbytes}
-        logger.info("the index takes %s of memory, to build and to search it", format_bytes(index.nbytes))
-        passes, held = 1 + (index.kind == "ivf"), index.held
+    index = _index(path, shape, options)
+    plan = exported.plan(options["memory"], 0 if index is None else index.held)
+    passes = 1 if index is None else index.passes
     with Progress("export", passes * shape[0], options["progress"]) as bar:
+        blocks = partial(_counted, partial(exported.blocks, plan), bar, dtype, index is None)
         if index is not None:
             bar.note(memory=format_bytes(index.nbytes))
-        blocks = partial(_counted, partial(exported.blocks, memory, held), bar, dtype, index is None)
-        if index is not None:
+            facts["index"] = {"factory": index.factory, "memory": index.nbytes}
             index.write(path, blocks)
-        elif kind == ".parquet":
+        elif path.suffix.lower() == ".parquet":
             write_parquet(path, blocks(), source, facts)
         else:
             write_array(path, blocks(), shape, dtype)
             facts["row_numbers"] = str(numbers_path(path))
     return {"out": str(path), **facts, "bytes": path.stat().st_size}
+
+
+def _check_kinds(path: Path, options: ExportOptions) -> None:
+    """Check the dtype and the index that are asked for."""
+    dtype, index = options["dtype"], options["index"]
+    if dtype not in get_args(ExportDtype):
+        raise InputError(f"expected dtype {', '.join(map(repr, get_args(ExportDtype)))}; received {dtype!r}")
+    if index is not None and index not in get_args(IndexKind):
+        raise InputError(f"expected index {', '.join(map(repr, get_args(IndexKind)))}; received {index!r}")
+    if index is not None and path.suffix.lower() != ".faiss":
+        raise InputError(f"expected index (--index) with a .faiss file; received {path}: leave it out")
+
+
+def _index(path: Path, shape: tuple[int, int], options: ExportOptions) -> FaissIndex | None:
+    """Return the index to build, which fits in memory; None for another file."""
+    if path.suffix.lower() != ".faiss":
+        return None
+    load_faiss()
+    index = FaissIndex(options["index"] or "flat", *shape, options["dtype"])
+    index.check_memory(options["memory"])
+    logger.info("the index takes %s of memory, to build and to search it", format_bytes(index.nbytes))
+    return index
 
 
 def _counted(rows: Callable[[], Blocks], bar: Progress, dtype: str, convert: bool) -> Blocks:

@@ -62,6 +62,11 @@ class FaissIndex:
         return size if self.kind == "flat" else size + size // 4 + 4 * self.k * self.cells  # lists grow by pieces
 
     @property
+    def passes(self) -> int:
+        """How often the rows are read."""
+        return 1 if self.kind == "flat" else 2
+
+    @property
     def sample(self) -> int:
         """Rows that its cells are found with."""
         return 0 if self.kind == "flat" else min(self.rows, _SAMPLE * self.cells)

@@ -164,7 +164,10 @@ class _Plan:
         self._check_same(target, source)
         n = source.n
         if n is not None and n < target.n:
-            raise MismatchError(f"expected the {target.n} rows of {path}, or more; received {n}: {_ADVICE}")
+            raise MismatchError(
+                f"expected the {target.n} rows of {path}, or more; received {n}: import to another path, or remove the "
+                "store"
+            )
         if n is not None and target.n < n != target.layout.planned_rows:
             target.plan_rows(n)
         return target
@@ -186,7 +189,9 @@ class _Plan:
 
     def _check_same(self, target: GradientStore, source: Source) -> None:
         if "imported" not in target.attrs:
-            raise MismatchError(f"expected a store of imported rows at {target.path}; received another: {_ADVICE}")
+            raise MismatchError(
+                f"expected a store of imported rows at {target.path}; received another: import to another path"
+            )
         layout = target.layout
         digest = target.columns_digest
         if self.mask is not None:

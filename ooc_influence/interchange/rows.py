@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,21 @@ from ooc_influence.store import GradientStore, PathLike, as_store, check_finishe
 
 Numbers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
+
+
+class BlockPlan(NamedTuple):
+    """Blocks of an export.
+
+    Attributes
+    ----------
+    queries : list of (int, int)
+        The ranges of queries that are preconditioned at once.
+    block_rows : int
+        Train rows read at once.
+    """
+
+    queries: list[tuple[int, int]]
+    block_rows: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,26 +101,29 @@ class ExportedRows:
         facts = {"preconditioned_for": train, **self.scoring.settings}
         return facts if facts["curvature"] is not None else {**facts, "damping": None, "damping_mode": None}
 
-    def blocks(self, memory: int | str | None, held: int = 0) -> Iterator[tuple[Numbers, Floats]]:
-        """Return an iterator over the numbers (b,) of live rows and what is written of them, (b, k).
+    def plan(self, memory: int | str | None, held: int = 0) -> BlockPlan:
+        """Return the blocks that fit a budget.
 
         Parameters
         ----------
         memory : int or str, optional
             Budget of the process.
         held : int
-            Bytes that the caller holds beside blocks.
+            Bytes that the caller will hold beside blocks.
 
         Raises
         ------
         MemoryBudgetError
-            If the budget is too small, before the first block.
+            If the budget is too small.
         """
         tile = TileMemory(per_score=0, per_row=12 * self.store.k, fixed=held)  # copies: live ones, encoded ones
-        queries, block_rows = self.scoring.plan("an export", memory, 1, tile)
+        return BlockPlan(*self.scoring.plan("an export", memory, 1, tile))
+
+    def blocks(self, plan: BlockPlan) -> Iterator[tuple[Numbers, Floats]]:
+        """Return an iterator over the numbers (b,) of live rows and what is written of them, (b, k)."""
         if self.scoring.checkpoints[0].query is not None:
-            return self._preconditioned(queries)
-        return self._stored(block_rows)
+            return self._preconditioned(plan.queries)
+        return self._stored(plan.block_rows)
 
     def _preconditioned(self, blocks: list[tuple[int, int]]) -> Iterator[tuple[Numbers, Floats]]:
         for start, stop in blocks:
