@@ -207,6 +207,8 @@ def test_more_rows_are_added_and_others_refused(small_blocks):
     assert_array_equal(store.loss, np.arange(N))
     with pytest.raises(MismatchError, match=r"expected the 300 rows of .*, or more; received 200"):
         ooc.import_rows("rows.npy", "s.zarr", loss=np.arange(200))
+    with pytest.raises(MismatchError, match=r"expected the 300 rows of .*, or more; received 200"):
+        ooc.import_rows(iter([ROWS[:200]]), "s.zarr", loss=np.arange(200))
     other = ROWS.copy()
     other[299, 3] += 1
     with pytest.raises(

@@ -16,7 +16,7 @@ from ooc_influence.store import column_dtype
 Floats = npt.NDArray[np.float32]
 Values = dict[str, npt.NDArray[Any]]
 KINDS = "fiub"  # of numbers that rows may be
-_NOT_COLUMNS = ("loss", "grad_norm")
+NOT_COLUMNS = ("loss", "grad_norm")  # values with arrays of their own, that every store has
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,8 @@ class Source(ABC):
         Rows; None where they are not counted beforehand.
     dtypes : dict of str to str
         The stored dtype of their ids and columns, by the names of :class:`ImportedBlock`.
+    has_loss : bool
+        Whether losses are among their values.
     """
 
     k: int
@@ -68,7 +70,7 @@ class Source(ABC):
 
 def parse_dtypes(given: Mapping[str, Any]) -> dict[str, str]:
     """Return the stored dtypes of ids and columns."""
-    dtypes = {name: column_dtype(values) for name, values in given.items() if name not in _NOT_COLUMNS}
+    dtypes = {name: column_dtype(values) for name, values in given.items() if name not in NOT_COLUMNS}
     check_ids(dtypes.get("example_id"))
     return dtypes
 

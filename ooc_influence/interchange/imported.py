@@ -89,14 +89,18 @@ def import_rows(rows: Any, store: PathLike, **options: Unpack[ImportOptions]) ->
         start = target.writer(0, target.layout.planned_rows).next_row
         _forget_uncommitted(target, start)
         bar.advance(start)
+        stop = 0
         for block in source.blocks(max(0, start - _CHECKED)) if blocks is None else blocks:
             cleaned, dropped = _clean(block, skip)
+            stop = block.start + len(block.rows)
             known = min(len(block.rows), max(0, start - block.start))
             if known:
-                plan.check_written(target, cleaned.part(0, known), dropped[:known])
+                plan.check_written(target, cleaned.part(0, known))
             if known < len(block.rows):
                 plan.append(target, cleaned.part(known, len(block.rows)), dropped[known:])
                 bar.advance(len(block.rows) - known)
+        if stop < start:
+            raise _too_few(target, stop)
     written = GradientStore.open(path, "a")
     if source.n is not None:
         written.plan_rows(None)
@@ -164,10 +168,7 @@ class _Plan:
         self._check_same(target, source)
         n = source.n
         if n is not None and n < target.n:
-            raise MismatchError(
-                f"expected the {target.n} rows of {path}, or more; received {n}: import to another path, or remove the "
-                "store"
-            )
+            raise _too_few(target, n)
         if n is not None and target.n < n != target.layout.planned_rows:
             target.plan_rows(n)
         return target
@@ -219,7 +220,7 @@ class _Plan:
         columns = small.pop("columns") | self._kept(target.mask).columns(block.rows)
         target.append(block.rows, columns=columns, dropped=dropped if dropped.any() else None, **small)
 
-    def check_written(self, target: GradientStore, block: ImportedBlock, dropped: npt.NDArray[np.bool_]) -> None:
+    def check_written(self, target: GradientStore, block: ImportedBlock) -> None:
         """Check that rows written by an earlier import are those of a block.
 
         Raises
@@ -242,6 +243,13 @@ class _Plan:
         if target.layout.ids:
             expected["ids"], received["ids"] = target.small("example_id", low, high), np.asarray(small["ids"])
         check_same_rows(target.path, low, expected, received, f"the rows or their order changed since; {_ADVICE}")
+
+
+def _too_few(store: GradientStore, rows: int) -> MismatchError:
+    return MismatchError(
+        f"expected the {store.n} rows of {store.path}, or more; received {rows}: import to another path, or remove the "
+        "store"
+    )
 
 
 def _without(columns: Mapping[str, str], names: Container[str]) -> dict[str, str]:

@@ -10,12 +10,10 @@ import numpy.typing as npt
 from typing_extensions import override
 
 from ooc_influence.errors import InputError, counted, warn
-from ooc_influence.interchange.blocks import ImportedBlock, Source, check_ids, to_rows
+from ooc_influence.interchange.blocks import NOT_COLUMNS, ImportedBlock, Source, check_ids, to_rows
 from ooc_influence.memory import block_limit
 from ooc_influence.options import ImportOptions
 from ooc_influence.progress import optional_library
-
-_NOT_COLUMNS = ("loss", "grad_norm")
 
 
 class ParquetRows(Source):
@@ -43,7 +41,7 @@ class ParquetRows(Source):
         if not self.n:
             raise InputError(f"expected rows to import; received {path} with none")
         self._names = self._find_values(options)
-        self.dtypes = {name: self._dtype(column) for name, column in self._names.items() if name not in _NOT_COLUMNS}
+        self.dtypes = {name: self._dtype(column) for name, column in self._names.items() if name not in NOT_COLUMNS}
         check_ids(self.dtypes.get("example_id"))
         self.has_loss = "loss" in self._names
         self.k = self._width()
