@@ -189,7 +189,7 @@ def check_cancelled() -> None:
         raise InterruptedError("the task was cancelled")
 
 
-_EXTRAS = {"jinja2": "report", "matplotlib": "report", "PIL": "report", "pyarrow": "parquet"}
+_EXTRAS = {"faiss": "faiss", "jinja2": "report", "matplotlib": "report", "PIL": "report", "pyarrow": "parquet"}
 
 
 def optional_library(name: str, purpose: str, extra: str | None = None) -> Any:

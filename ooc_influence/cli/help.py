@@ -52,6 +52,7 @@ COMMANDS: Sections = {
     "Influence": ("fisher", "top", "score", "self-influence", "groups", "modules", "select"),
     "Pages": ("report", "serve"),
     "Stores": ("info", "ids", "verify", "drop", "compact", "merge", "reduce", "sketch", "rewrite", "upgrade"),
+    "Other programs": ("export", "import"),
     "Clusters": ("cluster-script",),
 }
 _MOST_USED, _OTHER = "Most used", "Other options"

@@ -16,9 +16,10 @@ from ooc_influence.influence.select import Selection, select_rows
 from ooc_influence.influence.self_scores import self_influence, self_scores
 from ooc_influence.influence.sketch import sketch_store
 from ooc_influence.influence.topk import top_influential
+from ooc_influence.influence.unit_rows import rows_in_unit
 
 __all__ = [
     "CheckpointMemory", "GroupInfluence", "Ranking", "ScoreRequest", "ScoringMemory", "Selection", "TileMemory",
-    "TopInfluential", "group_influence", "influence_scores", "module_influence", "parse_groups", "select_rows",
-    "self_influence", "self_scores", "sketch_store", "top_influential", "top_tiles", "written_tiles",
+    "TopInfluential", "group_influence", "influence_scores", "module_influence", "parse_groups", "rows_in_unit",
+    "select_rows", "self_influence", "self_scores", "sketch_store", "top_influential", "top_tiles", "written_tiles",
 ]  # fmt: skip

@@ -370,7 +370,7 @@ class ScoreRequest:
             budget, stage, tile, queries=queries, block_rows=block_rows
         )
         rows = budget.plan(model)
-        return [(start, min(self.q, start + count)) for start in range(0, self.q, count)], rows
+        return [(start, min(self.q, start + count)) for start in range(0, self.q, max(1, count))], rows
 
     def warn_outside(self, outside: npt.NDArray[np.float64]) -> None:
         """Warn where much of a query's gradient is outside the span of the rows of the fit."""

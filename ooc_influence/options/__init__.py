@@ -27,12 +27,14 @@ from ooc_influence.options.extraction import (
     LabelKind,
     OnNonFinite,
     Sharded,
+    Writing,
 )
 from ooc_influence.options.fitting import Blocks, FisherOptions, FittingOptions, KeptOptions, RowOptions, Weighting
 from ooc_influence.options.option import Option, Options, complete, definitions, document, select, takes
 from ooc_influence.options.scoring import (
     AnyCurvature,
     Combine,
+    Damped,
     DampedOptions,
     DampingMode,
     ListOptions,
@@ -50,7 +52,16 @@ from ooc_influence.options.scoring import (
     TopOptions,
 )
 from ooc_influence.options.shared import DTYPES, Budgeted, Reporting, Resumable, Striped
-from ooc_influence.options.stores import CreateOptions, ReduceOptions, RewriteOptions, SketchOptions
+from ooc_influence.options.stores import (
+    CreateOptions,
+    ExportDtype,
+    ExportOptions,
+    ImportOptions,
+    IndexKind,
+    ReduceOptions,
+    RewriteOptions,
+    SketchOptions,
+)
 
 __all__ = [
     "DTYPES",
@@ -60,16 +71,21 @@ __all__ = [
     "CheckOptions",
     "Combine",
     "CreateOptions",
+    "Damped",
     "DampedOptions",
     "DampingMode",
     "DampingScope",
     "DocumentOptions",
+    "ExportDtype",
+    "ExportOptions",
     "ExtractOptions",
     "ExtractionOptions",
     "FieldOptions",
     "FisherOptions",
     "FittingOptions",
     "HuggingFaceOptions",
+    "ImportOptions",
+    "IndexKind",
     "InitOptions",
     "JobOptions",
     "KeptOptions",
@@ -107,6 +123,7 @@ __all__ = [
     "TraceOptions",
     "Turns",
     "Weighting",
+    "Writing",
     "complete",
     "definitions",
     "document",

@@ -112,7 +112,17 @@ class InitOptions(ExtractionOptions, total=False):
         "recorded, and shown by ``info`` and on a report's page.")]
 
 
-class Sharded(TypedDict, total=False):
+class Writing(TypedDict, total=False):
+    """What is done with rows that cannot be written."""
+
+    on_nonfinite: Annotated[OnNonFinite, Option(
+        "raise", '{"raise", "skip"}',
+        "What to do with a sample whose loss or gradient has NaN or Inf: stop and name it, or record it as a dropped "
+        "row.",
+        "Samples with NaN or Inf: stop and name them, or record them as dropped rows.", choices=get_args(OnNonFinite))]
+
+
+class Sharded(Writing, total=False):
     """How a run writes."""
 
     shard: Annotated[tuple[int, int] | None, Option(
@@ -121,11 +131,6 @@ class Sharded(TypedDict, total=False):
         "same folder or object store. The number of rows has to be known: from the batches, or from "
         ":func:`init_store`. A writer whose share is finished does nothing.",
         "Be writer I of N (from 0) that fill one store together; see init.", metavar="I/N")]
-    on_nonfinite: Annotated[OnNonFinite, Option(
-        "raise", '{"raise", "skip"}',
-        "What to do with a sample whose loss or gradient has NaN or Inf: stop and name it, or record it as a dropped "
-        "row.",
-        "Samples with NaN or Inf: stop and name them, or record them as dropped rows.", choices=get_args(OnNonFinite))]
 
 
 class ExtractOptions(InitOptions, Sharded, total=False):
