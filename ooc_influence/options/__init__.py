@@ -18,7 +18,7 @@ from ooc_influence.options.documents import (
     TraceOptions,
     Turns,
 )
-from ooc_influence.options.evaluation import CheckOptions, PlanOptions, RetrainOptions
+from ooc_influence.options.evaluation import CheckOptions, LoraOptions, PlanOptions, RetrainOptions, VerifyOptions
 from ooc_influence.options.extraction import (
     DampingScope,
     ExtractionOptions,
@@ -76,6 +76,7 @@ __all__ = [
     "LabelKind",
     "ListOptions",
     "LoadingOptions",
+    "LoraOptions",
     "Normalize",
     "Normalized",
     "OnNonFinite",
@@ -106,6 +107,7 @@ __all__ = [
     "TopOptions",
     "TraceOptions",
     "Turns",
+    "VerifyOptions",
     "Weighting",
     "complete",
     "definitions",
