@@ -21,7 +21,7 @@ from test_cli import run  # noqa: F401 - a fixture
 
 import ooc_influence as ooc
 from ooc_influence.errors import InputError, MismatchError, RunFailedError
-from ooc_influence.evaluate import Contrast, Training, load_training, removal_test, verify_influence
+from ooc_influence.evaluate import Contrast, RemovalTest, Training, load_training, removal_test, verify_influence
 
 TRAINING = Training(least_squares.train, least_squares.loss)
 K = 4
@@ -292,6 +292,29 @@ def test_wrong_commands(pair, tmp_path, run, arguments, message):  # noqa: F811
     assert message in error
     assert "Traceback" not in error
     assert len([line for line in error.splitlines() if line.startswith(("error:", "Error:"))]) == 1
+
+
+def test_what_is_said():
+    def found(own, random):
+        losses = np.array([[[own, 2.0], [2.0, own], [random, random], [random, random - 0.125]]])
+        rows = np.arange(8).reshape(1, 4, 2)
+        names = np.array(["a", "b"])
+        return RemovalTest(names, np.arange(2), rows, losses, losses * 0, np.ones((1, 4)), {})
+
+    raised, lowered = str(found(3.0, 1.0)).splitlines(), str(found(1.0, 3.0)).splitlines()
+    assert raised[0].split("  ")[:2] == ["query", "loss without its 2"]
+    assert raised[1].split()[:4] == ["a", "3.0000", "1.0000", "+2"]
+    assert raised[4].startswith("Removing the 2 strongest rows of a query raises its loss by 2.03 [")
+    assert raised[4].endswith("] more than removing 2 random rows; it is higher in 4 of 4 comparisons.")
+    assert lowered[4].startswith(
+        "Removing the 2 strongest rows of a query raises its loss no more than removing 2 random rows, the difference "
+        "is -1.97 ["
+    )
+    assert lowered[4].endswith("it is higher in 0 of 4 comparisons.")
+    assert raised[5] == (
+        "Removing the 2 strongest rows of a query raises its loss by 1 (too few runs for an interval) more than "
+        "removing those of another of these 2 queries; it is higher in 2 of 2 comparisons."
+    )
 
 
 def test_dot_products_can_be_tested(pair, tmp_path, run):  # noqa: F811

@@ -124,7 +124,7 @@ class RemovalTest:
         header = ("query", f"loss without its {k}", f"without {k} random", "difference", "95 % interval", "predicted")
         lines = [
             (str(each["id"]), f"{each['loss_without_strongest']:.4f}", f"{each['loss_without_random']:.4f}",
-             f"{each['difference']:+.4f}", _interval(each["interval"]), f"{each['predicted']:+.4f}")
+             f"{each['difference']:+.3g}", _interval(each["interval"]), f"{each['predicted']:+.3g}")
             for each in facts
         ]  # fmt: skip
         widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
@@ -133,7 +133,7 @@ class RemovalTest:
         said = [_sentence(random, k, f"removing {counted(k, 'random row')}")]
         if (others := self.against_others) is not None:
             said.append(_sentence(others, k, f"removing those of another of these {len(facts)} queries"))
-        said.append(f"Predicted by the scores, against random rows: {self.predicted.mean():+.4f}.")
+        said.append(f"Predicted by the scores, against random rows: {self.predicted.mean():+.3g}.")
         if not np.isnan(self.correlation):
             said[-1] += (
                 f" Rank correlation of predicted and measured losses: {self.correlation:.2f}, over "
@@ -160,18 +160,20 @@ def _json(values: Sequence[float]) -> list[float | None]:
 
 def _interval(ends: Sequence[float | None]) -> str:
     low, high = ends
-    return "none" if low is None or high is None else f"[{low:+.4f}, {high:+.4f}]"
+    return "none" if low is None or high is None else f"[{low:+.3g}, {high:+.3g}]"
 
 
 def _sentence(contrast: Contrast, k: int, other: str) -> str:
     """Return in words by how much more losses rise without the strongest rows."""
-    what = "strongest row" if k == 1 else f"{k} strongest rows"
+    removing = f"Removing the {'strongest row' if k == 1 else f'{k} strongest rows'} of a query"
     low, high = contrast.interval
-    interval = " (too few runs for an interval)" if np.isnan(low) else f" [{low:.4f}, {high:.4f}]"
-    pairs = f"it is higher in {contrast.higher} of {counted(contrast.comparisons, 'comparison')}"
-    end = ": the interval contains 0, so no effect is shown." if low <= 0 <= high else "."
-    raises = f"Removing the {what} of a query raises its loss by {contrast.mean:.4f}{interval}"
-    return f"{raises} more than {other}; {pairs}{end}"
+    interval = "(too few runs for an interval)" if np.isnan(low) else f"[{low:.3g}, {high:.3g}]"
+    value = f"{contrast.mean:.3g} {interval}"
+    end = f"it is higher in {contrast.higher} of {counted(contrast.comparisons, 'comparison')}"
+    end += ": the interval contains 0, so no effect is shown." if low <= 0 <= high else "."
+    if contrast.mean > 0:
+        return f"{removing} raises its loss by {value} more than {other}; {end}"
+    return f"{removing} raises its loss no more than {other}, the difference is {value}; {end}"
 
 
 @takes(VerifyOptions)
