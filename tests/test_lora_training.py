@@ -152,14 +152,14 @@ def test_dropped_rows_leave_no_holes_in_steps(made, tmp_path):
 def test_a_removal_test_of_a_lora(made, tmp_path):
     lora = training(made, epochs=6)
     stores = (made / "query.zarr", made / "train.zarr")
-    found = verify_influence(*stores, lora, tmp_path / "runs", remove=1, seeds=2, controls=1)
+    found = verify_influence(*stores, lora, tmp_path / "runs", remove=1, seeds=1, controls=1)
     assert found.removed[0, :Q, 0].tolist() == [0, 1, 2]  # each query's own document
     assert (found.against_random.means > 0).all()
     assert found.against_others.mean > 0
     again = verify_influence(*stores, training(made, epochs=6), tmp_path / "again", remove=1, seeds=1, controls=1)
-    assert_array_equal(again.losses, found.losses[:1])
+    assert_array_equal(again.losses, found.losses)
     with pytest.raises(MismatchError, match="epochs"):
-        verify_influence(*stores, training(made, epochs=5), tmp_path / "runs", remove=1, seeds=2, controls=1)
+        verify_influence(*stores, training(made, epochs=5), tmp_path / "runs", remove=1, seeds=1, controls=1)
 
 
 def test_the_command_resumes(made, tmp_path, run, monkeypatch):  # noqa: F811

@@ -356,9 +356,9 @@ def test_a_removal_without_a_reason_is_found_in_19_of_20_intervals(m, q, correla
     mixing = random.normal(size=(q, 2)) @ random.normal(size=(2, q)) if correlated else 0
     mixing = mixing + np.diag(np.exp(random.normal(size=q)))
     inside = np.zeros(2)
-    for _ in range(1000):
+    for _ in range(500):
         own = np.diagonal(random.normal(size=(q, q)) @ mixing)  # a choice of rows for each query
         contrast = Contrast(own - random.normal(size=(m, q)) @ mixing, True)
         low, high = contrast.interval
         inside += [low <= 0 <= high, contrast.intervals[0, 0] <= 0 <= contrast.intervals[0, 1]]
-    assert (inside / 1000 > 0.93).all()
+    assert (inside / 500 > 0.92).all()
