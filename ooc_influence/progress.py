@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import sys
 import threading
 import time
@@ -22,6 +23,7 @@ from typing import Any, Self
 
 from ooc_influence.errors import MissingExtraError, install_extra
 
+logger = logging.getLogger("ooc_influence")
 Watcher = Callable[[str, int, int | None], None]  # what is done, rows done, rows in all
 _watcher: ContextVar[Watcher | None] = ContextVar("ooc_influence_watcher", default=None)
 _bars: dict[str, Progress] = {}
@@ -141,6 +143,17 @@ def duration(seconds: float) -> str:
     if hours >= 48:
         return f"{round(hours / 24)} days"
     return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
+LONG = 600.0  # seconds of work that is confirmed before it starts
+
+
+def announce(text: str, show: bool | None) -> None:
+    """Tell what happens, beside progress lines: on stderr where ``show``, and in the log."""
+    logger.info(text)
+    if show:
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
 
 
 @contextlib.contextmanager

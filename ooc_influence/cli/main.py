@@ -10,7 +10,19 @@ from typing import Any
 import click
 
 from ooc_influence._version import __version__
-from ooc_influence.cli import cluster, extraction, interchange, lists, options, pages, scoring, selection, stores, trace
+from ooc_influence.cli import (
+    cluster,
+    extraction,
+    interchange,
+    lists,
+    options,
+    pages,
+    scoring,
+    selection,
+    stores,
+    trace,
+    verification,
+)
 from ooc_influence.cli.help import SectionedGroup
 from ooc_influence.errors import InputError, OocInfluenceError, OocInfluenceWarning, refused
 
@@ -34,7 +46,7 @@ def demo(out: str, rows: int | None, k: int, memory: str, as_json: bool) -> None
 ALL = (
     trace.trace, demo, extraction.init, extraction.extract, scoring.fisher, scoring.score, lists.top,
     scoring.self_influence_command, scoring.groups, lists.modules, selection.select, pages.report, pages.serve,
-    extraction.check, extraction.plan, cluster.cluster_script,
+    verification.verify_influence, extraction.check, extraction.plan, cluster.cluster_script,
     stores.info, stores.verify, stores.ids, stores.drop, stores.compact, stores.merge, stores.reduce, stores.rewrite,
     stores.sketch, stores.upgrade, interchange.export, interchange.import_command,
 )  # fmt: skip
@@ -97,6 +109,8 @@ def _resuming(arguments: list[str]) -> str:
         return f"what is committed stays; {again} where it was"
     if command == "fisher":
         return f"sums and passes saved so far stay; {again} from there"
+    if command == "verify-influence":
+        return f"finished runs stay; {again} with those that are missing"
     if command == "score" or (command == "modules" and "--out" in " ".join(arguments)):
         return f"finished chunks stay; {again} with those that are missing"
     if command in ("top", "self-influence", "groups", "select"):

@@ -69,6 +69,12 @@ class Queries:
         """Return no queries."""
         return cls(np.empty(0), None)
 
+    def only(self, rows: npt.NDArray[np.int64]) -> Queries:
+        """Return some of the rows, in this order, where every row is one by itself."""
+        codes = np.full(len(self.names), -1, np.int64)
+        codes[rows] = np.arange(len(rows))
+        return Queries(self.names[rows], Grouping(self.names[rows], codes))
+
     def __len__(self) -> int:
         return len(self.names)
 
@@ -224,6 +230,10 @@ class ScoreRequest:
         normalize = None if unit == "none" else unit
         device = parse_device(asked["device"])
         return cls(checkpoints, queries, seen, normalize, device, several, combine, settings, controls)
+
+    def only(self, rows: npt.NDArray[np.int64]) -> ScoreRequest:
+        """Return the request for some rows of the query store, which are not averaged."""
+        return replace(self, queries=self.queries.only(rows))
 
     @property
     def q(self) -> int:

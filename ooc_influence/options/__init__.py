@@ -18,7 +18,7 @@ from ooc_influence.options.documents import (
     TraceOptions,
     Turns,
 )
-from ooc_influence.options.evaluation import CheckOptions, PlanOptions, RetrainOptions
+from ooc_influence.options.evaluation import CheckOptions, LoraOptions, PlanOptions, RetrainOptions, VerifyOptions
 from ooc_influence.options.extraction import (
     DampingScope,
     ExtractionOptions,
@@ -92,6 +92,7 @@ __all__ = [
     "LabelKind",
     "ListOptions",
     "LoadingOptions",
+    "LoraOptions",
     "Normalize",
     "Normalized",
     "OnNonFinite",
@@ -122,6 +123,7 @@ __all__ = [
     "TopOptions",
     "TraceOptions",
     "Turns",
+    "VerifyOptions",
     "Weighting",
     "Writing",
     "complete",
