@@ -29,7 +29,7 @@ DOCUMENTS = ["my-model", "corpus.jsonl", "questions.jsonl"]
 HOLDS = {
     "start": (START, ["my.py", "train.zarr", "test.zarr", "train-images.npy", "test-images.npy"]),
     "documents": (TRACE, DOCUMENTS),
-    "corpus": (TRACE, [*DOCUMENTS, "corpus.zarr", "answers.zarr"]),
+    "corpus": (TRACE, [*DOCUMENTS, "answer", "corpus.zarr", "answers.zarr"]),
     "s3": (None, []),
 }
 

@@ -43,7 +43,7 @@ def test_it_finds_what_it_is_about(name, tmp_path):
     elif name == "language_model":
         assert len(found) == 3
     elif name == "lora":
-        assert found[0] >= 2  # of twenty: chance is three in thirty for each, and the quick model has hardly learned
+        assert found[0] >= 6  # of eight: by chance, five of thirty for each
     else:
         assert found[0] < 1e-4
 

@@ -87,6 +87,19 @@ def test_losses_without_tokens_of_their_own(tmp_path, sources):
     assert found.page.is_file()
 
 
+@pytest.mark.filterwarnings("ignore:.*outside the span:ooc_influence.errors.OocInfluenceWarning")  # of a few pairs
+def test_answers_are_traced_to_preferences(tmp_path, sources):
+    """Pairs of completions on one side, plain answers on the other: the loss of pairs is the pairs' alone."""
+    pairs = [{"prompt": "w1 w2", "chosen": f"w3 w{i}", "rejected": f"w4 w{i}"} for i in range(5, 9)]
+    data = write(tmp_path / "pairs.jsonl", pairs)
+    asked = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected", "reference": sources[0], "beta": 0.3}
+    found = ooc.trace(sources[0], data, sources[2], tmp_path / "run", **asked)
+    assert found.train.attrs["loss_kind"] == "preference_dpo_0.3"
+    assert found.queries.attrs["loss_kind"].startswith("token_cross_entropy")
+    with pytest.raises(InputError, match="expected beta"):
+        trace(sources, tmp_path / "other", beta=0.3)
+
+
 @pytest.mark.parametrize("at", ["data", "queries", "page"])
 def test_it_resumes(tmp_path, sources, monkeypatch, at):
     expected = trace(sources, tmp_path / "whole")

@@ -89,6 +89,8 @@ def _with_adapter(model: Any, path: str) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")
+            # peft asks by a name that newer releases of transformers warn of
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             return peft.PeftModel.from_pretrained(model, path, is_trainable=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UserWarning) as error:
         raise InputError(

@@ -230,6 +230,9 @@ class _Run:
         asked: Any = self._options
         names = ["max_length", "tokens", "batch_size", "reduction", "on_missing", "progress"]
         names += ["split", "config", "streaming", "documents"] if side == "data" else []
+        pairs = [name for name, fields in self._fields.items() if fields.get("chosen") is not None]
+        if side in pairs or not pairs:  # of neither side, they are refused
+            names += ["preference", "beta", "reference"]
         return {name: asked[name] for name in names} | self._fields[side]
 
     def _path(self, side: str) -> Path:

