@@ -156,6 +156,8 @@ def test_a_removal_test_of_a_lora(made, tmp_path):
     assert found.removed[0, :Q, 0].tolist() == [0, 1, 2]  # each query's own document
     assert (found.against_random.means > 0).all()
     assert found.against_others.mean > 0
+    scores = ooc.influence_scores(*stores, damping=found.settings["damping"], normalize="none").compute()
+    assert_allclose(found.predictions[0], [scores[:, rows].sum(1) / N for rows in found.removed[0]], rtol=1e-5)
     again = verify_influence(*stores, training(made, epochs=6), tmp_path / "again", remove=1, seeds=1, controls=1)
     assert_array_equal(again.losses, found.losses)
     with pytest.raises(MismatchError, match="epochs"):

@@ -133,7 +133,7 @@ class RemovalTest:
         said = [_sentence(random, k, f"removing {counted(k, 'random row')}")]
         if (others := self.against_others) is not None:
             said.append(_sentence(others, k, f"removing those of another of these {len(facts)} queries"))
-        said.append(f"Predicted by the scores, against random rows: {self.predicted.mean():+.3g}.")
+        said.append(f"Predicted by the scores, at a minimum of the loss: {self.predicted.mean():+.3g}.")
         if not np.isnan(self.correlation):
             said[-1] += (
                 f" Rank correlation of predicted and measured losses: {self.correlation:.2f}, over "
@@ -205,7 +205,7 @@ def verify_influence(
         Asked after the first run before more than ten minutes of others; False ends the call.
     **options : VerifyOptions
         See :mod:`ooc_influence.options`. Lists have the curvature, damping and unit of :func:`top_influential`;
-        predictions those of :func:`influence_scores`, without a unit.
+        predictions the same curvature and damping, without a unit.
 
     Returns
     -------
@@ -265,7 +265,7 @@ class _Design:
                 )
         random = _draw(live, top.rows, options["seeds"], options["controls"], k)
         removed = np.concatenate([top.rows.ravel(), random.ravel()])
-        plain = ScoreRequest.open(query, train, _with(asked, "none")).only(rows)
+        plain = ScoreRequest.open(query, train, _with(asked, "none"), lists=True).only(rows)
         scores = scores_of_rows(plain, removed, options["memory"]).astype(np.float64) / live.sum()
         q, c = len(rows), options["controls"]
         of_lists = scores[:, : q * k].reshape(q, q, k).sum(2).T
