@@ -339,12 +339,13 @@ class _SumCheck:
     def __init__(self, uses: list[Use], device: torch.device, plan: StorePlan, model: nn.Module) -> None:
         self._mask = None if isinstance(plan.reduction, LograReduction) else plan.mask
         self._check = GradientCheck(uses, device, Trained.of(model), self._mask)
+        self._layers = {use.layer for use in uses} - set(plan.mask.empty_modules)
         self._noted: list[tuple[Use, Any, Any]] = []
 
     @contextmanager
     def watching(self, b: int) -> Iterator[None]:
         """Read the gradients of a batch of b samples that parameters receive meanwhile."""
-        self._check.start(dict.fromkeys(range(b), 1.0))
+        self._check.start(dict.fromkeys(range(b), 1.0), self._layers)
         with self._check.following():
             yield
 
