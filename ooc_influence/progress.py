@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import sys
 import threading
 import time
@@ -22,6 +23,7 @@ from typing import Any, Self
 
 from ooc_influence.errors import MissingExtraError, install_extra
 
+logger = logging.getLogger("ooc_influence")
 Watcher = Callable[[str, int, int | None], None]  # what is done, rows done, rows in all
 _watcher: ContextVar[Watcher | None] = ContextVar("ooc_influence_watcher", default=None)
 _bars: dict[str, Progress] = {}
@@ -143,6 +145,17 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
+LONG = 600.0  # seconds of work that is confirmed before it starts
+
+
+def announce(text: str, show: bool | None) -> None:
+    """Tell what happens, beside progress lines: on stderr where ``show``, and in the log."""
+    logger.info(text)
+    if show:
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
+
+
 @contextlib.contextmanager
 def watched(watcher: Watcher) -> Iterator[None]:
     """Report to ``watcher`` the progress of all that this thread starts; an error of the watcher stops the work."""
@@ -189,7 +202,7 @@ def check_cancelled() -> None:
         raise InterruptedError("the task was cancelled")
 
 
-_EXTRAS = {"jinja2": "report", "matplotlib": "report", "PIL": "report", "pyarrow": "parquet"}
+_EXTRAS = {"faiss": "faiss", "jinja2": "report", "matplotlib": "report", "PIL": "report", "pyarrow": "parquet"}
 
 
 def optional_library(name: str, purpose: str, extra: str | None = None) -> Any:

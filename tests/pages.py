@@ -63,13 +63,19 @@ def hostile_pair(folder):
     return made[1], made[0]
 
 
-def start_browser(downloads):
-    """Chromium without a window, its requests and messages logged; skips with the reason where it is not there."""
+def find_browser():
+    """Selenium's drivers, Chromium and its driver; skips with the reason where one of them is not there."""
     webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install selenium")
     binary = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
     driver = os.environ.get("CHROMEDRIVER") or shutil.which("chromedriver")
     if binary is None or driver is None:
         pytest.skip("needs chromium and chromedriver: on Debian, apt-get install chromium chromium-driver")
+    return webdriver, binary, driver
+
+
+def start_browser(downloads):
+    """Chromium without a window, its requests and messages logged; skips with the reason where it is not there."""
+    webdriver, binary, driver = find_browser()
     options = webdriver.ChromeOptions()
     options.binary_location = binary
     quiet = ("no-first-run", "disable-background-networking", "disable-component-update")

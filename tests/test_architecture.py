@@ -16,7 +16,7 @@ LEVELS = [
     {"_version", "errors", "options"},
     {"fingerprint", "memory", "process", "progress", "scratch"}, {"parallel"},
     {"store"}, {"checkpoint"}, {"corpus"}, {"linalg"}, {"compress"}, {"extract"}, {"hf"}, {"curvature"}, {"influence"},
-    {"planning"}, {"evaluate"}, {"report"}, {"tracing"}, {"cli"}, {"__main__"},
+    {"planning"}, {"evaluate"}, {"report"}, {"interchange"}, {"tracing"}, {"cli"}, {"__main__"},
 ]  # fmt: skip
 OPTIONS = "options"  # its files name types of every level, for type checkers only: not looked at
 LEVEL = {unit: level for level, units in enumerate(LEVELS) for unit in units}

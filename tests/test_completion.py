@@ -14,7 +14,7 @@ from ooc_influence.cli.main import cli
 # other text than paths: by what stands for a value in the help, or by name where nothing does
 NO_PATHS = {
     "SIZE", "NAME", "ADDRESS", "FIELD", "COLUMN", "A:B", "I/N", "PATTERN", "HH:MM:SS", "TEXT",
-    "SHARE|N", "COLUMN[:VALUE]=SHARE",
+    "SHARE|N", "COLUMN[:VALUE]=SHARE", "ID",
     "name", "device", "revision", "title", "host", "ids", "rows", "commands",
 }  # fmt: skip
 TEXT = (click.types.StringParamType, click.Path, click.File, click.types.UnprocessedParamType)

@@ -40,7 +40,7 @@ def pages_with(*kinds: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def warm():
-    for name in ("sklearn", "transformers", "datasets", "jinja2", "matplotlib"):
+    for name in ("sklearn", "transformers", "datasets", "jinja2", "matplotlib", "faiss"):
         pytest.importorskip(name)
     server = Warm()
     yield server

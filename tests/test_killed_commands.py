@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import shutil
 
+import numpy as np
 import pytest
 from tiny_hf import MARKS, documents, make_model, write
 from warm import Warm
@@ -53,6 +54,8 @@ COMMANDS = {
     "select": f"select {STORES} --keep 4 --redundancy 0.5 --out kept.jsonl -o kept.parquet",
     "top": "top run/queries.zarr run/train.zarr --top 4 -o lists.parquet",
     "drop": "drop run/train.zarr --from ../unwanted.txt",
+    "export": "export run/train.zarr -o rows.npy",
+    "import": "import ../rows.npy --store imported.zarr --ids ../names.txt",
 }  # fmt: skip
 
 
@@ -78,6 +81,8 @@ def place(tmp_path_factory, warm):
     assert done.returncode == 0, done.stdout
     names = ooc.GradientStore.open(folder / "ready" / "run" / "train.zarr").ids()[:3]
     (folder / "unwanted.txt").write_text("\n".join(map(str, names)))
+    np.save(folder / "rows.npy", np.random.default_rng(0).normal(size=(300, 20)))
+    (folder / "names.txt").write_text("\n".join(map(str, range(300))))
     return folder
 
 

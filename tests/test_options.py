@@ -46,8 +46,8 @@ def test_signatures_and_docstrings_show_every_option_with_its_default():
     assert {function.__name__ for function, _ in found} >= {
         "top_influential", "influence_scores", "group_influence", "module_influence", "self_influence", "fit_fisher",
         "fit_gram", "gram_matrix", "fit_curvature", "reduce_store", "extract_gradients", "init_store", "plan", "create",
-        "write_report", "live_report", "check", "retrain", "leave_one_out", "removal_curve", "extract", "prepare",
-        "load",
+        "write_report", "live_report", "check", "retrain", "leave_one_out", "removal_curve", "verify_influence",
+        "extract", "prepare", "load", "load_base", "lora_training",
     }  # fmt: skip
     for function, kind in found:
         parameters, doc = inspect.signature(function).parameters, function.__doc__
@@ -129,6 +129,7 @@ def test_calls_get_every_option():
     ("fisher", options.FisherOptions, {}), ("reduce", options.ReduceOptions, {}), ("plan", options.PlanOptions, {}),
     ("extract", options.HuggingFaceOptions, {}), ("init", options.ExtractionOptions, {}),
     ("report", options.ReportOptions, {"device": None}), ("check", options.CheckOptions, {}),
+    ("verify-influence", options.VerifyOptions, {}), ("verify-influence", options.LoraOptions, {"task": None}),
 ])  # fmt: skip
 def test_commands_have_the_options_that_calls_have(command, kind, others):
     flags = {param.name: param for param in cli.commands[command].params if isinstance(param, click.Option)}

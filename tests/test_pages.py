@@ -196,24 +196,30 @@ def test_every_control_has_a_name_and_a_focus_ring(page, plain):
         assert page.run("return getComputedStyle(document.activeElement).outlineStyle") == "solid"
 
 
-def contrast(page, selector):
-    """The contrast of a text with what is behind it (WCAG), colours as the browser computes them."""
+def contrasts(page, selectors):
+    """The contrast of each text with what is behind it (WCAG), colours as the browser computes them."""
     return page.run(
         """
         const canvas = document.createElement('canvas').getContext('2d', { willReadFrequently: true });
-        const layers = [];
-        const node = document.querySelector(arguments[0]);
-        for (let at = node; at; at = at.parentElement) layers.unshift(getComputedStyle(at).backgroundColor);
         const paint = (colours) => {
           for (const colour of colours) { canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1); }
           const [r, g, b] = [...canvas.getImageData(0, 0, 1, 1).data].map((v) => v / 255)
             .map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
           return 0.2126 * r + 0.7152 * g + 0.0722 * b;
         };
-        const back = paint(layers), front = paint([...layers, getComputedStyle(node).color]);
-        return (Math.max(back, front) + 0.05) / (Math.min(back, front) + 0.05);
-        """, selector,
+        return arguments[0].map((selector) => {
+          const layers = [], node = document.querySelector(selector);
+          for (let at = node; at; at = at.parentElement) layers.unshift(getComputedStyle(at).backgroundColor);
+          const ink = getComputedStyle(node)[node instanceof SVGElement ? 'fill' : 'color'];
+          const back = paint(layers), front = paint([...layers, ink]);
+          return (Math.max(back, front) + 0.05) / (Math.min(back, front) + 0.05);
+        });
+        """, list(selectors),
     )  # fmt: skip
+
+
+def contrast(page, selector):
+    return contrasts(page, [selector])[0]
 
 
 @pytest.fixture(params=["light", "dark"])
@@ -285,6 +291,19 @@ def test_an_axis_reaches_to_the_damping(page, plain, tmp_path, damping, side):
         tried = page.run("return document.querySelector('.mark .label').textContent")
         assert tried.startswith(f"{arrow}λ = ")
     assert page.logs() == []
+
+
+def test_ticks_of_a_narrow_axis_differ(page, plain):
+    page.open(address(plain[2]), "distributions")
+    bars = (
+        "const node = ooc.draw.bars('', { edges: arguments[0], counts: [1, 1], log: false, name: 'x' });"
+        "return [...node.querySelectorAll('text[text-anchor=middle]:not(.name)')].map((own) => own.textContent)"
+    )
+    assert page.run(bars, [3.78, 3.82, 3.86]) == ["3.78", "3.80", "3.82", "3.84", "3.86"]
+    assert page.run(bars, [-2000, 0, 2000]) == ["−2,000", "−1,000", "0", "1,000", "2,000"]
+    assert page.run(bars, [0, 0.5, 1])[1] == "0.2"
+    flat = "return ooc.draw.line('', [[1, 0], [2, 0]], { name: 'x' }, { low: 0 }).node.textContent"
+    assert "0" in page.run(flat)  # one value alone
 
 
 def test_hostile_text_stays_text(page, hostile):
@@ -482,6 +501,28 @@ def test_texts_that_are_missing_are_said_beside_what_was_found(page, plain, tmp_
     page.fill("#search", "ask-7")
     message = "1 of 30 queries, in the beginnings of texts alone: data/texts-0.js is missing: keep the folder together"
     page.wait("return document.querySelector('#query-count').innerText === arguments[0]", message)
+
+
+def test_without_labels_nothing_is_relabelled(page, tmp_path):
+    train = make_store(tmp_path / "t.zarr", random_rows(60, 6))
+    page.open(address(write_report(train, tmp_path / "r", suspects=60)), "labels")
+    assert page.texts(".suspects thead th") == [
+        "Tick",
+        "Example",
+        "Self-influence",
+        "Loss",
+        "Gradient norm",
+        "What to do",
+    ]
+    assert page.count(".suspects tbody tr:first-child > *") == 6
+    assert set(page.texts(".suspects option")) == {"drop"}
+    page.find(".suspects input[type=checkbox]").click()
+    assert page.text("#ticked").startswith("1 ticked")
+    assert "relabel" not in page.text("#ticked") + page.text(".lead")
+    page.run("document.querySelector('.pager').scrollIntoView()")
+    page.run("[...document.querySelectorAll('.pager button')].find((own) => own.innerText === 'Next').click()")
+    assert "page 2 of 2" in page.text(".pager")
+    assert page.run("return document.querySelector('.suspects').getBoundingClientRect().top") >= -1  # at its beginning
 
 
 def test_a_missing_file_is_said(page, plain, tmp_path):

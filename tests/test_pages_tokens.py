@@ -36,7 +36,7 @@ def told(tmp_path_factory):
     texts = [{"text": f"The text of row {row}"} for row in range(60)]
     (folder / "train.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
     report = write_report(train, folder / "report", query, data=folder / "train.jsonl",
-                          query_data=folder / "answers.jsonl", top=4)  # fmt: skip
+                          query_data=folder / "answers.jsonl", top=4, suspects=8)  # fmt: skip
     file = data_of(report, "queries-0")
     rows = [row for row, _ in file["queries"][0]["proponents"]]
     clean = [text.encode("utf-8", "replace").decode() for text in HOSTILE]
@@ -69,7 +69,7 @@ def keys(page, selector, *pressed):
 def test_question_answer_and_marks(opened):
     assert opened.texts(".query .exchange h3") == ["QUESTION", "ANSWER"]
     assert [text.strip() for text in opened.texts(".query .exchange .text")] == ["Why?", "Because of rain."]
-    assert opened.texts(".query .t") == [" Because", " of", " rain", "."]
+    assert opened.texts(".query .t") == ["Because", "of", "rain", "."]
     shares = opened.run("return [...document.querySelectorAll('.query .t')].map((own) => [own.className, "
                         "own.style.getPropertyValue('--share')])")  # fmt: skip
     assert shares == [["t pro l3", "1.000"], ["t con l2", "0.750"], ["t pro l0", "0.125"], ["t pro l0", "0.000"]]
@@ -81,11 +81,37 @@ def test_question_answer_and_marks(opened):
     assert opened.logs() == []
 
 
+def test_tokens_of_an_answer_alone_are_beside_its_question(opened):
+    """In cards too; whole where earlier replies have shares, so that nothing is shown twice or left out."""
+    draw = """
+        const [pieces, text, answer] = arguments;
+        const own = { pieces, first: [0, pieces.length], before: 0, after: 0, left_out: 0 };
+        const query = { row: 0, id: 'q', text, answer, cut: 0, proponents: [[7, 1]], opponents: [], outside: 0,
+          tokens: { query: own, rows: { 7: own } } };
+        const example = { row: 7, id: 'e', text, answer, cut: 0, label: null, source: null };
+        document.querySelector('.pane').replaceChildren(ooc.cards.detail(query, { 7: example }, 'Q'));
+    """
+    template = [["<system>Be brief.<user>Why?<bot>", 0], [" Because", 4], [" of", -3], [" rain.", 1], ["<end>", 0]]
+    text = "system: Be brief.\n\nuser: Why?\n\nassistant: Because of rain."
+    opened.run(draw, template, text, text.index("assistant"))
+    for place in (".query", ".card"):
+        assert opened.text(f"{place} .exchange > :not(h3):not(.token-text)") == "system: Be brief.\n\nuser: Why?"
+        assert (
+            opened.run("return document.querySelector(arguments[0]).textContent", f"{place} .tokens")
+            == "Because of rain.<end>"
+        )
+    opened.run(draw, [["<bot>", 0], ["Hi", 2], ["<user>Why?<bot>", 0], *template[1:]],
+               f"assistant: Hi\n\n{text}", text.index("assistant") + 15)  # fmt: skip
+    for place in (".query", ".card"):
+        assert opened.count(f"{place} .exchange") == 0
+        assert opened.text(f"{place} .tokens") == "<bot>Hi<user>Why?<bot> Because of rain.<end>"
+
+
 def test_numbers_by_keys(opened):
     body = ".query .tokens"
     assert keys(opened, body, RIGHT) == "“Because”: +4"
     assert keys(opened, body, RIGHT, RIGHT) == "“rain”: +0.500"
-    assert opened.texts(".active") == [" rain"]
+    assert opened.texts(".active") == ["rain"]
     assert keys(opened, body, END, LEFT) == "“rain”: +0.500"
     opened.driver.switch_to.active_element.send_keys(ESCAPE)
     assert opened.count(".tip") == 0

@@ -95,6 +95,36 @@ def test_lists_end_where_scores_change_sign(tmp_path):
     assert ooc.top_influential(query, train, top=30).proponents.rows.shape == (9, 30)
 
 
+def test_a_line_has_a_chats_last_question(tmp_path):
+    """What the chats of a report share, their system's message, is no line; it is searched like long texts."""
+    train = make_store(tmp_path / "t.zarr", random_rows(30, 6))
+    query = make_store(tmp_path / "q.zarr", random_rows(3, 6, 1), like=train)
+    system = [{"role": "system", "content": "Answer briefly."}]
+    asked = [[{"role": "user", "content": f"Which\n one,  {row}?"}] for row in range(2)]
+    long = [{"role": "user", "content": "why " * 90}]
+    chats = [system + own + [{"role": "assistant", "content": "This."}] for own in (*asked, long)]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps({"messages": own}) + "\n" for own in chats))
+    report = write_report(train, tmp_path / "r", query, query_data=tmp_path / "q.jsonl", top=2)
+    lines = [line[1] for line in data_of(report, "list-0")]
+    assert lines == ["Which one, 0?", "Which one, 1?", ("why " * 90)[:160]]
+    whole = [f"system: Answer briefly. user: Which one, {row}? assistant: This." for row in range(2)]
+    assert data_of(report, "texts-0")[:2] == [[row, text] for row, text in enumerate(whole)]
+    first = data_of(report, "queries-0")["queries"][0]
+    assert first["text"][first["answer"] :] == "assistant: This."
+
+
+@pytest.mark.parametrize("damping", [1e-7, 0.5, 3000.0])
+def test_the_curve_of_dimensions_reaches_to_the_damping(tmp_path, damping):
+    train = make_store(tmp_path / "t.zarr", random_rows(30, 6))
+    spectrum = data_of(write_report(train, tmp_path / "r", damping=damping, suspects=5), "index")["spectrum"]
+    (first, low, _), (last, high, _) = spectrum["curve"][0], spectrum["curve"][-1]
+    assert low <= spectrum["lambda"] * (1 + 1e-5)
+    assert high >= spectrum["lambda"] * (1 - 1e-5)
+    assert first <= 1e-4
+    assert last >= 100
+    assert len(spectrum["curve"]) == 1 + round(10 * np.log10(last / first))
+
+
 def test_no_text_leaves_its_string(pair, tmp_path):
     query, train = pair
     report = write_report(train, tmp_path / "r", query, data=tmp_path / "train.jsonl", title=HOSTILE[1])

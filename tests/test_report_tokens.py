@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 
 import numpy as np
@@ -12,7 +13,7 @@ from test_cli import run  # noqa: F401 - a fixture
 from test_report import data_of
 
 import ooc_influence as ooc
-from ooc_influence.corpus import answer_start
+from ooc_influence.corpus import answer_start, question_start
 from ooc_influence.errors import InputError, MismatchError
 from ooc_influence.report import Corpus, write_report
 from ooc_influence.report.examples import TEXT_LIMIT
@@ -101,6 +102,12 @@ def test_where_answers_begin():
     assert answer_start(record, {"messages": "chat"}) is None  # nobody replied
     record["chat"].append({"role": "assistant", "content": "Hello"})
     assert answer_start(record, {"messages": "chat"}) == len("user: Hi\n\n")
+    assert question_start(record, {"messages": "chat"}) == len("user: ")
+    assert question_start(record, prompt) is None  # no chat: the prompt is all of the question
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+    as_turns = {"q": turns, "a": "Because."}
+    assert question_start(as_turns, prompt) == len("system: Be brief.\n\nuser: ")
+    assert question_start({"chat": record["chat"][1:]}, {"messages": "chat"}) is None  # nothing was asked
 
 
 @pytest.fixture(scope="module")
@@ -254,12 +261,16 @@ def test_the_command_takes_a_model(traced, run, tmp_path):  # noqa: F811
     assert (code, "expected queries (--queries) with --model" in err) == (2, True)
 
 
-def answer(server, values):
+def finished(server, values):
     job = server.jobs.submit(values)["job"]
     end = time.monotonic() + 120
     while server.jobs.state(job)["state"] in ("waiting", "running") and time.monotonic() < end:
         time.sleep(0.02)
-    state = server.jobs.state(job)
+    return server.jobs.state(job)
+
+
+def answer(server, values):
+    state = finished(server, values)
     assert state["state"] == "done", state
     return state["result"]["query"]
 
@@ -283,6 +294,76 @@ def test_typed_queries_come_with_tokens(traced):
     with live_report(train, model=HuggingFaceModel(folder / "model"), top=3, token_rows=0) as server:
         found = answer(server, {"text": "w1 w2 w3"})
         assert not {"tokens", "no_tokens"} & set(found)
+
+
+def test_stored_queries_have_a_reports_tokens_when_asked_for(traced, tmp_path):
+    from ooc_influence.report.live_query import HuggingFaceModel
+    from ooc_influence.report.server import live_report
+
+    folder, train, query = traced
+    model = HuggingFaceModel(folder / "model")
+    written = data_of(write(traced, tmp_path / "r", model=folder / "model", token_rows=2), "queries-0")["queries"]
+    places = {"data": folder / "corpus.jsonl", "query_data": folder / "answers.jsonl"}
+    with live_report(train, query, model=model, top=4, token_rows=2, **places) as server:
+        assert data_of(server.folder, "index")["ask"]["tokens"] is True
+        assert all("tokens" not in own for own in data_of(server.folder, "queries-0")["queries"])
+        for number in (2, 0):
+            found = finished(server, {"stored": number})["result"]
+            assert json.loads(to_script(found["tokens"])) == written[number]["tokens"]
+        for other in (4, -1, "1", True):
+            job = finished(server, {"stored": other})
+            assert (job["state"], "one of 4 queries that have tokens" in job["error"]) == ("failed", True)
+    with live_report(train, query, model=model, top=4, token_rows=0, **places) as server:
+        assert data_of(server.folder, "index")["ask"]["tokens"] is False
+        assert finished(server, {"stored": 0})["state"] == "failed"
+    with live_report(train, model=model, top=4) as server:
+        assert data_of(server.folder, "index")["ask"]["tokens"] is False
+
+
+def test_why_a_stored_query_has_no_tokens_is_said(traced, tmp_path):
+    from ooc_influence import hf
+    from ooc_influence.report.live_query import HuggingFaceModel
+    from ooc_influence.report.server import live_report
+
+    folder, train, _ = traced
+    answers = tmp_path / "gone.jsonl"
+    answers.write_bytes((folder / "answers.jsonl").read_bytes())
+    query = hf.extract(folder / "model", answers, tmp_path / "q.zarr", like=train, prompt="prompt",
+                       completion="completion")  # fmt: skip
+    answers.unlink()
+    with live_report(train, query, model=HuggingFaceModel(folder / "model"), top=4) as server:
+        found = finished(server, {"stored": 0})["result"]
+        assert set(found) == {"no_tokens"}
+        assert "gone.jsonl" in found["no_tokens"]
+
+
+def test_the_page_asks_for_the_tokens_of_a_stored_query(page, traced):
+    from ooc_influence.report.live_query import HuggingFaceModel
+    from ooc_influence.report.server import live_report
+
+    folder, train, query = traced
+    places = {"data": folder / "corpus.jsonl", "query_data": folder / "answers.jsonl"}
+    with live_report(train, query, model=HuggingFaceModel(folder / "model"), top=4, **places) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+        thread.start()
+        try:
+            page.open(server.url, "queries/1")
+            page.wait("return document.querySelectorAll('.card').length === 8")
+            assert page.count(".t") == 0
+            page.find("#compute-tokens").click()
+            page.wait("return document.querySelectorAll('.query .tokens .t').length")
+            assert page.count(".card .tokens") == 8
+            assert page.run("return document.getElementById('show-tokens').checked") is True
+            assert page.count("#compute-tokens") == 0
+            page.go("queries/2")
+            page.wait("return document.querySelector('.query h2')?.innerText === 'Query 2'")
+            assert page.count("#compute-tokens") == 1
+            page.go("queries/1")  # and back: they are still there
+            page.wait("return document.querySelectorAll('.query .tokens .t').length")
+            assert page.logs() == []
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def test_a_typed_query_is_answered_where_tokens_cannot_be(traced, tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pages import find_browser
 
 BENCH = Path(__file__).parent.parent / "tools" / "bench"
 SMALL = {
@@ -32,6 +33,7 @@ SMALL = {
     "extraction": ["--rounds", "1", "--k", "512", "--models", "cnn", "--samplings", "importance"],
     "families": ["--only", "vgg", "--kept", "kept.jsonl"],
     "memory": ["--rows", "600", "--k", "64"],
+    "pages": ["--queries", "12", "--few", "2", "--rows", "20", "--rounds", "1"],
     "quality": ["--quick", "--data", ".", "--folder", "out", "--workers", "1"],
     "representations": ["--mib", "1", "--k", "100", "--repeats", "1"],
     "rows_memory": ["--rows", "1000,3000"],
@@ -74,6 +76,8 @@ def test_every_benchmark_is_listed():
     "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in SMALL]
 )
 def test_it_runs(name, tmp_path):
+    if name == "pages":
+        find_browser()  # or skip
     if name == "quality":
         write_images(tmp_path / "mnist")
     command = [sys.executable, str(BENCH / f"{name}.py"), *SMALL[name]]

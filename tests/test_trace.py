@@ -150,7 +150,7 @@ def test_settings_that_are_wrong(tmp_path, text, message):
 
 
 def test_long_work_is_confirmed(tmp_path, sources, monkeypatch):
-    monkeypatch.setattr(run_module, "_LONG", -1.0)
+    monkeypatch.setattr(run_module, "LONG", -1.0)
     asked = []
     with pytest.raises(InputError, match="received no: confirm it"):
         trace(sources, tmp_path / "run", confirm=lambda work: asked.append(work) is not None)

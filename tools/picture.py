@@ -1,4 +1,4 @@
-"""Draw docs/img/answer.png, the picture in the README: a test image of the demo and the training rows behind it.
+"""Draw docs/img/answer.png, the picture in docs/examples.md: a test image of the demo and the training rows behind it.
 
 The demo trains a digit classifier on data with a tenth of the labels wrong, and explains the misclassified test image
 of largest loss. This script runs it and draws the answer; every number in the picture is the demo's own.

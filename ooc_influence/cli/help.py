@@ -45,13 +45,20 @@ SCORING: Sections = {
     "Server": ("host", "port", "no_token"),
     "Machine": ("device", "workers", "memory", *_CLUSTER, "cache", "cache_size"),
 }  # fmt: skip
+VERIFICATION: Sections = {
+    "Runs": ("controls", "processes"),
+    "Training": ("data", "query_data", *_LOADING, "rank", "alpha", "targets", "learning_rate", "batch_size"),
+    "Scores": SCORING["Scores"],
+    "Machine": ("device", "workers", "memory"),
+}
 
 COMMANDS: Sections = {
     "From model to answer": ("trace", "demo"),
     "Gradients": ("extract", "init", "check", "plan"),
-    "Influence": ("fisher", "top", "score", "self-influence", "groups", "modules", "select"),
+    "Influence": ("fisher", "top", "score", "self-influence", "groups", "modules", "select", "verify-influence"),
     "Pages": ("report", "serve"),
     "Stores": ("info", "ids", "verify", "drop", "compact", "merge", "reduce", "sketch", "rewrite", "upgrade"),
+    "Other programs": ("export", "import"),
     "Clusters": ("cluster-script",),
 }
 _MOST_USED, _OTHER = "Most used", "Other options"

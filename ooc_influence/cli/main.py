@@ -10,7 +10,19 @@ from typing import Any
 import click
 
 from ooc_influence._version import __version__
-from ooc_influence.cli import cluster, extraction, lists, options, pages, scoring, selection, stores, trace
+from ooc_influence.cli import (
+    cluster,
+    extraction,
+    interchange,
+    lists,
+    options,
+    pages,
+    scoring,
+    selection,
+    stores,
+    trace,
+    verification,
+)
 from ooc_influence.cli.help import SectionedGroup
 from ooc_influence.errors import InputError, OocInfluenceError, OocInfluenceWarning, refused
 
@@ -34,9 +46,9 @@ def demo(out: str, rows: int | None, k: int, memory: str, as_json: bool) -> None
 ALL = (
     trace.trace, demo, extraction.init, extraction.extract, scoring.fisher, scoring.score, lists.top,
     scoring.self_influence_command, scoring.groups, lists.modules, selection.select, pages.report, pages.serve,
-    extraction.check, extraction.plan, cluster.cluster_script,
+    verification.verify_influence, extraction.check, extraction.plan, cluster.cluster_script,
     stores.info, stores.verify, stores.ids, stores.drop, stores.compact, stores.merge, stores.reduce, stores.rewrite,
-    stores.sketch, stores.upgrade,
+    stores.sketch, stores.upgrade, interchange.export, interchange.import_command,
 )  # fmt: skip
 
 
@@ -93,10 +105,12 @@ def _resuming(arguments: list[str]) -> str:
     """Return how to continue after an interruption."""
     command = next((name for name in arguments if name in cli.commands), "")
     again = "run the same command again, it continues"
-    if command in ("trace", "extract", "init", "demo", "reduce", "rewrite", "sketch"):
+    if command in ("trace", "extract", "init", "demo", "reduce", "rewrite", "sketch", "import"):
         return f"what is committed stays; {again} where it was"
     if command == "fisher":
         return f"sums and passes saved so far stay; {again} from there"
+    if command == "verify-influence":
+        return f"finished runs stay; {again} with those that are missing"
     if command == "score" or (command == "modules" and "--out" in " ".join(arguments)):
         return f"finished chunks stay; {again} with those that are missing"
     if command in ("top", "self-influence", "groups", "select"):

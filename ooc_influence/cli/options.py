@@ -6,12 +6,14 @@ import ctypes
 import functools
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar, get_args
 
 import click
 from click.shell_completion import CompletionItem
 
+from ooc_influence.errors import InputError
 from ooc_influence.options import (
     DampingScope,
     DocumentOptions,
@@ -84,6 +86,7 @@ def _flag(name: str, option: Option, changes: dict[str, Any]) -> Callable[[Any],
 
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as one line of JSON.")
+yes = click.option("-y", "--yes", is_flag=True, help="Do not ask before long work.")
 memory = flags(ExtractionOptions, only=("memory",))
 dot = click.option("--dot", is_flag=True, help="Use no curvature: plain dot products of gradients.")
 table = click.option(
@@ -139,7 +142,8 @@ source = several(
 )  # fmt: skip
 documents = flags(DocumentOptions)
 LOADING = ("adapter", "tokenizer", "revision", "trust_remote_code", "model_dtype")
-loading = several(flags(LoadingOptions, only=LOADING), flags(DocumentOptions, only=LOADING[-1:]))
+model_dtype = flags(DocumentOptions, only=LOADING[-1:])
+loading = several(flags(LoadingOptions, only=LOADING), model_dtype)
 
 
 def pop_loading(settings: dict[str, Any]) -> dict[str, Any]:
@@ -186,6 +190,13 @@ building = several(
 )  # fmt: skip
 
 
+def confirm(work: str) -> bool:
+    """Ask whether to do long work; refuse where nobody can be asked."""
+    if not sys.stdin.isatty():
+        raise InputError(f"expected --yes for {work} where nobody can be asked; received none")
+    return click.confirm(f"This takes {work}. Start?", err=True)
+
+
 def print_result(json_wanted: bool, result: Mapping[str, Any], text: Callable[[], str]) -> None:
     """Print a result as one line of JSON, or as text."""
     click.echo(json.dumps(result, default=str) if json_wanted else text())
@@ -195,6 +206,16 @@ def given(names: Iterable[str]) -> list[str]:
     """Return which options are on the command line."""
     source = click.get_current_context().get_parameter_source
     return [name for name in names if source(name) is click.core.ParameterSource.COMMANDLINE]
+
+
+def parse_ids(store: Any, names: Iterable[str]) -> list[Any]:
+    """Return example ids as a store has them: text, or whole numbers."""
+    if store.layout.ids == "str":
+        return list(names)
+    try:
+        return [int(name) for name in names]
+    except ValueError as error:
+        raise InputError(f"expected ids that are whole numbers, as in {store.path}; received {error}") from error
 
 
 def open_train(train: str, cache: str | None, cache_size: str) -> Any:

@@ -76,7 +76,7 @@ def ids(store: str, ids: tuple[str, ...], as_json: bool) -> int:
     from ooc_influence.report import table
 
     opened = GradientStore.open(store)
-    example_ids = _parse_ids(opened, ids)
+    example_ids = options.parse_ids(opened, ids)
     numbers = opened.find(example_ids).tolist()
     lines = []
     for name, row in zip(example_ids, numbers, strict=True):
@@ -130,7 +130,7 @@ def drop(
         raise InputError("expected --from FILE with --relabelled; received none: it says what is to be relabelled")
     with GradientStore.open(store, "a") as opened:
         if by_id:
-            example_ids = _parse_ids(opened, named)
+            example_ids = options.parse_ids(opened, named)
             numbers = opened.find(example_ids).tolist()
             missing = [name for name, row in zip(example_ids, numbers, strict=True) if row < 0]
             if missing:
@@ -179,16 +179,6 @@ def _read_file(path: str, store: Any, relabelled: bool) -> tuple[list[int], list
     made = read_decisions(path, store)
     kept = [each.row for each in made if each.action == "relabel" and not relabelled]
     return [each.row for each in made if each.action == "drop" or relabelled], kept
-
-
-def _parse_ids(store: Any, names: Any) -> list[Any]:
-
-    if store.layout.ids == "str":
-        return list(names)
-    try:
-        return [int(name) for name in names]
-    except ValueError as error:
-        raise InputError(f"expected ids that are whole numbers, as in {store.path}; received {error}") from error
 
 
 def _parse_range(text: str) -> range:

@@ -30,7 +30,7 @@ _SHOWN_QUERIES, _SHOWN_ROWS, _SHOWN_TEXT = 3, 3, 100  # of the answer in the ter
 @click.option("-o", "--out", type=options.PATH, metavar="DIR", help="The folder of the run: its stores, lists, pages "
               "and settings.")  # fmt: skip
 @options.flags(TraceOptions)
-@click.option("-y", "--yes", is_flag=True, help="Do not ask before long work.")
+@options.yes
 @click.option("--open", "open_page", is_flag=True, help="Open the page in a browser at the end.")
 @options.as_json
 def trace(run: str | None, out: str | None, yes: bool, open_page: bool, as_json: bool, **settings: Any) -> None:
@@ -54,14 +54,10 @@ def trace(run: str | None, out: str | None, yes: bool, open_page: bool, as_json:
         names = ", ".join(f"--{name}" for name in [*lacking, *([] if out else ["out"])])
         raise InputError(f"expected {names}, or the run.yaml of an earlier run; received none")
 
-    def confirm(work: str) -> bool:
-        if not sys.stdin.isatty():
-            raise InputError(f"expected --yes for {work} where nobody can be asked; received none")
-        return click.confirm(f"This takes {work}. Start?", err=True)
-
     model, data, queries = (asked.pop(name) for name in ("model", "data", "queries"))
     with contextlib.redirect_stdout(sys.stderr):  # what other libraries print
-        found = run_trace(model, data, queries, out, confirm=None if yes else confirm, **{**asked, "progress": True})
+        confirm = None if yes else options.confirm
+        found = run_trace(model, data, queries, out, confirm=confirm, **{**asked, "progress": True})
     facts = {"folder": str(found.folder), "page": str(found.page), "rows": found.train.n, "queries": found.queries.n}
     options.print_result(as_json, facts, lambda: _answer(found))
     if open_page:

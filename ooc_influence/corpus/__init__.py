@@ -12,6 +12,7 @@ from ooc_influence.corpus.documents import (
     first_answer,
     open_documents,
     open_records,
+    question_start,
     text_digest,
     text_of,
     usual_form,
@@ -20,6 +21,6 @@ from ooc_influence.corpus.lexical import Bm25, bm25
 
 __all__ = [
     "BETWEEN", "USUAL", "Bm25", "CachedFolder", "Documents", "answer_start", "answer_text", "as_text", "bm25",
-    "cached_folder", "first_answer", "is_hub_id", "local_path", "open_documents", "open_records", "text_digest",
-    "text_of", "usual_form",
+    "cached_folder", "first_answer", "is_hub_id", "local_path", "open_documents", "open_records", "question_start",
+    "text_digest", "text_of", "usual_form",
 ]  # fmt: skip

@@ -143,6 +143,16 @@ def answer_start(record: Mapping[str, Any], fields: Mapping[str, str | None]) ->
     return None if last is None else len(text) - len(last)
 
 
+def question_start(record: Mapping[str, Any], fields: Mapping[str, str | None]) -> int | None:
+    """Return where in a chat's text the words begin that its last reply answers; None for what is no chat."""
+    start = answer_start(record, fields)
+    if start is None:
+        return None
+    messages = fields.get("messages")
+    turns = record[messages][:-1] if messages is not None else record[fields["prompt"] or ""]
+    return start - len(BETWEEN) - len(turns[-1]["content"]) if turns and _turns_text(turns) is not None else None
+
+
 def text_digest(text: str) -> int:
     """Return the first 8 bytes of a text's BLAKE2b as a signed number, little-endian."""
     return int.from_bytes(

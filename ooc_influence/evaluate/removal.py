@@ -204,17 +204,19 @@ def removal_curve(
     return RemovalCurve(sizes, outcomes[:, 0, indices], of_target)
 
 
-class _Removals(Sequence[Rows]):
-    """All of n rows but some, run by run, without an (m, n) array; the whole list repeated."""
+class Removals(Sequence[Rows]):
+    """All of some rows, (n,) bool, but a few, run by run, without an (m, n) array; the whole list repeated."""
 
-    def __init__(self, n: int, removed: Sequence[npt.NDArray[np.int64]], repeats: int) -> None:
-        self._n, self._removed, self._repeats = n, removed, repeats
+    def __init__(
+        self, rows: Rows, removed: Sequence[npt.NDArray[np.int64]] | npt.NDArray[np.int64], repeats: int = 1
+    ) -> None:  # fmt: skip
+        self._rows, self._removed, self._repeats = rows, removed, repeats
 
     def __len__(self) -> int:
         return self._repeats * len(self._removed)
 
     def __getitem__(self, run: Any) -> Any:
-        rows = np.ones(self._n, bool)
+        rows = self._rows.copy()
         rows[self._removed[range(len(self))[run] % len(self._removed)]] = False
         return rows
 
@@ -232,7 +234,7 @@ def _without(
     if repeats < 1:
         raise InputError(f"expected repeats >= 1; received {repeats}")
     seeds = [repeat for repeat in range(repeats) for _ in removed]
-    subsets = _Removals(n, removed, repeats)
+    subsets = Removals(np.ones(n, bool), removed, repeats)
     return retrain(train, measure, subsets, folder, seeds=seeds, **options)
 
 

@@ -49,6 +49,7 @@ from ooc_influence.store import (
     Representation,
     Storage,
     as_store,
+    check_extracted,
     parse_path,
     parse_representation,
 )
@@ -484,6 +485,7 @@ def _plan_like(
         )
     assert settings.like is not None
     train = settings.like if isinstance(settings.like, GradientStore) else GradientStore.open(settings.like)
+    check_extracted(train)
     if train.path == parse_path(path):
         raise InputError(f"expected a query store apart from its train store; received {path} for both")
     attributes["model"] = same_model(train, attributes["model"], settings.check_model)

@@ -29,7 +29,7 @@ from ooc_influence.fingerprint import check_same
 from ooc_influence.linalg import LayerMoments, basis_settings, damping_scope, mean_moments
 from ooc_influence.linalg.device import send_array
 from ooc_influence.memory import MemoryBudget, MemoryModel
-from ooc_influence.store import GradientStore, LayerShape, Mask, ModuleMask, StorePath, exists
+from ooc_influence.store import GradientStore, LayerShape, Mask, ModuleMask, StorePath, check_extracted, exists
 
 FOLDER = "factors"  # in the store's folder, where they are kept
 _ENTRY_BYTES = 20 + 8 + 12  # of an entry: its place, weight and Λ in a mask; squares or a scale; working copies
@@ -299,9 +299,12 @@ def check_model(train: GradientStore, model: torch.nn.Module, advice: str, *, ot
 
     Raises
     ------
+    InputError
+        For imported rows.
     MismatchError
         With ``advice``; ``other`` names the model in the message.
     """
+    check_extracted(train)
     expected = train.model_fingerprint
     received = fingerprint_as(model, expected)
     check_same(train.path, {"model": expected}, {"model": received}, advice, other=other)

@@ -85,21 +85,26 @@ class Recipe:
 _PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
 
 
-def load_recipe(name: str) -> Recipe:
-    """Return the recipe of ``path.py:function`` or ``module:function``; anything else is refused."""
+def call_function(name: str, flag: str, what: str) -> Any:
+    """Return what ``path.py:function`` or ``module:function`` returns; ``flag`` named it, and it is ``what``."""
     source, colon, function_name = name.rpartition(":")
     if not colon or not source or not function_name:
-        raise InputError(f"expected --recipe path.py:function or module:function; received {name!r}")
+        raise InputError(f"expected {flag} path.py:function or module:function; received {name!r}")
     try:
         module = _load_file(Path(source)) if source.endswith(".py") else _load_module(source)
         function = getattr(module, function_name, None)
         if not callable(function):
             raise InputError(f"expected a function {function_name!r} in {source}; received none: check the name")
-        result = function()
+        return function()
     except InputError:
         raise
     except (Exception, SystemExit) as error:
-        raise InputError(_failed(name, error, traceback.extract_tb(error.__traceback__)[-1])) from error
+        raise InputError(_failed(name, error, traceback.extract_tb(error.__traceback__)[-1], what)) from error
+
+
+def load_recipe(name: str) -> Recipe:
+    """Return the recipe of ``path.py:function`` or ``module:function``; anything else is refused."""
+    result = call_function(name, "--recipe", "the recipe")
     if isinstance(result, tuple) and len(result) == 3:
         result = Recipe(*result)
     if not isinstance(result, Recipe):
@@ -150,10 +155,12 @@ def _own_frame(error: Exception) -> traceback.FrameSummary | None:
     return None
 
 
-def _failed(name: str | None, error: BaseException, frame: traceback.FrameSummary) -> str:
+def _failed(
+    name: str | None, error: BaseException, frame: traceback.FrameSummary, what: str = "the recipe"
+) -> str:  # fmt: skip
     return (
-        f"expected the recipe {name} to run; received {type(error).__name__}: {error} "
-        f"(at {frame.filename}:{frame.lineno}): fix the recipe"
+        f"expected {what} {name} to run; received {type(error).__name__}: {error} "
+        f"(at {frame.filename}:{frame.lineno}): fix {what}"
     )
 
 

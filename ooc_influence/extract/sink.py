@@ -29,6 +29,7 @@ from ooc_influence.store import (
     Representation,
     Storage,
     StoredReduction,
+    check_extracted,
     check_free,
     check_writable,
     columns_digest,
@@ -147,6 +148,7 @@ def open_existing(path: PathLike, plan: StorePlan) -> GradientStore | None:
         check_free(parse_path(path), "a store or nothing")
         check_writable(parse_path(path))
         return None
+    check_extracted(store)
     digest = "selected layers (digest of mask and basis)"
     expected = {
         "compressor": store.attrs.get("compressor"), digest: store.columns_digest, "dtype": store.layout.dtype,

@@ -2,8 +2,9 @@
 
 from ooc_influence.hf.extraction import Job, extract, extract_shards, job_of, prepare
 from ooc_influence.hf.labels import Labels
+from ooc_influence.hf.lora import LoraTraining, lora_training
 from ooc_influence.hf.losses import CausalLoss, ClassificationLoss, PolicyGradientLoss, SignedLoss
-from ooc_influence.hf.models import Loaded, load, load_shapes, open_documents
+from ooc_influence.hf.models import Loaded, load, load_base, load_shapes, open_documents
 from ooc_influence.hf.padding import ClassifierCollator, Collator, context_length
 from ooc_influence.hf.preference import PairCollator, PreferenceLoss
 from ooc_influence.hf.samples import Samples
@@ -11,6 +12,7 @@ from ooc_influence.hf.tokens import Fields, token_texts
 
 __all__ = [
     "CausalLoss", "ClassificationLoss", "ClassifierCollator", "Collator", "Fields", "Job", "Labels", "Loaded",
-    "PairCollator", "PolicyGradientLoss", "PreferenceLoss", "Samples", "SignedLoss", "context_length", "extract",
-    "extract_shards", "job_of", "load", "load_shapes", "open_documents", "prepare", "token_texts",
+    "LoraTraining", "PairCollator", "PolicyGradientLoss", "PreferenceLoss", "Samples", "SignedLoss", "context_length",
+    "extract", "extract_shards", "job_of", "load", "load_base", "load_shapes", "lora_training", "open_documents",
+    "prepare", "token_texts",
 ]  # fmt: skip

@@ -122,18 +122,31 @@ def job_of(store: GradientStore, loaded: Loaded, data: Any = None, *, progress: 
     InputError
         For a store that recorded no fields, or no path of documents where none are given, or other documents.
     """
-    origin = store.attrs.get("origin") or {}
-    fields, path = origin.get("fields"), origin.get("data") if data is None else data
-    if not fields or path is None:
-        raise InputError(
-            f"expected a store made from documents, which records where they are; received {store.path}: name them "
-            "(--data, --query-data), or give the recipe (--recipe)"
-        )
+    fields, path = recorded_documents(store, data)
+    origin = store.attrs["origin"]
     names = definitions(JobOptions)
     recorded = {name: value for name, value in (origin | fields).items() if name in names}
     recorded["documents"] = origin.get("chosen_documents")  # "documents" are all that the file has
     defaults = {name: option.default for name, option in names.items()}
     return _make_job(loaded, path, Fields(**fields), cast(JobOptions, {**defaults, **recorded, "progress": progress}))
+
+
+def recorded_documents(store: GradientStore, data: Any = None) -> tuple[dict[str, Any], Any]:
+    """Return the fields of the documents that a store recorded, and the documents: ``data``, or their recorded path.
+
+    Raises
+    ------
+    InputError
+        For a store that recorded none.
+    """
+    origin = store.attrs.get("origin") or {}
+    fields, path = origin.get("fields"), origin.get("data") if data is None else data
+    if not fields or path is None:
+        raise InputError(
+            f"expected a store made from documents, which records where they are; received {store.path}: name them "
+            "(--data, --query-data), or give the recipe (--recipe; of verify-influence, --train)"
+        )
+    return fields, path
 
 
 def _make_job(loaded: Loaded, data: Any, fields: Fields, options: JobOptions) -> Job:

@@ -164,6 +164,10 @@ def load(
         Without the libraries.
     """
     model, task, paths = _load_named(str(name), dtype, device, options)
+    return _with_tokenizer(model, task, paths, options)
+
+
+def _with_tokenizer(model: Any, task: Task, paths: list[str], options: LoadingOptions) -> Loaded:
     tokenizer = options["tokenizer"]
     common = {"revision": options["revision"] if len(paths) == 1 else None,
               "trust_remote_code": options["trust_remote_code"]}  # fmt: skip
@@ -195,19 +199,62 @@ def load_reference(name: str | Path, *, dtype: str = "auto", **options: Unpack[L
     return model.eval()
 
 
-def _load_named(name: str, dtype: str, device: str | None, options: LoadingOptions) -> tuple[Any, Task, list[str]]:
-    """Return a model with its adapter, what it does, and where its tokenizer may be: its base, its adapter."""
-    if dtype not in ("auto", "8bit", *_DTYPES):
-        raise InputError(f"expected dtype one of auto, 8bit, {', '.join(_DTYPES)}; received {dtype!r}")
-    named = Adapter.read(name)  # where the model that is named is an adapter
+@takes(LoadingOptions)
+def load_base(
+    name: str | Path, *, dtype: str = "auto", device: str | None = None, **options: Unpack[LoadingOptions]
+) -> Loaded:
+    """Load a model and its tokenizer without its adapter: what training began with.
+
+    Parameters
+    ----------
+    name, dtype, device
+        As for :func:`load`.
+    **options : LoadingOptions
+        See :mod:`ooc_influence.options`.
+
+    Raises
+    ------
+    InputError, MissingExtraError
+        As for :func:`load`.
+    """
+    base, named, _ = named_model(str(name), options["adapter"])
+    bare: LoadingOptions = {**options, "adapter": None, "revision": None if named else options["revision"]}
+    model, task, paths = _load_named(base, dtype, device, bare)
+    return _with_tokenizer(model, task, [*paths, *([named.path] if named else [])], options)
+
+
+class NamedModel(NamedTuple):
+    """What a model's name stands for: the base model, the adapter that is named so, and the adapter to put on it."""
+
+    base: str
+    named: Adapter | None
+    adapter: Adapter | None
+
+
+def named_model(name: str, adapter: str | Path | None) -> NamedModel:
+    """Return what a name stands for, with an adapter that is named beside it; nothing is loaded.
+
+    Raises
+    ------
+    InputError
+        For an adapter's folder that does not say its base model.
+    """
+    named = Adapter.read(name)
     if named is not None and named.base is None:
         raise InputError(
             f"expected the base model's name in {named.path}/adapter_config.json; received none: give the model and "
             "--adapter"
         )
-    base = str(name) if named is None or named.base is None else named.base
-    adapter = options["adapter"]
+    base = name if named is None or named.base is None else named.base
     chosen = named if adapter is None else Adapter.read(adapter) or Adapter(str(adapter), None, None, {})
+    return NamedModel(base, named, chosen)
+
+
+def _load_named(name: str, dtype: str, device: str | None, options: LoadingOptions) -> tuple[Any, Task, list[str]]:
+    """Return a model with its adapter, what it does, and where its tokenizer may be: its base, its adapter."""
+    if dtype not in ("auto", "8bit", *_DTYPES):
+        raise InputError(f"expected dtype one of auto, 8bit, {', '.join(_DTYPES)}; received {dtype!r}")
+    base, named, chosen = named_model(name, options["adapter"])
     common = {"revision": None if named else options["revision"], "trust_remote_code": options["trust_remote_code"]}
     with _explained(base, named, options["allow_pickle"]):
         model, task = _load_model(base, chosen, options["task"], dtype, device, options["allow_pickle"], common)

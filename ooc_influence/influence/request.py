@@ -69,6 +69,12 @@ class Queries:
         """Return no queries."""
         return cls(np.empty(0), None)
 
+    def only(self, rows: npt.NDArray[np.int64]) -> Queries:
+        """Return some of the rows, in this order, where every row is one by itself."""
+        codes = np.full(len(self.names), -1, np.int64)
+        codes[rows] = np.arange(len(rows))
+        return Queries(self.names[rows], Grouping(self.names[rows], codes))
+
     def __len__(self) -> int:
         return len(self.names)
 
@@ -225,6 +231,10 @@ class ScoreRequest:
         device = parse_device(asked["device"])
         return cls(checkpoints, queries, seen, normalize, device, several, combine, settings, controls)
 
+    def only(self, rows: npt.NDArray[np.int64]) -> ScoreRequest:
+        """Return the request for some rows of the query store, which are not averaged."""
+        return replace(self, queries=self.queries.only(rows))
+
     @property
     def q(self) -> int:
         """Queries."""
@@ -370,7 +380,7 @@ class ScoreRequest:
             budget, stage, tile, queries=queries, block_rows=block_rows
         )
         rows = budget.plan(model)
-        return [(start, min(self.q, start + count)) for start in range(0, self.q, count)], rows
+        return [(start, min(self.q, start + count)) for start in range(0, self.q, max(1, count))], rows
 
     def warn_outside(self, outside: npt.NDArray[np.float64]) -> None:
         """Warn where much of a query's gradient is outside the span of the rows of the fit."""

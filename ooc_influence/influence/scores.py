@@ -129,6 +129,13 @@ def _lazy_scores(scoring: ScoreRequest, memory: int | str | None) -> da.Array:
     return squeezed
 
 
+def scores_of_rows(scoring: ScoreRequest, rows: npt.NDArray[np.int64], memory: int | str | None = None) -> Floats:
+    """Return the scores of some train rows, (q, m) float32 or (L, q, m), in one pass over the blocks that hold them."""
+    numbers, index = np.unique(rows, return_inverse=True)
+    scores: Floats = _lazy_scores(scoring, memory)[..., numbers].compute()
+    return scores[..., index]
+
+
 def _query_task(numbers: npt.NDArray[np.int64], scoring: ScoreRequest, work: ScoreTask) -> Floats:
     """Return preconditioned queries (L, q, columns), those of several checkpoints side by side."""
     with sharing_blas():

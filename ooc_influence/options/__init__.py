@@ -18,7 +18,7 @@ from ooc_influence.options.documents import (
     TraceOptions,
     Turns,
 )
-from ooc_influence.options.evaluation import CheckOptions, PlanOptions, RetrainOptions
+from ooc_influence.options.evaluation import CheckOptions, LoraOptions, PlanOptions, RetrainOptions, VerifyOptions
 from ooc_influence.options.extraction import (
     CollectOptions,
     DampingScope,
@@ -28,12 +28,14 @@ from ooc_influence.options.extraction import (
     LabelKind,
     OnNonFinite,
     Sharded,
+    Writing,
 )
 from ooc_influence.options.fitting import Blocks, FisherOptions, FittingOptions, KeptOptions, RowOptions, Weighting
 from ooc_influence.options.option import Option, Options, complete, definitions, document, select, takes
 from ooc_influence.options.scoring import (
     AnyCurvature,
     Combine,
+    Damped,
     DampedOptions,
     DampingMode,
     ListOptions,
@@ -51,7 +53,16 @@ from ooc_influence.options.scoring import (
     TopOptions,
 )
 from ooc_influence.options.shared import DTYPES, Budgeted, Reporting, Resumable, Striped
-from ooc_influence.options.stores import CreateOptions, ReduceOptions, RewriteOptions, SketchOptions
+from ooc_influence.options.stores import (
+    CreateOptions,
+    ExportDtype,
+    ExportOptions,
+    ImportOptions,
+    IndexKind,
+    ReduceOptions,
+    RewriteOptions,
+    SketchOptions,
+)
 
 __all__ = [
     "DTYPES",
@@ -61,22 +72,28 @@ __all__ = [
     "CheckOptions", "CollectOptions",
     "Combine",
     "CreateOptions",
+    "Damped",
     "DampedOptions",
     "DampingMode",
     "DampingScope",
     "DocumentOptions",
+    "ExportDtype",
+    "ExportOptions",
     "ExtractOptions",
     "ExtractionOptions",
     "FieldOptions",
     "FisherOptions",
     "FittingOptions",
     "HuggingFaceOptions",
+    "ImportOptions",
+    "IndexKind",
     "InitOptions",
     "JobOptions",
     "KeptOptions",
     "LabelKind",
     "ListOptions",
     "LoadingOptions",
+    "LoraOptions",
     "Normalize",
     "Normalized",
     "OnNonFinite",
@@ -107,7 +124,9 @@ __all__ = [
     "TopOptions",
     "TraceOptions",
     "Turns",
+    "VerifyOptions",
     "Weighting",
+    "Writing",
     "complete",
     "definitions",
     "document",

@@ -1,9 +1,11 @@
-"""Options of measuring: retraining, checks, plans."""
+"""Options of measuring: retraining, removal tests, checks, plans."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
+from ooc_influence.options.documents import LoadingOptions
 from ooc_influence.options.option import Option
+from ooc_influence.options.scoring import DampedOptions, Normalized
 from ooc_influence.options.shared import DTYPE_NAMES, DTYPES, Budgeted, Reporting
 
 if TYPE_CHECKING:
@@ -26,6 +28,55 @@ class RetrainOptions(Reporting, total=False):
         1, "int",
         "Processes that train at once; each has its share of the cores. With more than one, ``train`` and ``measure`` "
         "are sent to them: functions of a module, in a script that guards its start with ``__name__ == '__main__'``.")]
+
+
+class VerifyOptions(DampedOptions, Normalized, total=False):
+    """What a removal test of scores takes."""
+
+    queries: Annotated[int | Sequence[Any], Option(
+        5, "int or sequence of ids",
+        "How many of the queries to test, spread evenly over those that are not dropped; or the ids of some (row "
+        "numbers, where the query store has no ids).",
+        "How many of the queries to test, spread evenly.", kind=int, metavar="N", least=1)]
+    remove: Annotated[int, Option(
+        10, "int", "How many of a query's strongest proponents to remove, and how many random rows.",
+        "How many of a query's strongest rows to remove, and how many random ones.", kind=int, metavar="K", least=1)]
+    seeds: Annotated[int, Option(
+        3, "int", "Seeds of training, each with random rows of its own.",
+        "Seeds of training, each with random rows of its own.", kind=int, metavar="S", least=1)]
+    controls: Annotated[int, Option(
+        2, "int", "Random choices of rows for each seed, which all queries are compared with.",
+        "Random choices of rows for each seed.", kind=int, metavar="C", least=1)]
+    processes: Annotated[int, Option(
+        1, "int",
+        "Models trained at once, each in a process of its own with its share of the cores. With more than one, the "
+        "training is sent to them: what :func:`load_training` or :func:`ooc_influence.hf.lora_training` returned, or "
+        "functions of a module.",
+        "Models trained at once.", kind=int, metavar="P", least=1)]
+
+
+class LoraOptions(LoadingOptions, total=False):
+    """How a LoRA is trained."""
+
+    rank: Annotated[int | None, Option(
+        None, "int, optional", "The LoRA's rank; default the adapter's where the model is one, or 16.",
+        "The LoRA's rank. Default: the adapter's, or 16.", kind=int, metavar="R", least=1)]
+    alpha: Annotated[float | None, Option(
+        None, "float, optional", "Its scale; default the adapter's, or twice the rank.",
+        "Its scale. Default: the adapter's, or twice the rank.", kind=float, metavar="A")]
+    targets: Annotated[Sequence[str], Option(
+        (), "sequence of str", "The ends of the names of the layers it is put on; default the adapter's, or all "
+        "linear layers but the unembedding.",
+        "Layers it is put on, by the ends of their names; may be repeated. Default: the adapter's, or all linear ones.",
+        metavar="NAME", multiple=True, flag="--target")]
+    epochs: Annotated[int, Option(
+        3, "int", "Passes over the rows.", "Passes over the rows.", kind=int, metavar="E", least=1)]
+    learning_rate: Annotated[float, Option(
+        5e-4, "float", "Of AdamW at the start; it falls linearly to 0.",
+        "Learning rate of AdamW at the start; it falls linearly to 0.", kind=float, metavar="X")]
+    batch_size: Annotated[int, Option(
+        8, "int", "Rows of a step; their gradients are added up over as many parts as a budget of tokens asks for.",
+        "Rows of a step.", kind=int, metavar="B", least=1)]
 
 
 class CheckOptions(Budgeted, Reporting, total=False):

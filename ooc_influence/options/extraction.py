@@ -121,8 +121,8 @@ class InitOptions(ExtractionOptions, Described, total=False):
     """What fixes a store that extraction fills."""
 
 
-class NonFinite(TypedDict, total=False):
-    """What happens to rows that are not finite."""
+class Writing(TypedDict, total=False):
+    """What is done with rows that cannot be written."""
 
     on_nonfinite: Annotated[OnNonFinite, Option(
         "raise", '{"raise", "skip"}',
@@ -131,7 +131,7 @@ class NonFinite(TypedDict, total=False):
         "Samples with NaN or Inf: stop and name them, or record them as dropped rows.", choices=get_args(OnNonFinite))]
 
 
-class Sharded(NonFinite, total=False):
+class Sharded(Writing, total=False):
     """How a run writes."""
 
     shard: Annotated[tuple[int, int] | None, Option(
@@ -146,7 +146,7 @@ class ExtractOptions(InitOptions, Sharded, total=False):
     """What an extraction takes."""
 
 
-class CollectOptions(KeptEntries, Described, NonFinite, Budgeted, Reporting, total=False):
+class CollectOptions(KeptEntries, Described, Writing, Budgeted, Reporting, total=False):
     """What is collected of a training."""
 
     loss: Annotated[Literal["mean", "sum"], Option(

@@ -20,8 +20,8 @@ ScoresDtype = Literal["float32", "float16"]
 
 
 # fmt: off
-class DampedOptions(Striped, total=False):
-    """Which curvature and λ scores are computed with."""
+class Damped(TypedDict, total=False):
+    """Which curvature and λ there are."""
 
     curvature: Annotated["AnyCurvature | Sequence[AnyCurvature]", Option(
         None, "Curvature, str, path or False, or a list with one for each checkpoint",
@@ -39,6 +39,11 @@ class DampedOptions(Striped, total=False):
         "relative", '{"relative", "absolute"}', "What ``damping`` means.",
         "What --damping is: relative (λ = damping · tr(F)/min(d, m)) or absolute (λ = damping).",
         choices=get_args(DampingMode))]
+
+
+class DampedOptions(Damped, Striped, total=False):
+    """Which curvature and λ scores are computed with, and where."""
+
     device: Annotated[str | None, Option(
         None, "str, optional", 'Multiply there with torch, such as ``"cuda"``; default NumPy\'s BLAS.',
         "Where to multiply, such as cuda. Default: NumPy's BLAS on the CPU.")]

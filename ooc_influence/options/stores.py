@@ -1,16 +1,22 @@
 """Options of making a store, and of making one from another."""
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, TypedDict, get_args
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, get_args
 
+from ooc_influence.options.extraction import Writing
 from ooc_influence.options.fitting import Weighting
 from ooc_influence.options.option import Option
-from ooc_influence.options.shared import DTYPE_NAMES, DTYPES, Reporting, Striped
+from ooc_influence.options.scoring import Damped, Normalize
+from ooc_influence.options.shared import DTYPE_NAMES, DTYPES, Budgeted, Reporting, Striped
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from ooc_influence.interchange import MaskDescription
     from ooc_influence.store import GradientStore, PathLike, Reduction, Storage
+
+ExportDtype = Literal["float32", "float16"]
+IndexKind = Literal["flat", "ivf"]
 
 
 # fmt: off
@@ -93,4 +99,84 @@ class CreateOptions(TypedDict, total=False):
     exist_ok: Annotated[bool, Option(
         False, "bool",
         "Open the store that another process created in the meantime, if it has the same mask, instead of failing.")]
+
+
+class ExportOptions(Damped, Budgeted, Reporting, total=False):
+    """What an export of rows takes."""
+
+    precondition: Annotated["GradientStore | PathLike | None", Option(
+        None, "GradientStore or path, optional",
+        "The train store of these query rows: rows are written times (F + λI)⁻¹ of its curvature, so that their inner "
+        "products with exported train rows are influence scores. Default: rows as they are stored.",
+        "Rows are queries for this store: write them times (F + λI)⁻¹ of its curvature. Default: as stored.",
+        kind="path", metavar="TRAIN")]
+    normalize: Annotated[Normalize, Option(
+        "none", '{"none", "cosine", "train"}',
+        "The unit of the inner products, as of :func:`influence_scores`: train rows are divided by their norms "
+        '√(gᵀ (F + λI)⁻¹ g) for ``"cosine"`` and ``"train"``, queries (``precondition``) for ``"cosine"`` only. Give '
+        "both halves the same.",
+        "Divide train rows by √(gᵀ (F + λI)⁻¹ g) for cosine and train, queries for cosine: the unit of top.",
+        choices=get_args(Normalize))]
+    dtype: Annotated[ExportDtype, Option(
+        "float32", '{"float32", "float16"}',
+        "Of the numbers; rows that float16 does not hold to three digits are refused.",
+        "Of the numbers; rows that float16 does not hold to three digits are refused.",
+        choices=get_args(ExportDtype))]
+    index: Annotated[IndexKind | None, Option(
+        None, '{"flat", "ivf"}, optional',
+        "Kind of a FAISS index, of inner products: ``flat`` (default) compares every row; ``ivf`` those in the cells "
+        "nearest to a query, about 4√n of them, and may miss some.",
+        "Kind of a FAISS index: flat compares every row; ivf those of the nearest cells, and may miss some. Default: "
+        "flat.", choices=get_args(IndexKind))]
+
+
+class ImportOptions(Writing, Reporting, total=False):
+    """What an import of rows takes."""
+
+    ids: Annotated["Sequence[Any] | npt.ArrayLike | str | None", Option(
+        None, "(n,) int or str, optional",
+        "An id for each row; of a Parquet file, the name of a column, by default ``id`` where there is one.",
+        "Ids of the rows: a .npy or .txt file, an id a line; of a Parquet file a column. Default: none, or the column "
+        "id.", kind="path", metavar="FILE|COLUMN")]
+    columns: Annotated["Mapping[str, Any] | Sequence[str] | None", Option(
+        None, "mapping of str to (n,), or sequence of str, optional",
+        "Further values of each row (bool, int, float, str) by name; of a Parquet file, the names of columns, by "
+        "default all others of these types.",
+        "Further values of the rows: a table (.parquet, .csv, .jsonl) with a line for each; of a Parquet file names of "
+        "columns, with commas. Default: none, or all others.", kind="path", metavar="FILE|COLUMNS")]
+    loss: Annotated["npt.ArrayLike | str | None", Option(
+        None, "(n,), optional",
+        "Per-sample losses; of a Parquet file, the name of a column, by default ``loss`` where there is one. Without "
+        "them zeros are recorded.",
+        "Losses of the rows: a .npy file; of a Parquet file a column. Default: zeros, or the column loss.",
+        kind="path", metavar="FILE|COLUMN")]
+    grad_norm: Annotated["npt.ArrayLike | str | None", Option(
+        None, "(n,), optional",
+        "Norms to record, like ``loss``; by default those of the rows, or a Parquet file's column ``grad_norm``.")]
+    column: Annotated[str | None, Option(
+        None, "str, optional",
+        "The column of a Parquet file whose lists are the rows; default the only one that holds lists of numbers.",
+        "Column of a Parquet file whose lists are the rows. Default: the only one of lists.", metavar="NAME")]
+    mask: Annotated["MaskDescription | None", Option(
+        None, "Mask, mapping, sequence of mappings or path, optional",
+        "Which gradient entry each number is: a :class:`Mask`, or for each module in turn its ``name``, the ``shape`` "
+        "of its weight, the flat ``indices`` kept (default all) and ``weights`` that entries were multiplied by "
+        "(default 1), as JSON values or a JSON file. Default: nothing is known of the numbers, and rows can be "
+        "compared with those imported ``like`` them only.",
+        "JSON file that says which gradient entry each number is. Default: nothing is known of them.", kind="path",
+        metavar="FILE.json")]
+    like: Annotated["GradientStore | PathLike | None", Option(
+        None, "GradientStore or path, optional",
+        "A store whose mask, reduction and model these rows are of, such as the train store of queries: they can be "
+        "compared with its rows.",
+        "Rows are of the same entries and model as those of this store, such as queries for TRAIN.", kind="path",
+        metavar="STORE")]
+    loss_kind: Annotated[str | None, Option(
+        None, "str, optional",
+        'Which loss it is, recorded: ``"cross_entropy"`` for one-label cross-entropy; row weights need to know.',
+        "Which loss it is, such as cross_entropy.", metavar="NAME")]
+    dtype: Annotated[str | None, Option(
+        None, DTYPE_NAMES + ", optional", "Representation on disk; default float32.",
+        "Representation on disk. Default: float32.", choices=DTYPES)]
+    storage: Annotated["Storage | None", Option(None, "Storage, optional", "Chunking and codec.")]
 # fmt: on

@@ -18,7 +18,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ooc_influence.corpus import USUAL, Documents, answer_start, as_text, open_documents, text_digest, text_of
+from ooc_influence.corpus import (
+    USUAL,
+    Documents,
+    answer_start,
+    as_text,
+    open_documents,
+    question_start,
+    text_digest,
+    text_of,
+)
 from ooc_influence.errors import InputError, MismatchError, warn, writing
 from ooc_influence.progress import optional_library
 from ooc_influence.store import GradientStore
@@ -215,9 +224,7 @@ class Examples:
             "source": self._first(columns, record, corpus.source, _SOURCES),
             "more": where | {name: value for name, value in columns.items() if name not in _SHOWN_ELSEWHERE},
         }
-        answer = self._answer(record, where)
-        if answer is not None:
-            details["answer"] = answer
+        details |= self._exchange(record, where)
         if self._images is not None:
             details |= self._pictures.write(row, self._images[row])
         elif corpus.image is not None and corpus.path is not None and number is not None:
@@ -260,14 +267,14 @@ class Examples:
             text = json.dumps(self._documents[number], ensure_ascii=False, indent=1, default=as_text)
         return text or "", {}
 
-    def _answer(self, record: dict[str, Any], where: dict[str, str]) -> int | None:
-        """Return where in a whole text its answer begins; None where it has none, or beyond what a page shows."""
+    def _exchange(self, record: dict[str, Any], where: dict[str, str]) -> dict[str, int]:
+        """Return where in a whole text its ``answer`` begins, and of a chat the ``question``, if a page shows that."""
         if where or self._corpus.text is not None or not record:
-            return None
+            return {}
         forms = (self._origin.get("fields") or {}, *USUAL)
         fields = next((fields for fields in forms if text_of(record, fields) is not None), {})
-        start = answer_start(record, fields)
-        return None if start is None or start >= TEXT_LIMIT else start
+        starts = {"question": question_start(record, fields), "answer": answer_start(record, fields)}
+        return {name: start for name, start in starts.items() if start is not None and start < TEXT_LIMIT}
 
     def _first(
         self, columns: dict[str, Any], record: dict[str, Any], field: str | None, names: tuple[str, ...]

@@ -191,7 +191,8 @@ def layer_facts(store: GradientStore) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-_LEVELS = np.logspace(-4, 2, 61)  # relative dampings at which d(λ) is drawn
+_DECADES = (-4, 2)  # of the relative dampings at which d(λ) is drawn; wider where scores use another
+_FARTHEST = 12  # decades
 
 
 def resolved_eigenvalues(curvature: Curvature) -> npt.NDArray[np.float64]:
@@ -199,12 +200,22 @@ def resolved_eigenvalues(curvature: Curvature) -> npt.NDArray[np.float64]:
     return np.sort(curvature.eigenvalues[resolved(curvature.eigenvalues)])[::-1]
 
 
-def dimension_curve(curvature: Curvature) -> list[list[float]]:
-    """Return relative damping, λ and d(λ) at many dampings; where a call cannot choose one, as if it could."""
-    if not curvature.takes_damping:
-        return [[level, level, curvature.effective_dimension(level)] for level in _LEVELS.tolist()]
+def dimension_curve(curvature: Curvature, used: float = 0.0) -> list[list[float]]:
+    """Return relative damping, λ and d(λ) at ten dampings a decade; where a call cannot choose one, as if it could.
+
+    ``used`` is the λ of the scores, which is among the dampings' decades.
+    """
+    takes = curvature.takes_damping
+    low, high = _DECADES
+    if used > 0:
+        decade = np.log10(used / (curvature.damping_value(1.0) if takes else 1.0))
+        low = max(-_FARTHEST, min(low, int(np.floor(decade))))
+        high = min(_FARTHEST, max(high, int(np.ceil(decade))))
+    levels = np.logspace(low, high, 10 * (high - low) + 1).tolist()
+    if not takes:
+        return [[level, level, curvature.effective_dimension(level)] for level in levels]
     return [[level, curvature.damping_value(level), curvature.effective_dimension(curvature.lambdas(level)[0])]
-            for level in _LEVELS.tolist()]  # fmt: skip
+            for level in levels]  # fmt: skip
 
 
 def curvature_states(store: GradientStore) -> dict[str, str]:

@@ -234,9 +234,10 @@ _SNIPPET = 160  # characters of a text in its line
 
 
 class QueryList:
-    """Writes ``list-<i>``, lines of queries, and ``texts-<i>``, [query, text] of each text longer than its line's.
+    """Writes ``list-<i>``, lines of queries, and ``texts-<i>``, [query, text] of each text that is not in its line.
 
-    White space counts as one blank in both. Memory holds a file of each.
+    White space counts as one blank in both. A line has the text's beginning, of a chat its last question's. Memory
+    holds a file of each.
     """
 
     def __init__(self, folder: PageFolder) -> None:
@@ -247,11 +248,14 @@ class QueryList:
 
     def add(self, entry: dict[str, Any]) -> None:
         """Add the next query, in the form of its page."""
-        text = " ".join((entry["text"] or "").split())
-        self._lines.append(_line(entry, text[:_SNIPPET]))
+        whole = entry["text"] or ""
+        text = " ".join(whole.split())
+        question = slice(entry["question"], entry.get("answer")) if "question" in entry else slice(None)
+        shown = " ".join(whole[question].split())[:_SNIPPET]
+        self._lines.append(_line(entry, shown))
         if len(self._lines) == LISTED_A_FILE:
             self._write_lines()
-        if len(text) > _SNIPPET:
+        if text != shown:
             self._texts.append((entry["number"], text))
             self._size += len(text)
         if self._size >= _TEXTS_A_FILE:

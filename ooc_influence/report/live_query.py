@@ -13,9 +13,10 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from typing_extensions import override
@@ -25,9 +26,12 @@ from ooc_influence.influence import TopInfluential
 from ooc_influence.options import ReportOptions
 from ooc_influence.progress import optional_library, watched
 from ooc_influence.report.examples import TEXT_LIMIT, Corpus, Examples, ImageFolder
-from ooc_influence.report.tokens import documents_of
+from ooc_influence.report.tokens import TokenPages, documents_of
 from ooc_influence.report.write import Report
 from ooc_influence.store import GradientStore
+
+if TYPE_CHECKING:
+    from ooc_influence.hf import Loaded
 
 _WAITING = 8  # queries that may wait
 _KEPT = 20  # answers kept for their pages
@@ -186,8 +190,8 @@ class Model(ABC):
         first, self.checked = not self.checked, True
         return first
 
-    def tokenised(self, values: Mapping[str, str]) -> tuple[Any, list[dict[str, Any]]] | None:
-        """Return a loaded language model, and the document that a query is; None where tokens cannot be told apart."""
+    def language_model(self) -> Loaded | None:
+        """Return the loaded language model, with which tokens are told apart; None for other models."""
         return None
 
     @abstractmethod
@@ -256,9 +260,8 @@ class HuggingFaceModel(Model):
         self.fields = FORMS[form] + (("label",) if self._loaded.task == "classification" else ())
 
     @override
-    def tokenised(self, values: Mapping[str, str]) -> tuple[Any, list[dict[str, Any]]] | None:
-        document = {name: values[name] for name in self.fields}
-        return (self._loaded, [document]) if self._loaded.task == "causal-lm" else None
+    def language_model(self) -> Loaded | None:
+        return self._loaded if self._loaded.task == "causal-lm" else None
 
     @override
     def extract(self, values: Mapping[str, str], train: GradientStore, out: Path) -> GradientStore:
@@ -277,24 +280,36 @@ class HuggingFaceModel(Model):
 
 
 class LiveQuery:
-    """Answers typed queries from a report's train store, with a model, and with examples from where they are."""
+    """Answers typed queries from a report's train store, with a model, and with examples from where they are.
+
+    ``data`` are the examples of the train store and of the report's queries.
+    """
 
     def __init__(
-        self, report: Report, model: Model, data: Corpus, pictures: ImageFolder, options: ReportOptions
+        self, report: Report, model: Model, data: tuple[Corpus, Corpus], pictures: ImageFolder, options: ReportOptions
     ) -> None:
-        self._report, self._model, self._data, self._options = report, model, data, options
-        self._shown = Examples(report.train, data, np.arange(report.train.n), pictures)
+        self._report, self._model, self._options = report, model, options
+        self._data, self._query_data = data
+        self._shown = Examples(report.train, self._data, np.arange(report.train.n), pictures)
+        self._language_model = model.language_model() if options["token_rows"] else None
 
-    def answer(self, values: Mapping[str, str]) -> dict[str, Any]:
-        """Return a query and the examples of its lists, as a page takes them.
+    def facts(self) -> dict[str, Any]:
+        """Return what a page says of the model, and whether it may ask for the ``tokens`` of the report's queries."""
+        stored = self._language_model is not None and self._report.query is not None
+        return self._model.facts() | {"tokens": stored}
+
+    def answer(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a query and the examples of its lists, as a page takes them; for ``stored``, a number, its tokens.
 
         Raises
         ------
         InputError
-            For a query that is empty, or that the model cannot take.
+            For a query that is empty, that the model cannot take, or that is not there.
         OocInfluenceError
             See :func:`ooc_influence.top_influential`.
         """
+        if "stored" in values:
+            return self._stored(values["stored"])
         fields = self._model.fields
         if not all(isinstance(values.get(name), str) and values[name].strip() for name in fields):
             raise InputError(f"expected {' and '.join(fields)} of the new query; received an empty one")
@@ -322,14 +337,37 @@ class LiveQuery:
 
     def _tokens(self, store: GradientStore, top: TopInfluential, values: Mapping[str, str]) -> dict[str, Any]:
         """Return the tokens of a query, or, where its lists alone can be shown, why, in the form of its page."""
-        tokenised = self._model.tokenised(values) if self._options["token_rows"] else None
-        if tokenised is None:
+        if self._language_model is None:
             return {}
         if store.n > 1:
             return {"no_tokens": f"the query is longer than the model's context, and its {store.n} pieces are averaged"}
-        loaded, documents = tokenised
+        document = {name: values[name] for name in self._model.fields}
+        return self._told(lambda: self._pages(store, top, [document]).of_query(0))
+
+    def _stored(self, number: Any) -> dict[str, Any]:
+        """Return the tokens of a query of the report, or why it has none, in the form of its page."""
+        count = 0 if self._report.query is None or self._language_model is None else self._report.query.n
+        if type(number) is not int or not 0 <= number < count:
+            raise InputError(f"expected the number of one of {count} queries that have tokens; received {number!r}")
+        return self._told(lambda: self._stored_pages.of_query(number))
+
+    @cached_property
+    def _stored_pages(self) -> TokenPages:
+        query, top = self._report.query, self._report.top
+        assert query is not None
+        assert top is not None
+        return self._pages(query, top, documents_of(self._query_data))
+
+    def _pages(self, store: GradientStore, top: TopInfluential, documents: Any) -> TokenPages:
+        """Return what tells the tokens of a store's queries apart, as in a report."""
+        assert self._language_model is not None
+        places = documents, documents_of(self._data)
+        return self._report.tokens(store, top, self._language_model, places, self._options)
+
+    @staticmethod
+    def _told(compute: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
         try:
-            pages = self._report.tokens(store, top, loaded, (documents, documents_of(self._data)), self._options)
-            return {"tokens": pages.of_query(0)}
+            found = compute()
         except OocInfluenceError as error:  # the lists are an answer without
             return {"no_tokens": " ".join(str(error).split())}
+        return {"no_tokens": "no row is listed for it"} if found is None else {"tokens": found}

@@ -246,11 +246,13 @@ def live_report(
     with contextlib.ExitStack() as stack:
         path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ooc_influence-"))) / "page"
         server = stack.enter_context(PageServer(path, host=listen[0], port=listen[1], token=token))
-        with PageFolder(path) as folder:
-            ask = None if model is None else model.facts()
-            write_pages(report, folder, corpus, examples, options, ask=ask)
+        live = None
         if model is not None:
-            server.jobs = Jobs(LiveQuery(report, model, corpus, ImageFolder(path, "train"), options).answer)
+            live = LiveQuery(report, model, (corpus, examples), ImageFolder(path, "train"), options)
+        with PageFolder(path) as folder:
+            write_pages(report, folder, corpus, examples, options, ask=None if live is None else live.facts())
+        if live is not None:
+            server.jobs = Jobs(live.answer)
             stack.callback(server.jobs.close)
         yield server
 

@@ -51,10 +51,11 @@ def check_table(path: str | Path) -> Path:
     return path
 
 
-def write_table(path: Path, blocks: Iterable[Block]) -> int:
+def write_table(path: Path, blocks: Iterable[Block], facts: Mapping[str, Any] | None = None) -> int:
     """Write blocks of lines, values by column, as one table; return how many lines it has.
 
-    The first block, which may be empty, says which columns there are.
+    The first block, which may be empty, says which columns there are. Values (b, k) are lists of k numbers, in Parquet
+    only, as are ``facts``: JSON values, written as the file's metadata ``ooc_influence``.
 
     Raises
     ------
@@ -67,6 +68,8 @@ def write_table(path: Path, blocks: Iterable[Block]) -> int:
         stack.enter_context(writing(f"to write the table to {path}"))
         temporary = stack.enter_context(replacing(path))
         write = stack.enter_context(kinds[path.suffix.lower()](temporary))
+        if facts is not None:
+            write.facts = facts
         for block in blocks:
             write(block)
             count += len(next(iter(block.values())))
@@ -110,9 +113,16 @@ def _jsonl(path: Path) -> Iterator[Any]:
 
 
 class _Parquet(AbstractContextManager["_Parquet"]):
-    """A Parquet file; a block is a row group."""
+    """A Parquet file; a block is a row group.
+
+    Attributes
+    ----------
+    facts : mapping
+        Written as the file's metadata, where there are any.
+    """
 
     def __init__(self, path: Path) -> None:
+        self.facts: Mapping[str, Any] = {}
         self._arrow = optional_library("pyarrow", "Parquet files")
         self._parquet = optional_library("pyarrow.parquet", "Parquet files")
         self._path, self._writer = path, cast(Any, None)
@@ -120,13 +130,17 @@ class _Parquet(AbstractContextManager["_Parquet"]):
     def __call__(self, block: Block) -> None:
         arrays = {name: self._array(values) for name, values in block.items()}
         if self._writer is None:
-            schema = self._arrow.schema([(name, array.type) for name, array in arrays.items()])
-            self._writer = self._parquet.ParquetWriter(str(self._path), schema)
+            metadata = {"ooc_influence": json.dumps(dict(self.facts))} if self.facts else None
+            schema = self._arrow.schema([(name, array.type) for name, array in arrays.items()], metadata)
+            lists = [name for name, values in block.items() if np.ndim(values) == 2]
+            self._writer = self._parquet.ParquetWriter(str(self._path), schema, **_list_settings(list(block), lists))
         schema = self._writer.schema
         columns = [array.cast(kind) for array, kind in zip(arrays.values(), schema.types, strict=True)]
         self._writer.write_table(self._arrow.Table.from_arrays(columns, schema=schema))
 
     def _array(self, values: Any) -> Any:
+        if isinstance(values, np.ndarray) and values.ndim == 2:
+            return self._arrow.FixedSizeListArray.from_arrays(self._arrow.array(values.reshape(-1)), values.shape[1])
         if isinstance(values, np.ndarray) and values.dtype.kind in "iufb":
             return self._arrow.array(values)
         texts = [None if value is None else str(value).encode("utf-8", "backslashreplace").decode() for value in values]
@@ -135,6 +149,14 @@ class _Parquet(AbstractContextManager["_Parquet"]):
     def __exit__(self, *error: object) -> None:
         if self._writer is not None:
             self._writer.close()
+
+
+def _list_settings(names: Sequence[str], lists: Sequence[str]) -> dict[str, Any]:
+    """Return how a Parquet file with columns of lists is written: their numbers repeat too rarely to be compressed."""
+    if not lists:
+        return {}
+    others = [name for name in names if name not in lists]
+    return {"compression": "none", "use_dictionary": others or False, "write_statistics": others or False}
 
 
 def write_scores_table(path: Path, scores: Any, query: GradientStore, train: GradientStore) -> int:

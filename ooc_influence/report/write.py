@@ -420,7 +420,7 @@ def _spectrum(curvature: Curvature, damping: float | None, mode: DampingMode) ->
         "d": curvature.d,
         "trace": curvature.trace,
         "mean": sum(block.trace for block in curvature.blocks) / sum(block.dimension for block in curvature.blocks),
-        "curve": dimension_curve(curvature) if curvature.trace > 0 else [],
+        "curve": dimension_curve(curvature, chosen) if curvature.trace > 0 else [],
         "lambda": chosen,
         "damping": (curvature.damping if damping is None else damping) if mode == "relative" else None,
         "dimension": curvature.effective_dimension(lambdas[0]) if chosen > 0 else float(len(values)),

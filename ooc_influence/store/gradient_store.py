@@ -659,6 +659,21 @@ def check_second_moments(store: GradientStore) -> None:
         )
 
 
+def check_extracted(store: GradientStore) -> None:
+    """Check that a store's rows were extracted from a model, which can be run again as it was then.
+
+    Raises
+    ------
+    InputError
+        For imported rows: nobody knows what their gradients were made of.
+    """
+    if "imported" in store.attrs:
+        raise InputError(
+            f"expected rows that were extracted from a model, to run it again; received {store.path}, imported from an "
+            "array: import other rows with like= it (--like), or extract the gradients here"
+        )
+
+
 def check_finished(store: GradientStore) -> None:
     """Check that a store has rows, and none of them is missing."""
     if not store.n or store.committed > store.n or (store.layout.planned_rows or 0) > store.n:

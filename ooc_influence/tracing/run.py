@@ -8,8 +8,6 @@ and the documents is checked as ever.
 from __future__ import annotations
 
 import json
-import logging
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,14 +34,12 @@ from ooc_influence.options import (
     select,
     takes,
 )
-from ooc_influence.progress import duration, optional_library
+from ooc_influence.progress import LONG, announce, duration, optional_library
 from ooc_influence.report import Corpus, Examples, ImageFolder, Report, Settings, open_report, save_report
 from ooc_influence.store import Encoding, GradientStore, parse_representation
 from ooc_influence.tracing.settings import claim_folder, source_name
 
-logger = logging.getLogger("ooc_influence")
-
-_LONG, _LARGE = 600.0, 10 * 2**30  # seconds and bytes of a run that is confirmed before it starts
+_LARGE = 10 * 2**30  # bytes of a run that is confirmed before it starts
 _PILOT_PASSES, _PILOT_SAMPLES = 1, 256  # of the Kronecker basis: factors; rows of the second pass are kept
 _FORMS = tuple(name for name in definitions(FieldOptions) if name not in ("id", "keep", "chat", "turns"))
 _DTYPE = "float16"  # of rows, where no size of them is asked for
@@ -140,7 +136,7 @@ def trace(
     steps = run.steps()
     total, disk = sum(step.seconds for step in steps), run.disk
     run.say(f"about {duration(total)} in all; stores of about {format_bytes(disk)} in {folder}")
-    if confirm is not None and (total > _LONG or disk > _LARGE):
+    if confirm is not None and (total > LONG or disk > _LARGE):
         work = f"about {duration(total)} and {format_bytes(disk)}"
         if not confirm(work):
             raise InputError(
@@ -201,10 +197,7 @@ class _Run:
 
     def say(self, text: str) -> None:
         """Tell what happens."""
-        logger.info(text)
-        if self._options["progress"]:
-            sys.stderr.write(f"{text}\n")
-            sys.stderr.flush()
+        announce(text, self._options["progress"])
 
     @cached_property
     def _loaded(self) -> hf.Loaded:

@@ -26,6 +26,7 @@ PAGE = BENCH.parent.parent / "docs" / "benchmarks.md"
 MEANING = {
     "extraction": "of times, below 1 is faster",
     "memory": "of peaks, smaller is better",
+    "pages": "of times, smaller is better",
     "rows_memory": "of peaks, 1 is flat",
     "selfcheck": "of times, smaller is better",
     "tokens": "of times, smaller is better",

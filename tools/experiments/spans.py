@@ -5,7 +5,7 @@ sentences about six different things, and one of them states the fact that a que
 planted fact is in two of 200 documents; all other sentences state facts of the same kinds about things of their own,
 so that only the right names and values tell the fact's sentence from its neighbours.
 
-For every query, the tokens of its planted documents that are among its 20 proponents are ranked by their share of the
+For every query, the tokens of its planted documents that are among its 10 proponents are ranked by their share of the
 score (``token_influence``, everything by default). ``sentence`` is the share of the fact's sentence, ``name and value``
 that of these words of it, which is among the top fifth of the document's tokens (chance: one fifth); ``first``
 says how often the highest token is in the fact's sentence (chance: one sixth). ``words of the query`` is the same of
@@ -21,6 +21,7 @@ import random
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from facts import KINDS, Corpus, Facts, Names, chat
 
 import ooc_influence as ooc
 
-SENTENCES, PLANTED, LISTED = 6, 2, 20
+SENTENCES, PLANTED, LISTED = 6, 2, 10
 COLUMNS = ("ranking", "documents", "listed", "sentence", "name and value", "first")
 ASKED = "Tell me six things you know."
 
@@ -111,13 +112,15 @@ def ranked(spans: Spans) -> Result:
     stores = {name: spans.folder / f"{name}.zarr" for name in ("train", "query")}
     spans.extract("train", stores["train"])
     spans.extract("query", stores["query"], like=stores["train"])
-    found = ooc.token_influence(stores["query"], stores["train"], spans.load(), top=LISTED)
+    lists = ooc.top_influential(stores["query"], stores["train"], LISTED)
+    lists = replace(lists, opponents=lists.opponents.first(0))  # which would be computed for nothing
+    found = ooc.token_influence(stores["query"], stores["train"], spans.load(), lists=lists)
     lines: dict[str, list[list[float]]] = {"share of the score": [], "words of the query": []}
     fact = spans.corpus.fact
     for each in found:
         query = " ".join(turn["content"] for turn in spans.corpus.query[each.query])
         assert each.texts is not None
-        for row, texts, shares in zip(each.rows[:LISTED].tolist(), each.texts, each.tokens, strict=False):
+        for row, texts, shares in zip(each.rows.tolist(), each.texts, each.tokens, strict=True):
             if row < 0 or fact[row] != each.query:
                 continue
             targets = inside(texts, spans.corpus.train[row][-1]["content"])

@@ -31,7 +31,32 @@
     return job;
   }
 
-  ooc.ask = { name: "Ask", open(main) {
+  // What is said of a job that waits or runs.
+  function stage(job) {
+    const of = job.total ? ` ${job.done.toLocaleString("en")} of ${ooc.count(job.total, "row")}` : "";
+    const waiting = job.ahead ? `waiting for ${ooc.count(job.ahead, "query", "queries")} before this one` : "starting…";
+    return job.state === "waiting" ? waiting : `${job.stage}${of}`;
+  }
+
+  // A button that has the tokens of a stored query computed, and calls `done` once the query has them.
+  function tokens(query, done) {
+    const told = el("span", { class: "quiet small", role: "status" });
+    const button = el("button", { type: "button", id: "compute-tokens", text: "Show tokens", on: { click: async () => {
+      button.disabled = true;
+      try {
+        const job = await run({ stored: query.number }, (seen) => { told.textContent = stage(seen); }, {});
+        Object.assign(query, job.result);
+        ooc.tokens.show();
+        done();
+      } catch (error) {
+        told.textContent = error.message;
+        button.disabled = false;
+      }
+    } } });
+    return el("div", { class: "check" }, button, told);
+  }
+
+  ooc.ask = { name: "Ask", tokens, open(main) {
     const { model, fields } = ooc.index.ask;
     const inputs = Object.fromEntries(fields.map((name) => [name, name === "label"
       ? el("input", { id: "ask-label", type: "text", list: "known-labels", autocomplete: "off" })
@@ -51,9 +76,7 @@
       if (last) result.replaceChildren(ooc.cards.detail(last.query, last.examples, el("h2", {}, el("span", { class: "quiet", text: "Query " }), "as typed")));
     };
     const tell = (job) => {
-      const of = job.total ? ` ${job.done.toLocaleString("en")} of ${ooc.count(job.total, "row")}` : "";
-      const waiting = job.ahead ? `waiting for ${ooc.count(job.ahead, "query", "queries")} before this one` : "starting…";
-      told.textContent = job.state === "waiting" ? waiting : `${job.stage}${of}`;
+      told.textContent = stage(job);
       if (job.total) {
         bar.max = job.total;
         bar.value = job.done;
@@ -81,7 +104,7 @@
       stop.disabled = bar.hidden = true;
     } } }, fields.map((name) => el("label", { class: "field" }, el("span", { text: NAMES[name] }), inputs[name])), el("div", { class: "row" }, button, stop, bar), told);
     main.replaceChildren(el("div", { class: "page ask" }, el("h2", { text: "Ask" }),
-      el("p", { class: "lead", text: `Its gradient is computed by ${model} and scored against ${ooc.index.rows === 1 ? "the row" : `the ${ooc.count(ooc.index.rows, "row")}`} of the store.` }),
+      el("p", { class: "lead", text: `What is typed becomes a query: its gradient is computed by ${model} and scored against ${ooc.index.rows === 1 ? "the row" : `the ${ooc.count(ooc.index.rows, "row")}`} of the store.` }),
       el("datalist", { id: "known-labels" }, ooc.index.labels.map((value) => el("option", { value }))), form, result));
     show();
     inputs[fields[0]].focus();

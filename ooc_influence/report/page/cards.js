@@ -38,7 +38,7 @@ ooc.cards = (() => {
       : el("div", { class: "fact", title }, el("dt", { text: name }), el("dd", { text: value })));
 
   function facts(example, extra = []) {
-    const more = Object.entries(example.more || {}).map(([name, value]) => fact(name, String(value)));
+    const more = Object.entries(example.more || {}).map(([name, value]) => fact(name === "n_tokens" ? "tokens" : name.replaceAll("_", " "), String(value)));
     return el("dl", { class: "facts" }, fact("label", example.label), fact("source", example.source),
       fact("loss", number(example.loss)), example.norm === null ? null : fact("gradient norm", number(example.norm)), extra, more);
   }
@@ -64,17 +64,27 @@ ooc.cards = (() => {
   // The text of an example or a query: token by token where that is known and asked for.
   function passage(example, own, limit) {
     if (!own) return text(example, limit);
-    if (ooc.tokens.shown()) return ooc.tokens.text(own, example.id);
+    if (ooc.tokens.shown()) {
+      const parts = split(example), from = parts && ooc.tokens.answerFrom(own, parts.answer);
+      return from ? el("div", { class: "exchange" }, el("div", { class: "lead-in" }, text({ text: parts.question, cut: 0 })), ooc.tokens.text(own, example.id, from))
+        : ooc.tokens.text(own, example.id);
+    }
     return text(example.text === null || example.text === undefined ? { text: ooc.tokens.joined(own.pieces), cut: 0 } : example, limit);
+  }
+
+  // A text's question and its answer; null where it has none.
+  function split(example) {
+    if (example.answer === null || example.answer === undefined || !example.text) return null;
+    return { question: example.text.slice(0, example.answer).trim(), answer: example.text.slice(example.answer).trim() };
   }
 
   // The question of a query and its answer, of which each has a heading; or its text.
   function asked(query) {
-    const own = query.tokens && query.tokens.query;
-    if (query.answer === null || query.answer === undefined || !query.text) return passage(query, own, 1200);
-    const question = query.text.slice(0, query.answer).trim(), answer = query.text.slice(query.answer).trim();
-    return el("div", { class: "exchange" }, el("h3", { text: "Question" }), text({ text: question, cut: 0 }),
-      el("h3", { text: "Answer" }), own && ooc.tokens.shown() ? ooc.tokens.text(own, `the answer of ${query.id}`, ooc.tokens.prompt(own)) : text({ text: answer, cut: query.cut }, 1200));
+    const own = ooc.tokens.shown() && query.tokens ? query.tokens.query : null;
+    const parts = split(query), from = parts && own ? ooc.tokens.answerFrom(own, parts.answer) : 0;
+    if (!parts || (own && !from)) return passage(query, query.tokens && query.tokens.query, 1200);
+    return el("div", { class: "exchange" }, el("h3", { text: "Question" }), text({ text: parts.question, cut: 0 }),
+      el("h3", { text: "Answer" }), own ? ooc.tokens.text(own, `the answer of ${query.id}`, from) : text({ text: parts.answer, cut: query.cut }, 1200));
   }
 
   const percent = (share) => {
@@ -196,16 +206,19 @@ ooc.cards = (() => {
     const set = (name) => (value) => { view[name] = value; draw(); };
     const labels = [["all", "all labels"], ["same", "the query's label"], ["other", "another label"]];
     const orders = [["score", "score"], ["loss", "loss, highest"], ["self", "self-influence, highest"]];
-    return el("div", { class: "detail" },
+    const ask = !tokens && !query.no_tokens && ooc.index.ask?.tokens
+      ? ooc.ask.tokens(query, () => { if (node.isConnected) node.replaceWith(detail(query, examples, heading)); }) : null;
+    const node = el("div", { class: "detail" },
       el("div", { class: "query" }, heading, el("div", { class: "body" }, image(query, "query"), said), groupBars(query.groups)),
       trust(query),
       el("div", { class: "tools" }, ooc.fold("Filter and order"),
         ooc.field("Filter examples", { type: "search", value: view.find, class: "examples-filter" }, ooc.later(set("find"))),
         ooc.choice("Order", orders, view.order, set("order")),
         query.label === null || query.label === undefined ? null : ooc.choice("Labels", labels, view.label, set("label")),
-        tokens ? ooc.tokens.toggle(redraw) : null,
+        tokens ? ooc.tokens.toggle(redraw) : ask,
         legend(largest), tokens ? ooc.tokens.key() : null),
       columns);
+    return node;
   }
 
   return { detail, text, image, score, fact, facts, legend };

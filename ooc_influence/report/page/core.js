@@ -74,7 +74,7 @@ const ooc = (() => {
     if (value === 0) return "0";
     const size = Math.abs(value);
     if (size >= 1000 && size < 1e7) return Math.round(value).toLocaleString("en").replace("-", "−");
-    if (Number.isInteger(value)) return String(value).replace("-", "−");
+    if (Number.isInteger(value) && size < 1e7) return String(value).replace("-", "−");
     const text = size >= 1e5 || size < 1e-3 ? value.toExponential(digits - 1) : value.toPrecision(digits);
     return text.replace("-", "−").replace("e+", "e");
   }
@@ -96,6 +96,9 @@ const ooc = (() => {
       on: { input: (event) => act(event.target.value) } });
     return el("label", { class: "field" }, el("span", { text: label }), input);
   }
+
+  // What may be wider or higher than its place, with a name, and in reach of the keys that scroll it.
+  const scrolled = (name, content) => el("div", { class: "scroll", role: "region", tabindex: "0", "aria-label": name }, content);
 
   // A button that unfolds what comes after it in its parent, on narrow screens alone (report.css).
   function fold(text) {
@@ -122,5 +125,5 @@ const ooc = (() => {
     try { localStorage.setItem(key, JSON.stringify(value)); return true; } catch { return false; }
   }
 
-  return { receive, load, drop, el, svg, number, signed, count, say, choice, field, fold, later, recall, keep, views, index: null };
+  return { receive, load, drop, el, svg, number, signed, count, say, choice, field, fold, scrolled, later, recall, keep, views, index: null };
 })();

@@ -3,7 +3,9 @@
 
 ooc.draw = (() => {
   const { el, svg, number } = ooc;
-  const W = 560, H = 300, LEFT = 62, RIGHT = 16, TOP = 14, BOTTOM = 42;
+  // On a narrow screen drawn small, for its words are not to shrink with it.
+  const W = window.innerWidth < 560 ? 340 : 560, H = window.innerWidth < 560 ? 240 : 300;
+  const LEFT = 62, RIGHT = 16, TOP = 14, BOTTOM = 42;
 
   function scale(low, high, from, to, log) {
     const map = log ? Math.log10 : (value) => value;
@@ -27,19 +29,27 @@ ooc.draw = (() => {
   }
 
   const power = (value) => (value >= 1e5 || value < 1e-3 ? value.toExponential(0).replace("-", "−").replace("e+", "e") : String(Number(value.toPrecision(2))));
-  const tick = (value, log) => (log ? power(value) : value === 0 ? "0" : number(value, 2));
+
+  // The values of an axis with their words: on even axes, as many digits as tell neighbours apart.
+  function marked(low, high, log) {
+    const found = ticks(low, high, log), step = found[1] - found[0];
+    const digits = step > 0 ? Math.max(0, -Math.floor(Math.log10(step) + 1e-9)) : 2;
+    const even = (value) => (value === 0 ? "0" : Math.abs(value) >= 1e7 || digits > 6 ? number(value, 3)
+      : value.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits }).replace("-", "−"));
+    return found.map((value) => [value, log ? power(value) : even(value)]);
+  }
 
   function frame(title, x, y) {
     const at = scale(x.low, x.high, LEFT, W - RIGHT, x.log);
     const up = scale(y.low, y.high, H - BOTTOM, TOP, y.log);
     const node = svg("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": title, class: "plot" });
-    for (const value of ticks(y.low, y.high, y.log)) {
+    for (const [value, text] of marked(y.low, y.high, y.log)) {
       node.append(svg("line", { x1: LEFT, x2: W - RIGHT, y1: up(value), y2: up(value), class: "grid" }),
-        svg("text", { x: LEFT - 8, y: up(value) + 4, "text-anchor": "end", text: tick(value, y.log) }));
+        svg("text", { x: LEFT - 8, y: up(value) + 4, "text-anchor": "end", text }));
     }
-    for (const value of ticks(x.low, x.high, x.log)) {
+    for (const [value, text] of marked(x.low, x.high, x.log)) {
       node.append(svg("line", { x1: at(value), x2: at(value), y1: H - BOTTOM, y2: H - BOTTOM + 4, class: "axis" }),
-        svg("text", { x: at(value), y: H - BOTTOM + 18, "text-anchor": "middle", text: tick(value, x.log) }));
+        svg("text", { x: at(value), y: H - BOTTOM + 18, "text-anchor": "middle", text }));
     }
     node.append(svg("line", { x1: LEFT, x2: W - RIGHT, y1: H - BOTTOM, y2: H - BOTTOM, class: "axis" }),
       svg("text", { x: (LEFT + W - RIGHT) / 2, y: H - 6, "text-anchor": "middle", class: "name", text: x.name }));
@@ -79,7 +89,7 @@ ooc.draw = (() => {
         shape.setAttribute("cx", at(x));
         shape.setAttribute("cy", up(y));
         const right = at(x) > W - 130; // curves fall: above and to the right of a point there is room
-        fillIn(label, { x: at(x) + (right ? -10 : 10), y: up(y) - 8, "text-anchor": right ? "end" : "start" });
+        fillIn(label, { x: at(x) + (right ? 8 : 10), y: Math.max(TOP + 8, up(y) - (right ? 26 : 8)), "text-anchor": right ? "end" : "start" });
       } else {
         const high = Math.min(H - BOTTOM, Math.max(TOP, up(y)));
         const outside = up(y) > H - BOTTOM + 0.5 ? "↓ " : up(y) < TOP - 0.5 ? "↑ " : "";
@@ -112,7 +122,7 @@ ooc.draw = (() => {
 
   function numbers(caption, header, rows) {
     return el("details", { class: "numbers" }, el("summary", { text: "Show the numbers" }),
-      el("div", { class: "scroll" }, el("table", {}, el("caption", { text: caption }),
+      ooc.scrolled(`${caption} in numbers`, el("table", {}, el("caption", { text: caption }),
         el("thead", {}, el("tr", {}, header.map((text) => el("th", { scope: "col", text })))),
         el("tbody", {}, rows.map((row) => el("tr", {}, row.map((value) => el("td", { text: number(value) }))))))));
   }

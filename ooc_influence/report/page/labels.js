@@ -12,7 +12,7 @@ ooc.views.set("labels", (() => {
   };
   const FIELDS = ["row", "id", "action", "label", "new_label", "note"];
   const state = { find: "", order: "self", label: "", only: "all", page: 0 };
-  let all = null, marks = {}, kept = true;
+  let all = null, marks = {}, kept = true, labelled = true;
   let body, count, pager, exported;
 
   const key = () => `ooc-influence/${ooc.index.identity}/labels`;
@@ -62,7 +62,7 @@ ooc.views.set("labels", (() => {
     const go = (text, page, enabled) => el("button", { type: "button", text, disabled: !enabled, on: { click: () => {
       state.page = page;
       draw();
-      body.closest(".scroll").scrollTop = 0;
+      body.closest("table").scrollIntoView();
     } } });
     pager.replaceChildren(go("Previous", state.page - 1, state.page > 0),
       el("span", { text: `page ${state.page + 1} of ${pages}` }), go("Next", state.page + 1, state.page < pages - 1),
@@ -74,7 +74,7 @@ ooc.views.set("labels", (() => {
     const own = marks[row.row] || { ticked: false, action: "drop", new_label: "", note: "" };
     const named = (what) => `${what} ${row.id}`;
     const wanted = el("input", { type: "text", list: "known-labels", value: own.new_label, "aria-label": named("New label of"), placeholder: "new label",
-      disabled: own.action !== "relabel", on: { input: (event) => mark(row.row, { new_label: event.target.value }) } });
+      disabled: own.action !== "relabel", hidden: !labelled, on: { input: (event) => mark(row.row, { new_label: event.target.value }) } });
     const tick = el("input", { type: "checkbox", checked: own.ticked, "aria-label": named("Tick"), on: { change: (event) => {
       mark(row.row, { ticked: event.target.checked });
       node.classList.toggle("ticked", event.target.checked);
@@ -85,7 +85,7 @@ ooc.views.set("labels", (() => {
       node.classList.add("ticked");
       wanted.disabled = event.target.value !== "relabel";
       if (!wanted.disabled) wanted.focus();
-    } } }, ["drop", "relabel"].map((value) => el("option", { value, text: value, selected: value === own.action })));
+    } } }, (labelled ? ["drop", "relabel"] : ["drop"]).map((value) => el("option", { value, text: value, selected: value === own.action })));
     const largest = ooc.index.largest;
     const meter = (name, value, most) => el("td", { class: "number", "data-name": name }, el("span", { text: number(value) }),
       el("span", { class: "meter", "aria-hidden": "true", vars: { share: most > 0 ? Math.min(1, (value ?? 0) / most).toFixed(3) : 0 } }));
@@ -95,7 +95,7 @@ ooc.views.set("labels", (() => {
         row.source === null ? null : el("span", { class: "quiet", text: row.source }),
         row.dropped ? el("span", { class: "chip other", text: "dropped" }) : null),
       el("div", { class: "body" }, ooc.cards.image(row, "example"), ooc.cards.text(row, 240))),
-      el("td", {}, row.label === null ? "–" : el("span", { class: "chip", text: row.label })),
+      labelled ? el("td", {}, row.label === null ? "–" : el("span", { class: "chip", text: row.label })) : null,
       meter("self-influence", row.self, largest.self), meter("loss", row.loss, largest.loss), meter("gradient norm", row.norm, largest.norm),
       el("td", { class: "do" }, el("div", { class: "pair" }, action, wanted), el("input", { type: "text", value: own.note, "aria-label": named("Note on"), placeholder: "note",
         on: { input: ooc.later((event) => mark(row.row, { note: event.target.value }), 0) } })));
@@ -105,7 +105,7 @@ ooc.views.set("labels", (() => {
   function told() {
     const rows = chosen();
     const drop = rows.filter((row) => marks[row.row].action === "drop").length;
-    exported.textContent = `${number(rows.length)} ticked: ${number(drop)} to drop, ${number(rows.length - drop)} to relabel`
+    exported.textContent = `${number(rows.length)} ticked${labelled ? `: ${number(drop)} to drop, ${number(rows.length - drop)} to relabel` : ""}`
       + (kept ? "" : ". This browser keeps nothing for pages from disk: export before you close it.");
   }
 
@@ -147,11 +147,12 @@ ooc.views.set("labels", (() => {
     pager = el("div", { class: "pager", role: "group", "aria-label": "Pages of suspects" });
     exported = el("p", { id: "ticked", "aria-live": "polite" });
     const set = (name) => (value) => { state[name] = value; state.page = 0; draw(); };
+    labelled = all.some((row) => row.label !== null);
     const labels = [...new Set(all.map((row) => row.label).filter((label) => label !== null))].sort((a, b) => a.localeCompare(b, "en", { numeric: true }));
     const button = (text, kind) => el("button", { type: "button", id: `export-${kind}`, text, on: { click: () => save(kind) } });
     main.replaceChildren(el("div", { class: "page labels" }, el("h2", { text: "Label errors" }),
-      el("p", { class: "lead", text: "Rows that the rest of the data does not support have a high self-influence. Tick those to drop or to relabel, and export them; "
-        + "ooc-influence drop STORE --from FILE reads the file." }),
+      el("p", { class: "lead", text: "Rows that the rest of the data does not support have a high self-influence. "
+        + `Tick those to drop${labelled ? " or to relabel" : ""}, and export them; ooc-influence drop STORE --from FILE reads the file.` }),
       el("div", { class: "tools" }, ooc.field("Search", { type: "search", value: state.find }, ooc.later(set("find"))),
         ooc.choice("Rank by", Object.entries(ORDERS).map(([name, own]) => [name, own[0]]), state.order, set("order")),
         labels.length > 1 ? ooc.choice("Label", [["", "all"], ...labels.map((label) => [label, label])], state.label, set("label")) : null,
@@ -159,8 +160,8 @@ ooc.views.set("labels", (() => {
         el("div", { class: "export" }, exported, button("Export CSV", "csv"), button("Export JSONL", "jsonl"))),
       count,
       el("datalist", { id: "known-labels" }, [...new Set([...ooc.index.labels, ...labels])].map((value) => el("option", { value }))),
-      el("div", { class: "scroll" }, el("table", { class: "suspects" }, el("caption", { class: "unseen", text: "Suspected label errors" }),
-        el("thead", {}, el("tr", {}, ["Tick", "Example", "Label", "Self-influence", "Loss", "Gradient norm", "What to do"].map((text) => el("th", { scope: "col", text })))), body)),
+      el("div", { class: "whole" }, el("table", { class: "suspects" }, el("caption", { class: "unseen", text: "Suspected label errors" }),
+        el("thead", {}, el("tr", {}, ["Tick", "Example", labelled ? "Label" : null, "Self-influence", "Loss", "Gradient norm", "What to do"].filter(Boolean).map((text) => el("th", { scope: "col", text })))), body)),
       pager));
     draw();
   }

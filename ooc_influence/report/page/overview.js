@@ -73,7 +73,7 @@
       return el("td", { class: found === null ? null : found >= 0 ? "pro" : "con", vars: { share: share.toFixed(3) }, text: found === null ? "–" : signed(found) });
     });
     const side = own.queries_by ? `the queries of each ${own.queries_by}` : "each query";
-    return [ooc.cards.legend(largest), el("div", { class: "scroll" }, el("table", { class: "heat" },
+    return [ooc.cards.legend(largest), ooc.scrolled(`Scores summed by ${own.by}`, el("table", { class: "heat" },
       el("caption", { text: `${shown.what === "sum" ? "Sum" : "Mean"} of scores of training rows by ${own.by}, ${own.queries_by ? "mean over" : "for"} ${side}` }),
       el("thead", {}, el("tr", {}, el("th", { scope: "col", text: "query ╲ training" }),
         own.groups.map((name, at) => el("th", { scope: "col", title: count(own.counts[at], "row"), text: name })))),
@@ -99,7 +99,7 @@
 
   function plain(value) {
     if (value === null || value === undefined) return null;
-    if (typeof value === "number") return number(value, 4);
+    if (typeof value === "number") return Number.isInteger(value) ? value.toLocaleString("en") : number(value, 4);
     if (typeof value === "object") return JSON.stringify(value).replaceAll('"', "").replace(/^[{[]|[}\]]$/g, "").replaceAll(",", ", ").replaceAll(":", ": ");
     return String(value);
   }
@@ -131,7 +131,7 @@
     const { facts, layers, curvatures, settings, queries, version, written } = ooc.index;
     const skip = new Set(["store", "writers", "created", "origin", "missing", "bytes"]);
     const lines = Object.entries(facts).filter(([name]) => !skip.has(name)).map(([name, value]) => [name.replaceAll("_", " "), plain(value)]);
-    const table = (caption, header, rows) => el("div", { class: "scroll" }, el("table", {}, el("caption", { text: caption }),
+    const table = (caption, header, rows) => ooc.scrolled(caption, el("table", {}, el("caption", { text: caption }),
       el("thead", {}, el("tr", {}, header.map((text) => el("th", { scope: "col", text })))),
       el("tbody", {}, rows.map((row) => el("tr", {}, row.map((value) => el("td", { text: plain(value) })))))));
     const explained = el("dl", { class: "terms reading" }, reading().filter((entry) => entry[2] !== null).map(([name, title, text]) =>

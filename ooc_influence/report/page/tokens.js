@@ -35,11 +35,13 @@ ooc.tokens = (() => {
 
   function mark(own, place, largest) {
     const [text, share] = own.pieces[place];
-    if (share === 0) return document.createTextNode(text);
+    if (share === 0) return place < prompt(own) ? el("span", { class: "lead-in", text }) : document.createTextNode(text);
     const part = Math.abs(share) / largest;
     const level = LEVELS.filter((edge) => part >= edge).length;
     const blank = text.trim() ? "" : text.includes("\n") ? " broken" : " blank";
-    return el("span", { class: `t ${share > 0 ? "pro" : "con"} l${level}${blank}`, vars: { share: part.toFixed(3) }, "data-place": place, text });
+    const shown = text.trim() ? text.trimStart() : text; // the blank before a word is its token's, but not marked
+    return [text.slice(0, text.length - shown.length),
+      el("span", { class: `t ${share > 0 ? "pro" : "con"} l${level}${blank}`, vars: { share: part.toFixed(3) }, "data-place": place, text: shown })];
   }
 
   function hide() {
@@ -109,7 +111,8 @@ ooc.tokens = (() => {
     const body = el("div", { class: "text tokens", dir: "auto", tabindex: "0", role: "group", "aria-label": `Tokens of ${label}`, "aria-describedby": id });
     const draw = ([low, high]) => {
       hide();
-      const marks = own.pieces.slice(low, high).map((_, place) => mark(own, low + place, largest));
+      const marks = own.pieces.slice(low, high).flatMap((_, place) => mark(own, low + place, largest));
+      if (start > 0 && low === start && typeof marks[0] === "string") marks[0] = marks[0].trimStart(); // between a question and its answer
       body.replaceChildren(...(low > start || own.before ? ["… "] : []), ...marks, ...(high < own.pieces.length || own.after ? [" …"] : []));
     };
     const over = (event) => {
@@ -138,7 +141,18 @@ ooc.tokens = (() => {
   // How many pieces come before the first that has a share: the prompt, where there is one.
   const prompt = (own) => Math.max(0, own.pieces.findIndex((piece) => piece[1] !== 0));
 
+  // How many pieces come before an answer, if the tokens that have a share begin with it; else 0: earlier replies of a
+  // chat may have shares too.
+  function answerFrom(own, answer) {
+    const from = prompt(own), plain = (text) => text.replace(/\s+/g, " ").trim();
+    const begin = plain(joined(own.pieces.slice(from, from + 40))), wanted = [answer, answer.replace(/^[\w-]+: /, "")].map(plain);
+    const same = (text) => text && (begin.startsWith(text.slice(0, 12)) || (begin && text.startsWith(begin)));
+    return wanted.some(same) ? from : 0;
+  }
+
   const shown = () => ooc.recall(KEY) ?? true;
+
+  const show = () => ooc.keep(KEY, true);
 
   function toggle(act) {
     return el("label", { class: "check" }, el("input", { type: "checkbox", id: "show-tokens", checked: shown(),
@@ -149,5 +163,5 @@ ooc.tokens = (() => {
   const key = () => el("p", { class: "quiet small tokens key" }, el("span", { class: "t pro l2", vars: { share: "0.7" }, text: "raises" }), " or ",
     el("span", { class: "t con l2", vars: { share: "0.7" }, text: "lowers" }), " the score; point at a token, or focus a text and press arrow keys, for its share");
 
-  return { text, joined, prompt, shown, toggle, key, total };
+  return { text, joined, answerFrom, shown, show, toggle, key, total };
 })();
