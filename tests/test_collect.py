@@ -21,7 +21,10 @@ from ooc_influence import Dropout, GradientStore
 from ooc_influence.errors import InputError, MismatchError, UnsupportedModelError
 
 N, B, STEPS = 24, 6, 8
-pytestmark = pytest.mark.filterwarnings("ignore:gradients cover")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:gradients cover"),
+    pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning"),
+]
 
 
 def training(kind, seed=0, **optimizer):
@@ -313,3 +316,66 @@ def test_a_killed_training_has_each_step_once(tmp_path):
     live = ~found.dropped
     assert_array_equal(found.rows()[live], wanted.rows())
     assert_array_equal(found.column("step")[live], wanted.column("step"))
+
+
+def test_mixed_precision(tmp_path):
+    """Autocast and a scaled loss: rows are those of the same model in float32, to the precision of bfloat16."""
+    x, y = data(Mlp, 8)
+    rows = []
+    for name, mixed in (("plain", False), ("mixed", True)):
+        model = make(Mlp).eval()
+        with ooc.collect(model, tmp_path / name, compressor=Dropout(k=200), dtype="float32") as collector:
+            scale = 256.0 if mixed else 1.0
+            with collector.step(range(8), scale=scale), torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+                (scale * F.cross_entropy(model(x), y)).backward()
+        rows.append(GradientStore.open(tmp_path / name).rows())
+    assert_allclose(rows[1], rows[0], atol=0.05 * np.abs(rows[0]).max())
+    assert np.abs(rows[1] - rows[0]).max() > 0  # it was mixed
+
+
+def test_a_language_model_with_checkpointing_and_an_adapter(tmp_path):
+    """Rows are those that extraction computes of each checkpoint, and training is the same to the bit."""
+    peft = pytest.importorskip("peft")
+    tiny_hf = pytest.importorskip("tiny_hf")
+    from ooc_influence import hf
+
+    tiny_hf.make_model(tmp_path / "model")
+    tokens = torch.randint(5, 45, (8, 12), generator=torch.Generator().manual_seed(0))
+
+    def adapted():
+        torch.manual_seed(0)
+        loaded = hf.load(str(tmp_path / "model"))
+        config = peft.LoraConfig(r=2, target_modules=["c_attn", "c_fc"], task_type="CAUSAL_LM", fan_in_fan_out=True)
+        model = peft.get_peft_model(loaded.model, config).train()
+        for each in model.modules():
+            if isinstance(each, nn.Dropout):
+                each.p = 0.0  # extraction has none
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+        return model
+
+    models = adapted(), adapted()
+    losses = hf.CausalLoss()
+    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
+    for model in models:
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+        if model is models[0]:
+            with ooc.collect(model, tmp_path / "s", compressor=Dropout(k=60), dtype="float32") as collector:
+                for _ in range(3):
+                    with collector.step(range(8)):
+                        model(**batch).loss.backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+        else:
+            for number in range(3):
+                if number == 2:
+                    ooc.extract_gradients(model, losses, [batch], tmp_path / "e", compressor=Dropout(k=60),
+                                          dtype="float32")  # fmt: skip
+                model(**batch).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    for mine, theirs in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    found, wanted = GradientStore.open(tmp_path / "s"), GradientStore.open(tmp_path / "e")
+    assert found.mask.digest == wanted.mask.digest
+    assert_allclose(found.rows()[16:], wanted.rows(), rtol=1e-3, atol=1e-6)
