@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         BudgetBatches,
         Recipe,
         Split,
+        collect,
         cross_entropy,
         extract_gradients,
         extract_shards,
@@ -62,7 +63,7 @@ _EXPORTS = {
     "curvature": ["Curvature", "fit_curvature", "fit_fisher", "fit_gram", "fit_kronecker", "gram_matrix"],
     "errors": ["OocInfluenceError", "OocInfluenceWarning"],
     "extract": [
-        "AdamMetric", "Batching", "BudgetBatches", "Recipe", "Split", "cross_entropy", "extract_gradients",
+        "AdamMetric", "Batching", "BudgetBatches", "Recipe", "Split", "collect", "cross_entropy", "extract_gradients",
         "extract_shards", "init_store", "token_cross_entropy",
     ],
     "influence": [
@@ -83,12 +84,12 @@ __all__ = [
     "AdamMetric", "Batching", "BudgetBatches", "ChunkCache", "Curvature", "Dropout", "Eigenbasis", "Gaussian",
     "GradientStore", "Grass", "Identity", "KroneckerBasis", "LoGra", "OocInfluenceError", "OocInfluenceWarning",
     "Pca", "Rademacher", "Recipe", "RowBudget", "Selection", "Sjlt", "Split", "Storage", "TokenInfluence",
-    "TopInfluential", "Trace", "__version__",
-    "compact_store", "cross_entropy", "export_rows", "export_scores", "extract_gradients", "extract_shards",
-    "fit_curvature", "fit_fisher", "fit_gram", "fit_kronecker", "gram_matrix", "group_influence", "import_rows",
-    "influence_scores", "init_store", "merge_stores", "module_influence", "plan", "reduce_store", "rerank",
-    "rewrite_store", "select_rows", "self_influence", "sketch_store", "token_cross_entropy", "token_influence",
-    "top_influential", "trace", "upgrade_store",
+    "TopInfluential", "Trace", "__version__", "collect", "compact_store", "cross_entropy", "export_rows",
+    "export_scores", "extract_gradients", "extract_shards", "fit_curvature", "fit_fisher", "fit_gram",
+    "fit_kronecker", "gram_matrix", "group_influence", "import_rows", "influence_scores", "init_store",
+    "merge_stores", "module_influence", "plan", "reduce_store", "rerank", "rewrite_store", "select_rows",
+    "self_influence", "sketch_store", "token_cross_entropy", "token_influence", "top_influential", "trace",
+    "upgrade_store",
 ]  # fmt: skip
 
 

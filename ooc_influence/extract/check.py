@@ -230,6 +230,19 @@ class GradientCheck:
             torch.autograd.backward(loss, inputs=parameters)
 
     @contextmanager
+    def following(self) -> Iterator[None]:
+        """Read the gradients of a backward pass of the caller's, which parameters then receive as ever."""
+        self._followed = [each for each in self._followed if each[2].requires_grad]
+        reached: set[tuple[int, str]] = set()
+        handles = [p.register_hook(partial(self._note, number, name, reached)) for number, name, p in self._followed]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._note_missing(reached)
+
+    @contextmanager
     def watching(self) -> Iterator[None]:
         """Have autograd follow the parameters meanwhile."""
         flags = [p.requires_grad for _, _, p in self._followed]
@@ -257,6 +270,9 @@ class GradientCheck:
                 handle.remove()
             for grad, (_, _, parameter) in zip(grads, self._followed, strict=True):
                 parameter.grad = grad
+        self._note_missing(reached)
+
+    def _note_missing(self, reached: set[tuple[int, str]]) -> None:
         self._reached |= reached
         for number, name, parameter in self._followed:
             if (number, name) not in reached:  # autograd never reached it: its gradient is zero
@@ -267,6 +283,9 @@ class GradientCheck:
     def _read(self, number: int, name: str, reached: set[tuple[int, str]], parameter: nn.Parameter) -> None:
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
+        self._note(number, name, reached, gradient)
+
+    def _note(self, number: int, name: str, reached: set[tuple[int, str]], gradient: Tensor) -> None:
         reached.add((number, name))
         gradient = gradient.detach()
         gradient = gradient.to_dense() if gradient.layout != torch.strided else gradient

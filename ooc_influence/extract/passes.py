@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +26,7 @@ from ooc_influence.extract.data import (
     to_device,
 )
 from ooc_influence.extract.gather import MaskGatherer, make_reducer
+from ooc_influence.extract.layers import Use
 from ooc_influence.extract.losses import active_draws, rows_of_batch, sampled_labels
 from ooc_influence.extract.pilot_rows import KnownRows, same_losses
 from ooc_influence.extract.sink import Computed, Sink
@@ -87,6 +88,15 @@ class RowGatherer:
             rows /= len(self._checkpoints) + 1
         return losses, *self.reduced(rows)
 
+    def room(self, b: int) -> Tensor:
+        """Return zeros for the masked rows of b samples, (b, k), if they fit the free memory."""
+        _check_memory(b, self._k)
+        return torch.zeros((b, self._k), device=self._device)
+
+    def adding(self, rows: Tensor) -> Callable[[Use, Any, Any], None]:
+        """Return a receiver (use, x, δ) that adds a use's entries to masked rows (b, k)."""
+        return lambda use, x, delta: self._gather.add(rows, use, x, delta)
+
     def reduced(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return masked rows (b, k) times the reduction, (b, columns), and their norms (b,), on the device."""
         whole = rows if self._whitening is None else rows * self._whitening
@@ -99,9 +109,8 @@ class RowGatherer:
 
         def receiver(b: int) -> Any:
             nonlocal rows
-            _check_memory(b, self._k)
-            rows = torch.zeros((b, self._k), device=self._device)
-            return lambda use, x, delta: self._gather.add(rows, use, x, delta)
+            rows = self.room(b)
+            return self.adding(rows)
 
         losses = taps.run(per_sample_loss, batch, receiver, (lambda: rows) if self._masked else None)
         return losses, rows

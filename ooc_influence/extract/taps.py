@@ -89,13 +89,13 @@ class Taps:
 
     def __init__(
         self, model: nn.Module, uses: Sequence[Use], device: torch.device, *, skip: Container[int] = (),
-        check: GradientCheck | None = None, probe: bool = False,
+        check: GradientCheck | None = None, probe: bool = False, paused: bool = False,
     ) -> None:  # fmt: skip
         self._model, self._uses, self._skip = model, uses, skip
         self.check, self._probe_pending = check, probe
         self._anchor = torch.zeros((), device=device, requires_grad=True)
         self._receiver: RawReceiver | None = None
-        self._paused = False  # while a receiver runs a layer again, or autograd is asked
+        self._paused = paused  # while a receiver runs a layer again, autograd is asked, or no pass is to be received
         self._size = 0  # samples of the batch
         self._embeds = any(use.kind is EmbeddingEntries for use in uses)
         self._tapped = {use.shape.name for use in uses if use.layer not in skip}
@@ -131,6 +131,16 @@ class Taps:
             return _Tap.apply(output, x, self._anchor, self, number)
 
         return forward_hook
+
+    @contextmanager
+    def hooked(self, *, all_layers: bool = False) -> Iterator[None]:
+        """Have the model's modules call the hooks meanwhile; of layers that are skipped, too, if ``all_layers``."""
+        with ExitStack() as undo:
+            for number, use in enumerate(self._uses):
+                if all_layers or use.layer not in self._skip:
+                    hook = use.module.register_forward_hook(self.hook(number, use), prepend=True, with_kwargs=True)
+                    undo.callback(hook.remove)
+            yield
 
     def _tap_call(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         leaves, spec = pytree.tree_flatten(output)
@@ -318,6 +328,25 @@ class Taps:
         finally:
             self._paused = False
 
+    @contextmanager
+    def receiving(self, b: int, receiver: Receiver) -> Iterator[None]:
+        """Receive a forward and backward pass of the caller's, over a batch of b samples."""
+        self._size, self._paused = b, False
+        self._separation.begin()
+        self._receiver = self._arranged(receiver)
+        try:
+            yield
+        finally:
+            self._receiver, self._paused = None, True
+
+    def probe(self, losses: Tensor) -> None:
+        """Find out whether the samples of a pass that is being received mix; refuse them if they do."""
+        receiver = self._receiver
+        try:
+            self._probe(losses)
+        finally:
+            self._receiver = receiver
+
     def _probe(self, losses: Tensor) -> bool:
         """Differentiate single samples' losses to find the samples; return whether that found anything new."""
         probe = Probe(self._separation, len(losses))
@@ -428,11 +457,17 @@ def tapped(
             undo.callback(parameter.requires_grad_, parameter.requires_grad)
             parameter.requires_grad_(False)
         taps = Taps(model, uses, device, skip=skip, check=checking, probe=probe)
-        for number, use in enumerate(uses):
-            if use.layer in skip and not check:
-                continue
-            hook = use.module.register_forward_hook(taps.hook(number, use), prepend=True, with_kwargs=True)
-            undo.callback(hook.remove)
+        undo.enter_context(taps.hooked(all_layers=check))
+        yield taps
+
+
+@contextmanager
+def tapped_in_training(
+    model: nn.Module, uses: Sequence[Use], device: torch.device, skip: Container[int] = ()
+) -> Iterator[Taps]:  # fmt: skip
+    """Tap layers of a model that trains: it is left as it is, and passes are received where that is asked for."""
+    taps = Taps(model, uses, device, skip=skip, paused=True)
+    with taps.hooked():
         yield taps
 
 

@@ -20,6 +20,7 @@ from ooc_influence.options.documents import (
 )
 from ooc_influence.options.evaluation import CheckOptions, LoraOptions, PlanOptions, RetrainOptions, VerifyOptions
 from ooc_influence.options.extraction import (
+    CollectOptions,
     DampingScope,
     ExtractionOptions,
     ExtractOptions,
@@ -68,7 +69,7 @@ __all__ = [
     "AnyCurvature",
     "Blocks",
     "Budgeted",
-    "CheckOptions",
+    "CheckOptions", "CollectOptions",
     "Combine",
     "CreateOptions",
     "Damped",

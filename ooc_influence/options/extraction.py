@@ -19,17 +19,13 @@ DampingScope = Literal["layer", "model"]
 
 
 # fmt: off
-class ExtractionOptions(Budgeted, Reporting, total=False):
-    """What of a model's gradients is stored, and how."""
+class KeptEntries(TypedDict, total=False):
+    """What is kept of a model's gradients, and how."""
 
     compressor: Annotated["Compressor | Callable[[int], Compressor] | None", Option(
         None, "Dropout, Gaussian, Rademacher, Sjlt, Grass, LoGra, Pca or Identity, optional",
         "What to keep of each gradient; default ``Dropout()``. Also a function of p, the entries of the tapped layers, "
         "that returns one.")]
-    like: Annotated["GradientStore | PathLike | None", Option(
-        None, "GradientStore or path, optional",
-        "A train store whose mask to use instead: makes a query store. The model must be the same.",
-        "Make a query store with the mask and basis of this train store.", kind="path", metavar="TRAIN")]
     modules: Annotated["ModuleSelection", Option(
         None, "str, sequence of str, callable, optional",
         "Layers to tap: name patterns or a predicate ``(name, module) -> bool``; default every supported layer, or "
@@ -44,10 +40,19 @@ class ExtractionOptions(Budgeted, Reporting, total=False):
         "float16", DTYPE_NAMES,
         "Representation on disk; float16, int8, int4 and sign have a float32 scale a row.",
         "Representation on disk; float16, int8, int4 and sign have a scale a row.", choices=DTYPES)]
+    storage: Annotated["Storage | None", Option(None, "Storage, optional", "Chunking and codec.")]
+
+
+class ExtractionOptions(KeptEntries, Budgeted, Reporting, total=False):
+    """What of a model's gradients is stored, and how."""
+
+    like: Annotated["GradientStore | PathLike | None", Option(
+        None, "GradientStore or path, optional",
+        "A train store whose mask to use instead: makes a query store. The model must be the same.",
+        "Make a query store with the mask and basis of this train store.", kind="path", metavar="TRAIN")]
     device: Annotated["torch.device | str | None", Option(
         None, "torch.device or str, optional", "Where to run; default where the model is.",
         "Where to run, such as cuda. Default: where the model is.")]
-    storage: Annotated["Storage | None", Option(None, "Storage, optional", "Chunking and codec.")]
     labels: Annotated[LabelKind, Option(
         "dataset", '{"dataset", "sampled"}',
         '``"sampled"``: losses of this package (:func:`cross_entropy`, :func:`token_cross_entropy`, those of Hugging '
@@ -96,8 +101,8 @@ class ExtractionOptions(Budgeted, Reporting, total=False):
         flag="--no-check")]
 
 
-class InitOptions(ExtractionOptions, total=False):
-    """What fixes a store that extraction fills."""
+class Described(TypedDict, total=False):
+    """What rows are of."""
 
     loss_kind: Annotated[str | None, Option(
         None, "str, optional",
@@ -110,6 +115,10 @@ class InitOptions(ExtractionOptions, total=False):
         None, "mapping, optional",
         "What a new store's rows are made from, JSON values by name, such as the model's path and the data's: "
         "recorded, and shown by ``info`` and on a report's page.")]
+
+
+class InitOptions(ExtractionOptions, Described, total=False):
+    """What fixes a store that extraction fills."""
 
 
 class Writing(TypedDict, total=False):
@@ -135,4 +144,18 @@ class Sharded(Writing, total=False):
 
 class ExtractOptions(InitOptions, Sharded, total=False):
     """What an extraction takes."""
+
+
+class CollectOptions(KeptEntries, Described, Writing, Budgeted, Reporting, total=False):
+    """What is collected of a training."""
+
+    loss: Annotated[Literal["mean", "sum"], Option(
+        "mean", '{"mean", "sum"}',
+        "Whether a batch's loss is the mean of its samples' losses or their sum, where a step is not given weights.")]
+    every: Annotated[int, Option(1, "int", "Collect the rows of every such step.")]
+    columns: Annotated[Sequence[str], Option(
+        (), "sequence of str", "Further per-row values that every step is given, such as ``epoch`` or ``lr``.")]
+    check_gradients: Annotated[bool, Option(
+        True, "bool",
+        "Compare the entries of the first batch, summed over its samples, with the gradients that parameters receive.")]
 # fmt: on

@@ -1,0 +1,125 @@
+"""Rows of a Trainer's own training: those that extraction computes, the same training, continued from checkpoints."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from numpy.testing import assert_allclose, assert_array_equal
+from tiny_hf import MARKS, make_model
+
+import ooc_influence as ooc
+from ooc_influence import Dropout, GradientStore, hf
+from ooc_influence.errors import InputError, MismatchError
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+pytestmark = [
+    *MARKS,
+    pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:gradients cover"),
+]
+N, LENGTHS = 14, (9, 5, 12, 7)
+
+
+def documents():
+    drawn = torch.Generator().manual_seed(3)
+    return [
+        {"input_ids": torch.randint(5, 45, (LENGTHS[number % 4],), generator=drawn), "example_id": 100 + number}
+        for number in range(N)
+    ]
+
+
+def collate(samples):
+    """Pad; the ids of the samples are passed on."""
+    longest = max(len(each["input_ids"]) for each in samples)
+    ids = torch.zeros((len(samples), longest), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, each in enumerate(samples):
+        ids[row, : len(each["input_ids"])], mask[row, : len(each["input_ids"])] = each["input_ids"], 1
+    labels = torch.where(mask.bool(), ids, -100)
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return batch | ({"example_id": torch.tensor([each["example_id"] for each in samples])})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("trainer") / "model")
+
+
+def trainer(folder, out, **options):
+    torch.manual_seed(0)
+    model = hf.load(str(folder)).model
+    for each in model.modules():
+        if isinstance(each, torch.nn.Dropout):
+            each.p = 0.0  # extraction has none
+    arguments = transformers.TrainingArguments(
+        str(out), per_device_train_batch_size=3, num_train_epochs=2, learning_rate=0.05, report_to="none", use_cpu=True,
+        remove_unused_columns=False, disable_tqdm=True,
+        **({"gradient_accumulation_steps": 2, "save_strategy": "no"} | options),
+    )  # fmt: skip
+
+    class Own(transformers.Trainer):
+        def _prepare_inputs(self, inputs):
+            return super()._prepare_inputs({name: value for name, value in inputs.items() if name != "example_id"})
+
+    return Own(model, arguments, data_collator=collate, train_dataset=documents())
+
+
+def collecting(made, store):
+    made.add_callback(hf.collect_callback(made, store, compressor=Dropout(k=120), dtype="float32"))
+    return made
+
+
+def test_rows_are_those_of_extraction_and_training_is_the_same(folder, tmp_path):
+    plain = trainer(folder, tmp_path / "plain")
+    plain.train()
+    made = collecting(trainer(folder, tmp_path / "out"), tmp_path / "s")
+    made.train()
+    for mine, theirs in zip(made.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    store = GradientStore.open(tmp_path / "s")
+    assert store.n == 2 * N
+    assert sorted(store.ids().tolist()) == sorted([*range(100, 100 + N)] * 2)
+    assert_array_equal(np.unique(store.column("step")), np.arange(6))
+    assert store.column("lr")[0] > store.column("lr")[-1] > 0
+    first = store.column("step") == 0  # rows of the first step are of the model as it was loaded
+    base, numbers = hf.load(str(folder)), store.ids()[first] - 100
+    batches = [collate([documents()[number]]) for number in numbers]
+    ooc.extract_gradients(
+        base.model, hf.CausalLoss(), batches, tmp_path / "e", compressor=Dropout(k=120), dtype="float32",
+    )  # fmt: skip
+    assert_allclose(store.rows()[first], GradientStore.open(tmp_path / "e").rows(), rtol=2e-3, atol=1e-6)
+
+
+def test_it_continues_from_a_checkpoint(folder, tmp_path):
+    whole = collecting(trainer(folder, tmp_path / "whole"), tmp_path / "w")
+    whole.train()
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    first = collecting(trainer(folder, tmp_path / "out", **saving), tmp_path / "s")
+
+    class Stop(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    first.add_callback(Stop())
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    del first
+    again = collecting(trainer(folder, tmp_path / "out", **saving), tmp_path / "s")
+    again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    found, wanted = GradientStore.open(tmp_path / "s"), GradientStore.open(tmp_path / "w")
+    assert_array_equal(found.ids()[~found.dropped], wanted.ids())
+    assert_allclose(found.rows()[~found.dropped], wanted.rows(), rtol=1e-5, atol=1e-7)
+    with pytest.raises(MismatchError, match="both from one checkpoint"):
+        collecting(trainer(folder, tmp_path / "out"), tmp_path / "s").train()
+
+
+def test_what_is_refused(folder, tmp_path):
+    made = collecting(trainer(folder, tmp_path / "out"), tmp_path / "s")
+    made.data_collator = lambda samples: {
+        name: value for name, value in collate(samples).items() if name != "example_id"
+    }
+    with pytest.raises(InputError, match="ids of samples as 'example_id'"):
+        made.train()
