@@ -86,7 +86,7 @@ def test_rows_are_autograds_and_the_training_is_the_same(tmp_path, kind, loss):
         assert torch.equal(mine, theirs)
     store = GradientStore.open(tmp_path / "s")
     assert_allclose(store.rows(), expected_rows(store.mask, seen, batches), rtol=1e-4, atol=1e-6)
-    assert_array_equal(store.ids(), torch.cat([ids for ids, _, _ in batches]).numpy())
+    assert_array_equal(store.column("example_id"), torch.cat([ids for ids, _, _ in batches]).numpy())
     assert_array_equal(store.column("step"), np.repeat(np.arange(STEPS), B))
     assert_array_equal(store.column("epoch"), np.repeat(np.arange(STEPS) // 4, B))
     assert store.attrs["verification"]["checked"]

@@ -18,6 +18,7 @@ from ooc_influence.checkpoint import ResumableOutput
 from ooc_influence.extract import pilot as pilot_module
 from ooc_influence.extract.pilot import MomentSums
 from ooc_influence.extract.pilot_sums import PilotParts, Position
+from ooc_influence.store import tree_bytes
 
 N, BATCH = 96, 8
 COMPRESSORS = {
@@ -114,6 +115,22 @@ def test_sums_and_losses_are_kept_as_they_are(tmp_path):
     assert not found.has(torch.tensor([1.1, float("nan"), float("inf")]))
     assert not found.has(torch.tensor([1.0, float("nan")]))
     assert parts.resume("factors 2/2", sums) == Position()
+
+
+def test_sums_take_their_own_size_on_disk(tmp_path):
+    """Of an adapter's hundreds of layers most are small: a chunk is no larger than its array."""
+
+    class Sums:
+        samples, identity = 1, "sums"
+
+        def state(self):
+            shapes = [(16, 16)] * 20 + [(3000, 1000), (7, 3), (1, 5)]
+            return {}, {f"sum{number}": np.ones(shape) for number, shape in enumerate(shapes)}
+
+    sums, output = Sums(), ResumableOutput(tmp_path / "parts", {})
+    PilotParts(output).save("factors 1/2", Position(), sums)
+    size = sum(values.nbytes for values in sums.state()[1].values())
+    assert size < tree_bytes(tmp_path) < 1.01 * size + 23 * 2000  # each array's description
 
 
 KILLED = textwrap.dedent(f"""

@@ -37,6 +37,7 @@ from ooc_influence.options import CollectOptions, takes
 from ooc_influence.store import GradientStore, LograReduction, PathLike
 
 Weights = npt.ArrayLike | Tensor
+_COLUMNS = ("example_id", "step")  # of every row; a sample has a row for each step that it is in
 
 
 @takes(CollectOptions)
@@ -46,7 +47,8 @@ def collect(
     """Return what collects compressed per-sample gradients of a model while it trains, into a store.
 
     Rows come from the backward passes that train the model. Parameters after any number of steps are those of a
-    training without it, to the bit. Rows have a column ``step``.
+    training without it, to the bit. A sample has a row for each step that it is in. Columns ``example_id`` and ``step``
+    say which, so that ``group_influence(..., by="example_id")`` adds up those of a sample.
 
     Parameters
     ----------
@@ -175,7 +177,7 @@ class Collector:
             self._taps = undo.enter_context(
                 tapped_in_training(self._model, self._uses, self._device, self._plan.mask.empty_modules)
             )
-            metadata = RowMetadata.of(itemgetter("ids"), self._sources())
+            metadata = RowMetadata.of(None, self._sources())
             self._sink = Sink(self.path, self._plan, metadata, Batching(), None, None, self._options["on_nonfinite"])
             undo.callback(self._sink.close)
             if self._options["check_gradients"]:
@@ -191,9 +193,9 @@ class Collector:
     def _sources(self) -> dict[str, Callable[[Any], Any]]:
         """Return where the columns of rows come from: what :meth:`step` was given."""
         given = self._options["columns"]
-        if "step" in given:
-            raise InputError("expected columns beside step, which rows always have; received it too: leave it out")
-        return {name: itemgetter(name) for name in ("step", *given)}
+        if set(given) & set(_COLUMNS):
+            raise InputError(f"expected columns beside {' and '.join(_COLUMNS)}; received {', '.join(given)}")
+        return {name: itemgetter(name) for name in (*_COLUMNS, *given)}
 
     @contextmanager
     def step(
@@ -239,7 +241,7 @@ class Collector:
         if self._taps is None or self._sink is None:
             raise InputError("expected a step inside the collector's context; received one outside: use 'with'")
         multipliers = scale * self._weights(weights, len(names))
-        batch = {"ids": names, "step": [self._step] * len(names), **self._columns(columns, len(names))}
+        batch = {"example_id": names, "step": [self._step] * len(names), **self._columns(columns, len(names))}
         now = Step(self, len(names))
         rows = self._gatherer.room(len(names))
         watching = nullcontext() if self._check is None else self._check.watching(len(names))

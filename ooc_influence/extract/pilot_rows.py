@@ -20,7 +20,7 @@ from zarr.errors import BaseZarrError
 from ooc_influence.checkpoint import ResumableOutput, read_facts
 from ooc_influence.extract.data import Numbers
 from ooc_influence.memory import BLOCK_BYTES
-from ooc_influence.store import Mask, StorePath, array_store, create_array, open_group, remove_tree
+from ooc_influence.store import Mask, StorePath, array_store, chunk_rows, create_array, open_group, remove_tree
 
 logger = logging.getLogger("ooc_influence")
 Floats = npt.NDArray[np.float32]
@@ -86,7 +86,7 @@ class RowKeeper:
         """Write the rows that wait, as a part."""
         if self._waiting:
             numbers, losses, rows = map(_joined, zip(*self._waiting, strict=True))
-            chunks = (max(1, _CHUNK_BYTES // self._row_bytes), rows.shape[1])
+            chunks = (chunk_rows(rows.shape, _CHUNK_BYTES // 4), rows.shape[1])
 
             def put(group: Any) -> None:
                 # a chunk that is missing reads as NaN, which no row that is kept holds

@@ -13,10 +13,11 @@ import torch
 from ooc_influence.checkpoint import ResumableOutput, read_facts
 from ooc_influence.extract.layers import Use
 from ooc_influence.extract.pilot_rows import RowKeeper, same_losses
-from ooc_influence.store import Mask, array_store, create_array, open_group
+from ooc_influence.store import Mask, array_store, chunk_rows, create_array, open_group
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 _LOSSES = "losses"
+_CHUNK_NUMBERS = 2**21  # at most, or those of a row
 
 
 class PilotSums(Protocol):
@@ -112,7 +113,7 @@ class PilotParts:
 
         def write(group: Any) -> None:
             for key, values in arrays.items():
-                chunks = (max(1, 2**21 // max(1, values[:1].size)), *values.shape[1:])
+                chunks = (chunk_rows(values.shape, _CHUNK_NUMBERS), *values.shape[1:])
                 array = create_array(group, key, values.shape, chunks, values.dtype, codec="crc32c")
                 array[...] = values
 

@@ -2,6 +2,7 @@
 
 from ooc_influence.store.arrays import (
     CHUNK_TARGET,
+    chunk_rows,
     create_array,
     find_array,
     map_chunk,
@@ -82,17 +83,17 @@ from ooc_influence.store.writer import (
 )
 
 __all__ = [
-    "BUFFERS", "CHUNK_TARGET", "FACTORS", "Block", "ChunkCache", "Claim", "Damage", "Encoding", "GaussianReduction",
+    "BUFFERS", "Block", "CHUNK_TARGET", "ChunkCache", "Claim", "Damage", "Encoding", "FACTORS", "GaussianReduction",
     "GeneratedReduction", "GradientStore", "LayerShape", "Layout", "LograReduction", "Mask", "ModuleBasis",
     "ModuleMask", "NewFolder", "PathLike", "PilotMoments", "RademacherReduction", "RangeWriter", "RawBlock",
-    "Reduction", "Representation", "RowSpan", "SjltReduction", "Storage", "StorePath", "StoredReduction", "array_store",
-    "as_store", "check_extracted", "check_finished", "check_free", "check_has_rows", "check_second_moments",
-    "check_writable", "claimed_rows", "column_dtype", "columns_digest", "compact_store", "copy_tombstones",
-    "create_array", "create_like", "exists", "expand_home", "find_array", "is_file", "is_free", "is_local",
-    "make_claim", "make_folder", "map_chunk", "map_file", "mark_dropped", "merge_stores", "missing_spans", "names",
-    "not_free", "open_group", "parse_numbers", "parse_path", "parse_representation", "read_array", "read_blocks",
-    "read_bytes", "read_claims", "read_into", "read_part", "read_raw_blocks", "read_stored_blocks", "refuse_nonfinite",
-    "remove_empty", "remove_partial_files", "remove_tree", "replacing", "row_norms", "row_products", "sign_flips",
-    "square_chunks", "transform_size", "tree_bytes", "upgrade_store", "verify_memory", "wait_for", "writable_array",
-    "write_bytes", "writing_bytes",
+    "Reduction", "Representation", "RowSpan", "SjltReduction", "Storage", "StorePath", "StoredReduction",
+    "array_store", "as_store", "check_extracted", "check_finished", "check_free", "check_has_rows",
+    "check_second_moments", "check_writable", "chunk_rows", "claimed_rows", "column_dtype", "columns_digest",
+    "compact_store", "copy_tombstones", "create_array", "create_like", "exists", "expand_home", "find_array",
+    "is_file", "is_free", "is_local", "make_claim", "make_folder", "map_chunk", "map_file", "mark_dropped",
+    "merge_stores", "missing_spans", "names", "not_free", "open_group", "parse_numbers", "parse_path",
+    "parse_representation", "read_array", "read_blocks", "read_bytes", "read_claims", "read_into", "read_part",
+    "read_raw_blocks", "read_stored_blocks", "refuse_nonfinite", "remove_empty", "remove_partial_files",
+    "remove_tree", "replacing", "row_norms", "row_products", "sign_flips", "square_chunks", "transform_size",
+    "tree_bytes", "upgrade_store", "verify_memory", "wait_for", "writable_array", "write_bytes", "writing_bytes",
 ]  # fmt: skip

@@ -77,6 +77,15 @@ def create_array(
     )
 
 
+def chunk_rows(shape: Sequence[int], most: int) -> int:
+    """Return the rows of a chunk of at most so many numbers: chunks are written whole, so they are of like sizes.
+
+    A chunk larger than its array, or a last one that is mostly empty, would be padded on disk.
+    """
+    n, limit = max(1, shape[0]), max(1, most // max(1, math.prod(shape[1:])))
+    return -(-n // -(-n // limit))
+
+
 def write_groups(parent: Any, groups: Mapping[str, tuple[Mapping[str, Any], Mapping[str, npt.NDArray[Any]]]]) -> None:
     """Write many groups of small checked arrays below a group, as :func:`create_array` would, all at once.
 
