@@ -18,7 +18,8 @@ QUICK = {
     "retraining": [],
     "sources": [],
 }
-NEEDS_DATA = {"facts", "fidelity", "bytes_a_row", "finetuned", "finetuning", "reranked", "sketches"}  # or a model
+# or a model
+NEEDS_DATA = {"facts", "fidelity", "bytes_a_row", "finetuned", "finetuning", "reranked", "sketches", "spans"}
 SLOW = {"compression_cost", "errors", "mislabel", "retraining", "sources", "weightings"}
 SHARED = {"baselines", "common", "dense", "rivals", "tasks"}
 

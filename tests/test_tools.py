@@ -30,6 +30,7 @@ SMALL = {
         "--only",
         "fisher,cold,scores,self_influence,naive,gpu",
     ],
+    "collect": ["--k", "64", "--rounds", "1", "--width", "32"],
     "extraction": ["--rounds", "1", "--k", "512", "--models", "cnn", "--samplings", "importance"],
     "families": ["--only", "vgg", "--kept", "kept.jsonl"],
     "memory": ["--rows", "600", "--k", "64"],

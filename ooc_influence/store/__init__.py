@@ -83,7 +83,7 @@ from ooc_influence.store.writer import (
 )
 
 __all__ = [
-    "BUFFERS", "Block", "CHUNK_TARGET", "ChunkCache", "Claim", "Damage", "Encoding", "FACTORS", "GaussianReduction",
+    "BUFFERS", "CHUNK_TARGET", "FACTORS", "Block", "ChunkCache", "Claim", "Damage", "Encoding", "GaussianReduction",
     "GeneratedReduction", "GradientStore", "LayerShape", "Layout", "LograReduction", "Mask", "ModuleBasis",
     "ModuleMask", "NewFolder", "PathLike", "PilotMoments", "RademacherReduction", "RangeWriter", "RawBlock",
     "Reduction", "Representation", "RowSpan", "SjltReduction", "Storage", "StorePath", "StoredReduction",
