@@ -16,10 +16,11 @@ QUICK = {
     "errors": [],
     "weightings": [],
     "retraining": [],
+    "selection": [],
     "sources": [],
 }
 NEEDS_DATA = {"facts", "fidelity", "bytes_a_row", "finetuned", "finetuning", "reranked", "sketches"}  # or a model
-SLOW = {"compression_cost", "errors", "mislabel", "retraining", "sources", "weightings"}
+SLOW = {"compression_cost", "errors", "mislabel", "retraining", "selection", "sources", "weightings"}
 SHARED = {"baselines", "common", "dense", "rivals", "tasks"}
 
 
