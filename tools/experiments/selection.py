@@ -15,9 +15,10 @@ The model is the Llama of finetuning.py, pretrained on the other half of AG News
 epochs on texts of up to 64 tokens; or SmolLM2-135M-Instruct (``facts.py --convert``) with LoRA in bfloat16, two epochs,
 up to 32 tokens, whose gradients are of one model for all seeds.
 
-Chosen by influence (the defaults of ``select_rows``), without repeats (``redundancy=0.5`` and 1), by scores that are
-not divided by norms, and by cosines of gradients without a curvature; by the controls that ``write_selection`` writes,
-BM25 and random. A seed is one of the targets of both kinds, of the model that gradients are taken from, of the random
+Chosen by influence (the defaults of ``select_rows``), without repeats (``redundancy=0.5`` and 1; or, as if it were
+known what is a copy of what, one row of each document), by scores that are not divided by norms, and by cosines of
+gradients without a curvature; by the controls that ``write_selection`` writes, BM25 (also one of each document) and
+random. A seed is one of the targets of both kinds, of the model that gradients are taken from, of the random
 choice and of the training. Means over seeds with 95 % intervals (Student's t), of differences by seed.
 
 Definitions: the Debian packages dict-foldoc and dict-jargon, of which /usr/share/dictd (--dictionaries) has the files.
@@ -62,12 +63,16 @@ ASKED: Mapping[str, dict[str, Any]] = {
     "influence": {},
     "influence, redundancy 0.5": {"redundancy": 0.5},
     "influence, redundancy 1": {"redundancy": 1.0},
+    "influence, one of each document": {"unit": "name"},
     "influence, not normalised": {"normalize": "none"},
     "cosine of gradients": {"curvature": False},
 }
-CHOICES = ("none", "random", "BM25", *ASKED)
-COLUMNS = ("corpus", "targets", "chosen by", "loss on test targets", "minus random", "minus BM25",
-           "minus influence", "documents", "right source", "seeds")  # fmt: skip
+CONTROLS = {"influence": {"random": "random", "BM25": "bm25"},
+            "influence, one of each document": {"BM25, one of each document": "bm25"}}  # fmt: skip
+CHOICES = ("none", "random", "BM25", "BM25, one of each document", *ASKED)
+SUBTRACTED = ("random", "BM25", "BM25, one of each document", "influence")
+COLUMNS = ("corpus", "targets", "chosen by", "loss on test targets", *(f"minus {name}" for name in SUBTRACTED),
+           "documents", "right source", "seeds")  # fmt: skip
 TOPICS = ("Business", "Sci/Tech", "Sports", "World")
 
 
@@ -121,6 +126,11 @@ class Setting:
     pretraining: int = 12_000
     copied: float = 0.25
     sources: tuple[str, ...] = ()
+
+    @property
+    def choices(self) -> list[str]:
+        """The ways to choose that differ here."""
+        return [name for name in CHOICES if self.copied or "one of each" not in name]
 
 
 def settings(data: Path | None, model: Path | None, quick: bool) -> list[Setting]:
@@ -326,28 +336,31 @@ class Selecting:
         own = {"text": "text", "id": "number", "keep": ["source", "name"], "model_dtype": self.dtype}
         return hf.extract(str(model), str(data), store, **own, **how)
 
-    def choices(self, target: str, seed: int) -> dict[str, list[int]]:
-        """Return the numbers of the candidates chosen in each way."""
+    def choice(self, name: str, target: str, seed: int) -> list[int]:
+        """Return the numbers of the candidates chosen in a way, in the data's order; all ways are kept in one file."""
         path = self.folder / f"chosen-{target}-{seed}.json"
-        if not path.exists():
-            found = self._choose(target, seed)
+        found = json.loads(path.read_text()) if path.exists() else {}
+        if name not in found:
+            self._choose(target, seed, found)
             path.with_suffix(".partial").write_text(json.dumps(found))
             path.with_suffix(".partial").replace(path)
-        return json.loads(path.read_text())
+        return found[name]
 
-    def _choose(self, target: str, seed: int) -> dict[str, list[int]]:
+    def _choose(self, target: str, seed: int, found: dict[str, list[int]]) -> None:
+        """Add what is not among the choices."""
         model, store = self.gradients(seed % self.setting.warm)
-        found: dict[str, list[int]] = {}
         with tempfile.TemporaryDirectory(dir=self.folder) as place, ooc.GradientStore.open(store) as train:
-            given = write(Path(place) / "targets.jsonl", self.targets(target, seed)[0])
-            query = self._extract(model, Path(given), Path(place) / "targets.zarr", like=train)
-            for name, asked in ASKED.items():
-                chosen = ooc.select_rows(query, train, "10%", **asked)
-                found[name] = train.ids(chosen.rows).tolist()
-            files = write_selection(chosen, query, train, Path(place) / "kept.jsonl", seed=seed)
-            for name, control in (("random", "random"), ("BM25", "bm25")):
-                found[name] = train.ids(files.controls[control].rows).tolist()
-        return {name: sorted(map(int, rows)) for name, rows in found.items()}
+            given, out = Path(place) / "targets.jsonl", Path(place) / "kept.jsonl"
+            write(given, self.targets(target, seed)[0])
+            query = self._extract(model, given, Path(place) / "targets.zarr", like=train)
+            for name in (name for name in self.setting.choices if name in ASKED and name not in found):
+                chosen = ooc.select_rows(query, train, round(train.n / 10), **ASKED[name])
+                rows = {name: chosen.rows}
+                if name in CONTROLS:
+                    how: dict[str, Any] = {"data": self.candidates(), "query_data": given, "seed": seed}
+                    controls = write_selection(chosen, query, train, out, **how).controls
+                    rows |= {control: controls[kind].rows for control, kind in CONTROLS[name].items()}
+                found |= {key: sorted(map(int, train.ids(own).tolist())) for key, own in rows.items()}
 
     def measured(self, target: str, choice: str, seed: int) -> Result:
         """Return the loss on test targets after training on a choice, and what was chosen."""
@@ -355,7 +368,7 @@ class Selecting:
         if choice == "none":
             return {"loss": self.loss(hf.load(str(self.base), dtype=self.dtype), tests)}
         candidates = read(self.candidates())
-        rows = [candidates[number] for number in self.choices(target, seed)[choice]]
+        rows = [candidates[number] for number in self.choice(choice, target, seed)]
         loss = self.loss(self.train(rows, self.setting.epochs, 1000 + seed), tests)
         right = float(np.mean([row["source"] == target for row in rows]))
         return {"loss": loss, "documents": len({row["name"] for row in rows}), "rows": len(rows), "right": right}
@@ -393,7 +406,7 @@ def lines(results: list[Result]) -> Iterator[Result]:
             line: Result = {"corpus": corpus, "targets": target, "chosen by": choice, "seeds": len(own)}
             line["loss on test targets"] = f"{losses.mean():.3f} ± {interval(losses):.3f}"
             line["losses"] = {seed: each["loss"] for seed, each in own.items()}
-            for control in ("random", "BM25", "influence"):
+            for control in SUBTRACTED:
                 both = sorted(own.keys() & held.get(control, {}).keys())
                 if both and choice not in ("none", control):
                     gaps = np.array([own[seed]["loss"] - held[control][seed]["loss"] for seed in both])
@@ -421,7 +434,7 @@ def main() -> None:
     for setting in settings(options.data, options.model, options.quick):
         for target in setting.targets:
             for seed in range(1 if options.quick else options.seeds):
-                for choice in CHOICES:
+                for choice in setting.choices:
                     name = f"{setting.name} / {target} / {choice} / {seed}"
                     if options.only in name:
                         own = {"setting": vars(setting), "data": options.data is not None}
