@@ -16,11 +16,12 @@ QUICK = {
     "errors": [],
     "weightings": [],
     "retraining": [],
+    "selection": [],
     "sources": [],
 }
 # or a model
 NEEDS_DATA = {"facts", "fidelity", "bytes_a_row", "finetuned", "finetuning", "reranked", "sketches", "spans"}
-SLOW = {"compression_cost", "errors", "mislabel", "retraining", "sources", "weightings"}
+SLOW = {"compression_cost", "errors", "mislabel", "retraining", "selection", "sources", "weightings"}
 SHARED = {"baselines", "common", "dense", "rivals", "tasks"}
 
 

@@ -197,9 +197,10 @@ def make_task(name: str, data: Path | None, quick: bool = False) -> Task:
     return (Mnist if name == "MNIST" else Task)(name, n, q, epochs, data, tokens=name == "Shakespeare")
 
 
-def news(data: Path) -> tuple[list[str], list[int]]:
-    """Return headlines and topics."""
-    lines = [line.rsplit("\t", 1) for line in (data / "agnews/dev.tsv").read_text("utf-8").splitlines() if "\t" in line]
+def news(data: Path, part: str = "dev") -> tuple[list[str], list[int]]:
+    """Return headlines and topics, of the half ``dev`` or ``test``."""
+    whole = (data / f"agnews/{part}.tsv").read_text("utf-8")
+    lines = [line.rsplit("\t", 1) for line in whole.splitlines() if "\t" in line]
     names = sorted({label for text, label in lines if label in ("World", "Sports", "Business", "Sci/Tech")})
     kept = [(text, names.index(label)) for text, label in lines if label in names]
     return [text for text, _ in kept], [label for _, label in kept]
