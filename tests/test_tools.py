@@ -42,6 +42,7 @@ SMALL = {
     "selfcheck": ["--small", "--rounds", "1", "--models", "decoder", "--tokens", "8"],
     "signs": ["--rows", "100", "--mib", "1", "--repeats", "1", "--k", "1000"],
     "tokens": ["--layers", "1", "--length", "8", "--rounds", "1", "--vocabulary", "512"],
+    "trace": ["--model", "model", "--chats", "8", "--questions", "2", "--dtype", "float32", "--folder", "."],
     "vocabulary": ["--layers", "1", "--dtypes", "float32", "--vocabulary", "512"],
     "store": ["--mib", "32", "--chunks", "100", "--repeats", "1"],
 }
@@ -81,6 +82,9 @@ def test_it_runs(name, tmp_path):
         find_browser()  # or skip
     if name == "quality":
         write_images(tmp_path / "mnist")
+    if name == "trace":
+        pytest.importorskip("peft")
+        pytest.importorskip("tiny_hf").make_model(tmp_path / "model", template=True)
     command = [sys.executable, str(BENCH / f"{name}.py"), *SMALL[name]]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

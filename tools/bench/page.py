@@ -31,6 +31,7 @@ MEANING = {
     "rows_memory": "of peaks, 1 is flat",
     "selfcheck": "of times, smaller is better",
     "tokens": "of times, smaller is better",
+    "trace": "of times, smaller is better",
     "vocabulary": "of peaks, smaller is better",
 }
 BEGIN, END = "<!-- made by tools/bench/page.py -->\n", "<!-- end of what is made -->\n"
