@@ -86,7 +86,7 @@ def test_rows_are_autograds_and_the_training_is_the_same(tmp_path, kind, loss):
         assert torch.equal(mine, theirs)
     store = GradientStore.open(tmp_path / "s")
     assert_allclose(store.rows(), expected_rows(store.mask, seen, batches), rtol=1e-4, atol=1e-6)
-    assert_array_equal(store.column("example_id"), torch.cat([ids for ids, _, _ in batches]).numpy())
+    assert_array_equal(store.column("example"), torch.cat([ids for ids, _, _ in batches]).numpy())
     assert_array_equal(store.column("step"), np.repeat(np.arange(STEPS), B))
     assert_array_equal(store.column("epoch"), np.repeat(np.arange(STEPS) // 4, B))
     assert store.attrs["verification"]["checked"]
@@ -207,7 +207,20 @@ def test_wrong_steps(tmp_path, call, message):
 
 def _forward_alone(collector, model, x):
     with collector.step(range(8)):
+        model(x).sum().backward()
+    with collector.step(range(8)):
         model(x)
+
+
+def test_a_backward_pass_outside_its_step(tmp_path):
+    model, (x, y) = make(Mlp), data(Mlp, 8)
+    with collector_of(model, tmp_path / "s") as collector:
+        with collector.step(range(8)):
+            F.cross_entropy(model(x), y).backward()
+        with pytest.raises(InputError, match="forward and the backward"), collector.step(range(8)):
+            loss = F.cross_entropy(model(x), y)
+        with pytest.raises(UnsupportedModelError, match="backward pass inside its step"):
+            loss.backward()
 
 
 def test_models_that_cannot_be_collected_from(tmp_path):

@@ -80,11 +80,11 @@ def test_rows_are_those_of_extraction_and_training_is_the_same(folder, tmp_path)
         assert torch.equal(mine, theirs)
     store = GradientStore.open(tmp_path / "s")
     assert store.n == 2 * N
-    assert sorted(store.column("example_id").tolist()) == sorted([*range(100, 100 + N)] * 2)
+    assert sorted(store.column("example").tolist()) == sorted([*range(100, 100 + N)] * 2)
     assert_array_equal(np.unique(store.column("step")), np.arange(6))
     assert store.column("lr")[0] > store.column("lr")[-1] > 0
     first = store.column("step") == 0  # rows of the first step are of the model as it was loaded
-    base, numbers = hf.load(str(folder)), store.column("example_id")[first] - 100
+    base, numbers = hf.load(str(folder)), store.column("example")[first] - 100
     batches = [collate([documents()[number]]) for number in numbers]
     ooc.extract_gradients(
         base.model, hf.CausalLoss(), batches, tmp_path / "e", compressor=Dropout(k=120), dtype="float32",
@@ -110,7 +110,7 @@ def test_it_continues_from_a_checkpoint(folder, tmp_path):
     again = collecting(trainer(folder, tmp_path / "out", **saving), tmp_path / "s")
     again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
     found, wanted = GradientStore.open(tmp_path / "s"), GradientStore.open(tmp_path / "w")
-    assert_array_equal(found.column("example_id")[~found.dropped], wanted.column("example_id"))
+    assert_array_equal(found.column("example")[~found.dropped], wanted.column("example"))
     assert_allclose(found.rows()[~found.dropped], wanted.rows(), rtol=1e-5, atol=1e-7)
     with pytest.raises(MismatchError, match="both from one checkpoint"):
         collecting(trainer(folder, tmp_path / "out"), tmp_path / "s").train()

@@ -37,7 +37,7 @@ from ooc_influence.options import CollectOptions, takes
 from ooc_influence.store import GradientStore, LograReduction, PathLike
 
 Weights = npt.ArrayLike | Tensor
-_COLUMNS = ("example_id", "step")  # of every row; a sample has a row for each step that it is in
+_COLUMNS = ("example", "step")  # of every row; a sample has a row for each step that it is in
 
 
 @takes(CollectOptions)
@@ -47,8 +47,8 @@ def collect(
     """Return what collects compressed per-sample gradients of a model while it trains, into a store.
 
     Rows come from the backward passes that train the model. Parameters after any number of steps are those of a
-    training without it, to the bit. A sample has a row for each step that it is in. Columns ``example_id`` and ``step``
-    say which, so that ``group_influence(..., by="example_id")`` adds up those of a sample.
+    training without it, to the bit. A sample has a row for each step that it is in. Columns ``example`` and ``step``
+    say which, so that ``group_influence(..., by="example")`` adds up those of a sample.
 
     Parameters
     ----------
@@ -128,6 +128,7 @@ class Step:
     def __init__(self, collector: Collector | None, count: int) -> None:
         self._collector, self._count = collector, count
         self.losses: npt.NDArray[np.float32] | None = None
+        self.received = False  # whether a layer's gradient was
 
     def record(self, losses: Tensor) -> None:
         """Record the samples' own losses, (b,), which are stored with the rows; before or after the backward pass.
@@ -241,13 +242,13 @@ class Collector:
         if self._taps is None or self._sink is None:
             raise InputError("expected a step inside the collector's context; received one outside: use 'with'")
         multipliers = scale * self._weights(weights, len(names))
-        batch = {"example_id": names, "step": [self._step] * len(names), **self._columns(columns, len(names))}
+        batch = {"example": names, "step": [self._step] * len(names), **self._columns(columns, len(names))}
         now = Step(self, len(names))
         rows = self._gatherer.room(len(names))
         watching = nullcontext() if self._check is None else self._check.watching(len(names))
-        with watching, self._taps.receiving(len(names), self._receiver(rows)):
+        with watching, self._taps.receiving(len(names), self._receiver(rows, now)):
             yield now
-        if self._taps.all_silent:
+        if not now.received:
             raise InputError(
                 "expected the forward and the backward pass of the model inside a step; received no gradient of any "
                 "layer: put both into it"
@@ -256,9 +257,15 @@ class Collector:
             self._finish_check(rows, len(names))
         self._store(batch, rows / multipliers[:, None], now.losses)
 
-    def _receiver(self, rows: Tensor) -> Callable[[Use, Any, Any], None]:
+    def _receiver(self, rows: Tensor, now: Step) -> Callable[[Use, Any, Any], None]:
         add = self._gatherer.adding(rows)
-        return add if self._check is None else self._check.noting(add)
+        add = add if self._check is None else self._check.noting(add)
+
+        def receive(use: Use, x: Any, delta: Any) -> None:
+            now.received = True
+            add(use, x, delta)
+
+        return receive
 
     def _weights(self, weights: Weights | None, b: int) -> Tensor:
         if weights is None:

@@ -152,8 +152,9 @@ class Taps:
         """Receive a use's input and output gradient; calls add up."""
         if self._receiver is None:
             raise UnsupportedModelError(
-                "expected a loss without gradients inside it; received one that differentiates the model: gradients "
-                "of such losses need second derivatives"
+                "expected a loss without gradients inside it, and in training a backward pass inside its step; "
+                "received another backward pass: gradients of losses that differentiate the model need second "
+                "derivatives"
             )
         with self._pausing(), torch.no_grad():
             self._receiver(number, x, delta)
