@@ -321,10 +321,13 @@ def test_a_killed_training_has_each_step_once(tmp_path):
             [sys.executable, "-c", CHILD, str(Path(__file__).parent), str(folder), str(kill)]
         ).returncode
 
-    for name in ("whole", "killed"):
-        (tmp_path / name).mkdir()
-    assert run(tmp_path / "whole", -1) == 0
-    assert [run(tmp_path / "killed", kill) for kill in (1, 4, -1)] == [-signal.SIGKILL, -signal.SIGKILL, 0]
+    (tmp_path / "killed").mkdir()
+    model, optimizer, batches = training(Mlp)
+    options = {"compressor": Dropout(k=60), "dtype": "float32", "columns": ["epoch"]}
+    with ooc.collect(model, tmp_path / "whole" / "s", **options) as collector:
+        for number in range(STEPS):
+            train(model, optimizer, batches[: number + 1], collector, first=number)
+    assert [run(tmp_path / "killed", kill) for kill in (4, -1)] == [-signal.SIGKILL, 0]
     found, wanted = (GradientStore.open(tmp_path / name / "s") for name in ("killed", "whole"))
     live = ~found.dropped
     assert_array_equal(found.rows()[live], wanted.rows())

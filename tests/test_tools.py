@@ -49,11 +49,16 @@ SMALL = {
 NEEDS_INDEX = {"first_contact"}  # it installs
 NO_BENCHMARK = {"page", "compare"}  # tests/test_bench_page.py; it runs the others at two revisions
 SLOW = {
+    "pages",
     "quality",
     "representations",
     "rows_memory",
+    "scale",
+    "signs",
     "store",
-}  # tests/test_lds.py, test_formats.py, test_repeats.py and test_store.py have what they measure with
+    "trace",
+    "vocabulary",
+}  # what they measure with has tests of its own
 
 
 def write_images(folder: Path, n: int = 360) -> None:

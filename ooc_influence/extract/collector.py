@@ -119,7 +119,10 @@ def _refuse(model: nn.Module) -> None:
             "torch.compile, or extract rows from checkpoints (extract_gradients)"
         )
     if any(type(each).__name__ == "FullyShardedDataParallel" for each in model.modules()):
-        raise UnsupportedModelError("expected a model that is whole in each process; received FullyShardedDataParallel")
+        raise UnsupportedModelError(
+            "expected a model that is whole in each process; received FullyShardedDataParallel: collect from a "
+            "training in one process, or extract rows from checkpoints (extract_gradients)"
+        )
 
 
 class Step:
