@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from contextlib import contextmanager
 from pathlib import Path
 
 import dask.array as da
@@ -47,6 +48,23 @@ def folder(tmp_path, monkeypatch):
 def small_blocks(monkeypatch):
     """Blocks of 32 rows."""
     monkeypatch.setattr(arrays, "block_limit", lambda k: 32)
+
+
+@contextmanager
+def interrupted(monkeypatch, call):
+    """Interrupt an import at a call that appends rows."""
+    append, left = GradientStore.append, [call]
+
+    def failing(self, *args, **more):
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        return append(self, *args, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GradientStore, "append", failing)
+        with pytest.raises(KeyboardInterrupt):
+            yield
 
 
 def of_kind(kind):
@@ -142,18 +160,9 @@ def test_an_interrupted_import_continues(small_blocks, monkeypatch, kind):
     def rows():
         return "rows.parquet" if kind == "parquet" else of_kind(kind)
 
-    append, left = GradientStore.append, [4]
-
-    def failing(self, *args, **more):
-        left[0] -= 1
-        if not left[0]:
-            raise KeyboardInterrupt
-        return append(self, *args, **more)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(GradientStore, "append", failing)
-        with pytest.raises(KeyboardInterrupt):
-            ooc.import_rows(rows(), "s.zarr", **settings)
+    append = GradientStore.append
+    with interrupted(monkeypatch, 4):
+        ooc.import_rows(rows(), "s.zarr", **settings)
     begun = GradientStore.open("s.zarr").n
     assert 0 < begun < N
     if kind != "blocks":  # whose number is not known
@@ -234,18 +243,9 @@ def test_more_rows_are_added_and_others_refused(small_blocks):
 
 
 def test_fewer_rows_than_an_interrupted_import_had(small_blocks, monkeypatch):
-    append, storage, left = GradientStore.append, Storage(chunk_rows=16, group_chunks=2), [4]
-
-    def failing(self, *args, **more):
-        left[0] -= 1
-        if not left[0]:
-            raise KeyboardInterrupt
-        return append(self, *args, **more)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(GradientStore, "append", failing)
-        with pytest.raises(KeyboardInterrupt):
-            ooc.import_rows(ROWS, "s.zarr", storage=storage)
+    storage = Storage(chunk_rows=16, group_chunks=2)
+    with interrupted(monkeypatch, 4):
+        ooc.import_rows(ROWS, "s.zarr", storage=storage)
     assert GradientStore.open("s.zarr").n == 96
     for rows in (ROWS[:100], ROWS):
         store = ooc.import_rows(rows, "s.zarr", storage=storage)

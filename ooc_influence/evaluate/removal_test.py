@@ -253,7 +253,7 @@ class _Design:
         rows = _choose_queries(query, options["queries"])
         scoring = ScoreRequest.open(query, train, _with(asked, options["normalize"]), lists=True).only(rows)
         more: Any = {name: dict(options)[name] for name in ("workers", "memory", "progress")}
-        live = ~train.small("dropped", 0, train.n).astype(bool) if train.has_dropped else np.ones(train.n, bool)
+        live = ~train.dropped
         k = options["remove"]
         top = find_top(scoring, k, None, complete(TopOptions, more)).ranked(scoring, 0).proponents
         for name, found, scores in zip(scoring.queries.names.tolist(), top.rows, top.scores, strict=True):
@@ -295,7 +295,7 @@ def _with(asked: Mapping[str, Any], normalize: str | None) -> PairOptions:
 
 def _choose_queries(query: GradientStore, asked: int | Sequence[Any]) -> Numbers:
     """Return the rows of some queries: those of ids, or a number of them spread over those that are not dropped."""
-    dropped = query.small("dropped", 0, query.n).astype(bool) if query.has_dropped else np.zeros(query.n, bool)
+    dropped = query.dropped
     if isinstance(asked, int) and not isinstance(asked, bool):
         live = np.flatnonzero(~dropped)
         if asked < 1 or not len(live):

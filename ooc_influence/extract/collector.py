@@ -24,10 +24,11 @@ from torch import Tensor, nn
 
 from ooc_influence.errors import InputError, MismatchError, StoreNotFoundError, UnsupportedModelError, listed
 from ooc_influence.extract.check import Disagreement, GradientCheck, LayersDisagreeError
-from ooc_influence.extract.data import Batching, RowMetadata
+from ooc_influence.extract.data import Batching, RowMetadata, as_list
 from ooc_influence.extract.extraction import Settings, adjusting, parse_device, plan_store
 from ooc_influence.extract.fingerprint import fingerprint_as
 from ooc_influence.extract.layers import Use, find_uses, named_layers
+from ooc_influence.extract.packing import SignPacker
 from ooc_influence.extract.passes import ModelSetup, PendingTransfer, RowGatherer
 from ooc_influence.extract.pilot import Pilot
 from ooc_influence.extract.selection import Trained
@@ -173,6 +174,7 @@ class Collector:
         self._step = -1
         self._sink: Sink | None = None
         self._taps: Taps | None = None
+        self._packer: SignPacker | None = None
         self._check: _SumCheck | None = None
         self._undo = ExitStack()
 
@@ -184,6 +186,7 @@ class Collector:
             metadata = RowMetadata.of(None, self._sources())
             self._sink = Sink(self.path, self._plan, metadata, Batching(), None, None, self._options["on_nonfinite"])
             undo.callback(self._sink.close)
+            self._packer = self._sink.packer(self._device)
             if self._options["check_gradients"]:
                 self._check = _SumCheck(self._uses, self._device, self._plan, self._model)
             self._undo = undo.pop_all()
@@ -238,7 +241,7 @@ class Collector:
             For NaN or Inf, unless ``on_nonfinite="skip"``.
         """
         self._step = self._step + 1 if step is None else int(step)
-        names = _listed(ids)
+        names = as_list(ids)
         if self._step % self.every:
             yield Step(None, len(names))
             return
@@ -285,7 +288,7 @@ class Collector:
                 f"expected values of {', '.join(sorted(expected)) or 'no further columns'}; received "
                 f"{', '.join(sorted(columns)) or 'none'}: name the columns of all steps in collect(columns=...)"
             )
-        found = {name: _listed(value) if np.ndim(value) else [value] * b for name, value in columns.items()}
+        found = {name: as_list(value) if np.ndim(value) else [value] * b for name, value in columns.items()}
         for name, values in found.items():
             if len(values) != b:
                 raise InputError(f"expected one {name} for each of {b} samples; received {len(values)}")
@@ -309,12 +312,8 @@ class Collector:
     def _store(self, batch: Any, rows: Tensor, losses: npt.NDArray[np.float32] | None) -> None:
         assert self._sink is not None
         reduced, norms = self._gatherer.reduced(rows)
-        packer = self._sink.packer(self._device)
-        sums = reduced.new_empty((len(rows), 0), dtype=torch.float64)
-        if packer is not None:
-            reduced, sums = packer(reduced)
-        values = np.zeros(len(rows), np.float32) if losses is None else losses
-        computed = PendingTransfer(torch.from_numpy(values), reduced, sums, norms).result()
+        values = rows.new_zeros(len(rows)) if losses is None else torch.from_numpy(losses)
+        computed = PendingTransfer.of(self._packer, values, reduced, norms).result()
         self._sink.take(batch, self._sink.next_row, computed)
 
     def state_dict(self) -> dict[str, int]:
@@ -386,9 +385,3 @@ class _SumCheck:
 
 def _facts(model: nn.Module) -> dict[str, Any]:
     return {"fingerprint": fingerprint_as(model, None), "class": type(model).__name__}
-
-
-def _listed(values: Any) -> list[Any]:
-    """Return values of samples as a list."""
-    values = values.cpu().numpy() if isinstance(values, Tensor) else values
-    return values.tolist() if isinstance(values, np.ndarray) else list(values)

@@ -391,7 +391,7 @@ class RowMetadata:
             return  # they were checked when they were made
         with Repeats() as repeats:
             for low in range(0, len(source), _AT_ONCE):
-                values = _listed(source[low : low + _AT_ONCE])
+                values = as_list(source[low : low + _AT_ONCE])
                 if not all(isinstance(value, (str, int, np.integer)) for value in values):
                     return  # not ids at all, which is refused where their type is checked
                 repeats.add([str(value) for value in values])
@@ -432,18 +432,19 @@ def _plain(values: Any) -> Any:
     return values.cpu().numpy() if isinstance(values, Tensor) else values
 
 
-def _listed(values: Any) -> list[Any]:
+def as_list(values: Any) -> list[Any]:
+    """Return values of samples, a tensor or a sequence, as a list."""
     plain = _plain(values)
     return plain.tolist() if isinstance(plain, np.ndarray) else list(plain)
 
 
 def _at(source: Any, number: int) -> Any:
-    return _listed(source[number : number + 1])[0]
+    return as_list(source[number : number + 1])[0]
 
 
 def _take(source: RowSource, name: str, batch: Any, first: int, count: int) -> list[Any]:
     try:
-        values = _listed(source(batch) if callable(source) else source[first : first + count])
+        values = as_list(source(batch) if callable(source) else source[first : first + count])
     except (TypeError, KeyError, IndexError) as error:
         raise InputError(
             f"expected {name} as a sequence with one value a sample, or a function of the batch that returns one; "
@@ -600,7 +601,7 @@ class _ChosenValues(Sequence[Any]):
             return self[key : key + 1][0]
         numbers = self._numbers[key]
         runs = np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1) if len(numbers) else []
-        values = [value for run in runs for value in _listed(self.values[int(run[0]) : int(run[-1]) + 1])]
+        values = [value for run in runs for value in as_list(self.values[int(run[0]) : int(run[-1]) + 1])]
         if self._draws == 1:
             return values
         draws = (np.arange(len(self))[key] // (len(self) // self._draws)).tolist()

@@ -28,6 +28,7 @@ from ooc_influence.extract.data import (
 from ooc_influence.extract.gather import MaskGatherer, make_reducer
 from ooc_influence.extract.layers import Use
 from ooc_influence.extract.losses import active_draws, rows_of_batch, sampled_labels
+from ooc_influence.extract.packing import SignPacker
 from ooc_influence.extract.pilot_rows import KnownRows, same_losses
 from ooc_influence.extract.sink import Computed, Sink
 from ooc_influence.extract.taps import PerSampleLoss, Taps, out_of_memory, tapped
@@ -143,6 +144,14 @@ class PendingTransfer:
             self._sources, values = values, tuple(pinned)  # the sources must outlive the copy
         self._values = values
 
+    @classmethod
+    def of(cls, packer: SignPacker | None, losses: Tensor, rows: Tensor, norms: Tensor) -> PendingTransfer:
+        """Start copying a batch's results in the form that the sink takes, which a packer makes (:class:`Sink`)."""
+        sums = losses.new_empty((len(losses), 0), dtype=torch.float64)
+        if packer is not None:
+            rows, sums = packer(rows)
+        return cls(losses, rows, sums, norms)
+
     def result(self) -> Computed:
         """Wait for the copies to the host, and return them."""
         if self._event is not None:
@@ -182,10 +191,7 @@ class DataPass:
 
     def _transfer(self, losses: Tensor, rows: Tensor, norms: Tensor) -> PendingTransfer:
         """Start copying a batch's results to the host, in the form that the sink takes."""
-        sums = losses.new_empty((len(losses), 0), dtype=torch.float64)
-        if self._packer is not None:
-            rows, sums = self._packer(rows)
-        return PendingTransfer(losses, rows, sums, norms)
+        return PendingTransfer.of(self._packer, losses, rows, norms)
 
     def _look_up(self, numbers: Numbers) -> Computed | None:
         """Return the results for samples whose rows are known; None where these cannot be read."""

@@ -58,7 +58,7 @@ class CollectCallback:
         except StoreNotFoundError:
             there = 0
         if step or there:
-            self._close(None)
+            self._close()
             raise MismatchError(
                 f"expected a training from its start and no rows at {self._path}, or both from one checkpoint, with "
                 f"{path}; received step {step} and {there} rows: continue from a checkpoint that was saved while rows "
@@ -90,14 +90,14 @@ class CollectCallback:
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """Close the store: from now on it is of the trained model."""
-        self._close(None)
+        self._close()
 
-    def _close(self, kind: type[BaseException] | None) -> None:
+    def _close(self) -> None:
         collector, self._collector = self._collector, None
         if self._training_step is not None:
             self._trainer.training_step, self._training_step = self._training_step, None
         if collector is not None:
-            collector.__exit__(kind)
+            collector.__exit__(None)
 
 
 @takes(CollectOptions)

@@ -211,7 +211,7 @@ class LoraTraining:
         """Return the base model with a LoRA trained on rows, (m,) int64."""
         loaded = self._fresh()
         model, (batches, losses_of) = loaded.model, self._read(1, loaded)
-        live, kept = self._live(len(batches)), np.zeros(len(batches), bool)
+        live, kept = np.flatnonzero(~self._stores[1].dropped), np.zeros(len(batches), bool)
         kept[indices] = True
         trained = [values for values in model.parameters() if values.requires_grad]
         rate, per_step = self._options["learning_rate"], self._options["batch_size"]
@@ -240,11 +240,6 @@ class LoraTraining:
                 losses = losses_of(model.model, to_device(batches.load(part), model.model.device))
                 found[part] = losses.double().cpu().numpy()
         return found[queries]
-
-    def _live(self, n: int) -> Numbers:
-        """Return the train rows that are not dropped."""
-        train = self._stores[1]
-        return np.flatnonzero(~train.small("dropped", 0, n).astype(bool)) if train.has_dropped else np.arange(n)
 
     def _steps(self, n: int) -> Iterator[Numbers]:
         """Yield the numbers of each step, of n: orders that no other random number changes."""

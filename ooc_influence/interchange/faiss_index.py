@@ -127,7 +127,7 @@ class FaissIndex:
                 raise OSError(f"{error}".strip()) from error
 
     def _training_rows(self, blocks: Blocks) -> Floats:
-        """Return every so many a row, as many as the cells are found with."""
+        """Return rows at even distances, as many as the cells are found with."""
         chosen = np.linspace(0, self.rows - 1, self.sample).astype(np.int64)
         sample, first = np.empty((self.sample, self.k), np.float32), 0
         for numbers, rows in blocks:

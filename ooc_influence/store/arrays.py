@@ -78,7 +78,7 @@ def create_array(
 
 
 def chunk_rows(shape: Sequence[int], most: int) -> int:
-    """Return the rows of a chunk of at most so many numbers: chunks are written whole, so they are of like sizes.
+    """Return the rows of a chunk of at most ``most`` numbers: chunks are written whole, so they are of like sizes.
 
     A chunk larger than its array, or a last one that is mostly empty, would be padded on disk.
     """
