@@ -47,6 +47,7 @@ if TYPE_CHECKING:
         sketch_store,
         top_influential,
     )
+    from ooc_influence.influence.online import online_selection
     from ooc_influence.influence.rerank import rerank
     from ooc_influence.influence.tokens import TokenInfluence, token_influence
     from ooc_influence.interchange import export_rows, export_scores, import_rows
@@ -70,7 +71,8 @@ _EXPORTS = {
         "Selection", "TopInfluential", "group_influence", "influence_scores", "module_influence", "select_rows",
         "self_influence", "sketch_store", "top_influential",
     ],
-    "influence.rerank": ["rerank"],  # apart from the package, as the next one: they run the model
+    "influence.online": ["online_selection"],  # apart from the package, as the next ones: they need torch
+    "influence.rerank": ["rerank"],
     "influence.tokens": ["TokenInfluence", "token_influence"],
     "interchange": ["export_rows", "export_scores", "import_rows"],
     "planning": ["plan"],
@@ -87,9 +89,9 @@ __all__ = [
     "TopInfluential", "Trace", "__version__", "collect", "compact_store", "cross_entropy", "export_rows",
     "export_scores", "extract_gradients", "extract_shards", "fit_curvature", "fit_fisher", "fit_gram",
     "fit_kronecker", "gram_matrix", "group_influence", "import_rows", "influence_scores", "init_store",
-    "merge_stores", "module_influence", "plan", "reduce_store", "rerank", "rewrite_store", "select_rows",
-    "self_influence", "sketch_store", "token_cross_entropy", "token_influence", "top_influential", "trace",
-    "upgrade_store",
+    "merge_stores", "module_influence", "online_selection", "plan", "reduce_store", "rerank", "rewrite_store",
+    "select_rows", "self_influence", "sketch_store", "token_cross_entropy", "token_influence", "top_influential",
+    "trace", "upgrade_store",
 ]  # fmt: skip
 
 

@@ -28,6 +28,7 @@ from ooc_influence.extract.data import Batching, RowMetadata, as_list
 from ooc_influence.extract.extraction import Settings, adjusting, parse_device, plan_store
 from ooc_influence.extract.fingerprint import fingerprint_as
 from ooc_influence.extract.layers import Use, find_uses, named_layers
+from ooc_influence.extract.online import ChosenSamples, Selector, choose_samples
 from ooc_influence.extract.packing import SignPacker
 from ooc_influence.extract.passes import ModelSetup, PendingTransfer, RowGatherer
 from ooc_influence.extract.pilot import Pilot
@@ -39,6 +40,7 @@ from ooc_influence.store import GradientStore, LograReduction, PathLike
 
 Weights = npt.ArrayLike | Tensor
 _COLUMNS = ("example", "step")  # of every row; a sample has a row for each step that it is in
+_CHOSEN = ("score", "weight")  # of every row where samples are chosen
 
 
 @takes(CollectOptions)
@@ -70,7 +72,8 @@ def collect(
     Raises
     ------
     InputError
-        For a compressor that needs a pilot without data for one.
+        For a compressor that needs a pilot without data for one, or a compressor beside ``select``, whose queries have
+        theirs.
     UnsupportedModelError
         For batch norms that train, which mix the samples of a batch, compiled models, and ``FullyShardedDataParallel``.
     MismatchError
@@ -89,7 +92,9 @@ def collect(
     if options["every"] < 1:
         raise InputError(f"expected every >= 1; received {options['every']}")
     _refuse(model)
-    settings, device = Settings.of(options), parse_device(model, None)  # type: ignore[arg-type]
+    selector, device = options["select"], parse_device(model, None)
+    like = None if selector is None else selector.store
+    settings = replace(Settings.of(options), like=like, in_training=True)  # type: ignore[arg-type]
     pilot = None
     if per_sample_loss is not None and options["pilot"] is not None:
         setup = ModelSetup(model, per_sample_loss, device, options["progress"], options["check_gradients"])
@@ -132,7 +137,32 @@ class Step:
     def __init__(self, collector: Collector | None, count: int) -> None:
         self._collector, self._count = collector, count
         self.losses: npt.NDArray[np.float32] | None = None
-        self.received = False  # whether a layer's gradient was
+        self.chosen: ChosenSamples | None = None
+        self.received = False  # whether a layer's gradient was, of the pass that trains
+
+    def select(self, losses: Tensor) -> Tensor:
+        """Return by what to multiply the samples' losses, (b,), as the ``select=`` of :func:`collect` chooses.
+
+        Takes one backward pass through the activations, before the one that trains. Losses are recorded. In steps that
+        are not collected, every sample counts 1.
+
+        Parameters
+        ----------
+        losses : (b,) tensor
+            The samples' own losses, with their graph.
+
+        Raises
+        ------
+        InputError
+            For anything but a loss for each sample, or a collector without ``select``.
+        UnsupportedModelError
+            If a sample's loss depends on other samples.
+        """
+        self.record(losses)
+        if self._collector is None:
+            return torch.ones_like(losses)
+        self.chosen = self._collector._choose(losses)
+        return self.chosen.weights.to(losses.dtype)
 
     def record(self, losses: Tensor) -> None:
         """Record the samples' own losses, (b,), which are stored with the rows; before or after the backward pass.
@@ -171,7 +201,8 @@ class Collector:
         self._mean = options["loss"] == "mean"
         self._uses = find_uses(model, [module.layer for module in plan.mask.modules])
         self._gatherer = RowGatherer(plan.mask, self._device, plan.reduction)
-        self._step = -1
+        self._selector: Selector | None = options["select"]
+        self._step, self._scale = -1, 1.0
         self._sink: Sink | None = None
         self._taps: Taps | None = None
         self._packer: SignPacker | None = None
@@ -199,10 +230,10 @@ class Collector:
 
     def _sources(self) -> dict[str, Callable[[Any], Any]]:
         """Return where the columns of rows come from: what :meth:`step` was given."""
-        given = self._options["columns"]
-        if set(given) & set(_COLUMNS):
-            raise InputError(f"expected columns beside {' and '.join(_COLUMNS)}; received {', '.join(given)}")
-        return {name: itemgetter(name) for name in (*_COLUMNS, *given)}
+        given, ours = self._options["columns"], _COLUMNS if self._selector is None else (*_COLUMNS, *_CHOSEN)
+        if set(given) & set(ours):
+            raise InputError(f"expected columns beside {', '.join(ours)}; received {', '.join(given)}")
+        return {name: itemgetter(name) for name in (*ours, *given)}
 
     @contextmanager
     def step(
@@ -247,21 +278,45 @@ class Collector:
             return
         if self._taps is None or self._sink is None:
             raise InputError("expected a step inside the collector's context; received one outside: use 'with'")
-        multipliers = scale * self._weights(weights, len(names))
+        self._scale, multipliers = scale, scale * self._weights(weights, len(names))
         batch = {"example": names, "step": [self._step] * len(names), **self._columns(columns, len(names))}
         now = Step(self, len(names))
-        rows = self._gatherer.room(len(names))
+        gathering = self._selector is None or self._check is not None  # samples that are chosen have their rows already
+        rows = self._gatherer.room(len(names) if gathering else 0)
         watching = nullcontext() if self._check is None else self._check.watching(len(names))
-        with watching, self._taps.receiving(len(names), self._receiver(rows, now)):
+        with watching, self._taps.receiving(len(names), self._receiver(rows, now) if gathering else _nothing):
             yield now
+        if now.received and self._check is not None:
+            self._finish_check(rows, len(names))
+        if self._selector is None:
+            self._store(batch, self._divided(rows, multipliers, now), now.losses)
+        else:
+            rows, columns = self._of_chosen(now)
+            self._store(batch | columns, rows, now.losses)
+
+    def _divided(self, rows: Tensor, multipliers: Tensor, now: Step) -> Tensor:
+        """Return the rows of the samples' own losses, once there was a pass."""
         if not now.received:
             raise InputError(
                 "expected the forward and the backward pass of the model inside a step; received no gradient of any "
                 "layer: put both into it"
             )
-        if self._check is not None:
-            self._finish_check(rows, len(names))
-        self._store(batch, rows / multipliers[:, None], now.losses)
+        return rows / multipliers[:, None]
+
+    def _choose(self, losses: Tensor) -> ChosenSamples:
+        """Choose among a batch's samples, by a backward pass of its own."""
+        if self._selector is None or self._taps is None:
+            raise InputError("expected select= in collect to choose samples by; received none: give it, or leave this")
+        rows = self._gatherer.room(len(losses))
+        self._taps.differentiate(losses.sum() * self._scale, self._gatherer.adding(rows))
+        rows /= self._scale
+        return choose_samples(self._selector, rows, self._gatherer.reduced(rows)[0])
+
+    def _of_chosen(self, now: Step) -> tuple[Tensor, dict[str, list[float]]]:
+        """Return the rows and columns of a batch whose samples were chosen."""
+        if now.chosen is None:
+            raise InputError("expected Step.select in every step of a collector with select=; received a step without")
+        return now.chosen.rows, now.chosen.columns
 
     def _receiver(self, rows: Tensor, now: Step) -> Callable[[Use, Any, Any], None]:
         add = self._gatherer.adding(rows)
@@ -311,10 +366,25 @@ class Collector:
 
     def _store(self, batch: Any, rows: Tensor, losses: npt.NDArray[np.float32] | None) -> None:
         assert self._sink is not None
+        self._note_losses(losses is not None)
         reduced, norms = self._gatherer.reduced(rows)
         values = rows.new_zeros(len(rows)) if losses is None else torch.from_numpy(losses)
         computed = PendingTransfer.of(self._packer, values, reduced, norms).result()
         self._sink.take(batch, self._sink.next_row, computed)
+
+    def _note_losses(self, there: bool) -> None:
+        """Check that either all rows or none have a loss, and record which: weights of rows need them."""
+        assert self._sink is not None
+        store = self._sink.store
+        facts = (self._plan.attributes if store is None else store.attrs)["collected"]
+        if store is None:
+            facts["losses"] = there
+        elif facts["losses"] != there:
+            expected, received = ("losses" if each else "no losses" for each in (not there, there))
+            raise InputError(
+                f"expected {expected} of this step, as of those before; received {received}: call Step.record in every "
+                "step, or in none"
+            )
 
     def state_dict(self) -> dict[str, int]:
         """Commit what was collected, and return what belongs into a checkpoint of the training: rows and step."""
@@ -356,6 +426,7 @@ class _SumCheck:
     @contextmanager
     def watching(self, b: int) -> Iterator[None]:
         """Read the gradients of a batch of b samples that parameters receive meanwhile."""
+        self._noted.clear()
         self._check.start(dict.fromkeys(range(b), 1.0), self._layers)
         with self._check.following():
             yield
@@ -381,6 +452,10 @@ class _SumCheck:
     def facts(self) -> dict[str, Any]:
         """Return what a store records."""
         return self._check.facts() | {"of": "sums over a batch"}
+
+
+def _nothing(*_: Any) -> None:
+    """Receive nothing."""
 
 
 def _facts(model: nn.Module) -> dict[str, Any]:

@@ -342,9 +342,20 @@ class Taps:
 
     def probe(self, losses: Tensor) -> None:
         """Find out whether the samples of a pass that is being received mix; refuse them if they do."""
+        with self._within():
+            self._probe(losses)
+
+    def differentiate(self, value: Tensor, receiver: Receiver) -> None:
+        """Receive a backward pass of a value inside a pass that is being received, whose graph is kept for that."""
+        with self._within():
+            self._backward(value, self._arranged(receiver), keep_graph=True)
+
+    @contextmanager
+    def _within(self) -> Iterator[None]:
+        """Receive other backward passes meanwhile, then the one that was being received."""
         receiver = self._receiver
         try:
-            self._probe(losses)
+            yield
         finally:
             self._receiver = receiver
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import torch
 
     from ooc_influence.compress import Compressor
-    from ooc_influence.extract import AdamMetric, Batches, BudgetBatches, CheckpointSource, ModuleSelection
+    from ooc_influence.extract import AdamMetric, Batches, BudgetBatches, CheckpointSource, ModuleSelection, Selector
     from ooc_influence.store import GradientStore, PathLike, Storage
 
 OnNonFinite = Literal["raise", "skip"]
@@ -155,6 +155,11 @@ class CollectOptions(KeptEntries, Described, Writing, Budgeted, Reporting, total
     every: Annotated[int, Option(1, "int", "Collect the rows of every such step.")]
     columns: Annotated[Sequence[str], Option(
         (), "sequence of str", "Further per-row values that every step is given, such as ``epoch`` or ``lr``.")]
+    select: Annotated["Selector | None", Option(
+        None, "OnlineSelection, optional",
+        "Choose among each batch's samples by their scores on fixed queries (:func:`online_selection`), whose mask "
+        "rows then have. Every step calls ``select`` of what it yields; columns ``score`` and ``weight`` say what was "
+        "chosen.")]
     check_gradients: Annotated[bool, Option(
         True, "bool",
         "Compare the entries of the first batch, summed over its samples, with the gradients that parameters receive.")]
