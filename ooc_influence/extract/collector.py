@@ -22,15 +22,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from ooc_influence.errors import InputError, MismatchError, StoreNotFoundError, UnsupportedModelError, listed
+from ooc_influence.errors import InputError, StoreNotFoundError, UnsupportedModelError, listed
 from ooc_influence.extract.check import Disagreement, GradientCheck, LayersDisagreeError
-from ooc_influence.extract.data import Batching, RowMetadata, as_list
+from ooc_influence.extract.data import RowMetadata, as_list
 from ooc_influence.extract.extraction import Settings, adjusting, parse_device, plan_store
 from ooc_influence.extract.fingerprint import fingerprint_as
 from ooc_influence.extract.layers import Use, find_uses, named_layers
 from ooc_influence.extract.packing import SignPacker
 from ooc_influence.extract.passes import ModelSetup, PendingTransfer, RowGatherer
 from ooc_influence.extract.pilot import Pilot
+from ooc_influence.extract.ranks import Ranks, open_sink
 from ooc_influence.extract.selection import Trained
 from ooc_influence.extract.sink import Sink, StorePlan
 from ooc_influence.extract.taps import PerSampleLoss, Taps, tapped_in_training
@@ -88,18 +89,31 @@ def collect(
     """
     if options["every"] < 1:
         raise InputError(f"expected every >= 1; received {options['every']}")
+    model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     _refuse(model)
+    ranks = Ranks.current()
     settings, device = Settings.of(options), parse_device(model, None)  # type: ignore[arg-type]
     pilot = None
     if per_sample_loss is not None and options["pilot"] is not None:
+        if ranks is not None and any(hasattr(each, "full_tensor") for each in model.parameters()):
+            raise UnsupportedModelError(
+                "expected a model that is whole in each process, to run a pilot in one of them; received one with "
+                "sharded parameters: use a compressor that needs no pilot, or DistributedDataParallel"
+            )
         setup = ModelSetup(model, per_sample_loss, device, options["progress"], options["check_gradients"])
         pilot = Pilot(setup, options["pilot"], options["memory"])
+
+    def make_plan() -> StorePlan:
+        return adjusting(settings, lambda settings: plan_store(model, settings, store, pilot))
+
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # a training draws what it would without it
-        plan = adjusting(settings, lambda settings: plan_store(model, settings, store, pilot))
+        plan = make_plan() if ranks is None or pilot is None else ranks.from_first(make_plan)
     plan.attributes["collected"] = {"every": options["every"], "loss": options["loss"]}
+    if ranks is not None:
+        plan.attributes["collected"]["processes"] = ranks.count
     with suppress(StoreNotFoundError):  # the weights have changed since the store was made
         plan = replace(plan, attributes=plan.attributes | {"model": dict(GradientStore.open(store).attrs["model"])})
-    return Collector(model, store, plan, options)
+    return Collector(model, store, plan, options, ranks)
 
 
 def _refuse(model: nn.Module) -> None:
@@ -164,7 +178,10 @@ class Collector:
         Rows are collected of every such step.
     """
 
-    def __init__(self, model: nn.Module, path: PathLike, plan: StorePlan, options: CollectOptions) -> None:
+    def __init__(
+        self, model: nn.Module, path: PathLike, plan: StorePlan, options: CollectOptions, ranks: Ranks | None = None
+    ) -> None:  # fmt: skip
+        self._ranks = ranks
         self.path, self.every = path, options["every"]
         self._model, self._plan, self._options = model, plan, options
         self._device = parse_device(model, None)
@@ -184,7 +201,7 @@ class Collector:
                 tapped_in_training(self._model, self._uses, self._device, self._plan.mask.empty_modules)
             )
             metadata = RowMetadata.of(None, self._sources())
-            self._sink = Sink(self.path, self._plan, metadata, Batching(), None, None, self._options["on_nonfinite"])
+            self._sink = open_sink(self.path, self._plan, metadata, self._ranks, self._options["on_nonfinite"])
             undo.callback(self._sink.close)
             self._packer = self._sink.packer(self._device)
             if self._options["check_gradients"]:
@@ -193,9 +210,11 @@ class Collector:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        if kind is None and self._sink is not None:
-            self._sink.record(model=_facts(self._model))
-        self._undo.close()
+        try:
+            if kind is None and self._sink is not None:
+                self._sink.finish(model=_facts(self._model))
+        finally:
+            self._undo.close()
 
     def _sources(self) -> dict[str, Callable[[Any], Any]]:
         """Return where the columns of rows come from: what :meth:`step` was given."""
@@ -316,31 +335,24 @@ class Collector:
         computed = PendingTransfer.of(self._packer, values, reduced, norms).result()
         self._sink.take(batch, self._sink.next_row, computed)
 
-    def state_dict(self) -> dict[str, int]:
-        """Commit what was collected, and return what belongs into a checkpoint of the training: rows and step."""
-        assert self._sink is not None
-        if self._sink.store is not None:
-            self._sink.store.flush()
-        return {"rows": self._sink.next_row, "step": self._step}
+    def state_dict(self) -> dict[str, Any]:
+        """Commit what was collected, and return what belongs into a checkpoint of the training: rows and step.
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        Of a training in several processes, each has to make this call; what it returns is the same.
+        """
+        assert self._sink is not None
+        return {"rows": self._sink.commit(), "step": self._step}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a checkpoint of the training: rows that were collected after it are dropped.
 
         Raises
         ------
         MismatchError
-            If the store has fewer rows.
+            If the store has fewer rows, or those of another number of processes.
         """
         assert self._sink is not None
-        there = self._sink.next_row
-        if there < state["rows"]:
-            raise MismatchError(
-                f"expected at least {state['rows']} rows in {self.path}, as when the checkpoint was saved; received "
-                f"{there}: continue from an earlier checkpoint, or collect to another path"
-            )
-        if there > state["rows"]:
-            assert self._sink.store is not None
-            self._sink.store.drop(np.arange(state["rows"], there))
+        self._sink.drop_from(state["rows"])
         self._step = state["step"]
 
 
