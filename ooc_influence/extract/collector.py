@@ -11,7 +11,7 @@ first and the last are differentiated by themselves, to find out whether samples
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from operator import itemgetter
@@ -225,8 +225,9 @@ class Collector:
 
     @contextmanager
     def step(
-        self, ids: Any, *, step: int | None = None, weights: Weights | None = None, scale: float = 1.0, **columns: Any
-    ) -> Iterator[Step]:
+        self, ids: Any, *, step: int | None = None, weights: Weights | None = None, scale: float = 1.0,
+        sequences: Sequence[int] | None = None, **columns: Any,
+    ) -> Iterator[Step]:  # fmt: skip
         """Collect the rows of a batch: its forward and backward pass are inside the context.
 
         Parameters
@@ -243,6 +244,9 @@ class Collector:
         scale : float
             c, by which the loss was multiplied: that of a ``GradScaler``, or one over the number of batches that
             gradients are accumulated over.
+        sequences : (m,) sequence of int, optional
+            The sample, by its index in ``ids``, that each of m sequences of the model's batch is of, where a sample has
+            several, such as a chosen and a rejected one; default one each.
         **columns
             The values of the columns that :func:`collect` was given: one, or (b,).
 
@@ -269,9 +273,10 @@ class Collector:
         multipliers = scale * self._weights(weights, len(names))
         batch = {"example": names, "step": [self._step] * len(names), **self._columns(columns, len(names))}
         now = Step(self, len(names))
-        rows = self._gatherer.room(len(names))
-        watching = nullcontext() if self._check is None else self._check.watching(len(names))
-        with watching, self._taps.receiving(len(names), self._receiver(rows, now)):
+        owners = None if sequences is None else _owners(sequences, len(names), self._device)
+        rows = self._gatherer.room(len(names) if owners is None else len(owners))
+        watching = nullcontext() if self._check is None else self._check.watching(len(rows))
+        with watching, self._taps.receiving(len(rows), self._receiver(rows, now)):
             yield now
         if not now.received:
             raise InputError(
@@ -279,7 +284,9 @@ class Collector:
                 "layer: put both into it"
             )
         if self._check is not None:
-            self._finish_check(rows, len(names))
+            self._finish_check(rows, len(rows))
+        if owners is not None:
+            rows = rows.new_zeros(len(names), rows.shape[1]).index_add_(0, owners, rows)
         self._store(batch, rows / multipliers[:, None], now.losses)
 
     def _receiver(self, rows: Tensor, now: Step) -> Callable[[Use, Any, Any], None]:
@@ -319,14 +326,17 @@ class Collector:
             self._taps.probe(losses)
 
     def _finish_check(self, rows: Tensor, b: int) -> None:
-        """Compare the first batch's entries with autograd's gradients of the parameters, once."""
+        """Compare the first batch's entries with autograd's gradients of the parameters; the next's if it overflows."""
         check, self._check = self._check, None
         assert check is not None
         assert self._sink is not None
         disagree = check.disagreeing(rows, b)
         if disagree:
             raise LayersDisagreeError.of(disagree)
-        self._sink.verified(check.facts())
+        if check.decided:
+            self._sink.verified(check.facts())
+        else:
+            self._check = check
 
     def _store(self, batch: Any, rows: Tensor, losses: npt.NDArray[np.float32] | None) -> None:
         assert self._sink is not None
@@ -390,9 +400,21 @@ class _SumCheck:
         self._noted.clear()
         return self._check.compare(gathered(), None if self._mask is None else rows)
 
+    @property
+    def decided(self) -> bool:
+        """Whether gradients were finite, so that something was compared."""
+        return bool(self._check.errors) or not self._check.verifiable
+
     def facts(self) -> dict[str, Any]:
         """Return what a store records."""
         return self._check.facts() | {"of": "sums over a batch"}
+
+
+def _owners(sequences: Sequence[int], b: int, device: torch.device) -> Tensor:
+    owners = torch.as_tensor(sequences, device=device)
+    if owners.dim() != 1 or owners.is_floating_point() or set(owners.tolist()) != set(range(b)):
+        raise InputError(f"expected the index of each sequence's sample, of {b} samples; received {sequences!r}")
+    return owners
 
 
 def _facts(model: nn.Module) -> dict[str, Any]:
