@@ -1,4 +1,4 @@
-"""Rows of TRL's trainers: of each sample's own loss, as extraction computes it, whatever the trainer makes of a batch."""
+"""Rows of TRL trainers: of each sample's own loss, as extraction computes it, whatever the trainer makes of a batch."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def collect(
     InputError
         For a compressor that needs a pilot without data for one.
     UnsupportedModelError
-        For batch norms that train, which mix the samples of a batch, compiled models, and ``FullyShardedDataParallel``.
+        For batch norms that train, which mix the samples of a batch, and ``FullyShardedDataParallel``.
     MismatchError
         If ``store`` holds rows of other layers or settings.
 
@@ -89,7 +89,7 @@ def collect(
     """
     if options["every"] < 1:
         raise InputError(f"expected every >= 1; received {options['every']}")
-    model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    model = _inner(model)
     _refuse(model)
     ranks = Ranks.current()
     settings, device = Settings.of(options), parse_device(model, None)  # type: ignore[arg-type]
@@ -116,8 +116,17 @@ def collect(
     return Collector(model, store, plan, options, ranks)
 
 
+def _inner(model: nn.Module) -> nn.Module:
+    """Return the model inside what DistributedDataParallel and torch.compile wrap it in."""
+    while isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        inside = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model._orig_mod
+        assert isinstance(inside, nn.Module)
+        model = inside
+    return model
+
+
 def _refuse(model: nn.Module) -> None:
-    """Refuse models whose samples have no gradients of their own, or whose layers do not call hooks."""
+    """Refuse models whose samples have no gradients of their own, or that free their weights while they train."""
     modules = named_layers(model)
     mixing = [
         name for name, each in modules.items() if each.training and isinstance(each, nn.modules.batchnorm._BatchNorm)
@@ -128,15 +137,10 @@ def _refuse(model: nn.Module) -> None:
             f"({listed(mixing, 3)}): a sample has no gradient of its own there. Freeze their statistics (.eval()), use "
             "another norm, or extract rows from checkpoints (extract_gradients)"
         )
-    if any(hasattr(each, "_orig_mod") or each._compiled_call_impl is not None for each in model.modules()):
-        raise UnsupportedModelError(
-            "expected a model that is not compiled; received one that is, whose layers call no hooks: collect without "
-            "torch.compile, or extract rows from checkpoints (extract_gradients)"
-        )
     if any(type(each).__name__ == "FullyShardedDataParallel" for each in model.modules()):
         raise UnsupportedModelError(
-            "expected a model that is whole in each process; received FullyShardedDataParallel: collect from a "
-            "training in one process, or extract rows from checkpoints (extract_gradients)"
+            "expected a model sharded with torch.distributed.fsdp.fully_shard; received FullyShardedDataParallel: wrap "
+            "it with fully_shard, or extract rows from checkpoints (extract_gradients)"
         )
 
 
@@ -281,7 +285,7 @@ class Collector:
         if not now.received:
             raise InputError(
                 "expected the forward and the backward pass of the model inside a step; received no gradient of any "
-                "layer: put both into it"
+                "layer: put both into it, and call torch.compile before the collector's context"
             )
         if self._check is not None:
             self._finish_check(rows, len(rows))

@@ -43,7 +43,7 @@ class CollectCallback:
         _refuse(trainer, args)
         reader = reader_of(trainer, self._ids)
         reader.check()
-        model = trainer.accelerator.unwrap_model(trainer.model)
+        model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
         own: Any = {**self._options, "columns": ("epoch", "lr"), "loss": "mean"}
         own["loss_kind"] = own["loss_kind"] or reader.loss_kind
         own["modules"] = _without(own["modules"], unhooked_head(model))
