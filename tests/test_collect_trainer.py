@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -47,7 +51,7 @@ def folder(tmp_path_factory):
     return make_model(tmp_path_factory.mktemp("trainer") / "model")
 
 
-def trainer(folder, out, **options):
+def trainer(folder, out, *, n=N, **options):
     torch.manual_seed(0)
     model = hf.load(str(folder)).model
     for each in model.modules():
@@ -63,7 +67,7 @@ def trainer(folder, out, **options):
         def _prepare_inputs(self, inputs):
             return super()._prepare_inputs({name: value for name, value in inputs.items() if name != "example_id"})
 
-    return Own(model, arguments, data_collator=collate, train_dataset=documents())
+    return Own(model, arguments, data_collator=collate, train_dataset=documents()[:n])
 
 
 def collecting(made, store):
@@ -84,12 +88,17 @@ def test_rows_are_those_of_extraction_and_training_is_the_same(folder, tmp_path)
     assert_array_equal(np.unique(store.column("step")), np.arange(6))
     assert store.column("lr")[0] > store.column("lr")[-1] > 0
     first = store.column("step") == 0  # rows of the first step are of the model as it was loaded
-    base, numbers = hf.load(str(folder)), store.column("example")[first] - 100
-    batches = [collate([documents()[number]]) for number in numbers]
-    ooc.extract_gradients(
-        base.model, hf.CausalLoss(), batches, tmp_path / "e", compressor=Dropout(k=120), dtype="float32",
-    )  # fmt: skip
-    assert_allclose(store.rows()[first], GradientStore.open(tmp_path / "e").rows(), rtol=2e-3, atol=1e-6)
+    assert_allclose(
+        store.rows()[first], extracted(folder, store.column("example")[first], tmp_path), rtol=2e-3, atol=1e-6
+    )
+
+
+def extracted(folder, examples, path):
+    """Return the rows of examples, of the model as it was before training."""
+    batches = [collate([documents()[number]]) for number in examples - 100]
+    return ooc.extract_gradients(
+        hf.load(str(folder)).model, hf.CausalLoss(), batches, path / "e", compressor=Dropout(k=120), dtype="float32"
+    ).rows()
 
 
 def test_it_continues_from_a_checkpoint(folder, tmp_path):
@@ -123,3 +132,65 @@ def test_what_is_refused(folder, tmp_path):
     }
     with pytest.raises(InputError, match="ids of samples as 'example_id'"):
         made.train()
+
+
+def test_the_scale_of_fp16_is_undone(folder, tmp_path):
+    """Rows are those of an unscaled loss; those of a step that overflows are dropped, and training is the same."""
+
+    def scaled(out):
+        made = trainer(folder, out, fp16=True, max_steps=4, max_grad_norm=0.0)
+        made.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126)  # which overflows at first
+        return made
+
+    plain, made = scaled(tmp_path / "plain"), collecting(scaled(tmp_path / "out"), tmp_path / "s")
+    plain.train()
+    made.train()
+    for mine, theirs in zip(made.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    assert 1 < made.accelerator.scaler.get_scale() < 2.0**126
+    store = GradientStore.open(tmp_path / "s")
+    steps, dropped = store.column("step"), store.dropped
+    assert dropped[steps == 0].any()
+    taken = steps == min(set(steps.tolist()) - set(steps[dropped].tolist()))  # no step was before
+    assert store.attrs["verification"]["share"] > 0
+    assert_allclose(
+        store.rows()[taken], extracted(folder, store.column("example")[taken], tmp_path), rtol=2e-3, atol=1e-6
+    )
+
+
+WORLD = 2
+
+
+def in_parallel(rank, folder, out):
+    port = (out / "port").read_text()
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD), "MASTER_PORT": port}
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    saving = {"save_strategy": "steps", "save_steps": 1, "n": 12, "ddp_backend": "gloo"}
+    try:
+        collecting(trainer(folder, out / "out", **saving), out / "s").train()
+        again = collecting(trainer(folder, out / "out", **saving), out / "s")
+        again.train(resume_from_checkpoint=str(out / "out" / "checkpoint-1"))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_several_processes(folder, tmp_path):
+    """Rows of two processes, of a training that was continued too, are those of one that accumulates their batches."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        (tmp_path / "port").write_text(str(free.getsockname()[1]))
+    torch.multiprocessing.spawn(in_parallel, (folder, tmp_path), nprocs=WORLD)
+    collecting(trainer(folder, tmp_path / "whole", n=12, gradient_accumulation_steps=4), tmp_path / "w").train()
+    found, wanted = (by_step_and_example(tmp_path / name) for name in "sw")
+    assert set(found) == set(wanted)
+    assert len(found) == 2 * 12
+    for key, row in wanted.items():
+        assert_allclose(found[key], row, rtol=2e-3, atol=1e-5)
+
+
+def by_step_and_example(path):
+    store = GradientStore.open(path)
+    keys = zip(store.column("step").tolist(), store.column("example").tolist(), strict=True)
+    return {key: row for key, row, dropped in zip(keys, store.rows(), store.dropped, strict=True) if not dropped}

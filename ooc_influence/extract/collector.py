@@ -11,7 +11,7 @@ first and the last are differentiated by themselves, to find out whether samples
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from operator import itemgetter
@@ -22,9 +22,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from ooc_influence.errors import InputError, MismatchError, StoreNotFoundError, UnsupportedModelError, listed
+from ooc_influence.errors import InputError, StoreNotFoundError, UnsupportedModelError, listed
 from ooc_influence.extract.check import Disagreement, GradientCheck, LayersDisagreeError
-from ooc_influence.extract.data import Batching, RowMetadata, as_list
+from ooc_influence.extract.data import RowMetadata, as_list
 from ooc_influence.extract.extraction import Settings, adjusting, parse_device, plan_store
 from ooc_influence.extract.fingerprint import fingerprint_as
 from ooc_influence.extract.layers import Use, find_uses, named_layers
@@ -32,6 +32,7 @@ from ooc_influence.extract.online import ChosenSamples, Selector, choose_samples
 from ooc_influence.extract.packing import SignPacker
 from ooc_influence.extract.passes import ModelSetup, PendingTransfer, RowGatherer
 from ooc_influence.extract.pilot import Pilot
+from ooc_influence.extract.ranks import Ranks, open_sink
 from ooc_influence.extract.selection import Trained
 from ooc_influence.extract.sink import Sink, StorePlan
 from ooc_influence.extract.taps import PerSampleLoss, Taps, tapped_in_training
@@ -75,7 +76,7 @@ def collect(
         For a compressor that needs a pilot without data for one, or a compressor beside ``select``, whose queries have
         theirs.
     UnsupportedModelError
-        For batch norms that train, which mix the samples of a batch, compiled models, and ``FullyShardedDataParallel``.
+        For batch norms that train, which mix the samples of a batch, and ``FullyShardedDataParallel``.
     MismatchError
         If ``store`` holds rows of other layers or settings.
 
@@ -91,24 +92,45 @@ def collect(
     """
     if options["every"] < 1:
         raise InputError(f"expected every >= 1; received {options['every']}")
+    model = _inner(model)
     _refuse(model)
-    selector, device = options["select"], parse_device(model, None)
+    selector, ranks, device = options["select"], Ranks.current(), parse_device(model, None)
     like = None if selector is None else selector.store
     settings = replace(Settings.of(options), like=like, in_training=True)  # type: ignore[arg-type]
     pilot = None
     if per_sample_loss is not None and options["pilot"] is not None:
+        if ranks is not None and any(hasattr(each, "full_tensor") for each in model.parameters()):
+            raise UnsupportedModelError(
+                "expected a model that is whole in each process, to run a pilot in one of them; received one with "
+                "sharded parameters: use a compressor that needs no pilot, or DistributedDataParallel"
+            )
         setup = ModelSetup(model, per_sample_loss, device, options["progress"], options["check_gradients"])
         pilot = Pilot(setup, options["pilot"], options["memory"])
+
+    def make_plan() -> StorePlan:
+        return adjusting(settings, lambda settings: plan_store(model, settings, store, pilot))
+
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # a training draws what it would without it
-        plan = adjusting(settings, lambda settings: plan_store(model, settings, store, pilot))
+        plan = make_plan() if ranks is None or pilot is None else ranks.from_first(make_plan)
     plan.attributes["collected"] = {"every": options["every"], "loss": options["loss"]}
+    if ranks is not None:
+        plan.attributes["collected"]["processes"] = ranks.count
     with suppress(StoreNotFoundError):  # the weights have changed since the store was made
         plan = replace(plan, attributes=plan.attributes | {"model": dict(GradientStore.open(store).attrs["model"])})
-    return Collector(model, store, plan, options)
+    return Collector(model, store, plan, options, ranks)
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """Return the model inside what DistributedDataParallel and torch.compile wrap it in."""
+    while isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        inside = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model._orig_mod
+        assert isinstance(inside, nn.Module)
+        model = inside
+    return model
 
 
 def _refuse(model: nn.Module) -> None:
-    """Refuse models whose samples have no gradients of their own, or whose layers do not call hooks."""
+    """Refuse models whose samples have no gradients of their own, or that free their weights while they train."""
     modules = named_layers(model)
     mixing = [
         name for name, each in modules.items() if each.training and isinstance(each, nn.modules.batchnorm._BatchNorm)
@@ -119,15 +141,10 @@ def _refuse(model: nn.Module) -> None:
             f"({listed(mixing, 3)}): a sample has no gradient of its own there. Freeze their statistics (.eval()), use "
             "another norm, or extract rows from checkpoints (extract_gradients)"
         )
-    if any(hasattr(each, "_orig_mod") or each._compiled_call_impl is not None for each in model.modules()):
-        raise UnsupportedModelError(
-            "expected a model that is not compiled; received one that is, whose layers call no hooks: collect without "
-            "torch.compile, or extract rows from checkpoints (extract_gradients)"
-        )
     if any(type(each).__name__ == "FullyShardedDataParallel" for each in model.modules()):
         raise UnsupportedModelError(
-            "expected a model that is whole in each process; received FullyShardedDataParallel: collect from a "
-            "training in one process, or extract rows from checkpoints (extract_gradients)"
+            "expected a model sharded with torch.distributed.fsdp.fully_shard; received FullyShardedDataParallel: wrap "
+            "it with fully_shard, or extract rows from checkpoints (extract_gradients)"
         )
 
 
@@ -138,7 +155,16 @@ class Step:
         self._collector, self._count = collector, count
         self.losses: npt.NDArray[np.float32] | None = None
         self.chosen: ChosenSamples | None = None
+        self.owners: Tensor | None = (
+            None  # the sample of each sequence that the model computes, where there are several
+        )
         self.received = False  # whether a layer's gradient was, of the pass that trains
+
+    def of_samples(self, rows: Tensor) -> Tensor:
+        """Return the rows of samples, (b, k), the sums of those of their sequences."""
+        return (
+            rows if self.owners is None else rows.new_zeros(self._count, rows.shape[1]).index_add_(0, self.owners, rows)
+        )
 
     def select(self, losses: Tensor) -> Tensor:
         """Return by what to multiply the samples' losses, (b,), as the ``select=`` of :func:`collect` chooses.
@@ -161,7 +187,7 @@ class Step:
         self.record(losses)
         if self._collector is None:
             return torch.ones_like(losses)
-        self.chosen = self._collector._choose(losses)
+        self.chosen = self._collector._choose(losses, self)
         return self.chosen.weights.to(losses.dtype)
 
     def record(self, losses: Tensor) -> None:
@@ -180,7 +206,8 @@ class Step:
             raise InputError(f"expected a loss for each of {self._count} samples; received {tuple(losses.shape)}")
         if self._collector is not None:
             self.losses = losses.detach().float().cpu().numpy()
-            self._collector._probe(losses)
+            if self.owners is None:
+                self._collector._probe(losses)
 
 
 class Collector:
@@ -194,7 +221,10 @@ class Collector:
         Rows are collected of every such step.
     """
 
-    def __init__(self, model: nn.Module, path: PathLike, plan: StorePlan, options: CollectOptions) -> None:
+    def __init__(
+        self, model: nn.Module, path: PathLike, plan: StorePlan, options: CollectOptions, ranks: Ranks | None = None
+    ) -> None:  # fmt: skip
+        self._ranks = ranks
         self.path, self.every = path, options["every"]
         self._model, self._plan, self._options = model, plan, options
         self._device = parse_device(model, None)
@@ -215,7 +245,7 @@ class Collector:
                 tapped_in_training(self._model, self._uses, self._device, self._plan.mask.empty_modules)
             )
             metadata = RowMetadata.of(None, self._sources())
-            self._sink = Sink(self.path, self._plan, metadata, Batching(), None, None, self._options["on_nonfinite"])
+            self._sink = open_sink(self.path, self._plan, metadata, self._ranks, self._options["on_nonfinite"])
             undo.callback(self._sink.close)
             self._packer = self._sink.packer(self._device)
             if self._options["check_gradients"]:
@@ -224,9 +254,11 @@ class Collector:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        if kind is None and self._sink is not None:
-            self._sink.record(model=_facts(self._model))
-        self._undo.close()
+        try:
+            if kind is None and self._sink is not None:
+                self._sink.finish(model=_facts(self._model))
+        finally:
+            self._undo.close()
 
     def _sources(self) -> dict[str, Callable[[Any], Any]]:
         """Return where the columns of rows come from: what :meth:`step` was given."""
@@ -237,8 +269,9 @@ class Collector:
 
     @contextmanager
     def step(
-        self, ids: Any, *, step: int | None = None, weights: Weights | None = None, scale: float = 1.0, **columns: Any
-    ) -> Iterator[Step]:
+        self, ids: Any, *, step: int | None = None, weights: Weights | None = None, scale: float = 1.0,
+        sequences: Sequence[int] | None = None, **columns: Any,
+    ) -> Iterator[Step]:  # fmt: skip
         """Collect the rows of a batch: its forward and backward pass are inside the context.
 
         Parameters
@@ -255,6 +288,9 @@ class Collector:
         scale : float
             c, by which the loss was multiplied: that of a ``GradScaler``, or one over the number of batches that
             gradients are accumulated over.
+        sequences : (m,) sequence of int, optional
+            The sample, by its index in ``ids``, that each of m sequences of the model's batch is of, where a sample has
+            several, such as a chosen and a rejected one; default one each.
         **columns
             The values of the columns that :func:`collect` was given: one, or (b,).
 
@@ -281,13 +317,15 @@ class Collector:
         self._scale, multipliers = scale, scale * self._weights(weights, len(names))
         batch = {"example": names, "step": [self._step] * len(names), **self._columns(columns, len(names))}
         now = Step(self, len(names))
+        now.owners = None if sequences is None else _owners(sequences, len(names), self._device)
         gathering = self._selector is None or self._check is not None  # samples that are chosen have their rows already
-        rows = self._gatherer.room(len(names) if gathering else 0)
-        watching = nullcontext() if self._check is None else self._check.watching(len(names))
-        with watching, self._taps.receiving(len(names), self._receiver(rows, now) if gathering else _nothing):
+        count = len(names) if now.owners is None else len(now.owners)
+        rows = self._gatherer.room(count if gathering else 0)
+        watching = nullcontext() if self._check is None else self._check.watching(count)
+        with watching, self._taps.receiving(count, self._receiver(rows, now) if gathering else _nothing):
             yield now
         if now.received and self._check is not None:
-            self._finish_check(rows, len(names))
+            self._finish_check(rows, count)
         if self._selector is None:
             self._store(batch, self._divided(rows, multipliers, now), now.losses)
         else:
@@ -299,17 +337,17 @@ class Collector:
         if not now.received:
             raise InputError(
                 "expected the forward and the backward pass of the model inside a step; received no gradient of any "
-                "layer: put both into it"
+                "layer: put both into it, and call torch.compile before the collector's context"
             )
-        return rows / multipliers[:, None]
+        return now.of_samples(rows) / multipliers[:, None]
 
-    def _choose(self, losses: Tensor) -> ChosenSamples:
+    def _choose(self, losses: Tensor, now: Step) -> ChosenSamples:
         """Choose among a batch's samples, by a backward pass of its own."""
         if self._selector is None or self._taps is None:
             raise InputError("expected select= in collect to choose samples by; received none: give it, or leave this")
-        rows = self._gatherer.room(len(losses))
+        rows = self._gatherer.room(len(losses) if now.owners is None else len(now.owners))
         self._taps.differentiate(losses.sum() * self._scale, self._gatherer.adding(rows))
-        rows /= self._scale
+        rows = now.of_samples(rows) / self._scale
         return choose_samples(self._selector, rows, self._gatherer.reduced(rows)[0])
 
     def _of_chosen(self, now: Step) -> tuple[Tensor, dict[str, list[float]]]:
@@ -355,14 +393,17 @@ class Collector:
             self._taps.probe(losses)
 
     def _finish_check(self, rows: Tensor, b: int) -> None:
-        """Compare the first batch's entries with autograd's gradients of the parameters, once."""
+        """Compare the first batch's entries with autograd's gradients of the parameters; the next's if it overflows."""
         check, self._check = self._check, None
         assert check is not None
         assert self._sink is not None
         disagree = check.disagreeing(rows, b)
         if disagree:
             raise LayersDisagreeError.of(disagree)
-        self._sink.verified(check.facts())
+        if check.decided:
+            self._sink.verified(check.facts())
+        else:
+            self._check = check
 
     def _store(self, batch: Any, rows: Tensor, losses: npt.NDArray[np.float32] | None) -> None:
         assert self._sink is not None
@@ -386,31 +427,24 @@ class Collector:
                 "step, or in none"
             )
 
-    def state_dict(self) -> dict[str, int]:
-        """Commit what was collected, and return what belongs into a checkpoint of the training: rows and step."""
-        assert self._sink is not None
-        if self._sink.store is not None:
-            self._sink.store.flush()
-        return {"rows": self._sink.next_row, "step": self._step}
+    def state_dict(self) -> dict[str, Any]:
+        """Commit what was collected, and return what belongs into a checkpoint of the training: rows and step.
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        Of a training in several processes, each has to make this call; what it returns is the same.
+        """
+        assert self._sink is not None
+        return {"rows": self._sink.commit(), "step": self._step}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a checkpoint of the training: rows that were collected after it are dropped.
 
         Raises
         ------
         MismatchError
-            If the store has fewer rows.
+            If the store has fewer rows, or those of another number of processes.
         """
         assert self._sink is not None
-        there = self._sink.next_row
-        if there < state["rows"]:
-            raise MismatchError(
-                f"expected at least {state['rows']} rows in {self.path}, as when the checkpoint was saved; received "
-                f"{there}: continue from an earlier checkpoint, or collect to another path"
-            )
-        if there > state["rows"]:
-            assert self._sink.store is not None
-            self._sink.store.drop(np.arange(state["rows"], there))
+        self._sink.drop_from(state["rows"])
         self._step = state["step"]
 
 
@@ -449,6 +483,11 @@ class _SumCheck:
         self._noted.clear()
         return self._check.compare(gathered(), None if self._mask is None else rows)
 
+    @property
+    def decided(self) -> bool:
+        """Whether gradients were finite, so that something was compared."""
+        return bool(self._check.errors) or not self._check.verifiable
+
     def facts(self) -> dict[str, Any]:
         """Return what a store records."""
         return self._check.facts() | {"of": "sums over a batch"}
@@ -456,6 +495,13 @@ class _SumCheck:
 
 def _nothing(*_: Any) -> None:
     """Receive nothing."""
+
+
+def _owners(sequences: Sequence[int], b: int, device: torch.device) -> Tensor:
+    owners = torch.as_tensor(sequences, device=device)
+    if owners.dim() != 1 or owners.is_floating_point() or set(owners.tolist()) != set(range(b)):
+        raise InputError(f"expected the index of each sequence's sample, of {b} samples; received {sequences!r}")
+    return owners
 
 
 def _facts(model: nn.Module) -> dict[str, Any]:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
-import torch
 from torch import Tensor
 
-from ooc_influence.errors import InputError, MismatchError, StoreNotFoundError
-from ooc_influence.extract import Collector, collect
+from ooc_influence.errors import InputError, MismatchError, StoreNotFoundError, listed, warn
+from ooc_influence.extract import Collector, ModuleSelection, collect
+from ooc_influence.hf.trainers import TrainerReader, reader_of, unhooked_head
 from ooc_influence.options import CollectOptions, takes
 from ooc_influence.store import GradientStore, PathLike
 
 _STATE = "ooc_influence.json"  # in a checkpoint's folder: where the store was when it was saved
-_IGNORED = -100  # the label of a token that is no target
 
 
 class CollectCallback:
@@ -29,6 +30,7 @@ class CollectCallback:
         self._trainer, self._path, self._ids, self._options = trainer, store, ids, options
         self._collector: Collector | None = None
         self._training_step: Callable[..., Tensor] | None = None
+        self._undo = ExitStack()
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         if name.startswith("on_"):  # the other events
@@ -37,67 +39,72 @@ class CollectCallback:
 
     def on_train_begin(self, args: Any, state: Any, _: Any, **__: Any) -> None:
         """Open the store, or continue it from the checkpoint that training continues from."""
-        _refuse(args)
         trainer = self._trainer
+        _refuse(trainer, args)
+        reader = reader_of(trainer, self._ids)
+        reader.check()
+        model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
         own: Any = {**self._options, "columns": ("epoch", "lr"), "loss": "mean"}
-        own["loss_kind"] = own["loss_kind"] or _loss_kind(trainer)
-        self._collector = collect(trainer.accelerator.unwrap_model(trainer.model), self._path, **own)
-        self._collector.__enter__()
-        self._continue(Path(args.output_dir) / f"checkpoint-{state.global_step}", state.global_step)
-        self._training_step = trainer.training_step
-        trainer.training_step = self._step
+        own["loss_kind"] = own["loss_kind"] or reader.loss_kind
+        own["modules"] = _without(own["modules"], unhooked_head(model))
+        if args.fp16:
+            own["on_nonfinite"] = "skip"  # the scale is found by losses that overflow, of steps that are not taken
+        collector = collect(model, self._path, **own)
+        saved = self._saved_state(Path(args.output_dir) / f"checkpoint-{state.global_step}", state.global_step)
+        with ExitStack() as undo:
+            undo.enter_context(collector)
+            if saved is not None:
+                collector.load_state_dict(saved)
+            undo.enter_context(reader.reading())
+            undo.callback(setattr, trainer, "training_step", trainer.training_step)
+            step, trainer.training_step = trainer.training_step, partial(self._step, reader)
+            self._collector, self._training_step, self._undo = collector, step, undo.pop_all()
 
-    def _continue(self, checkpoint: Path, step: int) -> None:
-        assert self._collector is not None
+    def _saved_state(self, checkpoint: Path, step: int) -> Any:
+        """Return where the store was when a training was saved; None for one that begins."""
         path = checkpoint / _STATE
         if step and path.is_file():
-            self._collector.load_state_dict(json.loads(path.read_text("utf-8")))
-            return
+            return json.loads(path.read_text("utf-8"))
         try:
-            there = GradientStore.open(self._path).n
+            there = GradientStore.open(self._path).committed
         except StoreNotFoundError:
             there = 0
         if step or there:
-            self._close()
             raise MismatchError(
                 f"expected a training from its start and no rows at {self._path}, or both from one checkpoint, with "
                 f"{path}; received step {step} and {there} rows: continue from a checkpoint that was saved while rows "
                 "were collected, or collect to another path"
             )
+        return None
 
-    def _step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None, **more: Any) -> Tensor:
+    def _step(
+        self, reader: TrainerReader, model: Any, inputs: Any, num_items_in_batch: Any = None, **more: Any
+    ) -> Tensor:  # fmt: skip
         """Do the Trainer's training step on a batch, whose rows are collected."""
         trainer, collector = self._trainer, self._collector
         assert collector is not None
         assert self._training_step is not None
-        ids = inputs.pop(self._ids, None)
-        if ids is None:
-            raise InputError(
-                f"expected the ids of samples as {self._ids!r} in every batch; received {', '.join(inputs)}: keep the "
-                "column (remove_unused_columns=False), and have the data collator pass it on"
-            )
-        weights, scale = _weights(trainer, inputs, len(ids), num_items_in_batch)
+        batch = reader.read(inputs, num_items_in_batch)
         lr = trainer.optimizer.param_groups[0]["lr"]
         values = {"epoch": float(trainer.state.epoch or 0.0), "lr": float(lr)}
-        with collector.step(ids, step=trainer.state.global_step, weights=weights, scale=scale, **values):
-            return self._training_step(model, inputs, num_items_in_batch, **more)
+        with collector.step(
+            batch.ids, step=trainer.state.global_step, weights=batch.weights, scale=batch.scale,
+            sequences=batch.sequences, **values,
+        ):  # fmt: skip
+            return self._training_step(model, batch.inputs, num_items_in_batch, **more)
 
     def on_save(self, args: Any, state: Any, _: Any, **__: Any) -> None:
         """Commit the rows so far, and say in the checkpoint how many they are."""
         assert self._collector is not None
         path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / _STATE
-        path.write_text(json.dumps(self._collector.state_dict()), "utf-8")
+        rows = self._collector.state_dict()  # of all processes, each of which calls it
+        if state.is_world_process_zero:
+            path.write_text(json.dumps(rows), "utf-8")
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """Close the store: from now on it is of the trained model."""
-        self._close()
-
-    def _close(self) -> None:
-        collector, self._collector = self._collector, None
-        if self._training_step is not None:
-            self._trainer.training_step, self._training_step = self._training_step, None
-        if collector is not None:
-            collector.__exit__(None)
+        self._collector = None
+        self._undo.close()
 
 
 @takes(CollectOptions)
@@ -142,31 +149,33 @@ def collect_callback(
     return CollectCallback(trainer, store, ids, options)
 
 
-def _refuse(args: Any) -> None:
-    if args.world_size > 1 or args.n_gpu > 1:
+def _refuse(trainer: Any, args: Any) -> None:
+    if args.n_gpu > 1:
         raise InputError(
-            f"expected a training in one process on one device to collect from; received {args.world_size} processes "
-            f"and {args.n_gpu} GPUs"
+            f"expected a process for each GPU to collect from; received one for {args.n_gpu}: start the training with "
+            "torchrun or accelerate launch"
         )
-    if args.fp16:
-        raise InputError("expected bfloat16 or float32 to collect from; received fp16: use bf16=True")
+    kind = str(getattr(trainer.accelerator.distributed_type, "value", "NO"))
+    if kind in ("DEEPSPEED", "MEGATRON_LM"):
+        raise InputError(
+            f"expected a training in one process, with DistributedDataParallel or FSDP2, to collect from; received "
+            f"{kind}: extract rows from checkpoints (extract_gradients)"
+        )
+    if any(type(each).__name__ == "FullyShardedDataParallel" for each in trainer.model_wrapped.modules()):
+        raise InputError(
+            "expected FSDP2 to collect from; received FullyShardedDataParallel: set fsdp_version=2 in fsdp_config"
+        )
 
 
-def _loss_kind(trainer: Any) -> str | None:
-    return "token_cross_entropy_mean" if getattr(trainer, "_loss_shifts_labels", False) else None
-
-
-def _weights(trainer: Any, inputs: dict[str, Any], b: int, items: Any) -> tuple[Tensor | None, float]:
-    """Return by what the samples' own losses are multiplied in the batch's, (b,), and by what that is."""
-    labels = inputs.get("labels")
-    scaled = (
-        trainer.loss_is_scaled_for_ga
-        if getattr(trainer, "loss_is_scaled_for_ga", None) is not None
-        else (trainer.model_accepts_loss_kwargs and items is not None) or trainer.compute_loss_func is not None
+def _without(modules: ModuleSelection, names: Sequence[str]) -> ModuleSelection:
+    """Return a selection of layers without some of them, which are named in a warning."""
+    if not names:
+        return modules
+    warn(
+        f"{listed(names, 3)} left out: TRL computes log-probabilities from the weight without calling the layer, so "
+        "that it has no rows"
     )
-    scale = 1.0 if scaled else 1.0 / getattr(trainer, "current_gradient_accumulation_steps", 1)
-    if not isinstance(labels, Tensor) or labels.dim() != 2 or labels.shape[0] != b:
-        return None, scale
-    targets = (labels[:, 1:] != _IGNORED).sum(1).clamp(min=1).float()
-    total = targets.sum() if items is None else torch.as_tensor(items, dtype=torch.float32)
-    return targets / total, scale
+    if callable(modules):
+        return lambda name, module: name not in names and modules(name, module)
+    patterns: list[Any] = [modules] if isinstance(modules, str) else list(modules or ())
+    return [*patterns, *(f"!{name}" for name in names)]
