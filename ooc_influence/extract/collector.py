@@ -420,7 +420,7 @@ class Collector:
         facts = (self._plan.attributes if store is None else store.attrs)["collected"]
         if store is None:
             facts["losses"] = there
-        elif facts["losses"] != there:
+        elif facts.get("losses", there) != there:
             expected, received = ("losses" if each else "no losses" for each in (not there, there))
             raise InputError(
                 f"expected {expected} of this step, as of those before; received {received}: call Step.record in every "
