@@ -28,6 +28,7 @@ from ooc_influence.extract.data import Batching, RowMetadata, as_list
 from ooc_influence.extract.extraction import Settings, adjusting, parse_device, plan_store
 from ooc_influence.extract.fingerprint import fingerprint_as
 from ooc_influence.extract.layers import Use, find_uses, named_layers
+from ooc_influence.extract.optimizer import OptimizerRecorder
 from ooc_influence.extract.packing import SignPacker
 from ooc_influence.extract.passes import ModelSetup, PendingTransfer, RowGatherer
 from ooc_influence.extract.pilot import Pilot
@@ -35,7 +36,7 @@ from ooc_influence.extract.selection import Trained
 from ooc_influence.extract.sink import Sink, StorePlan
 from ooc_influence.extract.taps import PerSampleLoss, Taps, tapped_in_training
 from ooc_influence.options import CollectOptions, takes
-from ooc_influence.store import GradientStore, LograReduction, PathLike
+from ooc_influence.store import WEIGHT, GradientStore, LograReduction, PathLike, parse_path
 
 Weights = npt.ArrayLike | Tensor
 _COLUMNS = ("example", "step")  # of every row; a sample has a row for each step that it is in
@@ -176,6 +177,11 @@ class Collector:
         self._taps: Taps | None = None
         self._packer: SignPacker | None = None
         self._check: _SumCheck | None = None
+        self._recorder: OptimizerRecorder | None = None
+        if options["optimizer"] is not None:
+            self._recorder = OptimizerRecorder(
+                options["optimizer"], plan.mask, plan.reduction, self._uses, options["optimizer_every"]
+            )
         self._undo = ExitStack()
 
     def __enter__(self) -> Self:
@@ -189,20 +195,25 @@ class Collector:
             self._packer = self._sink.packer(self._device)
             if self._options["check_gradients"]:
                 self._check = _SumCheck(self._uses, self._device, self._plan, self._model)
+            if self._recorder is not None:
+                self._recorder.open(parse_path(self.path))
+                undo.callback(self._recorder.close)
             self._undo = undo.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         if kind is None and self._sink is not None:
             self._sink.record(model=_facts(self._model))
+        self._flush_optimizer()
         self._undo.close()
 
     def _sources(self) -> dict[str, Callable[[Any], Any]]:
         """Return where the columns of rows come from: what :meth:`step` was given."""
         given = self._options["columns"]
-        if set(given) & set(_COLUMNS):
-            raise InputError(f"expected columns beside {' and '.join(_COLUMNS)}; received {', '.join(given)}")
-        return {name: itemgetter(name) for name in (*_COLUMNS, *given)}
+        own = _COLUMNS if self._recorder is None else (*_COLUMNS, WEIGHT)
+        if set(given) & set(own):
+            raise InputError(f"expected columns beside {' and '.join(own)}; received {', '.join(given)}")
+        return {name: itemgetter(name) for name in (*own, *given)}
 
     @contextmanager
     def step(
@@ -242,6 +253,8 @@ class Collector:
         """
         self._step = self._step + 1 if step is None else int(step)
         names = as_list(ids)
+        if self._recorder is not None:
+            self._recorder.start(self._step, collected=not self._step % self.every)
         if self._step % self.every:
             yield Step(None, len(names))
             return
@@ -261,7 +274,12 @@ class Collector:
             )
         if self._check is not None:
             self._finish_check(rows, len(names))
+        if self._recorder is not None:
+            batch[WEIGHT] = multipliers.tolist()
+            self._recorder.end(sum(batch[WEIGHT]))
         self._store(batch, rows / multipliers[:, None], now.losses)
+        if self._recorder is not None and self._recorder.flush_due:
+            self._flush_optimizer()
 
     def _receiver(self, rows: Tensor, now: Step) -> Callable[[Use, Any, Any], None]:
         add = self._gatherer.adding(rows)
@@ -321,7 +339,14 @@ class Collector:
         assert self._sink is not None
         if self._sink.store is not None:
             self._sink.store.flush()
-        return {"rows": self._sink.next_row, "step": self._step}
+        self._flush_optimizer()
+        recorded = {} if self._recorder is None else {"records": len(self._recorder)}
+        return {"rows": self._sink.next_row, "step": self._step, **recorded}
+
+    def _flush_optimizer(self) -> None:
+        """Write the optimiser's records beside the rows, once there is a store."""
+        if self._recorder is not None and self._sink is not None and self._sink.store is not None:
+            self._recorder.flush()
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Continue from a checkpoint of the training: rows that were collected after it are dropped.
@@ -341,6 +366,13 @@ class Collector:
         if there > state["rows"]:
             assert self._sink.store is not None
             self._sink.store.drop(np.arange(state["rows"], there))
+        if self._recorder is not None:
+            if "records" not in state:
+                raise MismatchError(
+                    "expected a checkpoint of a training whose optimiser was recorded; received one without: continue "
+                    "without optimizer=, or collect to another path"
+                )
+            self._recorder.truncate(state["records"])
         self._step = state["step"]
 
 
