@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -73,11 +73,12 @@ class OptimizerRecorder:
     """
 
     def __init__(
-        self, optimizer: Optimizer, mask: Mask, reduction: Reduction | None, uses: Sequence[Use], every: int
-    ) -> None:
-        self._optimizer, self._every = optimizer, every
+        self, optimizer: Optimizer | Literal[True], mask: Mask, reduction: Reduction | None, uses: Sequence[Use],
+        every: int,
+    ) -> None:  # fmt: skip
+        self._optimizer, self._algorithm, self._decoupled = _parse(optimizer, every)
+        self._every = every
         self._k = mask.k if reduction is None else reduction.columns
-        self._algorithm, self._decoupled = _parse(optimizer, every)
         mixing = reduction is not None or any(each.basis is not None and each.basis.rotates for each in mask.modules)
         if mixing and self._algorithm == "adam":
             raise InputError(
@@ -132,7 +133,8 @@ class OptimizerRecorder:
                     self._owner[columns] = numbers[0]
         if not parts:
             raise MismatchError(
-                "expected an optimiser of the model's tapped layers; received one that has none of their parameters"
+                "expected an optimiser of the model's tapped layers; received one that has none of their parameters: "
+                "give the one that trains this model"
             )
         if reduced:
             self._owner[:] = 0
@@ -268,8 +270,10 @@ class OptimizerRecorder:
         return self._log.full
 
 
-def _parse(optimizer: Optimizer, every: int) -> tuple[str, bool]:
-    """Return an optimiser's algorithm, and whether its weight decay is apart from its gradient."""
+def _parse(optimizer: Optimizer | Literal[True], every: int) -> tuple[Optimizer, str, bool]:
+    """Return an optimiser, its algorithm, and whether its weight decay is apart from its gradient."""
+    if optimizer is True:
+        raise InputError("expected the optimiser itself as optimizer=; received True, which is for a Trainer's own")
     algorithm = _ALGORITHMS.get(type(optimizer))
     if algorithm is None:
         raise InputError(
@@ -288,7 +292,7 @@ def _parse(optimizer: Optimizer, every: int) -> tuple[str, bool]:
     }
     if len(decoupled) > 1:
         raise InputError("expected one kind of weight decay in all parameter groups; received decoupled and coupled")
-    return algorithm, decoupled.pop()
+    return optimizer, algorithm, decoupled.pop()
 
 
 def _spread(numel: int) -> Indices:

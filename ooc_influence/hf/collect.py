@@ -41,6 +41,8 @@ class CollectCallback:
         trainer = self._trainer
         own: Any = {**self._options, "columns": ("epoch", "lr"), "loss": "mean"}
         own["loss_kind"] = own["loss_kind"] or _loss_kind(trainer)
+        if own["optimizer"] is True:
+            own["optimizer"] = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # that accelerate wraps
         self._collector = collect(trainer.accelerator.unwrap_model(trainer.model), self._path, **own)
         self._collector.__enter__()
         self._continue(Path(args.output_dir) / f"checkpoint-{state.global_step}", state.global_step)

@@ -153,10 +153,11 @@ class CollectOptions(KeptEntries, Described, Writing, Budgeted, Reporting, total
         "mean", '{"mean", "sum"}',
         "Whether a batch's loss is the mean of its samples' losses or their sum, where a step is not given weights.")]
     every: Annotated[int, Option(1, "int", "Collect the rows of every such step.")]
-    optimizer: Annotated["torch.optim.Optimizer | None", Option(
+    optimizer: Annotated["torch.optim.Optimizer | Literal[True] | None", Option(
         None, "torch.optim.Optimizer, optional",
         "Record the state of this optimiser (SGD, Adam or AdamW of torch) at the kept entries at each step, for "
-        ":func:`fit_trajectory`, and, in a column ``weight``, by what each sample's loss was multiplied.")]
+        ":func:`fit_trajectory`, and, in a column ``weight``, by what each sample's loss was multiplied. True for that "
+        "of a Trainer.")]
     optimizer_every: Annotated[int, Option(
         1, "int",
         "Record Adam's moments at every such step; in between, those of the last are taken, and the mean gradient for "
