@@ -21,7 +21,15 @@ if TYPE_CHECKING:
         reduce_store,
         rewrite_store,
     )
-    from ooc_influence.curvature import Curvature, fit_curvature, fit_fisher, fit_gram, fit_kronecker, gram_matrix
+    from ooc_influence.curvature import (
+        Curvature,
+        fit_curvature,
+        fit_fisher,
+        fit_gram,
+        fit_kronecker,
+        fit_trajectory,
+        gram_matrix,
+    )
     from ooc_influence.errors import OocInfluenceError, OocInfluenceWarning
     from ooc_influence.extract import (
         AdamMetric,
@@ -61,7 +69,9 @@ _EXPORTS = {
         "Dropout", "Eigenbasis", "Gaussian", "Grass", "Identity", "KroneckerBasis", "LoGra", "Pca",
         "Rademacher", "RowBudget", "Sjlt", "reduce_store", "rewrite_store",
     ],
-    "curvature": ["Curvature", "fit_curvature", "fit_fisher", "fit_gram", "fit_kronecker", "gram_matrix"],
+    "curvature": [
+        "Curvature", "fit_curvature", "fit_fisher", "fit_gram", "fit_kronecker", "fit_trajectory", "gram_matrix",
+    ],
     "errors": ["OocInfluenceError", "OocInfluenceWarning"],
     "extract": [
         "AdamMetric", "Batching", "BudgetBatches", "Recipe", "Split", "collect", "cross_entropy", "extract_gradients",
@@ -88,8 +98,9 @@ __all__ = [
     "Pca", "Rademacher", "Recipe", "RowBudget", "Selection", "Sjlt", "Split", "Storage", "TokenInfluence",
     "TopInfluential", "Trace", "__version__", "collect", "compact_store", "cross_entropy", "export_rows",
     "export_scores", "extract_gradients", "extract_shards", "fit_curvature", "fit_fisher", "fit_gram",
-    "fit_kronecker", "gram_matrix", "group_influence", "import_rows", "influence_scores", "init_store",
-    "merge_stores", "module_influence", "online_selection", "plan", "reduce_store", "rerank", "rewrite_store",
+    "fit_kronecker", "fit_trajectory", "gram_matrix", "group_influence", "import_rows", "influence_scores",
+    "init_store", "merge_stores", "module_influence", "online_selection", "plan", "reduce_store", "rerank",
+    "rewrite_store",
     "select_rows", "self_influence", "sketch_store", "token_cross_entropy", "token_influence", "top_influential",
     "trace", "upgrade_store",
 ]  # fmt: skip

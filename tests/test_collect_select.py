@@ -65,7 +65,7 @@ def test_training_is_that_with_the_weights(tmp_path, weigh, scale):
     assert_allclose(store.rows(), expected_rows(store.mask, seen, batches), rtol=1e-4, atol=1e-6)
     scores = queries.rows() @ store.rows().T
     assert_allclose(store.column("score"), scores.mean(axis=0), rtol=1e-4, atol=1e-5)
-    weights = torch.tensor(store.column("weight"), dtype=torch.float32)
+    weights = torch.tensor(store.column("chosen"), dtype=torch.float32)
     assert_allclose(weights, np.concatenate([weigh(scores[:, i : i + B]) for i in range(0, store.n, B)]), rtol=1e-4)
     assert store.attrs["verification"]["checked"] is True
     plain, optimizer, batches = training(Mlp)
@@ -116,7 +116,7 @@ def test_wrong_labels_are_left_out(tmp_path):
                 (step.select(losses) * losses).mean().backward()
             optimizer.step()
     store = GradientStore.open(tmp_path / "s")
-    weights, wrong = store.column("weight"), store.column("example") < 250
+    weights, wrong = store.column("chosen"), store.column("example") < 250
     assert weights[wrong].mean() < 0.5
     assert weights[~wrong].mean() > 0.75
 
@@ -235,3 +235,18 @@ def test_row_weights_need_losses(tmp_path):
         collect("all", [False])
     with pytest.raises(InputError, match="expected no losses of this step"):
         collect("none", [True])
+
+
+def test_effects_of_chosen_samples(tmp_path):
+    """With the optimiser recorded, a row's weight in the training is the loop's times the chosen one."""
+    model, optimizer, batches = training(Mlp)
+    queries = query_store(tmp_path / "q", model, compressor=Dropout(k=70))
+    selection = ooc.online_selection(queries)
+    with ooc.collect(model, tmp_path / "s", select=selection, optimizer=optimizer) as collector:
+        train(model, optimizer, batches, collector)
+    store = GradientStore.open(tmp_path / "s")
+    chosen = store.column("chosen")
+    assert_allclose(store.column("weight"), chosen / B, rtol=1e-6)
+    effects = np.abs(ooc.fit_trajectory(store).rows()).sum(axis=1)
+    assert 0 < (chosen == 0).sum() < store.n
+    assert_array_equal(effects > 0, chosen > 0)

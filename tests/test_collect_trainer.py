@@ -15,6 +15,7 @@ from tiny_hf import MARKS, make_model
 import ooc_influence as ooc
 from ooc_influence import Dropout, GradientStore, hf
 from ooc_influence.errors import InputError, MismatchError
+from ooc_influence.store import StepLog
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -123,6 +124,36 @@ def test_it_continues_from_a_checkpoint(folder, tmp_path):
     assert_allclose(found.rows()[~found.dropped], wanted.rows(), rtol=1e-5, atol=1e-7)
     with pytest.raises(MismatchError, match="both from one checkpoint"):
         collecting(trainer(folder, tmp_path / "out"), tmp_path / "s").train()
+
+
+def test_effects_on_the_final_weights(folder, tmp_path):
+    """Those of the last step, of rows that accumulation and clipping scaled, by the derivative of AdamW's step."""
+    made = trainer(folder, tmp_path / "out", max_grad_norm=0.5)
+    callback = hf.collect_callback(
+        made, tmp_path / "s", compressor=Dropout(k=120), dtype="float32", optimizer=True
+    )  # fmt: skip
+    made.add_callback(callback)
+    made.train()
+    plain = trainer(folder, tmp_path / "plain", max_grad_norm=0.5)
+    plain.train()
+    for mine, theirs in zip(made.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    store, log = GradientStore.open(tmp_path / "s"), StepLog(tmp_path / "s")
+    assert_array_equal(log.steps, np.arange(6))
+    effects = ooc.fit_trajectory(store, dtype="float32")
+    last, record = store.column("step") == 5, log.record(5)
+    assert 0 < record.factor < 1
+    rows = store.rows()[last].astype(np.float64)
+    weights = np.concatenate([module.weight for module in store.mask.modules])
+    m, v, g = record.vectors.astype(np.float64)
+    seen = (rows * store.column("weight")[last, None]).sum(0) / weights * record.factor
+    assert_allclose(seen, g, rtol=2e-3, atol=1e-4 * np.abs(g).max())  # every sample's weight and the factor
+    lr, _, _, beta1, beta2, eps, count = record.scalars[log.columns.owner].T
+    root = np.sqrt(np.maximum(v, 1e-30) / (1 - beta2**count))  # tokens that were never seen have none
+    share = (1 - beta1) / (1 - beta1**count) / (root + eps)
+    share -= (1 - beta2) * g * m / (1 - beta1**count) / (1 - beta2**count) / (root * (root + eps) ** 2)
+    expected = rows * store.column("weight")[last, None] * record.factor * lr * share
+    assert_allclose(effects.rows()[last], expected, rtol=1e-4, atol=1e-6 * np.abs(expected).max())
 
 
 def test_what_is_refused(folder, tmp_path):

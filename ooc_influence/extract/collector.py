@@ -22,13 +22,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from ooc_influence.errors import InputError, StoreNotFoundError, UnsupportedModelError, listed
+from ooc_influence.errors import InputError, MismatchError, StoreNotFoundError, UnsupportedModelError, listed
 from ooc_influence.extract.check import Disagreement, GradientCheck, LayersDisagreeError
 from ooc_influence.extract.data import RowMetadata, as_list
 from ooc_influence.extract.extraction import Settings, adjusting, parse_device, plan_store
 from ooc_influence.extract.fingerprint import fingerprint_as
 from ooc_influence.extract.layers import Use, find_uses, named_layers
 from ooc_influence.extract.online import ChosenSamples, Selector, choose_samples
+from ooc_influence.extract.optimizer import OptimizerRecorder
 from ooc_influence.extract.packing import SignPacker
 from ooc_influence.extract.passes import ModelSetup, PendingTransfer, RowGatherer
 from ooc_influence.extract.pilot import Pilot
@@ -37,11 +38,11 @@ from ooc_influence.extract.selection import Trained
 from ooc_influence.extract.sink import Sink, StorePlan
 from ooc_influence.extract.taps import PerSampleLoss, Taps, tapped_in_training
 from ooc_influence.options import CollectOptions, takes
-from ooc_influence.store import GradientStore, LograReduction, PathLike
+from ooc_influence.store import WEIGHT, GradientStore, LograReduction, PathLike, parse_path
 
 Weights = npt.ArrayLike | Tensor
 _COLUMNS = ("example", "step")  # of every row; a sample has a row for each step that it is in
-_CHOSEN = ("score", "weight")  # of every row where samples are chosen
+_CHOSEN = ("score", "chosen")  # of every row where samples are chosen
 
 
 @takes(CollectOptions)
@@ -97,6 +98,11 @@ def collect(
     selector, ranks, device = options["select"], Ranks.current(), parse_device(model, None)
     like = None if selector is None else selector.store
     settings = replace(Settings.of(options), like=like, in_training=True)  # type: ignore[arg-type]
+    if ranks is not None and options["optimizer"] is not None:
+        raise InputError(
+            f"expected a training in one process to record its optimiser; received one in {ranks.count}: collect "
+            "without optimizer="
+        )
     pilot = None
     if per_sample_loss is not None and options["pilot"] is not None:
         if ranks is not None and any(hasattr(each, "full_tensor") for each in model.parameters()):
@@ -237,6 +243,11 @@ class Collector:
         self._taps: Taps | None = None
         self._packer: SignPacker | None = None
         self._check: _SumCheck | None = None
+        self._recorder: OptimizerRecorder | None = None
+        if options["optimizer"] is not None:
+            self._recorder = OptimizerRecorder(
+                options["optimizer"], plan.mask, plan.reduction, self._uses, options["optimizer_every"]
+            )
         self._undo = ExitStack()
 
     def __enter__(self) -> Self:
@@ -250,6 +261,9 @@ class Collector:
             self._packer = self._sink.packer(self._device)
             if self._options["check_gradients"]:
                 self._check = _SumCheck(self._uses, self._device, self._plan, self._model)
+            if self._recorder is not None:
+                self._recorder.open(parse_path(self.path))
+                undo.callback(self._recorder.close)
             self._undo = undo.pop_all()
         return self
 
@@ -257,15 +271,18 @@ class Collector:
         try:
             if kind is None and self._sink is not None:
                 self._sink.finish(model=_facts(self._model))
+            self._flush_optimizer()
         finally:
             self._undo.close()
 
     def _sources(self) -> dict[str, Callable[[Any], Any]]:
         """Return where the columns of rows come from: what :meth:`step` was given."""
-        given, ours = self._options["columns"], _COLUMNS if self._selector is None else (*_COLUMNS, *_CHOSEN)
-        if set(given) & set(ours):
-            raise InputError(f"expected columns beside {', '.join(ours)}; received {', '.join(given)}")
-        return {name: itemgetter(name) for name in (*ours, *given)}
+        given = self._options["columns"]
+        chosen = () if self._selector is None else _CHOSEN
+        own = (*_COLUMNS, *chosen, *(() if self._recorder is None else (WEIGHT,)))
+        if set(given) & set(own):
+            raise InputError(f"expected columns beside {', '.join(own)}; received {', '.join(given)}")
+        return {name: itemgetter(name) for name in (*own, *given)}
 
     @contextmanager
     def step(
@@ -309,6 +326,8 @@ class Collector:
         """
         self._step = self._step + 1 if step is None else int(step)
         names = as_list(ids)
+        if self._recorder is not None:
+            self._recorder.start(self._step, collected=not self._step % self.every)
         if self._step % self.every:
             yield Step(None, len(names))
             return
@@ -327,10 +346,21 @@ class Collector:
         if now.received and self._check is not None:
             self._finish_check(rows, count)
         if self._selector is None:
-            self._store(batch, self._divided(rows, multipliers, now), now.losses)
+            rows = self._divided(rows, multipliers, now)
         else:
-            rows, columns = self._of_chosen(now)
-            self._store(batch | columns, rows, now.losses)
+            chosen = self._chosen(now)
+            rows, multipliers = chosen.rows, multipliers * chosen.weights
+            batch |= chosen.columns
+        self._end_of_step(batch, multipliers)
+        self._store(batch, rows, now.losses)
+        if self._recorder is not None and self._recorder.flush_due:
+            self._flush_optimizer()
+
+    def _end_of_step(self, batch: dict[str, list[Any]], multipliers: Tensor) -> None:
+        """Have the optimiser's recorder note the batch's gradient, and by what its samples count in it."""
+        if self._recorder is not None:
+            batch[WEIGHT] = multipliers.tolist()
+            self._recorder.end(sum(batch[WEIGHT]))
 
     def _divided(self, rows: Tensor, multipliers: Tensor, now: Step) -> Tensor:
         """Return the rows of the samples' own losses, once there was a pass."""
@@ -350,11 +380,11 @@ class Collector:
         rows = now.of_samples(rows) / self._scale
         return choose_samples(self._selector, rows, self._gatherer.reduced(rows)[0])
 
-    def _of_chosen(self, now: Step) -> tuple[Tensor, dict[str, list[float]]]:
-        """Return the rows and columns of a batch whose samples were chosen."""
+    def _chosen(self, now: Step) -> ChosenSamples:
+        """Return what was chosen in a step."""
         if now.chosen is None:
             raise InputError("expected Step.select in every step of a collector with select=; received a step without")
-        return now.chosen.rows, now.chosen.columns
+        return now.chosen
 
     def _receiver(self, rows: Tensor, now: Step) -> Callable[[Use, Any, Any], None]:
         add = self._gatherer.adding(rows)
@@ -433,7 +463,15 @@ class Collector:
         Of a training in several processes, each has to make this call; what it returns is the same.
         """
         assert self._sink is not None
-        return {"rows": self._sink.commit(), "step": self._step}
+        rows = self._sink.commit()
+        self._flush_optimizer()
+        recorded = {} if self._recorder is None else {"records": len(self._recorder)}
+        return {"rows": rows, "step": self._step, **recorded}
+
+    def _flush_optimizer(self) -> None:
+        """Write the optimiser's records beside the rows, once there is a store."""
+        if self._recorder is not None and self._sink is not None and self._sink.store is not None:
+            self._recorder.flush()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a checkpoint of the training: rows that were collected after it are dropped.
@@ -445,6 +483,13 @@ class Collector:
         """
         assert self._sink is not None
         self._sink.drop_from(state["rows"])
+        if self._recorder is not None:
+            if "records" not in state:
+                raise MismatchError(
+                    "expected a checkpoint of a training whose optimiser was recorded; received one without: continue "
+                    "without optimizer=, or collect to another path"
+                )
+            self._recorder.truncate(state["records"])
         self._step = state["step"]
 
 

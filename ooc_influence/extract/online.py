@@ -55,7 +55,7 @@ class ChosenSamples:
     @property
     def columns(self) -> dict[str, list[float]]:
         """The rows' columns."""
-        return {"score": self.scores.tolist(), "weight": self.weights.tolist()}
+        return {"score": self.scores.tolist(), "chosen": self.weights.tolist()}
 
 
 def choose_samples(selector: Selector, rows: Tensor, reduced: Tensor) -> ChosenSamples:

@@ -47,6 +47,8 @@ class CollectCallback:
         own: Any = {**self._options, "columns": ("epoch", "lr"), "loss": "mean"}
         own["loss_kind"] = own["loss_kind"] or reader.loss_kind
         own["modules"] = _without(own["modules"], unhooked_head(model))
+        if own["optimizer"] is True:
+            own["optimizer"] = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # that accelerate wraps
         if args.fp16:
             own["on_nonfinite"] = "skip"  # the scale is found by losses that overflow, of steps that are not taken
         collector = collect(model, self._path, **own)

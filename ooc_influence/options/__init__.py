@@ -30,7 +30,16 @@ from ooc_influence.options.extraction import (
     Sharded,
     Writing,
 )
-from ooc_influence.options.fitting import Blocks, FisherOptions, FittingOptions, KeptOptions, RowOptions, Weighting
+from ooc_influence.options.fitting import (
+    Between,
+    Blocks,
+    FisherOptions,
+    FittingOptions,
+    KeptOptions,
+    RowOptions,
+    TrajectoryOptions,
+    Weighting,
+)
 from ooc_influence.options.option import Option, Options, complete, definitions, document, select, takes
 from ooc_influence.options.scoring import (
     AnyCurvature,
@@ -67,9 +76,11 @@ from ooc_influence.options.stores import (
 __all__ = [
     "DTYPES",
     "AnyCurvature",
+    "Between",
     "Blocks",
     "Budgeted",
-    "CheckOptions", "CollectOptions",
+    "CheckOptions",
+    "CollectOptions",
     "Combine",
     "CreateOptions",
     "Damped",
@@ -123,6 +134,7 @@ __all__ = [
     "Task",
     "TopOptions",
     "TraceOptions",
+    "TrajectoryOptions",
     "Turns",
     "VerifyOptions",
     "Weighting",

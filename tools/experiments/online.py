@@ -113,7 +113,7 @@ def train_on_chosen(study: Study, weigh: Any, every: int, batches: list[Tensor])
                     (step.select(losses) * losses).mean().backward()
                 study.optimizer.step()
         store = ooc.GradientStore.open(f"{folder}/rows")
-        wrong, weights = study.wrong[store.column("example")].numpy(), store.column("weight")
+        wrong, weights = study.wrong[store.column("example")].numpy(), store.column("chosen")
     return {"wrong": float(weights[wrong].mean()), "right": float(weights[~wrong].mean())}
 
 
