@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ooc_influence.errors import InputError, MismatchError, StoreNotFoundError, UnsupportedModelError, listed
+from ooc_influence.extract.averages import Averages
 from ooc_influence.extract.check import Disagreement, GradientCheck, LayersDisagreeError
 from ooc_influence.extract.data import Batching, RowMetadata, as_list
 from ooc_influence.extract.extraction import Settings, adjusting, parse_device, plan_store
@@ -30,9 +31,9 @@ from ooc_influence.extract.fingerprint import fingerprint_as
 from ooc_influence.extract.layers import Use, find_uses, named_layers
 from ooc_influence.extract.packing import SignPacker
 from ooc_influence.extract.passes import ModelSetup, PendingTransfer, RowGatherer
-from ooc_influence.extract.pilot import Pilot
+from ooc_influence.extract.pilot import Pilot, remove_pilot
 from ooc_influence.extract.selection import Trained
-from ooc_influence.extract.sink import Sink, StorePlan
+from ooc_influence.extract.sink import Sink, StorePlan, open_existing
 from ooc_influence.extract.taps import PerSampleLoss, Taps, tapped_in_training
 from ooc_influence.options import CollectOptions, takes
 from ooc_influence.store import GradientStore, LograReduction, PathLike
@@ -49,7 +50,8 @@ def collect(
 
     Rows come from the backward passes that train the model. Parameters after any number of steps are those of a
     training without it, to the bit. A sample has a row for each step that it is in. Columns ``example`` and ``step``
-    say which, so that ``group_influence(..., by="example")`` adds up those of a sample.
+    say which, so that ``group_influence(..., by="example")`` adds up those of a sample. With ``average=True`` it has
+    one row, their average; the store is there once the context has ended.
 
     Parameters
     ----------
@@ -70,7 +72,7 @@ def collect(
     Raises
     ------
     InputError
-        For a compressor that needs a pilot without data for one.
+        For a compressor that needs a pilot without data for one, and averages of signs or not on a local disk.
     UnsupportedModelError
         For batch norms that train, which mix the samples of a batch, compiled models, and ``FullyShardedDataParallel``.
     MismatchError
@@ -89,17 +91,35 @@ def collect(
     if options["every"] < 1:
         raise InputError(f"expected every >= 1; received {options['every']}")
     _refuse(model)
+    averages = _averages(store, options)
+    home = store if averages is None else averages.reference()  # what has the mask already, or will be made first
     settings, device = Settings.of(options), parse_device(model, None)  # type: ignore[arg-type]
     pilot = None
     if per_sample_loss is not None and options["pilot"] is not None:
         setup = ModelSetup(model, per_sample_loss, device, options["progress"], options["check_gradients"])
         pilot = Pilot(setup, options["pilot"], options["memory"])
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # a training draws what it would without it
-        plan = adjusting(settings, lambda settings: plan_store(model, settings, store, pilot))
+        plan = adjusting(settings, lambda settings: plan_store(model, settings, home, pilot))
     plan.attributes["collected"] = {"every": options["every"], "loss": options["loss"]}
-    with suppress(StoreNotFoundError):  # the weights have changed since the store was made
-        plan = replace(plan, attributes=plan.attributes | {"model": dict(GradientStore.open(store).attrs["model"])})
-    return Collector(model, store, plan, options)
+    return Collector(model, store, plan, options, averages)
+
+
+def _averages(store: PathLike, options: CollectOptions) -> Averages | None:
+    """Return where averages are made, if they are to be; refuse what cannot be averaged."""
+    if not options["average"]:
+        with suppress(StoreNotFoundError):
+            if "averaged" in GradientStore.open(store).attrs:
+                raise MismatchError(
+                    f"expected single rows at {store}, or nothing; received averages: continue them with average=True, "
+                    "or collect to another path"
+                )
+        return None
+    if options["dtype"] == "sign":
+        raise InputError(
+            "expected averages of numbers; received dtype='sign': collect float16 rows, and rewrite the averages as "
+            "signs (rewrite_store)"
+        )
+    return Averages(store)
 
 
 def _refuse(model: nn.Module) -> None:
@@ -164,8 +184,12 @@ class Collector:
         Rows are collected of every such step.
     """
 
-    def __init__(self, model: nn.Module, path: PathLike, plan: StorePlan, options: CollectOptions) -> None:
+    def __init__(
+        self, model: nn.Module, path: PathLike, plan: StorePlan, options: CollectOptions,
+        averages: Averages | None = None,
+    ) -> None:  # fmt: skip
         self.path, self.every = path, options["every"]
+        self._averages = averages
         self._model, self._plan, self._options = model, plan, options
         self._device = parse_device(model, None)
         self._mean = options["loss"] == "mean"
@@ -183,25 +207,72 @@ class Collector:
             self._taps = undo.enter_context(
                 tapped_in_training(self._model, self._uses, self._device, self._plan.mask.empty_modules)
             )
-            metadata = RowMetadata.of(None, self._sources())
-            self._sink = Sink(self.path, self._plan, metadata, Batching(), None, None, self._options["on_nonfinite"])
-            undo.callback(self._sink.close)
-            self._packer = self._sink.packer(self._device)
+            if self._averages is not None:
+                undo.callback(self._averages.close)
+                self._averages.open()
+            undo.callback(self._close_sink)
+            self._open_sink()
             if self._options["check_gradients"]:
                 self._check = _SumCheck(self._uses, self._device, self._plan, self._model)
             self._undo = undo.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        if kind is None and self._sink is not None:
-            self._sink.record(model=_facts(self._model))
-        self._undo.close()
+        with self._undo:
+            if kind is not None or self._sink is None:
+                return
+            remove_pilot(self.path if self._averages is None else self._averages.first)
+            if self._averages is None:
+                self._sink.record(model=_facts(self._model))
+                return
+            self.fold()
+            self._close_sink()
+            self._averages.publish(_facts(self._model))
+
+    @property
+    def _rows(self) -> PathLike:
+        """Where rows are written."""
+        return self.path if self._averages is None else self._averages.journal
+
+    def _open_sink(self) -> None:
+        latest = self.path if self._averages is None else self._averages.latest
+        with suppress(StoreNotFoundError):  # the weights have changed since the store was made
+            model = {"model": dict(GradientStore.open(latest).attrs["model"])}
+            self._plan = replace(self._plan, attributes=self._plan.attributes | model)
+            open_existing(latest, self._plan)
+        metadata = RowMetadata.of(None, self._sources())
+        self._sink = Sink(self._rows, self._plan, metadata, Batching(), None, None, self._options["on_nonfinite"])
+        self._packer = self._sink.packer(self._device)
+
+    def _close_sink(self) -> None:
+        sink, self._sink = self._sink, None
+        if sink is not None:
+            sink.close()
+
+    def fold(self) -> None:
+        """Add the rows collected since the last time to the averages, at the end of an epoch, say; ``average=True``.
+
+        Until then they take their own room on the disk. The end of the context does it, too.
+
+        Raises
+        ------
+        InputError
+            Of a collector of single rows.
+        """
+        if self._averages is None:
+            raise InputError("expected averages to fold rows into; received a collector of single rows: average=True")
+        self._close_sink()
+        try:
+            self._averages.fold(self._options["storage"], self._options["progress"])
+        finally:
+            self._open_sink()
 
     def _sources(self) -> dict[str, Callable[[Any], Any]]:
         """Return where the columns of rows come from: what :meth:`step` was given."""
         given = self._options["columns"]
-        if set(given) & set(_COLUMNS):
-            raise InputError(f"expected columns beside {' and '.join(_COLUMNS)}; received {', '.join(given)}")
+        own = (*_COLUMNS, *(() if self._averages is None else ("rows",)))
+        if set(given) & set(own):
+            raise InputError(f"expected columns beside {', '.join(own)}; received {', '.join(given)}")
         return {name: itemgetter(name) for name in (*_COLUMNS, *given)}
 
     @contextmanager
@@ -247,6 +318,12 @@ class Collector:
             return
         if self._taps is None or self._sink is None:
             raise InputError("expected a step inside the collector's context; received one outside: use 'with'")
+        if self._averages is not None and self._averages.interrupted:
+            raise MismatchError(
+                f"expected the checkpoint that an interrupted training continues from, since there are rows of it in "
+                f"{self._averages.folder}; received a step: load it (load_state_dict), or remove the folder to begin "
+                "again"
+            )
         multipliers = scale * self._weights(weights, len(names))
         batch = {"example": names, "step": [self._step] * len(names), **self._columns(columns, len(names))}
         now = Step(self, len(names))
@@ -317,11 +394,15 @@ class Collector:
         self._sink.take(batch, self._sink.next_row, computed)
 
     def state_dict(self) -> dict[str, int]:
-        """Commit what was collected, and return what belongs into a checkpoint of the training: rows and step."""
+        """Commit what was collected, and return what belongs into a checkpoint of the training: rows and step.
+
+        Of averages, what this and the last state refer to is kept, and what earlier ones need is removed.
+        """
         assert self._sink is not None
         if self._sink.store is not None:
             self._sink.store.flush()
-        return {"rows": self._sink.next_row, "step": self._step}
+        state = {"rows": self._sink.next_row, "step": self._step}
+        return state if self._averages is None else state | self._averages.state(state["rows"])
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Continue from a checkpoint of the training: rows that were collected after it are dropped.
@@ -329,18 +410,25 @@ class Collector:
         Raises
         ------
         MismatchError
-            If the store has fewer rows.
+            If the store has fewer rows, or averages that the checkpoint refers to are gone.
         """
+        rows = state["rows"]
+        if self._averages is not None:
+            self._close_sink()
+            try:
+                rows = self._averages.restore(state)
+            finally:
+                self._open_sink()
         assert self._sink is not None
         there = self._sink.next_row
-        if there < state["rows"]:
+        if there < rows:
             raise MismatchError(
-                f"expected at least {state['rows']} rows in {self.path}, as when the checkpoint was saved; received "
+                f"expected at least {rows} rows in {self.path}, as when the checkpoint was saved; received "
                 f"{there}: continue from an earlier checkpoint, or collect to another path"
             )
-        if there > state["rows"]:
+        if there > rows:
             assert self._sink.store is not None
-            self._sink.store.drop(np.arange(state["rows"], there))
+            self._sink.store.drop(np.arange(rows, there))
         self._step = state["step"]
 
 

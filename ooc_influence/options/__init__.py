@@ -54,6 +54,7 @@ from ooc_influence.options.scoring import (
 )
 from ooc_influence.options.shared import DTYPES, Budgeted, Reporting, Resumable, Striped
 from ooc_influence.options.stores import (
+    AverageOptions,
     CreateOptions,
     ExportDtype,
     ExportOptions,
@@ -67,6 +68,7 @@ from ooc_influence.options.stores import (
 __all__ = [
     "DTYPES",
     "AnyCurvature",
+    "AverageOptions",
     "Blocks",
     "Budgeted",
     "CheckOptions", "CollectOptions",
