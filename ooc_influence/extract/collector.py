@@ -11,6 +11,7 @@ first and the last are differentiated by themselves, to find out whether samples
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -98,10 +99,30 @@ def collect(
     if per_sample_loss is not None and options["pilot"] is not None:
         setup = ModelSetup(model, per_sample_loss, device, options["progress"], options["check_gradients"])
         pilot = Pilot(setup, options["pilot"], options["memory"])
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # a training draws what it would without it
+    with _same_draws():  # a training draws what it would without it
         plan = adjusting(settings, lambda settings: plan_store(model, settings, home, pilot))
     plan.attributes["collected"] = {"every": options["every"], "loss": options["loss"]}
     return Collector(model, store, plan, options, averages)
+
+
+@contextmanager
+def _same_draws() -> Iterator[None]:
+    """Leave the random numbers of PyTorch, NumPy and Python as they were, whatever a pilot's data draws."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
+
+
+def earlier_rows(store: PathLike, *, average: bool = False) -> int:
+    """Return how many rows, or averages, there are of an earlier training."""
+    try:
+        return GradientStore.open(Averages(store).reference() if average else store).n
+    except StoreNotFoundError:
+        return 0
 
 
 def _averages(store: PathLike, options: CollectOptions) -> Averages | None:
