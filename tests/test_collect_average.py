@@ -23,7 +23,10 @@ from ooc_influence import Dropout, GradientStore, KroneckerBasis, Storage, avera
 from ooc_influence.errors import InputError, MismatchError, StoreBusyError, StoreExistsError
 from ooc_influence.store import average
 
-pytestmark = pytest.mark.filterwarnings("ignore:gradients cover")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:gradients cover"),
+    pytest.mark.filterwarnings("ignore:the model is not the one"),
+]
 EPOCH = N // B  # steps
 HOW = {"compressor": Dropout(k=60), "dtype": "float32", "columns": ["epoch"]}
 
@@ -256,6 +259,14 @@ def test_signs_and_scores_in_a_kronecker_basis(tmp_path):
     x, y = data(Mlp, 5)
     model.eval()
     ooc.extract_gradients(model, losses, [(x, y)], tmp_path / "q", like=averages, dtype="float32")
+    earlier = trained[1].state_dict() | {"last.weight": 0.5 * model.last.weight.detach()}
+    own = GradientStore.open(tmp_path / "q").rows()
+    ooc.extract_gradients(model, losses, [(x, y)], tmp_path / "both", like=averages, dtype="float32",
+                          checkpoints=[earlier])  # fmt: skip
+    model.load_state_dict(earlier)
+    other = ooc.extract_gradients(model, losses, [(x, y)], tmp_path / "other", like=averages, dtype="float32",
+                                  check_model=False).rows()  # fmt: skip
+    assert_allclose(GradientStore.open(tmp_path / "both").rows(), (own + other) / 2, rtol=1e-5, atol=1e-6)
     scores = ooc.influence_scores(tmp_path / "q", averages, curvature="kronecker").compute()
     summed = ooc.group_influence(tmp_path / "q", tmp_path / "False", by="example", curvature="kronecker")
     order = np.argsort(averages.ids())
