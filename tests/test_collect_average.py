@@ -19,7 +19,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from test_collect import B, N, train, training
 
 import ooc_influence as ooc
-from ooc_influence import Dropout, GradientStore, KroneckerBasis, Storage, average_rows
+from ooc_influence import Dropout, Eigenbasis, GradientStore, KroneckerBasis, Storage, average_rows
 from ooc_influence.errors import InputError, MismatchError, StoreBusyError, StoreExistsError
 from ooc_influence.store import average
 
@@ -99,7 +99,7 @@ def test_losses_are_the_means(tmp_path):
         path = tmp_path / f"{average_them}"
         with ooc.collect(model, path, compressor=Dropout(k=50), average=average_them) as collector:
             for _ in range(3):
-                with collector.step(range(8)) as step:
+                with collector.step([f"sample {number}" for number in range(8)]) as step:
                     losses = F.cross_entropy(model(x), y, reduction="none")
                     step.record(losses)
                     losses.mean().backward()
@@ -107,7 +107,41 @@ def test_losses_are_the_means(tmp_path):
                 if average_them:
                     collector.fold()
         stores.append(GradientStore.open(path))
-    assert_allclose(stores[1].loss, means(stores[0], stores[0].loss)[1], rtol=1e-6)
+    ids, losses, _ = means(stores[0], stores[0].loss)
+    assert_allclose(stores[1].loss, losses, rtol=1e-6)
+    assert stores[1].ids().tolist() == ids == [f"sample {number}" for number in range(8)]
+
+
+def test_rows_that_are_reduced_or_not_finite(tmp_path):
+    """Averages are of the reduced rows; a row with NaN does not count, nor does a sample that has no other."""
+
+    def losses(model, batch):
+        return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    stores = []
+    for average_them in (False, True):
+        model, optimizer, batches = longer()
+        pilot = [(x, y) for _, x, y in batches[:EPOCH]]
+        with ooc.collect(
+            model, tmp_path / f"{average_them}", losses, pilot=pilot, compressor=Dropout(k=60, reduce=Eigenbasis(8)),
+            dtype="float32", on_nonfinite="skip", average=average_them, check_gradients=False,
+        ) as collector:  # fmt: skip
+            for number, (ids, x, y) in enumerate(batches):
+                bad = (ids == batches[0][0][0]) | (number < EPOCH) & (ids == batches[0][0][1])
+                with collector.step(ids):
+                    F.cross_entropy(model(torch.where(bad[:, None], torch.nan, x)), y).backward()
+                optimizer.zero_grad()
+                if average_them and number == EPOCH:
+                    collector.fold()
+        stores.append(GradientStore.open(tmp_path / f"{average_them}"))
+    ids, rows, counts = means(stores[0])
+    assert 0 < stores[0].dropped.sum() < stores[0].n
+    assert batches[0][0][0].item() not in ids
+    assert stores[1].ids().tolist() == ids
+    assert_allclose(stores[1].rows(), rows, rtol=1e-5, atol=1e-6 * np.abs(rows).max())
+    assert_array_equal(stores[1].column("rows"), counts)
+    assert stores[1].is_reduced
+    assert [each.name for each in tmp_path.iterdir() if each.name.startswith(".")] == []
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
@@ -207,6 +241,11 @@ def test_what_cannot_be_collected(tmp_path, plain):
         ooc.collect(model, tmp_path / "a", average=True, **HOW | {"columns": ["rows"]}).__enter__()
     with ooc.collect(model, tmp_path / "b", **HOW) as collector, pytest.raises(InputError, match="average=True"):
         collector.fold()
+    with (
+        ooc.collect(model, tmp_path / "d", average=True, **HOW) as collector,
+        pytest.raises(InputError, match="ids that are whole numbers or strings"),
+    ):
+        collector.step([0.5, 1.5], epoch=0).__enter__()
     averages, _ = collected(tmp_path / "averages", average=True)
     with pytest.raises(MismatchError, match="average=True"):
         ooc.collect(model, averages.path, **HOW)

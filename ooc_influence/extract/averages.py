@@ -26,6 +26,7 @@ from ooc_influence.store import (
     Storage,
     average_rows,
     check_free,
+    column_dtype,
     exists,
     is_local,
     make_claim,
@@ -98,6 +99,25 @@ class Averages:
         if self._claim is not None:
             self._claim.release()
             self._claim = None
+
+    def check_step(self, ids: list[Any]) -> None:
+        """Check that rows of these ids may be collected now.
+
+        Raises
+        ------
+        MismatchError
+            If there are rows of a training that was interrupted, whose checkpoint was not loaded.
+        InputError
+            For ids that no row can have.
+        """
+        if self.interrupted:
+            raise MismatchError(
+                f"expected the checkpoint that an interrupted training continues from, since there are rows of it in "
+                f"{self.folder}; received a step: load it (load_state_dict), or remove the folder to begin again"
+            )
+        kind = column_dtype(ids)
+        if kind not in ("int64", "str"):
+            raise InputError(f"expected ids that are whole numbers or strings, for averages; received {kind}")
 
     @property
     def journal(self) -> Path:

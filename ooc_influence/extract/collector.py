@@ -339,12 +339,8 @@ class Collector:
             return
         if self._taps is None or self._sink is None:
             raise InputError("expected a step inside the collector's context; received one outside: use 'with'")
-        if self._averages is not None and self._averages.interrupted:
-            raise MismatchError(
-                f"expected the checkpoint that an interrupted training continues from, since there are rows of it in "
-                f"{self._averages.folder}; received a step: load it (load_state_dict), or remove the folder to begin "
-                "again"
-            )
+        if self._averages is not None:
+            self._averages.check_step(names)
         multipliers = scale * self._weights(weights, len(names))
         batch = {"example": names, "step": [self._step] * len(names), **self._columns(columns, len(names))}
         now = Step(self, len(names))
