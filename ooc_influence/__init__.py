@@ -60,7 +60,15 @@ if TYPE_CHECKING:
     from ooc_influence.influence.tokens import TokenInfluence, token_influence
     from ooc_influence.interchange import export_rows, export_scores, import_rows
     from ooc_influence.planning import plan
-    from ooc_influence.store import ChunkCache, GradientStore, Storage, compact_store, merge_stores, upgrade_store
+    from ooc_influence.store import (
+        ChunkCache,
+        GradientStore,
+        Storage,
+        average_rows,
+        compact_store,
+        merge_stores,
+        upgrade_store,
+    )
     from ooc_influence.tracing import Trace, trace
 
 # Loaded on first use: opening a store and scoring never import torch.
@@ -86,7 +94,9 @@ _EXPORTS = {
     "influence.tokens": ["TokenInfluence", "token_influence"],
     "interchange": ["export_rows", "export_scores", "import_rows"],
     "planning": ["plan"],
-    "store": ["ChunkCache", "GradientStore", "Storage", "compact_store", "merge_stores", "upgrade_store"],
+    "store": [
+        "ChunkCache", "GradientStore", "Storage", "average_rows", "compact_store", "merge_stores", "upgrade_store",
+    ],
     "tracing": ["Trace", "trace"],
 }  # fmt: skip
 _MODULES = {"evaluate": "evaluate", "hf": "hf", "plot": "report.plot", "report": "report"}
@@ -96,13 +106,12 @@ __all__ = [
     "AdamMetric", "Batching", "BudgetBatches", "ChunkCache", "Curvature", "Dropout", "Eigenbasis", "Gaussian",
     "GradientStore", "Grass", "Identity", "KroneckerBasis", "LoGra", "OocInfluenceError", "OocInfluenceWarning",
     "Pca", "Rademacher", "Recipe", "RowBudget", "Selection", "Sjlt", "Split", "Storage", "TokenInfluence",
-    "TopInfluential", "Trace", "__version__", "collect", "compact_store", "cross_entropy", "export_rows",
-    "export_scores", "extract_gradients", "extract_shards", "fit_curvature", "fit_fisher", "fit_gram",
+    "TopInfluential", "Trace", "__version__", "average_rows", "collect", "compact_store", "cross_entropy",
+    "export_rows", "export_scores", "extract_gradients", "extract_shards", "fit_curvature", "fit_fisher", "fit_gram",
     "fit_kronecker", "fit_trajectory", "gram_matrix", "group_influence", "import_rows", "influence_scores",
     "init_store", "merge_stores", "module_influence", "online_selection", "plan", "reduce_store", "rerank",
-    "rewrite_store",
-    "select_rows", "self_influence", "sketch_store", "token_cross_entropy", "token_influence", "top_influential",
-    "trace", "upgrade_store",
+    "rewrite_store", "select_rows", "self_influence", "sketch_store", "token_cross_entropy", "token_influence",
+    "top_influential", "trace", "upgrade_store",
 ]  # fmt: skip
 
 

@@ -59,9 +59,9 @@ def trainer(folder, out, *, n=N, **options):
         if isinstance(each, torch.nn.Dropout):
             each.p = 0.0  # extraction has none
     arguments = transformers.TrainingArguments(
-        str(out), per_device_train_batch_size=3, num_train_epochs=2, learning_rate=0.05, report_to="none", use_cpu=True,
+        str(out), per_device_train_batch_size=3, learning_rate=0.05, report_to="none", use_cpu=True,
         remove_unused_columns=False, disable_tqdm=True,
-        **({"gradient_accumulation_steps": 2, "save_strategy": "no"} | options),
+        **({"gradient_accumulation_steps": 2, "save_strategy": "no", "num_train_epochs": 2} | options),
     )  # fmt: skip
 
     class Own(transformers.Trainer):
@@ -71,9 +71,23 @@ def trainer(folder, out, *, n=N, **options):
     return Own(model, arguments, data_collator=collate, train_dataset=documents()[:n])
 
 
-def collecting(made, store):
-    made.add_callback(hf.collect_callback(made, store, compressor=Dropout(k=120), dtype="float32"))
+def collecting(made, store, **options):
+    how = {"compressor": Dropout(k=120), "dtype": "float32"} | options
+    made.add_callback(hf.collect_callback(made, store, **how))
     return made
+
+
+def stopping(made, step):
+    """Stop a training before its end, as if it were killed."""
+
+    class Stop(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == step:
+                raise KeyboardInterrupt
+
+    made.add_callback(Stop())
+    with pytest.raises(KeyboardInterrupt):
+        made.train()
 
 
 def test_rows_are_those_of_extraction_and_training_is_the_same(folder, tmp_path):
@@ -107,15 +121,7 @@ def test_it_continues_from_a_checkpoint(folder, tmp_path):
     whole.train()
     saving = {"save_strategy": "steps", "save_steps": 2}
     first = collecting(trainer(folder, tmp_path / "out", **saving), tmp_path / "s")
-
-    class Stop(transformers.TrainerCallback):
-        def on_step_end(self, args, state, control, **_):
-            if state.global_step == 3:
-                raise KeyboardInterrupt
-
-    first.add_callback(Stop())
-    with pytest.raises(KeyboardInterrupt):
-        first.train()
+    stopping(first, 3)
     del first
     again = collecting(trainer(folder, tmp_path / "out", **saving), tmp_path / "s")
     again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
@@ -225,3 +231,37 @@ def by_step_and_example(path):
     store = GradientStore.open(path)
     keys = zip(store.column("step").tolist(), store.column("example").tolist(), strict=True)
     return {key: row for key, row, dropped in zip(keys, store.rows(), store.dropped, strict=True) if not dropped}
+
+
+def test_averages_in_a_basis_of_the_first_epochs_end(folder, tmp_path):
+    """A training of three epochs, of which the last two are averaged; killed twice, and continued."""
+    how = {"compressor": Dropout(k=90, basis="kronecker"), "start_epoch": 1}
+    plain = trainer(folder, tmp_path / "plain", num_train_epochs=3)
+    plain.train()
+    single = collecting(trainer(folder, tmp_path / "single", num_train_epochs=3), tmp_path / "s", **how)
+    single.train()
+    made = collecting(trainer(folder, tmp_path / "out", num_train_epochs=3), tmp_path / "a", average=True, **how)
+    made.train()
+    for each in (single, made):
+        for mine, theirs in zip(each.model.parameters(), plain.model.parameters(), strict=True):
+            assert torch.equal(mine, theirs)
+    rows, averages = GradientStore.open(tmp_path / "s"), GradientStore.open(tmp_path / "a")
+    assert_array_equal(np.unique(rows.column("step")), np.arange(3, 9))
+    assert sorted(averages.ids().tolist()) == [*range(100, 100 + N)]
+    assert_array_equal(averages.column("rows"), np.full(N, 2))
+    wanted = [rows.rows()[rows.column("example") == each].mean(0) for each in averages.ids()]
+    assert_allclose(averages.rows(), wanted, rtol=1e-5, atol=1e-7)
+    assert averages.mask.has_basis
+
+    saving = {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 3}
+    for step, checkpoint in ((3, 2), (5, 4), (7, 6)):  # before collection, in its first epoch, after a fold
+        made = collecting(trainer(folder, tmp_path / "o", **saving), tmp_path / f"a{step}", average=True, **how)
+        stopping(made, step)
+        del made
+        again = collecting(trainer(folder, tmp_path / "o", **saving), tmp_path / f"a{step}", average=True, **how)
+        again.train(resume_from_checkpoint=str(tmp_path / "o" / f"checkpoint-{checkpoint}"))
+        found = GradientStore.open(tmp_path / f"a{step}")
+        assert_array_equal(found.ids(), averages.ids())
+        assert_allclose(found.rows(), averages.rows(), rtol=1e-4, atol=1e-6)
+        assert_array_equal(found.column("step"), averages.column("step"))
+    assert not [each.name for each in tmp_path.iterdir() if each.name.startswith(".")]  # the last step was saved

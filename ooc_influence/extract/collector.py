@@ -11,6 +11,7 @@ first and the last are differentiated by themselves, to find out whether samples
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ooc_influence.errors import InputError, MismatchError, StoreNotFoundError, UnsupportedModelError, listed
+from ooc_influence.extract.averages import Averages
 from ooc_influence.extract.check import Disagreement, GradientCheck, LayersDisagreeError
 from ooc_influence.extract.data import RowMetadata, as_list
 from ooc_influence.extract.extraction import Settings, adjusting, parse_device, plan_store
@@ -32,10 +34,10 @@ from ooc_influence.extract.online import ChosenSamples, Selector, choose_samples
 from ooc_influence.extract.optimizer import OptimizerRecorder
 from ooc_influence.extract.packing import SignPacker
 from ooc_influence.extract.passes import ModelSetup, PendingTransfer, RowGatherer
-from ooc_influence.extract.pilot import Pilot
+from ooc_influence.extract.pilot import Pilot, remove_pilot
 from ooc_influence.extract.ranks import Ranks, open_sink
 from ooc_influence.extract.selection import Trained
-from ooc_influence.extract.sink import Sink, StorePlan
+from ooc_influence.extract.sink import Sink, StorePlan, open_existing
 from ooc_influence.extract.taps import PerSampleLoss, Taps, tapped_in_training
 from ooc_influence.options import CollectOptions, takes
 from ooc_influence.store import WEIGHT, GradientStore, LograReduction, PathLike, parse_path
@@ -53,7 +55,8 @@ def collect(
 
     Rows come from the backward passes that train the model. Parameters after any number of steps are those of a
     training without it, to the bit. A sample has a row for each step that it is in. Columns ``example`` and ``step``
-    say which, so that ``group_influence(..., by="example")`` adds up those of a sample.
+    say which, so that ``group_influence(..., by="example")`` adds up those of a sample. With ``average=True`` it has
+    one row, their average; the store is there once the context has ended.
 
     Parameters
     ----------
@@ -75,7 +78,8 @@ def collect(
     ------
     InputError
         For a compressor that needs a pilot without data for one, or a compressor beside ``select``, whose queries have
-        theirs.
+        theirs; for averages of signs or not on a local disk; and for averages, or an optimiser's record, of a training
+        in several processes.
     UnsupportedModelError
         For batch norms that train, which mix the samples of a batch, and ``FullyShardedDataParallel``.
     MismatchError
@@ -96,13 +100,11 @@ def collect(
     model = _inner(model)
     _refuse(model)
     selector, ranks, device = options["select"], Ranks.current(), parse_device(model, None)
+    _check_combination(options, ranks)
+    averages = _averages(store, options)
+    home = store if averages is None else averages.reference()  # what has the mask already, or will be made first
     like = None if selector is None else selector.store
     settings = replace(Settings.of(options), like=like, in_training=True)  # type: ignore[arg-type]
-    if ranks is not None and options["optimizer"] is not None:
-        raise InputError(
-            f"expected a training in one process to record its optimiser; received one in {ranks.count}: collect "
-            "without optimizer="
-        )
     pilot = None
     if per_sample_loss is not None and options["pilot"] is not None:
         if ranks is not None and any(hasattr(each, "full_tensor") for each in model.parameters()):
@@ -114,16 +116,29 @@ def collect(
         pilot = Pilot(setup, options["pilot"], options["memory"])
 
     def make_plan() -> StorePlan:
-        return adjusting(settings, lambda settings: plan_store(model, settings, store, pilot))
+        return adjusting(settings, lambda settings: plan_store(model, settings, home, pilot))
 
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # a training draws what it would without it
+    with _same_draws():  # a training draws what it would without it
         plan = make_plan() if ranks is None or pilot is None else ranks.from_first(make_plan)
     plan.attributes["collected"] = {"every": options["every"], "loss": options["loss"]}
     if ranks is not None:
         plan.attributes["collected"]["processes"] = ranks.count
-    with suppress(StoreNotFoundError):  # the weights have changed since the store was made
-        plan = replace(plan, attributes=plan.attributes | {"model": dict(GradientStore.open(store).attrs["model"])})
-    return Collector(model, store, plan, options, ranks)
+    return Collector(model, store, plan, options, ranks=ranks, averages=averages)
+
+
+def _check_combination(options: CollectOptions, ranks: Ranks | None) -> None:
+    """Refuse options that do not go together."""
+    if ranks is not None and (options["optimizer"] is not None or options["average"]):
+        asked = "average=True" if options["average"] else "optimizer="
+        raise InputError(
+            f"expected a training in one process for {asked}; received one in {ranks.count}: collect single rows "
+            "without it, and average them afterwards (average_rows)"
+        )
+    if options["average"] and options["optimizer"] is not None:
+        raise InputError(
+            "expected single rows to record an optimiser with, whose effects differ from step to step; received "
+            "average=True too: collect either"
+        )
 
 
 def _inner(model: nn.Module) -> nn.Module:
@@ -133,6 +148,44 @@ def _inner(model: nn.Module) -> nn.Module:
         assert isinstance(inside, nn.Module)
         model = inside
     return model
+
+
+@contextmanager
+def _same_draws() -> Iterator[None]:
+    """Leave the random numbers of PyTorch, NumPy and Python as they were, whatever a pilot's data draws."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
+
+
+def earlier_rows(store: PathLike, *, average: bool = False) -> int:
+    """Return how many rows, or averages, there are of an earlier training."""
+    try:
+        return GradientStore.open(Averages(store).reference() if average else store).committed
+    except StoreNotFoundError:
+        return 0
+
+
+def _averages(store: PathLike, options: CollectOptions) -> Averages | None:
+    """Return where averages are made, if they are to be; refuse what cannot be averaged."""
+    if not options["average"]:
+        with suppress(StoreNotFoundError):
+            if "averaged" in GradientStore.open(store).attrs:
+                raise MismatchError(
+                    f"expected single rows at {store}, or nothing; received averages: continue them with average=True, "
+                    "or collect to another path"
+                )
+        return None
+    if options["dtype"] == "sign":
+        raise InputError(
+            "expected averages of numbers; received dtype='sign': collect float16 rows, and rewrite the averages as "
+            "signs (rewrite_store)"
+        )
+    return Averages(store)
 
 
 def _refuse(model: nn.Module) -> None:
@@ -228,10 +281,12 @@ class Collector:
     """
 
     def __init__(
-        self, model: nn.Module, path: PathLike, plan: StorePlan, options: CollectOptions, ranks: Ranks | None = None
+        self, model: nn.Module, path: PathLike, plan: StorePlan, options: CollectOptions, *,
+        ranks: Ranks | None = None, averages: Averages | None = None,
     ) -> None:  # fmt: skip
         self._ranks = ranks
         self.path, self.every = path, options["every"]
+        self._averages = averages
         self._model, self._plan, self._options = model, plan, options
         self._device = parse_device(model, None)
         self._mean = options["loss"] == "mean"
@@ -255,10 +310,11 @@ class Collector:
             self._taps = undo.enter_context(
                 tapped_in_training(self._model, self._uses, self._device, self._plan.mask.empty_modules)
             )
-            metadata = RowMetadata.of(None, self._sources())
-            self._sink = open_sink(self.path, self._plan, metadata, self._ranks, self._options["on_nonfinite"])
-            undo.callback(self._sink.close)
-            self._packer = self._sink.packer(self._device)
+            if self._averages is not None:
+                undo.callback(self._averages.close)
+                self._averages.open()
+            undo.callback(self._close_sink)
+            self._open_sink()
             if self._options["check_gradients"]:
                 self._check = _SumCheck(self._uses, self._device, self._plan, self._model)
             if self._recorder is not None:
@@ -268,20 +324,68 @@ class Collector:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        try:
-            if kind is None and self._sink is not None:
-                self._sink.finish(model=_facts(self._model))
+        with self._undo:
             self._flush_optimizer()
+            if kind is not None or self._sink is None:
+                return
+            if self._ranks is None or self._ranks.index == 0:
+                remove_pilot(self.path if self._averages is None else self._averages.first)
+            if self._averages is None:
+                self._sink.finish(model=_facts(self._model))
+                return
+            self.fold()
+            self._close_sink()
+            self._averages.publish(_facts(self._model))
+
+    @property
+    def _rows(self) -> PathLike:
+        """Where rows are written."""
+        return self.path if self._averages is None else self._averages.journal
+
+    def _open_sink(self) -> None:
+        latest = self.path if self._averages is None else self._averages.latest
+        with suppress(StoreNotFoundError):  # the weights have changed since the store was made
+            model = {"model": dict(GradientStore.open(latest).attrs["model"])}
+            self._plan = replace(self._plan, attributes=self._plan.attributes | model)
+            open_existing(latest, self._plan)
+        metadata = RowMetadata.of(None, self._sources())
+        self._sink = open_sink(self._rows, self._plan, metadata, self._ranks, self._options["on_nonfinite"])
+        self._packer = self._sink.packer(self._device)
+
+    def _close_sink(self) -> None:
+        sink, self._sink = self._sink, None
+        if sink is not None:
+            sink.close()
+
+    def fold(self) -> None:
+        """Add the rows collected since the last time to the averages, at the end of an epoch, say; ``average=True``.
+
+        Until then they take their own room on the disk. The end of the context does it, too.
+
+        Raises
+        ------
+        InputError
+            Of a collector of single rows.
+        """
+        if self._averages is None:
+            raise InputError("expected averages to fold rows into; received a collector of single rows: average=True")
+        self._close_sink()
+        try:
+            self._averages.fold(self._options["storage"], self._options["progress"])
         finally:
-            self._undo.close()
+            self._open_sink()
 
     def _sources(self) -> dict[str, Callable[[Any], Any]]:
         """Return where the columns of rows come from: what :meth:`step` was given."""
         given = self._options["columns"]
-        chosen = () if self._selector is None else _CHOSEN
-        own = (*_COLUMNS, *chosen, *(() if self._recorder is None else (WEIGHT,)))
-        if set(given) & set(own):
-            raise InputError(f"expected columns beside {', '.join(own)}; received {', '.join(given)}")
+        own = (
+            *_COLUMNS,
+            *(() if self._selector is None else _CHOSEN),
+            *(() if self._recorder is None else (WEIGHT,)),
+        )
+        reserved = own if self._averages is None else (*own, "rows")
+        if set(given) & set(reserved):
+            raise InputError(f"expected columns beside {', '.join(reserved)}; received {', '.join(given)}")
         return {name: itemgetter(name) for name in (*own, *given)}
 
     @contextmanager
@@ -333,6 +437,8 @@ class Collector:
             return
         if self._taps is None or self._sink is None:
             raise InputError("expected a step inside the collector's context; received one outside: use 'with'")
+        if self._averages is not None:
+            self._averages.check_step(names)
         self._scale, multipliers = scale, scale * self._weights(weights, len(names))
         batch = {"example": names, "step": [self._step] * len(names), **self._columns(columns, len(names))}
         now = Step(self, len(names))
@@ -448,25 +554,27 @@ class Collector:
         assert self._sink is not None
         store = self._sink.store
         facts = (self._plan.attributes if store is None else store.attrs)["collected"]
-        if store is None:
-            facts["losses"] = there
-        elif facts.get("losses", there) != there:
+        if facts.get("losses", there) != there:
             expected, received = ("losses" if each else "no losses" for each in (not there, there))
             raise InputError(
                 f"expected {expected} of this step, as of those before; received {received}: call Step.record in every "
                 "step, or in none"
             )
+        if store is None:
+            facts["losses"] = there
 
     def state_dict(self) -> dict[str, Any]:
         """Commit what was collected, and return what belongs into a checkpoint of the training: rows and step.
 
-        Of a training in several processes, each has to make this call; what it returns is the same.
+        Of a training in several processes, each has to make this call; what it returns is the same. Of averages, what
+        this and the last state refer to is kept, and what earlier ones need is removed.
         """
         assert self._sink is not None
         rows = self._sink.commit()
         self._flush_optimizer()
         recorded = {} if self._recorder is None else {"records": len(self._recorder)}
-        return {"rows": rows, "step": self._step, **recorded}
+        averaged = {} if self._averages is None else self._averages.state(rows)
+        return {"rows": rows, "step": self._step, **recorded, **averaged}
 
     def _flush_optimizer(self) -> None:
         """Write the optimiser's records beside the rows, once there is a store."""
@@ -479,10 +587,18 @@ class Collector:
         Raises
         ------
         MismatchError
-            If the store has fewer rows, or those of another number of processes.
+            If the store has fewer rows, or those of another number of processes, or averages that the checkpoint refers
+            to are gone.
         """
+        rows = state["rows"]
+        if self._averages is not None:
+            self._close_sink()
+            try:
+                rows = self._averages.restore(state)
+            finally:
+                self._open_sink()
         assert self._sink is not None
-        self._sink.drop_from(state["rows"])
+        self._sink.drop_from(rows)
         if self._recorder is not None:
             if "records" not in state:
                 raise MismatchError(

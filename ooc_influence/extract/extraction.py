@@ -372,7 +372,7 @@ class Settings:
                 "leave checkpoints out, the rows are of the same basis"
             )
         opened = open_checkpoints(model, sources)
-        if opened and train is not None:
+        if opened and train is not None and "averaged" not in train.attrs:  # averages in training are of no checkpoints
             received = checkpoint_names({"checkpoints": [each.to_dict() for each in opened]})
             check_same(
                 train.path, {"checkpoints": checkpoint_names(train.attrs)}, {"checkpoints": received},

@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
 from torch import Tensor
 
-from ooc_influence.errors import InputError, MismatchError, StoreNotFoundError, listed, warn
-from ooc_influence.extract import Collector, ModuleSelection, collect
-from ooc_influence.hf.trainers import TrainerReader, reader_of, unhooked_head
+from ooc_influence.errors import InputError, MismatchError, listed, warn
+from ooc_influence.extract import Collector, ModuleSelection, PerSampleLoss, collect, earlier_rows
+from ooc_influence.hf.trainers import reader_of, unhooked_head
+from ooc_influence.hf.training_pilot import training_pilot
 from ooc_influence.options import CollectOptions, takes
-from ooc_influence.store import GradientStore, PathLike
+from ooc_influence.store import PathLike
 
 _STATE = "ooc_influence.json"  # in a checkpoint's folder: where the store was when it was saved
 
@@ -26,9 +26,14 @@ class CollectCallback:
     Checkpoints of the Trainer hold where the store was: a training that continues from one continues the store.
     """
 
-    def __init__(self, trainer: Any, store: PathLike, ids: str, options: CollectOptions) -> None:
+    def __init__(
+        self, trainer: Any, store: PathLike, ids: str, options: CollectOptions, *, start_epoch: float = 0.0,
+        per_sample_loss: PerSampleLoss | None = None,
+    ) -> None:  # fmt: skip
         self._trainer, self._path, self._ids, self._options = trainer, store, ids, options
+        self._start_epoch, self._loss = start_epoch, per_sample_loss
         self._collector: Collector | None = None
+        self._restored: dict[str, Any] | None = None  # of the checkpoint that training continues from
         self._training_step: Callable[..., Tensor] | None = None
         self._undo = ExitStack()
 
@@ -41,36 +46,31 @@ class CollectCallback:
         """Open the store, or continue it from the checkpoint that training continues from."""
         trainer = self._trainer
         _refuse(trainer, args)
-        reader = reader_of(trainer, self._ids)
+        self._reader = reader = reader_of(trainer, self._ids)
         reader.check()
-        model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-        own: Any = {**self._options, "columns": ("epoch", "lr"), "loss": "mean"}
-        own["loss_kind"] = own["loss_kind"] or reader.loss_kind
-        own["modules"] = _without(own["modules"], unhooked_head(model))
-        if own["optimizer"] is True:
-            own["optimizer"] = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # that accelerate wraps
-        if args.fp16:
-            own["on_nonfinite"] = "skip"  # the scale is found by losses that overflow, of steps that are not taken
-        collector = collect(model, self._path, **own)
-        saved = self._saved_state(Path(args.output_dir) / f"checkpoint-{state.global_step}", state.global_step)
+        self._restored = self._saved_state(Path(args.output_dir) / f"checkpoint-{state.global_step}", state.global_step)
         with ExitStack() as undo:
-            undo.enter_context(collector)
-            if saved is not None:
-                collector.load_state_dict(saved)
             undo.enter_context(reader.reading())
             undo.callback(setattr, trainer, "training_step", trainer.training_step)
-            step, trainer.training_step = trainer.training_step, partial(self._step, reader)
-            self._collector, self._training_step, self._undo = collector, step, undo.pop_all()
+            self._training_step, trainer.training_step = trainer.training_step, self._step
+            self._begin_if_due(args, state, undo)
+            self._undo = undo.pop_all()
+
+    def on_step_begin(self, args: Any, state: Any, *__: Any, **___: Any) -> None:
+        """Open the store at the epoch that collection starts with."""
+        self._begin_if_due(args, state, self._undo)
+
+    def on_epoch_end(self, *_: Any, **__: Any) -> None:
+        """Fold the epoch's rows into the averages, where these are made."""
+        if self._collector is not None and self._options["average"]:
+            self._collector.fold()
 
     def _saved_state(self, checkpoint: Path, step: int) -> Any:
         """Return where the store was when a training was saved; None for one that begins."""
         path = checkpoint / _STATE
         if step and path.is_file():
             return json.loads(path.read_text("utf-8"))
-        try:
-            there = GradientStore.open(self._path).committed
-        except StoreNotFoundError:
-            there = 0
+        there = earlier_rows(self._path, average=self._options["average"])
         if step or there:
             raise MismatchError(
                 f"expected a training from its start and no rows at {self._path}, or both from one checkpoint, with "
@@ -79,14 +79,37 @@ class CollectCallback:
             )
         return None
 
-    def _step(
-        self, reader: TrainerReader, model: Any, inputs: Any, num_items_in_batch: Any = None, **more: Any
-    ) -> Tensor:  # fmt: skip
+    def _begin_if_due(self, args: Any, state: Any, undo: ExitStack) -> None:
+        if self._collector is not None or float(state.epoch or 0.0) < self._start_epoch:
+            return
+        trainer = self._trainer
+        model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+        loss, pilot = self._loss, None
+        if not any(hasattr(each, "full_tensor") for each in model.parameters()):  # one process cannot run it otherwise
+            loss, pilot = training_pilot(trainer, self._ids, loss)
+        own: Any = {**self._options, "columns": ("epoch", "lr"), "loss": "mean"}
+        own["loss_kind"] = own["loss_kind"] or self._reader.loss_kind
+        own["modules"] = _without(own["modules"], unhooked_head(model))
+        own["pilot"] = pilot if own["pilot"] is None else own["pilot"]
+        if own["optimizer"] is True:
+            own["optimizer"] = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # that accelerate wraps
+        if args.fp16:
+            own["on_nonfinite"] = "skip"  # the scale is found by losses that overflow, of steps that are not taken
+        collector = collect(model, self._path, loss, **own)
+        with ExitStack() as begun:
+            begun.enter_context(collector)
+            if self._restored is not None:
+                collector.load_state_dict(self._restored)
+            undo.push(begun.pop_all())
+        self._collector = collector
+
+    def _step(self, model: Any, inputs: Any, num_items_in_batch: Any = None, **more: Any) -> Tensor:
         """Do the Trainer's training step on a batch, whose rows are collected."""
         trainer, collector = self._trainer, self._collector
-        assert collector is not None
         assert self._training_step is not None
-        batch = reader.read(inputs, num_items_in_batch)
+        batch = self._reader.read(inputs, num_items_in_batch)
+        if collector is None:
+            return self._training_step(model, batch.inputs, num_items_in_batch, **more)
         lr = trainer.optimizer.param_groups[0]["lr"]
         values = {"epoch": float(trainer.state.epoch or 0.0), "lr": float(lr)}
         with collector.step(
@@ -97,11 +120,15 @@ class CollectCallback:
 
     def on_save(self, args: Any, state: Any, _: Any, **__: Any) -> None:
         """Commit the rows so far, and say in the checkpoint how many they are."""
-        assert self._collector is not None
         path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / _STATE
-        rows = self._collector.state_dict()  # of all processes, each of which calls it
+        own = self._not_begun() if self._collector is None else self._collector.state_dict()  # of all processes
         if state.is_world_process_zero:
-            path.write_text(json.dumps(rows), "utf-8")
+            path.write_text(json.dumps(own), "utf-8")
+
+    def _not_begun(self) -> dict[str, Any]:
+        """Return the state of a store before anything was collected."""
+        processes = self._trainer.args.world_size
+        return {"generation": 0, "rows": 0 if processes == 1 else [0] * processes, "step": -1, "records": 0}
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """Close the store: from now on it is of the trained model."""
@@ -111,7 +138,8 @@ class CollectCallback:
 
 @takes(CollectOptions)
 def collect_callback(
-    trainer: Any, store: PathLike, *, ids: str = "example_id", **options: Unpack[CollectOptions]
+    trainer: Any, store: PathLike, *, ids: str = "example_id", start_epoch: float = 0.0,
+    per_sample_loss: PerSampleLoss | None = None, **options: Unpack[CollectOptions],
 ) -> CollectCallback:  # fmt: skip
     """Return a callback that collects per-sample gradients while a transformers Trainer trains.
 
@@ -127,8 +155,13 @@ def collect_callback(
     ids : str
         The batches' entry with the ids. The data collator has to pass it on, and the Trainer to keep it
         (``remove_unused_columns=False``); the model does not see it.
+    start_epoch : float
+        The epoch to begin with, counted from 0: the compressor's pilot is of the model as it is then.
+    per_sample_loss : callable (model, batch) -> (b,) tensor, optional
+        The loss of single samples for the pilot; default that of a language model, the mean over a sample's targets.
     **options : CollectOptions
-        See :mod:`ooc_influence.options`. ``columns`` and ``loss`` are the callback's.
+        See :mod:`ooc_influence.options`. ``columns`` and ``loss`` are the callback's. ``pilot`` is by default some of
+        the Trainer's training data; with ``average=True`` rows are folded at the end of every epoch.
 
     Returns
     -------
@@ -137,7 +170,8 @@ def collect_callback(
     Raises
     ------
     InputError
-        When training begins, for several processes or float16 with a scaled loss, or batches without ids.
+        For ``select``, which needs a loop that weighs single samples' losses. When training begins, for trainers whose
+        batches are not known, or batches without ids.
     MismatchError
         When training begins, if the store and the checkpoint are not of one training.
     OocInfluenceError
@@ -148,7 +182,12 @@ def collect_callback(
     >>> trainer.add_callback(hf.collect_callback(trainer, "rows.zarr", compressor=ooc.Dropout(k=4096)))
     >>> trainer.train()
     """
-    return CollectCallback(trainer, store, ids, options)
+    if options["select"] is not None:
+        raise InputError(
+            "expected a training loop of your own to choose samples in, since a Trainer's loss is of a whole batch; "
+            "received select= for a Trainer: use ooc.collect, or choose the data beforehand (select_rows)"
+        )
+    return CollectCallback(trainer, store, ids, options, start_epoch=start_epoch, per_sample_loss=per_sample_loss)
 
 
 def _refuse(trainer: Any, args: Any) -> None:

@@ -63,6 +63,7 @@ from ooc_influence.options.scoring import (
 )
 from ooc_influence.options.shared import DTYPES, Budgeted, Reporting, Resumable, Striped
 from ooc_influence.options.stores import (
+    AverageOptions,
     CreateOptions,
     ExportDtype,
     ExportOptions,
@@ -76,6 +77,7 @@ from ooc_influence.options.stores import (
 __all__ = [
     "DTYPES",
     "AnyCurvature",
+    "AverageOptions",
     "Between",
     "Blocks",
     "Budgeted",

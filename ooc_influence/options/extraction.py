@@ -153,6 +153,10 @@ class CollectOptions(KeptEntries, Described, Writing, Budgeted, Reporting, total
         "mean", '{"mean", "sum"}',
         "Whether a batch's loss is the mean of its samples' losses or their sum, where a step is not given weights.")]
     every: Annotated[int, Option(1, "int", "Collect the rows of every such step.")]
+    average: Annotated[bool, Option(
+        False, "bool",
+        "Store one row for each sample, the average of its rows over the steps that it is in. Rows are added to the "
+        "averages by :meth:`Collector.fold`, at the end of an epoch, and when the context ends.")]
     optimizer: Annotated["torch.optim.Optimizer | Literal[True] | None", Option(
         None, "torch.optim.Optimizer, optional",
         "Record the state of this optimiser (SGD, Adam or AdamW of torch) at the kept entries at each step, for "
