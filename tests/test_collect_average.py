@@ -219,7 +219,8 @@ def test_it_resumes(tmp_path, plain, monkeypatch):
     ("call", "match"),
     [
         (lambda s, t: average_rows(s, t / "a", by="nothing"), "a column of whole numbers or strings of"),
-        (lambda s, t: average_rows(s, t / "a", dtype="sign"), "rewrite the averages as signs"),
+        (lambda s, t: average_rows(s, t / "a", dtype="sign"), "rewrite the averages"),
+        (lambda s, t: average_rows(s, t / "a", dtype="int8-linear"), "rewrite the averages"),
         (lambda s, t: average_rows(s, t / "a", start=s), "averages to continue"),
         (lambda s, t: average_rows(average_rows(s, t / "a"), t / "b", by="step"), "single rows without a column"),
     ],

@@ -34,7 +34,7 @@ class AverageOptions(Reporting, total=False):
     """What averaging rows takes."""
 
     dtype: Annotated[str | None, Option(
-        None, DTYPE_NAMES + ", optional", "Representation of the averages but ``sign``; default that of the rows.")]
+        None, DTYPE_NAMES + ", optional", "Representation of the averages, not ``sign``; default that of the rows.")]
     storage: Annotated["Storage | None", Option(
         None, "Storage, optional", "Chunking and codec; default that of a new store, with the codec of this one.")]
 

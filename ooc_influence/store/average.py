@@ -28,6 +28,7 @@ from ooc_influence.store.rewrite import create_like
 
 COUNT = "rows"  # the column that says how many rows an average holds
 _SUM_BYTES = 2 * BLOCK_BYTES  # of float64 sums at a time
+_MOST = 2**16  # averages at a time, however narrow they are
 Numbers = npt.NDArray[np.int64]
 Columns = dict[str, npt.NDArray[Any]]
 
@@ -82,7 +83,7 @@ def average_rows(
     groups = _Groups.of(source, by, before)
     columns = _last_values(source, before, groups, by)
     target = _open(source, before, path, by, {"dtype": dtype, "storage": options["storage"], "rows": len(groups.ids)})
-    step = max(1, _SUM_BYTES // (8 * source.k))
+    step = max(1, min(_MOST, _SUM_BYTES // (8 * source.k)))
     with target, Progress("average", len(groups.ids), options["progress"]) as bar:
         first = target.writer(0, target.layout.planned_rows).next_row
         bar.advance(first)
@@ -95,10 +96,10 @@ def average_rows(
 
 def _check(source: GradientStore, before: GradientStore | None, by: str, dtype: str) -> None:
     check_finished(source)
-    if "sign" in (source.layout.dtype, dtype):
+    if "sign" in (source.layout.dtype, dtype) or (dtype == "int8-linear" != source.layout.dtype):  # scaled by column
         raise InputError(
             f"expected rows and averages of numbers; received {source.path} of {source.layout.dtype}, to be averaged "
-            f"as {dtype}: average numbers, such as float16, and rewrite the averages as signs (rewrite_store)"
+            f"as {dtype}: average numbers, such as float16, and rewrite the averages (rewrite_store)"
         )
     columns = source.layout.columns
     if columns.get(by) not in ("int64", "str"):
