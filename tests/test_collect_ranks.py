@@ -141,6 +141,9 @@ def test_one_store_has_the_rows_of_all_processes(tmp_path, kind):
     store = GradientStore.open(tmp_path / "s")
     assert store.n <= WORLD * 8 * -(-STEPS * max(SIZES[kind]) // 8)
     assert not store.verify()
+    ooc.compact_store(store, tmp_path / "compact")
+    assert_same_rows(tmp_path / "compact", tmp_path / "alone")
+    assert GradientStore.open(tmp_path / "compact").n == STEPS * 6
     assert store.attrs["model"]["fingerprint"].startswith("2:")
 
 
@@ -188,6 +191,8 @@ def wrong(rank, folder):
     pilot = {"pilot": [torch.zeros(2, 12)], "compressor": Dropout(k=10, sampling="importance")}
     with pytest.raises(UnsupportedModelError, match="run a pilot in one of them"):
         ooc.collect(sharded, f"{folder}/s", lambda m, x: m(x).sum(1), **pilot)
+    with pytest.raises(UnsupportedModelError, match="used without calling the layer"):
+        uncalled(sharded, f"{folder}/u", rank)
     collector = ooc.collect(model, f"{folder}/s", **OPTIONS)
     with collector, pytest.raises(MismatchError, match="in 2 processes; received 3 rows"):
         collector.load_state_dict({"rows": 3, "step": 1})
@@ -198,6 +203,14 @@ def wrong(rank, folder):
     with ooc.collect(model, f"{folder}/p", **losses, **own) as collector:
         train(model, torch.optim.SGD(model.parameters(), lr=0.1), rank, "ddp", collector, range(2))
     assert GradientStore.open(f"{folder}/p").mask.digest == collector._plan.mask.digest
+
+
+def uncalled(model, path, rank):
+    """A training that uses the weight of a sharded layer by itself."""
+    ids, x, y = batches_of(rank, "fsdp2")[0]
+    with ooc.collect(model, path, **OPTIONS) as collector, collector.step(ids, rank=rank):
+        hidden = model.second(model.first(x[ids]))
+        F.cross_entropy(hidden @ model.last.weight.full_tensor().T, y[ids]).backward()
 
 
 def test_what_is_refused_and_a_pilot_in_the_first_process(tmp_path):

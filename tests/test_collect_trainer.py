@@ -115,8 +115,10 @@ def test_it_continues_from_a_checkpoint(folder, tmp_path):
     first.add_callback(Stop())
     with pytest.raises(KeyboardInterrupt):
         first.train()
-    del first
-    again = collecting(trainer(folder, tmp_path / "out", **saving), tmp_path / "s")
+    again = trainer(folder, tmp_path / "out", **saving)
+    first.pop_callback(Stop)
+    first.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))  # by the same Trainer
+    again = collecting(again, tmp_path / "s")
     again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
     found, wanted = GradientStore.open(tmp_path / "s"), GradientStore.open(tmp_path / "w")
     assert_array_equal(found.column("example")[~found.dropped], wanted.column("example"))

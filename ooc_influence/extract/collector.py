@@ -147,8 +147,8 @@ def _refuse(model: nn.Module) -> None:
 class Step:
     """A batch whose rows are being collected; made by :meth:`Collector.step`."""
 
-    def __init__(self, collector: Collector | None, count: int) -> None:
-        self._collector, self._count = collector, count
+    def __init__(self, collector: Collector | None, count: int, *, several: bool = False) -> None:
+        self._collector, self._count, self._several = collector, count, several
         self.losses: npt.NDArray[np.float32] | None = None
         self.received = False  # whether a layer's gradient was
 
@@ -168,7 +168,8 @@ class Step:
             raise InputError(f"expected a loss for each of {self._count} samples; received {tuple(losses.shape)}")
         if self._collector is not None:
             self.losses = losses.detach().float().cpu().numpy()
-            self._collector._probe(losses)
+            if not self._several:  # sequences of a sample
+                self._collector._probe(losses)
 
 
 class Collector:
@@ -276,7 +277,7 @@ class Collector:
             raise InputError("expected a step inside the collector's context; received one outside: use 'with'")
         multipliers = scale * self._weights(weights, len(names))
         batch = {"example": names, "step": [self._step] * len(names), **self._columns(columns, len(names))}
-        now = Step(self, len(names))
+        now = Step(self, len(names), several=sequences is not None)
         owners = None if sequences is None else _owners(sequences, len(names), self._device)
         rows = self._gatherer.room(len(names) if owners is None else len(owners))
         watching = nullcontext() if self._check is None else self._check.watching(len(rows))
@@ -402,7 +403,7 @@ class _SumCheck:
             for use, x, delta in self._noted:
                 compared(use, x, delta)
         self._noted.clear()
-        return self._check.compare(gathered(), None if self._mask is None else rows)
+        return self._check.compare(gathered(), None if self._mask is None else rows) + self._check.uncalled()
 
     @property
     def decided(self) -> bool:

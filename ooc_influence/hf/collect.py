@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ooc_influence.errors import InputError, MismatchError, StoreNotFoundError, listed, warn
 from ooc_influence.extract import Collector, ModuleSelection, collect
-from ooc_influence.hf.trainers import TrainerReader, reader_of, unhooked_head
+from ooc_influence.hf.trainers import TrainerReader, reader_of, replaced, unhooked_head
 from ooc_influence.options import CollectOptions, takes
 from ooc_influence.store import GradientStore, PathLike
 
@@ -40,6 +40,7 @@ class CollectCallback:
     def on_train_begin(self, args: Any, state: Any, _: Any, **__: Any) -> None:
         """Open the store, or continue it from the checkpoint that training continues from."""
         trainer = self._trainer
+        self._undo.__exit__(InterruptedError, InterruptedError(), None)  # of a training that was interrupted
         _refuse(trainer, args)
         reader = reader_of(trainer, self._ids)
         reader.check()
@@ -56,9 +57,9 @@ class CollectCallback:
             if saved is not None:
                 collector.load_state_dict(saved)
             undo.enter_context(reader.reading())
-            undo.callback(setattr, trainer, "training_step", trainer.training_step)
-            step, trainer.training_step = trainer.training_step, partial(self._step, reader)
-            self._collector, self._training_step, self._undo = collector, step, undo.pop_all()
+            self._training_step = trainer.training_step
+            undo.enter_context(replaced(trainer, "training_step", partial(self._step, reader)))
+            self._collector, self._undo = collector, undo.pop_all()
 
     def _saved_state(self, checkpoint: Path, step: int) -> Any:
         """Return where the store was when a training was saved; None for one that begins."""
@@ -115,16 +116,17 @@ def collect_callback(
 
     Rows are those of the Trainer's own backward passes (:func:`ooc_influence.collect`), of a language model of the mean
     loss over a sample's targets, with columns ``step``, ``epoch`` and ``lr``. Batches need the ids of their samples.
+    Of TRL's ``DPOTrainer``, a row is of a pair, and of its ``GRPOTrainer``, of a completion.
 
     Parameters
     ----------
     trainer : transformers.Trainer
-        The Trainer, or one of TRL's that has its training step, such as ``SFTTrainer``.
+        The Trainer, or ``SFTTrainer``, ``DPOTrainer`` or ``GRPOTrainer`` of TRL. In several processes, each has one.
     store : path
         The store to write, or to continue with ``trainer.train(resume_from_checkpoint=...)``.
     ids : str
         The batches' entry with the ids. The data collator has to pass it on, and the Trainer to keep it
-        (``remove_unused_columns=False``); the model does not see it.
+        (``remove_unused_columns=False``); the model does not see it. Of ``GRPOTrainer``, the data set's column.
     **options : CollectOptions
         See :mod:`ooc_influence.options`. ``columns`` and ``loss`` are the callback's.
 
@@ -135,7 +137,8 @@ def collect_callback(
     Raises
     ------
     InputError
-        When training begins, for several processes or float16 with a scaled loss, or batches without ids.
+        When training begins, for several GPUs in one process, DeepSpeed, other trainers of TRL, or settings by which
+        a sample has no loss of its own; for batches without ids.
     MismatchError
         When training begins, if the store and the checkpoint are not of one training.
     OocInfluenceError
