@@ -125,6 +125,32 @@ def test_weights_scale_and_accumulation(tmp_path):
         assert_allclose(each, found[0], rtol=1e-4, atol=1e-6)
 
 
+def test_samples_of_several_sequences(tmp_path):
+    """A sample's row is the sum over its sequences."""
+    model, (x, y) = make(Mlp).eval(), data(Mlp, 8)
+    owners = [0, 1, 2, 3, 2, 0, 1, 3]
+    with (
+        ooc.collect(model, tmp_path / "s", compressor=Dropout(k=70), dtype="float32", loss="sum") as collector,
+        collector.step(range(4), sequences=owners) as step,
+    ):
+        losses = F.cross_entropy(model(x), y, reduction="none")
+        step.record(losses.new_zeros(4).index_add(0, torch.tensor(owners), losses))
+        losses.sum().backward()
+    with ooc.collect(model, tmp_path / "e", compressor=Dropout(k=70), dtype="float32", loss="sum") as collector:  # noqa: SIM117
+        with collector.step(range(8)):
+            F.cross_entropy(model(x), y, reduction="sum").backward()
+    single, found = GradientStore.open(tmp_path / "e").rows(), GradientStore.open(tmp_path / "s")
+    wanted = [single[np.array(owners) == sample].sum(0) for sample in range(4)]
+    assert_allclose(found.rows(), wanted, rtol=1e-5, atol=1e-6)
+    assert_array_equal(found.column("example"), np.arange(4))
+    with (
+        pytest.raises(InputError, match="index of each sequence's sample"),
+        ooc.collect(model, tmp_path / "w", compressor=Dropout(k=70)) as collector,
+        collector.step(range(4), sequences=[0, 1, 2]),
+    ):
+        pass
+
+
 def test_every_few_steps(tmp_path):
     model, optimizer, batches = training(Mlp)
     whole, some = tmp_path / "whole", tmp_path / "some"

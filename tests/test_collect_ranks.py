@@ -17,7 +17,8 @@ from torch import nn
 
 import ooc_influence as ooc
 from ooc_influence import Dropout, GradientStore, Storage
-from ooc_influence.errors import InputError, MismatchError, UnsupportedModelError
+from ooc_influence.errors import InputError, MismatchError, StoreBusyError, UnsupportedModelError
+from ooc_influence.extract import ranks
 from ooc_influence.store import LayerShape, Mask, ModuleMask
 
 if not torch.distributed.is_available():
@@ -110,6 +111,7 @@ def spawn(function, folder, *args):
 def started(rank, function, folder, args):
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    ranks._AHEAD = 2  # blocks: the plan is extended several times
     store = torch.distributed.FileStore(f"{folder}/rendezvous", WORLD)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
     try:
@@ -141,6 +143,9 @@ def test_one_store_has_the_rows_of_all_processes(tmp_path, kind):
     store = GradientStore.open(tmp_path / "s")
     assert store.n <= WORLD * 8 * -(-STEPS * max(SIZES[kind]) // 8)
     assert not store.verify()
+    ooc.compact_store(store, tmp_path / "compact")
+    assert_same_rows(tmp_path / "compact", tmp_path / "alone")
+    assert GradientStore.open(tmp_path / "compact").n == STEPS * 6
     assert store.attrs["model"]["fingerprint"].startswith("2:")
 
 
@@ -157,6 +162,8 @@ def killed(rank, folder, kill):
         for number in range(first, STEPS):
             train(model, optimizer, rank, "ddp", collector, [number])
             if number == kill:
+                if rank == 0:  # has committed rows past the checkpoint, which are collected again
+                    collector._sink.store.flush()
                 os.kill(os.getpid(), signal.SIGKILL)
             if number % 3 == 2:
                 state = {"model": model.state_dict(), "collector": collector.state_dict(), "first": number + 1}
@@ -188,6 +195,8 @@ def wrong(rank, folder):
     pilot = {"pilot": [torch.zeros(2, 12)], "compressor": Dropout(k=10, sampling="importance")}
     with pytest.raises(UnsupportedModelError, match="run a pilot in one of them"):
         ooc.collect(sharded, f"{folder}/s", lambda m, x: m(x).sum(1), **pilot)
+    with pytest.raises(UnsupportedModelError, match="used without calling the layer"):
+        uncalled(sharded, f"{folder}/u", rank)
     collector = ooc.collect(model, f"{folder}/s", **OPTIONS)
     with collector, pytest.raises(MismatchError, match="in 2 processes; received 3 rows"):
         collector.load_state_dict({"rows": 3, "step": 1})
@@ -200,6 +209,14 @@ def wrong(rank, folder):
     assert GradientStore.open(f"{folder}/p").mask.digest == collector._plan.mask.digest
 
 
+def uncalled(model, path, rank):
+    """A training that uses the weight of a sharded layer by itself."""
+    ids, x, y = batches_of(rank, "fsdp2")[0]
+    with ooc.collect(model, path, **OPTIONS) as collector, collector.step(ids, rank=rank):
+        hidden = model.second(model.first(x[ids]))
+        F.cross_entropy(hidden @ model.last.weight.full_tensor().T, y[ids]).backward()
+
+
 def test_what_is_refused_and_a_pilot_in_the_first_process(tmp_path):
     spawn(wrong, tmp_path)
 
@@ -209,19 +226,27 @@ def test_a_store_is_extended_while_another_process_writes(tmp_path):
     storage = Storage(chunk_rows=2, group_chunks=1)
     GradientStore.create(tmp_path / "s", mask, storage=storage, planned_rows=4, dtype="float32").close()
     first, second = (GradientStore.open(tmp_path / "s", "a") for _ in range(2))
-    first.writer(0, 2)
+    first.turns_writer(0, 2, 0)
     second.extend(8)
-    second.writer(6, 8)
+    second.turns_writer(1, 2, 2)
     rows = np.arange(8, dtype=np.float32)[:, None] + np.ones(4, np.float32)
     first.append(rows[:2], loss=np.zeros(2))
-    second.append(rows[6:], loss=np.zeros(2))
-    for each in (first, second):
-        each.close()
+    with pytest.raises(StoreBusyError, match="turns-1-of-2"):
+        GradientStore.open(tmp_path / "s", "a").turns_writer(1, 2, 2)
+    with pytest.raises(StoreBusyError):
+        GradientStore.open(tmp_path / "s", "a").plan_rows(12)
+    with pytest.raises(InputError, match="every 2th from group 1"):
+        GradientStore.open(tmp_path / "s", "a").turns_writer(1, 2, 4)
     first.extend(8)  # has been done
-    for start in (2, 4):
-        first.writer(start, start + 2)
-        first.append(rows[start : start + 2], loss=np.zeros(2))
-        first.close()
+    first.writer().move_to(4, 6)
+    second.append(rows[2:4], loss=np.zeros(2))
+    second.writer().move_to(6, 8)
+    for number, each in ((6, second), (4, first)):
+        each.append(rows[number : number + 1], loss=np.zeros(1))
+        with pytest.raises(InputError, match="1 rows left"):
+            each.writer().move_to(8, 10)
+        each.append(rows[number + 1 : number + 2], loss=np.zeros(1))
+        each.close()
     assert_array_equal(GradientStore.open(tmp_path / "s").rows(), rows)
     assert not GradientStore.open(tmp_path / "s").verify()
     with pytest.raises(InputError, match="whole groups of 2"):

@@ -88,6 +88,7 @@ def stopping(made, step):
     made.add_callback(Stop())
     with pytest.raises(KeyboardInterrupt):
         made.train()
+    made.pop_callback(Stop)
 
 
 def test_rows_are_those_of_extraction_and_training_is_the_same(folder, tmp_path):
@@ -122,8 +123,9 @@ def test_it_continues_from_a_checkpoint(folder, tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 2}
     first = collecting(trainer(folder, tmp_path / "out", **saving), tmp_path / "s")
     stopping(first, 3)
-    del first
-    again = collecting(trainer(folder, tmp_path / "out", **saving), tmp_path / "s")
+    again = trainer(folder, tmp_path / "out", **saving)
+    first.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))  # by the same Trainer
+    again = collecting(again, tmp_path / "s")
     again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
     found, wanted = GradientStore.open(tmp_path / "s"), GradientStore.open(tmp_path / "w")
     assert_array_equal(found.column("example")[~found.dropped], wanted.column("example"))

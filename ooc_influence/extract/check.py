@@ -41,6 +41,7 @@ _LARGEST, _OTHERS, _ROWS, _SEEN = 32, 16, 32, 8
 # gradient that is zero up to rounding (of the bias of attention's keys) has no scale of its own
 _LAYER_FLOOR, _MODEL_FLOOR = 0.1, 1e-4
 _NAMED = 6  # layers, in the error
+_UNCALLED = "its weight is used without calling the layer"
 Numbers = npt.NDArray[np.int64]
 Receiver = Callable[[Use, Any, Any], None]
 
@@ -140,6 +141,13 @@ def _vectors_at(vectors: npt.NDArray[np.float32] | None, indices: npt.NDArray[np
         return torch.from_numpy(indices[some]).long()
     columns = np.searchsorted(np.unique(indices), indices[some])
     return torch.from_numpy(np.ascontiguousarray(vectors[:, columns].T))
+
+
+def _has_gradient(parameter: nn.Parameter) -> bool:
+    """Return whether a parameter has a gradient, this process's part of it where it is sharded."""
+    gradient: Any = parameter.grad
+    local = gradient.to_local() if hasattr(gradient, "to_local") else gradient
+    return local is not None and bool(local.any())
 
 
 class GradientCheck:
@@ -251,11 +259,26 @@ class GradientCheck:
                 handle.remove()
         self._note_missing(reached)
 
+    def uncalled(self) -> list[Disagreement]:
+        """Return the sharded layers whose weights have received a gradient without a call of theirs."""
+        return [
+            Disagreement(shape.name or "(the model)", type(module).__name__, math.inf, _UNCALLED)
+            for number, (shape, module) in self._layers.items()
+            if number in self._active and number in self._sharded and number in self.unverifiable
+            and any(_has_gradient(each) for each in self._sharded[number].values())
+        ]  # fmt: skip
+
     def _follow_whole(self, number: int, reached: Any, handles: list[Any], module: nn.Module, _: Any) -> None:
         """Follow the parameters that a sharded layer has while it is called."""
         if self.unverifiable.pop(number, None) is None or not torch.is_grad_enabled():
             return  # it was called before
         for name, parameter in layer_parameters(self._layers[number][0], module).items():
+            if hasattr(parameter, "full_tensor"):
+                raise UnsupportedModelError(
+                    f"expected the weight of {self._layers[number][0].name!r} to be whole while it is called, as "
+                    "fully_shard does; received a part of it, as of tensor parallelism: extract rows from checkpoints "
+                    "(extract_gradients)"
+                )
             self._dtypes.add(parameter.dtype)
             self._watched.append((number, name, self._sharded[number][name]))
             if parameter.requires_grad:
@@ -396,7 +419,7 @@ class GradientCheck:
                 errors[number] = max(error, self.errors.get(number, 0.0))
             if not error <= self.tolerance:
                 shape, module = self._layers[number]
-                reason = "its weight is used without calling the layer" if silent else None
+                reason = _UNCALLED if silent else None
                 disagree.append(Disagreement(shape.name or "(the model)", type(module).__name__, error, reason))
         if not disagree:  # otherwise the batch is compared in another way, which decides
             self.errors |= errors

@@ -214,16 +214,14 @@ class Step:
         self._collector, self._count = collector, count
         self.losses: npt.NDArray[np.float32] | None = None
         self.chosen: ChosenSamples | None = None
-        self.owners: Tensor | None = (
-            None  # the sample of each sequence that the model computes, where there are several
-        )
+        self.owners: Tensor | None = None  # the sample of each sequence of the model's batch, where there are several
         self.received = False  # whether a layer's gradient was, of the pass that trains
 
     def of_samples(self, rows: Tensor) -> Tensor:
         """Return the rows of samples, (b, k), the sums of those of their sequences."""
-        return (
-            rows if self.owners is None else rows.new_zeros(self._count, rows.shape[1]).index_add_(0, self.owners, rows)
-        )
+        if self.owners is None:
+            return rows
+        return rows.new_zeros(self._count, rows.shape[1]).index_add_(0, self.owners, rows)
 
     def select(self, losses: Tensor) -> Tensor:
         """Return by what to multiply the samples' losses, (b,), as the ``select=`` of :func:`collect` chooses.
@@ -265,7 +263,7 @@ class Step:
             raise InputError(f"expected a loss for each of {self._count} samples; received {tuple(losses.shape)}")
         if self._collector is not None:
             self.losses = losses.detach().float().cpu().numpy()
-            if self.owners is None:
+            if self.owners is None:  # otherwise samples have several sequences
                 self._collector._probe(losses)
 
 
@@ -642,7 +640,7 @@ class _SumCheck:
             for use, x, delta in self._noted:
                 compared(use, x, delta)
         self._noted.clear()
-        return self._check.compare(gathered(), None if self._mask is None else rows)
+        return self._check.compare(gathered(), None if self._mask is None else rows) + self._check.uncalled()
 
     @property
     def decided(self) -> bool:

@@ -1,6 +1,6 @@
 """Rows of a training in several processes: each writes its own into one store, whose number of rows nobody knows yet.
 
-Rows are divided into blocks. Process r of N writes blocks r, r + N, r + 2N, ..., each under a claim of its own, so that
+Rows are divided into blocks. Process r of N writes blocks r, r + N, r + 2N, ... under a claim of its own, so that
 nothing but the plan is shared; whoever reaches its end extends it. Processes of one training take as many steps as each
 other, so that readers, who see rows up to the first gap, are at most a block of each process behind. At the end each
 process fills its last block with tombstones as far as other rows follow it, and the plan is cut there.
@@ -21,7 +21,7 @@ from ooc_influence.extract.sink import Computed, Sink, StorePlan, open_existing
 from ooc_influence.options import OnNonFinite
 from ooc_influence.store import GradientStore, PathLike, Storage, mark_dropped
 
-_BLOCK_BYTES, _BLOCK_ROWS = 2**21, 256  # of a block, at most, where the caller has not chosen the chunks
+_BLOCK_ROWS = 256  # of a block, at most, where the caller has not chosen the chunks
 _AHEAD = 32  # blocks of each process that the plan is extended by
 NO_STEP = -1  # the step of a row that fills a block
 
@@ -111,11 +111,12 @@ class RankSink(Sink):
 
     @override
     def _claim(self, store: GradientStore) -> None:
-        """Claim the first of the process's blocks that is not full."""
+        """Claim the process's blocks, and begin with the first that is not full."""
         check_processes(store, self._ranks.count)
         self._block = store.layout.group_rows
         self._enter_block(self._full_blocks(store))
-        self._open_block(store)
+        self._make_room(store)
+        store.turns_writer(self._ranks.index, self._ranks.count, self.start)
         self._restore_uncommitted(store)
 
     def _full_blocks(self, store: GradientStore) -> int:
@@ -125,18 +126,18 @@ class RankSink(Sink):
         short = np.flatnonzero(own < self._block)
         return int(short[0]) if short.size else len(own)
 
-    def _open_block(self, store: GradientStore) -> None:
+    def _make_room(self, store: GradientStore) -> None:
+        """Extend the plan if the block is beyond it."""
         stop = self.start + self._block
         if stop > (store.layout.planned_rows or 0):
             rounds = -(-stop // (self._block * self._ranks.count)) + _AHEAD
             store.extend(rounds * self._block * self._ranks.count)
-        store.writer(self.start, stop)
 
     def _next_block(self) -> None:
         assert self.store is not None
-        self.store.close()
         self._enter_block(self.start // (self._block * self._ranks.count) + 1)
-        self._open_block(self.store)
+        self._make_room(self.store)
+        self.store.writer().move_to(self.start, self.start + self._block)
 
     @property
     def _own_next(self) -> int:
@@ -241,7 +242,7 @@ def _blocks(plan: StorePlan) -> Storage:
     """Return the chunks of a new store: the caller's, or blocks so small that few tombstones fill them."""
     rows, _ = plan.storage.sizes(plan.k, plan.dtype)
     if plan.storage.chunk_rows is None:
-        rows = max(1, min(rows, _BLOCK_ROWS, _BLOCK_BYTES // (4 * plan.k)))
+        rows = min(rows, _BLOCK_ROWS)
     return replace(plan.storage, chunk_rows=rows, group_chunks=plan.storage.group_chunks or 1)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ooc_influence.errors import InputError, MismatchError, listed, warn
 from ooc_influence.extract import Collector, ModuleSelection, PerSampleLoss, collect, earlier_rows
-from ooc_influence.hf.trainers import reader_of, unhooked_head
+from ooc_influence.hf.trainers import reader_of, replaced, unhooked_head
 from ooc_influence.hf.training_pilot import training_pilot
 from ooc_influence.options import CollectOptions, takes
 from ooc_influence.store import PathLike
@@ -45,14 +45,16 @@ class CollectCallback:
     def on_train_begin(self, args: Any, state: Any, _: Any, **__: Any) -> None:
         """Open the store, or continue it from the checkpoint that training continues from."""
         trainer = self._trainer
+        self._undo.__exit__(InterruptedError, InterruptedError(), None)  # of a training that was interrupted
+        self._collector = None
         _refuse(trainer, args)
         self._reader = reader = reader_of(trainer, self._ids)
         reader.check()
         self._restored = self._saved_state(Path(args.output_dir) / f"checkpoint-{state.global_step}", state.global_step)
         with ExitStack() as undo:
             undo.enter_context(reader.reading())
-            undo.callback(setattr, trainer, "training_step", trainer.training_step)
-            self._training_step, trainer.training_step = trainer.training_step, self._step
+            self._training_step = trainer.training_step
+            undo.enter_context(replaced(trainer, "training_step", self._step))
             self._begin_if_due(args, state, undo)
             self._undo = undo.pop_all()
 
@@ -145,16 +147,17 @@ def collect_callback(
 
     Rows are those of the Trainer's own backward passes (:func:`ooc_influence.collect`), of a language model of the mean
     loss over a sample's targets, with columns ``step``, ``epoch`` and ``lr``. Batches need the ids of their samples.
+    Of TRL's ``DPOTrainer``, a row is of a pair, and of its ``GRPOTrainer``, of a completion.
 
     Parameters
     ----------
     trainer : transformers.Trainer
-        The Trainer, or one of TRL's that has its training step, such as ``SFTTrainer``.
+        The Trainer, or ``SFTTrainer``, ``DPOTrainer`` or ``GRPOTrainer`` of TRL. In several processes, each has one.
     store : path
         The store to write, or to continue with ``trainer.train(resume_from_checkpoint=...)``.
     ids : str
         The batches' entry with the ids. The data collator has to pass it on, and the Trainer to keep it
-        (``remove_unused_columns=False``); the model does not see it.
+        (``remove_unused_columns=False``); the model does not see it. Of ``GRPOTrainer``, the data set's column.
     start_epoch : float
         The epoch to begin with, counted from 0: the compressor's pilot is of the model as it is then.
     per_sample_loss : callable (model, batch) -> (b,) tensor, optional
@@ -170,8 +173,9 @@ def collect_callback(
     Raises
     ------
     InputError
-        For ``select``, which needs a loop that weighs single samples' losses. When training begins, for trainers whose
-        batches are not known, or batches without ids.
+        For ``select``, which needs a loop that weighs single samples' losses. When training begins, for several GPUs
+        in one process, DeepSpeed, other trainers of TRL, or settings by which a sample has no loss of its own; for
+        batches without ids.
     MismatchError
         When training begins, if the store and the checkpoint are not of one training.
     OocInfluenceError

@@ -195,12 +195,14 @@ class CompletionReader(TrainerReader):
                 raise InputError(f"expected a completion of each of {len(ids)} prompts; received {len(made)}")
             return made | {self._ids: ids}
 
-        trainer._generate_and_score_completions = with_ids
-        trainer._prepare_inputs = lambda inputs: inputs.batch if isinstance(inputs, _Prepared) else prepare(inputs)
-        try:
+        def take_prepared(inputs: Any) -> Any:
+            return inputs.batch if isinstance(inputs, _Prepared) else prepare(inputs)
+
+        with (
+            replaced(trainer, "_generate_and_score_completions", with_ids),
+            replaced(trainer, "_prepare_inputs", take_prepared),
+        ):
             yield
-        finally:
-            del trainer._generate_and_score_completions, trainer._prepare_inputs
 
     @override
     def read(self, inputs: Any, items: Any) -> TrainedBatch:
@@ -256,6 +258,20 @@ _SHARES: dict[str, Callable[[Any, Tensor, dict[str, Any]], Tensor]] = {
     "dr_grpo": _of_longest, "cispo": _of_all_tokens, "dapo": _of_all_tokens, "vespo": _of_all_tokens,
 }  # fmt: skip
 _READERS: dict[str, type[Any]] = {"SFTTrainer": TokenReader, "DPOTrainer": PairReader, "GRPOTrainer": CompletionReader}
+
+
+@contextmanager
+def replaced(trainer: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Replace a method of one trainer meanwhile."""
+    own = vars(trainer).get(name)
+    setattr(trainer, name, function)
+    try:
+        yield
+    finally:
+        if own is None:
+            delattr(trainer, name)
+        else:
+            setattr(trainer, name, own)
 
 
 def reader_of(trainer: Any, ids: str) -> TrainerReader:

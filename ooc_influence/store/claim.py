@@ -130,8 +130,15 @@ def claim_name(start: int, stop: int | None) -> str:
     return f"rows-{start}-{'end' if stop is None else stop}"
 
 
+def turns_name(index: int, count: int) -> str:
+    """Return the name of the claim on every ``count``-th group of rows from group ``index`` on."""
+    return f"turns-{index}-of-{count}"
+
+
 def claimed_rows(name: str) -> tuple[int, int | None] | None:
     """Return the first row and the end of a claim on rows, the end None if it is open; None for other claims."""
+    if re.fullmatch(r"turns-\d+-of-\d+", name):
+        return 0, None  # among all rows there will be
     match = re.fullmatch(r"rows-(\d+)-(\d+|end)", name)
     return None if match is None else (int(match[1]), None if match[2] == "end" else int(match[2]))
 
@@ -346,15 +353,26 @@ def wait_for(claim: Callable[[], _Claimed], patience: float = PATIENCE) -> _Clai
 
 def clear_range(path: StorePath, layout: Layout, start: int, stop: int | None) -> None:
     """Delete what interrupted writes left in a range that the caller has claimed."""
+    inside = None if stop is None else lambda row: start <= row < stop
+    _clear(path, layout, claim_name(start, stop), inside)
+
+
+def clear_turns(path: StorePath, layout: Layout, index: int, count: int) -> None:
+    """Delete what interrupted writes left in every ``count``-th group, which the caller has claimed."""
+    _clear(path, layout, turns_name(index, count), lambda row: row // layout.group_rows % count == index)
+
+
+def _clear(path: StorePath, layout: Layout, claim: str, inside: Callable[[int], bool] | None) -> None:
+    """Delete interrupted writes of rows that are ``inside`` what was claimed, None for all, and of the claim itself."""
     if not is_local(path):
         return
-    own_claim = f".claim-{claim_name(start, stop)}."
     for name in ("gradients", "commits", "dropped", *layout.row_arrays):
         size = layout.chunk_rows if name == "gradients" else layout.group_rows
 
         def mine(file: str, size: int = size) -> bool:
+            if inside is None:
+                return True
             number = file.split(".")[1] if file.startswith("c.") else ""
-            inside = number.isdigit() and stop is not None and start <= int(number) * size < stop
-            return stop is None or inside or file.startswith(own_claim)
+            return (number.isdigit() and inside(int(number) * size)) or file.startswith(f".claim-{claim}.")
 
         local.remove_partial_files(path / name, mine)

@@ -138,6 +138,10 @@ class Committer:
 
     def __post_init__(self) -> None:
         self._threads = ThreadPoolExecutor(AT_ONCE, "ooc_influence-files")  # a sync waits for the disk, not the CPU
+        self.open_arrays()
+
+    def open_arrays(self) -> None:
+        """Open the store's arrays, again after another process has resized them."""
         group = open_group(self.files, "r+")
         self._per_row = ("gradients", "dropped", *self.layout.row_arrays)
         self._arrays = {name: writable_array(group, name) for name in (*self._per_row, "commits")}

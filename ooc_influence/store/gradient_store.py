@@ -11,7 +11,8 @@ import json
 import operator
 import socket
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 
@@ -34,9 +35,11 @@ from ooc_influence.store.claim import (
     check_range,
     claimed_rows,
     clear_range,
+    clear_turns,
     make_claim,
     may_write,
     read_claims,
+    turns_name,
     wait_for,
 )
 from ooc_influence.store.commits import Committer, mark_dropped
@@ -276,10 +279,38 @@ class GradientStore(StoreView):
             return self._writer
         self._check_writable()
         check_range(self.path, self.layout, start, stop)
-        self._claim = make_claim(self.path, start, stop)
+        clear = partial(clear_range, self.path, self.layout, start, stop)
+        return self._claimed(make_claim(self.path, start, stop), start, stop, clear)
+
+    def turns_writer(self, index: int, count: int, start: int) -> RangeWriter:
+        """Claim every ``count``-th group of a store with planned rows, from group ``index`` on; return their writer.
+
+        It writes the group of row ``start``, and others after :meth:`RangeWriter.move_to`. Each of ``count`` processes
+        has turns of its own; they must not be mixed with ranges (:meth:`writer`).
+
+        Raises
+        ------
+        InputError
+            If the store was opened to read, or row ``start`` does not begin one of these groups.
+        StoreBusyError
+            If another process holds the same turns.
+        """
+        self._check_writable()
+        group, stop = divmod(start, self.layout.group_rows)[0], start + self.layout.group_rows
+        if start % self.layout.group_rows or group % count != index or stop > (self.layout.planned_rows or 0):
+            raise InputError(
+                f"expected a planned group of every {count}th from group {index} on to write in {self.path}; received "
+                f"row {start} of {self.layout.planned_rows} in groups of {self.layout.group_rows}"
+            )
+        clear = partial(clear_turns, self.path, self.layout, index, count)
+        return self._claimed(make_claim(self.path, name=turns_name(index, count)), start, stop, clear)
+
+    def _claimed(self, claim: Claim, start: int, stop: int | None, clear: Callable[[], None]) -> RangeWriter:
+        """Return the writer of a range under a claim, with what interrupted writes left cleared away."""
+        self._claim = claim
         try:
             self.reload()  # another writer may have been here since
-            clear_range(self.path, self.layout, start, stop)
+            clear()
             committer = Committer(array_store(self.path), self.layout, self._records.copy(), self._claim)
             self._writer = RangeWriter(committer, start, stop, self.column_scale)
         except BaseException:
@@ -521,10 +552,10 @@ class GradientStore(StoreView):
             If another process extends the store for minutes; shorter ones are waited for.
         """
         self._check_writable()
-        if self.layout.planned_rows is None or rows % self.layout.group_rows or self._writer is not None:
+        if self.layout.planned_rows is None or rows % self.layout.group_rows:
             raise InputError(
-                f"expected a store with planned rows at {self.path}, none of them being written here, and whole groups "
-                f"of {self.layout.group_rows}; received {self.layout.planned_rows} planned rows and {rows}"
+                f"expected a store with planned rows at {self.path}, and whole groups of {self.layout.group_rows}; "
+                f"received {self.layout.planned_rows} planned rows and {rows}"
             )
         with self.changing() as claim:
             super().__init__(self.path)  # another process may have extended it
@@ -534,6 +565,8 @@ class GradientStore(StoreView):
                 longer = Layout.from_dict(layout.to_dict() | {"planned_rows": rows}, self.path)
                 write_attributes(self.path, {**read_attributes(self.path), "layout": longer.to_dict()})
                 super().__init__(self.path)
+        if self._writer is not None:
+            self._writer.open_arrays()
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[Claim]:

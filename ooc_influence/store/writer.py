@@ -120,6 +120,18 @@ class RangeWriter:
         stop = self._spans[0][1]
         return None if stop is None else stop - self.next_row
 
+    def move_to(self, start: int, stop: int) -> None:
+        """Continue with another range that the claim includes, of which no row is committed, once this one is full."""
+        if self.rows_left:
+            raise InputError(f"expected a range that is full; received one with {self.rows_left} rows left")
+        self._spans.append((start, stop))
+        self.next_row, self._stop = start, stop
+
+    def open_arrays(self) -> None:
+        """Commit what was appended, and open the arrays again, which another process has resized."""
+        self.flush()
+        self._committer.open_arrays()
+
     def take_fresh(self) -> dict[int, int]:
         """Return the commit records written since the last call, by chunk."""
         with self._change:
