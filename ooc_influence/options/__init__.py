@@ -27,6 +27,7 @@ from ooc_influence.options.extraction import (
     InitOptions,
     LabelKind,
     OnNonFinite,
+    OptimizerMetric,
     Sharded,
     Writing,
 )
@@ -108,6 +109,7 @@ __all__ = [
     "Normalize",
     "Normalized",
     "OnNonFinite",
+    "OptimizerMetric",
     "Option",
     "Options",
     "PairOptions",
