@@ -20,6 +20,7 @@ from torch import nn
 import ooc_influence as ooc
 from ooc_influence import Dropout, GradientStore, Identity
 from ooc_influence.errors import InputError, MismatchError, OocInfluenceError, StaleCurvatureError, StoreDamagedError
+from ooc_influence.report.facts import curvature_states
 from ooc_influence.store import StepLog
 
 N, B, STEPS = 12, 4, 9
@@ -480,11 +481,11 @@ def test_lists_groups_and_self_influence(fitted):
     sums = ooc.group_influence(*both, by="example", curvature="trajectory")
     expected = np.stack([scores[:, samples == name].sum(1) for name in sums.names], 1)
     assert_allclose(sums.sums, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
-    rows, effects = (GradientStore.open(folder / p).rows() for p in ("s", "s/curvature/trajectory"))
+    rows, effects = (GradientStore.open(folder / p).rows() for p in ("s", "s/trajectory"))
     assert_allclose(
         ooc.self_influence(folder / "s", curvature="trajectory"), (rows * effects).sum(1), rtol=1e-4, atol=1e-9
     )
-    of_effects = ooc.influence_scores(folder / "q", folder / "s/curvature/trajectory").compute()
+    of_effects = ooc.influence_scores(folder / "q", folder / "s/trajectory").compute()
     assert_allclose(of_effects, scores, rtol=1e-4, atol=1e-5 * np.abs(scores).max())
 
 
@@ -496,7 +497,7 @@ def test_what_effects_are_not_for(fitted, tmp_path):
     with pytest.raises(InputError, match="normalize='cosine'"):
         ooc.influence_scores(*both, curvature="trajectory", normalize="cosine")
     with pytest.raises(InputError, match="effects"):
-        ooc.influence_scores(folder / "q", folder / "s/curvature/trajectory", curvature="default")
+        ooc.influence_scores(folder / "q", folder / "s/trajectory", curvature="default")
     with pytest.raises(InputError, match="multiply queries by"):
         ooc.export_rows(folder / "q", tmp_path / "x.npy", precondition=folder / "s", curvature="trajectory")
     with pytest.raises(InputError, match="dtype float16"):
@@ -514,11 +515,14 @@ def test_rows_that_changed_and_fits_that_replace(tmp_path):
     collected(tmp_path / "s", "adamw")
     store = GradientStore.open(tmp_path / "s", "a")
     first = ooc.fit_trajectory(store)
+    assert (tmp_path / "s" / "trajectory" / "zarr.json").exists()
     assert ooc.fit_trajectory(store).identity == first.identity
     assert ooc.fit_trajectory(store, refit=True).identity != first.identity
     assert ooc.fit_trajectory(store, between="diagonal").attrs["trajectory"]["between"] == "diagonal"
+    assert curvature_states(store) == {"trajectory": "up to date"}
     store.drop([2])
     store.close()
+    assert "run fit_trajectory again" in curvature_states(store)["trajectory"]
     with pytest.raises(StaleCurvatureError, match="fit_trajectory again"):
         ooc.influence_scores(tmp_path / "s", tmp_path / "s", curvature="trajectory")
     elsewhere = ooc.fit_trajectory(store, out=tmp_path / "e")
@@ -611,10 +615,13 @@ def test_records_that_are_missing_or_damaged(tmp_path):
     with GradientStore.open(tmp_path / "s", "a") as store:
         store.drop(np.arange(STEPS * B, store.n))
     ooc.fit_trajectory(tmp_path / "s")
+    assert GradientStore.open(tmp_path / "s").verify() == []
     (file,) = (tmp_path / "s" / "optimizer").glob("0*.npz")
     data = bytearray(file.read_bytes())
     data[len(data) * 3 // 4] ^= 1  # in the vectors
     file.write_bytes(data)
+    (damage,) = GradientStore.open(tmp_path / "s").verify()
+    assert damage.reason.startswith("optimizer: ")
     with pytest.raises(StoreDamagedError, match="damaged"):
         ooc.fit_trajectory(tmp_path / "s", refit=True)
     file.rename(file.with_name("000000000003.npz"))
