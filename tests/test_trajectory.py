@@ -5,6 +5,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +20,7 @@ from torch import nn
 import ooc_influence as ooc
 from ooc_influence import Dropout, GradientStore, Identity
 from ooc_influence.errors import InputError, MismatchError, OocInfluenceError, StaleCurvatureError, StoreDamagedError
+from ooc_influence.report.facts import curvature_states
 from ooc_influence.store import StepLog
 
 N, B, STEPS = 12, 4, 9
@@ -162,11 +167,13 @@ def network_data(n, seed=4):
     return x, (x[:, 0] + x[:, 1] * x[:, 2] + noise > 0).long() + 2 * (x[:, 3] > 0).long()
 
 
-def train_network(model, optimizer, steps=40, collector=None, change=None, clip=1e9):
+def train_network(model, optimizer, steps=40, collector=None, change=None, first=0):
     x, y = network_data(64)
     order = torch.Generator().manual_seed(9)
     for step in range(steps):
         rows = torch.randperm(64, generator=order)[:8]
+        if step < first:
+            continue
         weights = torch.full((8,), 1 / 8, dtype=x.dtype)
         if change is not None and step == change[0]:
             weights[change[1]] *= 1 + change[2]
@@ -174,7 +181,6 @@ def train_network(model, optimizer, steps=40, collector=None, change=None, clip=
         with contextlib.nullcontext() if collector is None else collector.step(rows):
             x = x.to(next(model.parameters()).dtype)
             (network_losses(model, (x[rows], y[rows])) * weights).sum().backward()
-        nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
     return model
 
@@ -183,8 +189,29 @@ def adamw(model):
     return torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.01)
 
 
+@pytest.fixture(scope="module")
+def differences():
+    """By how much the queries' losses fall for each sample of three late steps, (3, 8, q)."""
+    x, y = network_data(6, seed=8)
+    early = make_network().double()
+    optimizer = adamw(early)
+    train_network(early, optimizer, 36)
+
+    def losses_after(step, sample, size):
+        model = copy.deepcopy(early)
+        after = adamw(model)
+        after.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # whose tensors it would share
+        train_network(model, after, first=36, change=(step, sample, size))
+        return network_losses(model, (x.double(), y)).detach().numpy()
+
+    return np.array([
+        [(losses_after(step, sample, -1e-4) - losses_after(step, sample, 1e-4)) / 2e-4 for sample in range(8)]
+        for step in (39, 38, 36)
+    ])  # fmt: skip
+
+
 @pytest.mark.parametrize("kind", ["all", "some"])
-def test_a_real_training(tmp_path, kind):
+def test_a_real_training(tmp_path, kind, differences):
     """Of a network, scores of the last steps predict how a query's loss changes with a sample's weight in a step."""
     compressor = Identity() if kind == "all" else Dropout(k=100)
     model = make_network()
@@ -195,23 +222,12 @@ def test_a_real_training(tmp_path, kind):
     ooc.extract_gradients(model, network_losses, [batch], tmp_path / "q", like=tmp_path / "s", dtype="float32")
     ooc.fit_trajectory(tmp_path / "s")
     scores = ooc.influence_scores(tmp_path / "q", tmp_path / "s", curvature="trajectory").compute()
-
-    def losses_after(change):
-        changed = make_network().double()
-        train_network(changed, adamw(changed), change=change)
-        return network_losses(changed, (batch[0].double(), batch[1])).detach()
-
-    expected, found = [], []
-    for step in (39, 38, 36):
-        for sample in range(8):
-            expected.append((losses_after((step, sample, -1e-4)) - losses_after((step, sample, 1e-4))) / 2e-4)
-            found.append(scores[:, step * 8 + sample])
-    expected, found = np.array([each.numpy() for each in expected]), np.array(found)
-    by_step = [np.corrcoef(expected[a : a + 8].ravel(), found[a : a + 8].ravel())[0, 1] for a in (0, 8, 16)]
+    found = np.array([scores[:, step * 8 : step * 8 + 8].T for step in (39, 38, 36)])
+    by_step = [np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in zip(found, differences, strict=True)]
     if kind == "all":
         assert by_step[0] > 0.9999
         assert min(by_step) > 0.99
-        assert_allclose(found[:8], expected[:8], atol=2e-3 * np.abs(expected).max())
+        assert_allclose(found[0], differences[0], atol=2e-3 * np.abs(differences).max())
     else:
         assert min(by_step) > 0.7
 
@@ -305,7 +321,7 @@ def test_other_wrong_optimizers(tmp_path):
         ooc.collect(model, tmp_path / "s", compressor=Identity(), optimizer=adamw(make_network()))
     with pytest.raises(InputError, match="optimizer_every >= 1"):
         ooc.collect(model, tmp_path / "s", compressor=Identity(), optimizer=adamw(model), optimizer_every=0)
-    with pytest.raises(InputError, match="projections"):
+    with pytest.raises(InputError, match="optimizer_metric='layer'"):
         ooc.collect(model, tmp_path / "s", compressor=ooc.Gaussian(20), optimizer=adamw(model))
     with pytest.raises(InputError, match="beside example, step, weight"):
         ooc.collect(
@@ -350,6 +366,37 @@ def test_rows_of_a_basis_and_of_projections(tmp_path):
         pytest.raises(InputError, match="one learning rate"),
     ):
         train_network(model, optimizer, 1, collector)
+
+
+def test_adam_at_one_rate_for_a_layer(tmp_path):
+    """In a basis: SGD with momentum β₁, at the rate that fits the layer's second moments best."""
+    data = network_data(64)
+    model = make_network()
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim == n], "weight_decay": d} for n, d in ((2, 0.1), (1, 0))
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=5e-3, eps=1e-4)
+    with ooc.collect(
+        model, tmp_path / "s", network_losses, compressor=Dropout(k=60, basis="kronecker"), dtype="float32",
+        optimizer=optimizer, optimizer_metric="layer", pilot=[data],
+    ) as collector:  # fmt: skip
+        train_network(model, optimizer, 5, collector)
+    store, log = GradientStore.open(tmp_path / "s"), StepLog(tmp_path / "s")
+    assert log.record(4).vectors is None
+    rows, effects = store.rows(), ooc.fit_trajectory(store, dtype="float32").rows()
+    first = 0
+    for module, layer in zip(store.mask.modules, (model[0], model[2]), strict=True):
+        v = torch.cat([optimizer.state[p]["exp_avg_sq"].reshape(-1) for p in (layer.weight, layer.bias)]).double()
+        v = v / (1 - 0.999**5)
+        rate = float((v / (v.sqrt() + 1e-4)).sum() / v.sum())
+        columns = slice(first, first + len(module.rows))
+        expected = 5e-3 * rate * (1 - 0.9) / (1 - 0.9**5) / 8
+        assert_allclose(effects[32:, columns], rows[32:, columns] * expected, rtol=1e-4, atol=1e-9)
+        first += len(module.rows)
+    damped = ooc.fit_trajectory(store, dtype="float32", between="kronecker").rows()
+    assert 0 < np.abs(damped[:8]).sum() < np.abs(effects[:8]).sum()
+    with pytest.raises(InputError, match="optimizer_metric 'entries' or 'layer'"):
+        ooc.collect(model, tmp_path / "t", compressor=Identity(), optimizer=optimizer, optimizer_metric="model")
 
 
 def test_the_diagonal_is_that_of_the_rows(tmp_path):
@@ -434,11 +481,11 @@ def test_lists_groups_and_self_influence(fitted):
     sums = ooc.group_influence(*both, by="example", curvature="trajectory")
     expected = np.stack([scores[:, samples == name].sum(1) for name in sums.names], 1)
     assert_allclose(sums.sums, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
-    rows, effects = (GradientStore.open(folder / p).rows() for p in ("s", "s/curvature/trajectory"))
+    rows, effects = (GradientStore.open(folder / p).rows() for p in ("s", "s/trajectory"))
     assert_allclose(
         ooc.self_influence(folder / "s", curvature="trajectory"), (rows * effects).sum(1), rtol=1e-4, atol=1e-9
     )
-    of_effects = ooc.influence_scores(folder / "q", folder / "s/curvature/trajectory").compute()
+    of_effects = ooc.influence_scores(folder / "q", folder / "s/trajectory").compute()
     assert_allclose(of_effects, scores, rtol=1e-4, atol=1e-5 * np.abs(scores).max())
 
 
@@ -450,7 +497,7 @@ def test_what_effects_are_not_for(fitted, tmp_path):
     with pytest.raises(InputError, match="normalize='cosine'"):
         ooc.influence_scores(*both, curvature="trajectory", normalize="cosine")
     with pytest.raises(InputError, match="effects"):
-        ooc.influence_scores(folder / "q", folder / "s/curvature/trajectory", curvature="default")
+        ooc.influence_scores(folder / "q", folder / "s/trajectory", curvature="default")
     with pytest.raises(InputError, match="multiply queries by"):
         ooc.export_rows(folder / "q", tmp_path / "x.npy", precondition=folder / "s", curvature="trajectory")
     with pytest.raises(InputError, match="dtype float16"):
@@ -468,11 +515,14 @@ def test_rows_that_changed_and_fits_that_replace(tmp_path):
     collected(tmp_path / "s", "adamw")
     store = GradientStore.open(tmp_path / "s", "a")
     first = ooc.fit_trajectory(store)
+    assert (tmp_path / "s" / "trajectory" / "zarr.json").exists()
     assert ooc.fit_trajectory(store).identity == first.identity
     assert ooc.fit_trajectory(store, refit=True).identity != first.identity
     assert ooc.fit_trajectory(store, between="diagonal").attrs["trajectory"]["between"] == "diagonal"
+    assert curvature_states(store) == {"trajectory": "up to date"}
     store.drop([2])
     store.close()
+    assert "run fit_trajectory again" in curvature_states(store)["trajectory"]
     with pytest.raises(StaleCurvatureError, match="fit_trajectory again"):
         ooc.influence_scores(tmp_path / "s", tmp_path / "s", curvature="trajectory")
     elsewhere = ooc.fit_trajectory(store, out=tmp_path / "e")
@@ -565,10 +615,13 @@ def test_records_that_are_missing_or_damaged(tmp_path):
     with GradientStore.open(tmp_path / "s", "a") as store:
         store.drop(np.arange(STEPS * B, store.n))
     ooc.fit_trajectory(tmp_path / "s")
+    assert GradientStore.open(tmp_path / "s").verify() == []
     (file,) = (tmp_path / "s" / "optimizer").glob("0*.npz")
     data = bytearray(file.read_bytes())
     data[len(data) * 3 // 4] ^= 1  # in the vectors
     file.write_bytes(data)
+    (damage,) = GradientStore.open(tmp_path / "s").verify()
+    assert damage.reason.startswith("optimizer: ")
     with pytest.raises(StoreDamagedError, match="damaged"):
         ooc.fit_trajectory(tmp_path / "s", refit=True)
     file.rename(file.with_name("000000000003.npz"))
@@ -605,3 +658,49 @@ def test_sparse_gradients_are_refused(tmp_path):
         collector.step(range(5)),
     ):
         F.cross_entropy(model(torch.randint(0, 10, (5, 3))), torch.zeros(5, dtype=torch.long)).backward()
+
+
+CHILD = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+import test_trajectory as t
+import ooc_influence as ooc
+folder, kill = sys.argv[2], int(sys.argv[3])
+model = t.make_linear()
+optimizer = t.make_optimizer("adamw", model)
+with ooc.collect(model, folder + "/s", compressor=t.Identity(), dtype="float32", optimizer=optimizer) as collector:
+    first = 0
+    if os.path.exists(folder + "/checkpoint"):
+        saved = torch.load(folder + "/checkpoint")
+        model.load_state_dict(saved["model"]), optimizer.load_state_dict(saved["optimizer"])
+        collector.load_state_dict(saved["collector"])
+        first = saved["first"]
+    for number, rows in list(enumerate(t.batches()))[first:]:
+        optimizer.zero_grad()
+        with collector.step(rows):
+            t.linear_losses(model, t.parts(t.linear_data(), rows)).mean().backward()
+        optimizer.step()
+        if number == kill:
+            collector._flush_optimizer()  # as if a file of records had been full
+            os.kill(os.getpid(), t.signal.SIGKILL)
+        if number % 3 == 2:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "first": number + 1}
+            torch.save(state | {"collector": collector.state_dict()}, folder + "/partial")
+            os.replace(folder + "/partial", folder + "/checkpoint")
+"""
+
+
+def test_a_killed_training_has_each_step_once(tmp_path):
+    found = []
+    for name, kills in (("whole", [-1]), ("killed", [4, -1])):
+        (tmp_path / name).mkdir()
+        for kill in kills:
+            done = subprocess.run(
+                [sys.executable, "-c", CHILD, str(Path(__file__).parent), str(tmp_path / name), str(kill)]
+            )
+            assert done.returncode == (0 if kill < 0 else -signal.SIGKILL)
+        assert_array_equal(StepLog(tmp_path / name / "s").steps, np.arange(STEPS))
+        effects = ooc.fit_trajectory(tmp_path / name / "s", dtype="float32")
+        found.append(effects.rows()[~effects.dropped])
+    assert_array_equal(*found)

@@ -18,7 +18,7 @@ from typing import Any, Unpack
 import numpy as np
 import numpy.typing as npt
 
-from ooc_influence.curvature.curvature import complete_attributes, curvature_path
+from ooc_influence.curvature.curvature import complete_attributes
 from ooc_influence.curvature.unrolled import Unrolled
 from ooc_influence.errors import InputError, StaleCurvatureError, StoreFormatError, StoreNotFoundError, writing
 from ooc_influence.fingerprint import check_same
@@ -36,13 +36,14 @@ from ooc_influence.store import (
     check_second_moments,
     copy_tombstones,
     create_like,
+    exists,
     parse_path,
     parse_representation,
     read_blocks,
     remove_tree,
 )
 
-TRAJECTORY = "trajectory"  # the name in a store, and the attribute of a store of effects
+TRAJECTORY = "trajectory"  # the folder in a store, and the attribute of a store of effects
 OWN_EFFECT = "own_effect"  # the column with what a row did to its own loss
 _BLOCK_BYTES = 2**25  # of float32 rows at a time
 _DTYPES = ("float16", "bfloat16", "float32")
@@ -70,7 +71,7 @@ def fit_trajectory(store: GradientStore | PathLike, **options: Unpack[Trajectory
     Returns
     -------
     GradientStore
-        The effects, (n, k), in ``curvature/trajectory`` of the store. Losses, ids, columns and tombstones carry over.
+        The effects, (n, k), in the folder ``trajectory`` of the store. Losses, ids, columns and tombstones carry over.
 
     Raises
     ------
@@ -89,7 +90,7 @@ def fit_trajectory(store: GradientStore | PathLike, **options: Unpack[Trajectory
             f"expected a column {WEIGHT!r} in {source.path}, as collect(optimizer=...) writes; received none: "
             "collect again"
         )
-    path = curvature_path(source, TRAJECTORY) if options["out"] is None else parse_path(options["out"])
+    path = source.path / TRAJECTORY if options["out"] is None else parse_path(options["out"])
     steps = _Steps.of(source, log)
     facts = {"of": source.identity, "rows": source.rows_digest(), "between": options["between"], "records": len(log)}
     target = _open(source, path, facts, options)
@@ -285,8 +286,8 @@ def find_effects(train: GradientStore, curvature: Any) -> GradientStore | None:
         )
     if not isinstance(curvature, str) and not hasattr(curvature, "parent"):
         return None
-    path = curvature_path(train, TRAJECTORY) if str(curvature) == TRAJECTORY else parse_path(curvature)
-    if complete_attributes(path) is not None:
+    path = train.path / TRAJECTORY if str(curvature) == TRAJECTORY else parse_path(curvature)
+    if str(curvature) != TRAJECTORY and (not exists(path) or complete_attributes(path) is not None):
         return None
     try:
         effects = GradientStore.open(path)

@@ -298,9 +298,8 @@ class Collector:
         self._check: _SumCheck | None = None
         self._recorder: OptimizerRecorder | None = None
         if options["optimizer"] is not None:
-            self._recorder = OptimizerRecorder(
-                options["optimizer"], plan.mask, plan.reduction, self._uses, options["optimizer_every"]
-            )
+            recorded = options["optimizer_every"], options["optimizer_metric"]
+            self._recorder = OptimizerRecorder(options["optimizer"], plan.mask, plan.reduction, self._uses, *recorded)
         self._undo = ExitStack()
 
     def __enter__(self) -> Self:

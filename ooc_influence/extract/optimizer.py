@@ -3,6 +3,13 @@
 Hooks on the optimiser read its gradients before a step and its state after it, at the kept entries only. Clipping and
 the unscaling of a loss happen between a backward pass and the step: by what they multiplied the gradient is measured,
 as the factor between the gradient's kept entries after the one and before the other.
+
+Rows in a basis mix entries that Adam moves by rates of their own. On request a layer is taken to have one rate ρ, the
+least-squares one: that which minimises the mean square of ρ g - g / (√v̂ + ε) over entries of variance v̂,
+
+    ρ = Σ v̂ / (√v̂ + ε) / Σ v̂
+
+Its steps are then those of SGD with momentum β₁ and dampening β₁, at the learning rate η ρ / (1 - β₁ᵗ).
 """
 
 from __future__ import annotations
@@ -10,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -21,10 +28,11 @@ from torch.optim import Optimizer
 from ooc_influence.errors import InputError, MismatchError, UnsupportedModelError
 from ooc_influence.extract.layers import Use, layer_parameters
 from ooc_influence.fingerprint import json_digest
+from ooc_influence.options import OptimizerMetric
 from ooc_influence.store import SCALARS, LoggedColumns, Mask, Reduction, StepLogWriter, StepRecord, StorePath
 
 _ALGORITHMS = {torch.optim.SGD: "sgd", torch.optim.Adam: "adam", torch.optim.AdamW: "adam"}
-_PROBED = 256  # entries of a parameter that a factor is measured at, where no entries of its own are kept
+_PROBED = 1024  # entries of a parameter, at random, that stand for all where columns mix entries
 _TOLERANCE = 0.02  # of the gradient: bfloat16 keeps eight bits
 Indices = npt.NDArray[np.int64]
 
@@ -63,6 +71,8 @@ class OptimizerRecorder:
         The modules that the mask's layers are.
     every : int
         Second moments are recorded at each such step.
+    metric : {"entries", "layer"}
+        Whether Adam's second moments are each entry's own, or of a layer.
 
     Raises
     ------
@@ -74,18 +84,22 @@ class OptimizerRecorder:
 
     def __init__(
         self, optimizer: Optimizer | Literal[True], mask: Mask, reduction: Reduction | None, uses: Sequence[Use],
-        every: int,
+        every: int, metric: OptimizerMetric,
     ) -> None:  # fmt: skip
         self._optimizer, self._algorithm, self._decoupled = _parse(optimizer, every)
         self._every = every
         self._k = mask.k if reduction is None else reduction.columns
+        if metric not in get_args(OptimizerMetric):
+            raise InputError(f"expected optimizer_metric 'entries' or 'layer'; received {metric!r}")
+        self._layered = self._algorithm == "adam" and metric == "layer"
         mixing = reduction is not None or any(each.basis is not None and each.basis.rotates for each in mask.modules)
-        if mixing and self._algorithm == "adam":
+        if mixing and self._algorithm == "adam" and not self._layered:
             raise InputError(
                 f"expected rows of the parameters' own entries to record {type(optimizer).__name__} at, which acts on "
-                "each by itself; received rows in a basis or of projections: use Dropout without basis, or collect "
-                "without optimizer="
+                "each by itself; received rows in a basis or of projections: use Dropout without basis, or "
+                "optimizer_metric='layer', which takes one rate for all entries of a layer"
             )
+        mixing = mixing or self._layered
         self._owner: npt.NDArray[np.int32] = np.full(self._k, -1, np.int32)
         self._parts, self._together = self._find(mask, reduction is not None, uses, mixing)
         self._log: StepLogWriter | None = None
@@ -122,7 +136,7 @@ class OptimizerRecorder:
                     self._owner[of_part] = len(parts)
                     on_device = torch.from_numpy(positions).to(value.device)
                     parts.append(_Part(f"{kept.layer.name}.{name}".lstrip("."), value, on_device, of_part))
-            if mixing and 0 < len(numbers) < len(chosen):
+            if mixing and len(numbers) < len(chosen) and (numbers or reduced):
                 raise InputError(
                     f"expected all parameters of {kept.layer.name!r} in the optimiser, since the numbers of a row mix "
                     "their entries; received some: keep the parameters' own entries, or step all of them"
@@ -145,7 +159,8 @@ class OptimizerRecorder:
     def _facts(self) -> dict[str, Any]:
         return {
             "optimizer": type(self._optimizer).__name__,
-            "algorithm": self._algorithm,
+            "algorithm": "sgd" if self._layered else self._algorithm,
+            "metric": "layer" if self._layered else "entries",
             "every": self._every,
             "parameters": len(self._parts),
             "names": json_digest([part.name for part in self._parts]),
@@ -208,14 +223,16 @@ class OptimizerRecorder:
             self._factor = _ratio(gradient, self._before)
             self._total = self._batch_total
         scalars = self._scalars()
-        for numbers in self._together:
+        for numbers in [] if self._layered else self._together:
             if (scalars[numbers] != scalars[numbers[0]]).any():
                 raise InputError(
                     "expected one learning rate, weight decay and momentum for all parameters whose entries a number "
                     f"of a row mixes; received several for {', '.join(self._parts[n].name for n in numbers[:4])}: give "
                     "them the same, or keep the parameters' own entries (Dropout without basis or reduction)"
                 )
-        if self._algorithm == "adam" and scalars[:, 2].any():  # moments are those of the gradient with its decay
+        if (
+            self._algorithm == "adam" and not self._layered and scalars[:, 2].any()
+        ):  # moments are those of the gradient with its decay
             decays = [line[2] * part.read(part.value) for line, part in zip(scalars, self._parts, strict=True)]
             gradient = gradient + np.concatenate(decays)
         self._seen = gradient, scalars
@@ -246,10 +263,28 @@ class OptimizerRecorder:
         if self._algorithm == "adam":
             for line, part in zip(scalars, self._parts, strict=True):
                 line[6] *= float(optimizer.state.get(part.value, {}).get("step", 0))
-            if len(self._log) % self._every == 0:
+            if self._layered:
+                self._take_rates(scalars)
+            elif len(self._log) % self._every == 0:
                 vectors = self._vectors(gradient)
         self._log.append(StepRecord(self._step, self._factor, self._total, scalars, vectors))
         self._before = None
+
+    def _take_rates(self, scalars: npt.NDArray[np.float64]) -> None:
+        """Replace Adam's settings by those of SGD at the layers' mean rates, in place; the first parameter's hold."""
+        for numbers in self._together:
+            lr, decay, coupled, beta1, beta2, eps, count = scalars[numbers[0]]
+            part_of_all = [self._parts[number] for number in numbers]
+            moments = [part.read(self._optimizer.state.get(part.value, {}).get("exp_avg_sq")) for part in part_of_all]
+            sizes = [part.value.numel() / max(1, len(part.positions)) for part in part_of_all]
+            weights = np.concatenate([np.full(len(v), size) for v, size in zip(moments, sizes, strict=True)])
+            second = np.concatenate(moments) / max(1 - beta2**count, 1e-300)
+            total = float(weights @ second)
+            if not count or not total:
+                scalars[numbers] = 0.0  # nothing has moved
+                continue
+            rate = lr * float(weights @ (second / (np.sqrt(second) + eps))) / total / (1 - beta1**count)
+            scalars[numbers] = rate, decay * lr / rate if rate else 0.0, coupled, beta1, beta1, 0.0, 2.0
 
     def _vectors(self, gradient: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
         """Return first and second moments, and the gradient before them, at the kept entries: (3, k)."""
@@ -296,7 +331,9 @@ def _parse(optimizer: Optimizer | Literal[True], every: int) -> tuple[Optimizer,
 
 
 def _spread(numel: int) -> Indices:
-    return np.unique(np.linspace(0, numel - 1, min(numel, _PROBED)).astype(np.int64))
+    if numel <= _PROBED:
+        return np.arange(numel)
+    return np.unique(np.random.default_rng(0).integers(0, numel, _PROBED))
 
 
 def _ratio(after: npt.NDArray[np.float64], before: npt.NDArray[np.float64]) -> float:

@@ -27,6 +27,7 @@ from ooc_influence.options.extraction import (
     InitOptions,
     LabelKind,
     OnNonFinite,
+    OptimizerMetric,
     Sharded,
     Writing,
 )
@@ -110,6 +111,7 @@ __all__ = [
     "Normalize",
     "Normalized",
     "OnNonFinite",
+    "OptimizerMetric",
     "Option",
     "Options",
     "PairOptions",

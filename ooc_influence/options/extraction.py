@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 OnNonFinite = Literal["raise", "skip"]
 LabelKind = Literal["dataset", "sampled"]
+OptimizerMetric = Literal["entries", "layer"]
 DampingScope = Literal["layer", "model"]
 
 
@@ -166,6 +167,10 @@ class CollectOptions(KeptEntries, Described, Writing, Budgeted, Reporting, total
         1, "int",
         "Record Adam's moments at every such step; in between, those of the last are taken, and the mean gradient for "
         "the batch's.")]
+    optimizer_metric: Annotated[OptimizerMetric, Option(
+        "entries", '{"entries", "layer"}',
+        '``"layer"``: take one rate for all entries of a layer in place of each entry\'s own √v̂, which makes SGD with '
+        "momentum of Adam: for rows in a basis or of projections, which mix entries. Only settings are recorded.")]
     columns: Annotated[Sequence[str], Option(
         (), "sequence of str", "Further per-row values that every step is given, such as ``epoch`` or ``lr``.")]
     select: Annotated["Selector | None", Option(

@@ -114,7 +114,7 @@ class TrajectoryOptions(Reporting, total=False):
         None, "Storage, optional", "Chunking and codec; default that of a new store, with the codec of this one.")]
     out: Annotated["PathLike | None", Option(
         None, "path, optional",
-        "Write the effects there instead of to ``curvature/trajectory`` of the store; scores take this path.")]
+        "Write the effects there instead of to the folder ``trajectory`` of the store; scores take this path.")]
     refit: Annotated[bool, Option(
         False, "bool", "Write them again although they are there; by default these are returned.")]
 # fmt: on

@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ooc_influence.corpus import open_records
-from ooc_influence.curvature import PRIOR, Curvature, has_prior, resolved
+from ooc_influence.curvature import PRIOR, TRAJECTORY, Curvature, find_effects, has_prior, resolved
 from ooc_influence.errors import InputError, MismatchError, OocInfluenceError, counted
 from ooc_influence.memory import format_bytes
-from ooc_influence.store import GradientStore, claimed_rows, missing_spans, names, read_claims, tree_bytes
+from ooc_influence.store import GradientStore, claimed_rows, exists, missing_spans, names, read_claims, tree_bytes
 
 _LISTED = 20  # of what is missing: more would scroll away
 
@@ -79,6 +79,8 @@ def describe_scoring(settings: Mapping[str, Any]) -> str:
     values = np.ravel([value for value in np.atleast_1d(settings["damping"]) if value is not None])
     dampings = ", ".join(f"{value:.4g}" for value in dict.fromkeys(values.tolist()))
     used = ", ".join("none" if each is None else each for each in curvatures)
+    if not len(values):
+        return f"scores: {used}, {unit}"
     return f"scores: curvature {used}, {settings['damping_mode']} damping {dampings}, {unit}"
 
 
@@ -229,6 +231,12 @@ def curvature_states(store: GradientStore) -> dict[str, str]:
             states[name] = "up to date"
         except OocInfluenceError as error:
             states[name] = str(error)
+    if exists(store.path / TRAJECTORY):
+        try:
+            find_effects(store, TRAJECTORY)
+            states[TRAJECTORY] = "up to date"
+        except OocInfluenceError as error:
+            states[TRAJECTORY] = str(error)
     return states
 
 

@@ -290,7 +290,7 @@ def _unpacked(path: StorePath, members: tuple[str, ...] | None = None) -> dict[s
         source: Any = str(path)
         if not paths.is_local(path):
             source = io.BytesIO(paths.read_bytes(path) or b"")
-        with np.load(source, allow_pickle=False) as archive:
+        with np.load(source) as archive:
             return {name: archive[name] for name in members or archive.files}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise StoreDamagedError(

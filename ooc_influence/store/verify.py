@@ -1,8 +1,8 @@
 """Finding damage: every committed chunk against its commit record, and the parts of a store that no record covers.
 
 Of each chunk: its files exist and have the right length, the crc32c over its rows in every per-row array is that of the
-record, and no number is NaN or Inf. Of the rest (mask, basis, column scale, tombstones, curvatures): Zarr's own
-checksums hold. No example id occurs twice. Memory does not grow with the rows.
+record, and no number is NaN or Inf. Of the rest (mask, basis, column scale, tombstones, curvatures, steps of an
+optimiser): their own checksums hold. No example id occurs twice. Memory does not grow with the rows.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from ooc_influence.store.commits import Committer
 from ooc_influence.store.layout import ROW_ARRAYS, Layout
 from ooc_influence.store.paths import array_store, is_local
 from ooc_influence.store.reader import IDS_AT_ONCE, ask_for_chunk, repeated_ids
+from ooc_influence.store.step_log import FOLDER, StepLog
 from ooc_influence.store.view import StoreView
 
 Parts = list[npt.NDArray[Any]]
@@ -155,6 +156,7 @@ def _check_parts(store: StoreView) -> Iterator[Damage]:
         ("basis", lambda: _read_basis(store)),
         ("column_scale", lambda: store.column_scale),
         ("dropped", lambda: _read_dropped(store)),
+        ("optimizer", lambda: _read_steps(store)),
     ):
         try:
             read()
@@ -176,6 +178,13 @@ def _read_dropped(store: StoreView) -> None:
     for group in sorted(store.dropped_groups()):
         start = group * store.layout.group_rows
         store.read("dropped", slice(start, start + store.layout.group_rows))
+
+
+def _read_steps(store: StoreView) -> None:
+    if paths.exists(store.path / FOLDER):
+        log = StepLog(store.path)
+        for number in range(len(log)):
+            log.record(number)
 
 
 def _check_curvature(store: StoreView, name: str) -> Iterator[Damage]:
