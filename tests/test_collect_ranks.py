@@ -163,7 +163,7 @@ def killed(rank, folder, kill):
             train(model, optimizer, rank, "ddp", collector, [number])
             if number == kill:
                 if rank == 0:  # has committed rows past the checkpoint, which are collected again
-                    collector._sink.store.flush()
+                    collector._output.sink.store.flush()
                 os.kill(os.getpid(), signal.SIGKILL)
             if number % 3 == 2:
                 state = {"model": model.state_dict(), "collector": collector.state_dict(), "first": number + 1}
@@ -206,7 +206,7 @@ def wrong(rank, folder):
     own = {"compressor": Dropout(k=50, sampling="importance"), "pilot": batches, "columns": ["rank"]}
     with ooc.collect(model, f"{folder}/p", **losses, **own) as collector:
         train(model, torch.optim.SGD(model.parameters(), lr=0.1), rank, "ddp", collector, range(2))
-    assert GradientStore.open(f"{folder}/p").mask.digest == collector._plan.mask.digest
+    assert GradientStore.open(f"{folder}/p").mask.digest == collector._output.plan.mask.digest
 
 
 def uncalled(model, path, rank):

@@ -1,7 +1,8 @@
 """Extraction: the torch models' side. Taps on layers, sampled per-sample gradients, the loop that fills a store."""
 
 from ooc_influence.extract.checkpoints import CheckpointSource, open_checkpoints, recorded_checkpoints
-from ooc_influence.extract.collector import Collector, Step, collect, earlier_rows
+from ooc_influence.extract.collecting import collect, earlier_rows
+from ooc_influence.extract.collector import Collector, Step
 from ooc_influence.extract.data import (
     Batches,
     Batching,

@@ -11,200 +11,34 @@ first and the last are differentiated by themselves, to find out whether samples
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager, nullcontext
 from operator import itemgetter
-from typing import Any, Self, Unpack
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from ooc_influence.errors import InputError, MismatchError, StoreNotFoundError, UnsupportedModelError, listed
-from ooc_influence.extract.averages import Averages
-from ooc_influence.extract.check import Disagreement, GradientCheck, LayersDisagreeError
-from ooc_influence.extract.data import RowMetadata, as_list
-from ooc_influence.extract.extraction import Settings, adjusting, parse_device, plan_store
+from ooc_influence.errors import InputError, MismatchError
+from ooc_influence.extract.check import LayersDisagreeError
+from ooc_influence.extract.collected_rows import CollectedRows
+from ooc_influence.extract.data import as_list
+from ooc_influence.extract.extraction import parse_device
 from ooc_influence.extract.fingerprint import fingerprint_as
-from ooc_influence.extract.layers import Use, find_uses, named_layers
+from ooc_influence.extract.layers import Use, find_uses
 from ooc_influence.extract.online import ChosenSamples, Selector, choose_samples
 from ooc_influence.extract.optimizer import OptimizerRecorder
-from ooc_influence.extract.packing import SignPacker
-from ooc_influence.extract.passes import ModelSetup, PendingTransfer, RowGatherer
-from ooc_influence.extract.pilot import Pilot, remove_pilot
-from ooc_influence.extract.ranks import Ranks, open_sink
-from ooc_influence.extract.selection import Trained
-from ooc_influence.extract.sink import Sink, StorePlan, open_existing
-from ooc_influence.extract.taps import PerSampleLoss, Taps, tapped_in_training
-from ooc_influence.options import CollectOptions, takes
-from ooc_influence.store import WEIGHT, GradientStore, LograReduction, PathLike, parse_path
+from ooc_influence.extract.passes import RowGatherer
+from ooc_influence.extract.sum_check import SumCheck
+from ooc_influence.extract.taps import Taps, tapped_in_training
+from ooc_influence.options import CollectOptions
+from ooc_influence.store import WEIGHT, parse_path
 
 Weights = npt.ArrayLike | Tensor
 _COLUMNS = ("example", "step")  # of every row; a sample has a row for each step that it is in
 _CHOSEN = ("score", "chosen")  # of every row where samples are chosen
-
-
-@takes(CollectOptions)
-def collect(
-    model: nn.Module, store: PathLike, per_sample_loss: PerSampleLoss | None = None, **options: Unpack[CollectOptions]
-) -> Collector:
-    """Return what collects compressed per-sample gradients of a model while it trains, into a store.
-
-    Rows come from the backward passes that train the model. Parameters after any number of steps are those of a
-    training without it, to the bit. A sample has a row for each step that it is in. Columns ``example`` and ``step``
-    say which, so that ``group_influence(..., by="example")`` adds up those of a sample. With ``average=True`` it has
-    one row, their average; the store is there once the context has ended.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        The model, in training.
-    store : path
-        The store to write, or, in a training that was interrupted, to continue (:meth:`Collector.load_state_dict`).
-    per_sample_loss : callable (model, batch) -> (b,) tensor, optional
-        The loss of each sample, for a ``pilot``.
-    **options : CollectOptions
-        See :mod:`ooc_influence.options`.
-
-    Returns
-    -------
-    Collector
-        A context: the loop's steps are inside it.
-
-    Raises
-    ------
-    InputError
-        For a compressor that needs a pilot without data for one, or a compressor beside ``select``, whose queries have
-        theirs; for averages of signs or not on a local disk; and for averages, or an optimiser's record, of a training
-        in several processes.
-    UnsupportedModelError
-        For batch norms that train, which mix the samples of a batch, and ``FullyShardedDataParallel``.
-    MismatchError
-        If ``store`` holds rows of other layers or settings.
-
-    Examples
-    --------
-    >>> with ooc.collect(model, "train.zarr", compressor=ooc.Dropout(k=4096), columns=["epoch"]) as collector:
-    ...     for epoch, (ids, x, y) in batches:
-    ...         with collector.step(ids, epoch=epoch):
-    ...             loss = F.cross_entropy(model(x), y)
-    ...             loss.backward()
-    ...         optimizer.step()
-    ...         optimizer.zero_grad()
-    """
-    if options["every"] < 1:
-        raise InputError(f"expected every >= 1; received {options['every']}")
-    model = _inner(model)
-    _refuse(model)
-    selector, ranks, device = options["select"], Ranks.current(), parse_device(model, None)
-    _check_combination(options, ranks)
-    averages = _averages(store, options)
-    home = store if averages is None else averages.reference()  # what has the mask already, or will be made first
-    like = None if selector is None else selector.store
-    settings = replace(Settings.of(options), like=like, in_training=True)  # type: ignore[arg-type]
-    pilot = None
-    if per_sample_loss is not None and options["pilot"] is not None:
-        if ranks is not None and any(hasattr(each, "full_tensor") for each in model.parameters()):
-            raise UnsupportedModelError(
-                "expected a model that is whole in each process, to run a pilot in one of them; received one with "
-                "sharded parameters: use a compressor that needs no pilot, or DistributedDataParallel"
-            )
-        setup = ModelSetup(model, per_sample_loss, device, options["progress"], options["check_gradients"])
-        pilot = Pilot(setup, options["pilot"], options["memory"])
-
-    def make_plan() -> StorePlan:
-        return adjusting(settings, lambda settings: plan_store(model, settings, home, pilot))
-
-    with _same_draws():  # a training draws what it would without it
-        plan = make_plan() if ranks is None or pilot is None else ranks.from_first(make_plan)
-    plan.attributes["collected"] = {"every": options["every"], "loss": options["loss"]}
-    if ranks is not None:
-        plan.attributes["collected"]["processes"] = ranks.count
-    return Collector(model, store, plan, options, ranks=ranks, averages=averages)
-
-
-def _check_combination(options: CollectOptions, ranks: Ranks | None) -> None:
-    """Refuse options that do not go together."""
-    if ranks is not None and (options["optimizer"] is not None or options["average"]):
-        asked = "average=True" if options["average"] else "optimizer="
-        raise InputError(
-            f"expected a training in one process for {asked}; received one in {ranks.count}: collect single rows "
-            "without it, and average them afterwards (average_rows)"
-        )
-    if options["average"] and options["optimizer"] is not None:
-        raise InputError(
-            "expected single rows to record an optimiser with, whose effects differ from step to step; received "
-            "average=True too: collect either"
-        )
-
-
-def _inner(model: nn.Module) -> nn.Module:
-    """Return the model inside what DistributedDataParallel and torch.compile wrap it in."""
-    while isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
-        inside = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model._orig_mod
-        assert isinstance(inside, nn.Module)
-        model = inside
-    return model
-
-
-@contextmanager
-def _same_draws() -> Iterator[None]:
-    """Leave the random numbers of PyTorch, NumPy and Python as they were, whatever a pilot's data draws."""
-    of_python, of_numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            yield
-    finally:
-        random.setstate(of_python)
-        np.random.set_state(of_numpy)
-
-
-def earlier_rows(store: PathLike, *, average: bool = False) -> int:
-    """Return how many rows, or averages, there are of an earlier training."""
-    try:
-        return GradientStore.open(Averages(store).reference() if average else store).committed
-    except StoreNotFoundError:
-        return 0
-
-
-def _averages(store: PathLike, options: CollectOptions) -> Averages | None:
-    """Return where averages are made, if they are to be; refuse what cannot be averaged."""
-    if not options["average"]:
-        with suppress(StoreNotFoundError):
-            if "averaged" in GradientStore.open(store).attrs:
-                raise MismatchError(
-                    f"expected single rows at {store}, or nothing; received averages: continue them with average=True, "
-                    "or collect to another path"
-                )
-        return None
-    if options["dtype"] == "sign":
-        raise InputError(
-            "expected averages of numbers; received dtype='sign': collect float16 rows, and rewrite the averages as "
-            "signs (rewrite_store)"
-        )
-    return Averages(store)
-
-
-def _refuse(model: nn.Module) -> None:
-    """Refuse models whose samples have no gradients of their own, or that free their weights while they train."""
-    modules = named_layers(model)
-    mixing = [
-        name for name, each in modules.items() if each.training and isinstance(each, nn.modules.batchnorm._BatchNorm)
-    ]
-    if mixing:
-        raise UnsupportedModelError(
-            "expected layers that compute each sample by itself; received batch norms in training mode "
-            f"({listed(mixing, 3)}): a sample has no gradient of its own there. Freeze their statistics (.eval()), use "
-            "another norm, or extract rows from checkpoints (extract_gradients)"
-        )
-    if any(type(each).__name__ == "FullyShardedDataParallel" for each in model.modules()):
-        raise UnsupportedModelError(
-            "expected a model sharded with torch.distributed.fsdp.fully_shard; received FullyShardedDataParallel: wrap "
-            "it with fully_shard, or extract rows from checkpoints (extract_gradients)"
-        )
 
 
 class Step:
@@ -268,7 +102,7 @@ class Step:
 
 
 class Collector:
-    """Collects rows while a model trains; made by :func:`collect`, and used as a context.
+    """Collects rows while a model trains; made by :func:`~ooc_influence.collect`, and used as a context.
 
     Attributes
     ----------
@@ -278,42 +112,33 @@ class Collector:
         Rows are collected of every such step.
     """
 
-    def __init__(
-        self, model: nn.Module, path: PathLike, plan: StorePlan, options: CollectOptions, *,
-        ranks: Ranks | None = None, averages: Averages | None = None,
-    ) -> None:  # fmt: skip
-        self._ranks = ranks
-        self.path, self.every = path, options["every"]
-        self._averages = averages
-        self._model, self._plan, self._options = model, plan, options
+    def __init__(self, model: nn.Module, output: CollectedRows, options: CollectOptions) -> None:
+        self.path, self.every = output.path, options["every"]
+        self._model, self._output, self._options = model, output, options
+        mask, reduction = output.plan.mask, output.plan.reduction
         self._device = parse_device(model, None)
         self._mean = options["loss"] == "mean"
-        self._uses = find_uses(model, [module.layer for module in plan.mask.modules])
-        self._gatherer = RowGatherer(plan.mask, self._device, plan.reduction)
+        self._uses = find_uses(model, [module.layer for module in mask.modules])
+        self._gatherer = RowGatherer(mask, self._device, reduction)
         self._selector: Selector | None = options["select"]
         self._step, self._scale = -1, 1.0
-        self._sink: Sink | None = None
         self._taps: Taps | None = None
-        self._packer: SignPacker | None = None
-        self._check: _SumCheck | None = None
+        self._check: SumCheck | None = None
         self._recorder: OptimizerRecorder | None = None
         if options["optimizer"] is not None:
             recorded = options["optimizer_every"], options["optimizer_metric"]
-            self._recorder = OptimizerRecorder(options["optimizer"], plan.mask, plan.reduction, self._uses, *recorded)
+            self._recorder = OptimizerRecorder(options["optimizer"], mask, reduction, self._uses, *recorded)
         self._undo = ExitStack()
 
     def __enter__(self) -> Self:
+        plan = self._output.plan
         with ExitStack() as undo:
             self._taps = undo.enter_context(
-                tapped_in_training(self._model, self._uses, self._device, self._plan.mask.empty_modules)
+                tapped_in_training(self._model, self._uses, self._device, plan.mask.empty_modules)
             )
-            if self._averages is not None:
-                undo.callback(self._averages.close)
-                self._averages.open()
-            undo.callback(self._close_sink)
-            self._open_sink()
+            undo.enter_context(self._output.opened(self._sources(), self._device))
             if self._options["check_gradients"]:
-                self._check = _SumCheck(self._uses, self._device, self._plan, self._model)
+                self._check = SumCheck(self._uses, self._device, plan, self._model)
             if self._recorder is not None:
                 self._recorder.open(parse_path(self.path))
                 undo.callback(self._recorder.close)
@@ -323,36 +148,10 @@ class Collector:
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         with self._undo:
             self._flush_optimizer()
-            if kind is not None or self._sink is None:
-                return
-            if self._ranks is None or self._ranks.index == 0:
-                remove_pilot(self.path if self._averages is None else self._averages.first)
-            if self._averages is None:
-                self._sink.finish(model=_facts(self._model))
-                return
-            self.fold()
-            self._close_sink()
-            self._averages.publish(_facts(self._model))
-
-    @property
-    def _rows(self) -> PathLike:
-        """Where rows are written."""
-        return self.path if self._averages is None else self._averages.journal
-
-    def _open_sink(self) -> None:
-        latest = self.path if self._averages is None else self._averages.latest
-        with suppress(StoreNotFoundError):  # the weights have changed since the store was made
-            model = {"model": dict(GradientStore.open(latest).attrs["model"])}
-            self._plan = replace(self._plan, attributes=self._plan.attributes | model)
-            open_existing(latest, self._plan)
-        metadata = RowMetadata.of(None, self._sources())
-        self._sink = open_sink(self._rows, self._plan, metadata, self._ranks, self._options["on_nonfinite"])
-        self._packer = self._sink.packer(self._device)
-
-    def _close_sink(self) -> None:
-        sink, self._sink = self._sink, None
-        if sink is not None:
-            sink.close()
+            if kind is None:
+                self._output.finish(
+                    {"fingerprint": fingerprint_as(self._model, None), "class": type(self._model).__name__}
+                )
 
     def fold(self) -> None:
         """Add the rows collected since the last time to the averages, at the end of an epoch, say; ``average=True``.
@@ -364,13 +163,7 @@ class Collector:
         InputError
             Of a collector of single rows.
         """
-        if self._averages is None:
-            raise InputError("expected averages to fold rows into; received a collector of single rows: average=True")
-        self._close_sink()
-        try:
-            self._averages.fold(self._options["storage"], self._options["progress"])
-        finally:
-            self._open_sink()
+        self._output.fold()
 
     def _sources(self) -> dict[str, Callable[[Any], Any]]:
         """Return where the columns of rows come from: what :meth:`step` was given."""
@@ -380,7 +173,7 @@ class Collector:
             *(() if self._selector is None else _CHOSEN),
             *(() if self._recorder is None else (WEIGHT,)),
         )
-        reserved = own if self._averages is None else (*own, "rows")
+        reserved = (*own, *self._output.reserved)
         if set(given) & set(reserved):
             raise InputError(f"expected columns beside {', '.join(reserved)}; received {', '.join(given)}")
         return {name: itemgetter(name) for name in (*own, *given)}
@@ -432,10 +225,9 @@ class Collector:
         if self._step % self.every:
             yield Step(None, len(names))
             return
-        if self._taps is None or self._sink is None:
+        if self._taps is None:
             raise InputError("expected a step inside the collector's context; received one outside: use 'with'")
-        if self._averages is not None:
-            self._averages.check_step(names)
+        self._output.check_step(names)
         self._scale, multipliers = scale, scale * self._weights(weights, len(names))
         batch = {"example": names, "step": [self._step] * len(names), **self._columns(columns, len(names))}
         now = Step(self, len(names))
@@ -529,36 +321,17 @@ class Collector:
         """Compare the first batch's entries with autograd's gradients of the parameters; the next's if it overflows."""
         check, self._check = self._check, None
         assert check is not None
-        assert self._sink is not None
         disagree = check.disagreeing(rows, b)
         if disagree:
             raise LayersDisagreeError.of(disagree)
         if check.decided:
-            self._sink.verified(check.facts())
+            self._output.sink.verified(check.facts())
         else:
             self._check = check
 
     def _store(self, batch: Any, rows: Tensor, losses: npt.NDArray[np.float32] | None) -> None:
-        assert self._sink is not None
-        self._note_losses(losses is not None)
         reduced, norms = self._gatherer.reduced(rows)
-        values = rows.new_zeros(len(rows)) if losses is None else torch.from_numpy(losses)
-        computed = PendingTransfer.of(self._packer, values, reduced, norms).result()
-        self._sink.take(batch, self._sink.next_row, computed)
-
-    def _note_losses(self, there: bool) -> None:
-        """Check that either all rows or none have a loss, and record which: weights of rows need them."""
-        assert self._sink is not None
-        store = self._sink.store
-        facts = (self._plan.attributes if store is None else store.attrs)["collected"]
-        if facts.get("losses", there) != there:
-            expected, received = ("losses" if each else "no losses" for each in (not there, there))
-            raise InputError(
-                f"expected {expected} of this step, as of those before; received {received}: call Step.record in every "
-                "step, or in none"
-            )
-        if store is None:
-            facts["losses"] = there
+        self._output.take(batch, losses, reduced, norms)
 
     def state_dict(self) -> dict[str, Any]:
         """Commit what was collected, and return what belongs into a checkpoint of the training: rows and step.
@@ -566,16 +339,14 @@ class Collector:
         Of a training in several processes, each has to make this call; what it returns is the same. Of averages, what
         this and the last state refer to is kept, and what earlier ones need is removed.
         """
-        assert self._sink is not None
-        rows = self._sink.commit()
+        rows = self._output.state()
         self._flush_optimizer()
         recorded = {} if self._recorder is None else {"records": len(self._recorder)}
-        averaged = {} if self._averages is None else self._averages.state(rows)
-        return {"rows": rows, "step": self._step, **recorded, **averaged}
+        return {**rows, "step": self._step, **recorded}
 
     def _flush_optimizer(self) -> None:
         """Write the optimiser's records beside the rows, once there is a store."""
-        if self._recorder is not None and self._sink is not None and self._sink.store is not None:
+        if self._recorder is not None and self._output.made:
             self._recorder.flush()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -587,15 +358,7 @@ class Collector:
             If the store has fewer rows, or those of another number of processes, or averages that the checkpoint refers
             to are gone.
         """
-        rows = state["rows"]
-        if self._averages is not None:
-            self._close_sink()
-            try:
-                rows = self._averages.restore(state)
-            finally:
-                self._open_sink()
-        assert self._sink is not None
-        self._sink.drop_from(rows)
+        self._output.restore(state)
         if self._recorder is not None:
             if "records" not in state:
                 raise MismatchError(
@@ -604,51 +367,6 @@ class Collector:
                 )
             self._recorder.truncate(state["records"])
         self._step = state["step"]
-
-
-class _SumCheck:
-    """Compares entries of a batch, summed over its samples, with the gradients that parameters receive."""
-
-    def __init__(self, uses: list[Use], device: torch.device, plan: StorePlan, model: nn.Module) -> None:
-        self._mask = None if isinstance(plan.reduction, LograReduction) else plan.mask
-        self._check = GradientCheck(uses, device, Trained.of(model), self._mask)
-        self._layers = {use.layer for use in uses} - set(plan.mask.empty_modules)
-        self._noted: list[tuple[Use, Any, Any]] = []
-
-    @contextmanager
-    def watching(self, b: int) -> Iterator[None]:
-        """Read the gradients of a batch of b samples that parameters receive meanwhile."""
-        self._noted.clear()
-        self._check.start(dict.fromkeys(range(b), 1.0), self._layers)
-        with self._check.following():
-            yield
-
-    def noting(self, add: Callable[[Use, Any, Any], None]) -> Callable[[Use, Any, Any], None]:
-        """Return a receiver that keeps what it passes on: which entries to compare is known after the pass."""
-
-        def receive(use: Use, x: Any, delta: Any) -> None:
-            self._noted.append((use, x, delta))
-            add(use, x, delta)
-
-        return receive
-
-    def disagreeing(self, rows: Tensor, b: int) -> list[Disagreement]:
-        """Return the layers whose entries differ."""
-        compared, gathered = self._check.gather_into(b)
-        with torch.no_grad():
-            for use, x, delta in self._noted:
-                compared(use, x, delta)
-        self._noted.clear()
-        return self._check.compare(gathered(), None if self._mask is None else rows) + self._check.uncalled()
-
-    @property
-    def decided(self) -> bool:
-        """Whether gradients were finite, so that something was compared."""
-        return bool(self._check.errors) or not self._check.verifiable
-
-    def facts(self) -> dict[str, Any]:
-        """Return what a store records."""
-        return self._check.facts() | {"of": "sums over a batch"}
 
 
 def _nothing(*_: Any) -> None:
@@ -660,7 +378,3 @@ def _owners(sequences: Sequence[int], b: int, device: torch.device) -> Tensor:
     if owners.dim() != 1 or owners.is_floating_point() or set(owners.tolist()) != set(range(b)):
         raise InputError(f"expected the index of each sequence's sample, of {b} samples; received {sequences!r}")
     return owners
-
-
-def _facts(model: nn.Module) -> dict[str, Any]:
-    return {"fingerprint": fingerprint_as(model, None), "class": type(model).__name__}
