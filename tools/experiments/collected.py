@@ -60,7 +60,7 @@ from ooc_influence.evaluate.retrain import seeded
 
 SEGMENTS, MODELS = 3, 100
 DEFAULT = 0.03  # the damping of a Kronecker curvature, of a layer's mean Λ
-SCALES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # of SOURCE's learning rates
+SCALES = (0.1, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)  # of SOURCE's learning rates
 COLUMNS = (
     "truth", "method", "stored rows", "passes", "LDS", "at damping", "default LDS", "of EK-FAC's at the end",
     "of the sum's over snapshots", "models",
@@ -82,6 +82,7 @@ class Subject:
     ends: tuple[int, ...]  # the last epochs of the stretches, from 0
     layers: str | None  # the layers that rows are of, as the library names them
     tokens: int
+    carries: bool  # whether carrying momentum and decay differs from plain sums
     settings: dict[str, Any]
 
     @property
@@ -108,7 +109,7 @@ def of_language(task: FineTuning) -> Subject:
     return Subject(
         task.name, task.train, task.test, task.model, train, task.loss,
         lambda models: task.truth(models, train=task.train_rows < 1000), ends, LAYERS,
-        task.train[1].shape[1], task.settings,
+        task.train[1].shape[1], True, task.settings,
     )  # fmt: skip
 
 
@@ -124,7 +125,7 @@ def of_images(data: Path, folder: Path, quick: bool) -> Subject:
     return Subject(
         "MNIST", truth.rows(0, size.train), truth.test, lambda: quality.make_model(size).eval(), train, quality.loss,
         lambda models: truth.runs(folder, 1), (0, 1, 3) if quick else (0, 6, 12, 18, 24, 30, 36, 42, 49), None, 1,
-        {"train": size.train, "test": size.test, "epochs": size.epochs},
+        False, {"train": size.train, "test": size.test, "epochs": size.epochs},
     )  # fmt: skip
 
 
@@ -174,7 +175,7 @@ class Study:
         """Return what is kept of the training, once its sums are written: weights, rates, Adam's roots."""
 
         def make() -> dict[str, Any]:
-            along = Along(self.layers, self.credit, self.ends, self.folder)
+            along = Along(self.layers, self.credit, self.ends, self.folder, carries=self.subject.carries)
             self.subject.train(along)
             return {"weights": along.weights, "rates": along.rates, "roots": along.roots}
 
@@ -234,8 +235,20 @@ class Study:
         return self.kept(f"factors {snapshot}",
                          lambda: factors(self.model(snapshot), self.subject.loss, batches, self.layers))  # fmt: skip
 
-    def ekfac(self, basis: int, queries: Parts, sums: Tensor) -> np.ndarray:
-        return self.bases([basis]).scores(queries, self.layers.split(sums), DAMPINGS)
+    def with_squares_of(self, basis: int, snapshot: int) -> Basis:
+        """Return the eigenvectors of one snapshot with the Λ that another has there; kept."""
+        if basis == snapshot:
+            return self.bases([basis])
+        found, model = self.bases([basis]), self.model(snapshot)
+
+        def make() -> Parts:
+            return with_squares([found], model, self.subject.loss, self.subject.batches("rows"), self.layers)[0]
+
+        return replace(found, squares=self.kept(f"squares {snapshot} in {basis}", make))
+
+    def ekfac(self, basis: int, queries: Parts, sums: Tensor, squares: int | None = None) -> np.ndarray:
+        own = self.with_squares_of(basis, basis if squares is None else squares)
+        return own.scores(queries, self.layers.split(sums), DAMPINGS)
 
     def swept(self, sums: np.ndarray, rows: float, passes: int) -> Swept:
         """Return scores at each of DAMPINGS, or one."""
@@ -279,11 +292,11 @@ def averaged_snapshots(study: Study) -> Swept:
     return study.swept(study.ekfac(study.last, study.queries(*numbers), rows), 1, len(numbers) + 2)
 
 
-def averages(study: Study, first: int, basis: int, mean_query: bool) -> Swept:
-    """Return rows collected from a stretch on, in the basis of a snapshot."""
-    rows = study.all_of("plain") - (study.along("plain 0") if first else 0)
+def averages(study: Study, first: int, basis: int, mean_query: bool, squares: int | None = None) -> Swept:
+    """Return rows collected from a stretch on, in the basis of a snapshot, with its Λ or that of another."""
+    rows = sum((study.along(f"plain {number}") for number in range(first, len(study.ends))), study.layers.zeros(1))
     queries = study.queries(*range(first, len(study.ends))) if mean_query else study.queries(study.last)
-    return study.swept(study.ekfac(basis, queries, rows), 1, 2)
+    return study.swept(study.ekfac(basis, queries, rows, squares), 1, 2 if squares is None else 3)
 
 
 def of_stretches(study: Study, kind: str, own_queries: bool) -> Swept:
@@ -297,7 +310,10 @@ def of_stretches(study: Study, kind: str, own_queries: bool) -> Swept:
 
 def trajectory(study: Study, name: str) -> Swept:
     """Return first-order scores of sums of the training."""
-    sums = study.all_of("lr") if name == "lr all" else study.along("lr 0" if name == "lr first" else name)
+    kind, when = name.split()
+    whole = partial(study.all_of, "lr") if kind == "lr" else partial(study.along, f"{kind} all")
+    first = partial(study.along, "lr 0" if kind == "lr" else f"{kind} first")
+    sums = {"first": first, "all": whole, "later": lambda: whole() - first()}[when]()
     return study.swept(study.products(study.queries(study.last), sums), 1, 0)
 
 
@@ -344,52 +360,60 @@ def source(study: Study, kind: str) -> Swept:
     return Swept(np.stack(found), SCALES, SCALES.index(1.0), size, passes)
 
 
-@contextmanager
-def collecting(collector: Any, rows: Tensor, epoch: int) -> Iterator[None]:
-    with collector.step(rows, epoch=epoch):
-        yield
-
-
-def by_collect(study: Study, k: int | None, dtype: str, mean_query: bool) -> Swept:
-    """Return the scores of a store that :func:`ooc_influence.collect` fills from the second epoch on."""
-    subject = study.subject
+def collected_store(study: Study, k: int | None) -> ooc.GradientStore:
+    """Return the averages that :func:`ooc_influence.collect` makes from the second epoch on; kept."""
+    path, subject = study.folder / f"collected-{k}", study.subject
+    if path.exists():
+        return ooc.GradientStore.open(path)
+    print(f"{subject.name}: ooc.collect, {k} numbers", file=sys.stderr, flush=True)
     mask = ooc.Dropout(k=study.layers.p if k is None else k, basis="kronecker")
-    with tempfile.TemporaryDirectory(dir=study.folder) as place, ExitStack() as stack:
-        held: list[Any] = []
-        scores: Any = 0.0
+    with ExitStack() as stack:
+        collectors: list[Any] = []
+        last = 0
 
         @contextmanager
         def watch(model: nn.Module, optimizer: Any, rows: Tensor, epoch: int) -> Iterator[None]:
+            nonlocal last
             if epoch == 0:
                 yield
                 return
-            if not held:
-                held.append(stack.enter_context(ooc.collect(
-                    model, f"{place}/train", subject.loss, compressor=mask, dtype=dtype, modules=subject.layers,
-                    pilot=subject.batches("rows"), columns=["epoch"],
+            if not collectors:
+                collectors.append(stack.enter_context(ooc.collect(
+                    model, path, subject.loss, compressor=mask, modules=subject.layers, average=True,
+                    pilot=subject.batches("rows"),
                 )))  # fmt: skip
-            with collecting(held[0], rows, epoch):
+            elif epoch > last:
+                collectors[0].fold()
+            last = epoch
+            with collectors[0].step(rows):
                 yield
 
         subject.train(watch)
-        stack.close()
-        train = ooc.GradientStore.open(f"{place}/train")
-        snapshots = range(1, len(study.ends)) if mean_query else [study.last]
+    return ooc.GradientStore.open(path)
+
+
+def by_collect(study: Study, k: int | None, dtype: str, mean_query: bool) -> Swept:
+    """Return the scores of averages that :func:`ooc_influence.collect` makes, in the curvature of their basis."""
+    subject, train = study.subject, collected_store(study, k)
+    scores: Any = 0.0
+    snapshots = range(1, len(study.ends)) if mean_query else [study.last]
+    with tempfile.TemporaryDirectory(dir=study.folder) as place:
+        rows = train if dtype == train.layout.encoding.name else ooc.rewrite_store(train, f"{place}/rows", dtype=dtype)
         for number in snapshots:
             query = ooc.extract_gradients(
-                study.model(number), subject.loss, subject.batches("queries"), f"{place}/query{number}", like=train,
+                study.model(number), subject.loss, subject.batches("queries"), f"{place}/query{number}", like=rows,
                 dtype="float32", check_model=False,
             )  # fmt: skip
-            found = ooc.influence_scores(query, train, curvature="kronecker", damping=[*DAMPINGS]).compute()
+            found = ooc.influence_scores(query, rows, curvature="kronecker", damping=[*DAMPINGS]).compute()
             scores = scores + found / len(snapshots)
-        credit = study.credit.numpy()[:, train.column("example").astype(np.int64)]
-        sums = np.einsum("lqn,mn->lmq", scores, credit, optimize=True)
-        return Swept(sums, DAMPINGS, DAMPINGS.index(DEFAULT), train.layout.encoding.row_bytes, 2)
+        order = rows.ids().astype(np.int64)
+        sums = np.einsum("lqn,mn->lmq", scores, study.credit.numpy()[:, order], optimize=True)
+        return Swept(sums, DAMPINGS, DAMPINGS.index(DEFAULT), rows.layout.encoding.row_bytes, 2)
 
 
 def methods(study: Study, quick: bool) -> dict[str, Callable[[], Swept]]:
     """Return the methods by name."""
-    last, half, adam = study.last, study.half, study.subject.name != "MNIST"
+    last, half, adam = study.last, study.half, study.subject.carries  # what momentum alone carries is plain sums
     found: dict[str, Callable[..., Swept]] = {END: partial(at_snapshot, number=last)}
     for number in range(last):
         at = " (half)" if number == half else ""
@@ -404,6 +428,17 @@ def methods(study: Study, quick: bool) -> dict[str, Callable[[], Swept]]:
     ):
         name = f"collected, {rows}, basis of {where}, queries {'averaged' if mean_query else 'at the end'}"
         found[name] = partial(averages, first=first, basis=basis, mean_query=mean_query)
+    after = f"epochs {study.ends[half] + 2} on"
+    for name, first, basis, squares in (
+        (f"{after}, basis of the half", half + 1, half, None), ("all epochs, basis of the half", 0, half, None),
+        (f"{after}, basis of epoch 1", half + 1, 0, None),
+        ("epochs 2 on, basis of epoch 1 with Λ of the end", 1, 0, last),
+        ("all epochs, basis of epoch 1 with Λ of the end", 0, 0, last),
+        (f"{after}, basis of the half with Λ of the end", half + 1, half, last),
+    ):  # fmt: skip
+        found[f"collected, {name}, queries averaged"] = partial(
+            averages, first=first, basis=basis, mean_query=True, squares=squares
+        )
     for own in (True, False):
         queries = "at its end" if own else "at the end of training"
         found[f"collected, each stretch in its own basis, queries {queries}"] = partial(
@@ -412,22 +447,26 @@ def methods(study: Study, quick: bool) -> dict[str, Callable[[], Swept]]:
         found[f"trajectory x EK-FAC, each stretch in its own basis, queries {queries}"] = partial(
             of_stretches, kind="lr", own_queries=own
         )
-    for when in ("first", "all"):
-        epochs = "first epoch" if when == "first" else "all epochs"
+    for when, epochs in (("first", "first epoch"), ("later", "epochs 2 on"), ("all", "all epochs")):
         found[f"trajectory, lr, {epochs}"] = partial(trajectory, name=f"lr {when}")
         if adam:
             found[f"trajectory, Adam's metric, {epochs}"] = partial(trajectory, name=f"adam {when}")
-        carried = "Adam with momentum and decay" if adam else "momentum"
-        found[f"trajectory, {carried} carried, {epochs}"] = partial(trajectory, name=f"carried {when}")
+            name = f"trajectory, Adam with momentum and decay carried, {epochs}"
+            found[name] = partial(trajectory, name=f"carried {when}")
     found["trajectory, lr, queries at each stretch's end"] = trajectory_of_own_queries
     found["trajectory x EK-FAC, lr, basis of the end"] = partial(trajectory_with_curvature, name="lr all")
-    found["trajectory x EK-FAC, carried, basis of the end"] = partial(trajectory_with_curvature, name="carried all")
+    if adam:
+        carried = partial(trajectory_with_curvature, name="carried all")
+        found["trajectory x EK-FAC, carried, basis of the end"] = carried
     found[f"SOURCE, {len(study.segments)} segments, rows at snapshots"] = partial(source, kind="at")
     found[f"SOURCE, {len(study.segments)} segments, rows collected"] = partial(source, kind="plain")
-    for k in (64, 32) if quick else (16384, 4096):
-        found[f"ooc.collect, {k} numbers, float16, queries averaged"] = partial(
-            by_collect, k=k, dtype="float16", mean_query=True
+    for k, dtype in itertools.product((64, 32) if quick else (65536, 16384, 4096), ("float16", "sign")):
+        found[f"ooc.collect, {k} numbers, {dtype}, queries averaged"] = partial(
+            by_collect, k=k, dtype=dtype, mean_query=True
         )
+    found["ooc.collect, all numbers, float16, queries averaged"] = partial(
+        by_collect, k=None, dtype="float16", mean_query=True
+    )
     return {name: partial(call, study) for name, call in found.items()}
 
 

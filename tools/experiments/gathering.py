@@ -188,18 +188,27 @@ class Along:
         The last epoch of each stretch; the first stretch is the first epoch.
     folder
         Where the sums are written, (m, p) float32 each.
+    carries
+        Whether momentum and decay are carried; with a constant rate and no decay, it is plain sums that they give, but
+        for the last steps.
     """
 
-    def __init__(self, layers: Layers, credit: Tensor, ends: Sequence[int], folder: Path) -> None:
+    def __init__(self, layers: Layers, credit: Tensor, ends: Sequence[int], folder: Path, carries: bool = True) -> None:
         self.layers, self.credit, self.ends, self.folder = layers, credit, ends, folder
         self.weights: list[dict[str, Tensor]] = []
         self.rates: list[list[float]] = []  # of each stretch and layer: Σ lr / mean (√v̂ + ε), or Σ lr / (1 - μ)
         self.roots: Tensor | None = None  # √v̂ + ε at the end, (1, p)
+        sizes = [out * entries for out, entries in layers.shapes]
+        self._columns = [slice(sum(sizes[:number]), sum(sizes[: number + 1])) for number in range(len(sizes))]
         self._seen = 0
-        self._stretch = {name: layers.zeros(len(credit)) for name in ("plain", "lr")}
+        self._plain = layers.zeros(len(credit))
+        self._lr = 0.0
+        self._weighted: Tensor | None = None  # sums with the rate, once that has changed in a stretch
         self._rate = [0.0] * len(layers.names)
         self._adam: Tensor | None = None
-        self._carried = {name: (layers.zeros(len(credit)), layers.zeros(len(credit))) for name in ("first", "all")}
+        self._carried = {
+            name: (layers.zeros(len(credit)), layers.zeros(len(credit))) for name in ("first", "all") if carries
+        }
         folder.mkdir(parents=True, exist_ok=True)
 
     @contextmanager
@@ -209,33 +218,37 @@ class Along:
         adam = isinstance(optimizer, torch.optim.AdamW)
         if adam and self._adam is None:
             self._adam, self.roots = self.layers.zeros(len(self.credit)), self.layers.zeros(1)
+        lr = optimizer.param_groups[0]["lr"]
+        if self._weighted is None and self._lr not in (0.0, lr):
+            self._weighted = self._plain * self._lr
+        self._lr = lr
+        credit = self.credit[:, rows] * len(rows)  # the loss is the mean over the batch
         with torch.no_grad():
             for number, name in enumerate(self.layers.names):
-                own = gradients(*found[name]) * len(rows)  # the loss is the mean over the batch
-                sums = torch.einsum("mb,boi->moi", self.credit[:, rows], own)
-                (self._add_adam if adam else self._add_sgd)(number, sums, optimizer, model, epoch)
+                own = gradients(*found[name]).flatten(1)
+                self._place(self._plain, number).addmm_(credit, own)
+                if self._weighted is not None:
+                    self._place(self._weighted, number).addmm_(credit, own, alpha=lr)
+                (self._add_adam if adam else self._add_sgd)(number, credit, own, optimizer, model, epoch)
         self._seen += len(rows)
         if self._seen == self.credit.shape[1]:
             self._seen = 0
             self._epoch_ends(epoch, model)
 
     def _place(self, held: Tensor, number: int) -> Tensor:
-        return self.layers.split(held)[number]
+        """Return a layer's columns of vectors (m, p)."""
+        return held[:, self._columns[number]]
 
-    def _add(self, number: int, sums: Tensor, lr: float) -> None:
-        self._place(self._stretch["plain"], number).add_(sums)
-        self._place(self._stretch["lr"], number).add_(sums, alpha=lr)
-
-    def _add_adam(self, number: int, sums: Tensor, optimizer: Any, model: nn.Module, epoch: int) -> None:
+    def _add_adam(self, number: int, credit: Tensor, own: Tensor, optimizer: Any, model: nn.Module, epoch: int) -> None:
         assert self._adam is not None
         assert self.roots is not None
         group, name = optimizer.param_groups[0], f"{self.layers.names[number]}.weight"
         state, lr, (beta, beta2) = optimizer.state[model.get_parameter(name)], group["lr"], group["betas"]
         t = float(state["step"])
-        roots = (state["exp_avg_sq"] / (1 - beta2**t)).sqrt_().add_(group["eps"])
-        self._add(number, sums, lr)
+        roots = (state["exp_avg_sq"] / (1 - beta2**t)).sqrt_().add_(group["eps"]).flatten()
+        sums = credit @ own
         self._place(self._adam, number).addcdiv_(sums, roots, value=lr)
-        self._place(self.roots, number).copy_(roots)
+        self._place(self.roots, number).copy_(roots[None])
         self._rate[number] += lr / float(roots.mean())
         for which, (momentum, effect) in self._carried.items():
             m, e = self._place(momentum, number).mul_(beta), self._place(effect, number)
@@ -243,14 +256,12 @@ class Along:
                 m.add_(sums, alpha=1 - beta)
             e.mul_(1 - lr * group["weight_decay"]).addcdiv_(m, roots, value=lr / (1 - beta**t))
 
-    def _add_sgd(self, number: int, sums: Tensor, optimizer: Any, model: nn.Module, epoch: int) -> None:
+    def _add_sgd(self, number: int, credit: Tensor, own: Tensor, optimizer: Any, model: nn.Module, epoch: int) -> None:
         group = optimizer.param_groups[0]
-        self._add(number, sums, group["lr"])
         self._rate[number] += group["lr"] / (1 - group["momentum"])
         for which, (momentum, effect) in self._carried.items():
-            m = self._place(momentum, number).mul_(group["momentum"])
-            if which == "all" or epoch == 0:
-                m.add_(sums)
+            m = self._place(momentum, number)
+            m.addmm_(credit, own, beta=group["momentum"], alpha=float(which == "all" or epoch == 0))
             self._place(effect, number).add_(m, alpha=group["lr"])
 
     def _epoch_ends(self, epoch: int, model: nn.Module) -> None:
@@ -259,9 +270,10 @@ class Along:
         if epoch not in self.ends:
             return
         stretch = len(self.weights)
-        for name, held in self._stretch.items():
-            self._write(f"{name} {stretch}", held)
-            held.zero_()
+        self._write(f"plain {stretch}", self._plain)
+        self._write(f"lr {stretch}", self._plain * self._lr if self._weighted is None else self._weighted)
+        self._plain.zero_()
+        self._lr, self._weighted = 0.0, None
         self.weights.append({name: values.clone() for name, values in model.state_dict().items()})
         self.rates.append(self._rate)
         self._rate = [0.0] * len(self._rate)
