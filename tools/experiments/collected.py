@@ -545,6 +545,7 @@ def main() -> None:
     parser.add_argument("--truths", type=Path, default=Path("finetuned-output"), help="the folder of finetuning.py")
     parser.add_argument("--truth", default="fine-tuned,MNIST,from-scratch", help="some of these")
     parser.add_argument("--only", default="", help="methods whose names contain this")
+    parser.add_argument("--table", action="store_true", help="compute nothing more: the table of what is there")
     parser.add_argument("--clear", action="store_true", help="delete the sums of each training afterwards")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
@@ -563,12 +564,15 @@ def main() -> None:
         if options.status:
             continue
         print(f"{len(runs.missing())} runs to do", file=sys.stderr)
-        found += lines(subject, runs.finish(), 4 if options.quick else MODELS)
+        results = runs.finished() if options.table else runs.finish()
+        found += lines(subject, results, 4 if options.quick else MODELS)
         if options.clear:
             shutil.rmtree(study.folder)
     if options.status:
         print("\n".join(missing) or "nothing is missing")
         return
+    if options.table and missing:
+        print(f"missing: {', '.join(missing)}", file=sys.stderr)
     report("collected", options.folder, found, COLUMNS, partial(plot, found))
 
 
