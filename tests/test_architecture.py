@@ -58,7 +58,7 @@ MODULES = {name.removesuffix(".__init__"): path for name, path in MODULES.items(
 NOT_IN_THE_INTERFACE = {
     "ooc_influence.cli.main",  # the command
     "ooc_influence.linalg.device", "ooc_influence.linalg.device_signs", "ooc_influence.influence.rerank",
-    "ooc_influence.influence.tokens",  # torch
+    "ooc_influence.influence.tokens", "ooc_influence.influence.online",  # torch
     "ooc_influence.report.server", "ooc_influence.report.live_query",  # a server; torch
 }  # fmt: skip
 

@@ -229,8 +229,6 @@ def test_models_that_cannot_be_collected_from(tmp_path):
         collector_of(normed, tmp_path / "s")
     normed[1].eval()
     collector_of(normed, tmp_path / "s")
-    with pytest.raises(UnsupportedModelError, match="not compiled"):
-        collector_of(torch.compile(make(Mlp), backend="eager"), tmp_path / "s")
     with pytest.raises(InputError, match="every >= 1"):
         ooc.collect(make(Mlp), tmp_path / "s", every=0)
 
@@ -332,6 +330,43 @@ def test_a_killed_training_has_each_step_once(tmp_path):
     live = ~found.dropped
     assert_array_equal(found.rows()[live], wanted.rows())
     assert_array_equal(found.column("step")[live], wanted.column("step"))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("form", ["function", "method", "regions", "called before"])
+def test_compiled_models(tmp_path, form):
+    """Rows are those of the model as it is, whether it has been compiled before or is compiled meanwhile."""
+    rows = []
+    for compiled in (False, True):
+        model = make(Mlp).eval()
+        x, y = data(Mlp, 8)
+        run = _compiled(model, form) if compiled else model
+        if form == "called before":
+            F.cross_entropy(run(x), y).backward()
+            model.zero_grad()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+        with ooc.collect(run, tmp_path / f"{compiled}", compressor=Dropout(k=100), dtype="float32") as collector:
+            for _ in range(3):
+                with collector.step(range(8)):
+                    F.cross_entropy(run(x), y).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        rows.append(GradientStore.open(tmp_path / f"{compiled}"))
+        run(x)  # without hooks
+    assert rows[1].attrs["verification"]["share"] == 1.0
+    assert rows[1].mask.digest == rows[0].mask.digest
+    assert_allclose(rows[1].rows(), rows[0].rows(), rtol=1e-4, atol=1e-6)
+
+
+def _compiled(model, form):
+    if form == "method":
+        model.compile(backend="aot_eager")
+    elif form == "regions":
+        for each in model.children():
+            each.compile(backend="aot_eager")
+    else:
+        return torch.compile(model, backend="aot_eager")
+    return model
 
 
 def test_mixed_precision(tmp_path):

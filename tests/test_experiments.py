@@ -12,6 +12,7 @@ import pytest
 ROOM = Path(__file__).parent.parent / "tools" / "experiments"
 QUICK = {
     "mislabel": ["--seeds", "1"],
+    "online": [],
     "compression_cost": [],
     "errors": [],
     "weightings": [],

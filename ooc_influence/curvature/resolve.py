@@ -6,7 +6,8 @@ import logging
 
 from ooc_influence.curvature.curvature import Curvature, complete_attributes, curvature_path, fit_command
 from ooc_influence.curvature.kronecker import PRIOR, KroneckerPrior, has_prior
-from ooc_influence.errors import CurvatureNotFoundError, StaleCurvatureError
+from ooc_influence.curvature.trajectory import find_effects
+from ooc_influence.errors import CurvatureNotFoundError, InputError, StaleCurvatureError
 from ooc_influence.store import GradientStore, PathLike, parse_path
 
 logger = logging.getLogger("ooc_influence")
@@ -41,6 +42,11 @@ def resolve_curvature(train: GradientStore, curvature: Curvature | PathLike | No
         paths = ([] if "/" in text else [curvature_path(train, text)]) + [parse_path(curvature)]
         path = next((path for path in paths if complete_attributes(path) is not None), None)
         if path is None:
+            if find_effects(train, curvature) is not None:
+                raise InputError(
+                    f"expected a curvature to multiply gradients by; received {text!r}, which is of effects of rows: "
+                    "it is for scores, top lists, groups and self-influence"
+                )
             raise _not_found(train, text)
         curvature = Curvature.open(path)
     curvature.check(train)

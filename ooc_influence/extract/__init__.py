@@ -1,7 +1,7 @@
 """Extraction: the torch models' side. Taps on layers, sampled per-sample gradients, the loop that fills a store."""
 
 from ooc_influence.extract.checkpoints import CheckpointSource, open_checkpoints, recorded_checkpoints
-from ooc_influence.extract.collector import Collector, Step, collect
+from ooc_influence.extract.collector import Collector, Step, collect, earlier_rows
 from ooc_influence.extract.data import (
     Batches,
     Batching,
@@ -34,6 +34,7 @@ from ooc_influence.extract.losses import (
     token_cross_entropy,
 )
 from ooc_influence.extract.metric import AdamMetric
+from ooc_influence.extract.online import Selector
 from ooc_influence.extract.passes import ModelSetup
 from ooc_influence.extract.pilot import Pilot, part_of
 from ooc_influence.extract.recipe import (
@@ -55,9 +56,9 @@ from ooc_influence.extract.taps import PerSampleLoss, tapped
 __all__ = [
     "AdamMetric", "BasisPlan", "Batches", "Batching", "BudgetBatches", "CheckpointSource", "Collector",
     "Derivatives", "FullBasis", "LabelDraws", "ModelSetup", "ModuleSelection", "PartLosses", "PerSampleLoss",
-    "Pilot", "Recipe", "RowChoice", "Samples", "Split", "Step", "active_draws", "batches_of_rows",
+    "Pilot", "Recipe", "RowChoice", "Samples", "Selector", "Split", "Step", "active_draws", "batches_of_rows",
     "binary_cross_entropy", "by_path", "call_function", "check_model", "choose_split", "collect", "count_rows",
-    "cross_entropy", "cross_entropy_at", "directional_derivatives", "even_numbers", "exact_scores",
+    "cross_entropy", "cross_entropy_at", "directional_derivatives", "earlier_rows", "even_numbers", "exact_scores",
     "extract_gradients", "extract_shards", "factors_path", "init_store", "keep_factors", "load_recipe", "loaded",
     "measure_speed", "numbered_batches", "open_checkpoints", "parameter_direction", "parse_device", "part_of",
     "recorded_checkpoints", "row_types", "run_shards", "running", "sampled_labels", "tapped", "to_device",

@@ -151,6 +151,7 @@ class GradientCheck:
         self._random = np.random.Generator(np.random.PCG64(0))
         self._watched: list[tuple[int, str, nn.Parameter]] = []
         self.unverifiable: dict[int, str] = {}
+        self._sharded: dict[int, dict[str, nn.Parameter]] = {}  # of layers whose weights are whole during a pass only
         for number, (shape, module) in self._layers.items():
             self._watch(number, shape, module)
         weights = [] if mask is None else [kept.weight for kept in mask.modules]
@@ -173,6 +174,7 @@ class GradientCheck:
         floats = {name: p for name, p in parameters.items() if not is_coded(p)}
         if any(hasattr(p, "full_tensor") for p in parameters.values()):
             self.unverifiable[number] = "sharded over processes"
+            self._sharded[number] = parameters
             return
         no_weight = "weight" not in parameters and shape.shape[1] > shape.bias and not KINDS[shape.kind].whole_call
         if len(floats) < len(parameters) or no_weight:
@@ -231,16 +233,34 @@ class GradientCheck:
 
     @contextmanager
     def following(self) -> Iterator[None]:
-        """Read the gradients of a backward pass of the caller's, which parameters then receive as ever."""
+        """Read the gradients of a backward pass of the caller's, which parameters then receive as ever.
+
+        Of layers sharded over processes, those of this process's own samples: of the whole weights, which their
+        modules have when they are called.
+        """
         self._followed = [each for each in self._followed if each[2].requires_grad]
         reached: set[tuple[int, str]] = set()
         handles = [p.register_hook(partial(self._note, number, name, reached)) for number, name, p in self._followed]
+        for number in sorted(self._sharded.keys() & set(self._active)):
+            follow = partial(self._follow_whole, number, reached, handles)
+            handles.append(self._layers[number][1].register_forward_pre_hook(follow))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
         self._note_missing(reached)
+
+    def _follow_whole(self, number: int, reached: Any, handles: list[Any], module: nn.Module, _: Any) -> None:
+        """Follow the parameters that a sharded layer has while it is called."""
+        if self.unverifiable.pop(number, None) is None or not torch.is_grad_enabled():
+            return  # it was called before
+        for name, parameter in layer_parameters(self._layers[number][0], module).items():
+            self._dtypes.add(parameter.dtype)
+            self._watched.append((number, name, self._sharded[number][name]))
+            if parameter.requires_grad:
+                self._followed.append((number, name, parameter))
+                handles.append(parameter.register_hook(partial(self._note, number, name, reached)))
 
     @contextmanager
     def watching(self) -> Iterator[None]:

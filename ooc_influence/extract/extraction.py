@@ -342,6 +342,7 @@ class Settings:
     checkpoints: Sequence[CheckpointSource] | CheckpointSource | None = None
     opened: tuple[Checkpoint, ...] = ()
     adjusted: Adjustments = field(default_factory=Adjustments)
+    in_training: bool = False  # the model's weights change: they need not be those of ``like``
 
     @classmethod
     def of(cls, options: InitOptions) -> Settings:
@@ -371,7 +372,7 @@ class Settings:
                 "leave checkpoints out, the rows are of the same basis"
             )
         opened = open_checkpoints(model, sources)
-        if opened and train is not None:
+        if opened and train is not None and "averaged" not in train.attrs:  # averages in training are of no checkpoints
             received = checkpoint_names({"checkpoints": [each.to_dict() for each in opened]})
             check_same(
                 train.path, {"checkpoints": checkpoint_names(train.attrs)}, {"checkpoints": received},
@@ -488,7 +489,8 @@ def _plan_like(
     check_extracted(train)
     if train.path == parse_path(path):
         raise InputError(f"expected a query store apart from its train store; received {path} for both")
-    attributes["model"] = same_model(train, attributes["model"], settings.check_model)
+    if not settings.in_training:
+        attributes["model"] = same_model(train, attributes["model"], settings.check_model)
     attributes |= {name: train.attrs.get(name) for name in ("compressor", "covered", "metric")}
     left_out = (train.attrs.get("verification") or {}).get("left_out", {})
     attributes["verification"] = {"checked": False, "left_out": left_out}

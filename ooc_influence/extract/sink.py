@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from ooc_influence.compress import RetainedEnergy, basis_weights
-from ooc_influence.errors import InputError, StoreNotFoundError, warn
+from ooc_influence.errors import InputError, MismatchError, StoreNotFoundError, warn
 from ooc_influence.extract.data import Batching, RowMetadata, Shard
 from ooc_influence.extract.metric import AdamMetric
 from ooc_influence.extract.packing import SignPacker
@@ -240,16 +240,27 @@ class Sink:
         self.store = open_existing(path, plan)
         if self.store is not None:
             self._claim(self.store)
-        elif shard is None:
+        else:
+            self._begin()
+
+    def _begin(self) -> None:
+        """Determine this writer's range of a store that is not there yet."""
+        total = self._total
+        if self._shard is None:
             self._check_gap(0)
         elif total is None:
             raise InputError(
-                f"expected a store at {path} for several writers, since the number of samples is not known; "
+                f"expected a store at {self._path} for several writers, since the number of samples is not known; "
                 "received none: make it with init_store ('ooc-influence init') and give the rows"
             )
         else:
-            chunk_rows, group_chunks = self._storage(total).sizes(plan.k, plan.dtype, total)
+            chunk_rows, group_chunks = self._storage(total).sizes(self.plan.k, self.plan.dtype, total)
             self._set_range(total, chunk_rows * group_chunks)
+
+    @property
+    def _planned(self) -> int | None:
+        """The planned rows of a new store; None for one that grows."""
+        return self._total if self._shard is not None else None
 
     def _storage(self, rows: int | None) -> Storage:
         """Return the chunking of a new store: with groups small enough that every writer gets a share."""
@@ -469,7 +480,7 @@ class Sink:
             self._path,
             self.plan.mask,
             storage=self._storage(self._total),
-            planned_rows=self._total if self._shard is not None else None,
+            planned_rows=self._planned,
             ids=dtypes.pop("example_id", None),
             columns=dtypes | kept,
             exist_ok=True,  # another writer may have been first: open_existing checks that it is the same store
@@ -498,6 +509,37 @@ class Sink:
         if ids is not None:
             names = np.array(ids[low - row : high - row], object)
             check_same_rows(path, low, {"ids": self.store.ids(np.arange(low, high))}, {"ids": names}, advice)
+
+    def commit(self) -> Any:
+        """Commit what was appended; return how many rows there are, for :meth:`drop_from`."""
+        if self.store is not None:
+            self.store.flush()
+        return self.next_row
+
+    def drop_from(self, rows: Any) -> None:
+        """Drop the rows that were appended since :meth:`commit` returned ``rows``.
+
+        Raises
+        ------
+        MismatchError
+            If the store has fewer rows.
+        """
+        there = self.next_row
+        if there < rows:
+            raise self._too_few(rows, there)
+        if there > rows:
+            assert self.store is not None
+            self.store.drop(np.arange(rows, there))
+
+    def _too_few(self, rows: int, there: int) -> MismatchError:
+        return MismatchError(
+            f"expected at least {rows} rows in {self._path}, as when the checkpoint was saved; received {there}: "
+            "continue from an earlier checkpoint, or collect to another path"
+        )
+
+    def finish(self, **attributes: Any) -> None:
+        """Record attributes of a finished store."""
+        self.record(**attributes)
 
     def close(self) -> None:
         """Commit what is finished, and release the claim."""

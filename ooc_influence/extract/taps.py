@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -133,13 +134,17 @@ class Taps:
         return forward_hook
 
     @contextmanager
-    def hooked(self, *, all_layers: bool = False) -> Iterator[None]:
-        """Have the model's modules call the hooks meanwhile; of layers that are skipped, too, if ``all_layers``."""
+    def hooked(self, *, all_layers: bool = False, as_python: bool = False) -> Iterator[None]:
+        """Have the model's modules call the hooks meanwhile; of layers that are skipped, too, if ``all_layers``.
+
+        With ``as_python``, torch.compile does not compile hooks, but calls them between the graphs before and after.
+        """
         with ExitStack() as undo:
             for number, use in enumerate(self._uses):
                 if all_layers or use.layer not in self._skip:
-                    hook = use.module.register_forward_hook(self.hook(number, use), prepend=True, with_kwargs=True)
-                    undo.callback(hook.remove)
+                    hook = self.hook(number, use)
+                    hook = torch.compiler.disable(hook) if as_python else hook
+                    undo.callback(use.module.register_forward_hook(hook, prepend=True, with_kwargs=True).remove)
             yield
 
     def _tap_call(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -342,9 +347,20 @@ class Taps:
 
     def probe(self, losses: Tensor) -> None:
         """Find out whether the samples of a pass that is being received mix; refuse them if they do."""
+        with self._within():
+            self._probe(losses)
+
+    def differentiate(self, value: Tensor, receiver: Receiver) -> None:
+        """Receive a backward pass of a value inside a pass that is being received, whose graph is kept for that."""
+        with self._within():
+            self._backward(value, self._arranged(receiver), keep_graph=True)
+
+    @contextmanager
+    def _within(self) -> Iterator[None]:
+        """Receive other backward passes meanwhile, then the one that was being received."""
         receiver = self._receiver
         try:
-            self._probe(losses)
+            yield
         finally:
             self._receiver = receiver
 
@@ -466,9 +482,17 @@ def tapped(
 def tapped_in_training(
     model: nn.Module, uses: Sequence[Use], device: torch.device, skip: Container[int] = ()
 ) -> Iterator[Taps]:  # fmt: skip
-    """Tap layers of a model that trains: it is left as it is, and passes are received where that is asked for."""
+    """Tap layers of a model that trains: it is left as it is, and passes are received where that is asked for.
+
+    What torch.compile has compiled calls no hooks that came later, so it is compiled again, and once more afterwards.
+    """
     taps = Taps(model, uses, device, skip=skip, paused=True)
-    with taps.hooked():
+    compiles = "torch._dynamo" in sys.modules  # otherwise nothing has been compiled
+    with ExitStack() as undo:
+        if compiles:
+            torch.compiler.reset()
+            undo.callback(torch.compiler.reset)
+        undo.enter_context(taps.hooked(as_python=compiles))
         yield taps
 
 

@@ -14,7 +14,15 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from ooc_influence.curvature import Curvature, KroneckerPrior, has_prior, resolve_curvature
+from ooc_influence.curvature import (
+    OWN_EFFECT,
+    TRAJECTORY,
+    Curvature,
+    KroneckerPrior,
+    find_effects,
+    has_prior,
+    resolve_curvature,
+)
 from ooc_influence.errors import InputError, MismatchError, warn
 from ooc_influence.fingerprint import check_same
 from ooc_influence.influence.norms import ColumnNorms, RowNorms
@@ -72,10 +80,12 @@ class Checkpoint:
         queries = None if query is None else open_store(query)
         if queries is not None:
             _check_like(rows, queries)
-        if curvature is False:
+        effects = find_effects(rows, curvature)
+        if curvature is False or effects is not None:
             if damping is not None:
-                raise InputError(f"expected no damping without a curvature; received {damping}: leave it out")
-            return cls(queries, rows, None, (0.0,), np.zeros((1, 1)))
+                without = "without a curvature" if effects is None else "with curvature='trajectory'"
+                raise InputError(f"expected no damping {without}; received {damping}: leave it out")
+            return cls(queries, rows if effects is None else effects, None, (0.0,), np.zeros((1, 1)))
         fitted = resolve_curvature(rows, curvature)
         if damping is not None and mode == "relative" and fitted.kind == "kronecker":
             _warn_far(rows, damping)
@@ -86,8 +96,22 @@ class Checkpoint:
         return cls(queries, rows, fitted, values, fitted.lambdas(each, mode))
 
     @property
+    def has_effects(self) -> bool:
+        """Whether the train store's rows are effects on the final weights, which scores are plain products with."""
+        return TRAJECTORY in self.train.attrs
+
+    @property
+    def curvature_name(self) -> str | None:
+        """The path of the curvature, or of the effects; None for neither."""
+        if self.curvature is not None:
+            return str(self.curvature.path)
+        return str(self.train.path) if self.has_effects else None
+
+    @property
     def norms(self) -> RowNorms | None:
         """Where the train store keeps its rows' self-influence at each λ; None where it does not."""
+        if self.has_effects:
+            return ColumnNorms((OWN_EFFECT,))
         kept = kept_dampings(self.train.layout.columns)
         if self.train.layout.dtype != "sign" or not kept or self.curvature is None or not has_prior(self.train):
             return None

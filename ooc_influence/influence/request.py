@@ -128,7 +128,7 @@ def _control_means(minus: Stores | None, checkpoints: Sequence[Checkpoint], comb
 def _settings(checkpoints: Sequence[Checkpoint], asked: PairOptions, lists: bool) -> dict[str, Any]:
     """Return curvature and damping, of one checkpoint or a list with those of each, as JSON values."""
     curves = [each.curvature for each in checkpoints]
-    curvatures = [None if each is None else str(each.path) for each in curves]
+    curvatures = [each.curvature_name for each in checkpoints]
     defaults = [None if each is None else each.list_damping if lists else each.damping for each in curves]
     one = len(checkpoints) == 1
     default = defaults[0] if one else defaults
@@ -222,7 +222,13 @@ class ScoreRequest:
         combine = parse_combine(asked["combine"], checkpoints, None if unit == "none" else unit)
         if unit is None:
             tokens = is_token_loss(first.train.attrs.get("loss_kind"))
-            unit = "train" if lists and tokens and combine == "mean" else "none"
+            effects = any(each.has_effects for each in checkpoints)
+            unit = "train" if lists and tokens and combine == "mean" and not effects else "none"
+        if unit != "none" and any(each.has_effects for each in checkpoints):
+            raise InputError(
+                f"expected scores with curvature='trajectory' as they are; received normalize={unit!r}: what a row did "
+                "to its own loss may have either sign, so that it is no unit; leave it out"
+            )
         settings = _settings(checkpoints, asked, lists) | {"normalize": unit}
         controls = _control_means(asked["minus"], checkpoints, combine)
         if asked["minus"] is not None:

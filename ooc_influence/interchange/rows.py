@@ -88,6 +88,11 @@ class ExportedRows:
             if train is None
             else ScoreRequest.open(source, train, request, lists=True)
         )
+        if train is not None and scoring.checkpoints[0].has_effects:
+            raise InputError(
+                "expected a curvature to multiply queries by (--precondition); received the effects of a training's "
+                f"rows: export the queries as they are, and the effects in {scoring.checkpoints[0].train.path}"
+            )
         count = source.n - _dropped(source)
         if not count:
             raise InputError(f"expected rows to export; received {source.path}, all of whose rows are dropped")

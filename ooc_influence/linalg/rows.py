@@ -73,6 +73,11 @@ def check_one_label(attributes: Mapping[str, Any], asked: str, where: str = "") 
             f"expected rows of loss_kind {ONE_LABEL!r} for {asked}; received {kind!r}{where}: give loss_kind when "
             "extracting, if the loss is one-label cross-entropy"
         )
+    if (attributes.get("collected") or {}).get("losses") is False:
+        raise InputError(
+            f"expected rows with their losses for {asked}; received rows that were collected without{where}: record "
+            "the samples' losses in every step (Step.record)"
+        )
 
 
 def is_token_loss(loss_kind: Any) -> bool:

@@ -30,7 +30,16 @@ from ooc_influence.options.extraction import (
     Sharded,
     Writing,
 )
-from ooc_influence.options.fitting import Blocks, FisherOptions, FittingOptions, KeptOptions, RowOptions, Weighting
+from ooc_influence.options.fitting import (
+    Between,
+    Blocks,
+    FisherOptions,
+    FittingOptions,
+    KeptOptions,
+    RowOptions,
+    TrajectoryOptions,
+    Weighting,
+)
 from ooc_influence.options.option import Option, Options, complete, definitions, document, select, takes
 from ooc_influence.options.scoring import (
     AnyCurvature,
@@ -54,6 +63,7 @@ from ooc_influence.options.scoring import (
 )
 from ooc_influence.options.shared import DTYPES, Budgeted, Reporting, Resumable, Striped
 from ooc_influence.options.stores import (
+    AverageOptions,
     CreateOptions,
     ExportDtype,
     ExportOptions,
@@ -67,9 +77,12 @@ from ooc_influence.options.stores import (
 __all__ = [
     "DTYPES",
     "AnyCurvature",
+    "AverageOptions",
+    "Between",
     "Blocks",
     "Budgeted",
-    "CheckOptions", "CollectOptions",
+    "CheckOptions",
+    "CollectOptions",
     "Combine",
     "CreateOptions",
     "Damped",
@@ -123,6 +136,7 @@ __all__ = [
     "Task",
     "TopOptions",
     "TraceOptions",
+    "TrajectoryOptions",
     "Turns",
     "VerifyOptions",
     "Weighting",

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import torch
 
     from ooc_influence.compress import Compressor
-    from ooc_influence.extract import AdamMetric, Batches, BudgetBatches, CheckpointSource, ModuleSelection
+    from ooc_influence.extract import AdamMetric, Batches, BudgetBatches, CheckpointSource, ModuleSelection, Selector
     from ooc_influence.store import GradientStore, PathLike, Storage
 
 OnNonFinite = Literal["raise", "skip"]
@@ -153,8 +153,26 @@ class CollectOptions(KeptEntries, Described, Writing, Budgeted, Reporting, total
         "mean", '{"mean", "sum"}',
         "Whether a batch's loss is the mean of its samples' losses or their sum, where a step is not given weights.")]
     every: Annotated[int, Option(1, "int", "Collect the rows of every such step.")]
+    average: Annotated[bool, Option(
+        False, "bool",
+        "Store one row for each sample, the average of its rows over the steps that it is in. Rows are added to the "
+        "averages by :meth:`Collector.fold`, at the end of an epoch, and when the context ends.")]
+    optimizer: Annotated["torch.optim.Optimizer | Literal[True] | None", Option(
+        None, "torch.optim.Optimizer, optional",
+        "Record the state of this optimiser (SGD, Adam or AdamW of torch) at the kept entries at each step, for "
+        ":func:`fit_trajectory`, and, in a column ``weight``, by what each sample's loss was multiplied. True for that "
+        "of a Trainer.")]
+    optimizer_every: Annotated[int, Option(
+        1, "int",
+        "Record Adam's moments at every such step; in between, those of the last are taken, and the mean gradient for "
+        "the batch's.")]
     columns: Annotated[Sequence[str], Option(
         (), "sequence of str", "Further per-row values that every step is given, such as ``epoch`` or ``lr``.")]
+    select: Annotated["Selector | None", Option(
+        None, "OnlineSelection, optional",
+        "Choose among each batch's samples by their scores on fixed queries (:func:`online_selection`), whose mask "
+        "rows then have. Every step calls ``select`` of what it yields; columns ``score`` and ``chosen`` say what was "
+        "chosen.")]
     check_gradients: Annotated[bool, Option(
         True, "bool",
         "Compare the entries of the first batch, summed over its samples, with the gradients that parameters receive.")]

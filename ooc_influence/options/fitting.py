@@ -3,16 +3,17 @@
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from ooc_influence.options.option import Option
-from ooc_influence.options.shared import Striped
+from ooc_influence.options.shared import Reporting, Striped
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from ooc_influence.curvature import Curvature
-    from ooc_influence.store import PathLike
+    from ooc_influence.store import PathLike, Storage
 
 Weighting = Literal["ggn", "trak"]
 Blocks = Literal["module", "diagonal"]
+Between = Literal["diagonal", "kronecker"]
 
 
 # fmt: off
@@ -97,4 +98,23 @@ class FisherOptions(FittingOptions, total=False):
         "spread evenly over the other directions.",
         "Keep the R largest eigenvalues and their eigenvectors only: any number of columns fits.", kind=int,
         metavar="R")]
+
+
+class TrajectoryOptions(Reporting, total=False):
+    """What the effects of a training's rows on the final weights take."""
+
+    between: Annotated[Between | None, Option(
+        None, '{"diagonal", "kronecker"}, optional',
+        "Let the gradients of later steps follow the weights, by a curvature of the mean loss that is diagonal in the "
+        "rows' entries: the mean square of the rows' entries, or Λ of their Kronecker basis. Default: later gradients "
+        "are held.")]
+    dtype: Annotated[str, Option(
+        "float16", '{"float16", "bfloat16", "float32"}', "Representation of the effects on disk.")]
+    storage: Annotated["Storage | None", Option(
+        None, "Storage, optional", "Chunking and codec; default that of a new store, with the codec of this one.")]
+    out: Annotated["PathLike | None", Option(
+        None, "path, optional",
+        "Write the effects there instead of to ``curvature/trajectory`` of the store; scores take this path.")]
+    refit: Annotated[bool, Option(
+        False, "bool", "Write them again although they are there; by default these are returned.")]
 # fmt: on

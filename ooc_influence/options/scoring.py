@@ -26,7 +26,8 @@ class Damped(TypedDict, total=False):
     curvature: Annotated["AnyCurvature | Sequence[AnyCurvature]", Option(
         None, "Curvature, str, path or False, or a list with one for each checkpoint",
         'An object, a name in the train store, or a path; default the one named ``"default"``. False: none, for plain '
-        'dot products g_qᵀ g_i (with ``normalize="cosine"`` the cosine of the gradients).',
+        'dot products g_qᵀ g_i (with ``normalize="cosine"`` the cosine of the gradients). ``"trajectory"``: dot '
+        "products with what the rows of a training did to its final weights (:func:`fit_trajectory`).",
         "Curvature to use. Default: 'default' in TRAIN. With --also, one for all or one for each checkpoint.",
         kind="path", metavar="NAME|PATH", multiple=True)]
     damping: Annotated[float | Sequence[float] | None, Option(

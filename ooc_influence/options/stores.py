@@ -30,6 +30,15 @@ class RewriteOptions(Reporting, total=False):
         None, "Storage, optional", "Chunking and codec; default that of a new store, with the codec of this one.")]
 
 
+class AverageOptions(Reporting, total=False):
+    """What averaging rows takes."""
+
+    dtype: Annotated[str | None, Option(
+        None, DTYPE_NAMES + ", optional", "Representation of the averages, not ``sign``; default that of the rows.")]
+    storage: Annotated["Storage | None", Option(
+        None, "Storage, optional", "Chunking and codec; default that of a new store, with the codec of this one.")]
+
+
 class ReduceOptions(Striped, total=False):
     """What a reduction of a wide store takes."""
 

@@ -37,6 +37,7 @@ from ooc_influence.store.claim import (
     make_claim,
     may_write,
     read_claims,
+    wait_for,
 )
 from ooc_influence.store.commits import Committer, mark_dropped
 from ooc_influence.store.encoding import Encoding, FloatRows, RawRows, parse_representation
@@ -508,6 +509,40 @@ class GradientStore(StoreView):
             finally:
                 claim.release()
         super().__init__(path)
+
+    def extend(self, rows: int) -> None:
+        """Plan ``rows`` rows, whole groups, or more, while other processes may write ranges of those planned before.
+
+        Raises
+        ------
+        InputError
+            If the store has no planned rows, ``rows`` cuts a group, or a range is being written through this object.
+        StoreBusyError
+            If another process extends the store for minutes; shorter ones are waited for.
+        """
+        self._check_writable()
+        if self.layout.planned_rows is None or rows % self.layout.group_rows or self._writer is not None:
+            raise InputError(
+                f"expected a store with planned rows at {self.path}, none of them being written here, and whole groups "
+                f"of {self.layout.group_rows}; received {self.layout.planned_rows} planned rows and {rows}"
+            )
+        with self.changing() as claim:
+            super().__init__(self.path)  # another process may have extended it
+            layout = self.layout
+            if (layout.planned_rows or 0) < rows:
+                Committer(array_store(self.path), layout, self._records.copy(), claim).make_room(rows, rows)
+                longer = Layout.from_dict(layout.to_dict() | {"planned_rows": rows}, self.path)
+                write_attributes(self.path, {**read_attributes(self.path), "layout": longer.to_dict()})
+                super().__init__(self.path)
+
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[Claim]:
+        """Be the only process that changes the store's attributes and plan; waits for another that does."""
+        claim = wait_for(lambda: make_claim(self.path, name="grow"))
+        try:
+            yield claim
+        finally:
+            claim.release()
 
     def flush(self) -> None:
         """Commit what was appended: from now on it survives a crash."""
