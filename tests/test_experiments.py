@@ -21,9 +21,19 @@ QUICK = {
     "sources": [],
 }
 # or a model
-NEEDS_DATA = {"facts", "fidelity", "bytes_a_row", "finetuned", "finetuning", "reranked", "sketches", "spans"}
+NEEDS_DATA = {
+    "collected",
+    "facts",
+    "fidelity",
+    "bytes_a_row",
+    "finetuned",
+    "finetuning",
+    "reranked",
+    "sketches",
+    "spans",
+}
 SLOW = {"compression_cost", "errors", "mislabel", "retraining", "selection", "sources", "weightings"}
-SHARED = {"baselines", "common", "dense", "rivals", "tasks"}
+SHARED = {"baselines", "common", "dense", "gathering", "rivals", "tasks"}
 
 
 def start(name, *arguments):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -51,17 +51,18 @@ class CollectedRows:
         """Names of columns that are made here."""
         return () if self._averages is None else ("rows",)
 
-    @contextmanager
-    def opened(self, sources: Mapping[str, Callable[[Any], Any]], device: torch.device) -> Iterator[None]:
-        """Take rows meanwhile, whose columns are found in batches by ``sources``."""
+    def open(self, sources: Mapping[str, Callable[[Any], Any]], device: torch.device) -> None:
+        """Take rows until :meth:`close`, whose columns are found in batches by ``sources``."""
         self._metadata, self._device = RowMetadata.of(None, sources), device
-        with ExitStack() as undo:
-            if self._averages is not None:
-                undo.callback(self._averages.close)
-                self._averages.open()
-            undo.callback(self._close)
-            self._open()
-            yield
+        if self._averages is not None:
+            self._averages.open()
+        self._open()
+
+    def close(self) -> None:
+        """Let others write. Not a context: the end of a generator would wait for the disk where garbage is freed."""
+        self._close()
+        if self._averages is not None:
+            self._averages.close()
 
     def _open(self) -> None:
         latest = self.path if self._averages is None else self._averages.latest

@@ -136,7 +136,8 @@ class Collector:
             self._taps = undo.enter_context(
                 tapped_in_training(self._model, self._uses, self._device, plan.mask.empty_modules)
             )
-            undo.enter_context(self._output.opened(self._sources(), self._device))
+            undo.callback(self._output.close)
+            self._output.open(self._sources(), self._device)
             if self._options["check_gradients"]:
                 self._check = SumCheck(self._uses, self._device, plan, self._model)
             if self._recorder is not None:

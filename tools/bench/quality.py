@@ -28,6 +28,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -50,6 +51,8 @@ from ooc_influence.store.local import write_file
 RECIPE = {"dropout": 0.1, "lr": 0.01, "momentum": 0.9, "batch": 64, "pixels": [0.1307, 0.3081]}
 GRID = [10 ** (power / 2) for power in range(-6, 5)]  # 0.001 to 100
 DOTS = 1e9  # a damping that leaves dot products
+# the model, its optimizer, the batch's rows and the epoch -> a context around a step of the training
+Watch = Callable[[nn.Module, torch.optim.Optimizer, Tensor, int], AbstractContextManager[Any]]
 MODEL_SEED = 2**20  # not one of the retrained models'
 TARGETS = {
     "uniform 1024": 0.115,
@@ -127,15 +130,16 @@ class Truth:
     def test(self) -> tuple[Tensor, Tensor]:
         return self.rows(self.size.train, self.size.train + self.size.test)
 
-    def train(self, indices: np.ndarray) -> nn.Module:
+    def train(self, indices: np.ndarray, watch: Watch | None = None) -> nn.Module:
         images, labels = (part[indices] for part in self.rows(0, self.size.train))
         model = make_model(self.size)
         optimizer = torch.optim.SGD(model.parameters(), lr=RECIPE["lr"], momentum=RECIPE["momentum"])
-        for _ in range(self.size.epochs):
+        for epoch in range(self.size.epochs):
             for chosen in torch.randperm(len(labels)).split(RECIPE["batch"]):
-                optimizer.zero_grad()
-                F.cross_entropy(model(images[chosen]), labels[chosen]).backward()
-                optimizer.step()
+                with nullcontext() if watch is None else watch(model, optimizer, chosen, epoch):
+                    optimizer.zero_grad()
+                    F.cross_entropy(model(images[chosen]), labels[chosen]).backward()
+                    optimizer.step()
         return model.eval()
 
     def measure(self, model: nn.Module) -> np.ndarray:

@@ -15,6 +15,8 @@ what is missing of the models, and says what is done.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,6 +37,8 @@ from ooc_influence.evaluate.retrain import seeded
 VOCABULARY, PASSAGE = 1024, 64
 LAYERS = "model.layers.*"  # the tapped ones: embeddings and the tied unembedding are left out by every method
 PRETRAINING_LR = 2e-3
+# the model, its optimizer, the batch's rows and the epoch -> a context around a step of the training
+Watch = Callable[[nn.Module, torch.optim.Optimizer, Tensor, int], AbstractContextManager[Any]]
 KINDS = {"fine-tuned": (4, 1e-3), "from-scratch": (25, 2e-3), "adapter": (4, 2e-3)}  # epochs, learning rate
 
 
@@ -141,7 +145,9 @@ class FineTuning(Task):
         """Fine-tune on rows ``indices`` from the global generator's state, which orders all rows."""
         return self.fine_tune(indices)[0]
 
-    def fine_tune(self, indices: np.ndarray) -> tuple[nn.Module, list[dict[str, Tensor]], dict[str, Tensor]]:
+    def fine_tune(
+        self, indices: np.ndarray, watch: Watch | None = None
+    ) -> tuple[nn.Module, list[dict[str, Tensor]], dict[str, Tensor]]:
         """Return the model, its weights at the epochs' ends, and AdamW's second moments at the end."""
         model, ends = self.model().train(), []
         trained = {name: values for name, values in model.named_parameters() if values.requires_grad}
@@ -154,7 +160,8 @@ class FineTuning(Task):
                 for group in optimizer.param_groups:
                     group["lr"] = self.lr * (1 - (epoch + step / len(batches)) / self.epochs)
                 rows = chosen[included[chosen]]
-                self._step(model, optimizer, tuple(part[rows] for part in self.train), self.batch)
+                with nullcontext() if watch is None else watch(model, optimizer, rows, epoch):
+                    self._step(model, optimizer, tuple(part[rows] for part in self.train), self.batch)
             ends.append({name: values.clone() for name, values in model.state_dict().items()})
         moments = {name: optimizer.state[values]["exp_avg_sq"] for name, values in trained.items()}
         return model.eval(), ends, moments
