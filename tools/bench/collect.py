@@ -2,9 +2,13 @@
 
 A decoder of 27 million parameters (6 layers of width 512, 8192 tokens, sequences of 128) is trained by AdamW on batches
 of 16; rows of each step go to a store on disk. The steps are those of two copies of the model, in turns. Samples are
-chosen by their scores on eight fixed queries, all of which are given weight 1 here.
+chosen by their scores on eight fixed queries, all of which are given weight 1 here. ``recorded`` steps have their
+optimiser recorded too, for what rows did to the final weights.
 
-Run: python tools/bench/collect.py [--k 4096 16384] [--rounds 15] [--width 512]. The last line is JSON.
+``--memory`` measures the peak of anonymous memory instead, of a training in a process of its own, with rows and
+without, next to 4 bytes for each number of a batch's rows.
+
+Run: python tools/bench/collect.py [--k 4096 16384] [--rounds 15] [--width 512] [--memory STEPS]. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -12,10 +16,14 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import subprocess
+import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,6 +32,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import ooc_influence as ooc
+from ooc_influence.memory import PeakMemory
 
 BATCH, LENGTH, VOCABULARY = 16, 128, 8192
 
@@ -42,7 +51,7 @@ class Training:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self._optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
         self._generator = torch.Generator().manual_seed(1)
 
     def batch(self) -> torch.Tensor:
@@ -52,8 +61,8 @@ class Training:
         self.model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
 
     def update(self) -> None:
-        self._optimizer.step()
-        self._optimizer.zero_grad()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
     def whole_step(self) -> None:
         self.step(self.batch())
@@ -86,10 +95,11 @@ def in_turns(one: Callable[[], object], other: Callable[[], object], rounds: int
     return ratios
 
 
-def measured(model: Any, k: int, rounds: int, folder: Path) -> Ratios:
+def measured(model: Any, k: int, rounds: int, folder: Path, *, recorded: bool = False) -> Ratios:
     """Compare steps that are collected with others."""
     plain, collected = Training(copy.deepcopy(model)), Training(copy.deepcopy(model))
-    with ooc.collect(collected.model, folder / f"{k}", compressor=ooc.Dropout(k=k)) as collector:
+    how: dict[str, Any] = {"compressor": ooc.Dropout(k=k), "optimizer": collected.optimizer if recorded else None}
+    with ooc.collect(collected.model, folder / f"{k}{recorded}", **how) as collector:
 
         def with_rows() -> None:
             tokens = collected.batch()
@@ -123,18 +133,54 @@ def measured_choosing(model: Any, k: int, rounds: int, folder: Path) -> Ratios:
         return in_turns(chosen, plain.whole_step, rounds)
 
 
+def train_in_memory(k: int, width: int, steps: int) -> int:
+    """Return the peak of anonymous memory of a training, whose rows of k numbers are collected unless k is 0."""
+    training = Training(make_model(width))
+    with tempfile.TemporaryDirectory() as folder, PeakMemory() as watch, ExitStack() as stack:
+        collector = None
+        if k:
+            collector = stack.enter_context(ooc.collect(training.model, f"{folder}/s", compressor=ooc.Dropout(k=k)))
+        for _ in range(steps):
+            with nullcontext() if collector is None else collector.step(range(BATCH)):
+                training.step(training.batch())
+            training.update()
+    return watch.peak
+
+
+def added_memory(k: int, width: int, steps: int) -> int:
+    """Return by how much collecting raises that peak, from a process for each."""
+    peaks = []
+    for each in (k, 0):
+        command = [sys.executable, __file__, "--k", str(each), "--width", str(width), "--child", str(steps)]
+        peaks.append(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]))
+    return peaks[0] - peaks[1]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--k", type=int, nargs="+", default=[4096, 16384])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--memory", type=int, metavar="STEPS", help="measure the memory of so many steps instead")
+    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+    if options.child:
+        print(train_in_memory(options.k[0], options.width, options.child))
+        return
+    found: dict[str, Any] = {"bench": "collect"}
+    if options.memory:
+        for k in options.k:
+            found[f"added_mb_{k}"] = round(added_memory(k, options.width, options.memory) / 1e6, 1)
+            found[f"rows_in_flight_mb_{k}"] = round(4 * k * BATCH / 1e6, 1)
+        print(json.dumps(found))
+        return
     model = make_model(options.width)
-    found: dict[str, Any] = {"bench": "collect", "parameters": sum(p.numel() for p in model.parameters())}
+    found["parameters"] = sum(p.numel() for p in model.parameters())
     with tempfile.TemporaryDirectory() as folder:
         for k in options.k:
-            for name, measure in (("collected", measured), ("chosen", measured_choosing)):
+            ways = {"collected": measured, "recorded": partial(measured, recorded=True), "chosen": measured_choosing}
+            for name, measure in ways.items():
                 ratios = measure(model, k, options.rounds, Path(folder))
                 found[f"{name}_{k}_over_training"] = median(clock for clock, _ in ratios)
                 found[f"{name}_{k}_cpu_over_training"] = median(busy for _, busy in ratios)
