@@ -32,7 +32,7 @@ NEEDS_DATA = {
     "sketches",
     "spans",
 }
-SLOW = {"compression_cost", "errors", "mislabel", "retraining", "selection", "sources", "weightings"}
+SLOW = {"compression_cost", "errors", "mislabel", "online", "retraining", "selection", "sources", "weightings"}
 SHARED = {"baselines", "common", "dense", "gathering", "rivals", "tasks"}
 
 

@@ -533,6 +533,9 @@ def test_rows_that_changed_and_fits_that_replace(tmp_path):
     collected(tmp_path / "other", "sgd")
     with pytest.raises(MismatchError, match="the store at"):
         ooc.fit_trajectory(store, out=tmp_path / "other")
+    with pytest.raises(MismatchError, match="the store at"):  # effects of another training's rows
+        ooc.fit_trajectory(tmp_path / "other", out=tmp_path / "e")
+    assert GradientStore.open(tmp_path / "e").identity == elsewhere.identity
 
 
 def test_an_interrupted_fit_resumes(tmp_path, monkeypatch):

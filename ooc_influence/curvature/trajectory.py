@@ -211,8 +211,9 @@ def _open(source: GradientStore, path: StorePath, facts: dict[str, Any], options
         same = all(recorded.get(name) == value for name, value in asked.items())
         if same and not options["refit"]:
             return target
-        if options["out"] is not None and TRAJECTORY not in target.attrs:
-            check_same(f"the store at {path}", {"of": None}, {"of": facts["of"]}, "choose another path, or remove it")
+        if options["out"] is not None:
+            of = {"of": recorded.get("of")}
+            check_same(f"the store at {path}", of, {"of": facts["of"]}, "choose another path, or remove it")
         remove_tree(path)
     return create_like(
         source, path, [str(source.path)], dtype=dtype, planned_rows=source.n, column_scale=None,
