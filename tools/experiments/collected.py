@@ -411,6 +411,36 @@ def by_collect(study: Study, k: int | None, dtype: str, mean_query: bool) -> Swe
         return Swept(sums, DAMPINGS, DAMPINGS.index(DEFAULT), rows.layout.encoding.row_bytes, 2)
 
 
+def by_trajectory(study: Study, k: int) -> Swept:
+    """Return the scores of what rows did to the final weights, as :func:`ooc_influence.fit_trajectory` has it."""
+    subject = study.subject
+    with tempfile.TemporaryDirectory(dir=study.folder) as place, ExitStack() as stack:
+        path, current = f"{place}/rows", ExitStack()
+        collectors: list[Any] = []
+
+        @contextmanager
+        def watch(model: nn.Module, optimizer: Any, rows: Tensor, _: int) -> Iterator[None]:
+            if not collectors:
+                optimizer.register_step_pre_hook(lambda *_: current.close())  # before the collector's own
+                collectors.append(stack.enter_context(ooc.collect(
+                    model, path, compressor=ooc.Dropout(k=k), modules=subject.layers, optimizer=optimizer
+                )))  # fmt: skip
+            current.enter_context(collectors[0].step(rows))
+            yield
+
+        model = subject.train(watch).eval()
+        stack.close()
+        ooc.fit_trajectory(path)
+        query = ooc.extract_gradients(
+            model, subject.loss, subject.batches("queries"), f"{place}/query", like=path, dtype="float32"
+        )
+        found = ooc.group_influence(query, path, by="example", curvature="trajectory")
+        order = np.asarray(found.names).astype(np.int64)
+        sums = np.einsum("qn,mn->mq", found.sums, study.credit.numpy()[:, order])
+        row_bytes = ooc.GradientStore.open(path).layout.encoding.row_bytes
+        return Swept(sums[None], (0.0,), 0, row_bytes * subject.epochs, 0)
+
+
 def methods(study: Study, quick: bool) -> dict[str, Callable[[], Swept]]:
     """Return the methods by name."""
     last, half, adam = study.last, study.half, study.subject.carries  # what momentum alone carries is plain sums
@@ -467,6 +497,9 @@ def methods(study: Study, quick: bool) -> dict[str, Callable[[], Swept]]:
     found["ooc.collect, all numbers, float16, queries averaged"] = partial(
         by_collect, k=None, dtype="float16", mean_query=True
     )
+    if adam:  # of MNIST's fifty epochs, rows would take 33 GB
+        k = 64 if quick else 65536
+        found[f"ooc.collect, {k} numbers, float16, fit_trajectory"] = partial(by_trajectory, k=k)
     return {name: partial(call, study) for name, call in found.items()}
 
 
