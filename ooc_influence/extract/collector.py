@@ -44,8 +44,8 @@ _CHOSEN = ("score", "chosen")  # of every row where samples are chosen
 class Step:
     """A batch whose rows are being collected; made by :meth:`Collector.step`."""
 
-    def __init__(self, collector: Collector | None, count: int) -> None:
-        self._collector, self._count = collector, count
+    def __init__(self, collector: Collector | None, count: int, scale: float = 1.0) -> None:
+        self._collector, self._count, self.scale = collector, count, scale
         self.losses: npt.NDArray[np.float32] | None = None
         self.chosen: ChosenSamples | None = None
         self.owners: Tensor | None = None  # the sample of each sequence of the model's batch, where there are several
@@ -121,7 +121,7 @@ class Collector:
         self._uses = find_uses(model, [module.layer for module in mask.modules])
         self._gatherer = RowGatherer(mask, self._device, reduction)
         self._selector: Selector | None = options["select"]
-        self._step, self._scale = -1, 1.0
+        self._step = -1
         self._taps: Taps | None = None
         self._check: SumCheck | None = None
         self._recorder: OptimizerRecorder | None = None
@@ -229,9 +229,9 @@ class Collector:
         if self._taps is None:
             raise InputError("expected a step inside the collector's context; received one outside: use 'with'")
         self._output.check_step(names)
-        self._scale, multipliers = scale, scale * self._weights(weights, len(names))
+        multipliers = scale * self._weights(weights, len(names))
         batch = {"example": names, "step": [self._step] * len(names), **self._columns(columns, len(names))}
-        now = Step(self, len(names))
+        now = Step(self, len(names), scale)
         now.owners = None if sequences is None else _owners(sequences, len(names), self._device)
         gathering = self._selector is None or self._check is not None  # samples that are chosen have their rows already
         count = len(names) if now.owners is None else len(now.owners)
@@ -242,13 +242,13 @@ class Collector:
         if now.received and self._check is not None:
             self._finish_check(rows, count)
         if self._selector is None:
-            rows = self._divided(rows, multipliers, now)
+            rows, norms = self._gatherer.reduced(self._divided(rows, multipliers, now))
         else:
             chosen = self._chosen(now)
-            rows, multipliers = chosen.rows, multipliers * chosen.weights
+            rows, norms, multipliers = chosen.rows, chosen.norms, multipliers * chosen.weights
             batch |= chosen.columns
         self._end_of_step(batch, multipliers)
-        self._store(batch, rows, now.losses)
+        self._output.take(batch, now.losses, rows, norms)
         if self._recorder is not None and self._recorder.flush_due:
             self._flush_optimizer()
 
@@ -272,9 +272,8 @@ class Collector:
         if self._selector is None or self._taps is None:
             raise InputError("expected select= in collect to choose samples by; received none: give it, or leave this")
         rows = self._gatherer.room(len(losses) if now.owners is None else len(now.owners))
-        self._taps.differentiate(losses.sum() * self._scale, self._gatherer.adding(rows))
-        rows = now.of_samples(rows) / self._scale
-        return choose_samples(self._selector, rows, self._gatherer.reduced(rows)[0])
+        self._taps.differentiate(losses.sum() * now.scale, self._gatherer.adding(rows))
+        return choose_samples(self._selector, *self._gatherer.reduced(now.of_samples(rows) / now.scale))
 
     def _chosen(self, now: Step) -> ChosenSamples:
         """Return what was chosen in a step."""
@@ -329,10 +328,6 @@ class Collector:
             self._output.sink.verified(check.facts())
         else:
             self._check = check
-
-    def _store(self, batch: Any, rows: Tensor, losses: npt.NDArray[np.float32] | None) -> None:
-        reduced, norms = self._gatherer.reduced(rows)
-        self._output.take(batch, losses, reduced, norms)
 
     def state_dict(self) -> dict[str, Any]:
         """Commit what was collected, and return what belongs into a checkpoint of the training: rows and step.

@@ -40,8 +40,10 @@ class ChosenSamples:
 
     Attributes
     ----------
-    rows : (b, k) tensor
-        Their masked rows, before a reduction.
+    rows : (b, columns) tensor
+        Their rows, as they are stored.
+    norms : (b,) tensor
+        The masked rows' norms.
     weights : (b,) float32 tensor
         By what their losses are to be multiplied.
     scores : (b,) float32
@@ -49,6 +51,7 @@ class ChosenSamples:
     """
 
     rows: Tensor
+    norms: Tensor
     weights: Tensor
     scores: Floats
 
@@ -58,16 +61,16 @@ class ChosenSamples:
         return {"score": self.scores.tolist(), "chosen": self.weights.tolist()}
 
 
-def choose_samples(selector: Selector, rows: Tensor, reduced: Tensor) -> ChosenSamples:
-    """Choose among samples with masked rows (b, k) that are ``reduced`` (b, columns) where they are stored.
+def choose_samples(selector: Selector, rows: Tensor, norms: Tensor) -> ChosenSamples:
+    """Choose among samples with rows (b, columns) as they are stored, and the norms (b,) of their masked rows.
 
     Raises
     ------
     InputError
         If the selector's weights are not a finite number of at least 0 for each sample.
     """
-    scores = selector.scores(reduced).float().cpu().numpy()
+    scores = selector.scores(rows).float().cpu().numpy()
     weights = np.asarray(selector.weigh(scores), np.float32)
     if weights.shape != (len(rows),) or not (np.isfinite(weights) & (weights >= 0)).all():
         raise InputError(f"expected a weight of at least 0 for each of {len(rows)} samples; received {weights!r}")
-    return ChosenSamples(rows, torch.from_numpy(weights).to(rows.device), scores.mean(axis=0))
+    return ChosenSamples(rows, norms, torch.from_numpy(weights).to(rows.device), scores.mean(axis=0))

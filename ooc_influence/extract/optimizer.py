@@ -186,7 +186,7 @@ class OptimizerRecorder:
         self._log.flush()
 
     def truncate(self, records: int) -> None:
-        """Continue after so many records: later ones are removed."""
+        """Keep this many records and remove the later ones."""
         assert self._log is not None
         self._log.truncate(records)
 

@@ -161,7 +161,9 @@ def main() -> None:
     parser.add_argument("--k", type=int, nargs="+", default=[4096, 16384])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--memory", type=int, metavar="STEPS", help="measure the memory of so many steps instead")
+    parser.add_argument(
+        "--memory", type=int, metavar="STEPS", help="measure peak memory over this number of steps instead"
+    )
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     warnings.simplefilter("ignore")

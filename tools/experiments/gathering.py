@@ -67,7 +67,7 @@ class Layers:
 
 @contextmanager
 def tapping(model: nn.Module, names: Sequence[str]) -> Iterator[Taps]:
-    """Keep what layers receive and give back in each forward and backward pass."""
+    """Keep the inputs of layers and the gradients of their outputs in each forward and backward pass."""
     found: Taps = {}
     modules = dict(model.named_modules())
 
