@@ -4,6 +4,9 @@ import functools
 import os
 import signal
 
+# before NumPy and PyTorch read it: matrices here are so small that threads which wait for each other double the time
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 

@@ -120,18 +120,18 @@ class _Steps:
     @classmethod
     def of(cls, source: GradientStore, log: StepLog) -> _Steps:
         """Return those of a store's live rows."""
-        found: Numbers = np.empty(0, np.int64)
+        steps: Numbers = np.empty(0, np.int64)
         for start in range(0, source.n, source.layout.group_rows):
             part = start, min(source.n, start + source.layout.group_rows)
             live = ~source.small("dropped", *part)
-            found = np.union1d(found, source.small("columns/step", *part)[live])
-        if len(found) and found[-1] > log.steps[-1]:
+            steps = np.union1d(steps, source.small("columns/step", *part)[live])
+        if len(steps) and steps[-1] > log.steps[-1]:
             raise InputError(
-                f"expected a step of the optimiser for the rows of {source.path} up to step {found[-1]}; received "
+                f"expected a step of the optimiser for the rows of {source.path} up to step {steps[-1]}; received "
                 f"records up to {log.steps[-1]}: continue the interrupted training, or drop the rows after it"
             )
-        numbers = np.searchsorted(log.steps, found)
-        return cls(source, log, numbers[log.steps[numbers] == found])  # a step that was skipped moved nothing
+        numbers = np.searchsorted(log.steps, steps)
+        return cls(source, log, numbers[log.steps[numbers] == steps])  # a step that was skipped moved nothing
 
     def at(self, start: int, stop: int) -> Numbers:
         """Return the record of each row's step; -1 where the optimiser made none."""

@@ -76,7 +76,7 @@ class Averages:
         self.generation, self.interrupted = 0, False
         self._claim: Claim | None = None
         self._states: deque[_State] = deque(maxlen=2)  # of the last checkpoints
-        self._found: set[int] = set()  # generations of an earlier process, whose checkpoints are not known
+        self._earlier: set[int] = set()  # generations of an earlier process, whose checkpoints are not known
         self._published()  # anything else at the path is refused at once
 
     def open(self) -> None:
@@ -87,7 +87,7 @@ class Averages:
             for name in os.listdir(self.folder):  # noqa: PTH208
                 if name.startswith(_REMOVED):
                     remove_tree(self.folder / name)
-            self._found = self._there("average") | self._there("journal")
+            self._earlier = self._there("average") | self._there("journal")
             published = self._published()
             if published is not None:
                 self._path.rename(self._average(published))
@@ -223,9 +223,9 @@ class Averages:
 
     def _prune(self) -> None:
         """Remove what no checkpoint refers to that may be loaded."""
-        known = set() if len(self._states) == 2 else self._found
-        averages = {self.generation, *known, *(state.generation for state in self._states)}
-        journals = {self.generation, *known, *(state.generation for state in self._states if state.rows)}
+        earlier = set() if len(self._states) == 2 else self._earlier
+        averages = {self.generation, *earlier, *(state.generation for state in self._states)}
+        journals = {self.generation, *earlier, *(state.generation for state in self._states if state.rows)}
         self._remove(
             *(f"average-{each}" for each in self._there("average") - averages),
             *(f"journal-{each}" for each in self._there("journal") - journals),
@@ -262,7 +262,7 @@ class Averages:
         keep = {f"average-{wanted.generation}"} | ({f"journal-{wanted.generation}"} if wanted.rows else set())
         self._remove(*(set(self._names()) - keep))
         self.generation, self.interrupted = wanted.generation, False
-        self._found, self._states = set(), deque([wanted], maxlen=2)
+        self._earlier, self._states = set(), deque([wanted], maxlen=2)
         return wanted.rows
 
     def _rows(self, generation: int) -> int:
@@ -281,7 +281,7 @@ class Averages:
             with writing(f"to publish averages at {self._path}", ", and run again"):
                 if not publish_folder(average, self._path):
                     raise not_free(self._path)
-        self._found = set()
+        self._earlier = set()
         self._states = deque(list(self._states)[-1:], maxlen=2)  # what came before it was saved
         keep = {state for state in self._states if state.generation != self.generation or state.rows}
         self._remove(

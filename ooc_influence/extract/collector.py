@@ -168,16 +168,16 @@ class Collector:
 
     def _sources(self) -> dict[str, Callable[[Any], Any]]:
         """Return where the columns of rows come from: what :meth:`step` was given."""
-        given = self._options["columns"]
-        own = (
+        requested = self._options["columns"]
+        recorded = (
             *_COLUMNS,
             *(() if self._selector is None else _CHOSEN),
             *(() if self._recorder is None else (WEIGHT,)),
         )
-        reserved = (*own, *self._output.reserved)
-        if set(given) & set(reserved):
-            raise InputError(f"expected columns beside {', '.join(reserved)}; received {', '.join(given)}")
-        return {name: itemgetter(name) for name in (*own, *given)}
+        reserved = (*recorded, *self._output.reserved)
+        if set(requested) & set(reserved):
+            raise InputError(f"expected columns beside {', '.join(reserved)}; received {', '.join(requested)}")
+        return {name: itemgetter(name) for name in (*recorded, *requested)}
 
     @contextmanager
     def step(
@@ -294,10 +294,10 @@ class Collector:
     def _weights(self, weights: Weights | None, b: int) -> Tensor:
         if weights is None:
             return torch.full((b,), 1 / b if self._mean else 1.0, device=self._device)
-        found = torch.as_tensor(weights, dtype=torch.float32, device=self._device)
-        if found.shape != (b,) or not bool((found > 0).all()):
-            raise InputError(f"expected positive weights of {b} samples; received {tuple(found.shape)}: {weights!r}")
-        return found
+        factors = torch.as_tensor(weights, dtype=torch.float32, device=self._device)
+        if factors.shape != (b,) or not bool((factors > 0).all()):
+            raise InputError(f"expected positive weights of {b} samples; received {tuple(factors.shape)}: {weights!r}")
+        return factors
 
     def _columns(self, columns: Mapping[str, Any], b: int) -> dict[str, list[Any]]:
         expected = set(self._options["columns"])
@@ -306,11 +306,11 @@ class Collector:
                 f"expected values of {', '.join(sorted(expected)) or 'no further columns'}; received "
                 f"{', '.join(sorted(columns)) or 'none'}: name the columns of all steps in collect(columns=...)"
             )
-        found = {name: as_list(value) if np.ndim(value) else [value] * b for name, value in columns.items()}
-        for name, values in found.items():
+        by_name = {name: as_list(value) if np.ndim(value) else [value] * b for name, value in columns.items()}
+        for name, values in by_name.items():
             if len(values) != b:
                 raise InputError(f"expected one {name} for each of {b} samples; received {len(values)}")
-        return found
+        return by_name
 
     def _probe(self, losses: Tensor) -> None:
         """On the first batch, find out whether samples mix."""

@@ -122,9 +122,9 @@ class RankSink(Sink):
     def _full_blocks(self, store: GradientStore) -> int:
         chunks = store.layout.group_chunks
         rows = np.concatenate([store.committed_rows, np.zeros(-len(store.committed_rows) % chunks, np.int64)])
-        own = rows.reshape(-1, chunks).sum(1)[self._ranks.index :: self._ranks.count]
-        short = np.flatnonzero(own < self._block)
-        return int(short[0]) if short.size else len(own)
+        filled = rows.reshape(-1, chunks).sum(1)[self._ranks.index :: self._ranks.count]
+        short = np.flatnonzero(filled < self._block)
+        return int(short[0]) if short.size else len(filled)
 
     def _make_room(self, store: GradientStore) -> None:
         """Extend the plan if the block is beyond it."""
@@ -178,13 +178,13 @@ class RankSink(Sink):
                 f"expected the state of a training in {self._ranks.count} processes; received {rows!r} rows: continue "
                 "in as many processes as the checkpoint was saved by"
             )
-        own, there = rows[self._ranks.index], self._own_next
-        if there < own:
-            raise self._too_few(own, there)
-        if there > own:
+        saved, present = rows[self._ranks.index], self._own_next
+        if present < saved:
+            raise self._too_few(saved, present)
+        if present > saved:
             assert self.store is not None
             self.store.flush()
-            blocks, inside = np.divmod(np.arange(own, there), self._block)
+            blocks, inside = np.divmod(np.arange(saved, present), self._block)
             numbers = (blocks * self._ranks.count + self._ranks.index) * self._block + inside
             mark_dropped(self.store.path, self.store.layout, numbers)
             self.store.reload()

@@ -123,9 +123,9 @@ class CollectCallback:
     def on_save(self, args: Any, state: Any, _: Any, **__: Any) -> None:
         """Commit the rows so far, and say in the checkpoint how many they are."""
         path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / _STATE
-        own = self._not_begun() if self._collector is None else self._collector.state_dict()  # of all processes
+        collected = self._not_begun() if self._collector is None else self._collector.state_dict()  # of all processes
         if state.is_world_process_zero:
-            path.write_text(json.dumps(own), "utf-8")
+            path.write_text(json.dumps(collected), "utf-8")
 
     def _not_begun(self) -> dict[str, Any]:
         """Return the state of a store before anything was collected."""

@@ -85,13 +85,13 @@ class TrainerReader(ABC):
 
     def take_ids(self, inputs: dict[str, Any]) -> Any:
         """Remove the ids from a batch, and return them."""
-        found = inputs.pop(self._ids, None)
-        if found is None:
+        ids = inputs.pop(self._ids, None)
+        if ids is None:
             raise InputError(
                 f"expected the ids of samples as {self._ids!r} in every batch; received {', '.join(inputs)}: keep the "
                 "column (remove_unused_columns=False), and have the data collator pass it on"
             )
-        return found
+        return ids
 
     def check_sequences(self, inputs: dict[str, Any], expected: int, what: str) -> None:
         """Refuse batches whose model has another number of sequences than samples."""
@@ -263,15 +263,15 @@ _READERS: dict[str, type[Any]] = {"SFTTrainer": TokenReader, "DPOTrainer": PairR
 @contextmanager
 def replaced(trainer: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
     """Replace a method of one trainer meanwhile."""
-    own = vars(trainer).get(name)
+    previous = vars(trainer).get(name)
     setattr(trainer, name, function)
     try:
         yield
     finally:
-        if own is None:
+        if previous is None:
             delattr(trainer, name)
         else:
-            setattr(trainer, name, own)
+            setattr(trainer, name, previous)
 
 
 def reader_of(trainer: Any, ids: str) -> TrainerReader:
@@ -283,13 +283,13 @@ def reader_of(trainer: Any, ids: str) -> TrainerReader:
         For a trainer of TRL whose losses are not known.
     """
     of_trl = [each.__name__ for each in type(trainer).__mro__ if each.__module__.split(".")[0] == "trl"]
-    known = [name for name in of_trl if name in _READERS]
-    if of_trl and not known:
+    readable = [name for name in of_trl if name in _READERS]
+    if of_trl and not readable:
         raise InputError(
             f"expected a Trainer, or {', '.join(_READERS)} of TRL, to collect from; received {of_trl[0]}: collect in a "
             "loop of your own (collect), or extract rows from its checkpoints (extract_gradients)"
         )
-    return _READERS[known[0]](trainer, ids) if known else TokenReader(trainer, ids)
+    return _READERS[readable[0]](trainer, ids) if readable else TokenReader(trainer, ids)
 
 
 def unhooked_head(model: nn.Module) -> list[str]:

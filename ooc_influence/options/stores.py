@@ -26,6 +26,12 @@ class RewriteOptions(Reporting, total=False):
     dtype: Annotated[str, Option(
         "sign", DTYPE_NAMES, "Representation of the new rows.",
         "Representation of the new rows.", choices=DTYPES)]
+    like: Annotated["GradientStore | PathLike | None", Option(
+        None, "GradientStore or path, optional",
+        "A store whose mask, and Kronecker basis, the new rows get; it is of the same layers. ``store`` then has all "
+        "entries of these (k = p), in any basis. By default its own mask.",
+        "Turn the rows, which have all entries of their layers, into the mask and basis of this store.",
+        kind="path", metavar="STORE")]
     storage: Annotated["Storage | None", Option(
         None, "Storage, optional", "Chunking and codec; default that of a new store, with the codec of this one.")]
 

@@ -159,12 +159,12 @@ class _Groups:
         earlier = values[:0] if before is None else before.ids()
         names, first, codes = np.unique(np.concatenate([earlier, values[live]]), return_index=True, return_inverse=True)
         appearance = np.argsort(first)  # earlier ids first, in their order, as they do not repeat
-        place = np.empty(len(names), np.int64)
-        place[appearance] = np.arange(len(names))
-        own = place[codes[len(earlier) :]]
+        index = np.empty(len(names), np.int64)
+        index[appearance] = np.arange(len(names))
+        groups = index[codes[len(earlier) :]]
         starts = np.zeros(len(names) + 1, np.int64)
-        np.cumsum(np.bincount(own, minlength=len(names)), out=starts[1:])
-        return cls(names[appearance], live[np.argsort(own, kind="stable")], starts)
+        np.cumsum(np.bincount(groups, minlength=len(names)), out=starts[1:])
+        return cls(names[appearance], live[np.argsort(groups, kind="stable")], starts)
 
     def rows(self, low: int, high: int) -> tuple[Numbers, Numbers]:
         """Return the rows of some averages in rising order, and which of these averages each belongs to."""
@@ -211,17 +211,17 @@ def _append(
 ) -> None:  # fmt: skip
     """Append averages ``part[0]`` to ``part[1]``, with their columns among those of all."""
     low, high = part
-    known = 0 if before is None else max(0, min(high, before.n) - low)  # averages that are continued
+    continued = 0 if before is None else max(0, min(high, before.n) - low)  # averages that are continued
     counts, added = np.zeros(high - low, np.int64), groups.counts(low, high)
     sums, losses = np.zeros((high - low, source.k)), np.zeros(high - low)
     dropped = np.zeros(high - low, bool)
-    if before is not None and known:
-        earlier = slice(low, low + known)
-        counts[:known] = before.read(f"columns/{COUNT}", earlier)
-        losses[:known] = counts[:known] * before.read("loss", earlier).astype(np.float64)
-        dropped[:known] = before.read("dropped", earlier)
+    if before is not None and continued:
+        earlier = slice(low, low + continued)
+        counts[:continued] = before.read(f"columns/{COUNT}", earlier)
+        losses[:continued] = counts[:continued] * before.read("loss", earlier).astype(np.float64)
+        dropped[:continued] = before.read("dropped", earlier)
         size = max(1, BLOCK_BYTES // (4 * source.k))
-        for first, last in pairwise([*range(low, low + known, size), low + known]):
+        for first, last in pairwise([*range(low, low + continued, size), low + continued]):
             inside = slice(first - low, last - low)
             np.multiply(before.rows(first, last), counts[inside, None], out=sums[inside])
     for codes, rows, values in _blocks(source, *groups.rows(low, high)):
@@ -230,8 +230,8 @@ def _append(
         np.add.at(losses, codes, values.astype(np.float64))
     total = counts + added
     sums /= total[:, None]
-    own = {name: values[low:high] for name, values in columns.items()} | {COUNT: total}
-    target.append(sums, loss=losses / total, ids=groups.ids[low:high], columns=own, dropped=dropped)
+    values_of = {name: values[low:high] for name, values in columns.items()} | {COUNT: total}
+    target.append(sums, loss=losses / total, ids=groups.ids[low:high], columns=values_of, dropped=dropped)
 
 
 def _blocks(source: GradientStore, numbers: Numbers, codes: Numbers) -> Iterator[tuple[Numbers, Any, Any]]:
@@ -244,12 +244,12 @@ def _blocks(source: GradientStore, numbers: Numbers, codes: Numbers) -> Iterator
 def _last_values(source: GradientStore, before: GradientStore | None, groups: _Groups, by: str) -> Columns:
     """Return the columns of all averages but their counts, (G,) each: the values of their last rows."""
     last = groups.last_rows()
-    new, found = np.flatnonzero(last >= 0), {}
+    new, columns = np.flatnonzero(last >= 0), {}
     for name, kind in _columns(source, by).items():
         if name == COUNT:
             continue
-        found[name] = np.empty(len(last), numpy_dtype(kind))
+        columns[name] = np.empty(len(last), numpy_dtype(kind))
         if before is not None:
-            found[name][: before.n] = before.column(name)
-        found[name][new] = source.column(name)[last[new]]
-    return found
+            columns[name][: before.n] = before.column(name)
+        columns[name][new] = source.column(name)[last[new]]
+    return columns

@@ -127,7 +127,7 @@ def _inherited(store: GradientStore, sources: list[str]) -> dict[str, Any]:
 
 
 def create_like(store: GradientStore, out: PathLike, sources: list[str], **changes: Any) -> GradientStore:
-    """Create an empty store with the settings of another, but for ``changes``: arguments of :meth:`create`.
+    """Create an empty store with the settings of another, but for ``changes``: arguments of :meth:`create`, ``mask``.
 
     ``attributes`` are added to those it has.
     """
@@ -141,7 +141,8 @@ def create_like(store: GradientStore, out: PathLike, sources: list[str], **chang
         "column_scale": store.column_scale,
     }
     attributes = _inherited(store, sources) | changes.pop("attributes", {})
-    return GradientStore.create(out, store.mask, attributes=attributes, **(settings | changes))
+    mask = changes.pop("mask", store.mask)
+    return GradientStore.create(out, mask, attributes=attributes, **(settings | changes))
 
 
 def _create_same(store: GradientStore, out: PathLike, sources: list[str], ids: str | None = None) -> GradientStore:

@@ -24,7 +24,8 @@ layers; every score is of minus the loss, and the table has the linear datamodel
 
 "passes" counts forward-backward passes over the rows beside those of the training, two for a basis (its factors, and Λ)
 and one for rows; "stored rows" is the bytes of what is kept of a row. Methods of stores are the library's own calls,
-:func:`ooc_influence.collect` in the same training, with a pilot at the first epoch's end.
+:func:`ooc_influence.collect` in the same training, with a pilot at the first epoch's end; or without one, of all
+entries, whose averages are turned into the basis of a pilot at the end (:func:`ooc_influence.rewrite_store`).
 
 Run: python tools/experiments/collected.py --data DIR [--truths finetuned-output] [--folder collected-output] [--only
 TEXT] [--quick]: the truths of finetuning.py are read from --truths, as far as they are finished there; that of MNIST is
@@ -146,7 +147,8 @@ class Study:
         torch.set_num_threads(1)
         self.subject, self.folder = subject, folder
         self.ends = subject.ends
-        self.last, self.half = len(self.ends) - 1, self.ends.index(max(1, subject.epochs // 2) - 1)
+        self.last = len(self.ends) - 1
+        self.half = min(range(len(self.ends)), key=lambda each: abs(self.ends[each] + 1 - subject.epochs / 2))
         self.credit = torch.from_numpy(self.subsets).float() - 0.5
         names = [name for name, each in subject.model().named_modules()
                  if type(each) is nn.Linear and ("layers" in name or subject.layers is None)]  # fmt: skip
@@ -194,6 +196,17 @@ class Study:
         model = self.subject.model()
         model.load_state_dict(self.training["weights"][snapshot])
         return model.eval()
+
+    def losses(self) -> str:
+        """Return the mean losses of rows and of queries at each snapshot."""
+        means = []
+        for number, end in enumerate(self.ends):
+            model = self.model(number)
+            with torch.no_grad():
+                each = [torch.cat([self.subject.loss(model, batch) for batch in self.subject.batches(part)]).mean()
+                        for part in ("rows", "queries")]  # fmt: skip
+            means.append(f"{each[0]:.3f}, {each[1]:.3f} after epoch {end + 1}")
+        return f"{self.subject.name}: losses of rows, of queries: {'; '.join(means)}"
 
     def at(self, snapshot: int) -> Tensor:
         """Return sums of gradients at a snapshot, (m, p)."""
@@ -360,13 +373,13 @@ def source(study: Study, kind: str) -> Swept:
     return Swept(np.stack(found), SCALES, SCALES.index(1.0), size, passes)
 
 
-def collected_store(study: Study, k: int | None) -> ooc.GradientStore:
-    """Return the averages that :func:`ooc_influence.collect` makes from the second epoch on; kept."""
-    path, subject = study.folder / f"collected-{k}", study.subject
+def collected_store(study: Study, mask: ooc.Dropout) -> ooc.GradientStore:
+    """Return the averages that :func:`ooc_influence.collect` makes: of all epochs, in a basis from the second on."""
+    subject, begin = study.subject, 0 if mask.basis is None else 1
+    path = study.folder / f"collected-{'entries' if mask.basis is None else mask.k}"
     if path.exists():
         return ooc.GradientStore.open(path)
-    print(f"{subject.name}: ooc.collect, {k} numbers", file=sys.stderr, flush=True)
-    mask = ooc.Dropout(k=study.layers.p if k is None else k, basis="kronecker")
+    print(f"{subject.name}: ooc.collect, {mask.k} numbers", file=sys.stderr, flush=True)
     with ExitStack() as stack:
         collectors: list[Any] = []
         last = 0
@@ -374,7 +387,7 @@ def collected_store(study: Study, k: int | None) -> ooc.GradientStore:
         @contextmanager
         def watch(model: nn.Module, optimizer: Any, rows: Tensor, epoch: int) -> Iterator[None]:
             nonlocal last
-            if epoch == 0:
+            if epoch < begin:
                 yield
                 return
             if not collectors:
@@ -392,18 +405,34 @@ def collected_store(study: Study, k: int | None) -> ooc.GradientStore:
     return ooc.GradientStore.open(path)
 
 
-def by_collect(study: Study, k: int | None, dtype: str, mean_query: bool) -> Swept:
-    """Return the scores of averages that :func:`ooc_influence.collect` makes, in the curvature of their basis."""
-    subject, train = study.subject, collected_store(study, k)
+def by_collect(study: Study, k: int | None, dtype: str, turned: bool = False, mean_query: bool = True) -> Swept:
+    """Return the scores of averages that :func:`ooc_influence.collect` makes, in the curvature of their basis.
+
+    The basis is that of the first epoch's end, or of the training's (``turned``): then all entries are collected.
+    """
+    subject = study.subject
+    entries = sum(weight.numel() for name, weight in subject.model().named_parameters()
+                  if "layers" in name or subject.layers is None)  # fmt: skip
+    mask = ooc.Dropout(k=k or (entries if turned else study.layers.p), basis="kronecker")
+    train = collected_store(study, ooc.Dropout(k=entries) if turned else mask)
+    snapshots = range(0 if turned else 1, len(study.ends)) if mean_query else [study.last]
     scores: Any = 0.0
-    snapshots = range(1, len(study.ends)) if mean_query else [study.last]
     with tempfile.TemporaryDirectory(dir=study.folder) as place:
-        rows = train if dtype == train.layout.encoding.name else ooc.rewrite_store(train, f"{place}/rows", dtype=dtype)
-        for number in snapshots:
-            query = ooc.extract_gradients(
-                study.model(number), subject.loss, subject.batches("queries"), f"{place}/query{number}", like=rows,
-                dtype="float32", check_model=False,
+
+        def queries_at(number: int, **how: Any) -> ooc.GradientStore:
+            return ooc.extract_gradients(
+                study.model(number), subject.loss, subject.batches("queries"), f"{place}/query{number}",
+                dtype="float32", check_model=False, **how,
             )  # fmt: skip
+
+        rows = train
+        if turned:
+            end = queries_at(study.last, compressor=mask, modules=subject.layers, pilot=subject.batches("rows"))
+            rows = ooc.rewrite_store(train, f"{place}/rows", dtype=dtype, like=end)
+        elif dtype != train.layout.encoding.name:
+            rows = ooc.rewrite_store(train, f"{place}/rows", dtype=dtype)
+        for number in snapshots:
+            query = queries_at(number, like=rows)
             found = ooc.influence_scores(query, rows, curvature="kronecker", damping=[*DAMPINGS]).compute()
             scores = scores + found / len(snapshots)
         order = rows.ids().astype(np.int64)
@@ -491,12 +520,13 @@ def methods(study: Study, quick: bool) -> dict[str, Callable[[], Swept]]:
     found[f"SOURCE, {len(study.segments)} segments, rows at snapshots"] = partial(source, kind="at")
     found[f"SOURCE, {len(study.segments)} segments, rows collected"] = partial(source, kind="plain")
     for k, dtype in itertools.product((64, 32) if quick else (65536, 16384, 4096), ("float16", "sign")):
-        found[f"ooc.collect, {k} numbers, {dtype}, queries averaged"] = partial(
-            by_collect, k=k, dtype=dtype, mean_query=True
-        )
-    found["ooc.collect, all numbers, float16, queries averaged"] = partial(
-        by_collect, k=None, dtype="float16", mean_query=True
-    )
+        found[f"ooc.collect, {k} numbers, {dtype}, queries averaged"] = partial(by_collect, k=k, dtype=dtype)
+    found["ooc.collect, all numbers, float16, queries averaged"] = partial(by_collect, k=None, dtype="float16")
+    for k, dtype in itertools.product((None, 64) if quick else (None, 65536, 16384), ("float16", "sign")):
+        name = f"ooc.collect, all entries, {k or 'all'} turned into the basis of the end, {dtype}"
+        found[f"{name}, queries averaged"] = partial(by_collect, k=k, dtype=dtype, turned=True)
+        if k is None and dtype == "float16":
+            found[f"{name}, queries at the end"] = partial(by_collect, k=k, dtype=dtype, turned=True, mean_query=False)
     if adam:  # of MNIST's fifty epochs, rows would take 33 GB
         k = 64 if quick else 65536
         found[f"ooc.collect, {k} numbers, float16, fit_trajectory"] = partial(by_trajectory, k=k)
@@ -598,6 +628,8 @@ def main() -> None:
             continue
         print(f"{len(runs.missing())} runs to do", file=sys.stderr)
         results = runs.finished() if options.table else runs.finish()
+        if not options.table:
+            print(study.losses(), file=sys.stderr)
         found += lines(subject, results, 4 if options.quick else MODELS)
         if options.clear:
             shutil.rmtree(study.folder)
