@@ -14,6 +14,7 @@ from test_kronecker import MODELS, extracted, full, rotated
 from ooc_influence import (
     Dropout,
     GradientStore,
+    Identity,
     KroneckerBasis,
     Storage,
     collect,
@@ -102,7 +103,7 @@ def test_rows_that_cannot_be_turned(tmp_path):
     p = entries(Mlp, tmp_path / "p")
     target, rows = extracted(Mlp, tmp_path / "e", SOME), extracted(Mlp, tmp_path / "r", Dropout(k=p))
     part = extracted(Mlp, tmp_path / "part", Dropout(k=p - 1))
-    with pytest.raises(InputError, match=rf"expected rows with all {p} entries .* with {p - 1}: .*Dropout\(k={p}\)"):
+    with pytest.raises(InputError, match=rf"expected rows with all {p} entries .* with {p - 1}: .*Identity\(\)"):
         rewrite_store(part, tmp_path / "x", like=target)
     other = extracted(Mlp, tmp_path / "o", SOME, modules="last")
     with pytest.raises(MismatchError, match=r"the layers of .*first"):
@@ -119,13 +120,12 @@ def test_rows_that_cannot_be_turned(tmp_path):
 def test_averages_of_a_training_are_asked_in_the_basis_of_its_end(tmp_path, run):  # noqa: F811
     """Collected without a pilot, turned by the command: EK-FAC's scores of the mean of each sample's gradients."""
     model, (x, y) = make(Mlp), data(Mlp, 24)
-    optimizer, k = torch.optim.SGD(model.parameters(), lr=0.1), entries(Mlp, tmp_path / "p")
+    optimizer, layers = torch.optim.SGD(model.parameters(), lr=0.1), extracted(Mlp, tmp_path / "p", SOME).mask.modules
     path, gradients = tmp_path / "rows.zarr", []
-    with collect(model, path, compressor=Dropout(k=k), average=True, dtype="float32") as collector:
+    with collect(model, path, compressor=Identity(), average=True, dtype="float32") as collector:
         for rows in torch.arange(24).split(8) * 2:
-            layers = [module.layer for module in GradientStore.open(tmp_path / "p").mask.modules]
             samples = [(x[row], y[row]) for row in rows.tolist()]
-            gradients.append(per_sample_gradients(model, sample_loss, samples, layers))
+            gradients.append(per_sample_gradients(model, sample_loss, samples, [each.layer for each in layers]))
             with collector.step(rows):
                 loss(model, (x[rows], y[rows])).mean().backward()
             optimizer.step()

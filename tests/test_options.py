@@ -126,7 +126,9 @@ def test_calls_get_every_option():
 @pytest.mark.parametrize(("command", "kind", "others"), [
     ("top", options.ListOptions, {}), ("score", options.PairOptions, {}), ("groups", options.ListOptions, {}),
     ("modules", options.PairOptions, {}), ("self-influence", options.SelfInfluenceOptions, {}),
-    ("fisher", options.FisherOptions, {}), ("reduce", options.ReduceOptions, {}), ("plan", options.PlanOptions, {}),
+    ("fisher", options.FisherOptions, {}), ("reduce", options.ReduceOptions, {}),
+    ("rewrite", options.RewriteOptions, {}), ("average", options.AverageOptions, {}),
+    ("trajectory", options.TrajectoryOptions, {}), ("plan", options.PlanOptions, {}),
     ("extract", options.HuggingFaceOptions, {}), ("init", options.ExtractionOptions, {}),
     ("report", options.ReportOptions, {"device": None}), ("check", options.CheckOptions, {}),
     ("verify-influence", options.VerifyOptions, {}), ("verify-influence", options.LoraOptions, {"task": None}),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import json
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from numpy.testing import assert_allclose, assert_array_equal
+from test_cli import run  # noqa: F401 - a fixture
 from torch import nn
 
 import ooc_influence as ooc
@@ -568,7 +570,7 @@ def test_an_interrupted_fit_resumes(tmp_path, monkeypatch):
 def test_it_continues_from_a_checkpoint(tmp_path):
     """Steps after the checkpoint are forgotten; effects are those of a training without an interruption."""
 
-    def run(path, model, optimizer, first, last, state=None):
+    def continued(path, model, optimizer, first, last, state=None):
         with ooc.collect(model, path, compressor=Identity(), dtype="float32", optimizer=optimizer) as collector:
             if state is not None:
                 collector.load_state_dict(state)
@@ -583,15 +585,15 @@ def test_it_continues_from_a_checkpoint(tmp_path):
         return saved if first == 0 else None
 
     model = make_linear()
-    run(tmp_path / "whole", model, make_optimizer("adamw", model), 0, STEPS)
+    continued(tmp_path / "whole", model, make_optimizer("adamw", model), 0, STEPS)
     model = make_linear()
-    saved = run(tmp_path / "s", model, make_optimizer("adamw", model), 0, 7)
+    saved = continued(tmp_path / "s", model, make_optimizer("adamw", model), 0, 7)
     model = make_linear()
     optimizer = make_optimizer("adamw", model)
     model.load_state_dict(saved[0])
     optimizer.load_state_dict(saved[1])
     assert saved[2]["records"] == 4
-    run(tmp_path / "s", model, optimizer, 4, STEPS, saved[2])
+    continued(tmp_path / "s", model, optimizer, 4, STEPS, saved[2])
     found, wanted = (ooc.fit_trajectory(tmp_path / name, dtype="float32") for name in ("s", "whole"))
     assert_array_equal(found.rows()[~found.dropped], wanted.rows())
     with (
@@ -707,3 +709,22 @@ def test_a_killed_training_has_each_step_once(tmp_path):
         effects = ooc.fit_trajectory(tmp_path / name / "s", dtype="float32")
         found.append(effects.rows()[~effects.dropped])
     assert_array_equal(*found)
+
+
+def test_the_commands(tmp_path, run):  # noqa: F811
+    """Effects and sums by them, and averages: those of the library."""
+    model = collected(tmp_path / "s.zarr", "adamw")
+    queries(model, tmp_path / "s.zarr", tmp_path / "q.zarr")
+    assert run("trajectory s.zarr --dtype float32")[0] == 0
+    code, out, error = run("groups q.zarr s.zarr --by example --curvature trajectory --json")
+    assert code == 0, error
+    expected = ooc.group_influence(tmp_path / "q.zarr", tmp_path / "s.zarr", by="example", curvature="trajectory")
+    assert_allclose(json.loads(out)["sums"], expected.sums, rtol=1e-5)
+    code, out, error = run("average s.zarr a.zarr --by example --dtype float32 --json")
+    assert code == 0, error
+    wanted = ooc.average_rows(tmp_path / "s.zarr", tmp_path / "wanted", dtype="float32")
+    assert json.loads(out)["rows"] == wanted.n
+    assert_array_equal(GradientStore.open(tmp_path / "a.zarr").rows(), wanted.rows())
+    code, _, error = run("trajectory a.zarr")
+    assert code == 2
+    assert "optimizer=the optimiser" in error

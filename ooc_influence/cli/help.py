@@ -55,12 +55,14 @@ VERIFICATION: Sections = {
 COMMANDS: Sections = {
     "From model to answer": ("trace", "demo"),
     "Gradients": ("extract", "init", "check", "plan"),
-    "Influence": ("fisher", "top", "score", "self-influence", "groups", "modules", "select", "verify-influence"),
+    "Influence": ("fisher", "trajectory", "top", "score", "self-influence", "groups", "modules", "select",
+                  "verify-influence"),
     "Pages": ("report", "serve"),
-    "Stores": ("info", "ids", "verify", "drop", "compact", "merge", "reduce", "sketch", "rewrite", "upgrade"),
+    "Stores": ("info", "ids", "verify", "drop", "compact", "merge", "reduce", "sketch", "rewrite", "average",
+               "upgrade"),
     "Other programs": ("export", "import"),
     "Clusters": ("cluster-script",),
-}
+}  # fmt: skip
 _MOST_USED, _OTHER = "Most used", "Other options"
 
 

@@ -44,11 +44,11 @@ def demo(out: str, rows: int | None, k: int, memory: str, as_json: bool) -> None
 
 
 ALL = (
-    trace.trace, demo, extraction.init, extraction.extract, scoring.fisher, scoring.score, lists.top,
-    scoring.self_influence_command, scoring.groups, lists.modules, selection.select, pages.report, pages.serve,
-    verification.verify_influence, extraction.check, extraction.plan, cluster.cluster_script,
+    trace.trace, demo, extraction.init, extraction.extract, scoring.fisher, scoring.trajectory, scoring.score,
+    lists.top, scoring.self_influence_command, scoring.groups, lists.modules, selection.select, pages.report,
+    pages.serve, verification.verify_influence, extraction.check, extraction.plan, cluster.cluster_script,
     stores.info, stores.verify, stores.ids, stores.drop, stores.compact, stores.merge, stores.reduce, stores.rewrite,
-    stores.sketch, stores.upgrade, interchange.export, interchange.import_command,
+    stores.average, stores.sketch, stores.upgrade, interchange.export, interchange.import_command,
 )  # fmt: skip
 
 
@@ -101,11 +101,14 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(1)
 
 
+_CONTINUED = "trace", "extract", "init", "demo", "reduce", "rewrite", "average", "trajectory", "sketch", "import"
+
+
 def _resuming(arguments: list[str]) -> str:
     """Return how to continue after an interruption."""
     command = next((name for name in arguments if name in cli.commands), "")
     again = "run the same command again, it continues"
-    if command in ("trace", "extract", "init", "demo", "reduce", "rewrite", "sketch", "import"):
+    if command in _CONTINUED:
         return f"what is committed stays; {again} where it was"
     if command == "fisher":
         return f"sums and passes saved so far stay; {again} from there"

@@ -10,7 +10,7 @@ import click
 from ooc_influence.cli import options, pairs
 from ooc_influence.cli.help import SCORING, SectionedCommand
 from ooc_influence.errors import InputError, writing
-from ooc_influence.options import FisherOptions, ListOptions, ScoreOptions, SelfInfluenceOptions
+from ooc_influence.options import FisherOptions, ListOptions, ScoreOptions, SelfInfluenceOptions, TrajectoryOptions
 
 
 def _parse_rows(_: click.Context, __: click.Parameter, value: str | None) -> slice | None:
@@ -42,6 +42,25 @@ def fisher(train: str, cache: str | None, cache_size: str, as_json: bool, **sett
     store = options.open_train(train, cache, cache_size)
     curvature = fit_curvature(store, progress=True, **settings)
     options.print_result(as_json, curvature.facts(), lambda: _told(curvature))
+
+
+@click.command()
+@click.argument("store", type=options.PATH)
+@options.flags(TrajectoryOptions)
+@options.codec
+@options.as_json
+def trajectory(store: str, codec: str | None, as_json: bool, **settings: Any) -> None:
+    """Write what each row of a training did to the final weights, for '--curvature trajectory'.
+
+    STORE has rows that were collected with the optimiser's steps (collect(optimizer=), hf.collect_callback). After an
+    interruption, the same command continues where it was.
+    """
+    from ooc_influence import Storage, fit_trajectory
+    from ooc_influence.report import describe, store_facts
+
+    storage = None if codec is None else Storage(codec=codec)
+    result = fit_trajectory(store, storage=storage, progress=True, **settings)
+    options.print_result(as_json, store_facts(result), lambda: describe(result))
 
 
 def _told(curvature: Any) -> str:

@@ -9,7 +9,7 @@ import click
 
 from ooc_influence.cli import options
 from ooc_influence.errors import InputError, counted
-from ooc_influence.options import ReduceOptions, RewriteOptions, SketchOptions
+from ooc_influence.options import AverageOptions, ReduceOptions, RewriteOptions, SketchOptions
 
 
 @click.command()
@@ -267,6 +267,28 @@ def rewrite(store: str, codec: str | None, cache: str | None, cache_size: str, a
     opened = options.open_train(store, cache, cache_size)
     storage = None if codec is None else Storage(codec=codec)
     result = rewrite_store(opened, storage=storage, progress=True, **settings)
+    options.print_result(as_json, store_facts(result), lambda: describe(result))
+
+
+@click.command()
+@click.argument("store", type=options.PATH)
+@click.argument("out", type=options.PATH)
+@click.option("--by", default="example", show_default=True, metavar="COLUMN",
+              help="Column of whole numbers or strings, for each value of which there is one average.")  # fmt: skip
+@click.option("--start", type=options.PATH, metavar="STORE", help="Averages of earlier rows, to be continued.")
+@options.flags(AverageOptions)
+@options.codec
+@options.as_json
+def average(store: str, out: str, codec: str | None, as_json: bool, **settings: Any) -> None:
+    """Write the averages of the rows of STORE to OUT: one row for each example that a training collected.
+
+    After an interruption, the same command continues where it was.
+    """
+    from ooc_influence import Storage, average_rows
+    from ooc_influence.report import describe, store_facts
+
+    storage = None if codec is None else Storage(codec=codec)
+    result = average_rows(store, out, storage=storage, progress=True, **settings)
     options.print_result(as_json, store_facts(result), lambda: describe(result))
 
 

@@ -102,7 +102,7 @@ class ChangeOfBasis:
         if source.mask.k < source.mask.p:
             raise InputError(
                 f"expected rows with all {source.mask.p} entries of their layers, since a change of basis needs each "
-                f"of them; received {source.path} with {source.mask.k}: make it with Dropout(k={source.mask.p})"
+                f"of them; received {source.path} with {source.mask.k}: make it with Identity()"
             )
         self._layers = [_Layer.of(*pair) for pair in zip(source.mask.modules, target.mask.modules, strict=True)]
         self.k = target.mask.k

@@ -76,7 +76,7 @@ def rewrite_store(store: GradientStore | PathLike, out: PathLike, **options: Unp
     source, path = as_store(store), parse_path(out)
     check_second_moments(source)
     check_finished(source)
-    new = _New.of(source, **options)
+    new = _New.of(source, parse_representation(options["dtype"]), options["like"])
     target = new.open(path, options["storage"])
     copy_tombstones(source, target)
     step = max(1, _BLOCK_BYTES // (4 * max(source.k, target.k)))
@@ -119,9 +119,8 @@ class _New:
     kept: KeptNorms
 
     @classmethod
-    def of(cls, source: GradientStore, **options: Unpack[RewriteOptions]) -> Self:
-        dtype = parse_representation(options["dtype"])
-        reference = source if options["like"] is None else as_store(options["like"])
+    def of(cls, source: GradientStore, dtype: Representation, like: GradientStore | PathLike | None) -> Self:
+        reference = source if like is None else as_store(like)
         kept = KeptNorms.of(dtype, reference.mask, reference.attrs, reduced=source.is_reduced)
         return cls(source, reference, dtype, None if reference is source else ChangeOfBasis(source, reference), kept)
 

@@ -107,14 +107,20 @@ class TrajectoryOptions(Reporting, total=False):
         None, '{"diagonal", "kronecker"}, optional',
         "Let the gradients of later steps follow the weights, by a curvature of the mean loss that is diagonal in the "
         "rows' entries: the mean square of the rows' entries, or Λ of their Kronecker basis. Default: later gradients "
-        "are held.")]
+        "are held.",
+        "Let gradients of later steps follow the weights, by the mean squares of the rows' entries or the Λ of their "
+        "Kronecker basis. Default: they are held.", choices=get_args(Between))]
     dtype: Annotated[str, Option(
-        "float16", '{"float16", "bfloat16", "float32"}', "Representation of the effects on disk.")]
+        "float16", '{"float16", "bfloat16", "float32"}', "Representation of the effects on disk.",
+        "Representation of the effects.", choices=("float16", "bfloat16", "float32"))]
     storage: Annotated["Storage | None", Option(
         None, "Storage, optional", "Chunking and codec; default that of a new store, with the codec of this one.")]
     out: Annotated["PathLike | None", Option(
         None, "path, optional",
-        "Write the effects there instead of to the folder ``trajectory`` of the store; scores take this path.")]
+        "Write the effects there instead of to the folder ``trajectory`` of the store; scores take this path.",
+        "Write the effects there instead of into the store; --curvature takes this path.", kind="path",
+        metavar="PATH")]
     refit: Annotated[bool, Option(
-        False, "bool", "Write them again although they are there; by default these are returned.")]
+        False, "bool", "Write them again although they are there; by default these are returned.",
+        "Write them again although they are there.")]
 # fmt: on

@@ -40,7 +40,8 @@ class AverageOptions(Reporting, total=False):
     """What averaging rows takes."""
 
     dtype: Annotated[str | None, Option(
-        None, DTYPE_NAMES + ", optional", "Representation of the averages, not ``sign``; default that of the rows.")]
+        None, DTYPE_NAMES + ", optional", "Representation of the averages, not ``sign``; default that of the rows.",
+        "Representation of the averages, not sign. Default: that of the rows.", choices=DTYPES)]
     storage: Annotated["Storage | None", Option(
         None, "Storage, optional", "Chunking and codec; default that of a new store, with the codec of this one.")]
 
