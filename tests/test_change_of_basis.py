@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -24,6 +26,7 @@ from ooc_influence import (
     rewrite_store,
 )
 from ooc_influence.errors import InputError, MismatchError
+from ooc_influence.store import Mask
 
 SOME = Dropout(k=50, basis=KroneckerBasis(samples=16))
 
@@ -114,6 +117,12 @@ def test_rows_that_cannot_be_turned(tmp_path):
     for source, like in ((rows, reduced), (reduced, target)):
         with pytest.raises(InputError, match="whose rows are reduced"):
             rewrite_store(source, tmp_path / "x", like=like)
+    modules = rows.mask.modules
+    zeros = replace(modules[0], weight=np.where(modules[0].rows == 1, 0, modules[0].weight).astype(np.float32))
+    with GradientStore.create(tmp_path / "z", Mask((zeros, *modules[1:])), dtype="float32") as zeroed:
+        zeroed.append(rows.rows(), loss=np.zeros(24))
+    with pytest.raises(InputError, match=r"multiplies some by zero: .* metric="):
+        rewrite_store(tmp_path / "z", tmp_path / "x", like=target)
     assert not (tmp_path / "x").exists()
 
 

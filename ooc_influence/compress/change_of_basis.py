@@ -86,7 +86,7 @@ class ChangeOfBasis:
     Raises
     ------
     InputError
-        If rows are reduced, or the source's do not have all entries.
+        If rows are reduced, or the source's do not have all entries, or some of them times zero.
     MismatchError
         If the stores are of other layers.
     """
@@ -104,8 +104,12 @@ class ChangeOfBasis:
                 f"expected rows with all {source.mask.p} entries of their layers, since a change of basis needs each "
                 f"of them; received {source.path} with {source.mask.k}: make it with Identity()"
             )
+        if not all(module.weight.all() for module in source.mask.modules):
+            raise InputError(
+                f"expected rows with all entries; received {source.path}, whose mask multiplies some by zero: make it "
+                "without metric="
+            )
         self._layers = [_Layer.of(*pair) for pair in zip(source.mask.modules, target.mask.modules, strict=True)]
-        self.k = target.mask.k
 
     def __call__(self, rows: Floats) -> Floats:
         """Return rows under the other mask.

@@ -130,6 +130,12 @@ class _New:
         like = {} if self.turn is None else {"like": self.reference.mask.digest}
         return {"source": self.source.identity, **like}
 
+    @property
+    def _inherited(self) -> dict[str, Any]:
+        """Attributes of the mask, where it is not the source's."""
+        names = () if self.turn is None else ("compressor", "covered", "metric")
+        return {name: self.reference.attrs.get(name) for name in names}
+
     def open(self, path: StorePath, storage: Storage | None) -> GradientStore:
         """Open the store of an earlier run, or make an empty one."""
         source, reference = self.source, self.reference
@@ -142,7 +148,7 @@ class _New:
                 storage=storage or Storage(codec=source.layout.codec), planned_rows=source.n,
                 column_scale=storage_scale(self.dtype, reference.mask, source.reduction, reference.attrs),
                 columns=source.layout.columns | dict.fromkeys(self.kept.weights, "float64"),
-                attributes={"rewritten": self.record, "compressor": reference.attrs.get("compressor")},
+                attributes={"rewritten": self.record, **self._inherited},
             )  # fmt: skip
         expected = {"rewriting": target.attrs.get("rewritten"), "dtype": target.layout.dtype}
         received = {"rewriting": self.record, "dtype": self.dtype}
