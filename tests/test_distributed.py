@@ -62,7 +62,7 @@ def wait_for_two_workers(client, without=()):
     """Until two workers answer, none of them a process in `without`: a killed worker is counted for a moment yet."""
     end = time.monotonic() + 60
     while time.monotonic() < end:
-        client.wait_for_workers(2, timeout=60)
+        client.wait_for_workers(2, timeout=180)
         answers = client.run(os.getpid, on_error="return").values()
         if len(answers) == 2 and all(isinstance(pid, int) and pid not in without for pid in answers):
             return

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_info
 
-from ooc_influence import fit_fisher, influence_scores, parallel
+from ooc_influence import fit_fisher, influence_scores, parallel, process
 from ooc_influence.influence import scores
 from ooc_influence.linalg import Team, backend
 from ooc_influence.process import limit_blas
@@ -29,6 +29,8 @@ def test_lazy_scores_use_the_cores_once(pair, monkeypatch, tasks, told, expected
     wanted = lazy.compute(scheduler="synchronous")
     monkeypatch.setattr("ooc_influence.memory.BLOCK_BYTES", 64 * 4 * train.k)
     monkeypatch.setattr(parallel, "cores", lambda: 4)
+    libraries = process._libraries  # but for those with a limit a thread: that of a new one is the environment's
+    monkeypatch.setattr(process, "_libraries", lambda *, of_threads: [] if of_threads else libraries(of_threads=False))
     lazy = influence_scores(query, train)
     assert lazy.numblocks[-1] == 8
     found, gate, plain = [], threading.Barrier(tasks, timeout=30), scores.score_tiles
