@@ -52,17 +52,19 @@ HERE = str(Path(__file__).parent)
 
 @pytest.fixture(scope="module")
 def cluster():
-    started = distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None)
-    yield started
-    with contextlib.suppress(KeyError):  # of its own record of workers, which lacks one killed as soon as it came
-        started.close()
+    # a worker that was killed is given up after this time if it is away then, though it came back and was killed again
+    with dask.config.set({"distributed.deploy.lost-worker-timeout": "1h"}):
+        started = distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None)
+        yield started
+        with contextlib.suppress(KeyError):  # of its own record of workers, which lacks one killed as soon as it came
+            started.close()
 
 
 def wait_for_two_workers(client, without=()):
     """Until two workers answer, none of them a process in `without`: a killed worker is counted for a moment yet."""
     end = time.monotonic() + 60
     while time.monotonic() < end:
-        client.wait_for_workers(2, timeout=180)
+        client.wait_for_workers(2, timeout=60)
         answers = client.run(os.getpid, on_error="return").values()
         if len(answers) == 2 and all(isinstance(pid, int) and pid not in without for pid in answers):
             return

@@ -110,7 +110,7 @@ def stores(tmp_path_factory):
         ("scores", "wide", 1, 0),
         ("scores", "narrow", 2, 0),
         ("top", "wide", 1, 10),
-        ("top", "tied", 1, 10),
+        pytest.param("top", "tied", 1, 10, marks=pytest.mark.slow),
         pytest.param("top", "tied", 2, 10, marks=pytest.mark.slow),
         pytest.param("top", "narrow", 1, 20_000, marks=pytest.mark.slow),
         ("reduce", "_by_fisher", 1, 200),

@@ -259,6 +259,8 @@ def reduce(wide: str, codec: str | None, cache: str | None, cache_size: str, as_
 def rewrite(store: str, codec: str | None, cache: str | None, cache_size: str, as_json: bool, **settings: Any) -> None:
     """Write the rows of STORE in another representation to OUT: as signs, by default.
 
+    With --like, rows of all entries are turned into the mask and Kronecker basis of another store.
+
     After an interruption, the same command continues where it was.
     """
     from ooc_influence import Storage, rewrite_store
