@@ -23,6 +23,7 @@ from ooc_influence import (
     extract_gradients,
     influence_scores,
     reduce_store,
+    rerank,
     rewrite_store,
 )
 from ooc_influence.errors import InputError, MismatchError
@@ -74,6 +75,19 @@ def test_signs_are_of_the_turned_rows(tmp_path):
         assert_allclose(signs.column(name), of_expected.column(name), rtol=1e-4)
     same = np.sign(signs.rows()) == np.sign(of_expected.rows())
     assert same.mean() > 0.999
+
+
+def test_turned_rows_are_ranked_again(tmp_path):
+    """With exact scores, in the whole of the basis that they were turned into."""
+    x, y = data(Mlp, 24)
+    rows, target = extracted(Mlp, tmp_path / "r", Identity()), extracted(Mlp, tmp_path / "e", SOME)
+    turned = rewrite_store(rows, tmp_path / "t", like=target, dtype="float32")
+    both = batches(x, y, 8), batches(x, y, 8)
+    found, expected = (
+        rerank(target, train, make(Mlp), loss, both, candidates=9, top=4).proponents for train in (turned, target)
+    )
+    assert_array_equal(found.rows, expected.rows)
+    assert_allclose(found.scores, expected.scores, rtol=1e-5)
 
 
 def test_turning_resumes(tmp_path, monkeypatch):
@@ -153,3 +167,6 @@ def test_averages_of_a_training_are_asked_in_the_basis_of_its_end(tmp_path, run)
         first, columns = first + size, columns + count
     scores = influence_scores(queries, tmp_path / "turned.zarr", curvature="kronecker", damping=0.1).compute()
     assert_allclose(scores, expected, atol=1e-4 * np.abs(expected).max())
+    samples = batches(x[:5], y[:5], 5), batches(x, y, 8)
+    with pytest.raises(MismatchError, match="losses"):  # those of averages are of the whole training
+        rerank(queries, tmp_path / "turned.zarr", model, loss, samples, candidates=5, top=3)
