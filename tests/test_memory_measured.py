@@ -137,7 +137,8 @@ def test_eigenvectors_on_disk_stay_there(tmp_path):
     held = sum(file.stat().st_size for file in vectors.iterdir())
     found = measure("gram-top", write(tmp_path / "query.zarr", 30, 16_384), train)
     assert found["peak"] <= found["projected"]
-    assert found["projected"] < held + 2**28 - 2**26
+    assert found["peak"] < held  # measured: less than the vectors alone
+    assert found["projected"] < held + 2**28  # with them it would be larger by as much as they are
 
 
 @pytest.mark.slow
