@@ -46,7 +46,7 @@ def rewrite_store(store: GradientStore | PathLike, out: PathLike, **options: Unp
     store : GradientStore or path
         (n, k), finished, of any representation but signs.
     out : path
-        The store to make, (n, k).
+        The store to make, (n, k), with the k of ``like`` where it is given.
     **options : RewriteOptions
         See :mod:`ooc_influence.options`.
 
