@@ -54,6 +54,19 @@ def own_cache(tmp_path_factory):
         yield
 
 
+def interrupt_third_append(monkeypatch):
+    """Let the third append from now on be interrupted, and those after it be as ever."""
+    append, calls = GradientStore.append, []
+
+    def interrupted(self, *args, **values):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        append(self, *args, **values)
+
+    monkeypatch.setattr(GradientStore, "append", interrupted)
+
+
 def pytest_configure(config):
     hear_interrupts()
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import interrupt_third_append
 from models import Mlp, batches, data, loss, make, sample_loss
 from numpy.testing import assert_allclose, assert_array_equal
 from oracle import per_sample_gradients
@@ -93,21 +94,12 @@ def test_turned_rows_are_ranked_again(tmp_path):
 def test_turning_resumes(tmp_path, monkeypatch):
     rows = extracted(Mlp, tmp_path / "r", Dropout(k=entries(Mlp, tmp_path / "p")))
     expected = extracted(Mlp, tmp_path / "e", SOME)
-    append, calls = GradientStore.append, []
-
-    def interrupted(self, *args, **values):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        append(self, *args, **values)
-
     monkeypatch.setattr("ooc_influence.compress.representation._BLOCK_BYTES", 4 * 4 * rows.k)
-    monkeypatch.setattr(GradientStore, "append", interrupted)
+    interrupt_third_append(monkeypatch)
     how = {"like": expected, "dtype": "float32", "storage": Storage(4, 1)}
     with pytest.raises(KeyboardInterrupt):
         rewrite_store(rows, tmp_path / "t", **how)
     assert GradientStore.open(tmp_path / "t").n == 8
-    monkeypatch.setattr(GradientStore, "append", append)
     assert_allclose(rewrite_store(rows, tmp_path / "t", **how).rows(), expected.rows(), atol=1e-5)
     other = extracted(Mlp, tmp_path / "o", Dropout(k=50, seed=1, basis=KroneckerBasis(samples=16)))
     with pytest.raises(MismatchError, match="rewrite to another path"):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import random_rows, roomy, whole_mask, write_store
+from conftest import interrupt_third_append, random_rows, roomy, whole_mask, write_store
 from models import Mlp, batches, data, loss, make
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy.linalg import hadamard
@@ -285,19 +285,10 @@ def test_rewritten_rows_are_those_that_extraction_writes(tmp_path, monkeypatch):
     with GradientStore.open(numbers.path, "a") as store:
         store.drop([7, 30])
     numbers = GradientStore.open(numbers.path)
-    append, calls = GradientStore.append, []
-
-    def interrupted(self, *args, **values):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        append(self, *args, **values)
-
     monkeypatch.setattr("ooc_influence.compress.representation._BLOCK_BYTES", 8 * 4 * numbers.k)
-    monkeypatch.setattr(GradientStore, "append", interrupted)
+    interrupt_third_append(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         rewrite_store(numbers, tmp_path / "r", storage=how["storage"])
-    monkeypatch.setattr(GradientStore, "append", append)
     written = rewrite_store(numbers, tmp_path / "r", storage=how["storage"])
     assert_array_equal(written.raw_rows(0, 40), signs.raw_rows(0, 40))
     for name in signs.layout.row_arrays:

@@ -85,17 +85,15 @@ def import_command(file: str, store: str, codec: str | None, as_json: bool, **se
 
     After an interruption, the same command continues where it was; after rows were added to FILE, it adds them.
     """
-    from ooc_influence import Storage, import_rows
-    from ooc_influence.report import describe, store_facts
+    from ooc_influence import import_rows
 
     if not file.lower().endswith(".parquet"):
         settings |= {name: _read_values(name, settings[name]) for name in ("ids", "loss")}
         settings["columns"] = _read_columns(settings["columns"])
     elif settings["columns"] is not None:
         settings["columns"] = settings["columns"].split(",")
-    storage = None if codec is None else Storage(codec=codec)
-    result = import_rows(file, store, storage=storage, progress=True, **settings)
-    options.print_result(as_json, store_facts(result), lambda: describe(result))
+    result = import_rows(file, store, storage=options.chunking(codec), progress=True, **settings)
+    options.print_store(as_json, result)
 
 
 def _read_values(name: str, path: str | None) -> Any:

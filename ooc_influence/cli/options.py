@@ -202,6 +202,20 @@ def print_result(json_wanted: bool, result: Mapping[str, Any], text: Callable[[]
     click.echo(json.dumps(result, default=str) if json_wanted else text())
 
 
+def print_store(json_wanted: bool, store: Any) -> None:
+    """Print what is in a store that was written."""
+    from ooc_influence.report import describe, store_facts
+
+    print_result(json_wanted, store_facts(store), lambda: describe(store))
+
+
+def chunking(codec: str | None) -> Any:
+    """Return chunks with the codec that was asked for; None where none was."""
+    from ooc_influence import Storage
+
+    return None if codec is None else Storage(codec=codec)
+
+
 def given(names: Iterable[str]) -> list[str]:
     """Return which options are on the command line."""
     source = click.get_current_context().get_parameter_source

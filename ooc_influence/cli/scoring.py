@@ -55,12 +55,10 @@ def trajectory(store: str, codec: str | None, as_json: bool, **settings: Any) ->
     STORE has rows that were collected with the optimiser's steps (collect(optimizer=), hf.collect_callback). After an
     interruption, the same command continues where it was.
     """
-    from ooc_influence import Storage, fit_trajectory
-    from ooc_influence.report import describe, store_facts
+    from ooc_influence import fit_trajectory
 
-    storage = None if codec is None else Storage(codec=codec)
-    result = fit_trajectory(store, storage=storage, progress=True, **settings)
-    options.print_result(as_json, store_facts(result), lambda: describe(result))
+    result = fit_trajectory(store, storage=options.chunking(codec), progress=True, **settings)
+    options.print_store(as_json, result)
 
 
 def _told(curvature: Any) -> str:

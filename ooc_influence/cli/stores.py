@@ -243,11 +243,10 @@ def reduce(wide: str, codec: str | None, cache: str | None, cache_size: str, as_
     After an interruption, the same command continues where it was, with the same basis.
     """
     from ooc_influence import Storage, reduce_store
-    from ooc_influence.report import describe, store_facts
 
     opened = options.open_train(wide, cache, cache_size)
     result = reduce_store(opened, storage=Storage(codec=codec), progress=True, **settings)
-    options.print_result(as_json, store_facts(result), lambda: describe(result))
+    options.print_store(as_json, result)
 
 
 @click.command()
@@ -263,13 +262,11 @@ def rewrite(store: str, codec: str | None, cache: str | None, cache_size: str, a
 
     After an interruption, the same command continues where it was.
     """
-    from ooc_influence import Storage, rewrite_store
-    from ooc_influence.report import describe, store_facts
+    from ooc_influence import rewrite_store
 
     opened = options.open_train(store, cache, cache_size)
-    storage = None if codec is None else Storage(codec=codec)
-    result = rewrite_store(opened, storage=storage, progress=True, **settings)
-    options.print_result(as_json, store_facts(result), lambda: describe(result))
+    result = rewrite_store(opened, storage=options.chunking(codec), progress=True, **settings)
+    options.print_store(as_json, result)
 
 
 @click.command()
@@ -286,12 +283,10 @@ def average(store: str, out: str, codec: str | None, as_json: bool, **settings: 
 
     After an interruption, the same command continues where it was.
     """
-    from ooc_influence import Storage, average_rows
-    from ooc_influence.report import describe, store_facts
+    from ooc_influence import average_rows
 
-    storage = None if codec is None else Storage(codec=codec)
-    result = average_rows(store, out, storage=storage, progress=True, **settings)
-    options.print_result(as_json, store_facts(result), lambda: describe(result))
+    result = average_rows(store, out, storage=options.chunking(codec), progress=True, **settings)
+    options.print_store(as_json, result)
 
 
 @click.command()
@@ -307,11 +302,10 @@ def sketch(train: str, out: str | None, cache: str | None, cache_size: str, as_j
     it was; after rows were added to TRAIN, it adds them.
     """
     from ooc_influence import sketch_store
-    from ooc_influence.report import describe, store_facts
 
     opened = options.open_train(train, cache, cache_size)
     result = sketch_store(opened, out, progress=True, **settings)
-    options.print_result(as_json, store_facts(result), lambda: describe(result))
+    options.print_store(as_json, result)
 
 
 def _flat(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

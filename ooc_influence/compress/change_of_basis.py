@@ -132,5 +132,4 @@ class ChangeOfBasis:
 
 
 def _layers(store: GradientStore) -> dict[str, str]:
-    layers = (module.layer for module in store.mask.modules)
-    return {layer.name: f"{layer.kind} {layer.shape} {'with' if layer.bias else 'without'} bias" for layer in layers}
+    return {module.layer.name: repr(module.layer) for module in store.mask.modules}

@@ -3,13 +3,13 @@
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from ooc_influence.options.option import Option
-from ooc_influence.options.shared import Reporting, Striped
+from ooc_influence.options.shared import Derived, Striped
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from ooc_influence.curvature import Curvature
-    from ooc_influence.store import PathLike, Storage
+    from ooc_influence.store import PathLike
 
 Weighting = Literal["ggn", "trak"]
 Blocks = Literal["module", "diagonal"]
@@ -100,7 +100,7 @@ class FisherOptions(FittingOptions, total=False):
         metavar="R")]
 
 
-class TrajectoryOptions(Reporting, total=False):
+class TrajectoryOptions(Derived, total=False):
     """What the effects of a training's rows on the final weights take."""
 
     between: Annotated[Between | None, Option(
@@ -113,8 +113,6 @@ class TrajectoryOptions(Reporting, total=False):
     dtype: Annotated[str, Option(
         "float16", '{"float16", "bfloat16", "float32"}', "Representation of the effects on disk.",
         "Representation of the effects.", choices=("float16", "bfloat16", "float32"))]
-    storage: Annotated["Storage | None", Option(
-        None, "Storage, optional", "Chunking and codec; default that of a new store, with the codec of this one.")]
     out: Annotated["PathLike | None", Option(
         None, "path, optional",
         "Write the effects there instead of to the folder ``trajectory`` of the store; scores take this path.",

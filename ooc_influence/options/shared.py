@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, TypedDict
 from ooc_influence.options.option import Option
 
 if TYPE_CHECKING:
-    from ooc_influence.store import PathLike
+    from ooc_influence.store import PathLike, Storage
 
 DTYPES = ("float16", "bfloat16", "float32", "int8", "int8-linear", "int4", "sign")
 DTYPE_NAMES = "{" + ", ".join(f'"{name}"' for name in DTYPES) + "}"
@@ -16,6 +16,13 @@ class Reporting(TypedDict, total=False):
     """What every long call takes."""
 
     progress: Annotated[bool | None, Option(None, "bool, optional", "Show a progress line; silent by default.")]
+
+
+class Derived(Reporting, total=False):
+    """What writing a store from the rows of another takes."""
+
+    storage: Annotated["Storage | None", Option(
+        None, "Storage, optional", "Chunking and codec; default that of a new store, with the codec of this one.")]
 
 
 class Budgeted(TypedDict, total=False):

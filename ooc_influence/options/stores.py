@@ -7,7 +7,7 @@ from ooc_influence.options.extraction import Writing
 from ooc_influence.options.fitting import Weighting
 from ooc_influence.options.option import Option
 from ooc_influence.options.scoring import Damped, Normalize
-from ooc_influence.options.shared import DTYPE_NAMES, DTYPES, Budgeted, Reporting, Striped
+from ooc_influence.options.shared import DTYPE_NAMES, DTYPES, Budgeted, Derived, Reporting, Striped
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -20,7 +20,7 @@ IndexKind = Literal["flat", "ivf"]
 
 
 # fmt: off
-class RewriteOptions(Reporting, total=False):
+class RewriteOptions(Derived, total=False):
     """What writing rows in another representation takes."""
 
     dtype: Annotated[str, Option(
@@ -32,18 +32,14 @@ class RewriteOptions(Reporting, total=False):
         "entries of these (k = p), in any basis. By default its own mask.",
         "Turn the rows, which have all entries of their layers, into the mask and basis of this store.",
         kind="path", metavar="STORE")]
-    storage: Annotated["Storage | None", Option(
-        None, "Storage, optional", "Chunking and codec; default that of a new store, with the codec of this one.")]
 
 
-class AverageOptions(Reporting, total=False):
+class AverageOptions(Derived, total=False):
     """What averaging rows takes."""
 
     dtype: Annotated[str | None, Option(
         None, DTYPE_NAMES + ", optional", "Representation of the averages, not ``sign``; default that of the rows.",
         "Representation of the averages, not sign. Default: that of the rows.", choices=DTYPES)]
-    storage: Annotated["Storage | None", Option(
-        None, "Storage, optional", "Chunking and codec; default that of a new store, with the codec of this one.")]
 
 
 class ReduceOptions(Striped, total=False):
