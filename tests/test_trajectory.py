@@ -21,6 +21,7 @@ from torch import nn
 
 import ooc_influence as ooc
 from ooc_influence import Dropout, GradientStore, Identity
+from ooc_influence.curvature.segments import Segments, fit_segments
 from ooc_influence.errors import InputError, MismatchError, OocInfluenceError, StaleCurvatureError, StoreDamagedError
 from ooc_influence.report.facts import curvature_states
 from ooc_influence.store import StepLog
@@ -144,7 +145,8 @@ def test_gradients_that_follow_the_weights(tmp_path, name, monkeypatch):
     store = GradientStore.open(tmp_path / "s")
     hessian = np.concatenate([np.full(len(m.rows), 0.6 * (m.layer.name == "0")) for m in store.mask.modules])
     expected = finite_differences(name, batch, bend=True)
-    monkeypatch.setattr(trajectory, "_curvature_between", lambda _, between: None if between is None else hessian)
+    segments = Segments(np.zeros(1, np.int64), hessian[None])
+    monkeypatch.setattr(trajectory, "fit_segments", lambda _, __, between, ___: between and segments)
     errors = []
     for between in (None, "diagonal"):
         ooc.fit_trajectory(store, dtype="float32", between=between)
@@ -401,20 +403,62 @@ def test_adam_at_one_rate_for_a_layer(tmp_path):
         ooc.collect(model, tmp_path / "t", compressor=Identity(), optimizer=optimizer, optimizer_metric="model")
 
 
-def test_the_diagonal_is_that_of_the_rows(tmp_path):
-    from ooc_influence.curvature.trajectory import _curvature_between
-
-    collected(tmp_path / "s", "adamw", compressor=Dropout(k=20))
+@pytest.mark.parametrize("segments", [1, 2, 4])
+def test_the_diagonal_is_that_of_the_rows(tmp_path, segments):
+    """Of each segment's live rows, whatever blocks they are read in."""
+    collected(tmp_path / "s", "adamw", compressor=Dropout(k=20), every=1)
     store = GradientStore.open(tmp_path / "s", "a")
     store.drop([3])
     weights = np.concatenate([module.weight for module in store.mask.modules])
     assert weights.min() > 1  # √(p/k)
-    live = np.delete(store.rows().astype(np.float64), 3, 0) / weights
-    assert_allclose(_curvature_between(store, "diagonal"), np.square(live).mean(0), rtol=1e-5)
+    live, steps = np.delete(store.rows().astype(np.float64), 3, 0) / weights, np.delete(store.column("step"), 3)
+    found = fit_segments(store, np.arange(STEPS), "diagonal", segments)
+    parts_of = np.array_split(np.arange(STEPS), segments)
+    assert found.first.tolist() == [part[0] for part in parts_of]
+    for part in parts_of:
+        expected = np.square(live[np.isin(steps, part)]).mean(0)
+        assert all(np.allclose(found.at(step), expected, rtol=1e-5) for step in part)
+
+
+def test_curvatures_that_there_are_not(tmp_path):
+    collected(tmp_path / "s", "adamw", compressor=Dropout(k=20), every=4)  # rows of steps 0, 4 and 8
+    store = GradientStore.open(tmp_path / "s")
     with pytest.raises(InputError, match="between 'diagonal'"):
         ooc.fit_trajectory(store, between="full")
     with pytest.raises(InputError, match="Kronecker basis"):
         ooc.fit_trajectory(store, between="kronecker")
+    for between in (None, "kronecker"):
+        with pytest.raises(InputError, match="between='diagonal' for segments=2"):
+            ooc.fit_trajectory(store, between=between, segments=2)
+    for segments in (0, STEPS + 1):
+        with pytest.raises(InputError, match="segments from 1 to 9"):
+            ooc.fit_trajectory(store, between="diagonal", segments=segments)
+    with pytest.raises(InputError, match="received none from step 1 on"):
+        ooc.fit_trajectory(store, between="diagonal", segments=STEPS)
+
+
+def test_segments_are_damped_apart(tmp_path):
+    """SGD with a curvature h of each segment: rows of a step times η Π (1 - η h) over the steps after it."""
+    rate, b, data = 0.05, 8, network_data(64)
+    model = make_network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+    with ooc.collect(
+        model, tmp_path / "s", network_losses, compressor=Dropout(k=60, basis="kronecker"), dtype="float32",
+        optimizer=optimizer, pilot=[data],
+    ) as collector:  # fmt: skip
+        train_network(model, optimizer, 6, collector)
+    store = GradientStore.open(tmp_path / "s")
+    rows = store.rows().astype(np.float64)
+    weights = np.concatenate([module.weight for module in store.mask.modules])
+    h = [np.square(rows[part] / weights).mean(0) for part in (slice(24), slice(24, 48))]
+    expected, after = np.empty_like(rows), np.ones(store.k)
+    for step in reversed(range(6)):
+        expected[step * b : step * b + b] = rows[step * b : step * b + b] * rate / b * after
+        after *= 1 - np.minimum(rate * h[step // 3], 1)
+    effects = ooc.fit_trajectory(store, between="diagonal", segments=2, dtype="float32").rows()
+    assert_allclose(effects, expected, rtol=1e-4, atol=1e-9)
+    together = ooc.fit_trajectory(store, between="diagonal", dtype="float32").rows()
+    assert np.abs(together - expected).max() > 1e-3 * np.abs(expected).max()
 
 
 def test_moments_of_every_few_steps(tmp_path):

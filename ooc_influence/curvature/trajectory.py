@@ -3,8 +3,8 @@
 A sample's weight in the batch of step s changes the optimiser's gradient, and through its state all later steps. The
 derivative of the final weights is carried backwards through the recorded steps, entry by entry, as the chain rule says
 (:mod:`.unrolled`); first-order, with the gradients of later steps held, it is what TracIn (arXiv 2002.08484) sums for
-SGD, and arXiv 2605.18814 for AdamW. With ``between``, later gradients follow the weights by a diagonal curvature, as in
-SOURCE (arXiv 2405.12186), which averages over segments of a training where this goes step by step.
+SGD, and arXiv 2605.18814 for AdamW. With ``between``, later gradients follow the weights by a diagonal curvature, one
+for each segment of the training, as in SOURCE (:mod:`.segments`), which averages the gradients of a segment too.
 
 Effects are the rows of a store of their own, so that scores are plain products of queries with them.
 """
@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ooc_influence.curvature.curvature import complete_attributes
+from ooc_influence.curvature.segments import Segments, fit_segments
 from ooc_influence.curvature.unrolled import Unrolled
 from ooc_influence.errors import InputError, StaleCurvatureError, StoreFormatError, StoreNotFoundError, writing
 from ooc_influence.fingerprint import check_same
@@ -33,13 +34,11 @@ from ooc_influence.store import (
     StorePath,
     as_store,
     check_finished,
-    check_second_moments,
     copy_tombstones,
     create_like,
     exists,
     parse_path,
     parse_representation,
-    read_blocks,
     remove_tree,
 )
 
@@ -92,13 +91,17 @@ def fit_trajectory(store: GradientStore | PathLike, **options: Unpack[Trajectory
         )
     path = source.path / TRAJECTORY if options["out"] is None else parse_path(options["out"])
     steps = _Steps.of(source, log)
-    facts = {"of": source.identity, "rows": source.rows_digest(), "between": options["between"], "records": len(log)}
+    facts = {
+        "of": source.identity, "rows": source.rows_digest(), "records": len(log),
+        "between": options["between"], "segments": options["segments"],
+    }  # fmt: skip
     target = _open(source, path, facts, options)
     copy_tombstones(source, target)
     if target.n < source.n:
         with tempfile.TemporaryFile() as file, target:
             multipliers = _Multipliers(file, source.k, steps.numbers)
-            multipliers.fill(log, _curvature_between(source, options["between"]), options["progress"])
+            between = fit_segments(source, log.steps, options["between"], options["segments"])
+            multipliers.fill(log, between, options["progress"])
             _fill(source, target, steps, multipliers, options["progress"])
     written = GradientStore.open(path, "a")
     copy_tombstones(source, written)
@@ -146,7 +149,7 @@ class _Multipliers:
     def __init__(self, file: Any, k: int, numbers: Numbers) -> None:
         self._file, self._k, self._numbers = file, k, numbers
 
-    def fill(self, log: StepLog, between: Scales | None, progress: bool | None) -> None:
+    def fill(self, log: StepLog, between: Segments | None, progress: bool | None) -> None:
         """Compute all, from the last step to the first, in memory of O(k)."""
         unrolled = Unrolled(log.columns, between)
         wanted = len(self._numbers) - 1
@@ -164,34 +167,6 @@ class _Multipliers:
         """Return those of a record, (k,)."""
         self._file.seek(int(np.searchsorted(self._numbers, number)) * self._k * 4)
         return np.frombuffer(self._file.read(self._k * 4), "<f4")
-
-
-def _curvature_between(source: GradientStore, between: str | None) -> Scales | None:
-    """Return the diagonal of the mean loss's curvature that gradients follow the weights by, (k,)."""
-    if between is None:
-        return None
-    if source.is_reduced:
-        raise InputError(
-            f"expected rows that are not reduced for between={between!r}; received {source.path}: leave it out"
-        )
-    if between == "kronecker":
-        if not source.mask.has_basis:
-            raise InputError(
-                f"expected rows in a Kronecker basis for between='kronecker'; received {source.path}, in the "
-                "parameters' own: use between='diagonal'"
-            )
-        moments = [each.basis.second_moment for each in source.mask.modules if each.basis is not None]
-        return np.concatenate(moments)
-    if between != "diagonal":
-        raise InputError(f"expected between 'diagonal', 'kronecker' or None; received {between!r}")
-    check_second_moments(source)
-    total, rows = np.zeros(source.k), 0
-    for block in read_blocks(source, 0, source.n, max(1, _BLOCK_BYTES // (8 * source.k))):
-        live = block.gradients if block.dropped is None else block.gradients[~block.dropped]
-        total += np.einsum("nk,nk->k", live, live, dtype=np.float64)
-        rows += len(live)
-    weights = np.concatenate([module.weight for module in source.mask.modules]).astype(np.float64)
-    return np.asarray(total / max(1, rows) / np.where(weights > 0, weights, 1) ** 2)
 
 
 def _open(source: GradientStore, path: StorePath, facts: dict[str, Any], options: TrajectoryOptions) -> GradientStore:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from ooc_influence.curvature.segments import Segments
 from ooc_influence.store import LoggedColumns, StepRecord
 
 Values = npt.NDArray[np.float64]
@@ -27,12 +28,12 @@ class Unrolled:
     ----------
     columns : LoggedColumns
         The optimiser's algorithm, and which parameter each column is of.
-    between : (k,) float64, optional
-        The derivative of the mean loss's gradient with respect to the weight, by which gradients follow the weights;
-        default 0. Where a step would go beyond the minimum of that parabola, less, so that it just reaches it.
+    between : Segments, optional
+        The curvatures by which gradients follow the weights; default 0. Where a step would go beyond the minimum of
+        that parabola, less, so that it just reaches it.
     """
 
-    def __init__(self, columns: LoggedColumns, between: Values | None = None) -> None:
+    def __init__(self, columns: LoggedColumns, between: Segments | None = None) -> None:
         k = len(columns.owner)
         self._owner, self._between = np.maximum(columns.owner, 0), between
         self._owned = columns.owner >= 0
@@ -57,7 +58,7 @@ class Unrolled:
             gradient, first, second, reach = self._sgd_step(scalars)
         follows = scalars[2]
         if self._between is not None:
-            curvature = self._between * record.factor * record.total
+            curvature = self._between.at(record.step) * record.factor * record.total
             follows = follows + np.minimum(curvature, 1 / np.maximum(reach, 1e-300))
         weight = self._weight * (1 - scalars[0] * scalars[1]) + follows * gradient
         self._weight = np.where(stepped, weight, self._weight)

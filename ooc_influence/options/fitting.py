@@ -110,6 +110,12 @@ class TrajectoryOptions(Derived, total=False):
         "are held.",
         "Let gradients of later steps follow the weights, by the mean squares of the rows' entries or the Λ of their "
         "Kronecker basis. Default: they are held.", choices=get_args(Between))]
+    segments: Annotated[int, Option(
+        1, "int",
+        'With ``between="diagonal"``, take the mean squares of each of this many segments of the training apart, of as '
+        "many steps each, from the rows that were collected in it, as SOURCE (arXiv 2405.12186) does.",
+        "With --between diagonal, take the mean squares of each of L segments of the training apart, as SOURCE does.",
+        kind=int, metavar="L")]
     dtype: Annotated[str, Option(
         "float16", '{"float16", "bfloat16", "float32"}', "Representation of the effects on disk.",
         "Representation of the effects.", choices=("float16", "bfloat16", "float32"))]

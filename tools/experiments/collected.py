@@ -440,7 +440,7 @@ def by_collect(study: Study, k: int | None, dtype: str, turned: bool = False, me
         return Swept(sums, DAMPINGS, DAMPINGS.index(DEFAULT), rows.layout.encoding.row_bytes, 2)
 
 
-def by_trajectory(study: Study, k: int) -> Swept:
+def by_trajectory(study: Study, k: int, **between: Any) -> Swept:
     """Return the scores of what rows did to the final weights, as :func:`ooc_influence.fit_trajectory` has it."""
     subject = study.subject
     with tempfile.TemporaryDirectory(dir=study.folder) as place, ExitStack() as stack:
@@ -459,7 +459,7 @@ def by_trajectory(study: Study, k: int) -> Swept:
 
         model = subject.train(watch).eval()
         stack.close()
-        ooc.fit_trajectory(path)
+        ooc.fit_trajectory(path, **between)
         query = ooc.extract_gradients(
             model, subject.loss, subject.batches("queries"), f"{place}/query", like=path, dtype="float32"
         )
@@ -529,7 +529,12 @@ def methods(study: Study, quick: bool) -> dict[str, Callable[[], Swept]]:
             found[f"{name}, queries at the end"] = partial(by_collect, k=k, dtype=dtype, turned=True, mean_query=False)
     if adam:  # of MNIST's fifty epochs, rows would take 33 GB
         k = 64 if quick else 65536
-        found[f"ooc.collect, {k} numbers, float16, fit_trajectory"] = partial(by_trajectory, k=k)
+        name = f"ooc.collect, {k} numbers, float16, fit_trajectory"
+        found[name] = partial(by_trajectory, k=k)
+        for segments in (1, SEGMENTS):
+            found[f"{name}, between diagonal, segments {segments}"] = partial(
+                by_trajectory, k=k, between="diagonal", segments=segments
+            )
     return {name: partial(call, study) for name, call in found.items()}
 
 
