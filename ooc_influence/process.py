@@ -7,6 +7,7 @@ later one saves the setting of the earlier.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -70,14 +71,58 @@ def _torch() -> Any:
     return sys.modules["torch"]
 
 
-def _libraries(*, of_threads: bool) -> list[Any]:
-    """Return the BLAS libraries that are loaded: those with a limit for each thread, or for the process."""
-    libraries = threadpoolctl.ThreadpoolController().select(user_api="blas").lib_controllers
-    return [
-        library
-        for library in libraries
-        if of_threads == (library.internal_api == "openblas" and library.threading_layer == "openmp")
-    ]
+class _ObjectInfo(ctypes.Structure):
+    """``dl_phdr_info`` of <link.h>, whose last two members count the libraries loaded and unloaded so far."""
+
+    _fields_ = (
+        ("address", ctypes.c_void_p), ("name", ctypes.c_char_p), ("headers", ctypes.c_void_p),
+        ("number", ctypes.c_uint16), ("loaded", ctypes.c_ulonglong), ("unloaded", ctypes.c_ulonglong),
+    )  # fmt: skip
+
+
+_Visit = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(_ObjectInfo), ctypes.c_size_t, ctypes.c_void_p)
+
+
+@cache
+def _visit_libraries() -> Any:
+    return getattr(ctypes.CDLL(None), "dl_iterate_phdr", None) if sys.platform == "linux" else None
+
+
+def _loads() -> tuple[int, int] | None:
+    """Return how many libraries were loaded and unloaded so far; None where the system does not say."""
+    counts: list[tuple[int, int]] = []
+
+    def visit(info: Any, size: int, _: Any) -> int:
+        if size >= ctypes.sizeof(_ObjectInfo):
+            counts.append((info.contents.loaded, info.contents.unloaded))
+        return 1  # every library has the same counts
+
+    iterate = _visit_libraries()
+    if iterate is not None:
+        iterate(_Visit(visit), None)
+    return counts[0] if counts else None
+
+
+class _Libraries:
+    """The BLAS libraries that are loaded, looked for again after others were: that reads the names of all, 1 ms."""
+
+    def __init__(self) -> None:
+        self._seen: tuple[tuple[int, int] | None, list[Any]] = None, []
+
+    def __call__(self, *, of_threads: bool) -> list[Any]:
+        """Return those with a limit for each thread, or for the process."""
+        loads, (before, libraries) = _loads(), self._seen
+        if loads is None or loads != before:
+            libraries = threadpoolctl.ThreadpoolController().select(user_api="blas").lib_controllers
+            self._seen = loads, libraries
+        return [
+            library
+            for library in libraries
+            if of_threads == (library.internal_api == "openblas" and library.threading_layer == "openmp")
+        ]
+
+
+_libraries = _Libraries()
 
 
 def _limit_process(limits: int | dict[str, int]) -> None:

@@ -97,6 +97,16 @@ def no_waiting_for_the_disk():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def brief_measurements():
+    """Plans measure this machine for some seconds, which nothing here can see."""
+    from ooc_influence import planning
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "_SECONDS", 0.01)
+        yield
+
+
 @pytest.fixture
 def pair(tmp_path):
     """A query store (7, 40) and a train store (500, 40), float32."""

@@ -138,3 +138,32 @@ def test_overlapping_taps_leave_the_fused_path():
         one.close()
         assert not torch.backends.mha.get_fastpath_enabled()
     assert torch.backends.mha.get_fastpath_enabled() == before
+
+
+def test_libraries_that_come_later_are_limited_too():
+    """They are looked for again when more are loaded, and only then."""
+    code = """
+import threadpoolctl
+from ooc_influence import process
+
+class Counted(threadpoolctl.ThreadpoolController):
+    made = 0
+
+    def __init__(self):
+        super().__init__()
+        Counted.made += 1
+
+def limited():
+    with process.limit_blas(1):
+        return [part["num_threads"] for part in plain().info() if part["user_api"] == "blas"]
+
+plain, threadpoolctl.ThreadpoolController = threadpoolctl.ThreadpoolController, Counted
+before = limited()
+import numpy
+after = [limited() for _ in range(3)]
+print(before, after, Counted.made if process._loads() else 2)
+"""
+    code = "import os\nos.environ['OMP_NUM_THREADS'] = os.environ['OPENBLAS_NUM_THREADS'] = '2'\n" + code
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    libraries = max(1, said.count("1") // 3)
+    assert said == f"[] {[[1] * libraries] * 3} 2"
