@@ -383,14 +383,18 @@ class LocalArrayStore(LocalStore):
         self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
         """Return the bytes under ``key``: a memory map for a whole chunk, ordinary reads otherwise."""
-        if byte_range is not None or not is_chunk(key):
-            try:
-                return checked(await super().get(key, prototype, byte_range), self.root, key)
-            except PermissionError as error:
-                raise StoreReadError(refused(f"to read {self.root}/{key}", error)) from error
         if not self._is_open:
             await self._open()
-        mapped = self.map_chunk(key)  # in the event loop: mapping reads nothing, a thread would cost more
+        try:  # in the event loop: mapping reads nothing, documents are small, and a thread would cost more
+            if byte_range is not None:
+                return await super().get(key, prototype, byte_range)
+            if not is_chunk(key):
+                return checked(cpu.Buffer.from_bytes((self.root / key).read_bytes()), self.root, key)
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            return None
+        except PermissionError as error:
+            raise StoreReadError(refused(f"to read {self.root}/{key}", error)) from error
+        mapped = self.map_chunk(key)
         return None if mapped is None else (prototype or MAPPED).buffer.from_array_like(mapped)
 
     def map_chunk(self, key: str) -> np.ndarray[Any, np.dtype[np.uint8]] | None:
