@@ -6,6 +6,7 @@ import signal
 
 # before NumPy and PyTorch read it: matrices here are so small that threads which wait for each other double the time
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a model that there is not would be asked for again and again
 
 import numpy as np
 import pytest

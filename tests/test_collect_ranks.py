@@ -133,7 +133,7 @@ def collecting(rank, folder, kind):
     torch.save(values(model), f"{folder}/values-{rank}")
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("kind", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
 def test_one_store_has_the_rows_of_all_processes(tmp_path, kind):
     spawn(collecting, tmp_path, kind)
     model = alone(tmp_path / "alone", kind)

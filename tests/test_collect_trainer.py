@@ -215,6 +215,7 @@ def in_parallel(rank, folder, out):
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_several_processes(folder, tmp_path):
     """Rows of two processes, of a training that was continued too, are those of one that accumulates their batches."""
     with socket.socket() as free:

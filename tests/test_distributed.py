@@ -117,6 +117,7 @@ def test_two_workers_same_numbers(tmp_path, long_pair, client, monkeypatch):
     close(written, influence_scores(query, train, damping=dampings).compute())
 
 
+@pytest.mark.slow
 def test_lists_by_a_sketch_on_two_workers(tmp_path, long_pair, client):
     """The same as here, whoever makes the sketch and measures with it."""
     query, train = long_pair
@@ -152,7 +153,7 @@ def test_runs_leave_one_topic_at_the_scheduler(long_pair, client):
     assert max(done for _, done, _ in told) == 40_000
 
 
-@pytest.mark.parametrize("way", ["sums", "tiles", "rows"])
+@pytest.mark.parametrize("way", ["tiles", *(pytest.param(way, marks=pytest.mark.slow) for way in ("sums", "rows"))])
 def test_a_top_of_the_spectrum_survives_a_worker(tmp_path, long_pair, client, monkeypatch, way):
     """One of two workers is killed in the middle: the same numbers as here."""
     train, killed = long_pair[1], []
@@ -179,7 +180,7 @@ def test_a_top_of_the_spectrum_survives_a_worker(tmp_path, long_pair, client, mo
     client.run(normal_ticks)
 
 
-@pytest.mark.parametrize("collected", [False, True])
+@pytest.mark.parametrize("collected", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_what_is_sent_to_all_workers_survives_them(client, monkeypatch, collected):
     """Every worker is killed, and with them every copy: the tasks that are left are done with another one."""
     monkeypatch.setattr("ooc_influence.parallel.SENT_ONCE", 1000)
@@ -253,6 +254,7 @@ def test_kinds_of_curvature_by_two_workers(tmp_path, modules, client):
     close(matrix, gram_matrix(path, tmp_path / "l.zarr", rows=(0, 300), workers=1)[...])
 
 
+@pytest.mark.slow
 def test_a_worker_killed_in_a_gram_fit(tmp_path):
     """Another one writes the tiles that it had not: none is computed twice by those that lived."""
     train = write_store(tmp_path / "train.zarr", random_rows(400, 500))
@@ -316,6 +318,7 @@ def test_a_second_pass_by_two_workers(tmp_path, long_pair, client):
     assert len({owner.record["pid"] for _, owner in read_claims(tmp_path / "r").values()} - {os.getpid()}) == 2
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_in_a_second_pass(tmp_path, long_pair):
     """Its rows are written by another one: the same numbers."""
     _, train = long_pair

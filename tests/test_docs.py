@@ -21,6 +21,7 @@ from ooc_influence import evaluate
 from ooc_influence.report import plot
 
 TEXT = {str(page.relative_to(ROOT)): page.read_text() for page in PAGES}
+LONG = {f"docs/{name}.md" for name in ("howto/collect", "howto/finetuned", "howto/which", "extraction")}
 BLOCKS = {name: read_blocks(name, text) for name, text in TEXT.items()}
 ALL = [block for blocks in BLOCKS.values() for block in blocks]
 FLOAT = re.compile(r"-?\d+\.\d*")
@@ -90,7 +91,12 @@ def run_blocks(name: str, kinds: set[str], warm: Warm, folder: Path, **variables
     return "".join(printed)
 
 
-@pytest.mark.parametrize("name", [name for name in pages_with("run") if "s3" not in setups(TEXT[name])])
+def quick_or_slow(name):
+    """Pages whose blocks train for long are slow."""
+    return pytest.param(name, marks=pytest.mark.slow) if name in LONG else name
+
+
+@pytest.mark.parametrize("name", [quick_or_slow(name) for name in pages_with("run") if "s3" not in setups(TEXT[name])])
 def test_the_blocks_of_a_page_run(name, warm, kit, tmp_path):
     printed = kit[name][1] if name in kit else run_page(name, {"run"}, warm, kit, tmp_path)
     for block in BLOCKS[name]:

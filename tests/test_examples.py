@@ -23,12 +23,10 @@ def test_every_example_is_listed():
     assert {path.stem for path in ROOM.glob("*.py")} == set(FOUND)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    [
-        "digits_mislabels",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("language_model", "lora", "cluster")),
-    ],
+    FOUND,
 )
 def test_it_finds_what_it_is_about(name, tmp_path):
     pytest.importorskip(NEEDS[name])
@@ -48,6 +46,7 @@ def test_it_finds_what_it_is_about(name, tmp_path):
         assert found[0] < 1e-4
 
 
+@pytest.mark.slow
 def test_a_text_too_short_is_a_mistake(tmp_path):
     pytest.importorskip("transformers")
     (tmp_path / "short.txt").write_text("a single paragraph")

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import logging
-import os
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from families import FAMILIES, MODES, QUICK, TOLERANCE, Family, examine, oracle
 from families.base import Case, plain_loss, vectors
 from torch import nn
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 _WITHOUT = {"torch_layers", "timm_layers", "sharing"}  # fields that need nothing else than PyTorch
 _CASES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES]
 

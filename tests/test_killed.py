@@ -203,6 +203,7 @@ def harness(kills, seed):
     return seen
 
 
+@pytest.mark.slow
 def test_twenty_kills():
     assert harness(20, 1)["stores"] >= 1
 

@@ -114,13 +114,13 @@ def stores(tmp_path_factory):
         pytest.param("top", "tied", 2, 10, marks=pytest.mark.slow),
         pytest.param("top", "narrow", 1, 20_000, marks=pytest.mark.slow),
         ("reduce", "_by_fisher", 1, 200),
-        ("reduce", "_by_gram", 2, 500),
-        ("reduce", "_by_iteration", 1, 600),
+        pytest.param("reduce", "_by_gram", 2, 500, marks=pytest.mark.slow),
+        pytest.param("reduce", "_by_iteration", 1, 600, marks=pytest.mark.slow),
         ("rotate", "reduced", 1, 0),
         ("cosine", "wide", 2, 10),
         ("groups", "wide", 1, 0),
         ("select", "wide", 1, 3000),
-        ("select", "narrow", 2, 8000),
+        pytest.param("select", "narrow", 2, 8000, marks=pytest.mark.slow),
     ],
 )
 def test_measured_is_within_projected(stores, stage, which, workers, top):

@@ -21,7 +21,6 @@ from ooc_influence.extract.fingerprint import model_fingerprint
 from ooc_influence.extract.layers import named_layers
 from ooc_influence.extract.selection import select_layers
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 SIZES = {"vocab_size": 31, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24,
          "max_position_embeddings": 32, "num_key_value_heads": 1}  # fmt: skip
 
@@ -168,7 +167,7 @@ def parallel(rank, world, folder, kind):
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "fsdp"])
+@pytest.mark.parametrize("kind", ["fsdp2", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("ddp", "fsdp"))])
 def test_wrapped_for_several_processes(tmp_path, kind):
     if not torch.distributed.is_available():
         pytest.skip("torch was built without distributed")

@@ -380,6 +380,7 @@ def test_nothing_leaves_the_machine(page, plain):
     assert any("Content Security Policy" in line for line in page.logs())
 
 
+@pytest.mark.slow
 def test_five_thousand_queries_are_quick(page, tmp_path):
     rows = random_rows(5000, 16)
     labels = [f"l{row % 7}" for row in range(5000)]

@@ -203,7 +203,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_it_resumes_after_a_kill(tmp_path, workers):
     subsets, folder = random_subsets(N, 12), tmp_path / "runs"
     (tmp_path / "killed.py").write_text(KILLED)

@@ -106,9 +106,9 @@ def test_repeats_are_left_out(stores):
 
 @pytest.mark.parametrize("pool", [1, 3, 16, 2048])
 def test_pools_do_not_change_the_choice(stores, pool, monkeypatch):
-    expected = select_rows(*stores, 80, redundancy=0.7, quotas={"source": "40%"})
+    expected = select_rows(*stores, 40, redundancy=0.7, quotas={"source": "40%"})
     monkeypatch.setattr(select, "_POOL", pool)
-    found = select_rows(*stores, 80, redundancy=0.7, quotas={"source": "40%"})
+    found = select_rows(*stores, 40, redundancy=0.7, quotas={"source": "40%"})
     assert_array_equal(found.rows, expected.rows)
     assert_allclose(found.gains, expected.gains, atol=1e-6)
 

@@ -49,6 +49,8 @@ SMALL = {
 NEEDS_INDEX = {"first_contact"}  # it installs
 NO_BENCHMARK = {"page", "compare"}  # tests/test_bench_page.py; it runs the others at two revisions
 SLOW = {
+    "collect",
+    "engine",
     "pages",
     "quality",
     "representations",
@@ -56,6 +58,7 @@ SLOW = {
     "scale",
     "signs",
     "store",
+    "tokens",
     "trace",
     "vocabulary",
 }  # what they measure with has tests of its own

@@ -740,6 +740,7 @@ with ooc.collect(model, folder + "/s", compressor=t.Identity(), dtype="float32",
 """
 
 
+@pytest.mark.slow
 def test_a_killed_training_has_each_step_once(tmp_path):
     found = []
     for name, kills in (("whole", [-1]), ("killed", [4, -1])):

@@ -137,6 +137,7 @@ for vocabulary in (1_000, 60_000):
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_vocabulary():
     """In a process of its own: other tests may have told the C library to keep what is freed."""
     path = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}

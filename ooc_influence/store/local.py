@@ -250,32 +250,40 @@ def _sync(path: Path) -> None:
 
 
 METADATA = "zarr.json"  # the name of every document
+_SMALL = 2**14  # bytes of documents that are kept
 _CODECS = {"bytes", "crc32c", "vlen-utf8", "zstd", "blosc", "gzip"}
 
 
 def check_document(text: bytes, where: object) -> bytes:
     """Return a document as Zarr may read it: unchanged, or without consolidated metadata."""
     try:
-        document: Any = json.loads(text)
-        consolidated = document.pop("consolidated_metadata", None)
-        is_array = document["node_type"] == "array"
-        if is_array:
-            asked = {codec["name"] for codec in document["codecs"]} - _CODECS
-            asked |= set() if isinstance(document["data_type"], str) else {json.dumps(document["data_type"])[:40]}
-            if asked:
-                raise StoreFormatError(
-                    f"expected known codecs and data types in {where}; received {', '.join(sorted(asked))}: it was "
-                    "edited; restore it from a backup"
-                )
-        (ArrayV3Metadata if is_array else GroupMetadata).from_dict(dict(document))
-    except StoreFormatError:
-        raise
+        asked, readable = (_read_document if len(text) <= _SMALL else _read_document.__wrapped__)(text)
     except Exception as error:  # whatever JSON and Zarr make of it
         raise StoreFormatError(
             f"expected Zarr metadata that can be read in {where}; received {type(error).__name__}: {error}: restore it "
             "from a backup"
         ) from error
-    return text if consolidated is None else json.dumps(document).encode()
+    if asked:
+        raise StoreFormatError(
+            f"expected known codecs and data types in {where}; received {', '.join(asked)}: it was edited; restore it "
+            "from a backup"
+        )
+    return readable
+
+
+@functools.lru_cache(maxsize=512)  # stores are opened often, and most of their documents are the same
+def _read_document(text: bytes) -> tuple[list[str], bytes]:
+    """Return a document's unknown codecs and data types, and what Zarr may read of it."""
+    document: Any = json.loads(text)
+    consolidated = document.pop("consolidated_metadata", None)
+    is_array = document["node_type"] == "array"
+    asked = set()
+    if is_array:
+        asked = {codec["name"] for codec in document["codecs"]} - _CODECS
+        asked |= set() if isinstance(document["data_type"], str) else {json.dumps(document["data_type"])[:40]}
+    if not asked:
+        (ArrayV3Metadata if is_array else GroupMetadata).from_dict(dict(document))
+    return sorted(asked), text if consolidated is None else json.dumps(document).encode()
 
 
 class _AdoptingArray(cpu.NDBuffer):
