@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import signal
 
@@ -70,6 +71,12 @@ def interrupt_third_append(monkeypatch):
 
 def pytest_configure(config):
     hear_interrupts()
+    gc.disable()  # importing all tests makes a million objects, none of them garbage
+
+
+def pytest_collection_finish(session):
+    gc.freeze()
+    gc.enable()
 
 
 def hear_interrupts():
