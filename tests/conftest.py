@@ -75,7 +75,6 @@ def pytest_configure(config):
 
 
 def pytest_collection_finish(session):
-    gc.freeze()
     gc.enable()
 
 
