@@ -24,10 +24,7 @@ def test_every_example_is_listed():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    FOUND,
-)
+@pytest.mark.parametrize("name", FOUND)
 def test_it_finds_what_it_is_about(name, tmp_path):
     pytest.importorskip(NEEDS[name])
     pytest.importorskip("sklearn")

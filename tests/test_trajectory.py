@@ -423,6 +423,7 @@ def test_the_diagonal_is_that_of_the_rows(tmp_path, segments):
 def test_curvatures_that_there_are_not(tmp_path):
     collected(tmp_path / "s", "adamw", compressor=Dropout(k=20), every=4)  # rows of steps 0, 4 and 8
     store = GradientStore.open(tmp_path / "s")
+    before = ooc.fit_trajectory(store).identity
     with pytest.raises(InputError, match="between 'diagonal'"):
         ooc.fit_trajectory(store, between="full")
     with pytest.raises(InputError, match="Kronecker basis"):
@@ -435,6 +436,12 @@ def test_curvatures_that_there_are_not(tmp_path):
             ooc.fit_trajectory(store, between="diagonal", segments=segments)
     with pytest.raises(InputError, match="received none from step 1 on"):
         ooc.fit_trajectory(store, between="diagonal", segments=STEPS)
+    assert ooc.fit_trajectory(store).identity == before  # what is refused replaces nothing
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("mine")
+    with pytest.raises(OocInfluenceError, match="notes"):
+        ooc.fit_trajectory(store, out=tmp_path / "notes")
+    assert (tmp_path / "notes" / "a.txt").read_text() == "mine"
 
 
 def test_segments_are_damped_apart(tmp_path):

@@ -11,6 +11,7 @@ Effects are the rows of a store of their own, so that scores are plain products 
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Iterator
 from typing import Any, Unpack
@@ -95,12 +96,13 @@ def fit_trajectory(store: GradientStore | PathLike, **options: Unpack[Trajectory
         "of": source.identity, "rows": source.rows_digest(), "records": len(log),
         "between": options["between"], "segments": options["segments"],
     }  # fmt: skip
-    target = _open(source, path, facts, options)
-    copy_tombstones(source, target)
-    if target.n < source.n:
+    target = _begun(source, path, facts, options)
+    if target is None or target.n < source.n:
+        between = fit_segments(source, log.steps, options["between"], options["segments"])  # refused before others go
+        target = target or _create(source, path, facts, options)
+        copy_tombstones(source, target)
         with tempfile.TemporaryFile() as file, target:
             multipliers = _Multipliers(file, source.k, steps.numbers)
-            between = fit_segments(source, log.steps, options["between"], options["segments"])
             multipliers.fill(log, between, options["progress"])
             _fill(source, target, steps, multipliers, options["progress"])
     written = GradientStore.open(path, "a")
@@ -150,7 +152,7 @@ class _Multipliers:
         self._file, self._k, self._numbers = file, k, numbers
 
     def fill(self, log: StepLog, between: Segments | None, progress: bool | None) -> None:
-        """Compute all, from the last step to the first, in memory of O(k)."""
+        """Compute all, from the last step to the first, in memory of O(k) beside ``between``."""
         unrolled = Unrolled(log.columns, between)
         wanted = len(self._numbers) - 1
         with Progress("steps", len(log), progress) as bar, writing("to temporary files", ""):
@@ -169,8 +171,10 @@ class _Multipliers:
         return np.frombuffer(self._file.read(self._k * 4), "<f4")
 
 
-def _open(source: GradientStore, path: StorePath, facts: dict[str, Any], options: TrajectoryOptions) -> GradientStore:
-    """Open what an earlier call began, or make an empty store; in the store, another fit is replaced."""
+def _begun(
+    source: GradientStore, path: StorePath, facts: dict[str, Any], options: TrajectoryOptions
+) -> GradientStore | None:
+    """Return the store that an earlier call of the same kind began; None where there is none, or one to be replaced."""
     dtype = parse_representation(options["dtype"])
     if dtype not in _DTYPES:
         raise InputError(f"expected dtype {', '.join(_DTYPES)} for effects; received {dtype!r}: rewrite them later")
@@ -179,20 +183,25 @@ def _open(source: GradientStore, path: StorePath, facts: dict[str, Any], options
     try:
         target = GradientStore.open(path, "a")
     except StoreNotFoundError:
-        target = None
-    if target is not None:
-        recorded = {**(target.attrs.get(TRAJECTORY) or {}), "dtype": target.layout.dtype}
-        asked = {**facts, "dtype": dtype}
-        same = all(recorded.get(name) == value for name, value in asked.items())
-        if same and not options["refit"]:
-            return target
-        if options["out"] is not None:
-            of = {"of": recorded.get("of")}
-            check_same(f"the store at {path}", of, {"of": facts["of"]}, "choose another path, or remove it")
+        return None
+    recorded = {**(target.attrs.get(TRAJECTORY) or {}), "dtype": target.layout.dtype}
+    asked = {**facts, "dtype": dtype}
+    if all(recorded.get(name) == value for name, value in asked.items()) and not options["refit"]:
+        return target
+    if options["out"] is not None:
+        of = {"of": recorded.get("of")}
+        check_same(f"the store at {path}", of, {"of": facts["of"]}, "choose another path, or remove it")
+    return None
+
+
+def _create(source: GradientStore, path: StorePath, facts: dict[str, Any], options: TrajectoryOptions) -> GradientStore:
+    """Make an empty store, in place of effects of another kind."""
+    with contextlib.suppress(StoreNotFoundError):  # anything else that is there stays, and is refused
+        GradientStore.open(path)
         remove_tree(path)
     return create_like(
-        source, path, [str(source.path)], dtype=dtype, planned_rows=source.n, column_scale=None,
-        storage=options["storage"] or Storage(codec=source.layout.codec),
+        source, path, [str(source.path)], dtype=parse_representation(options["dtype"]), planned_rows=source.n,
+        column_scale=None, storage=options["storage"] or Storage(codec=source.layout.codec),
         columns=source.layout.columns | {OWN_EFFECT: "float64"}, attributes={TRAJECTORY: facts},
     )  # fmt: skip
 
