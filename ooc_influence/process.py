@@ -11,7 +11,7 @@ import ctypes
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import threadpoolctl
@@ -103,26 +103,21 @@ def _loads() -> tuple[int, int] | None:
     return counts[0] if counts else None
 
 
-class _Libraries:
-    """The BLAS libraries that are loaded, looked for again after others were: that reads the names of all, 1 ms."""
-
-    def __init__(self) -> None:
-        self._seen: tuple[tuple[int, int] | None, list[Any]] = None, []
-
-    def __call__(self, *, of_threads: bool) -> list[Any]:
-        """Return those with a limit for each thread, or for the process."""
-        loads, (before, libraries) = _loads(), self._seen
-        if loads is None or loads != before:
-            libraries = threadpoolctl.ThreadpoolController().select(user_api="blas").lib_controllers
-            self._seen = loads, libraries
-        return [
-            library
-            for library in libraries
-            if of_threads == (library.internal_api == "openblas" and library.threading_layer == "openmp")
-        ]
+@lru_cache(maxsize=1)
+def _blas_libraries(loads: tuple[int, int] | None) -> list[Any]:
+    """Return the BLAS libraries there are after ``loads``: looking for them reads the names of all that are loaded."""
+    return list(threadpoolctl.ThreadpoolController().select(user_api="blas").lib_controllers)
 
 
-_libraries = _Libraries()
+def _libraries(*, of_threads: bool) -> list[Any]:
+    """Return the BLAS libraries that are loaded: those with a limit for each thread, or for the process."""
+    loads = _loads()
+    libraries = _blas_libraries.__wrapped__(None) if loads is None else _blas_libraries(loads)
+    return [
+        library
+        for library in libraries
+        if of_threads == (library.internal_api == "openblas" and library.threading_layer == "openmp")
+    ]
 
 
 def _limit_process(limits: int | dict[str, int]) -> None:

@@ -160,10 +160,9 @@ def limited():
 plain, threadpoolctl.ThreadpoolController = threadpoolctl.ThreadpoolController, Counted
 before = limited()
 import numpy
-after = [limited() for _ in range(3)]
+after = {threads for _ in range(3) for threads in limited()}
 print(before, after, Counted.made if process._loads() else 2)
 """
-    code = "import os\nos.environ['OMP_NUM_THREADS'] = os.environ['OPENBLAS_NUM_THREADS'] = '2'\n" + code
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-    libraries = max(1, said.count("1") // 3)
-    assert said == f"[] {[[1] * libraries] * 3} 2"
+    environment = os.environ | {"OMP_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout == "[] {1} 2\n"

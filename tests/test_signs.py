@@ -53,7 +53,7 @@ def coded(rows, form):
     return raw, scale, out
 
 
-@pytest.mark.parametrize("k", [1, 7, 50, 64, 100, 1000, 2500])
+@pytest.mark.parametrize("k", [1, 7, 50, 64, 100, 1000, 2500, pytest.param(5003, marks=pytest.mark.slow)])
 def test_rows_are_what_the_oracle_says(k):
     form = Encoding.of("sign", k)
     rows = random_rows(9, k) if k < 2000 else np.random.default_rng(0).normal(size=(9, k)).astype(np.float32)

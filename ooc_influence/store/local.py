@@ -395,7 +395,7 @@ class LocalArrayStore(LocalStore):
             await self._open()
         try:  # in the event loop: mapping reads nothing, documents are small, and a thread would cost more
             if byte_range is not None:
-                return await super().get(key, prototype, byte_range)
+                return checked(await super().get(key, prototype, byte_range), self.root, key)
             if not is_chunk(key):
                 return checked(cpu.Buffer.from_bytes((self.root / key).read_bytes()), self.root, key)
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
